@@ -1,0 +1,5 @@
+"""Builds the package; all of its metadata is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
