@@ -1,5 +1,165 @@
-"""Builds the package; all of its metadata is in pyproject.toml."""
+"""Builds the CUDA extension `fastvid._C` from csrc/; everything else about the package is in pyproject.toml.
 
-from setuptools import setup
+FASTVID_BUILD_CUDA   auto (default): build where nvcc and a GPU are found; 1: wherever nvcc is; 0: never
+FASTVID_CUDA_ARCHS   what to build for, default "80;90a;100a"
 
-setup()
+Neither torch nor its headers are needed: nvcc compiles csrc/*.cu, the C++ compiler the pybind11 bindings, and the CUDA
+runtime is linked statically, so that one wheel serves every torch version and imports where there is no driver.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+DEFAULT_ARCHS = "80;90a;100a"
+
+
+def wants_cuda() -> bool:
+    choice = os.environ.get("FASTVID_BUILD_CUDA", "auto")
+    if choice not in ("auto", "1", "0"):
+        raise SystemExit(f"FASTVID_BUILD_CUDA is {choice!r}; it takes auto, 1 or 0")
+    if choice == "1" and find_nvcc() is None:
+        raise SystemExit("FASTVID_BUILD_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME, or use auto or 0")
+    return choice == "1" or (choice == "auto" and find_nvcc() is not None and has_gpu())
+
+
+def find_nvcc() -> str | None:
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    named = [shutil.which("nvcc", path=os.path.join(root, "bin")) for root in roots if root]
+    return next(filter(None, [*named, shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]), None)
+
+
+def has_gpu() -> bool:
+    if glob.glob("/dev/nvidia[0-9]*"):
+        return True
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and "GPU" in subprocess.run([smi, "-L"], capture_output=True, text=True).stdout
+
+
+def cuda_root(nvcc: str) -> Path:
+    """The toolkit that nvcc itself uses: the nvcc on PATH may be a link or a script that starts another."""
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
+    return Path(top.group(1) if top else Path(nvcc).resolve().parents[1]).resolve()
+
+
+def cuda_version(nvcc: str) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", text).group(1)
+
+
+def cuda_archs() -> list[str]:
+    archs = os.environ.get("FASTVID_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";").split(";")
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch):
+            raise SystemExit(f"FASTVID_CUDA_ARCHS holds {arch!r}; it takes a list such as {DEFAULT_ARCHS!r}")
+    return archs
+
+
+def pybind11_include() -> str:
+    """pybind11's headers, or the copy that torch carries (a machine without a package index may have no other)."""
+    if importlib.util.find_spec("pybind11"):
+        return importlib.import_module("pybind11").get_include()
+    torch = importlib.util.find_spec("torch")
+    folder = os.path.join(os.path.dirname(torch.origin), "include") if torch else ""
+    if not os.path.isdir(os.path.join(folder, "pybind11")):
+        raise SystemExit("the CUDA extension needs pybind11 to build: pip install pybind11")
+    return folder
+
+
+def source_hash() -> str:
+    """Of all of csrc: what a benchmark result of these kernels is valid for."""
+    digest = hashlib.sha256()
+    for path in sorted(Path("csrc").iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+class BuildCuda(build_ext):
+    """Compiles by a generated build.ninja (incremental, parallel), or step by step where there is no ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        steps = self.steps([Path(source).resolve() for source in ext.sources], build, target)
+        ninja = shutil.which("ninja")
+        if ninja is None:
+            for inputs, _, command in steps:
+                print(command, flush=True)
+                subprocess.run(command.replace("$in", shlex.join(map(str, inputs))), shell=True, check=True)
+            return
+        (build / "build.ninja").write_text(ninja_file(steps))
+        subprocess.run([ninja, "-v", "-C", str(build)], check=True)
+
+    def steps(self, sources: list[Path], build: Path, target: Path) -> list[tuple[list[Path], Path, str]]:
+        """(inputs, output, command) of each object file and of the library; `$in` stands for the inputs."""
+        nvcc, archs = find_nvcc(), cuda_archs()
+        root = cuda_root(nvcc)
+        cxx = os.environ.get("CXX", "g++")
+        defines = {
+            "FASTVID_ARCHS": ";".join(archs),
+            "FASTVID_CUDA_VERSION": cuda_version(nvcc),
+            "FASTVID_SOURCE_HASH": source_hash(),
+        }
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        device = [
+            nvcc,
+            "-O3",
+            "-std=c++17",
+            "-cudart=static",
+            "-lineinfo",
+            *codes,
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+        ]
+        includes = [f"-I{path}" for path in (pybind11_include(), sysconfig.get_path("include"))]
+        host = [cxx, "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", *includes]
+        host += [f'-D{name}="{value}"' for name, value in defines.items()]
+        steps = []
+        for source in sources:
+            output = build / (source.name + ".o")
+            compiler = device if source.suffix == ".cu" else host
+            steps.append(
+                (
+                    [source],
+                    output,
+                    shlex.join([*compiler, "-MD", "-MF", f"{output}.d", "-c"]) + f" $in -o {shlex.quote(str(output))}",
+                )
+            )
+        objects = [output for _, output, _ in steps]
+        libraries = [f"-L{root / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        link = f"{shlex.quote(cxx)} -shared -s -o {shlex.quote(str(target))} $in {shlex.join(libraries)}"
+        return [*steps, (objects, target, link)]
+
+
+def ninja_file(steps: list[tuple[list[Path], Path, str]]) -> str:
+    lines = ["ninja_required_version = 1.3"]
+    for i, (inputs, output, command) in enumerate(steps):
+        deps = [f"  depfile = {escape(output)}.d", "  deps = gcc"] if output.suffix == ".o" else []
+        lines += [f"rule step{i}", f"  command = {command}", *deps]
+        lines += [f"build {escape(output)}: step{i} {' '.join(map(escape, inputs))}"]
+    return "\n".join([*lines, ""])
+
+
+def escape(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+sources = sorted(glob.glob("csrc/*.cu")) + ["csrc/bindings.cpp"]
+setup(
+    ext_modules=[Extension("fastvid._C", sources)] if wants_cuda() else [],
+    cmdclass={"build_ext": BuildCuda},
+)

@@ -1,0 +1,26 @@
+// What the CUDA runtime says of this machine; nothing here raises where there is no driver.
+#include <cuda_runtime.h>
+
+#include "fastvid.h"
+
+namespace fastvid {
+
+const char* error_string(int error) {
+    return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+int device_count() {
+    int count = 0;
+    return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+int compute_capability(int device) {
+    int major = 0, minor = 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+        return 0;
+    }
+    return major * 10 + minor;
+}
+
+}  // namespace fastvid

@@ -1,0 +1,96 @@
+"""Decoded frames [3, T, H, W] -> uint8 [T, H, W, 3] in one pass over memory.
+
+    byte = rint((clamp(x, -1, 1) * 0.5 + 0.5) * 255), ties to even, NaN -> 0, in IEEE fp32
+
+A program takes BLOCK groups of GROUP neighbouring pixels of one row. With GROUP = 4 three 32-bit words hold a group,
+so that nothing is written a byte at a time; GROUP = 1 is for rows that do not start on a word.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BLOCK = 256
+
+
+@triton.jit
+def _bytes(x):
+    """Frames in [-1, 1] -> integers 0..255. Adding 1.5 * 2^23 rounds to an integer, ties to even, in the low bits:
+    exact only if the product before it is rounded too, so the kernel is compiled without fused multiply-add."""
+    x = x.to(tl.float32)
+    x = tl.where(x == x, x, -1.0)
+    unit = tl.minimum(tl.maximum(x, -1.0), 1.0) * 0.5 + 0.5
+    return (unit * 255.0 + 12582912.0).to(tl.int32, bitcast=True) & 255
+
+
+@triton.jit
+def _load_group(src_ptr, pixels, width, stride_w):
+    """The four pixels of each group, of one plane: four tensors [BLOCK]."""
+    offsets = pixels[:, None] + tl.arange(0, 4)[None, :]
+    plane = _bytes(tl.load(src_ptr + offsets * stride_w, mask=offsets < width, other=0.0))
+    even, odd = tl.split(plane.reshape(plane.shape[0], 2, 2))
+    p0, p2 = tl.split(even)
+    p1, p3 = tl.split(odd)
+    return p0, p1, p2, p3
+
+
+@triton.jit
+def rgb_kernel(
+    src_ptr,
+    dst_ptr,
+    height,
+    width,
+    col_blocks,
+    stride_c: tl.int64,
+    stride_t: tl.int64,
+    stride_h: tl.int64,
+    stride_w: tl.int64,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row = (tl.program_id(0) // col_blocks).to(tl.int64)
+    first = (tl.program_id(0) % col_blocks).to(tl.int64) * (BLOCK * GROUP)
+    pixels = first + tl.arange(0, BLOCK) * GROUP
+    src_ptr += (row // height) * stride_t + (row % height) * stride_h
+    inside = pixels < width
+    if GROUP == 4:
+        r0, r1, r2, r3 = _load_group(src_ptr, pixels, width, stride_w)
+        g0, g1, g2, g3 = _load_group(src_ptr + stride_c, pixels, width, stride_w)
+        b0, b1, b2, b3 = _load_group(src_ptr + 2 * stride_c, pixels, width, stride_w)
+        words_ptr = dst_ptr.to(tl.pointer_type(tl.int32)) + (row * width + pixels) // 4 * 3
+        tl.store(words_ptr, r0 | (g0 << 8) | (b0 << 16) | (r1 << 24), mask=inside)
+        tl.store(words_ptr + 1, g1 | (b1 << 8) | (r2 << 16) | (g2 << 24), mask=inside)
+        tl.store(words_ptr + 2, b2 | (r3 << 8) | (g3 << 16) | (b3 << 24), mask=inside)
+    else:
+        for c in tl.static_range(3):
+            x = tl.load(src_ptr + c * stride_c + pixels * stride_w, mask=inside, other=0.0)
+            tl.store(dst_ptr + (row * width + pixels) * 3 + c, _bytes(x).to(tl.uint8), mask=inside)
+
+
+def to_rgb(frames: Tensor, out: Tensor) -> None:
+    """Write frames [3, T, H, W] in [-1, 1], of any strides, as 8-bit RGB into out, uint8 [T, H, W, 3], contiguous.
+
+    Raises ValueError when out does not fit frames.
+    """
+    C, T, H, W = frames.shape
+    if C != 3 or frames.dtype not in DTYPES:
+        raise ValueError(
+            f"frames are {tuple(frames.shape)} {frames.dtype}; [3, T, H, W] in fp32, fp16 or bf16 is needed"
+        )
+    if out.shape != (T, H, W, 3) or out.dtype != torch.uint8 or not out.is_contiguous() or out.device != frames.device:
+        raise ValueError(f"out must be contiguous uint8 {(T, H, W, 3)} on {frames.device}")
+    if out.numel() == 0:
+        return
+    stride_c, stride_t, stride_h, stride_w = frames.stride()
+    if stride_w == 1 and stride_h == W:  # rows that follow one another are one long row
+        H, W = 1, H * W
+    group = 4 if W % 4 == 0 and out.data_ptr() % 4 == 0 else 1
+    col_blocks = triton.cdiv(W, BLOCK * group)
+    with torch.cuda.device_of(frames):  # the device guard; nothing for the interpreter's CPU tensors
+        rgb_kernel[(T * H * col_blocks,)](
+            frames, out, H, W, col_blocks, stride_c, stride_t, stride_h, stride_w, BLOCK, group, enable_fp_fusion=False
+        )
