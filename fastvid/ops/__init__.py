@@ -85,7 +85,7 @@ def bind(
 
 
 def read_verified() -> list[dict[str, str]]:
-    """The rows of verified.json: op, backend, shape_class, arch, file, source (its hash), result (path of the proof)."""
+    """The rows of verified.json: op, backend, shape_class, arch, file, source (its hash), result (its path)."""
     return json.loads(Path(__file__).with_name("verified.json").read_text(encoding="utf-8"))["kernels"]
 
 

@@ -1,0 +1,41 @@
+"""The environment variables that fastvid reads at run time, all of them here (setup.py reads FASTVID_BUILD_CUDA and
+FASTVID_CUDA_ARCHS when it builds). They are defaults: what the caller gives wins. Nothing is ever set.
+
+    FASTVID_MODEL      the model that is loaded when none is named: "embedded", a folder or a hub id
+    FASTVID_DEVICE     "cpu", "cuda", "cuda:1"
+    FASTVID_DTYPE      "float32", "bfloat16", "float16"
+    FASTVID_BACKEND    as in fastvid.ops.bind: "auto", "reference", "triton", "cuda", or "to_rgb=cuda"
+    FASTVID_ATTENTION  the same for attention, also "sdpa" and "flash"
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+PREFIX = "FASTVID_"
+BUILD_TIME = ("FASTVID_BUILD_CUDA", "FASTVID_CUDA_ARCHS")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says; None or the default where it says nothing."""
+
+    model: str = "embedded"
+    device: str | None = None
+    dtype: str | None = None
+    backend: str = "auto"
+    attention: str = "auto"
+
+
+def read(environ: Mapping[str, str] = os.environ) -> Settings:
+    """The settings of an environment; a variable that is empty counts as not set."""
+    given = {field.name: environ.get(PREFIX + field.name.upper()) for field in fields(Settings)}
+    return Settings(**{name: value for name, value in given.items() if value})
+
+
+def unknown(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Variables with fastvid's prefix that nothing reads: misspelt, most likely."""
+    known = {PREFIX + field.name.upper() for field in fields(Settings)} | set(BUILD_TIME)
+    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
