@@ -1,0 +1,25 @@
+"""Sampling: noise levels, solvers, guidance and noise. Pure functions on latents; knows no model."""
+
+from fastvid.sampling.guidance import Denoise, Velocity, combine, denoiser, guided, known, velocity_to_x0
+from fastvid.sampling.noise import latent_noise
+from fastvid.sampling.sigmas import check_sigmas, find_solver, make_sigmas, shift_sigmas, timesteps
+from fastvid.sampling.solvers import SOLVERS, Solver, SolverState
+
+__all__ = [
+    "SOLVERS",
+    "Denoise",
+    "Solver",
+    "SolverState",
+    "Velocity",
+    "check_sigmas",
+    "combine",
+    "denoiser",
+    "find_solver",
+    "guided",
+    "known",
+    "latent_noise",
+    "make_sigmas",
+    "shift_sigmas",
+    "timesteps",
+    "velocity_to_x0",
+]

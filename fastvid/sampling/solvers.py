@@ -1,0 +1,207 @@
+"""Solvers: each is one pure step from noise level sigma to sigma_next, made column by column.
+
+A column is one latent frame: x and x0 (the clean latents that the denoiser sees in x) are [B, C, T, h, w], sigma and
+sigma_next are float64 [T] on the CPU. History and order are kept per column, so columns may stand at different levels,
+start late or pause: a column with sigma_next == sigma is left as it is, bit for bit, and so is its history. What a
+column becomes never depends on its neighbours.
+
+Coefficients are worked out in float64 on the CPU and applied in x's dtype. With lambda = log((1 - sigma) / sigma),
+h = lambda_next - lambda and r = sigma_next / sigma, the papers' alpha_next * (1 - exp(-h)) is just 1 - r for flow
+matching, which is finite at sigma 1 and at sigma 0, where h is infinite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+# The largest noise level at which UniPC takes lambda. Published UniPC tables never reach 1, where lambda is -inf and
+# second-order terms vanish; diffusers moves a given 1.0 to this float32 number, so the same table gives the same video.
+# Two levels above it share one lambda, hence h0 may be 0: then the step between them says nothing, and order is 1.
+UNIPC_LAST_SIGMA = 1 - 1.0132789611816406e-06
+
+
+@dataclass(frozen=True)
+class SolverState:
+    """What the columns remember of their past steps; newest first, zeros where there is none. Holds only tensors, and
+    refers to those it was given: whoever passes x and x0 to a step must not write into them afterwards.
+
+    order: [T] int64, the order of the last step; 0 for a column that has made none.   sigmas: each [T] float64.
+    x0s: each [B, C, T, h, w].   x: [B, C, T, h, w], where the last step started from, which UniPC goes back to.
+    """
+
+    order: Tensor | None = None
+    sigmas: tuple[Tensor, ...] = ()
+    x0s: tuple[Tensor, ...] = ()
+    x: Tensor | None = None
+
+
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, SolverState], tuple[Tensor, SolverState]]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A step, the noise level its own tables start from before the shift, and how it tells the model the time."""
+
+    step: Step
+    first_sigma: float = 1.0
+    integer_timesteps: bool = False
+
+    def init(self) -> SolverState:
+        """The state before the first step, for any shape."""
+        return SolverState()
+
+
+def euler_step(
+    x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, state: SolverState
+) -> tuple[Tensor, SolverState]:
+    """Euler's method on dx/dsigma = (x - x0) / sigma (Flow matching, arXiv 2210.02747). Keeps no history."""
+    active = _active(x, x0, sigma, sigma_next)
+    return _keep(active, _blend(x, x0, sigma, sigma_next), x), state
+
+
+def dpmpp_step(
+    x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, state: SolverState
+) -> tuple[Tensor, SolverState]:
+    """DPM-Solver++(2M), midpoint, order 1 on a column's first step and on the one that reaches 0 (arXiv 2211.01095,
+    algorithm 2; as Wan2.1 wan/utils/fm_solvers.py, which ends on order 1 for any number of steps)."""
+    active = _active(x, x0, sigma, sigma_next)
+    if not active.any():
+        return x, state
+    state = _or_blank(state, x0, depth=1)
+    order = _next_order(state.order, sigma_next)
+    target = _extrapolate(x0, state, order, sigma, sigma_next, last_sigma=1.0)
+    stepped = _keep(active, _blend(x, target, sigma, sigma_next), x)
+    return stepped, _remember(active, order, sigma, x0, x, state)
+
+
+def unipc_step(
+    x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, state: SolverState
+) -> tuple[Tensor, SolverState]:
+    """UniPC of order 2 with B(h) = exp(h) - 1 (bh2) on x0, order 1 on a column's first step and on the one that
+    reaches 0 (arXiv 2302.04867, predicting x0; as Wan2.1 wan/utils/fm_solvers_unipc.py).
+
+    From a column's second step on, x is first corrected: made anew from where the last step started, now that x0 at
+    its end is known. So what a caller changes in x between two steps of a column has no effect beyond its x0.
+    """
+    active = _active(x, x0, sigma, sigma_next)
+    if not active.any():
+        return x, state
+    state = _or_blank(state, x0, depth=2)
+    order = _next_order(state.order, sigma_next)
+    corrected = _correct(x, x0, sigma, state)
+    target = _extrapolate(x0, state, order, sigma, sigma_next, last_sigma=UNIPC_LAST_SIGMA)
+    stepped = _keep(active, _blend(corrected, target, sigma, sigma_next), x)
+    return stepped, _remember(active, order, sigma, x0, corrected, state)
+
+
+SOLVERS: Mapping[str, Solver] = MappingProxyType(
+    {
+        # Wan's tables start from 0.999 as float32 has it, which decides some timesteps once they are cut to integers.
+        "unipc": Solver(unipc_step, first_sigma=0.9990000128746033, integer_timesteps=True),
+        "euler": Solver(euler_step),
+        "dpm++": Solver(dpmpp_step, integer_timesteps=True),
+    }
+)
+
+
+def _extrapolate(
+    x0: Tensor, state: SolverState, order: Tensor, sigma: Tensor, sigma_next: Tensor, last_sigma: float
+) -> Tensor:
+    """x0 carried half a step on along its last change: x0 + h / (2 h0) * (x0 - previous x0) in columns of order 2. The
+    second-order predictors of DPM++ 2M and of UniPC (UniP-2) are this one formula."""
+    if not (order == 2).any():
+        return x0
+    here = _log_snr(sigma, last_sigma)
+    h, h0 = _log_snr(sigma_next, last_sigma) - here, here - _log_snr(state.sigmas[0], last_sigma)
+    weight = torch.where((order == 2) & (h0 > 0), 0.5 * h / h0, 0.0)
+    return x0 + _per_column(weight, x0) * (x0 - state.x0s[0])
+
+
+def _correct(x: Tensor, x0: Tensor, sigma: Tensor, state: SolverState) -> Tensor:
+    """UniC: the last step made again, with x0 at its end known; x in columns that have made none. With bh2 the paper's
+    2x2 system R rho = b has the solution below, in the Langevin function of h / 2."""
+    stepped = state.order > 0
+    if not stepped.any():
+        return x
+    before, two_before = state.sigmas
+    here, start = _log_snr(sigma, UNIPC_LAST_SIGMA), _log_snr(before, UNIPC_LAST_SIGMA)
+    h, h0 = here - start, start - _log_snr(two_before, UNIPC_LAST_SIGMA)
+    curve = _langevin(h / 2)
+    rho, second = curve / (h + h0), (state.order == 2) & (h0 > 0)
+    to_older = torch.where(second, -rho * h / h0, 0.0)
+    to_newer = torch.where(second, (1 + curve) / 2 - rho, 0.5)
+    newest, older = state.x0s
+    target = newest + _per_column(to_older, x0) * (older - newest) + _per_column(to_newer, x0) * (x0 - newest)
+    return _keep(stepped, _blend(state.x, target, before, sigma), x)
+
+
+def _langevin(u: Tensor) -> Tensor:
+    """coth(u) - 1/u, by its series where the two terms would cancel."""
+    return torch.where(u.abs() < 0.02, u / 3 - u**3 / 45 + 2 * u**5 / 945, 1 / torch.tanh(u) - 1 / u)
+
+
+def _log_snr(sigma: Tensor, last_sigma: float) -> Tensor:
+    """lambda = log(1 - sigma) - log(sigma), -inf at 1 and +inf at 0."""
+    sigma = sigma.clamp(max=last_sigma)
+    return torch.log1p(-sigma) - torch.log(sigma)
+
+
+def _blend(x: Tensor, target: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """The straight line from x at sigma to target at 0, at sigma_next: r * x + (1 - r) * target, target itself at 0."""
+    ratio = sigma_next / sigma
+    return _per_column(ratio, x) * x + _per_column(1 - ratio, x) * target
+
+
+def _active(x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """[T] bool: the columns that this call moves."""
+    assert x.ndim == 5 and x.shape == x0.shape and x.dtype == x0.dtype, (x.shape, x0.shape, x.dtype, x0.dtype)
+    assert sigma.shape == sigma_next.shape == x.shape[2:3], (sigma.shape, sigma_next.shape, x.shape)
+    assert sigma.dtype == sigma_next.dtype == torch.float64, (sigma.dtype, sigma_next.dtype)
+    assert sigma.device.type == sigma_next.device.type == "cpu", (sigma.device, sigma_next.device)
+    assert bool(((sigma_next >= 0) & (sigma_next <= sigma) & (sigma <= 1)).all()), (sigma, sigma_next)
+    return sigma_next != sigma
+
+
+def _next_order(order: Tensor, sigma_next: Tensor) -> Tensor:
+    return torch.where(sigma_next == 0, 1, (order + 1).clamp(max=2))
+
+
+def _or_blank(state: SolverState, x0: Tensor, depth: int) -> SolverState:
+    """`state`, or for the first step one without history: zeros, which a weight of 0 keeps out whatever x0 holds."""
+    if state.order is not None:
+        return state
+    columns = x0.shape[2]
+    return SolverState(
+        order=torch.zeros(columns, dtype=torch.int64),
+        sigmas=(torch.zeros(columns, dtype=torch.float64),) * depth,
+        x0s=(torch.zeros_like(x0),) * depth,
+        x=torch.zeros_like(x0) if depth == 2 else None,
+    )
+
+
+def _remember(active: Tensor, order: Tensor, sigma: Tensor, x0: Tensor, x: Tensor, state: SolverState) -> SolverState:
+    """The state after a step: in active columns everything moves on by one place."""
+    newer_sigmas, newer_x0s = (sigma, *state.sigmas), (x0, *state.x0s)
+    return SolverState(
+        order=torch.where(active, order, state.order),
+        sigmas=tuple(torch.where(active, new, old) for new, old in zip(newer_sigmas, state.sigmas, strict=False)),
+        x0s=tuple(_keep(active, new, old) for new, old in zip(newer_x0s, state.x0s, strict=False)),
+        x=None if state.x is None else _keep(active, x, state.x),
+    )
+
+
+def _keep(active: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` in active columns, `old` in the others."""
+    if active.all():
+        return new
+    return torch.where(active.to(new.device).view(1, 1, -1, 1, 1), new, old)
+
+
+def _per_column(weight: Tensor, like: Tensor) -> Tensor:
+    """[T] float64 on the CPU -> [1, 1, T, 1, 1] in `like`'s dtype, on its device."""
+    return weight.to(like.device, like.dtype).view(1, 1, -1, 1, 1)

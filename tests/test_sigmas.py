@@ -1,0 +1,129 @@
+"""Noise tables: equal to those the original Wan code uses, and what a caller may give in their place."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastvid.errors import InvalidRequest
+from fastvid.sampling import SOLVERS, check_sigmas, find_solver, make_sigmas, shift_sigmas, timesteps
+
+WAN_UNIPC_SHIFT_5_STEPS_50 = """
+    999 995 991 987 982 978 973 968 963 957 952 946 940 934 927 920 913 906 898 890 882 873 863 854 843
+    833 821 809 796 783 768 753 737 720 701 681 660 636 611 584 555 522 487 448 405 356 302 241 172  92"""
+solvers = st.sampled_from(sorted(SOLVERS))
+steps = st.integers(1, 1000)
+shifts = st.floats(0.01, 100)
+
+
+def test_unipc_table_is_wans() -> None:
+    table = timesteps(make_sigmas(50, 5, "unipc"), "unipc")
+    assert table.dtype == np.int64
+    assert table.tolist() == [int(number) for number in WAN_UNIPC_SHIFT_5_STEPS_50.split()]
+
+
+def test_unipc_starts_from_the_float32_number() -> None:
+    # 0.999 itself would give 665 554 443 332 ... once cut to integers.
+    expected = [999, 888, 777, 666, 555, 444, 333, 222, 111]
+    assert timesteps(make_sigmas(9, 1, "unipc"), "unipc").tolist() == expected
+
+
+@pytest.mark.parametrize(("shift", "boundary", "high_noise_steps"), [(12, 875, 26), (5, 900, 15)])
+def test_steps_above_the_expert_boundary(shift: float, boundary: int, high_noise_steps: int) -> None:
+    assert (timesteps(make_sigmas(40, shift, "unipc"), "unipc") >= boundary).sum() == high_noise_steps
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "euler"])
+def test_other_tables_start_from_pure_noise(solver: str) -> None:
+    sigmas = make_sigmas(4, 3, solver)
+    assert sigmas.tolist() == pytest.approx([1, 9 / 10, 3 / 4, 1 / 2], rel=1e-15)
+    assert timesteps(sigmas, solver)[0] == 1000
+
+
+def test_dpmpp_timesteps_are_cut_and_eulers_are_not() -> None:
+    sigmas = np.array([[1.0, 0.9876], [0.5, 0.0]])
+    assert timesteps(sigmas, "dpm++").tolist() == [[1000, 987], [500, 0]]
+    assert timesteps(sigmas, "euler").tolist() == [[1000.0, 987.6], [500.0, 0.0]]
+
+
+@given(steps, shifts, solvers)
+def test_tables_descend_within_the_range(count: int, shift: float, solver: str) -> None:
+    sigmas = make_sigmas(count, shift, solver)
+    assert sigmas.shape == (count,) and sigmas.dtype == np.float64
+    assert np.all(np.diff(sigmas) < 0) and sigmas[0] <= 1 and sigmas[-1] > 0
+    times = timesteps(sigmas, solver)
+    assert np.all(np.diff(times) <= 0) and times[0] <= 1000 and times[-1] >= 0
+    assert np.array_equal(check_sigmas(sigmas), sigmas)
+
+
+@given(steps, shifts, shifts)
+def test_shifts_compose_by_multiplication(count: int, first: float, second: float) -> None:
+    sigmas = np.linspace(1, 0, count + 1)
+    both = shift_sigmas(shift_sigmas(sigmas, first), second)
+    np.testing.assert_allclose(both, shift_sigmas(sigmas, first * second), rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1001, 2**63, True, 2.5, math.nan, math.inf, "20", None])
+def test_refused_step_counts(count: object) -> None:
+    with pytest.raises(InvalidRequest, match="whole number from 1 to 1000"):
+        make_sigmas(count, 5, "unipc")
+
+
+@pytest.mark.parametrize("shift", [0, -1.0, math.nan, math.inf, "five", None, 10**400])
+def test_refused_shifts(shift: object) -> None:
+    with pytest.raises(InvalidRequest, match="positive finite number"):
+        make_sigmas(20, shift, "unipc")
+
+
+@pytest.mark.parametrize("shift", [1e18, 5e-324])
+def test_refused_extreme_shifts(shift: float) -> None:
+    with pytest.raises(InvalidRequest, match="too extreme for 20 steps"):
+        make_sigmas(20, shift, "euler")
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("uni-pc", "unipc"), ("Euler", "euler"), ("dpm", "dpm\\+\\+"), (3, "")])
+def test_unknown_solver_names_the_nearest(name: object, nearest: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"Nearest: '{nearest}"):
+        find_solver(name)
+
+
+@pytest.mark.parametrize("sigmas", [[1.0, 0.5], (1, 0.25), np.float32([0.5, 0.125]), [1e-9], [1]])
+def test_a_callers_table_is_used_as_it_is(sigmas: object) -> None:
+    table = check_sigmas(sigmas)
+    assert table.dtype == np.float64 and table.tolist() == [float(sigma) for sigma in sigmas]
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [
+        ([1.0, 0.5, 0.0], "leave out the final zero"),
+        ([0.5, 0.5], r"descend strictly.*sigmas\[1\]"),
+        ([0.5, 0.25, 0.75], r"descend strictly.*sigmas\[2\]"),
+        ([1.5, 0.5], r"sigmas\[0\]=1.5 is outside \(0, 1\]. Nearest that works: 1.0"),
+        ([0.5, -0.25], r"sigmas\[1\]=-0.25 is outside"),
+        ([0.0], "outside"),
+        ([0.5, math.nan], r"sigmas\[1\] is not a finite number"),
+        ([math.inf], "not a finite number"),
+        ([], "one row of 1 to 1000"),
+        ([0.5] * 1001, "one row of 1 to 1000"),
+        (range(2**62), "one row of 1 to 1000"),
+        ([[0.5]], "one row of 1 to 1000"),
+        ([[0.5], [0.5, 0.25]], "one row of 1 to 1000"),
+        (["0.5"], "one row of 1 to 1000"),
+        ([True], "one row of 1 to 1000"),
+        ([0.5j], "one row of 1 to 1000"),
+        ([10**400], "one row of 1 to 1000"),
+        ("0.5", "one row of 1 to 1000"),
+        (np.float64(0.5), "one row of 1 to 1000"),
+        (0.5, "one row of 1 to 1000"),
+        ({0.5}, "one row of 1 to 1000"),
+        (None, "one row of 1 to 1000"),
+    ],
+)
+def test_refused_tables(sigmas: object, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        check_sigmas(sigmas)
