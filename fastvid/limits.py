@@ -1,0 +1,233 @@
+"""Limits of a request, and the checks of single values: wrong types, NaN, ranges, the nearest valid value.
+
+Every check is `check(name, value) -> converted value` and raises InvalidRequest. Nothing here imports numpy or torch:
+their scalars, arrays and tensors are known by what they can do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NoReturn
+
+from fastvid.errors import InvalidRequest
+
+MIN_SIDE, MAX_SIDE = 64, 2048
+MAX_VIDEO = (1920, 1080)  # or turned; one frame may have both sides up to MAX_SIDE
+MAX_FRAMES = 1 << 17
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+MIN_FPS, MAX_FPS = 0.1, 240.0
+MAX_PROMPT = 100_000  # characters
+SOLVERS = ("unipc", "euler", "dpm++")
+BUDGETS = {"240p": (416, 240), "360p": (640, 360), "480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1080)}
+
+Check = Callable[[str, Any], Any]
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it: short, whatever was given."""
+    if isinstance(value, int) and abs(value) >= 10**21:  # Python refuses to print very long numbers
+        return f"a number of {value.bit_length()} bits"
+    if value is None or isinstance(value, (bool, int, float, Fraction)):
+        return str(value)
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 60 else f"{value[:50]!r}... ({len(value)} characters)"
+    if hasattr(value, "shape"):
+        return f"{value!s:.40}" if tuple(value.shape) == () else f"<{type(value).__name__} {tuple(value.shape)}>"
+    return f"<{type(value).__name__}>"
+
+
+def refuse(name: str, value: Any, allowed: str, nearest: Any = None) -> NoReturn:
+    hint = "" if nearest is None else f"; the nearest is {nearest}"
+    raise InvalidRequest(f"{name}={shown(value)}: allowed is {allowed}{hint}")
+
+
+def _is_scalar(value: Any) -> bool:
+    """True for Python and numpy numbers and tensors without dimensions; False for booleans of any library."""
+    if isinstance(value, (bool, str, bytes)) or "bool" in type(value).__name__ + str(getattr(value, "dtype", "")):
+        return False
+    return not getattr(value, "ndim", 0) and (hasattr(value, "__index__") or hasattr(value, "__float__"))
+
+
+def _as_number(name: str, value: Any, allowed: str) -> int | float:
+    """An int stays exact (seeds pass 2**53); everything else becomes a float. Refuses NaN."""
+    if not _is_scalar(value):
+        refuse(name, value, allowed)
+    for convert in (operator.index, float):
+        try:
+            given = convert(value)
+        except Exception:  # a foreign object may raise anything; then it is no number
+            continue
+        return given if given == given else refuse(name, given, allowed)
+    refuse(name, value, allowed)
+
+
+def whole(low: int, high: int, unit: str = "") -> Check:
+    allowed = f"a whole number from {low} to {high}{unit}"
+
+    def check(name: str, value: Any) -> int:
+        given = _as_number(name, value, allowed)
+        if not low <= given <= high:
+            refuse(name, given, allowed, low if given < low else high)
+        if given != int(given):
+            refuse(name, given, allowed, round(given))
+        return int(given)
+
+    return check
+
+
+def number(low: float, high: float, unit: str = "") -> Check:
+    allowed = f"a number from {low:g} to {high:g}{unit}"
+
+    def check(name: str, value: Any) -> float:
+        given = _as_number(name, value, allowed)
+        if not low <= given <= high:
+            refuse(name, given, allowed, f"{low if given < low else high:g}")
+        return float(given)
+
+    return check
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        refuse(name, value, "one string")
+    if len(value) > MAX_PROMPT:
+        refuse(name, value, f"at most {MAX_PROMPT} characters", f"its first {MAX_PROMPT}")
+    if "\0" in value:
+        refuse(name, value, "text without NUL characters", "the same without them")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        refuse(name, value, f"valid Unicode (character {error.start} is half of a surrogate pair)")
+    return str(value)
+
+
+def one_of(names: tuple[str, ...]) -> Check:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            refuse(name, value, "one of " + ", ".join(names))
+        if value not in names:
+            refuse(name, value, "one of " + ", ".join(names), nearest_name(value, names))
+        return str(value)
+
+    return check
+
+
+def sigmas(name: str, value: Any) -> tuple[float, ...]:
+    """Descending noise levels in (0, 1], used as they are; the final zero is the sampler's."""
+    allowed = f"1 to {MAX_STEPS} numbers in (0, 1], each below the one before, without the final zero"
+    if isinstance(value, (str, bytes, dict)) or getattr(value, "ndim", 1) != 1 or not hasattr(value, "__len__"):
+        refuse(name, value, allowed)
+    if not 1 <= len(value) <= MAX_STEPS:
+        raise InvalidRequest(f"{name} has {len(value)} values: allowed is {allowed}")
+    levels = [_as_number(f"{name}[{i}]", level, allowed) for i, level in enumerate(value)]
+    for i, level in enumerate(levels):
+        if not 0 < level <= 1 or (i > 0 and level >= levels[i - 1]):
+            refuse(f"{name}[{i}]", level, allowed)
+    return tuple(float(level) for level in levels)
+
+
+def tensor(name: str, value: Any) -> Any:
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        refuse(name, value, "a tensor or a numpy array")
+    return value
+
+
+def anything(name: str, value: Any) -> Any:
+    return value
+
+
+def aspect(name: str, value: Any) -> Fraction:
+    """Width to height, as "16:9" or as a number."""
+    allowed = 'width:height such as "16:9", between 1:32 and 32:1'
+    try:
+        parts = [float(part) for part in value[:60].split(":")] if isinstance(value, str) else [value]
+        numbers = [Fraction(_as_number(name, part, allowed)) for part in parts]
+        ratio = numbers[0] / numbers[1] if len(numbers) == 2 else numbers[0]
+    except (ValueError, OverflowError, ZeroDivisionError):  # not a number, infinite, ":0"
+        refuse(name, value, allowed)
+    if len(numbers) > 2 or not Fraction(1, 32) <= ratio <= 32:
+        refuse(name, value, allowed)
+    return ratio.limit_denominator(1000)  # 16 / 9 as a float is 16:9
+
+
+def budget(name: str, value: Any) -> int:
+    """An area in pixels, by its common name or as a number."""
+    if isinstance(value, str) and value.lower() in BUDGETS:
+        return math.prod(BUDGETS[value.lower()])
+    if isinstance(value, str):
+        refuse(name, value, f"one of {', '.join(BUDGETS)}, or a number of pixels", nearest_name(value, tuple(BUDGETS)))
+    return whole(MIN_SIDE**2, MAX_SIDE**2, " pixels")(name, value)
+
+
+def size(name: str, value: Any) -> tuple[int, int]:
+    """(width, height) of "832x480"."""
+    parts = value.lower().replace("×", "x").split("x") if isinstance(value, str) and len(value) < 40 else []
+    if len(parts) != 2 or not all(p.strip().isdecimal() for p in parts):
+        refuse(name, value, 'widthxheight in pixels, such as "832x480"')
+    return int(parts[0]), int(parts[1])
+
+
+def nearest_name(given: str, names: tuple[str, ...]) -> str:
+    return max(names, key=lambda name: difflib.SequenceMatcher(None, given[:60].lower(), name).ratio())
+
+
+# ---------------------------------------------------------------- sizes and counts
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def check_frames(count: int, given: str) -> None:
+    """`given` is what the caller wrote, such as "seconds=0.001 at 16 fps"."""
+    if not 1 <= count <= MAX_FRAMES:
+        shown_count = count if count <= 10**20 else "more than 10^20"
+        raise InvalidRequest(
+            f"{given} is {shown_count} frames: allowed is 1 to {MAX_FRAMES}; "
+            f"the nearest is num_frames={1 if count < 1 else MAX_FRAMES}"
+        )
+
+
+def check_size(width: int, height: int, num_frames: int) -> None:
+    """A video fits 1920x1080 or 1080x1920, one frame 2048x2048; each side alone was checked before."""
+    limit = (MAX_SIDE, MAX_SIDE) if num_frames == 1 else MAX_VIDEO
+    limit = limit if width >= height else limit[::-1]
+    if width > limit[0] or height > limit[1]:
+        raise InvalidRequest(
+            f"{width}x{height} with {num_frames} frames: allowed is up to 1920x1080 or 1080x1920 for a video, "
+            f"{MAX_SIDE}x{MAX_SIDE} for one frame; the nearest is {min(width, limit[0])}x{min(height, limit[1])}"
+        )
+
+
+def nearest_size(
+    ratio: Fraction, area: int, num_frames: int, multiple: int = 16, *, may_exceed: bool = False
+) -> tuple[int, int]:
+    """(width, height) nearest to an aspect ratio (width / height) and an area in pixels, which it stays within.
+
+    Sides are multiples of what the model needs, or those of a common format of that very shape (1080 is no
+    multiple of 16). Near means the least |log| error in area plus twice that in aspect ratio. Where even the
+    smallest sides are above the area, or with `may_exceed`, the area is only aimed at.
+    """
+    longest, shortest = (MAX_SIDE, MAX_SIDE) if num_frames == 1 else MAX_VIDEO
+    sides = range(round_up(MIN_SIDE, multiple), longest + 1, multiple)
+    sizes = [(side, near) for side in sides for near in _multiples_near(side / ratio, sides)]
+    sizes += [(near, side) for side in sides for near in _multiples_near(side * ratio, sides)]
+    sizes += [pair for w, h in BUDGETS.values() for pair in ((w, h), (h, w)) if Fraction(*pair) == ratio]
+    sizes = [pair for pair in sizes if max(pair) <= longest and min(pair) <= shortest]
+    within = [] if may_exceed else [pair for pair in sizes if math.prod(pair) <= area]
+    return min(within or sizes, key=lambda pair: _size_error(pair, ratio, area))
+
+
+def _multiples_near(length: Fraction, sides: range) -> set[int]:
+    below = int(length) // sides.step * sides.step
+    return {min(max(side, sides[0]), sides[-1]) for side in (below, below + sides.step)}
+
+
+def _size_error(pair: tuple[int, int], ratio: Fraction, area: int) -> float:
+    width, height = pair
+    return abs(math.log(width * height / area)) + 2 * abs(math.log(width / height / ratio))

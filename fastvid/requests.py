@@ -1,0 +1,273 @@
+"""What can be asked of `pipe.generate`, validated whole before anything is allocated or loaded.
+
+`Request.make(**kwargs)` checks everything that can be known without the model; `request.resolve(recipe)` fills in what
+was not given from the model's recipe and counts frames and sizes; `resolved.to_recipe()` and `Request.from_recipe()`
+carry a request through a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from typing import Any, Protocol
+
+from fastvid import limits
+from fastvid.errors import InvalidRequest
+from fastvid.limits import check_frames, check_size, nearest_name, nearest_size, number, round_up, shown, whole
+
+NOT_YET = ("image", "last_image", "keyframes")  # take a name out here when its verb is built
+
+ALIASES = {
+    "cfg": "guidance_scale",
+    "duration": "seconds",
+    "frame_rate": "fps",
+    "frames": "num_frames",
+    "generator": "seed",
+    "length": "num_frames",
+    "resolution": "size",
+    "sampler": "solver",
+    "scheduler": "solver",
+    "shift": "flow_shift",
+    "steps": "num_inference_steps",
+}
+"""What other programs call an argument, where spelling alone would name the wrong one."""
+
+
+class RecipeLike(Protocol):
+    """What `resolve` reads of a model's recipe (`fastvid.models.Recipe`)."""
+
+    num_inference_steps: int
+    flow_shift: float
+    guidance_scale: float
+    fps: float
+    num_frames: int
+    height: int
+    width: int
+    negative_prompt: str
+    solver: str
+    spatial_multiple: int
+    temporal: int
+
+
+def asked(check: limits.Check, *, data: bool = False) -> Any:
+    """A field that may be left out; `data` marks tensors, which do not compare or print."""
+    return field(default=None, compare=not data, repr=not data, metadata={"check": check})
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `pipe.generate`, as it was given. None means: as the model's recipe says.
+
+    Make it with `Request.make(**kwargs)`, which checks; the constructor does not. `size="832x480"` may be given
+    to `make` instead of width and height. Sides in pixels, fps in frames a second.
+    """
+
+    prompt: str | None = asked(limits.text)
+    negative_prompt: str | None = asked(limits.text)
+    height: int | None = asked(whole(limits.MIN_SIDE, limits.MAX_SIDE, " pixels"))
+    width: int | None = asked(whole(limits.MIN_SIDE, limits.MAX_SIDE, " pixels"))
+    aspect: Fraction | None = asked(limits.aspect)
+    budget: int | None = asked(limits.budget)
+    num_frames: int | None = asked(whole(1, limits.MAX_FRAMES))
+    seconds: float | None = asked(number(0.0, limits.MAX_FRAMES / limits.MIN_FPS))
+    fps: float | None = asked(number(limits.MIN_FPS, limits.MAX_FPS, " frames a second"))
+    seed: int | None = asked(whole(0, limits.MAX_SEED, " (left out: a random one)"))
+    num_inference_steps: int | None = asked(whole(1, limits.MAX_STEPS))
+    guidance_scale: float | None = asked(number(0.0, 1000.0))
+    guidance_scale_2: float | None = asked(number(0.0, 1000.0))
+    flow_shift: float | None = asked(number(0.01, 100.0))
+    sigmas: tuple[float, ...] | None = asked(limits.sigmas)
+    solver: str | None = asked(limits.one_of(limits.SOLVERS))
+    image: Any = asked(limits.anything, data=True)
+    last_image: Any = asked(limits.anything, data=True)
+    keyframes: Any = asked(limits.anything, data=True)
+    latents: Any = asked(limits.tensor, data=True)
+    prompt_embeds: Any = asked(limits.tensor, data=True)
+    negative_prompt_embeds: Any = asked(limits.tensor, data=True)
+
+    @classmethod
+    def make(cls, **kwargs: Any) -> Request:
+        """Check and convert. Raises InvalidRequest, which says what is allowed and what is nearest."""
+        checks: dict[str, limits.Check] = {f.name: f.metadata["check"] for f in fields(cls)}
+        for name in kwargs:
+            if name not in checks and name != "size":
+                near = ALIASES.get(name.lower()) or nearest_name(name, (*checks, "size"))
+                raise InvalidRequest(f"there is no argument {shown(name)}; the nearest is {near}")
+            if name in NOT_YET and kwargs[name] is not None:
+                raise InvalidRequest(f"generate({name}=...) is not supported yet by this version; leave it out")
+        given = _unfold_size({name: value for name, value in kwargs.items() if value is not None})
+        request = cls(**{name: checks[name](name, value) for name, value in given.items()})
+        _check_together(request)
+        return request
+
+    def arguments(self) -> dict[str, Any]:
+        """What was given, as keywords for `pipe.generate` and `Request.make`."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    def resolve(self, recipe: RecipeLike) -> Resolved:
+        """Fill in what was not given and count. Raises InvalidRequest where the whole breaks a limit."""
+        fps = float(self.fps if self.fps is not None else recipe.fps)
+        num_frames = self._count_frames(fps, recipe.num_frames)
+        width, height = self._choose_size(recipe, num_frames)
+        check_size(width, height, num_frames)
+        if self.guidance_scale_2 is not None and getattr(recipe, "guidance_scale_2", None) is None:
+            raise InvalidRequest(f"guidance_scale_2={self.guidance_scale_2:g}: this model has one expert; leave it out")
+        filled = {
+            f.name: given if (given := getattr(self, f.name)) is not None else getattr(recipe, f.name, None)
+            for f in fields(Resolved)
+            if f.name in Request.__dataclass_fields__
+        }
+        filled |= {"width": width, "height": height, "num_frames": num_frames, "fps": fps}
+        filled["seed"] = secrets.randbelow(2**32) if self.seed is None else self.seed
+        if self.sigmas is not None:
+            filled["num_inference_steps"] = len(self.sigmas)
+        return Resolved(
+            **filled,
+            model_width=round_up(width, recipe.spatial_multiple),
+            model_height=round_up(height, recipe.spatial_multiple),
+            model_frames=round_up(num_frames - 1, recipe.temporal) + 1,
+        )
+
+    def _count_frames(self, fps: float, default: int) -> int:
+        if self.seconds is not None:
+            count = round(self.seconds * fps)
+            check_frames(count, f"seconds={self.seconds:g} at {fps:g} fps")
+            return count
+        return default if self.num_frames is None else self.num_frames
+
+    def _choose_size(self, recipe: RecipeLike, num_frames: int) -> tuple[int, int]:
+        if self.aspect is None and self.budget is None:
+            return self.width or recipe.width, self.height or recipe.height
+        ratio = self.aspect or Fraction(recipe.width, recipe.height)
+        area = self.budget or recipe.width * recipe.height
+        return nearest_size(ratio, area, num_frames, recipe.spatial_multiple, may_exceed=self.budget is None)
+
+    @classmethod
+    def from_recipe(cls, recipe: dict[str, Any], **overrides: Any) -> Request:
+        """The request that a recipe (see `Resolved.to_recipe`) was written for, with what is given beside it changed.
+
+        An override also drops what contradicts it: `seconds` the recipe's num_frames, `size` its sides, and so on.
+        Raises InvalidRequest for a recipe of another program, or one that needs tensors it cannot hold.
+        """
+        if not isinstance(recipe, dict) or "fastvid" not in recipe:
+            raise InvalidRequest("this is not a fastvid recipe: it has no 'fastvid' entry")
+        if recipe.get("verb", "generate") != "generate":
+            raise InvalidRequest(f"this recipe is of {shown(recipe['verb'])}; this version can repeat 'generate'")
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        dropped = {name for given in overrides for name in _DISPLACES.get(given, ())}
+        kept = {k: v for k, v in recipe.items() if k not in RECIPE_CONTEXT and k not in dropped and k not in overrides}
+        for name, value in kept.items():
+            if isinstance(value, dict) and "sha256" in value:
+                raise InvalidRequest(
+                    f"this recipe was made with {name}= of shape {value.get('shape')} (sha256 {value['sha256']}), "
+                    f"which a file does not hold; give {name}= again"
+                )
+        return cls.make(**kept, **overrides)
+
+
+RECIPE_CONTEXT = ("fastvid", "verb", "model", "settings")
+"""Entries of a recipe that are not arguments of generate: version, verb, model as loaded, dtype and back ends."""
+
+_DISPLACES = {
+    "seconds": ("num_frames",),
+    "num_frames": ("seconds",),
+    "size": ("width", "height"),
+    "aspect": ("width", "height"),
+    "budget": ("width", "height"),
+    "sigmas": ("num_inference_steps", "flow_shift"),
+    "num_inference_steps": ("sigmas",),
+    "flow_shift": ("sigmas",),
+    "prompt": ("prompt_embeds",),
+    "prompt_embeds": ("prompt",),
+    "negative_prompt": ("negative_prompt_embeds",),
+    "negative_prompt_embeds": ("negative_prompt",),
+}
+
+
+def _unfold_size(given: dict[str, Any]) -> dict[str, Any]:
+    if "size" not in given:
+        return given
+    clash = [name for name in ("width", "height", "aspect", "budget") if name in given]
+    if clash:
+        raise InvalidRequest(f"size and {clash[0]} are both given; give one of them")
+    width, height = limits.size("size", given["size"])
+    return {name: value for name, value in given.items() if name != "size"} | {"width": width, "height": height}
+
+
+def _check_together(request: Request) -> None:
+    """What single values cannot show: arguments that contradict each other, and the whole's size."""
+    for one, other in (
+        ("num_frames", "seconds"),
+        ("aspect", "width"),
+        ("aspect", "height"),
+        ("budget", "width"),
+        ("budget", "height"),
+        ("sigmas", "flow_shift"),
+        ("prompt", "prompt_embeds"),
+        ("negative_prompt", "negative_prompt_embeds"),
+    ):
+        if getattr(request, one) is not None and getattr(request, other) is not None:
+            raise InvalidRequest(f"{one} and {other} are both given; give one of them")
+    if request.prompt is None and request.prompt_embeds is None:
+        raise InvalidRequest("prompt is missing: give one string (an empty one is allowed)")
+    steps, levels = request.num_inference_steps, request.sigmas
+    if levels is not None and steps is not None and steps != len(levels):
+        raise InvalidRequest(f"num_inference_steps={steps} but sigmas has {len(levels)} values; leave one of them out")
+    if request.seconds is not None and (request.fps is not None or request.seconds == 0):
+        check_frames(round(request.seconds * (request.fps or 1)), f"seconds={request.seconds:g}")
+    if request.num_frames and request.width and request.height:
+        check_size(request.width, request.height, request.num_frames)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A request with nothing left open. The model makes model_frames of model_width x model_height, of which the
+    first num_frames and the top left width x height come out."""
+
+    prompt: str | None
+    negative_prompt: str | None
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float | None
+    flow_shift: float
+    sigmas: tuple[float, ...] | None
+    solver: str
+    latents: Any = field(compare=False, repr=False)
+    prompt_embeds: Any = field(compare=False, repr=False)
+    negative_prompt_embeds: Any = field(compare=False, repr=False)
+    model_height: int
+    model_width: int
+    model_frames: int
+
+    def to_recipe(self, *, model: str = "", version: str = "", **settings: Any) -> dict[str, Any]:
+        """Everything needed to make the video again, as JSON types. Tensors are recorded by shape and sha256.
+
+        `model` is what `fastvid.load` was given; `settings` what else decides the bytes (dtype, backend, ...).
+        """
+        skip = ("model_height", "model_width", "model_frames")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
+        if self.sigmas is not None:
+            values |= {"num_inference_steps": None, "flow_shift": None, "sigmas": list(self.sigmas)}
+        recipe = {"fastvid": version, "verb": "generate", "model": model, "settings": settings}
+        return recipe | {name: _recordable(value) for name, value in values.items() if value is not None}
+
+
+def _recordable(value: Any) -> Any:
+    return fingerprint(value) if hasattr(value, "shape") else value
+
+
+def fingerprint(value: Any) -> dict[str, Any]:
+    """Shape, type and sha256 of a tensor's values as little-endian float64 in C order (exact for every float type)."""
+    host = value.detach().cpu().double().contiguous().numpy() if hasattr(value, "detach") else value.astype("<f8")
+    return {
+        "shape": [int(n) for n in value.shape],
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "sha256": hashlib.sha256(host.tobytes()).hexdigest(),
+    }
