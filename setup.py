@@ -111,9 +111,9 @@ class BuildCuda(build_ext):
         root = cuda_root(nvcc)
         cxx = os.environ.get("CXX", "g++")
         defines = {
-            "FASTVID_ARCHS": ";".join(archs),
-            "FASTVID_CUDA_VERSION": cuda_version(nvcc),
-            "FASTVID_SOURCE_HASH": source_hash(),
+            "ARCHS": ";".join(archs),
+            "CUDA_VERSION": cuda_version(nvcc),
+            "SOURCE_HASH": source_hash(),
         }
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         device = [
@@ -127,7 +127,7 @@ class BuildCuda(build_ext):
         ]
         includes = [f"-I{path}" for path in (pybind11_include(), sysconfig.get_path("include"))]
         host = [cxx, "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", *includes]
-        host += [f'-D{name}="{value}"' for name, value in defines.items()]
+        host += [f'-DFASTVID_{name}="{value}"' for name, value in defines.items()]
         steps = []
         for source in sources:
             output = build / (source.name + ".o")
@@ -158,8 +158,9 @@ def escape(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-sources = sorted(glob.glob("csrc/*.cu")) + ["csrc/bindings.cpp"]
-setup(
-    ext_modules=[Extension("fastvid._C", sources)] if wants_cuda() else [],
-    cmdclass={"build_ext": BuildCuda},
-)
+if __name__ == "__main__":
+    sources = sorted(glob.glob("csrc/*.cu")) + ["csrc/bindings.cpp"]
+    setup(
+        ext_modules=[Extension("fastvid._C", sources)] if wants_cuda() else [],
+        cmdclass={"build_ext": BuildCuda},
+    )

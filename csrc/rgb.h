@@ -27,11 +27,12 @@ FASTVID_HD float widen(__nv_bfloat16 x) {
     return __bfloat162float(x);
 }
 
-// fmaxf(NaN, -1) is -1, so NaN comes out as 0. No addition follows the product: nothing a fused
-// multiply-add could round differently (x * 0.5 is exact wherever adding 0.5 does not hide it).
+// A comparison with NaN is false, so NaN, signalling or not, is taken for -1. No addition follows the product: nothing
+// that a fused multiply-add could round differently (x * 0.5 is exact wherever adding 0.5 does not hide it).
 FASTVID_HD uint32_t rgb_byte(float x) {
-    const float unit = fminf(fmaxf(x, -1.0f), 1.0f) * 0.5f + 0.5f;
-    return static_cast<uint32_t>(rintf(unit * 255.0f));
+    x = x > -1.0f ? x : -1.0f;
+    x = x < 1.0f ? x : 1.0f;
+    return static_cast<uint32_t>(rintf((x * 0.5f + 0.5f) * 255.0f));
 }
 
 // Rows, then frames, that follow one another in memory are one long row: fewer, longer runs.

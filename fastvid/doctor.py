@@ -38,7 +38,7 @@ def doctor(device: str | None = None) -> dict[str, Any]:
         "extension": _extension,
         "encoders": _encoders,
         "ops": lambda: _ops(device),
-        "environment": lambda: {"set": _variables(), "unknown": env.unknown()},
+        "environment": lambda: {"set": env.given(), "unknown": env.unknown()},
     }
     return {name: _guarded(look) for name, look in sections.items()}
 
@@ -146,10 +146,6 @@ def _ops(device: str | None) -> dict[str, Any]:
     where = device or settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     ops = bind(settings.backend, settings.attention, where)
     return {"device": where, **{op: {"backend": name, "reason": ops.reasons[op]} for op, name in ops.bound.items()}}
-
-
-def _variables() -> dict[str, str]:
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(env.PREFIX)}
 
 
 def _text(value: Any) -> str:

@@ -38,4 +38,9 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
 def unknown(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Variables with fastvid's prefix that nothing reads: misspelt, most likely."""
     known = {PREFIX + field.name.upper() for field in fields(Settings)} | set(BUILD_TIME)
-    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    return [name for name in given(environ) if name not in known]
+
+
+def given(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """All variables with fastvid's prefix, known or not."""
+    return {name: value for name, value in sorted(environ.items()) if name.startswith(PREFIX)}

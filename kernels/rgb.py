@@ -45,10 +45,10 @@ def rgb_kernel(
     height,
     width,
     col_blocks,
-    stride_c: tl.int64,
-    stride_t: tl.int64,
-    stride_h: tl.int64,
-    stride_w: tl.int64,
+    stride_c,
+    stride_t,
+    stride_h,
+    stride_w,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
@@ -59,16 +59,19 @@ def rgb_kernel(
     inside = pixels < width
     if GROUP == 4:
         r0, r1, r2, r3 = _load_group(src_ptr, pixels, width, stride_w)
-        g0, g1, g2, g3 = _load_group(src_ptr + stride_c, pixels, width, stride_w)
-        b0, b1, b2, b3 = _load_group(src_ptr + 2 * stride_c, pixels, width, stride_w)
+        src_ptr += stride_c  # one at a time: 2 * stride_c may not fit its 32 bits
+        g0, g1, g2, g3 = _load_group(src_ptr, pixels, width, stride_w)
+        src_ptr += stride_c
+        b0, b1, b2, b3 = _load_group(src_ptr, pixels, width, stride_w)
         words_ptr = dst_ptr.to(tl.pointer_type(tl.int32)) + (row * width + pixels) // 4 * 3
         tl.store(words_ptr, r0 | (g0 << 8) | (b0 << 16) | (r1 << 24), mask=inside)
         tl.store(words_ptr + 1, g1 | (b1 << 8) | (r2 << 16) | (g2 << 24), mask=inside)
         tl.store(words_ptr + 2, b2 | (r3 << 8) | (g3 << 16) | (b3 << 24), mask=inside)
     else:
         for c in tl.static_range(3):
-            x = tl.load(src_ptr + c * stride_c + pixels * stride_w, mask=inside, other=0.0)
+            x = tl.load(src_ptr + pixels * stride_w, mask=inside, other=0.0)
             tl.store(dst_ptr + (row * width + pixels) * 3 + c, _bytes(x).to(tl.uint8), mask=inside)
+            src_ptr += stride_c
 
 
 def to_rgb(frames: Tensor, out: Tensor) -> None:

@@ -76,7 +76,9 @@ def bind(
             'One operation can be asked for ("to_rgb=cuda"); auto and reference always run.'
         )
     rows = list(read_verified() if verified is None else verified)
-    chosen = {op: _auto(op, where, rows) if name == "auto" else (name, "asked for") for op, name in asked.items()}
+    chosen = {
+        op: _auto(op, table[op], where, rows) if name == "auto" else (name, "asked for") for op, name in asked.items()
+    }
     return Ops(
         functions={op: table[op][name] for op, (name, _) in chosen.items()},
         bound={op: name for op, (name, _) in chosen.items()},
@@ -99,12 +101,14 @@ def source_hash(backend: str, file: str) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
 
 
-def _auto(op: str, device: torch.device, rows: list[Mapping[str, str]]) -> tuple[str, str]:
+def _auto(
+    op: str, functions: Mapping[str, Function], device: torch.device, rows: list[Mapping[str, str]]
+) -> tuple[str, str]:
     """(back end, reason) that `auto` gives an operation: a verified kernel, or what PyTorch itself has."""
     arch = backends.architecture(device)
     for row in rows:
         fits = (row["op"], row["arch"]) == (op, arch) and row["source"] == source_hash(row["backend"], row["file"])
-        if fits and not backends.why_not(row["backend"], device):
+        if fits and row["backend"] in functions and not backends.why_not(row["backend"], device):
             return row["backend"], f"verified: {row['result']}"
     if op == "attention":
         return "sdpa", "PyTorch's own"
