@@ -1,0 +1,31 @@
+"""Every error that fastvid raises on purpose. Imports nothing, so that any module may use it."""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """Base of all of fastvid's own errors."""
+
+
+class InvalidRequest(Error, ValueError):
+    """What the caller asked for is not possible; the message names the nearest request that is."""
+
+
+class OutOfMemory(Error, MemoryError):
+    """The request does not fit; the message says what does not fit and by how much."""
+
+
+class Cancelled(Error):
+    """The caller cancelled the request."""
+
+
+class CheckpointError(Error):
+    """A model folder or file is missing, broken, or does not hold what its configuration says."""
+
+
+class BackendUnavailable(Error):
+    """A back end asked for by name cannot run here; the message says why."""
+
+
+class MediaError(Error):
+    """A picture or video file cannot be read or written."""

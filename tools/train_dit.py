@@ -1,0 +1,291 @@
+"""Trains the embedded model's text encoder and transformer, together, on a pool of latents.
+
+    python -m tools.train_dit --pool runs/pool --out runs/dit --minutes 70
+
+Flow matching: x = (1 - sigma) clean + sigma noise, the target is noise - clean. Every sample draws one *pattern* of
+noise levels over its latent frames, so that all verbs work natively: all free; known frames at level 0 (first, last,
+both, prefix, suffix, random, a held still); independent or rising levels per frame; a known region around a free
+box. Text-only samples begin their motion; samples with known frames also come from mid-stream, where windows
+start with a body latent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastvid.models.umt5 import UMT5Config, UMT5Encoder
+from fastvid.models.wan import WanTransformer, WanTransformerConfig
+from tools import latent_pool, vocabulary
+
+TRANSFORMER = WanTransformerConfig(
+    num_attention_heads=4, attention_head_dim=64, text_dim=128, ffn_dim=1024, num_layers=6
+)
+TEXT = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
+SHIFT = 3.0
+TOKENS = 2560  # tokens in a batch
+
+
+@dataclass
+class Sample:
+    """One training sample: clean latents [C, T, h, w], their levels [T, h/2, w/2], and a caption.
+
+    Where a level is 0 the latents are known and carry no loss.
+    """
+
+    clean: Tensor
+    sigma: Tensor
+    caption: str
+
+
+class Pool:
+    """The shards of a folder, read as they appear."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen, self.shards = folder, set(), {}
+
+    def refresh(self) -> int:
+        """Reads new shards; returns the number of clips held."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name not in self.seen:
+                self.seen.add(path.name)
+                shard = latent_pool.load(path)
+                self.shards.setdefault(tuple(shard.latents.shape[2:]), []).append(shard)
+        return sum(len(s.captions) for shards in self.shards.values() for s in shards)
+
+    def kinds(self) -> tuple[list[tuple[int, ...]], Tensor]:
+        """The latent sizes held, and how many batches of each there should be."""
+        kinds = list(self.shards)
+        weights = [sum(len(s.captions) for s in self.shards[k]) * math.prod(k) ** 0.5 for k in kinds]
+        return kinds, torch.tensor(weights)
+
+
+def random_level(n: int, g: torch.Generator) -> Tensor:
+    """n noise levels in (0, 1]: logit-normal and uniform mixed, then shifted as in sampling."""
+    u = torch.where(torch.rand(n, generator=g) < 0.7, torch.sigmoid(1.1 * torch.randn(n, generator=g)), torch.rand(n, generator=g))
+    return (SHIFT * u / (1 + (SHIFT - 1) * u)).clamp(1e-3, 1.0)
+
+
+def known_frames(frames: int, g: torch.Generator) -> Tensor:
+    """Which of the latent frames are known [T]: first, last, both, prefix, suffix or random, never all."""
+    known = torch.zeros(frames, dtype=torch.bool)
+    kind = int(torch.randint(6, (), generator=g))
+    some = 1 + int(torch.randint(max(1, frames - 1), (), generator=g))
+    if kind in (0, 2):
+        known[0] = True
+    if kind in (1, 2):
+        known[-1] = True
+    if kind == 3:
+        known[: min(some, frames - 1)] = True
+    if kind == 4:
+        known[max(1, frames - some) :] = True
+    if kind == 5:
+        known = torch.rand(frames, generator=g) < 0.4
+    if known.all():
+        known[int(torch.randint(frames, (), generator=g))] = False
+    return known
+
+
+def levels(frames: int, h: int, w: int, free: bool, g: torch.Generator) -> Tensor:
+    """Noise levels [T, h, w] of one sample's tokens; `free` samples mostly have one level and nothing known."""
+    r = float(torch.rand((), generator=g))
+    one = random_level(1, g).view(1, 1, 1).expand(frames, h, w).clone()
+    if frames == 1 or (free and r < 0.75):
+        return one
+    if r < 0.80:  # independent levels
+        return random_level(frames, g).view(-1, 1, 1).expand(frames, h, w).clone()
+    if r < 0.86:  # rising levels, as in a staggered table
+        return random_level(frames, g).sort().values.view(-1, 1, 1).expand(frames, h, w).clone()
+    if r < 0.90 and h > 2 and w > 2:  # known outside a box
+        top, left = (int(torch.randint(n // 2, (), generator=g)) for n in (h, w))
+        inside = torch.zeros(h, w)
+        inside[top : top + (h + 1) // 2 + 1, left : left + (w + 1) // 2 + 1] = 1
+        return one * inside
+    one[known_frames(frames, g)] = 0
+    return one
+
+
+def draw_sample(shard: latent_pool.Shard, frames: int, length: int, g: torch.Generator) -> Sample:
+    """One sample of `length` latent frames from a shard whose clips have `frames`."""
+    i = int(torch.randint(len(shard.captions), (), generator=g))
+    begins = bool(shard.begins[i])
+    start = 0 if begins else int(torch.randint(frames - length + 1, (), generator=g))
+    clean = shard.latents[i, :, start : start + length].clone()
+    # Without known frames a clip from mid-stream would teach that motions begin anywhere.
+    sigma = levels(length, clean.shape[2] // 2, clean.shape[3] // 2, free=begins, g=g)
+    if not begins and length > 1 and bool((sigma > 0).all()) and bool((sigma == sigma[0, 0, 0]).all()):
+        sigma[0] = 0
+    at = int(shard.still_at[i]) - start
+    if length > 1 and 0 <= at < length and not (at == 0 and start == 0) and float(torch.rand((), generator=g)) < 0.12:
+        clean[:, at] = shard.still[i]
+        sigma[at] = 0
+        if not (sigma > 0).any():
+            sigma[(at + 1) % length] = random_level(1, g)
+    return Sample(clean, sigma, shard.captions[i])
+
+
+def batch(pool: Pool, g: torch.Generator) -> list[Sample]:
+    """Samples of one size and length, about TOKENS tokens in all."""
+    kinds, weights = pool.kinds()
+    frames, h, w = kinds[int(torch.multinomial(weights, 1, generator=g))]
+    r = float(torch.rand((), generator=g))
+    length = frames if r < 0.72 else 1 if r < 0.78 else 1 + int(torch.randint(frames, (), generator=g))
+    n = max(4, min(48, TOKENS // (length * h * w // 4)))
+    shards = pool.shards[frames, h, w]
+    return [draw_sample(shards[int(torch.randint(len(shards), (), generator=g))], frames, length, g) for _ in range(n)]
+
+
+def rough_caption(caption: str, g: torch.Generator) -> str:
+    """The caption as people may type it: dropped (10 %), or with an unknown word or without small words (10 %)."""
+    r = float(torch.rand((), generator=g))
+    if r < 0.10:
+        return ""
+    words = caption.split()
+    if r < 0.15:
+        words.insert(int(torch.randint(len(words), (), generator=g)), "<unk>")
+    elif r < 0.20:
+        words = [w for w in words if w not in ("a", "background")]
+    return " ".join(words)
+
+
+class Trainer(nn.Module):
+    """Text encoder and transformer as one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_encoder = UMT5Encoder(UMT5Config(vocab_size=3 + len(vocabulary.words()), **TEXT))
+        self.transformer = WanTransformer(TRANSFORMER)
+        self.apply(initialise)
+        nn.init.zeros_(self.transformer.proj_out.weight)
+
+    def loss(self, samples: list[Sample], ids: Tensor, mask: Tensor, g: torch.Generator) -> Tensor:
+        """Mean squared error of the velocity over the free tokens."""
+        clean = torch.stack([s.clean for s in samples])
+        sigma = torch.stack([s.sigma for s in samples])
+        wide = sigma.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, None]
+        noise = torch.randn(clean.shape, generator=g)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            text = self.text_encoder(ids, mask) * mask[..., None]
+            out = self.transformer((1 - wide) * clean + wide * noise, 1000 * sigma.flatten(1), text)
+        free = (wide > 0).expand_as(clean)
+        return (out.float() - (noise - clean)).square()[free].mean()
+
+
+def initialise(module: nn.Module) -> None:
+    """Xavier for the matrices, zeros for the biases, small embeddings."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.5)
+
+
+def tokenize(samples: list[Sample], tokenizer: vocabulary.Tokenizer, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, TEXT_LENGTH]."""
+    ids = torch.zeros(len(samples), vocabulary.TEXT_LENGTH, dtype=torch.long)
+    for row, sample in zip(ids, samples, strict=True):
+        tokens = vocabulary.encode(tokenizer, rough_caption(sample.caption, g))
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids, (ids != 0).long()
+
+
+def train(pool: Pool, out: Path, minutes: float, lr: float, seed: int) -> None:
+    """Trains for a time; writes the averaged weights every few minutes and at the end."""
+    g = torch.Generator().manual_seed(seed)
+    tokenizer = vocabulary.write(out / "tokenizer")
+    model, ema = Trainer(), Trainer()
+    ema.load_state_dict(model.state_dict())
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    start, step, seen, written = time.time(), 0, [], time.time()
+    while (share := (time.time() - start) / (60 * minutes)) < 1:
+        if step % 200 == 0:
+            clips = pool.refresh()
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 200) * max(0.01, 0.5 * (1 + math.cos(math.pi * share)))
+        samples = batch(pool, g)
+        loss = model.loss(samples, *tokenize(samples, tokenizer, g), g)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(0.9985, step / (step + 20)))
+        seen.append(loss.item())
+        if step % 100 == 0:
+            rate = (time.time() - start) / step
+            print(f"{step} {share:.3f} loss {sum(seen[-100:]) / 100:.4f} {rate:.2f} s/step {clips} clips", flush=True)
+        if time.time() - written > 240:
+            write(ema, out)
+            written = time.time()
+    write(ema, out)
+
+
+def write(model: Trainer, out: Path) -> None:
+    """Writes transformer/ and text_encoder/ in the published layout, weights in fp16."""
+    save(model.transformer, out / "transformer" / "diffusion_pytorch_model.safetensors")
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(TRANSFORMER).items()}
+    config |= {
+        "_class_name": "WanTransformer3DModel",
+        "_diffusers_version": "0.42.1",
+        "added_kv_proj_dim": None,
+        "image_dim": None,
+        "pos_embed_seq_len": None,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+    }
+    (out / "transformer" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save(model.text_encoder, out / "text_encoder" / "model.safetensors")
+    text = {
+        "architectures": ["UMT5EncoderModel"],
+        "model_type": "umt5",
+        "vocab_size": 3 + len(vocabulary.words()),
+        **TEXT,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+        "layer_norm_epsilon": 1e-6,
+        "relative_attention_max_distance": 128,
+        "relative_attention_num_buckets": 32,
+        "dropout_rate": 0.0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    (out / "text_encoder" / "config.json").write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
+
+
+def save(module: nn.Module, path: Path) -> None:
+    """fp16 safetensors, written beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().half().contiguous() for k, v in module.state_dict().items()}
+    save_file(tensors, path.with_suffix(".part"), metadata={"format": "pt"})
+    path.with_suffix(".part").rename(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pool", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=70)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    pool = Pool(args.pool)
+    while not pool.refresh():
+        time.sleep(5)
+    train(pool, args.out, args.minutes, args.lr, args.seed)
+
+
+if __name__ == "__main__":
+    main()
