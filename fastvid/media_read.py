@@ -1,0 +1,164 @@
+"""Files -> frames, and the recipe that a file carries. Kinds are told by their first bytes, not by their names."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvid.errors import Error, MediaError
+
+MAX_RECIPE = 1 << 24  # bytes; what is longer was not written here
+MAGIC = {b"\x89PNG": "png", b"GIF8": "gif", b"\x93NUM": "npy"}
+
+
+@contextlib.contextmanager
+def media_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the system and PyAV raise, as MediaError with the path in it."""
+    try:
+        yield
+    except Error:
+        raise
+    except (OSError, ValueError, RuntimeError, ArithmeticError, LookupError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise MediaError(f"{os.fspath(path)}: {reason}") from error
+
+
+def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float | None]:
+    """All frames, uint8 RGB [T, H, W, 3], and frames a second (None where the file does not say).
+
+    Reads what `FrameSink` writes and whatever PyAV decodes. Raises MediaError.
+    """
+    with media_errors(path):
+        kind = _kind(Path(path))
+        if kind == "npy":
+            frames = np.load(path, allow_pickle=False)
+        elif kind == "folder":
+            files = sorted(Path(path).glob("[0-9][0-9][0-9][0-9][0-9][0-9].png"))
+            frames = np.concatenate([_decode(file)[0] for file in files])
+        else:
+            frames, rate = _decode(Path(path))
+            if kind == "video":
+                return frames, rate
+        return frames, _recipe_fps(path)
+
+
+def _recipe_fps(path: str | os.PathLike[str]) -> float | None:
+    try:
+        return read_recipe(path).get("fps")
+    except MediaError:
+        return None
+
+
+def _decode(path: Path) -> tuple[np.ndarray, float | None]:
+    import av
+
+    with path.open("rb") as file, av.open(file) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        rate = stream.average_rate
+    if not frames:
+        raise MediaError(f"{path}: there are no frames in it")
+    return np.stack(frames), None if rate is None else float(rate)
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The recipe in a file or folder of frames that fastvid has written, or in a .json file of its own.
+
+    Raises MediaError for a file that cannot be read or has none.
+    """
+    readers = {"png": _from_png, "gif": _from_gif, "npy": _from_npy, "json": _from_json, "video": _from_tags}
+    with media_errors(path):
+        file = Path(path)
+        kind = _kind(file)
+        if kind == "folder":
+            file, kind = file / "000000.png", "png"
+        text = readers[kind](file)
+    with contextlib.suppress(ValueError, RecursionError):
+        recipe = json.loads(text) if text else None
+        if isinstance(recipe, dict):
+            return recipe
+    raise MediaError(f"{path}: there is no fastvid recipe in it")
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "folder"
+    with path.open("rb") as file:
+        start = file.read(4)
+    return MAGIC.get(start) or ("json" if start.lstrip()[:1] == b"{" else "video")
+
+
+def _from_json(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(MAX_RECIPE).decode()
+
+
+def _from_tags(path: Path) -> str | None:
+    import av
+
+    with path.open("rb") as file, av.open(file) as container:
+        return {name.lower(): value for name, value in container.metadata.items()}.get("comment")
+
+
+def _from_npy(path: Path) -> str | None:
+    frames = np.load(path, mmap_mode="r", allow_pickle=False)
+    with path.open("rb") as file:
+        file.seek(frames.offset + frames.nbytes)
+        rest = file.read(MAX_RECIPE)
+    if not rest.startswith(b"\x93NUMPY"):
+        return None
+    return rest[10 + int.from_bytes(rest[8:10], "little") :].decode("ascii")
+
+
+def _from_png(path: Path) -> str | None:
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            size, kind = struct.unpack(">I4s", head)
+            if kind == b"tEXt" and size <= MAX_RECIPE:
+                key, _, text = file.read(size).partition(b"\0")
+                if key == b"fastvid":
+                    return text.decode("ascii")
+                file.seek(4, os.SEEK_CUR)
+            else:
+                file.seek(size + 4, os.SEEK_CUR)
+    return None
+
+
+def _from_gif(path: Path) -> str | None:
+    """Walk the blocks of a GIF89a to its comment, which stands last."""
+    with path.open("rb") as file:
+        header = file.read(13)
+        _skip_palette(file, header[10])
+        while (kind := file.read(1)) in (b"!", b","):
+            if kind == b",":
+                _skip_palette(file, file.read(9)[8])
+                file.read(1)
+            label = file.read(1) if kind == b"!" else b""
+            data = _sub_blocks(file, keep=label == b"\xfe")
+            if data.startswith(b"{"):
+                return data.decode("ascii")
+    return None
+
+
+def _skip_palette(file: Any, flags: int) -> None:
+    if flags & 0x80:
+        file.seek(3 << (flags & 7) + 1, os.SEEK_CUR)
+
+
+def _sub_blocks(file: Any, keep: bool) -> bytes:
+    parts, total = [], 0
+    while size := (file.read(1) or b"\0")[0]:
+        if keep and total < MAX_RECIPE:
+            parts.append(file.read(size))
+            total += size
+        else:
+            file.seek(size, os.SEEK_CUR)
+    return b"".join(parts)
