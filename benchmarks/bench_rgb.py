@@ -1,0 +1,55 @@
+"""to_rgb, every back end that runs on a device, beside a copy that moves as many bytes: the bandwidth there is to have.
+
+python benchmarks/bench_rgb.py [--device cuda] [--rounds 50]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from harness import Case, Row, measure, save, table
+from torch import Tensor
+
+from fastvid.ops import backends, rgb
+
+SIZES = {"cuda": {"480p": (81, 480, 832), "1080p": (33, 1080, 1920)}, "cpu": {"240p": (17, 240, 416)}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    groups = {}
+    for name, size in SIZES[device.type].items():
+        for dtype in rgb.DTYPES:
+            title = f"{name} {str(dtype).removeprefix('torch.')}"
+            groups[title] = bench(size, dtype, device, args.rounds)
+            print(table(groups[title], title), end="\n\n", flush=True)
+    print(save("rgb", groups, device))
+
+
+def bench(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, rounds: int) -> list[Row]:
+    frames = torch.rand((3, *size), device=device).mul_(2.2).sub_(1.1).to(dtype)
+    moved = frames.numel() * (frames.element_size() + 1)
+    names = [name for name in rgb.BACKENDS if backends.why_not(name, device) is None]
+    for name in names:
+        assert torch.equal(rgb.BACKENDS[name](frames), rgb.reference(frames)), f"{name} gives other bytes"
+    cases = [Case(name, lambda name=name: rgb.BACKENDS[name](frames), moved) for name in names]
+    return measure([*cases, Case("copy of as many bytes", copy_of(moved, device), moved)], device, rounds)
+
+
+def copy_of(moved: int, device: torch.device):
+    """A copy that reads half the bytes and writes the other half."""
+    source = torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=device)
+
+    def copy() -> Tensor:
+        return source.clone()
+
+    return copy
+
+
+if __name__ == "__main__":
+    main()
