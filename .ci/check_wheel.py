@@ -1,4 +1,4 @@
-"""Looks at an installed fastvid and at the video its command line made with the defaults: python check_wheel.py FILE."""
+"""Looks at an installed fastvid and at the video that its command line made: python check_wheel.py FILE."""
 
 from __future__ import annotations
 

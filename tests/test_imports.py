@@ -17,11 +17,14 @@ ROOT = Path(__file__).parents[1]
 # cli -> pipeline -> {timeline, engine, plan, models, media, doctor} -> {sampling, layers} -> ops -> {kernels, _C}
 BASE = {"errors", "limits"}
 OPS = BASE | {"ops"}
-PARTS = OPS | {"layers", "sampling", "distributed"}
-MIDDLE = PARTS | {"env", "requests", "weights"}
+PARTS = OPS | {"layers", "sampling", "distributed", "precision"}
+MODELS = PARTS | {"models", "weights"}
+MIDDLE = MODELS | {"env", "requests", "timeline"}
+SURFACE = MIDDLE | {"doctor", "engine", "events", "loading", "media", "plan", "video", "__init__"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "env": set(),
+    "precision": set(),
     "limits": {"errors"},
     "requests": BASE,
     "distributed": {"errors"},
@@ -32,14 +35,17 @@ ALLOWED: dict[str, set[str]] = {
     "weights": BASE,
     "models": PARTS | {"weights"},
     "media": BASE | {"env", "requests"},
-    "timeline": MIDDLE,
-    "engine": MIDDLE | {"models", "timeline"},
-    "plan": MIDDLE | {"models", "timeline"},
-    "doctor": MIDDLE | {"media", "models", "__init__"},
-    "progress": BASE | {"env", "requests"},
-    "pipeline": MIDDLE | {"doctor", "engine", "media", "models", "plan", "timeline", "__init__"},
-    "cli": MIDDLE | {"doctor", "engine", "media", "models", "pipeline", "plan", "progress", "timeline", "__init__"},
-    "__init__": {"errors", "pipeline", "requests"},
+    "timeline": BASE | {"requests"},
+    "engine": MIDDLE - {"models", "weights"},
+    "plan": MIDDLE,
+    "events": {"plan"},
+    "loading": MIDDLE,
+    "video": BASE | {"events", "media", "requests"},
+    "progress": BASE | {"env", "events", "requests"},
+    "doctor": MIDDLE | {"media", "__init__"},
+    "pipeline": SURFACE,
+    "cli": SURFACE | {"pipeline", "progress"},
+    "__init__": {"errors", "events", "pipeline", "requests", "video"},
     "__main__": {"cli"},
 }
 

@@ -262,8 +262,9 @@ def test_under_the_interpreter() -> None:
 def test_triton_compiles_ahead_of_time(arch: int, dtype: str, group: int) -> None:
     triton = pytest.importorskip("triton")
     compiler = pytest.importorskip("triton.compiler")
-    from fastvid.kernels.rgb import rgb_kernel
     from triton.backends.compiler import GPUTarget
+
+    from fastvid.kernels.rgb import rgb_kernel
 
     if not hasattr(rgb_kernel, "cache_key"):
         pytest.skip("Triton interprets in this process")
