@@ -1,15 +1,15 @@
 """The UMT5 text encoder. Parameter names are those of transformers' UMT5EncoderModel, so its checkpoints load as they
 are; they hold the token embedding once, as `shared.weight`.
 
-Shapes: B batch, L tokens, d d_model, H heads. Maths: transformers `models/umt5/modeling_umt5.py` (Apache-2.0): T5 with a
-relative position bias of its own in every layer, RMS norms, no scaling of the scores and no biases.
+Shapes: B batch, L tokens, d d_model, H heads. Maths: transformers `models/umt5/modeling_umt5.py` (Apache-2.0): T5 with
+a relative position bias of its own in every layer, RMS norms, no scaling of the scores and no biases.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
+from fastvid.models.configs import read_fields
+
+GATED = "gated-gelu"
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,16 @@ class UMT5Config:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UMT5Config:
         """Read a transformers config; CheckpointError for values that this model does not implement."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in config.items() if key in known})
+        if (kind := config.get("feed_forward_proj", GATED)) != GATED:
+            raise CheckpointError(f"text_encoder/config.json has feed_forward_proj={kind!r}; only {GATED!r} is known")
+        made = read_fields(cls, config, "text_encoder/config.json", strict=False)
+        exact = made.relative_attention_num_buckets // 4
+        if exact * 4 != made.relative_attention_num_buckets or made.relative_attention_max_distance <= exact:
+            raise CheckpointError(
+                "text_encoder/config.json: relative_attention_num_buckets has to be a multiple of 4, and "
+                "relative_attention_max_distance more than a quarter of it"
+            )
+        return made
 
 
 class RMSNorm(nn.Module):
@@ -154,7 +165,7 @@ class UMT5Encoder(nn.Module):
         return self.encoder.final_layer_norm(x)
 
     def _buckets(self, length: int, device: torch.device) -> Tensor:
-        """Bucket of key position - query position [L, L]: half for each sign; exact up to a quarter, then in log steps."""
+        """Bucket of key position - query position [L, L]: half of them for each sign, first exact, then in log steps."""
         position = torch.arange(length, device=device)
         offset = position[None, :] - position[:, None]
         half = self.config.relative_attention_num_buckets // 2

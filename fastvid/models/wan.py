@@ -9,7 +9,7 @@ Maths: Wan2.1 `wan/modules/model.py` (Apache-2.0).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.attention import cross_attention, self_attention
 from fastvid.layers.embeddings import rotary_table, timestep_sinusoid
+from fastvid.layers.linear import Linear, linear_gelu_tanh
+from fastvid.models.configs import read_fields
 from fastvid.ops import reference
+
+QK_NORM = "rms_norm_across_heads"
+NOT_YET = {
+    "image_dim": "a CLIP picture as condition",
+    "added_kv_proj_dim": "attention to picture tokens",
+    "pos_embed_seq_len": "first and last frame conditioning",
+    "vace_layers": "the VACE control branch",
+    "vace_in_channels": "the VACE control branch",
+}
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,21 @@ class WanTransformerConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> WanTransformerConfig:
         """Read a diffusers config; CheckpointError for values that this model does not implement."""
-        known = {field.name for field in fields(cls)}
-        values = {key: value for key, value in config.items() if key in known}
-        values["patch_size"] = tuple(values.get("patch_size", (1, 2, 2)))
-        return cls(**values)
+        config = {**config, "out_channels": config.get("out_channels") or config.get("in_channels", cls.in_channels)}
+        for key, meaning in NOT_YET.items():
+            if config.get(key) is not None:
+                raise CheckpointError(
+                    f"transformer/config.json has {key}={config[key]!r}: {meaning} is not supported yet; "
+                    "text-to-video models are"
+                )
+        if config.get("qk_norm", QK_NORM) != QK_NORM:
+            raise CheckpointError(
+                f"transformer/config.json has qk_norm={config['qk_norm']!r}; only {QK_NORM!r} is known"
+            )
+        made = read_fields(cls, config, "transformer/config.json", ignored=("qk_norm", "rope_max_seq_len"))
+        if made.attention_head_dim % 2 or made.freq_dim % 2:
+            raise CheckpointError("transformer/config.json: attention_head_dim and freq_dim have to be even")
+        return made
 
 
 class Modulation(NamedTuple):
@@ -70,10 +92,10 @@ class Attention(nn.Module):
     def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
         super().__init__()
         self.ops, self.eps, self.heads = ops, config.eps, config.num_attention_heads
-        self.to_q = nn.Linear(config.dim, config.dim)
-        self.to_k = nn.Linear(config.dim, config.dim)
-        self.to_v = nn.Linear(config.dim, config.dim)
-        self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim)])
+        self.to_q = Linear(config.dim, config.dim)
+        self.to_k = Linear(config.dim, config.dim)
+        self.to_v = Linear(config.dim, config.dim)
+        self.to_out = nn.ModuleList([Linear(config.dim, config.dim)])
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
 
@@ -103,11 +125,11 @@ class FeedForward(nn.Module):
     def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
         super().__init__()
         self.ops = ops
-        inner = nn.ModuleDict({"proj": nn.Linear(config.dim, config.ffn_dim)})
-        self.net = nn.ModuleList([inner, nn.Identity(), nn.Linear(config.ffn_dim, config.dim)])
+        inner = nn.ModuleDict({"proj": Linear(config.dim, config.ffn_dim)})
+        self.net = nn.ModuleList([inner, nn.Identity(), Linear(config.ffn_dim, config.dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.ops.gelu_tanh(self.net[0]["proj"](x)))
+        return self.net[2](linear_gelu_tanh(self.ops, self.net[0]["proj"], x))
 
 
 class Block(nn.Module):
@@ -143,8 +165,8 @@ class TwoLinears(nn.Module):
 
     def __init__(self, inputs: int, dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(inputs, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = Linear(inputs, dim)
+        self.linear_2 = Linear(dim, dim)
 
 
 class ConditionEmbedder(nn.Module):
@@ -154,7 +176,7 @@ class ConditionEmbedder(nn.Module):
         super().__init__()
         self.ops, self.freq_dim = ops, config.freq_dim
         self.time_embedder = TwoLinears(config.freq_dim, config.dim)
-        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.time_proj = Linear(config.dim, 6 * config.dim)
         self.text_embedder = TwoLinears(config.text_dim, config.dim)
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +190,8 @@ class ConditionEmbedder(nn.Module):
     def embed_text(self, text: Tensor) -> Tensor:
         """[B, L, text_dim] -> [B, L, d]."""
         layers = self.text_embedder
-        return layers.linear_2(self.ops.gelu_tanh(layers.linear_1(text.to(layers.linear_1.weight.dtype))))
+        text = text.to(layers.linear_1.weight.dtype)
+        return layers.linear_2(linear_gelu_tanh(self.ops, layers.linear_1, text))
 
 
 class WanTransformer(nn.Module):
@@ -187,7 +210,7 @@ class WanTransformer(nn.Module):
         self.condition_embedder = ConditionEmbedder(config, ops)
         self.blocks = nn.ModuleList([Block(config, ops) for _ in range(config.num_layers)])
         pt, ph, pw = config.patch_size
-        self.proj_out = nn.Linear(config.dim, config.out_channels * pt * ph * pw)
+        self.proj_out = Linear(config.dim, config.out_channels * pt * ph * pw)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     @property
@@ -240,9 +263,9 @@ class WanTransformer(nn.Module):
 
 
 def group_timesteps(timestep: Tensor, batch: int, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """The distinct timesteps [K], and the row of each group of tokens [B, G] with G = 1, t or N, the smallest that does.
+    """The distinct timesteps [K], and the row of each group of tokens [B, G]: G = 1, t or N.
 
-    timestep [B], [B, t] or [B, N] for a (t, h, w) grid of N tokens.
+    timestep [B], [B, t] or [B, N] for a (t, h, w) grid of N tokens; one that is even within frames becomes [B, t].
     """
     t, tokens = grid[0], grid[0] * grid[1] * grid[2]
     if timestep.shape == (batch,):
