@@ -165,7 +165,7 @@ class UMT5Encoder(nn.Module):
         return self.encoder.final_layer_norm(x)
 
     def _buckets(self, length: int, device: torch.device) -> Tensor:
-        """Bucket of key position - query position [L, L]: half of them for each sign, first exact, then in log steps."""
+        """Bucket of key position - query position [L, L]: half of them a sign, first exact, then in log steps."""
         position = torch.arange(length, device=device)
         offset = position[None, :] - position[:, None]
         half = self.config.relative_attention_num_buckets // 2

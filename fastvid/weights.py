@@ -1,0 +1,242 @@
+"""Safetensors in: which files a folder holds, what their headers say, and their tensors streamed into a module.
+
+A header is small and at the front of a file, so what a checkpoint is, and whether it fits a model, is known before any
+weight is read. Nothing here unpickles. Format: https://github.com/huggingface/safetensors#format: eight bytes with the
+header's length, the header in JSON (name -> dtype, shape, data_offsets), the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fastvid.errors import CheckpointError
+
+SUFFIX = ".safetensors"
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+STANDARD_NAMES = ("diffusion_pytorch_model" + SUFFIX, "model" + SUFFIX)
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+MAX_HEADER = 100_000_000  # what the safetensors library itself allows
+SHOWN = 10  # names in a message
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as a header describes it; dtype as safetensors writes it ("F32", "BF16", ...)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; CheckpointError that names the file if it is missing or holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; an object {{...}} is expected")
+    return value
+
+
+def find_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files that hold a part's weights: the shards of its index, or its only file.
+
+    Raises CheckpointError if there is none, if it is not clear which, or if shards are missing.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing; it should hold config.json and {STANDARD_NAMES[0]}")
+    present = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
+    standard = [folder / name for name in STANDARD_NAMES if folder / name in present]
+    choice = sorted(folder.glob(f"*{SUFFIX}.index.json")) or standard or present
+    if not choice:
+        raise CheckpointError(_why_none(folder))
+    if len(choice) > 1:
+        names = _some([path.name for path in choice])
+        raise CheckpointError(f"{folder} holds several weights ({names}); keep one, or the shards with their index")
+    return _shards(choice[0]) if choice[0].suffix == ".json" else (choice[0],)
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Name -> entry of every tensor in a safetensors file, read from its header and checked against the file's size.
+
+    Raises CheckpointError that says how the file is broken, and what to do.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if 8 + length <= size and length <= MAX_HEADER else None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    if text is None:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {size} bytes, of which the first eight promise a header of "
+            f"{length}; download it again (with git: git lfs pull)"
+        )
+    try:
+        header = json.loads(text)
+        entries = {name: _entry(value, path) for name, value in header.items() if name != "__metadata__"}
+        end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a broken safetensors header ({error}); download it again") from None
+    if 8 + length + end != size:
+        raise CheckpointError(f"{path} has {size} bytes where its header needs {8 + length + end}; download it again")
+    return entries
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
+    """read_header of all files together; a tensor that is in two of them is an error."""
+    entries: dict[str, Entry] = {}
+    for file in files:
+        header = read_header(file)
+        if twice := sorted(header.keys() & entries.keys()):
+            raise CheckpointError(f"{_some(twice)} in both {entries[twice[0]].file} and {file}")
+        entries |= header
+    return entries
+
+
+def count_parameters(entries: Mapping[str, Entry]) -> int:
+    """How many numbers the tensors hold together."""
+    return sum(math.prod(entry.shape) for entry in entries.values())
+
+
+def dtypes(entries: Mapping[str, Entry]) -> tuple[str, ...]:
+    """The dtypes of the tensors, the one with most numbers first."""
+    counts: Counter[str] = Counter()
+    for entry in entries.values():
+        counts[entry.dtype] += math.prod(entry.shape)
+    return tuple(dtype for dtype, _ in counts.most_common())
+
+
+def renamed(module: nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries under the names that the module knows; what a file holds twice, once."""
+    aliases = getattr(module, "ALIASES", {})
+    return {aliases.get(name, name): entry for name, entry in entries.items()}
+
+
+def mismatches(module: nn.Module, entries: Mapping[str, Entry]) -> tuple[str, ...]:
+    """What is wrong with these tensors as the weights of a module, one sentence a kind; empty if they fit."""
+    wanted = module.state_dict()
+    found = renamed(module, entries)
+    missing = sorted(wanted.keys() - found.keys())
+    unknown = sorted(name for name in found if name not in wanted)
+    shapes = [
+        f"{name} {list(found[name].shape)} for {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tuple(tensor.shape)
+    ]
+    kinds = sorted({entry.dtype for name, entry in found.items() if name in wanted and entry.dtype not in FLOATS})
+    sentences = (
+        (missing, "missing weights: "),
+        (unknown, "weights that the model does not have: "),
+        (shapes, "wrong shapes: "),
+        (kinds, f"a dtype other than {', '.join(FLOATS)} (quantized weights are not supported yet): "),
+    )
+    return tuple(text + _some(names) for names, text in sentences if names)
+
+
+def load_into(
+    module: nn.Module,
+    files: Iterable[Path],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Fill a module, built on the meta device, from safetensors files, one tensor at a time.
+
+    Weights become dtype on device, but those with a part of their name in `module.FP32_PARTS` (if it has that) become
+    fp32. Names in `module.ALIASES` stand for others. The module ends in eval mode, without gradients.
+    Host memory beyond the module itself: one tensor, and the pages of one file that the system keeps.
+    Raises CheckpointError, before anything is read, if the files are broken or do not fit.
+    """
+    files = tuple(files)
+    if wrong := mismatches(module, read_headers(files)):
+        raise CheckpointError(f"{_where(files)} does not fit {type(module).__name__}: " + "; ".join(wrong))
+    for file in files:
+        _load_file(module, file, torch.device(device), dtype)
+    module.eval().requires_grad_(False)
+
+
+def _load_file(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtype) -> None:
+    keep = frozenset(getattr(module, "FP32_PARTS", ()))
+    aliases = getattr(module, "ALIASES", {})
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                target = torch.float32 if keep.intersection(name.split(".")) else dtype
+                # A copy even where nothing changes: a mapped file may be cut or overwritten while we run.
+                tensor = tensors.get_tensor(name).to(device=device, dtype=target, copy=True)
+                _assign(module, aliases.get(name, name), tensor)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a valid safetensors file ({error}); download it again") from None
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module.get_submodule(parent).load_state_dict({leaf: tensor}, strict=False, assign=True)
+
+
+def _entry(value: Mapping[str, Any], path: Path) -> Entry:
+    shape, (begin, end) = tuple(value["shape"]), value["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"shape {list(shape)}, data_offsets {[begin, end]}")
+    bits = BITS.get(str(value["dtype"]))
+    if end < begin or (bits is not None and (end - begin) * 8 != bits * math.prod(shape)):
+        raise ValueError(f"{end - begin} bytes for {value['dtype']} {list(shape)}")
+    return Entry(str(value["dtype"]), shape, path)
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    """The files named by an index, all of which must be there, inside its folder."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError(f'{index} has no "weight_map" of tensor names to file names')
+    names = sorted(set(table.values()))
+    if outside := [name for name in names if not _is_inside(name)]:
+        raise CheckpointError(f"{index} points outside its folder: {_some(outside)}")
+    if others := [name for name in names if not name.endswith(SUFFIX)]:
+        raise CheckpointError(f"{index} names files that are not safetensors: {_some(others)}")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise CheckpointError(
+            f"{index.parent} lacks {_some(missing)}, of {len(names)} files that {index.name} names; download them again"
+        )
+    return tuple(index.parent / name for name in names)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file name of an index stays in the folder, read as either system would."""
+    paths = (PurePosixPath(name), PureWindowsPath(name))
+    return bool(name) and not any(path.is_absolute() or path.drive or ".." in path.parts for path in paths)
+
+
+def _why_none(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        return (
+            f"{folder} holds its weights as pickles only ({_some(pickles)}), which fastvid does not open; "
+            "turn them into safetensors with `fastvid convert`"
+        )
+    return f"{folder} holds no {SUFFIX} file; {STANDARD_NAMES[0]} or {STANDARD_NAMES[1]} is expected"
+
+
+def _where(files: tuple[Path, ...]) -> str:
+    return str(files[0] if len(files) == 1 else files[0].parent) if files else "no file"
+
+
+def _some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    rest = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
