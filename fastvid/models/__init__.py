@@ -1,0 +1,47 @@
+"""The models: what they are (`open_checkpoint`), what they are asked for by default (`Recipe`), how they are built."""
+
+from __future__ import annotations
+
+from fastvid.models.checkpoint import (
+    KINDS,
+    Checkpoint,
+    Part,
+    PartKind,
+    build_text_encoder,
+    build_transformer,
+    build_vae,
+    load_part,
+    open_checkpoint,
+)
+from fastvid.models.recipes import EMBEDDED, VARIANTS, WAN_1_3B, WAN_14B, Recipe, find_recipe
+from fastvid.models.tokenizer import TextTokenizer, clean_prompt, encode_prompt
+from fastvid.models.umt5 import UMT5Config, UMT5Encoder
+from fastvid.models.wan import WanTransformer, WanTransformerConfig
+from fastvid.models.wan_vae import WanVAE, WanVAEConfig
+
+__all__ = [
+    "EMBEDDED",
+    "KINDS",
+    "VARIANTS",
+    "WAN_14B",
+    "WAN_1_3B",
+    "Checkpoint",
+    "Part",
+    "PartKind",
+    "Recipe",
+    "TextTokenizer",
+    "UMT5Config",
+    "UMT5Encoder",
+    "WanTransformer",
+    "WanTransformerConfig",
+    "WanVAE",
+    "WanVAEConfig",
+    "build_text_encoder",
+    "build_transformer",
+    "build_vae",
+    "clean_prompt",
+    "encode_prompt",
+    "find_recipe",
+    "load_part",
+    "open_checkpoint",
+]

@@ -1,0 +1,236 @@
+"""What a model folder holds, known before any weight is read: model_index.json, the parts' configs, and the headers of
+their safetensors files, held against the modules that would be built from them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvid import weights
+from fastvid.errors import CheckpointError
+from fastvid.models.recipes import Recipe, find_recipe
+from fastvid.models.tokenizer import TextTokenizer
+from fastvid.models.umt5 import UMT5Config, UMT5Encoder
+from fastvid.models.wan import WanTransformer, WanTransformerConfig
+from fastvid.models.wan_vae import WanVAE, WanVAEConfig
+from fastvid.ops import reference
+
+PIPELINE = "WanPipeline"
+INDEX = "model_index.json"
+Config = WanTransformerConfig | WanVAEConfig | UMT5Config
+
+
+@dataclass(frozen=True)
+class PartKind:
+    """How a sub-folder becomes a module: the class that model_index.json names, its config, and what builds it."""
+
+    class_name: str
+    read_config: Callable[[dict[str, Any]], Any]
+    build: Callable[[Any, Any], nn.Module]  # (config, ops)
+
+
+def build_transformer(config: WanTransformerConfig, ops: Any = reference) -> WanTransformer:
+    """The denoiser, with weights still to be loaded."""
+    return WanTransformer(config, ops)
+
+
+def build_vae(config: WanVAEConfig, ops: Any = reference) -> WanVAE:
+    """The encoder and decoder of frames, with weights still to be loaded."""
+    return WanVAE(config)
+
+
+def build_text_encoder(config: UMT5Config, ops: Any = reference) -> UMT5Encoder:
+    """The text encoder, with weights still to be loaded."""
+    return UMT5Encoder(config)
+
+
+KINDS: Mapping[str, PartKind] = {
+    "transformer": PartKind("WanTransformer3DModel", WanTransformerConfig.from_dict, build_transformer),
+    "vae": PartKind("AutoencoderKLWan", WanVAEConfig.from_dict, build_vae),
+    "text_encoder": PartKind("UMT5EncoderModel", UMT5Config.from_dict, build_text_encoder),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of a checkpoint. config is None where it could not be read; problems say why."""
+
+    name: str
+    config: Config | None
+    files: tuple[Path, ...] = ()
+    parameters: int = 0
+    dtypes: tuple[str, ...] = ()
+    bytes: int = 0
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder. recipe and text_length are None where what they follow from could not be read."""
+
+    folder: Path
+    parts: tuple[Part, ...]
+    recipe: Recipe | None
+    text_length: int | None
+    problems: tuple[str, ...]
+
+    def part(self, name: str) -> Part:
+        """The transformer, vae or text_encoder."""
+        return next(part for part in self.parts if part.name == name)
+
+    def check(self) -> Checkpoint:
+        """Itself if nothing is missing or wrong; CheckpointError with all of its problems otherwise."""
+        if self.problems:
+            raise CheckpointError(
+                f"{self.folder} cannot be loaded:\n" + "\n".join(f"- {text}" for text in self.problems)
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        parts = {part.name: _describe(part) for part in self.parts}
+        recipe = asdict(self.recipe) if self.recipe else None
+        rest = {"text_length": self.text_length, "problems": list(self.problems)}
+        return {"folder": str(self.folder), "pipeline": PIPELINE, "recipe": recipe, "parts": parts, **rest}
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read everything of a model folder but its weights.
+
+    What is missing or wrong inside goes into `problems`. Raises CheckpointError for a path that is no folder of this
+    kind of model at all, saying what was expected and what is nearest.
+    """
+    folder = Path(folder).expanduser()
+    index = _read_index(folder)
+    parts = tuple(_open_part(folder, name, index) for name in KINDS)
+    problems = [text for part in parts for text in part.problems]
+    if _class_of(index, "transformer_2"):
+        problems.append(f"{INDEX} names a transformer_2: models with two experts are not supported yet")
+    text_length = _note(problems, lambda: TextTokenizer.from_folder(folder / "tokenizer").text_length)
+    transformer, vae, text_encoder = (part.config for part in parts)
+    recipe = None
+    if isinstance(transformer, WanTransformerConfig) and isinstance(vae, WanVAEConfig):
+        recipe = _note(problems, lambda: _recipe(folder, index, transformer, vae))
+        problems += _disagreements(transformer, vae, text_encoder)
+    return Checkpoint(folder, parts, recipe, text_length, tuple(problems))
+
+
+def load_part(
+    checkpoint: Checkpoint,
+    name: str,
+    ops: Any = reference,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Build a part of a checkpoint and stream its weights in; `name` is transformer, vae or text_encoder.
+
+    ops: see `fastvid.ops.bind`. Raises CheckpointError if the part has problems.
+    """
+    part = checkpoint.part(name)
+    if part.problems:
+        raise CheckpointError("; ".join(part.problems))
+    module = _on_meta(KINDS[name], part.config, ops)
+    weights.load_into(module, part.files, device, dtype)
+    return module
+
+
+def _open_part(folder: Path, name: str, index: Mapping[str, Any]) -> Part:
+    kind, problems = KINDS[name], []
+    if (given := _class_of(index, name)) != kind.class_name:
+        return Part(name, None, problems=(f"{INDEX}: {name} is a {given}; only {kind.class_name} is supported",))
+    config = _note(problems, lambda: kind.read_config(weights.read_json(folder / name / "config.json")))
+    files = _note(problems, lambda: weights.find_files(folder / name)) or ()
+    entries = _note(problems, lambda: weights.read_headers(files)) or {}
+    if config is not None and entries:
+        module = _on_meta(kind, config, reference)
+        problems += [f"{folder / name}: {text}" for text in weights.mismatches(module, entries)]
+        entries = weights.renamed(module, entries)
+    sizes = sum(file.stat().st_size for file in files)
+    return Part(name, config, files, weights.count_parameters(entries), weights.dtypes(entries), sizes, tuple(problems))
+
+
+def _on_meta(kind: PartKind, config: Any, ops: Any) -> nn.Module:
+    with torch.device("meta"):
+        return kind.build(config, ops)
+
+
+def _recipe(folder: Path, index: Mapping[str, Any], transformer: WanTransformerConfig, vae: WanVAEConfig) -> Recipe:
+    scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
+    expand = index.get("expand_timesteps")
+    return find_recipe(transformer, vae, scheduler, expand if isinstance(expand, bool) else None)
+
+
+def _disagreements(transformer: WanTransformerConfig, vae: WanVAEConfig, text_encoder: Any) -> list[str]:
+    """Sizes in which the parts do not fit each other."""
+    pairs = [
+        ("transformer in_channels", transformer.in_channels, "vae z_dim", vae.z_dim),
+        ("transformer out_channels", transformer.out_channels, "vae z_dim", vae.z_dim),
+    ]
+    if text_encoder is not None:
+        pairs.append(("transformer text_dim", transformer.text_dim, "text_encoder d_model", text_encoder.d_model))
+    return [f"{name} is {a}, but {other} is {b}" for name, a, other, b in pairs if a != b]
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(_not_a_folder(folder))
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} has no {INDEX}{_nearest_folder(folder)}")
+    index = weights.read_json(folder / INDEX)
+    if (given := index.get("_class_name")) != PIPELINE:
+        raise CheckpointError(
+            f"{folder / INDEX} describes a {given}; the only kind supported so far is {PIPELINE} (Wan text-to-video, "
+            "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers)"
+        )
+    return index
+
+
+def _not_a_folder(path: Path) -> str:
+    if path.exists():
+        return f"{path} is a file; give the folder that holds {INDEX}" + _nearest_folder(path.parent)
+    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else f"; a folder that holds {INDEX} is expected"
+    return f"{path} does not exist{hint}"
+
+
+def _nearest_folder(folder: Path) -> str:
+    """The rest of a sentence: which folder nearby is the one to give, or what this one looks like instead."""
+    near = [path.parent for path in (folder / INDEX, folder.parent / INDEX, *sorted(folder.glob(f"*/{INDEX}")))]
+    near = [path for path in near if (path / INDEX).is_file()]
+    if near:
+        return f"; {near[0]} has one"
+    if any(folder.glob("models_t5*.pth")) or any(folder.glob("Wan2.*_VAE.pth")):
+        return (
+            "; it looks like the original Wan layout: give the '-Diffusers' copy of the model, or use `fastvid convert`"
+        )
+    return "; the diffusers layout is expected (model_index.json, transformer/, vae/, text_encoder/, tokenizer/)"
+
+
+def _class_of(index: Mapping[str, Any], name: str) -> str | None:
+    """The class that model_index.json names for a component: the second of [library, class]."""
+    value = index.get(name)
+    return value[1] if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) else None
+
+
+def _describe(part: Part) -> dict[str, Any]:
+    files = [file.name for file in part.files]
+    kind = {"class": KINDS[part.name].class_name, "config": asdict(part.config) if part.config else None}
+    size = {"parameters": part.parameters, "dtypes": list(part.dtypes), "bytes": part.bytes}
+    return {**kind, **size, "files": files, "problems": list(part.problems)}
+
+
+def _note(problems: list[str], read: Callable[[], Any]) -> Any:
+    """What `read` returns, or None with the reason added to the problems."""
+    try:
+        return read()
+    except CheckpointError as error:
+        problems.append(str(error))
+        return None
