@@ -6,6 +6,7 @@ FASTVID_CUDA_ARCHS when it builds). They are defaults: what the caller gives win
     FASTVID_DTYPE      "float32", "bfloat16", "float16"
     FASTVID_BACKEND    as in fastvid.ops.bind: "auto", "reference", "triton", "cuda", or "to_rgb=cuda"
     FASTVID_ATTENTION  the same for attention, also "sdpa" and "flash"
+    FASTVID_DEBUG      anything: the command line shows the traceback of an error
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Settings:
     dtype: str | None = None
     backend: str = "auto"
     attention: str = "auto"
+    debug: str | None = None
 
 
 def read(environ: Mapping[str, str] = os.environ) -> Settings:

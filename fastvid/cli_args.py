@@ -1,0 +1,187 @@
+"""The command line's words: its commands, flags, and what to say when one is not known."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from fractions import Fraction
+from typing import Any, NoReturn
+
+from fastvid.errors import InvalidRequest
+from fastvid.limits import BUDGETS, SOLVERS, nearest_name
+
+COMMANDS = ("generate", "inspect", "doctor")
+
+EPILOG = """exit status:
+  0 done, 1 failed, 2 bad usage or request, 130 interrupted (nothing is left under the output's name)
+
+environment:
+  FASTVID_MODEL, FASTVID_DEVICE, FASTVID_DTYPE, FASTVID_BACKEND, FASTVID_ATTENTION are defaults for the flags;
+  FASTVID_DEBUG=1 shows the traceback of an error"""
+
+GENERATE = """examples:
+  fastvid generate "a red circle moving right on a white background" -o out.mp4
+  fastvid generate "a red circle moving right" -o out.webm --aspect 16:9 --budget 480p --seconds 2 --seed 7
+  echo "a blue square" | fastvid generate - -o frames/
+  fastvid generate --recipe out.mp4 -o again.mp4              (the same video)
+  fastvid generate --recipe out.mp4 -o other.mp4 --seed 8     (the same but for the seed)"""
+
+
+class UsageError(InvalidRequest):
+    """The command line cannot be read."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError instead of ending the process; flags are not abbreviated."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def check_flags(self, words: list[str]) -> None:
+        """Name the nearest flag for one that is not known, before argparse misses what it stood for."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for word in words:
+            flag = word.split("=", 1)[0]
+            if word == "--":
+                return
+            if flag.startswith("--") and flag not in known:
+                self.error(f"unknown flag {flag:.60}; the nearest is {nearest_name(flag, tuple(known))}")
+
+
+def number(text: str) -> int | float:
+    """A number as it is written, 24000/1001 too; the request says whether it may be one."""
+    for convert in (int, float, Fraction):
+        try:
+            value = convert(text)
+        except (ValueError, ZeroDivisionError):
+            continue
+        return float(value) if isinstance(value, Fraction) else value
+    raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number")
+
+
+def numbers(text: str) -> list[int | float]:
+    """Numbers with commas or spaces between them."""
+    return [number(part) for part in text.replace(",", " ").split()]
+
+
+def build() -> dict[str, Parser]:
+    """A parser a command, and the main one under ""."""
+    main = Parser(
+        prog="fastvid",
+        usage="fastvid COMMAND ...",
+        description="Video diffusion: text in, video out.\n\ncommands:\n"
+        "  generate    make a video from a prompt\n"
+        "  inspect     what a model is, without loading it\n"
+        "  doctor      what this machine has, and what every operation would run on\n\n"
+        "Each has its own --help.",
+        epilog='example:\n  fastvid generate "a red circle moving right on a white background" -o out.mp4\n\n' + EPILOG,
+    )
+    main.add_argument("--version", action="store_true", help="print the version and exit")
+    parsers = {"": main, "generate": _generate(), "inspect": _inspect(), "doctor": _doctor()}
+    assert tuple(parsers)[1:] == COMMANDS
+    return parsers
+
+
+def _generate() -> Parser:
+    parser = Parser(
+        prog="fastvid generate", description="Make a video from a prompt.", epilog=f"{GENERATE}\n\n{EPILOG}"
+    )
+    parser.add_argument("prompt", nargs="?", help="what to show; - reads it from standard input")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="PATH",
+        help=".mp4, .webm, .gif, .npy, .png (one frame), or FOLDER/ for PNGs",
+    )
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="make the video in FILE again; what is given beside it is changed"
+    )
+    _add_request(parser)
+    _add_model(parser)
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--json", action="store_true", help="print one JSON object about the video on standard output")
+    return parser
+
+
+def _add_request(parser: Parser) -> None:
+    group = parser.add_argument_group("the video (default: as the model's recipe says)")
+    add = group.add_argument
+    add("--negative-prompt", metavar="TEXT", help="what not to show")
+    add("--width", type=number, metavar="N", help="pixels, 64 to 2048 (video: within 1920x1080 or 1080x1920)")
+    add("--height", type=number, metavar="N", help="pixels, as --width")
+    add("--size", metavar="WxH", help="both at once, such as 832x480")
+    add("--aspect", metavar="W:H", help="aspect ratio, such as 16:9: the nearest size within --budget")
+    add("--budget", metavar="AREA", help=f"{', '.join(BUDGETS)} or a number of pixels (default: the model's own size)")
+    add("--num-frames", type=number, metavar="N", help="frames, 1 to 131072")
+    add("--seconds", type=number, metavar="S", help="length in seconds instead of --num-frames: round(seconds x fps)")
+    add("--fps", type=number, metavar="N", help="frames a second, 0.1 to 240")
+    add("--seed", type=number, metavar="N", help="0 to 2^63-1 (default: a random one, which is shown)")
+    add("--image", metavar="FILE", help="first frame (not supported yet by this version)")
+    add("--last-image", metavar="FILE", help="last frame (not supported yet by this version)")
+    group = parser.add_argument_group("sampling (default: as the model's recipe says)")
+    add = group.add_argument
+    add("--steps", type=number, dest="num_inference_steps", metavar="N", help="denoising steps, 1 to 1000")
+    add("--guidance-scale", type=number, metavar="X", help="weight of the prompt, 0 to 1000; 1 or less: no guidance")
+    add("--flow-shift", type=number, metavar="X", help="shift of the noise levels, 0.01 to 100")
+    add(
+        "--sigmas",
+        type=numbers,
+        metavar="A,B,...",
+        help="noise levels instead of --steps and --flow-shift: descending, in (0, 1]",
+    )
+    add("--solver", metavar="NAME", help=f"one of {', '.join(SOLVERS)}")
+
+
+def _add_model(parser: Parser) -> None:
+    add = parser.add_argument_group("the model and where it runs").add_argument
+    add("--model", metavar="MODEL", help="embedded, a folder, or a hub id (default: embedded)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: what suits the device)")
+    add("--backend", metavar="NAME", help="of the operations: auto, reference, triton, cuda (default: auto)")
+    add("--attention", metavar="NAME", help="auto, reference, sdpa, flash, triton, cuda (default: auto)")
+
+
+def _inspect() -> Parser:
+    parser = Parser(
+        prog="fastvid inspect",
+        description="Show what a model is, from its configurations and file headers, without loading it.",
+        epilog=f"example:\n  fastvid inspect embedded\n\n{EPILOG}",
+    )
+    parser.add_argument("model", help="embedded, a folder, or a hub id")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _doctor() -> Parser:
+    parser = Parser(
+        prog="fastvid doctor",
+        description="Show what this machine has, and what every operation would run on.",
+        epilog=f"example:\n  fastvid doctor --json\n\n{EPILOG}",
+    )
+    parser.add_argument("--device", metavar="NAME", help="for this device (default: a GPU if there is one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def parse(words: list[str]) -> tuple[str, argparse.Namespace]:
+    """(command, its flags); the command is "" for fastvid itself. Raises UsageError; --help raises SystemExit."""
+    parsers = build()
+    command = words[0] if words else ""
+    if command and not command.startswith("-") and command not in COMMANDS:
+        near = nearest_name(command, COMMANDS)
+        raise UsageError(f"unknown command {command[:60]!r}; the nearest is {near} (see fastvid --help)")
+    command, words = (command, words[1:]) if command in COMMANDS else ("", words)
+    parser = parsers[command]
+    parser.check_flags(words)
+    flags, rest = parser.parse_known_args(words)
+    if rest:
+        hint = "; put a prompt of several words in quotes" if command == "generate" else ""
+        parser.error(f"unexpected {rest[0][:60]!r}{hint}")
+    if command == "" and not flags.version:
+        parser.print_help(sys.stderr)
+        raise UsageError("no command given (see fastvid --help)")
+    return command, flags

@@ -1,0 +1,131 @@
+"""Progress of a request, told from its events: a bar on a terminal, a few lines elsewhere, nothing when quiet.
+
+Events are known by their class's name (Started, Step, Frames, Finished) and read by attribute, so that this needs
+neither the pipeline nor torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+LINE_SECONDS = 5.0
+BAR = "{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
+
+
+class Stopwatch:
+    """Seconds per stage: each `mark` adds the time since the one before to a stage."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start = self._last = clock()
+        self.seconds: dict[str, float] = {}
+
+    def mark(self, stage: str) -> None:
+        now = self._clock()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return self._clock() - self._start
+
+
+class Progress:
+    """Shows a request's events on `stream` (standard error). `tty` None: as the stream says."""
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        quiet: bool = False,
+        tty: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._quiet, self._clock = quiet, clock
+        self._tty = self._stream.isatty() if tty is None else tty
+        self._bar: Any = None
+        self._num_frames = self._frames_done = 0
+        self._started = self._line_at = clock()
+        self._line_share = 0.0
+
+    def say(self, text: str) -> None:
+        """One line, above the bar where there is one."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            with contextlib.suppress(OSError):  # nobody reads: no reason to stop the work
+                print(text, file=self._stream, flush=True)
+
+    def event(self, event: Any) -> None:
+        show = {"Started": self._show_start, "Step": self._show_step, "Frames": self._show_frames}
+        if not self._quiet and type(event).__name__ in show:
+            show[type(event).__name__](event)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _show_start(self, event: Any) -> None:
+        self.say(
+            f"{event.num_frames} frames of {event.width}x{event.height} at {event.fps:g} fps, "
+            f"{event.total_steps} steps, seed {event.seed}"
+        )
+        self._num_frames = event.num_frames
+        self._started = self._line_at = self._clock()
+        if self._tty:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=event.total_steps,
+                desc="denoising",
+                file=self._stream,
+                leave=False,
+                bar_format=BAR,
+                mininterval=0.1,
+            )
+
+    def _show_step(self, event: Any) -> None:
+        done, stage = event.step, getattr(event, "stage", "denoising")
+        if self._bar is not None:
+            self._bar.set_description("decoding" if done == event.total else stage, refresh=False)
+            self._bar.update(done - self._bar.n)
+        elif self._is_time(done / event.total):
+            passed = self._clock() - self._started
+            left = f", {duration(passed / done * (event.total - done))} left" if done < event.total else ""
+            self.say(f"{stage}: step {done} of {event.total}{left}")
+
+    def _is_time(self, share: float) -> bool:
+        """For a line: 10 % more is done, or it has been 5 s and a tenth of the time so far since the last one."""
+        now = self._clock()
+        pause = max(LINE_SECONDS, (now - self._started) / 10)
+        if share < min(1.0, self._line_share + 0.1) - 1e-9 and now - self._line_at < pause:
+            return False
+        self._line_at, self._line_share = now, share
+        return True
+
+    def _show_frames(self, event: Any) -> None:
+        self._frames_done = max(self._frames_done, event.start + len(event.frames))
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._frames_done}/{self._num_frames} frames")
+        elif self._frames_done == self._num_frames or self._clock() - self._line_at >= LINE_SECONDS:
+            self._line_at = self._clock()
+            self.say(f"decoding: {self._frames_done} of {self._num_frames} frames")
+
+
+def duration(seconds: float) -> str:
+    """1.4 s, 12 s, 3:05 min, 1:02:03 h."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
