@@ -20,8 +20,10 @@ from fastvid.errors import (
 )
 
 if TYPE_CHECKING:
-    from fastvid.pipeline import Finished, Frames, Pipeline, Started, Step, Video, load
+    from fastvid.events import Finished, Frames, Started, Step
+    from fastvid.pipeline import Pipeline, load
     from fastvid.requests import Request
+    from fastvid.video import Video
 
 __version__ = "0.1.0"
 
@@ -43,8 +45,16 @@ __all__ = [
     "load",
 ]
 
-_LAZY = dict.fromkeys(("Finished", "Frames", "Pipeline", "Started", "Step", "Video", "load"), "fastvid.pipeline")
-_LAZY["Request"] = "fastvid.requests"
+_LAZY = {
+    "Finished": "fastvid.events",
+    "Frames": "fastvid.events",
+    "Pipeline": "fastvid.pipeline",
+    "Request": "fastvid.requests",
+    "Started": "fastvid.events",
+    "Step": "fastvid.events",
+    "Video": "fastvid.video",
+    "load": "fastvid.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:
