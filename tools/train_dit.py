@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastvid.models.umt5 import UMT5Config, UMT5Encoder
@@ -31,7 +31,7 @@ TRANSFORMER = WanTransformerConfig(
 )
 TEXT = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
 SHIFT = 3.0
-TOKENS = 2560  # tokens in a batch
+TOKENS = 1536  # tokens in a batch: small batches, many steps
 
 
 @dataclass
@@ -138,7 +138,7 @@ def batch(pool: Pool, g: torch.Generator) -> list[Sample]:
     frames, h, w = kinds[int(torch.multinomial(weights, 1, generator=g))]
     r = float(torch.rand((), generator=g))
     length = frames if r < 0.72 else 1 if r < 0.78 else 1 + int(torch.randint(frames, (), generator=g))
-    n = max(4, min(48, TOKENS // (length * h * w // 4)))
+    n = max(3, min(48, TOKENS // (length * h * w // 4)))
     shards = pool.shards[frames, h, w]
     return [draw_sample(shards[int(torch.randint(len(shards), (), generator=g))], frames, length, g) for _ in range(n)]
 
@@ -198,11 +198,13 @@ def tokenize(samples: list[Sample], tokenizer: vocabulary.Tokenizer, g: torch.Ge
     return ids, (ids != 0).long()
 
 
-def train(pool: Pool, out: Path, minutes: float, lr: float, seed: int) -> None:
+def train(pool: Pool, out: Path, minutes: float, lr: float, seed: int, init: Path | None) -> None:
     """Trains for a time; writes the averaged weights every few minutes and at the end."""
     g = torch.Generator().manual_seed(seed)
     tokenizer = vocabulary.write(out / "tokenizer")
     model, ema = Trainer(), Trainer()
+    if init:
+        restore(model, init)
     ema.load_state_dict(model.state_dict())
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     start, step, seen, written = time.time(), 0, [], time.time()
@@ -264,6 +266,15 @@ def write(model: Trainer, out: Path) -> None:
     (out / "text_encoder" / "config.json").write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
 
 
+def restore(model: Trainer, folder: Path) -> None:
+    """Reads what `write` wrote."""
+    for module, name in (
+        (model.transformer, "transformer/diffusion_pytorch_model.safetensors"),
+        (model.text_encoder, "text_encoder/model.safetensors"),
+    ):
+        module.load_state_dict({k: v.float() for k, v in load_file(folder / name).items()})
+
+
 def save(module: nn.Module, path: Path) -> None:
     """fp16 safetensors, written beside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,12 +290,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=70)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="an earlier --out to start from")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     pool = Pool(args.pool)
     while not pool.refresh():
         time.sleep(5)
-    train(pool, args.out, args.minutes, args.lr, args.seed)
+    train(pool, args.out, args.minutes, args.lr, args.seed, args.init)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""From a model's name to its parts on a device."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid.models import (
+    Checkpoint,
+    Recipe,
+    TextTokenizer,
+    UMT5Encoder,
+    WanTransformer,
+    WanVAE,
+    encode_prompt,
+    load_part,
+    open_checkpoint,
+)
+from fastvid.ops import Ops, bind
+
+EMBEDDED = "embedded"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A loaded model: modules on their device, and how they are to be used. `model` is the name it was loaded by."""
+
+    model: str
+    checkpoint: Checkpoint
+    recipe: Recipe
+    tokenizer: TextTokenizer
+    text_encoder: UMT5Encoder
+    transformer: WanTransformer
+    vae: WanVAE
+    ops: Ops
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """The VAE computes in fp32, as published."""
+        return torch.float32
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as loaded."""
+        modules = (self.text_encoder, self.transformer, self.vae)
+        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+    def embed(self, prompt: str) -> Tensor:
+        """Text embeddings [1, L, text_dim] of one prompt."""
+        return encode_prompt(self.text_encoder, self.tokenizer, [prompt]).to(self.device, self.dtype)
+
+
+def load_parts(
+    model: str | Path = EMBEDDED,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: str = "auto",
+    attention: str = "auto",
+) -> Parts:
+    """Load everything of a model; see `fastvid.load`. What was asked for is checked before any weight is read."""
+    where = _device(device)
+    kind = _dtype(dtype, where)
+    ops = bind(backend, attention, where)
+    checkpoint = read_checkpoint(model).check()
+    transformer = load_part(checkpoint, "transformer", ops, where, kind)
+    text_encoder = load_part(checkpoint, "text_encoder", ops, where, kind)
+    vae = load_part(checkpoint, "vae", ops, where, torch.float32)
+    tokenizer = TextTokenizer.from_folder(checkpoint.folder / "tokenizer")
+    return Parts(
+        str(model), checkpoint, checkpoint.recipe, tokenizer, text_encoder, transformer, vae, ops, where, kind
+    )
+
+
+def read_checkpoint(model: str | Path) -> Checkpoint:
+    """What a model is, from its name or folder, without reading weights. Raises CheckpointError."""
+    return open_checkpoint(find_folder(model))
+
+
+def find_folder(model: str | Path) -> Path:
+    """The folder of a model: the one that ships with the package, a path, or a hub id in the local cache."""
+    if not isinstance(model, str | Path) or not str(model) or "\0" in str(model):
+        raise InvalidRequest(f"model={model!r:.80}: allowed is {EMBEDDED!r}, a folder, or a hub id such as org/name")
+    if str(model) == EMBEDDED:
+        return Path(__file__).parent / EMBEDDED
+    try:
+        exists = Path(model).expanduser().exists()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"model={str(model):.80}: {error}") from None
+    if exists or isinstance(model, Path):
+        return Path(model)
+    return _cached(model) if HUB_ID.fullmatch(model) else _unknown(model)
+
+
+def _cached(model: str) -> Path:
+    """A hub id's snapshot in the local cache. Nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        raise CheckpointError(
+            f"model={model!r} is neither a folder nor in the local hub cache; download it once with "
+            f"`hf download {model}`, or give {EMBEDDED!r} or a folder"
+        ) from None
+
+
+def _unknown(model: str) -> Path:
+    near = f" (did you mean {EMBEDDED!r}?)" if difflib.get_close_matches(model.lower(), [EMBEDDED]) else ""
+    raise CheckpointError(
+        f"model={model!r:.80} is not known{near}; allowed is {EMBEDDED!r}, a folder in diffusers' layout, or a hub id "
+        "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    )
+
+
+def _device(device: Any) -> torch.device:
+    """The device asked for; what it must be is checked again where the back ends are bound."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InvalidRequest(f"device={device!r:.60}: allowed is 'cpu', 'cuda' or 'cuda:<number>'") from None
+    if where.type not in ("cpu", "cuda"):
+        raise InvalidRequest(f"device={str(where)!r}: allowed is 'cpu', 'cuda' or 'cuda:<number>'")
+    return where
+
+
+def _dtype(dtype: Any, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            near = difflib.get_close_matches(dtype, DTYPES, 1, 0)[0]
+            raise InvalidRequest(f"dtype={dtype!r:.40}: allowed is {', '.join(DTYPES)}; the nearest is {near}")
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise InvalidRequest(f"dtype={dtype!r:.40}: allowed is {', '.join(DTYPES)}, by name or as torch.dtype")
+    return dtype
