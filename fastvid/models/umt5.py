@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
+from fastvid.layers.parameters import Embedding
 from fastvid.models.configs import read_fields
 
 GATED = "gated-gelu"
@@ -75,7 +76,7 @@ class SelfAttention(nn.Module):
         self.k = nn.Linear(config.d_model, inner, bias=False)
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
-        self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.relative_attention_bias = Embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
         """x [B, L, d], buckets [L, L] int64, mask [B, 1, 1, L] added to the scores -> [B, L, d]."""
@@ -151,7 +152,7 @@ class UMT5Encoder(nn.Module):
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.attention import cross_attention, self_attention
 from fastvid.layers.embeddings import rotary_table, timestep_sinusoid
 from fastvid.layers.linear import Linear, linear_gelu_tanh
+from fastvid.layers.parameters import normal_parameter
 from fastvid.models.configs import read_fields
 from fastvid.ops import reference
 
@@ -142,7 +143,7 @@ class Block(nn.Module):
         self.attn2 = Attention(config, ops)
         self.norm2 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else None
         self.ffn = FeedForward(config, ops)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.scale_shift_table = normal_parameter(1, 6, config.dim, std=config.dim**-0.5)
 
     def forward(
         self, x: Tensor, modulation: Modulation, context: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor]
@@ -211,7 +212,7 @@ class WanTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config, ops) for _ in range(config.num_layers)])
         pt, ph, pw = config.patch_size
         self.proj_out = Linear(config.dim, config.out_channels * pt * ph * pw)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.scale_shift_table = normal_parameter(1, 2, config.dim, std=config.dim**-0.5)
 
     @property
     def dtype(self) -> torch.dtype:
