@@ -108,7 +108,9 @@ def _generate() -> Parser:
 
 
 def _add_request(parser: Parser) -> None:
-    group = parser.add_argument_group("the video (default: as the model's recipe says)")
+    group = parser.add_argument_group(
+        "the video (default: as the model's recipe says; embedded: 64x64, 17 frames at 16 fps)"
+    )
     add = group.add_argument
     add("--negative-prompt", metavar="TEXT", help="what not to show")
     add("--width", type=number, metavar="N", help="pixels, 64 to 2048 (video: within 1920x1080 or 1080x1920)")
@@ -122,10 +124,10 @@ def _add_request(parser: Parser) -> None:
     add("--seed", type=number, metavar="N", help="0 to 2^63-1 (default: a random one, which is shown)")
     add("--image", metavar="FILE", help="first frame (not supported yet by this version)")
     add("--last-image", metavar="FILE", help="last frame (not supported yet by this version)")
-    group = parser.add_argument_group("sampling (default: as the model's recipe says)")
+    group = parser.add_argument_group("sampling (default: as the model's recipe says; embedded: 20 steps)")
     add = group.add_argument
     add("--steps", type=number, dest="num_inference_steps", metavar="N", help="denoising steps, 1 to 1000")
-    add("--guidance-scale", type=number, metavar="X", help="weight of the prompt, 0 to 1000; 1 or less: no guidance")
+    add("--guidance-scale", type=number, metavar="X", help="weight of the prompt, 0 to 1000; 1: no guidance")
     add("--flow-shift", type=number, metavar="X", help="shift of the noise levels, 0.01 to 100")
     add(
         "--sigmas",

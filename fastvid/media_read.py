@@ -14,6 +14,7 @@ import numpy as np
 
 from fastvid.errors import Error, MediaError
 
+SYSTEM = (OSError, ValueError, RuntimeError, ArithmeticError, LookupError, EOFError)
 MAX_RECIPE = 1 << 24  # bytes; what is longer was not written here
 MAGIC = {b"\x89PNG": "png", b"GIF8": "gif", b"\x93NUM": "npy"}
 
@@ -25,7 +26,9 @@ def media_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except Error:
         raise
-    except (OSError, ValueError, RuntimeError, ArithmeticError, LookupError, EOFError) as error:
+    except Exception as error:
+        if not isinstance(error, SYSTEM) and not type(error).__module__.startswith("av."):
+            raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise MediaError(f"{os.fspath(path)}: {reason}") from error
 

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvid import media, media_encode
+from fastvid import media, media_encode, media_read
 from fastvid.errors import InvalidRequest, MediaError
 from fastvid.media import FrameSink, check_writable, read_recipe, read_video
 
@@ -180,6 +180,16 @@ def test_what_is_not_there_is_told() -> None:
     for read in (read_recipe, read_video):
         with pytest.raises(MediaError, match="none.mp4: No such file"):
             read("none.mp4")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), av.error.ExternalError(1, "from a library"), ValueError()]
+)
+def test_errors_of_the_system_name_the_file(error: Exception) -> None:
+    with pytest.raises(MediaError, match="out.mp4: (No space|from|ValueError)"), media_read.media_errors("out.mp4"):
+        raise error
+    with pytest.raises(TypeError), media_read.media_errors("out.mp4"):  # a bug stays one
+        raise TypeError
 
 
 def test_pngs_and_arrays_are_read_by_others() -> None:
@@ -356,6 +366,18 @@ def test_a_full_disk_leaves_nothing(name: str, share: float) -> None:
     assert os.listdir() == [path.name]
 
 
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.npy", "out/"])
+def test_a_full_disk_is_noticed_while_writing(name: str) -> None:
+    """Not only at the end of a long video; and the sink cleans up without a `with` around it."""
+    frames = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    sink = FrameSink(name, width=64, height=64, fps=16)
+    limit = 2000 if name == "out/" else 40_000
+    with a_small_disk(limit), pytest.raises(MediaError, match="out.*large"):
+        for _ in range(500):
+            sink.write(frames)
+    assert sink.num_frames < 400 and sink.closed and os.listdir() == []
+
+
 def test_a_fragmented_file_that_failed_silently_is_not_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media_encode, "_payload", lambda path: (len(str(path)), 0))
     with pytest.raises(MediaError, match="does not hold what was encoded"):
@@ -369,9 +391,8 @@ def test_a_killed_process_leaves_a_file_that_plays(name: str, tmp_path: Path) ->
         import numpy as np
         from fastvid.media import FrameSink
         sink = FrameSink({name!r}, width=64, height=64, fps=16)
-        rng = np.random.default_rng(0)
         while True:
-            sink.write(rng.integers(0, 256, (1, 64, 64, 3), np.uint8))
+            sink.write(np.full((1, 64, 64, 3), sink.num_frames % 256, np.uint8))
             print(sink.num_frames, flush=True)
     """
     child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
