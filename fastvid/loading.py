@@ -78,9 +78,7 @@ def load_parts(
     text_encoder = load_part(checkpoint, "text_encoder", ops, where, kind)
     vae = load_part(checkpoint, "vae", ops, where, torch.float32)
     tokenizer = TextTokenizer.from_folder(checkpoint.folder / "tokenizer")
-    return Parts(
-        str(model), checkpoint, checkpoint.recipe, tokenizer, text_encoder, transformer, vae, ops, where, kind
-    )
+    return Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, text_encoder, transformer, vae, ops, where, kind)
 
 
 def read_checkpoint(model: str | Path) -> Checkpoint:
@@ -100,7 +98,9 @@ def find_folder(model: str | Path) -> Path:
         raise CheckpointError(f"model={str(model):.80}: {error}") from None
     if exists or isinstance(model, Path):
         return Path(model)
-    return _cached(model) if HUB_ID.fullmatch(model) else _unknown(model)
+    if HUB_ID.fullmatch(model):
+        return _cached(model)
+    return Path(model) if "/" in model or "\\" in model else _unknown(model)
 
 
 def _cached(model: str) -> Path:

@@ -1,8 +1,8 @@
 """Pipeline: a loaded model and what can be asked of it. Thin: it hands a request from plan to engine to decoder.
 
-    pipe = fastvid.load("embedded")
-    video = pipe.generate("a red circle moving right on a white background", seed=1)
-    video.save("out.mp4")
+pipe = fastvid.load("embedded")
+video = pipe.generate("a red circle moving right on a white background", seed=1)
+video.save("out.mp4")
 """
 
 from __future__ import annotations
@@ -259,7 +259,9 @@ class Pipeline:
     def _velocity(self, prompt: str | None, embeds: Any, solver: str) -> Velocity:
         parts = self._parts
         with ieee_fp32():
-            text = parts.embed(prompt or "") if embeds is None else torch.as_tensor(embeds).to(parts.device, parts.dtype)
+            text = (
+                parts.embed(prompt or "") if embeds is None else torch.as_tensor(embeds).to(parts.device, parts.dtype)
+            )
             context = parts.transformer.prepare_context(text)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:

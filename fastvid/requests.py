@@ -93,8 +93,8 @@ class Request:
         checks: dict[str, limits.Check] = {f.name: f.metadata["check"] for f in fields(cls)}
         for name in kwargs:
             if name not in checks and name != "size":
-                near = ALIASES.get(name.lower()) or nearest_name(name, (*checks, "size"))
-                raise InvalidRequest(f"there is no argument {shown(name)}; the nearest is {near}")
+                near = nearest_name(name, (*checks, "size", *ALIASES))
+                raise InvalidRequest(f"there is no argument {shown(name)}; the nearest is {ALIASES.get(near, near)}")
             if name in NOT_YET and kwargs[name] is not None:
                 raise InvalidRequest(f"generate({name}=...) is not supported yet by this version; leave it out")
         given = _unfold_size({name: value for name, value in kwargs.items() if value is not None})

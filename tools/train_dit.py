@@ -70,7 +70,9 @@ class Pool:
 
 def random_level(n: int, g: torch.Generator) -> Tensor:
     """n noise levels in (0, 1]: logit-normal and uniform mixed, then shifted as in sampling."""
-    u = torch.where(torch.rand(n, generator=g) < 0.7, torch.sigmoid(1.1 * torch.randn(n, generator=g)), torch.rand(n, generator=g))
+    u = torch.where(
+        torch.rand(n, generator=g) < 0.7, torch.sigmoid(1.1 * torch.randn(n, generator=g)), torch.rand(n, generator=g)
+    )
     return (SHIFT * u / (1 + (SHIFT - 1) * u)).clamp(1e-3, 1.0)
 
 

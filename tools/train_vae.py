@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -106,7 +105,9 @@ def loss_of(vae: WanVAE, frames: Tensor, noise: float) -> tuple[Tensor, Tensor]:
     return error.abs().mean() + 2.0 * mse + 1e-4 * latents.square().mean(), mse / 4
 
 
-def stage(vae: WanVAE, ema: WanVAE, minutes: float, clips: bool, lr: float, out: Path, generator: torch.Generator) -> None:
+def stage(
+    vae: WanVAE, ema: WanVAE, minutes: float, clips: bool, lr: float, out: Path, generator: torch.Generator
+) -> None:
     """One stage of training, with a learning rate that warms up and falls to nothing over its time."""
     optimiser = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     start, step, seen = time.time(), 0, []
@@ -130,7 +131,10 @@ def stage(vae: WanVAE, ema: WanVAE, minutes: float, clips: bool, lr: float, out:
         step += 1
         if step % 50 == 0:
             psnr = -10 * math.log10(sum(seen[-50:]) / 50)
-            print(f"{'clips' if clips else 'images'} {step} {share:.2f} loss {loss.item():.4f} psnr {psnr:.2f}", flush=True)
+            print(
+                f"{'clips' if clips else 'images'} {step} {share:.2f} loss {loss.item():.4f} psnr {psnr:.2f}",
+                flush=True,
+            )
             save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, out / "ema.safetensors")
 
 
