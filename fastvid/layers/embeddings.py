@@ -35,9 +35,10 @@ def _axis_angles(axis: int, grid: tuple[int, int, int], width: int, offset: int,
 def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
     """[cos(t f_i) | sin(t f_i)], f_i = 10000^(-i / (dim / 2)): timestep [K] on 0..1000 -> fp32 [K, dim].
 
-    In fp64 as the original does; diffusers' fp32 is up to 3e-5 off at t = 1000, which stays under 1e-6 in the output.
+    In fp32, step by step as diffusers does: the result then is its result, whatever the weights make of the rounding.
+    The original takes fp64, from which this is 6e-6 off at t = 1000, and about 1.5e-6 in what the model returns.
     """
     half = dim // 2
-    index = torch.arange(half, dtype=torch.float64, device=timestep.device)
-    angle = timestep.double()[:, None] * torch.exp(index * (-math.log(10000.0) / half))
-    return torch.cat((angle.cos(), angle.sin()), dim=-1).float()
+    index = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    angle = timestep.float()[:, None] * torch.exp(-math.log(10000.0) * index / half)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)

@@ -1,0 +1,396 @@
+"""The Wan transformer against diffusers' on random weights, and each of its operations against its formula."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid.layers.embeddings import rotary_table, timestep_sinusoid
+from fastvid.layers.linear import Linear, linear_gelu_tanh, onednn_applies
+from fastvid.models.wan import WanTransformer, WanTransformerConfig, group_timesteps
+from fastvid.ops import reference
+
+SMALL: dict[str, Any] = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 24,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 20,
+    "ffn_dim": 80,
+    "num_layers": 3,
+}
+SIZES = [(1, 2, 2), (3, 6, 10), (5, 14, 6)]  # latent frames, height, width
+KINDS = ["sample", "frame", "token"]
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||"""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def diffusers_model(**changes: Any) -> WanTransformer3DModel:
+    """diffusers' model with every weight drawn, also those that start as ones or zeros."""
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(**{**SMALL, **changes}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def ours(theirs: WanTransformer3DModel, ops: Any = reference) -> WanTransformer:
+    model = WanTransformer(WanTransformerConfig.from_dict(dict(theirs.config)), ops)
+    model.load_state_dict(theirs.state_dict())
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def theirs() -> WanTransformer3DModel:
+    return diffusers_model()
+
+
+def inputs(size: tuple[int, int, int], kind: str, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timesteps of a kind, text."""
+    generator = torch.Generator().manual_seed(sum(size))
+    t, h, w = size
+    shape = {"sample": (batch,), "frame": (batch, t), "token": (batch, t * h * w // 4)}[kind]
+    timestep = torch.rand(shape, generator=generator) * 1000
+    if kind != "sample":
+        timestep[torch.rand(shape, generator=generator) < 0.4] = 0
+    draw = [torch.randn(s, generator=generator) for s in ((batch, 4, t, h, w), (batch, 7, 20))]
+    return draw[0], timestep, draw[1]
+
+
+def run_theirs(model: WanTransformer3DModel, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    """diffusers knows timesteps a sample and a token, not a frame."""
+    tokens = latents[0, 0].numel() // 4
+    if timestep.ndim == 2 and timestep.shape[1] != tokens:
+        timestep = timestep.repeat_interleave(tokens // timestep.shape[1], dim=1)
+    return model(latents, timestep, text, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_equals_diffusers(theirs: WanTransformer3DModel, size: tuple[int, int, int], kind: str) -> None:
+    given = inputs(size, kind)
+    assert error(ours(theirs)(*given), run_theirs(theirs, *given)) < 1e-6
+
+
+@pytest.mark.parametrize("changes", [{"cross_attn_norm": False}, {"patch_size": (1, 1, 1)}, {"attention_head_dim": 34}])
+@torch.no_grad()
+def test_other_configurations_equal_diffusers(changes: dict[str, Any]) -> None:
+    theirs = diffusers_model(**changes)
+    latents, timestep, text = inputs((3, 4, 6), "sample")
+    assert error(ours(theirs)(latents, timestep, text), run_theirs(theirs, latents, timestep, text)) < 1e-6
+
+
+@pytest.mark.parametrize("timestep", [[999, 3], [999.0, 0.5], [1000.0, 0.0], [123.4, 567.8]])
+@torch.no_grad()
+def test_timesteps_of_any_type_equal_diffusers(theirs: WanTransformer3DModel, timestep: list[float]) -> None:
+    latents, _, text = inputs((3, 6, 10), "sample")
+    given = latents, torch.tensor(timestep), text
+    assert error(ours(theirs)(*given), run_theirs(theirs, *given)) < 1e-6
+
+
+def test_timestep_sinusoid_against_fp64() -> None:
+    timestep = torch.tensor([0.0, 0.5, 3.0, 999.0])
+    angle = timestep.double()[:, None] * 10000 ** (-torch.arange(128).double() / 128)
+    assert error(timestep_sinusoid(timestep, 256), torch.cat((angle.cos(), angle.sin()), -1)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_wrong_epsilon_or_gelu_would_be_seen(theirs: WanTransformer3DModel) -> None:
+    given = inputs((3, 6, 10), "sample")
+    right = run_theirs(theirs, *given)
+    wrong = ours(theirs)
+    for block in wrong.blocks:
+        block.eps = 1e-5
+    assert error(wrong(*given), right) > 1e-6
+    erf = ours(theirs, SimpleNamespace(**{**vars(reference), "gelu_tanh": F.gelu}))
+    assert error(erf(*given), right) > 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_bf16_is_as_good_as_diffusers(theirs: WanTransformer3DModel, kind: str) -> None:
+    given = inputs((3, 6, 10), kind)
+    truth = run_theirs(theirs, *given)
+    half = diffusers_model().bfloat16()
+    kept = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
+    for name, parameter in half.named_parameters():
+        if kept & set(name.split(".")):
+            parameter.data = theirs.get_parameter(name).data
+    model = WanTransformer(WanTransformerConfig.from_dict(dict(half.config)))
+    model.load_state_dict(half.state_dict(), assign=True)
+    latents, timestep, text = given
+    allowed = 2 * error(run_theirs(half, latents.bfloat16(), timestep, text.bfloat16()), truth)
+    assert set(model.FP32_PARTS) == kept and model.dtype == torch.bfloat16
+    assert 0 < error(model(latents, timestep, text), truth) <= allowed
+
+
+@torch.no_grad()
+def test_a_prepared_context_changes_nothing(theirs: WanTransformer3DModel) -> None:
+    latents, timestep, text = inputs((3, 6, 10), "frame")
+    model = ours(theirs)
+    context = model.prepare_context(text)
+    assert torch.equal(model(latents, timestep, context), model(latents, timestep, text))
+    assert len(context.layers) == 3 and context.layers[0][0].shape == (2, 7, 3, 24)
+
+
+@torch.no_grad()
+def test_samples_of_a_batch_do_not_meet(theirs: WanTransformer3DModel) -> None:
+    latents, timestep, text = inputs((3, 6, 10), "token")
+    model = ours(theirs)
+    both = model(latents, timestep, text)
+    for i in range(2):
+        alone = model(latents[i : i + 1], timestep[i : i + 1], text[i : i + 1])
+        assert error(alone[0], both[i]) < 1e-6
+
+
+@torch.no_grad()
+def test_a_window_can_start_anywhere(theirs: WanTransformer3DModel) -> None:
+    """Rotary attention sees differences of positions only, so an offset must not change a window's own result."""
+    given = inputs((3, 6, 10), "sample")
+    model = ours(theirs)
+    assert error(model(*given, rope_offset=2000), model(*given)) < 1e-5
+    assert not torch.equal(model(*given, rope_offset=2000), model(*given))
+
+
+@pytest.mark.parametrize("head_dim", [24, 34, 64, 128])
+def test_rotary_table(head_dim: int) -> None:
+    whole = rotary_table((9, 3, 5), head_dim, device=torch.device("cpu"))
+    part = rotary_table((4, 3, 5), head_dim, offset=5, device=torch.device("cpu"))
+    for a, b in zip(whole, part, strict=True):
+        assert b.shape == (4 * 3 * 5, head_dim // 2) and torch.equal(a[5 * 15 :], b)
+    cos, sin = whole
+    torch.testing.assert_close(cos.square() + sin.square(), torch.ones_like(cos))
+    theirs = WanTransformer3DModel(**{**SMALL, "attention_head_dim": head_dim, "num_layers": 1}).rope
+    expected = theirs(torch.empty(1, 4, 9, 6, 10))
+    assert torch.equal(cos, expected[0][0, :, 0, ::2]) and torch.equal(sin, expected[1][0, :, 0, 1::2])
+
+
+def test_gradients_equal_diffusers(theirs: WanTransformer3DModel) -> None:
+    latents, timestep, text = inputs((3, 6, 10), "token")
+    model = ours(theirs).train()
+    theirs.zero_grad()
+    run_theirs(theirs, latents, timestep, text).square().mean().backward()
+    model(latents, timestep, text).square().mean().backward()
+    for name, parameter in theirs.named_parameters():
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None and error(gradient, parameter.grad) < 1e-4, name
+
+
+@torch.no_grad()
+def test_every_operation_is_the_one_handed_in(theirs: WanTransformer3DModel) -> None:
+    calls: dict[str, int] = {}
+
+    def counted(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return getattr(reference, name)(*args, **kwargs)
+
+        return call
+
+    names = [name for name in vars(reference) if callable(getattr(reference, name)) and not name.startswith("_")]
+    ops = SimpleNamespace(**{name: counted(name) for name in names if name != "Tensor"})
+    ours(theirs, ops)(*inputs((1, 2, 2), "sample"))
+    layers = SMALL["num_layers"]
+    assert calls == {
+        "attention": 2 * layers,
+        "rms_norm_rope": 2 * layers,
+        "rms_norm": 2 * layers,
+        "modulated_layer_norm": 2 * layers + 1,
+        "gated_residual": 2 * layers,
+        "layer_norm": layers,
+        "gelu_tanh": layers + 1,
+        "patch_embed": 1,
+        "unpatchify": 1,
+    }
+
+
+GROUPS = [
+    (torch.tensor([5.0, 5.0]), 2, 1),
+    (torch.tensor([[0.0, 9.0, 9.0], [0.0, 0.0, 9.0]]), 2, 3),
+    (torch.tensor([[0.0], [9.0]]).expand(2, 18), 2, 3),
+    (torch.tensor([0.0] * 17 + [9.0]).expand(2, 18), 2, 18),
+]
+
+
+@pytest.mark.parametrize(("timestep", "distinct", "groups"), GROUPS)
+def test_timesteps_are_grouped(timestep: Tensor, distinct: int, groups: int) -> None:
+    values, index = group_timesteps(timestep, 2, (3, 2, 3))
+    assert values.shape == (distinct,) and index.shape == (2, groups)
+    wide = timestep[:, None] if timestep.ndim == 1 else timestep
+    expected = wide.repeat_interleave(18 // wide.shape[1], dim=1)
+    assert torch.equal(values[index].repeat_interleave(18 // groups, dim=1), expected)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2), (2, 17), (1, 18), (2, 18, 1), ()])
+def test_other_timesteps_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidRequest, match=r"timestep is \[2\], \[2, 3\] .* or \[2, 18\]"):
+        group_timesteps(torch.zeros(shape), 2, (3, 2, 3))
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3, 4, 4), (1, 4, 3, 5, 4), (1, 4, 3, 4, 3), (4, 3, 4, 4)])
+def test_other_latents_are_refused(theirs: WanTransformer3DModel, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidRequest, match=r"\[B, 4, T, H, W\]"):
+        ours(theirs)(torch.zeros(shape), torch.zeros(1), torch.zeros(1, 7, 20))
+    with pytest.raises(InvalidRequest, match=r"\[B, L, 20\]"):
+        ours(theirs).prepare_context(torch.zeros(1, 7, 21))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_dim": 1280}, "CLIP picture"),
+        ({"added_kv_proj_dim": 144}, "picture tokens"),
+        ({"vace_layers": [0, 2]}, "VACE"),
+        ({"qk_norm": "rms_norm"}, "rms_norm_across_heads"),
+        ({"qk_norm": None}, "rms_norm_across_heads"),
+        ({"window": 7}, "sets window"),
+        ({"num_layers": "30"}, "num_layers is '30'"),
+        ({"num_layers": 0}, "positive"),
+        ({"ffn_dim": True}, "ffn_dim is True"),
+        ({"eps": float("nan")}, "positive"),
+        ({"patch_size": [2, 2]}, "patch_size"),
+        ({"patch_size": 2}, "patch_size"),
+        ({"attention_head_dim": 23}, "even"),
+    ],
+)
+def test_configurations_that_are_not_supported(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        WanTransformerConfig.from_dict({**SMALL, **changes})
+
+
+def test_configurations_that_mean_the_same() -> None:
+    plain = WanTransformerConfig.from_dict(SMALL)
+    extra = {"_class_name": "x", "image_dim": None, "rope_max_seq_len": 9, "qk_norm": "rms_norm_across_heads"}
+    assert WanTransformerConfig.from_dict({**SMALL, **extra, "patch_size": [1, 2, 2], "out_channels": None}) == plain
+    assert plain.dim == 72
+
+
+# Operations
+
+
+def steps(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """The row of every token of x [B, N, d], written out."""
+    return rows[index.repeat_interleave(x.shape[1] // index.shape[1], dim=1)]
+
+
+def within_torch(ours: Tensor, torchs: Tensor, truth: Tensor) -> bool:
+    """At most twice the error that plain PyTorch makes in the same type, or what rounding alone allows."""
+    return error(ours, truth) <= max(2 * error(torchs, truth), 3e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "groups", "distinct"), [(1, 1, 1), (13, 1, 2), (137, 137, 5), (138, 6, 3)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_modulation_against_its_formula(
+    dtype: torch.dtype, tokens: int, groups: int, distinct: int, grad: bool
+) -> None:
+    torch.manual_seed(tokens)
+    x, y = torch.randn(2, tokens, 72).to(dtype), torch.randn(2, tokens, 144).to(dtype)[..., ::2]
+    shift, scale, gate = torch.randn(3, distinct, 72).unbind(0)
+    index = torch.randint(distinct, (2, groups))
+
+    def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return F.layer_norm(x, (72,), eps=1e-6) * (1 + steps(x, index, scale)) + steps(x, index, shift)
+
+    with torch.set_grad_enabled(grad):
+        normed = reference.modulated_layer_norm(x, shift, scale, index, 1e-6)
+        gated = reference.gated_residual(x, y, gate, index)
+    assert normed.dtype == gated.dtype == dtype and normed.shape == gated.shape == x.shape
+    truth = norm(x.double(), shift.double(), scale.double())
+    assert within_torch(normed, norm(x.float(), shift, scale).to(dtype), truth)
+    truth = x.double() + y.double() * steps(x, index, gate).double()
+    assert within_torch(gated, (x.float() + y.float() * steps(x, index, gate)).to(dtype), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(1, 1, 24), (137, 3, 34), (64, 2, 128)])
+def test_norm_and_rotation_against_their_formula(dtype: torch.dtype, tokens: int, heads: int, head_dim: int) -> None:
+    torch.manual_seed(tokens)
+    x = torch.randn(2, tokens, 2 * heads * head_dim).to(dtype)[..., : heads * head_dim]
+    weight = torch.randn(heads * head_dim).to(dtype)
+    cos, sin = rotary_table((tokens, 1, 1), head_dim, offset=3, device=torch.device("cpu"))
+
+    def formula(x: Tensor) -> Tensor:
+        kind = x.dtype
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight.to(kind)
+        even, odd = y.view(2, tokens, heads, -1, 2).unbind(-1)
+        c, s = cos[:, None].to(kind), sin[:, None].to(kind)
+        return torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2)
+
+    before = x.clone()
+    made = reference.rms_norm_rope(x, weight, cos, sin, 1e-6)
+    assert made.dtype == dtype and made.shape == (2, tokens, heads, head_dim)
+    assert within_torch(made, formula(x.float()).to(dtype), formula(x.double()))
+    assert torch.equal(x, before), "an operation must not write into its inputs"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "context"), [(1, 1), (13, 137), (130, 512)])
+@pytest.mark.parametrize("softmax_scale", [None, 0.3])
+def test_attention_against_its_formula(
+    dtype: torch.dtype, tokens: int, context: int, softmax_scale: float | None
+) -> None:
+    torch.manual_seed(tokens)
+    q = torch.randn(2, tokens, 3, 24).to(dtype)
+    k, v = torch.randn(2, context, 3, 2, 24).to(dtype).unbind(3)
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * (softmax_scale or 24**-0.5)
+        return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
+
+    made = reference.attention(q, k, v, softmax_scale=softmax_scale)
+    assert made.shape == q.shape and made.dtype == dtype
+    truth = formula(q.double(), k.double(), v.double())
+    assert within_torch(made, formula(q.float(), k.float(), v.float()).to(dtype), truth)
+    with pytest.raises(ValueError, match="attention takes"):
+        reference.attention(q, k[:, :, :2], v)
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3)])
+def test_patches_are_cut_and_put_back(patch: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv3d(4, 10, patch, patch)
+    latents = torch.randn(2, 4, 4, 6, 12)
+    made = reference.patch_embed(latents, conv.weight, conv.bias)
+    assert error(made, conv(latents).flatten(2).transpose(1, 2)) < 1e-6
+    identity = torch.eye(4 * patch[0] * patch[1] * patch[2])
+    # Rows of a patch hold the channel first; a projection to patches holds it last.
+    order = identity.view(4, -1, identity.shape[0]).transpose(0, 1).reshape(-1, 4, *patch)
+    tokens = reference.patch_embed(latents, order, torch.zeros(len(identity)))
+    grid = (4 // patch[0], 6 // patch[1], 12 // patch[2])
+    assert torch.equal(reference.unpatchify(tokens, grid, patch), latents)
+    with pytest.raises(ValueError, match="do not divide"):
+        reference.patch_embed(latents[..., :11], conv.weight, conv.bias)
+
+
+@pytest.mark.parametrize(("rows", "bias"), [(63, True), (64, True), (137, False)])
+@torch.no_grad()
+def test_linear_layers_by_any_route(rows: int, bias: bool) -> None:
+    torch.manual_seed(rows)
+    layer = Linear(48, 100, bias=bias)
+    for x in (torch.randn(1, rows, 48), torch.randn(rows, 1, 96)[..., ::2].transpose(0, 1)):
+        truth = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+        plain = F.linear(x, layer.weight, layer.bias)
+        assert layer(x).shape == truth.shape and within_torch(layer(x), plain, truth)
+        gelu = linear_gelu_tanh(reference, layer, x)
+        assert within_torch(gelu, F.gelu(plain, approximate="tanh"), F.gelu(truth, approximate="tanh"))
+
+
+def test_onednn_stands_back_for_gradients() -> None:
+    layer, x = Linear(8, 8), torch.randn(100, 8)
+    assert not onednn_applies(x, layer.weight)
+    assert not onednn_applies(x.bfloat16(), layer.weight.bfloat16().detach())
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
