@@ -145,15 +145,23 @@ def _open_part(folder: Path, name: str, index: Mapping[str, Any]) -> Part:
     kind, problems = KINDS[name], []
     if (given := _class_of(index, name)) != kind.class_name:
         return Part(name, None, problems=(f"{INDEX}: {name} is a {given}; only {kind.class_name} is supported",))
-    config = _note(problems, lambda: kind.read_config(weights.read_json(folder / name / "config.json")))
+    config, module = _note(problems, lambda: _read_part(kind, folder / name / "config.json")) or (None, None)
     files = _note(problems, lambda: weights.find_files(folder / name)) or ()
     entries = _note(problems, lambda: weights.read_headers(files)) or {}
-    if config is not None and entries:
-        module = _on_meta(kind, config, reference)
+    if module is not None and entries:
         problems += [f"{folder / name}: {text}" for text in weights.mismatches(module, entries)]
         entries = weights.renamed(module, entries)
     sizes = sum(file.stat().st_size for file in files)
     return Part(name, config, files, weights.count_parameters(entries), weights.dtypes(entries), sizes, tuple(problems))
+
+
+def _read_part(kind: PartKind, path: Path) -> tuple[Any, nn.Module]:
+    """The config that a file holds, and the module that it describes, without weights."""
+    config = kind.read_config(weights.read_json(path))
+    try:
+        return config, _on_meta(kind, config, reference)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path} describes no {kind.class_name} that can be built: {error}") from None
 
 
 def _on_meta(kind: PartKind, config: Any, ops: Any) -> nn.Module:
