@@ -38,7 +38,7 @@ class Walked:
 
 
 def whole_clip(sigmas: np.ndarray, columns: int) -> list[Row]:
-    """The table of classic sampling: every column at the same level, down to zero. sigmas [N] without the final zero."""
+    """Classic sampling: every column at the same level, down to zero. sigmas [N] without the final zero."""
     levels = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
     return [Row(s.expand(columns), n.expand(columns)) for s, n in zip(levels[:-1], levels[1:], strict=True)]
 

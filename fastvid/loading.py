@@ -44,6 +44,14 @@ class Parts:
     ops: Ops
     device: torch.device
     dtype: torch.dtype
+    backend: str = "auto"
+    attention: str = "auto"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What `load` was asked for and made of it, as a recipe records it: what else decides the bytes."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "device": self.device.type, "backend": self.backend, "attention": self.attention}
 
     @property
     def vae_dtype(self) -> torch.dtype:

@@ -142,8 +142,7 @@ class Pipeline:
         )
         timeline = plan.lay_out(request, parts.vae.config)
         self._check_tensors(request, timeline)
-        settings = {"dtype": str(parts.dtype).removeprefix("torch."), "device": parts.device.type}
-        recipe = request.to_recipe(model=parts.model, version=fastvid.__version__, **settings)
+        recipe = request.to_recipe(model=parts.model, version=fastvid.__version__, **parts.settings)
         return Prepared(request, self._plan(request, timeline, len(sigmas)), timeline, sigmas, recipe)
 
     def _plan(self, request: Resolved, timeline: Timeline, steps: int) -> Plan:

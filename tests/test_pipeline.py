@@ -1,5 +1,5 @@
-"""The whole way: against diffusers' WanPipeline on the same weights, and what a service relies on: equal bytes for equal
-seeds, requests that leave no trace on each other, cancelling, refusals before anything is computed."""
+"""The whole way: against diffusers' WanPipeline on the same weights, and what a service relies on: equal bytes for
+equal seeds, requests that leave no trace on each other, cancelling, refusals before anything is computed."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ SYMMETRY = {"circle": 0, "square": 4, "triangle": 3, "star": 5}
 
 @dataclass(frozen=True)
 class Measured:
-    """What a clip shows. `path` [F, 2] is the centroid as shares of width and height, `area` [F] shares of the frame."""
+    """What a clip shows. `path` [F, 2]: the centroid, in shares of width and height; `area` [F]: of the frame."""
 
     background: str
     colour: str

@@ -269,12 +269,27 @@ def write(model: Trainer, out: Path) -> None:
 
 
 def restore(model: Trainer, folder: Path) -> None:
-    """Reads what `write` wrote."""
-    for module, name in (
-        (model.transformer, "transformer/diffusion_pytorch_model.safetensors"),
-        (model.text_encoder, "text_encoder/model.safetensors"),
-    ):
-        module.load_state_dict({k: v.float() for k, v in load_file(folder / name).items()})
+    """Starts from a checkpoint of the same widths; its vocabulary may be another and its feed-forward layers narrower.
+
+    Words are matched by name. New feed-forward channels begin with no effect.
+    """
+    state = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    copy_parameters(model.transformer, {k: v.float() for k, v in state.items()})
+    state = {k: v.float() for k, v in load_file(folder / "text_encoder" / "model.safetensors").items()}
+    theirs = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    rows = [theirs.get(word, theirs["<unk>"]) for word in ("<pad>", "</s>", "<unk>", *vocabulary.words())]
+    state["shared.weight"] = state["shared.weight"][rows]
+    copy_parameters(model.text_encoder, {k: v for k, v in state.items() if k != "encoder.embed_tokens.weight"})
+
+
+@torch.no_grad()
+def copy_parameters(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copies every parameter into the leading part of the module's own."""
+    for name, own in module.state_dict().items():
+        given = state[name]
+        if name.endswith("ffn.net.2.weight"):
+            own.zero_()
+        own[tuple(slice(n) for n in given.shape)] = given
 
 
 def save(module: nn.Module, path: Path) -> None:
@@ -292,7 +307,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=70)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", type=Path, help="an earlier --out to start from")
+    parser.add_argument("--init", type=Path, help="a checkpoint, or an earlier --out, to start from")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     pool = Pool(args.pool)

@@ -1,0 +1,158 @@
+"""Puts trained parts together as a checkpoint in the published diffusers layout, with its model card.
+
+python -m tools.assemble --vae runs/vae/vae --dit runs/dit --out fastvid/embedded --scores scores.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from tools.clips import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
+
+LIMIT = 32_000_000  # bytes that the package may grow by
+
+INDEX = {
+    "_class_name": "WanPipeline",
+    "_diffusers_version": "0.42.1",
+    "boundary_ratio": None,
+    "expand_timesteps": True,
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "_diffusers_version": "0.42.1",
+    "final_sigmas_type": "zero",
+    "flow_shift": 3.0,
+    "lower_order_final": True,
+    "num_train_timesteps": 1000,
+    "predict_x0": True,
+    "prediction_type": "flow_prediction",
+    "solver_order": 2,
+    "solver_type": "bh2",
+    "timestep_spacing": "linspace",
+    "use_flow_sigmas": True,
+}
+
+CARD = """# The embedded model
+
+A small text-to-video model of the Wan architecture in the published diffusers layout, trained on clips that `tools/`
+draws, from an earlier and smaller checkpoint of the same kind (its VAE widened to twice the channels). It ships with fastvid so that every part of the program does its real job on any machine, and so
+that what a change does to the video can be measured: the truth of a caption can be read off the frames.
+
+Prompts: "a {{colour}} {{shape}} {{motion}} on a {{background}} background".
+
+| | words |
+| --- | --- |
+| colour | {colours} |
+| shape | {shapes} |
+| motion | {motions} |
+| background | {backgrounds} |
+
+A thing that moves crosses {speed:.0%} of the frame in a second and turns at the border. Other words are unknown to it.
+
+| part | configuration | parameters |
+| --- | --- | --- |
+{parts}
+
+Weights are stored in fp16. Defaults: 64x64, 17 frames, 16 fps, 20 UniPC steps, flow shift 3, guidance 3, text length
+16, per-token timesteps. Trained on sizes from 64x64 to 160x96, 17 and 33 frames and shorter, stills, with known frames
+(first, last, both, prefix, suffix, random, held stills), independent and rising noise levels per frame, a known region
+around a free box, windows that begin in mid-stream, and dropped captions.
+
+## Scores
+
+Measured on decoded frames by `python -m tools.score`, random captions over all words, captions as above, default
+options but for the size or length named. {vae_line}
+
+| setting | captions | background | colour | shape | motion |
+| --- | --- | --- | --- | --- | --- |
+{scores}
+
+Known faults: {faults}
+"""
+
+
+def describe(folder: Path) -> str:
+    """The card's rows of parts."""
+    rows = []
+    for part, keys in {
+        "transformer": ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "text_dim"),
+        "vae": ("base_dim", "z_dim", "num_res_blocks"),
+        "text_encoder": ("num_layers", "d_model", "num_heads", "d_ff", "vocab_size"),
+    }.items():
+        config = json.loads((folder / part / "config.json").read_text())
+        with safe_open(next((folder / part).glob("*.safetensors")), "pt") as file:
+            count = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118 (a file is no dict)
+        settings = ", ".join(f"{key} {config[key]}" for key in keys)
+        rows.append(f"| `{part}` | {config.get('_class_name') or config['architectures'][0]}: {settings} | {count:,} |")
+    return "\n".join(rows)
+
+
+def write_card(folder: Path, scores: dict[str, Any], faults: str) -> None:
+    """README.md beside the weights: what the model is and how well it does."""
+    from tools.clips import SPEED
+
+    rows = [
+        f"| {name} | {row['captions']} | "
+        + " | ".join(f"{row[t]:.1%}" for t in ("background", "colour", "shape", "motion"))
+        for name, row in scores.items()
+        if isinstance(row, dict) and "captions" in row
+    ]
+    vae = scores["vae"]
+    text = CARD.format(
+        colours=", ".join(COLOURS),
+        shapes=", ".join(SHAPES),
+        motions=", ".join(MOTIONS),
+        backgrounds=", ".join(BACKGROUNDS),
+        speed=SPEED,
+        parts=describe(folder),
+        vae_line=f"VAE, {vae['clips']} clips: {vae['mean_db']:.1f} dB mean, {vae['worst_db']:.1f} dB worst.",
+        scores="\n".join(row + " |" for row in rows),
+        faults=faults,
+    )
+    (folder / "README.md").write_text(text)
+
+
+def assemble(vae: Path, dit: Path, out: Path) -> None:
+    """Copies the parts and writes what holds them together. Raises SystemExit if it is over the limit."""
+    out.mkdir(parents=True, exist_ok=True)
+    for source, name in ((vae, "vae"), *((dit / n, n) for n in ("transformer", "text_encoder", "tokenizer"))):
+        shutil.rmtree(out / name, ignore_errors=True)
+        shutil.copytree(source, out / name)
+    for path in out.rglob("*.safetensors"):
+        path.chmod(0o644)
+    (out / "scheduler").mkdir(exist_ok=True)
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+    (out / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB")
+    if size > LIMIT:
+        raise SystemExit(f"over the limit of {LIMIT / 1e6:.0f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--dit", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scores", type=Path, help="what tools.score wrote; makes the model card")
+    parser.add_argument("--faults", default="see the scores.")
+    args = parser.parse_args()
+    assemble(args.vae, args.dit, args.out)
+    if args.scores:
+        write_card(args.out, json.loads(args.scores.read_text()), args.faults)
+
+
+if __name__ == "__main__":
+    main()
