@@ -1,4 +1,4 @@
-"""fp32 means IEEE fp32: TF32 is off for it, within our calls only."""
+"""fp32 means IEEE fp32: TF32 on GPUs and bf16 shortcuts on CPUs are off for it, within our calls only."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ def ieee_fp32() -> Iterator[None]:
 
     Never held across a yield of ours, so that the caller never sees it.
     """
-    if not torch.cuda.is_available():
-        yield
-        return
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, conv.allow_tf32
-    matmul.allow_tf32 = conv.allow_tf32 = False
+    kinds = (
+        torch.backends.mkldnn.matmul,
+        torch.backends.mkldnn.conv,
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,
+    )
+    before = [kind.fp32_precision for kind in kinds]
     try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
         yield
     finally:
-        matmul.allow_tf32, conv.allow_tf32 = before
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision

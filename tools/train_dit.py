@@ -31,6 +31,7 @@ TRANSFORMER = WanTransformerConfig(
 )
 TEXT = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
 SHIFT = 3.0
+BEGINNINGS = 0.7  # share of clips that begin their motion; the rest are from mid-stream
 TOKENS = 1536  # tokens in a batch: small batches, many steps
 
 
@@ -117,8 +118,9 @@ def levels(frames: int, h: int, w: int, free: bool, g: torch.Generator) -> Tenso
 
 def draw_sample(shard: latent_pool.Shard, frames: int, length: int, g: torch.Generator) -> Sample:
     """One sample of `length` latent frames from a shard whose clips have `frames`."""
-    i = int(torch.randint(len(shard.captions), (), generator=g))
-    begins = bool(shard.begins[i])
+    begins = float(torch.rand((), generator=g)) < BEGINNINGS
+    of_kind = (shard.begins == begins).nonzero().flatten()
+    i = int(of_kind[int(torch.randint(len(of_kind), (), generator=g))])
     start = 0 if begins else int(torch.randint(frames - length + 1, (), generator=g))
     clean = shard.latents[i, :, start : start + length].clone()
     # Without known frames a clip from mid-stream would teach that motions begin anywhere.
