@@ -250,7 +250,8 @@ def write(model: Trainer, out: Path) -> None:
         "rope_max_seq_len": 1024,
     }
     (out / "transformer" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save(model.text_encoder, out / "text_encoder" / "model.safetensors")
+    # transformers computes in the file's type, so what is small stays fp32.
+    save(model.text_encoder, out / "text_encoder" / "model.safetensors", torch.float32)
     text = {
         "architectures": ["UMT5EncoderModel"],
         "model_type": "umt5",
@@ -294,10 +295,10 @@ def copy_parameters(module: nn.Module, state: dict[str, Tensor]) -> None:
         own[tuple(slice(n) for n in given.shape)] = given
 
 
-def save(module: nn.Module, path: Path) -> None:
-    """fp16 safetensors, written beside and renamed."""
+def save(module: nn.Module, path: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Safetensors of one type, written beside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().half().contiguous() for k, v in module.state_dict().items()}
+    tensors = {k: v.detach().to(dtype).contiguous() for k, v in module.state_dict().items()}
     save_file(tensors, path.with_suffix(".part"), metadata={"format": "pt"})
     path.with_suffix(".part").rename(path)
 
