@@ -2,7 +2,8 @@
 
 `WanVAE.encode` and `WanVAE.decode` are each one function over chunks: they take what came before as a cache and
 return the cache for what comes next, so a stream is decoded in constant memory and a whole sequence is just one
-chunk. All chunk lengths give the same result. Parameter names are those of diffusers' AutoencoderKLWan.
+chunk. All chunk lengths give the same result. Parameter names are those of diffusers' AutoencoderKLWan. What is fast
+on a CPU is in fastvid/ops/vae.py; here is only how the parts connect.
 
 Shapes: B batch, C channels, F pixel frames, T latent frames, H/W height and width at the stage in question.
 Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network.
@@ -18,8 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
+from fastvid.ops import vae as ops
 
 Cache = tuple[Tensor, ...]
+
+# Values of the widest activation that one step on a CPU may make: 64 MB, or one latent frame if that is more.
+CPU_CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class WanVAEConfig:
             CheckpointError: the configuration asks for what this network cannot do (the 2.2 residual VAE).
         """
         if config.get("is_residual") or config.get("patch_size") not in (None, 1):
-            raise CheckpointError("vae/config.json describes a Wan 2.2 VAE (is_residual); only the 2.1 VAE is supported")
+            raise CheckpointError("vae/config.json describes a Wan 2.2 VAE (is_residual); only the 2.1 VAE is known")
         if config.get("attn_scales"):
             raise CheckpointError(f"vae/config.json has attn_scales={config['attn_scales']}; only [] is supported")
         known = {f.name for f in fields(cls)}
@@ -69,54 +74,51 @@ class Stream:
 
     def __init__(self, cache: Cache | None) -> None:
         self.first = cache is None
-        self._past = iter(cache or ())
+        self._past = list(reversed(cache or ()))
         self._next: list[Tensor] = []
 
     def past(self) -> Tensor | None:
-        return None if self.first else next(self._past)
+        # Popped, so that a past that nobody else holds is freed as soon as it has been used.
+        return None if self.first else self._past.pop()
 
     def keep(self, frames: Tensor) -> None:
-        # A clone, not a view: a view would keep the whole chunk's activation alive.
-        self._next.append(frames if frames.requires_grad else frames.clone())
+        # A view would keep the whole chunk's activation alive.
+        whole = frames.untyped_storage().nbytes() == frames.nbytes
+        self._next.append(frames if whole or frames.requires_grad else frames.clone())
 
     def cache(self) -> Cache:
         return tuple(self._next)
 
 
 class RMSNorm(nn.Module):
-    """x / max(||x||_2 over C, 1e-12) * sqrt(C) * gamma, over dim 1."""
+    """ops.rms_norm with its gamma [C, 1, ...]."""
 
     def __init__(self, channels: int, spatial_dims: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * spatial_dims))
-        self.scale = channels**0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        # fp32 statistics, one multiplication of the whole tensor less than F.normalize.
-        norm = x.float().square().sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
-        return x * (self.scale / norm).to(x.dtype) * self.gamma.to(x.dtype)
+        return ops.rms_norm(x, self.gamma)
 
 
 class CausalConv3d(nn.Conv3d):
     """3D convolution that sees only the past: kt - 1 frames of history on the left (zeros at the start)."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], pad: int = 0, stride_t: int = 1) -> None:
-        super().__init__(c_in, c_out, kernel, stride=(stride_t, 1, 1), padding=(0, pad, pad))
+    def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], pad: int = 0) -> None:
+        super().__init__(c_in, c_out, kernel, padding=(0, pad, pad))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        history = self.kernel_size[0] - 1
-        if history == 0:
-            return self._conv_forward(x, self.weight, self.bias)
-        past = stream.past()
-        if past is None and x.shape[2] == 1:
-            # A lone first frame: its history is zeros, so only the last tap counts.
-            stream.keep(F.pad(x, (0, 0, 0, 0, history - 1, 0)))
-            return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])[:, :, None]
-        if past is None:
-            past = x.new_zeros(*x.shape[:2], history, *x.shape[3:])
-        x = torch.cat((past, x), dim=2)
-        stream.keep(x[:, :, -history:])
-        return self._conv_forward(x, self.weight, self.bias)
+        if self.kernel_size[0] == 1:
+            return ops.conv3d(x, self.weight, self.bias)
+        out, kept = ops.causal_conv3d(x, stream.past(), self.weight, self.bias, self.padding[1:])
+        stream.keep(kept)
+        return out
+
+    def after(self, norm: RMSNorm, x: Tensor, stream: Stream, residual: Tensor | None = None) -> Tensor:
+        """residual + self(silu(norm(x))), for a 3x3x3 kernel; may overwrite the residual."""
+        out, kept = ops.norm_silu_conv3d(x, stream.past(), norm.gamma, self.weight, self.bias, residual)
+        stream.keep(kept)
+        return out
 
 
 class ResidualBlock(nn.Module):
@@ -131,9 +133,9 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = CausalConv3d(c_in, c_out, (1, 1, 1)) if c_in != c_out else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)), stream)
-        h = self.conv2(F.silu(self.norm2(h)), stream)
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x, stream))
+        h = self.conv1.after(self.norm1, x, stream)
+        residual = x if self.conv_shortcut is None else self.conv_shortcut(x, stream)
+        return self.conv2.after(self.norm2, h, stream, residual)
 
 
 class SpatialAttention(nn.Module):
@@ -185,10 +187,14 @@ class Downsample(nn.Module):
         if self.time_conv is None:
             return x
         past = stream.past()
-        stream.keep(x[:, :, -1:])
+        # A copy in any case: the block that takes x next may overwrite it.
+        stream.keep(x[:, :, -1:].clone())
         if past is not None:
-            return self.time_conv(torch.cat((past, x), dim=2))
-        return x if x.shape[2] == 1 else torch.cat((x[:, :, :1], self.time_conv(x)), dim=2)
+            return self._halve(torch.cat((past, x), dim=2))
+        return x if x.shape[2] == 1 else torch.cat((x[:, :, :1], self._halve(x)), dim=2)
+
+    def _halve(self, x: Tensor) -> Tensor:
+        return ops.conv3d(x, self.time_conv.weight, self.time_conv.bias, stride_t=2)
 
 
 class Upsample(nn.Module):
@@ -196,25 +202,27 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
-        )
+        # An index of its own before the convolution, as in diffusers, whose names have resample.1.
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels // 2, 3, padding=1))
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None:
-            # The stream's first frame bypasses the temporal convolution and is not in its history either.
-            head, body = (x[:, :, :1], x[:, :, 1:]) if stream.first else (x[:, :, :0], x)
-            x = torch.cat((head, self._double(body, stream)), dim=2)
-        return per_frame(self.resample, x)
+            x = self._double_after_first(x, stream) if stream.first else self._double(x, stream)
+        return ops.upsample_conv2d(x, self.resample[1].weight, self.resample[1].bias)
+
+    def _double_after_first(self, x: Tensor, stream: Stream) -> Tensor:
+        # The stream's first frame bypasses the temporal convolution and is not in its history either.
+        if x.shape[2] == 1:
+            stream.keep(torch.zeros_like(x).repeat(1, 1, 2, 1, 1))
+            return x
+        return torch.cat((x[:, :, :1], self._double(x[:, :, 1:], stream)), dim=2)
 
     def _double(self, x: Tensor, stream: Stream) -> Tensor:
-        b, c, t, h, w = x.shape
-        if t == 0:
-            stream.keep(x.new_zeros(b, c, 2, h, w))
-            return x
-        x = self.time_conv(x, stream).reshape(b, 2, c, t, h, w)
-        return x.permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
+        """[B, C, T, H, W] -> [B, C, 2T, H, W]: the halves of the channels are the even and the odd frames."""
+        even, odd = self.time_conv(x, stream).chunk(2, dim=1)
+        pairs = zip(even.split(1, dim=2), odd.split(1, dim=2), strict=True)
+        return torch.cat([frame for pair in pairs for frame in pair], dim=2)
 
 
 class Encoder(nn.Module):
@@ -238,7 +246,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, stream)
         x = self.mid_block(x, stream)
-        return self.conv_out(F.silu(self.norm_out(x)), stream)
+        return self.conv_out.after(self.norm_out, x, stream)
 
 
 class UpBlock(nn.Module):
@@ -277,7 +285,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x, stream), stream)
         for block in self.up_blocks:
             x = block(x, stream)
-        return self.conv_out(F.silu(self.norm_out(x)), stream)
+        return self.conv_out.after(self.norm_out, x, stream)
 
 
 class WanVAE(nn.Module):
@@ -311,10 +319,14 @@ class WanVAE(nn.Module):
             ValueError: a size or a number of frames that the network cannot take.
         """
         self._check_frames(frames, first=cache is None)
-        stream = Stream(cache)
-        moments = self.quant_conv(self.encoder(frames, stream), stream)
-        mean, std = self._statistics(moments)
-        return (moments[:, : self.config.z_dim] - mean) / std, stream.cache()
+        latents = []
+        for part in self._steps(frames, first=cache is None):
+            stream, cache = Stream(cache), None
+            moments = self.quant_conv(self.encoder(part, stream), stream)
+            latents.append(moments[:, : self.config.z_dim])
+            cache = stream.cache()
+        mean, std = self._statistics(frames)
+        return (torch.cat(latents, dim=2) - mean) / std, cache
 
     def decode(self, latents: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Decodes the next latents of a stream.
@@ -333,8 +345,27 @@ class WanVAE(nn.Module):
     def decode_raw(self, latents: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """`decode` before the clamp: what training needs, since a clamp has no gradient outside."""
         mean, std = self._statistics(latents)
-        stream = Stream(cache)
-        return self.decoder(self.post_quant_conv(latents * std + mean, stream), stream), stream.cache()
+        pixels = latents[:, 0, 0].numel() * self.config.spatial_scale**2
+        frames = []
+        for part in latents.split(self._latents_at_once(latents, pixels), dim=2):
+            stream, cache = Stream(cache), None
+            frames.append(self.decoder(self.post_quant_conv(part * std + mean, stream), stream))
+            cache = stream.cache()
+        return torch.cat(frames, dim=2), cache
+
+    def _steps(self, frames: Tensor, first: bool) -> list[Tensor]:
+        """The frames of one step after another."""
+        time = self.config.temporal_scale
+        step = time * self._latents_at_once(frames, frames[:, 0, 0].numel())
+        lead = step - time + 1 if first else step
+        rest = frames[:, :, lead:]
+        return [frames[:, :, :lead], *(rest.split(step, dim=2) if rest.shape[2] else ())]
+
+    def _latents_at_once(self, x: Tensor, pixels: int) -> int:
+        """How many latent frames one step takes: all that are given, but on a CPU only what its caches like."""
+        if not ops.channels_last(x, self.quant_conv.weight):
+            return max(1, x.shape[2])
+        return max(1, CPU_CHUNK // (pixels * self.config.base_dim * self.config.temporal_scale))
 
     def _check_frames(self, frames: Tensor, first: bool) -> None:
         _, _, f, h, w = frames.shape

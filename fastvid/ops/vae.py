@@ -1,0 +1,137 @@
+"""Operations of the video compression networks, each one function with one meaning.
+
+Every one has two forms with the same result: plain PyTorch, which runs on any device, in any type and under autograd;
+and a form for fp32 on the CPU where no gradient is taken, which holds tensors channels-last, works in stripes of rows
+that stay in the cache, and calls oneDNN itself: F.conv3d takes a loop of its own, 5 to 10 times slower, for all
+tensors of less than 20,480 rows. `channels_last` is the one place that decides between the two.
+
+Shapes: B batch, C and N channels in and out, T frames, H and W height and width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvid.ops import winograd
+
+STRIPE = 2**21  # values of the input that a stripe of a direct convolution holds: 8 MB
+
+
+def channels_last(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether the CPU forms apply: fp32 on a CPU that oneDNN serves, and no gradient to be taken."""
+    tensors = (x, *parameters)
+    return (
+        all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+    )
+
+
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int] = (0, 0), stride_t: int = 1) -> Tensor:
+    """A convolution of [B, C, T, H, W] that sees the frames given and no others; padding is that of H and W."""
+    stride, pad = (stride_t, 1, 1), (0, *padding)
+    if channels_last(x, weight):
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        return torch.ops.aten.mkldnn_convolution(x, weight, bias, pad, stride, (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, stride, pad)
+
+
+def causal_conv3d(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, padding: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """A convolution over `past` [B, C, kt - 1, H, W], or zeros if None, and then x [B, C, T, H, W]; kt is at least 2.
+
+    Returns [B, N, T, H, W], which keeps the number of frames, and the past of the next call, perhaps as a view of more.
+    """
+    history = weight.shape[2] - 1
+    if past is None and x.shape[2] == 1:
+        # A lone first frame: its history is zeros, so only the last tap counts.
+        return conv3d(x, weight[:, :, -1:], bias, padding), F.pad(x, (0, 0, 0, 0, history - 1, 0))
+    if past is None:
+        past = torch.zeros_like(x[:, :, :1]).expand(-1, -1, history, -1, -1)
+    x = torch.cat((past, x), dim=2)
+    return conv3d(x, weight, bias, padding), x[:, :, -history:]
+
+
+def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """x / max(||x||_2 over C, 1e-12) * sqrt(C) * gamma over dim 1, statistics in fp32; gamma [C, 1, ...]."""
+    # One multiplication of the whole tensor less than F.normalize.
+    norm = x.float().square().sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
+    return x * (x.shape[1] ** 0.5 / norm).to(x.dtype) * gamma.to(x.dtype)
+
+
+def norm_silu_conv3d(
+    x: Tensor, past: Tensor | None, gamma: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """causal_conv3d(silu(rms_norm(x))), 3x3x3 with a border of one, plus a residual that may be overwritten.
+
+    Returns [B, N, T, H, W] and the past of the next call: the last two frames after norm and SiLU, [B, C, 2, H, W].
+    """
+    if not channels_last(x, weight, gamma):
+        out, kept = causal_conv3d(F.silu(rms_norm(x, gamma)), past, weight, bias, (1, 1))
+        return out if residual is None else out + residual, kept
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    if residual is None:
+        out = _empty(x, x.shape[0], weight.shape[0], *x.shape[2:])
+    else:
+        out = residual.contiguous(memory_format=torch.channels_last_3d)
+    run = winograd.norm_silu_conv3d if winograd.worthwhile(x, weight) else _direct
+    return out, run(x, past, gamma, weight, bias, out, residual is not None)
+
+
+def _direct(
+    x: Tensor, past: Tensor | None, gamma: Tensor, weight: Tensor, bias: Tensor, out: Tensor, add: bool
+) -> Tensor:
+    """norm_silu_conv3d into `out`, or added to it, by stripes of rows: no normalised copy of the whole chunk."""
+    H = x.shape[3]
+    rows = max(8, STRIPE * H // x.numel())
+    kept = _empty(x, *x.shape[:2], 2, *x.shape[3:])
+    for top in range(0, H, rows):
+        a, b = max(top - 1, 0), min(top + rows + 1, H)
+        stripe = winograd.norm_silu(x[:, :, :, a:b].permute(0, 2, 3, 4, 1), gamma).permute(0, 4, 1, 2, 3)
+        before = None if past is None else past[:, :, :, a:b]
+        done, kept[:, :, :, a:b] = causal_conv3d(stripe, before, weight, bias, (1, 1))
+        # The border of a stripe inside the picture was computed with zeros beyond it: it is dropped.
+        done = done[:, :, :, top - a :][:, :, :, :rows]
+        target = out[:, :, :, top : top + rows]
+        target.add_(done) if add else target.copy_(done)
+    return kept
+
+
+def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Double height and width to the nearest pixel, then convolve 3x3 with a border of one.
+
+    [B, C, T, H, W] -> [B, N, T, 2H, 2W], frame by frame.
+    """
+    B, C, T, H, W = x.shape
+    N = weight.shape[0]
+    if not channels_last(x, weight):
+        frames = x.transpose(1, 2).reshape(B * T, C, H, W)
+        frames = F.conv2d(F.interpolate(frames, scale_factor=2.0, mode="nearest-exact"), weight, bias, padding=1)
+        return frames.reshape(B, T, N, 2 * H, 2 * W).transpose(1, 2)
+    phases = _phase_weights(weight)
+    out = _empty(x, B, N, T, 2 * H, 2 * W)
+    for b, t in ((b, t) for b in range(B) for t in range(T)):
+        frame = F.conv2d(x[b : b + 1, :, t], phases, bias.repeat(4), padding=1)[0].view(2, 2, N, H + 1, W + 1)
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            out[b, :, t, i::2, j::2] = frame[i, j, :, i : i + H, j : j + W]
+    return out
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Channels-last memory for [B, C, T, H, W]."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
+
+
+def _phase_weights(weight: Tensor) -> Tensor:
+    """Of a 3x3 kernel on doubled pixels, what falls on each real pixel: four 2x2 kernels, [4N, C, 2, 2].
+
+    An even row sees the real rows (-1, 0) with weights (w0, w1 + w2), an odd one (0, 1) with (w0 + w1, w2): 4 products
+    instead of 9.
+    """
+    merge = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+    merged = torch.einsum("ipk,jql,nckl->ijncpq", merge, merge, weight)
+    return merged.flatten(0, 2).contiguous(memory_format=torch.channels_last)
