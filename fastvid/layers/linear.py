@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvid.ops import onednn
+
 # Below this many rows the start-up of a oneDNN call (10 us) costs more than it gains.
 MIN_ROWS = 64
 
@@ -40,8 +42,7 @@ def onednn_applies(x: Tensor, weight: Tensor) -> bool:
         and x.numel() >= MIN_ROWS * x.shape[-1]
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and onednn.available()
     )
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvid.ops import winograd
+from fastvid.ops import onednn, winograd
 
 STRIPE = 2**21  # values of the input that a stripe of a direct convolution holds: 8 MB
 
@@ -25,8 +25,7 @@ def channels_last(x: Tensor, *parameters: Tensor) -> bool:
     return (
         all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and onednn.available()
     )
 
 
@@ -57,9 +56,9 @@ def causal_conv3d(
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """x / max(||x||_2 over C, 1e-12) * sqrt(C) * gamma over dim 1, statistics in fp32; gamma [C, 1, ...]."""
+    """x / max(||x||_2 over C, 1e-12) * sqrt(C) * gamma over dim 1, statistics in fp32 or better; gamma [C, 1, ...]."""
     # One multiplication of the whole tensor less than F.normalize.
-    norm = x.float().square().sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
+    norm = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
     return x * (x.shape[1] ** 0.5 / norm).to(x.dtype) * gamma.to(x.dtype)
 
 
