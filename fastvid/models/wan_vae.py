@@ -3,7 +3,8 @@
 `WanVAE.encode` and `WanVAE.decode` are each one function over chunks: they take what came before as a cache and
 return the cache for what comes next, so a stream is decoded in constant memory and a whole sequence is just one
 chunk. All chunk lengths give the same result. Parameter names are those of diffusers' AutoencoderKLWan. What is fast
-on a CPU is in fastvid/ops/vae.py; here is only how the parts connect.
+on a CPU is in fastvid/ops/vae.py; here is only how the parts connect. The 2.2 network (wan_vae22.py) puts other blocks
+into the same Encoder and Decoder.
 
 Shapes: B batch, C channels, F pixel frames, T latent frames, H/W height and width at the stage in question.
 Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network.
