@@ -17,7 +17,7 @@ import torch
 
 from fastvid.errors import OutOfMemory
 from fastvid.models.wan import WanTransformerConfig
-from fastvid.models.wan_vae import WanVAEConfig
+from fastvid.models.wan_vae22 import VAEConfig
 from fastvid.requests import Resolved
 from fastvid.timeline import Timeline
 
@@ -68,7 +68,7 @@ class Plan:
         return {**asdict(self), "latent_shape": list(self.latent_shape), "backends": dict(self.backends)}
 
 
-def lay_out(request: Resolved, vae: WanVAEConfig) -> Timeline:
+def lay_out(request: Resolved, vae: VAEConfig) -> Timeline:
     """The timeline of a request: all frames free."""
     return Timeline(
         num_frames=request.num_frames,
@@ -102,18 +102,18 @@ def decode_chunk(timeline: Timeline) -> int:
 
 
 def cost(
-    timeline: Timeline, config: WanTransformerConfig, vae: WanVAEConfig, itemsize: int, solver_copies: int = 6
+    timeline: Timeline, config: WanTransformerConfig, vae: VAEConfig, itemsize: int, solver_copies: int = 6
 ) -> Cost:
     """Peak bytes of a whole-clip request.
 
     Activations: residual, norm, q, k, v, output and the wider of two feed-forward tensors, counted in the compute type
-    and fp32. Decoder: about ten tensors of the last stage's width for one chunk. Latents: the solver's history.
+    and fp32. Decoder: about ten of its widest tensors for one chunk. Latents: the solver's history.
     """
     tokens, pixels = count_tokens(timeline, config), timeline.made_height * timeline.made_width
     chunk_frames = timeline.temporal * decode_chunk(timeline)
     return Cost(
         activations=tokens * (config.dim * (4 + 6 * itemsize) + 2 * config.ffn_dim * itemsize),
-        decoder=chunk_frames * pixels * vae.base_dim * 4 * 10,
+        decoder=chunk_frames * pixels * vae.widest * 4 * 10,
         latents=math.prod(timeline.latent_shape(vae.z_dim)) * 4 * solver_copies,
         frames=timeline.num_frames * timeline.height * timeline.width * 3,
     )

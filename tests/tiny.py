@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,23 +29,24 @@ def write_tokenizer(folder: Path, max_length: int = 16) -> None:
     ).save_pretrained(folder)
 
 
-def make_pipeline(seed: int = 0, flow_shift: float = 3.0):
-    """A diffusers WanPipeline with random weights: 2 layers of width 48, VAE of base width 8."""
+def make_pipeline(seed: int = 0, flow_shift: float = 3.0, vae_config: dict[str, Any] | None = None):
+    """A diffusers WanPipeline with random weights: 2 layers of width 48, VAE of base width 8 if not said."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
+    vae_config = vae_config or {"base_dim": 8, "num_res_blocks": 1, "z_dim": 16}
     transformer = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=24,
-        in_channels=16,
-        out_channels=16,
+        in_channels=vae_config["z_dim"],
+        out_channels=vae_config["z_dim"],
         text_dim=32,
         freq_dim=256,
         ffn_dim=80,
         num_layers=2,
     ).eval()
-    vae = AutoencoderKLWan(base_dim=8, num_res_blocks=1).eval()
+    vae = AutoencoderKLWan(**vae_config).eval()
     config = UMT5Config(
         vocab_size=len(WORDS),
         d_model=32,

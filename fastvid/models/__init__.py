@@ -18,6 +18,7 @@ from fastvid.models.tokenizer import TextTokenizer, clean_prompt, encode_prompt
 from fastvid.models.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.wan import WanTransformer, WanTransformerConfig
 from fastvid.models.wan_vae import WanVAE, WanVAEConfig
+from fastvid.models.wan_vae22 import VAEConfig, WanVAE22, WanVAE22Config
 
 __all__ = [
     "EMBEDDED",
@@ -32,9 +33,12 @@ __all__ = [
     "TextTokenizer",
     "UMT5Config",
     "UMT5Encoder",
+    "VAEConfig",
     "WanTransformer",
     "WanTransformerConfig",
     "WanVAE",
+    "WanVAE22",
+    "WanVAE22Config",
     "WanVAEConfig",
     "build_text_encoder",
     "build_transformer",

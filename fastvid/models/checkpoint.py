@@ -20,11 +20,12 @@ from fastvid.models.tokenizer import TextTokenizer
 from fastvid.models.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.wan import WanTransformer, WanTransformerConfig
 from fastvid.models.wan_vae import WanVAE, WanVAEConfig
+from fastvid.models.wan_vae22 import VAEConfig, WanVAE22, WanVAE22Config
 from fastvid.ops import reference
 
 PIPELINE = "WanPipeline"
 INDEX = "model_index.json"
-Config = WanTransformerConfig | WanVAEConfig | UMT5Config
+Config = WanTransformerConfig | VAEConfig | UMT5Config
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,14 @@ def build_transformer(config: WanTransformerConfig, ops: Any = reference) -> Wan
     return WanTransformer(config, ops)
 
 
-def build_vae(config: WanVAEConfig, ops: Any = reference) -> WanVAE:
+def read_vae(config: Mapping[str, Any]) -> VAEConfig:
+    """Wan 2.2's VAE if the file says is_residual, else 2.1's: diffusers has one class for both."""
+    return (WanVAE22Config if config.get("is_residual") else WanVAEConfig).from_dict(config)
+
+
+def build_vae(config: VAEConfig, ops: Any = reference) -> WanVAE:
     """The encoder and decoder of frames, with weights still to be loaded."""
-    return WanVAE(config)
+    return WanVAE22(config) if isinstance(config, WanVAE22Config) else WanVAE(config)
 
 
 def build_text_encoder(config: UMT5Config, ops: Any = reference) -> UMT5Encoder:
@@ -53,7 +59,7 @@ def build_text_encoder(config: UMT5Config, ops: Any = reference) -> UMT5Encoder:
 
 KINDS: Mapping[str, PartKind] = {
     "transformer": PartKind("WanTransformer3DModel", WanTransformerConfig.from_dict, build_transformer),
-    "vae": PartKind("AutoencoderKLWan", WanVAEConfig.from_dict, build_vae),
+    "vae": PartKind("AutoencoderKLWan", read_vae, build_vae),
     "text_encoder": PartKind("UMT5EncoderModel", UMT5Config.from_dict, build_text_encoder),
 }
 
@@ -116,7 +122,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     text_length = _note(problems, lambda: TextTokenizer.from_folder(folder / "tokenizer").text_length)
     transformer, vae, text_encoder = (part.config for part in parts)
     recipe = None
-    if isinstance(transformer, WanTransformerConfig) and isinstance(vae, WanVAEConfig):
+    if isinstance(transformer, WanTransformerConfig) and isinstance(vae, VAEConfig):
         recipe = _note(problems, lambda: _recipe(folder, index, transformer, vae))
         problems += _disagreements(transformer, vae, text_encoder)
     return Checkpoint(folder, parts, recipe, text_length, tuple(problems))
@@ -169,13 +175,13 @@ def _on_meta(kind: PartKind, config: Any, ops: Any) -> nn.Module:
         return kind.build(config, ops)
 
 
-def _recipe(folder: Path, index: Mapping[str, Any], transformer: WanTransformerConfig, vae: WanVAEConfig) -> Recipe:
+def _recipe(folder: Path, index: Mapping[str, Any], transformer: WanTransformerConfig, vae: VAEConfig) -> Recipe:
     scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
     expand = index.get("expand_timesteps")
     return find_recipe(transformer, vae, scheduler, expand if isinstance(expand, bool) else None)
 
 
-def _disagreements(transformer: WanTransformerConfig, vae: WanVAEConfig, text_encoder: Any) -> list[str]:
+def _disagreements(transformer: WanTransformerConfig, vae: VAEConfig, text_encoder: Any) -> list[str]:
     """Sizes in which the parts do not fit each other."""
     pairs = [
         ("transformer in_channels", transformer.in_channels, "vae z_dim", vae.z_dim),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -26,6 +27,41 @@ def read_fields(
     if strict and (unknown := [key for key in unknown if config[key] not in (None, False)]):
         raise CheckpointError(f"{source} sets {', '.join(sorted(unknown))}, which this model does not know")
     return cls(**{key: _checked(value, known[key], f"{source}: {key}") for key, value in values.items()})
+
+
+def read_vae_config(cls: type[T], config: Mapping[str, Any]) -> T:
+    """The same for a VAE of the Wan family, whose lists have any length; keys that it does not know are left alone.
+
+    Raises CheckpointError also for sizes that do not fit each other, and for what no such VAE here can do.
+    """
+    source = "vae/config.json"
+    if config.get("attn_scales"):
+        raise CheckpointError(f"{source} has attn_scales={config['attn_scales']}; only [] is supported")
+    values = {field.name: config[field.name] for field in fields(cls) if field.name in config}  # type: ignore[arg-type]
+    for key, value in values.items():
+        like = getattr(cls, key)
+        if not _like(value, like):
+            raise CheckpointError(f"{source}: {key} is {value!r}; a value like {like!r} is needed")
+    vae: Any = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    if len(vae.latents_mean) != vae.z_dim or len(vae.latents_std) != vae.z_dim:
+        raise CheckpointError(f"{source}: latents_mean and latents_std need z_dim={vae.z_dim} numbers each")
+    if len(vae.temperal_downsample) != len(vae.dim_mult) - 1:
+        raise CheckpointError(
+            f"{source}: temperal_downsample has {len(vae.temperal_downsample)} values; one less than dim_mult, "
+            f"{len(vae.dim_mult) - 1}, are needed"
+        )
+    return vae
+
+
+def _like(value: Any, like: Any) -> bool:
+    """Whether a value, or every one in a list, is a flag, a positive whole number, or a finite one, as `like` is."""
+    if isinstance(like, tuple):
+        return isinstance(value, list | tuple) and len(value) > 0 and all(_like(item, like[0]) for item in value)
+    if isinstance(like, bool) or isinstance(value, bool):
+        return isinstance(like, bool) and isinstance(value, bool)
+    if isinstance(like, int):
+        return isinstance(value, int) and value > 0
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _checked(value: Any, like: Any, name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastvid.errors import CheckpointError
 from fastvid.models.wan import WanTransformerConfig
-from fastvid.models.wan_vae import WanVAEConfig
+from fastvid.models.wan_vae22 import VAEConfig
 
 # Wan2.1 `wan/configs/shared_config.py`, sample_neg_prompt.
 WAN_NEGATIVE_PROMPT = (
@@ -67,7 +67,7 @@ VARIANTS: Mapping[tuple[int, int, int], Recipe] = {
 
 
 def find_recipe(
-    transformer: WanTransformerConfig, vae: WanVAEConfig, scheduler: Mapping[str, Any], expand_timesteps: bool | None
+    transformer: WanTransformerConfig, vae: VAEConfig, scheduler: Mapping[str, Any], expand_timesteps: bool | None
 ) -> Recipe:
     """The recipe of a model, by its sizes; the general one, with the scheduler file's shift, for sizes unknown here.
 

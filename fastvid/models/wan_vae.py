@@ -3,7 +3,8 @@
 `WanVAE.encode` and `WanVAE.decode` are each one function over chunks: they take what came before as a cache and
 return the cache for what comes next, so a stream is decoded in constant memory and a whole sequence is just one
 chunk. All chunk lengths give the same result. Parameter names are those of diffusers' AutoencoderKLWan. What is fast
-on a CPU is in fastvid/ops/vae.py; here is only how the parts connect.
+on a CPU is in fastvid/ops/vae.py; here is only how the parts connect. The 2.2 network (wan_vae22.py) puts other blocks
+into the same Encoder and Decoder.
 
 Shapes: B batch, C channels, F pixel frames, T latent frames, H/W height and width at the stage in question.
 Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network.
@@ -11,15 +12,20 @@ Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
+from fastvid.models.configs import read_vae_config
 from fastvid.ops import vae as ops
+
+if TYPE_CHECKING:
+    from fastvid.models.wan_vae22 import VAEConfig
 
 Cache = tuple[Tensor, ...]
 
@@ -40,22 +46,33 @@ class WanVAEConfig:
     latents_std: tuple[float, ...] = (1.0,) * 16
 
     @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> WanVAEConfig:
+    def from_dict(cls, config: Mapping[str, Any]) -> WanVAEConfig:
         """Reads a diffusers AutoencoderKLWan configuration.
 
         Raises:
-            CheckpointError: the configuration asks for what this network cannot do (the 2.2 residual VAE).
+            CheckpointError: the configuration asks for what this network cannot do.
         """
-        if config.get("is_residual") or config.get("patch_size") not in (None, 1):
-            raise CheckpointError("vae/config.json describes a Wan 2.2 VAE (is_residual); only the 2.1 VAE is known")
-        if config.get("attn_scales"):
-            raise CheckpointError(f"vae/config.json has attn_scales={config['attn_scales']}; only [] is supported")
-        known = {f.name for f in fields(cls)}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
-        vae = cls(**values)
-        if len(vae.latents_mean) != vae.z_dim or len(vae.latents_std) != vae.z_dim:
-            raise CheckpointError(f"vae/config.json: latents_mean and latents_std need z_dim={vae.z_dim} numbers each")
-        return vae
+        if config.get("is_residual"):
+            raise CheckpointError("vae/config.json describes a Wan 2.2 VAE (is_residual): read it as WanVAE22Config")
+        if config.get("patch_size") not in (None, 1):
+            raise CheckpointError(
+                f"vae/config.json has patch_size={config['patch_size']}; only the Wan 2.2 VAE (is_residual) has patches"
+            )
+        return read_vae_config(cls, config)
+
+    @property
+    def decoder_base_dim(self) -> int:
+        return self.base_dim
+
+    @property
+    def frame_channels(self) -> int:
+        """Channels of the frames as the network's first layer sees them."""
+        return 3
+
+    @property
+    def widest(self) -> int:
+        """Values that the widest activation holds for each pixel of a frame."""
+        return self.base_dim
 
     @property
     def spatial_scale(self) -> int:
@@ -198,13 +215,13 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width, halves the channels; with `temporal`, also doubles all but the first frame."""
+    """Doubles height and width, c_in channels to c_out; with `temporal`, also doubles all but the first frame."""
 
-    def __init__(self, channels: int, temporal: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, temporal: bool) -> None:
         super().__init__()
         # An index of its own before the convolution, as in diffusers, whose names have resample.1.
-        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels // 2, 3, padding=1))
-        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.time_conv = CausalConv3d(c_in, 2 * c_in, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None:
@@ -226,20 +243,25 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: WanVAEConfig) -> None:
+    """Frames to the means and variances of their latents, 2 * z_dim channels."""
+
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
+        first, last = config.base_dim, config.base_dim * config.dim_mult[-1]
+        self.conv_in = CausalConv3d(config.frame_channels, first, (3, 3, 3), pad=1)
+        self.down_blocks = nn.ModuleList(self.make_blocks(config))
+        self.mid_block = MidBlock(last)
+        self.norm_out = RMSNorm(last, 3)
+        self.conv_out = CausalConv3d(last, 2 * config.z_dim, (3, 3, 3), pad=1)
+
+    @staticmethod
+    def make_blocks(config: VAEConfig) -> Iterator[nn.Module]:
         dims = [config.base_dim * m for m in (1, *config.dim_mult)]
-        self.conv_in = CausalConv3d(3, dims[0], (3, 3, 3), pad=1)
-        blocks: list[nn.Module] = []
         for i, (c_in, c_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
             for j in range(config.num_res_blocks):
-                blocks.append(ResidualBlock(c_in if j == 0 else c_out, c_out))
+                yield ResidualBlock(c_in if j == 0 else c_out, c_out)
             if i < len(config.temperal_downsample):
-                blocks.append(Downsample(c_out, config.temperal_downsample[i]))
-        self.down_blocks = nn.ModuleList(blocks)
-        self.mid_block = MidBlock(dims[-1])
-        self.norm_out = RMSNorm(dims[-1], 3)
-        self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3), pad=1)
+                yield Downsample(c_out, config.temperal_downsample[i])
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.conv_in(x, stream)
@@ -265,21 +287,26 @@ class UpBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: WanVAEConfig) -> None:
+    """Latents to frames."""
+
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
+        first, last = (config.decoder_base_dim * config.dim_mult[i] for i in (-1, 0))
+        self.conv_in = CausalConv3d(config.z_dim, first, (3, 3, 3), pad=1)
+        self.mid_block = MidBlock(first)
+        self.up_blocks = nn.ModuleList(self.make_blocks(config))
+        self.norm_out = RMSNorm(last, 3)
+        self.conv_out = CausalConv3d(last, config.frame_channels, (3, 3, 3), pad=1)
+
+    @staticmethod
+    def make_blocks(config: VAEConfig) -> Iterator[nn.Module]:
         mults = config.dim_mult[::-1]
-        dims = [config.base_dim * m for m in (mults[0], *mults)]
+        dims = [config.decoder_base_dim * m for m in (mults[0], *mults)]
         temporal = config.temperal_downsample[::-1]
-        self.conv_in = CausalConv3d(config.z_dim, dims[0], (3, 3, 3), pad=1)
-        self.mid_block = MidBlock(dims[0])
-        blocks = []
         for i, (c_in, c_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
             # Every upsampler halves the channels, so all stages but the first start from half of the last width.
-            up = Upsample(c_out, temporal[i]) if i < len(temporal) else None
-            blocks.append(UpBlock(c_in if i == 0 else c_in // 2, c_out, config.num_res_blocks, up))
-        self.up_blocks = nn.ModuleList(blocks)
-        self.norm_out = RMSNorm(dims[-1], 3)
-        self.conv_out = CausalConv3d(dims[-1], 3, (3, 3, 3), pad=1)
+            up = Upsample(c_out, c_out // 2, temporal[i]) if i < len(temporal) else None
+            yield UpBlock(c_in if i == 0 else c_in // 2, c_out, config.num_res_blocks, up)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.mid_block(self.conv_in(x, stream), stream)
@@ -291,13 +318,15 @@ class Decoder(nn.Module):
 class WanVAE(nn.Module):
     """Encoder and decoder with the latents' normalisation; see the module docstring."""
 
-    def __init__(self, config: WanVAEConfig) -> None:
+    encoder_type, decoder_type = Encoder, Decoder
+
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = self.encoder_type(config)
         self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
-        self.decoder = Decoder(config)
+        self.decoder = self.decoder_type(config)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean = torch.tensor(self.config.latents_mean, device=like.device, dtype=like.dtype)
@@ -308,8 +337,8 @@ class WanVAE(nn.Module):
         """Encodes the next frames of a stream to the mean of their latents.
 
         Args:
-            frames: [B, 3, F, H, W] in [-1, 1]; H and W multiples of 8. F is 4k + 1 where a stream starts
-                (cache None) and 4k afterwards.
+            frames: [B, 3, F, H, W] in [-1, 1]; H and W multiples of the spatial scale (8). F is 4k + 1 where a stream
+                starts (cache None) and 4k afterwards.
             cache: what the previous call returned, None at the start of a stream.
 
         Returns:
@@ -365,7 +394,7 @@ class WanVAE(nn.Module):
         """How many latent frames one step takes: all that are given, but on a CPU only what its caches like."""
         if not ops.channels_last(x, self.quant_conv.weight):
             return max(1, x.shape[2])
-        return max(1, CPU_CHUNK // (pixels * self.config.base_dim * self.config.temporal_scale))
+        return max(1, CPU_CHUNK // (pixels * self.config.widest * self.config.temporal_scale))
 
     def _check_frames(self, frames: Tensor, first: bool) -> None:
         _, _, f, h, w = frames.shape
