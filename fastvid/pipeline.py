@@ -314,8 +314,8 @@ def load(
     """Load a model.
 
     Args:
-        model: "embedded" (the small model that comes with the package), or a folder in diffusers' layout, or a hub id
-            that is in the local cache.
+        model: "embedded" (the small model that comes with the package), or a folder in diffusers' layout, or a hub id,
+            which is downloaded once into huggingface_hub's cache.
         device: "cuda", "cuda:1", "cpu"; the default is a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16" for the transformer and the text encoder; the default is bfloat16 on a
             GPU and float32 on the CPU.
