@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvid import hub
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.models import (
     Checkpoint,
@@ -27,7 +27,6 @@ from fastvid.ops import Ops, bind
 
 EMBEDDED = "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def load_parts(
     where = _device(device)
     kind = _dtype(dtype, where)
     ops = bind(backend, attention, where)
-    checkpoint = read_checkpoint(model).check()
+    checkpoint = read_checkpoint(model, download=True).check()
     transformer = load_part(checkpoint, "transformer", ops, where, kind)
     text_encoder = load_part(checkpoint, "text_encoder", ops, where, kind)
     vae = load_part(checkpoint, "vae", ops, where, torch.float32)
@@ -89,13 +88,16 @@ def load_parts(
     return Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, text_encoder, transformer, vae, ops, where, kind)
 
 
-def read_checkpoint(model: str | Path) -> Checkpoint:
+def read_checkpoint(model: str | Path, download: bool = False) -> Checkpoint:
     """What a model is, from its name or folder, without reading weights. Raises CheckpointError."""
-    return open_checkpoint(find_folder(model))
+    return open_checkpoint(find_folder(model, download))
 
 
-def find_folder(model: str | Path) -> Path:
-    """The folder of a model: the one that ships with the package, a path, or a hub id in the local cache."""
+def find_folder(model: str | Path, download: bool = False) -> Path:
+    """The folder of a model: the one that ships with the package, a path, or a hub id.
+
+    A hub id is taken from the local cache; with `download`, what is missing there is fetched.
+    """
     if not isinstance(model, str | Path) or not str(model) or "\0" in str(model):
         raise InvalidRequest(f"model={model!r:.80}: allowed is {EMBEDDED!r}, a folder, or a hub id such as org/name")
     if str(model) == EMBEDDED:
@@ -106,23 +108,19 @@ def find_folder(model: str | Path) -> Path:
         raise CheckpointError(f"model={str(model):.80}: {error}") from None
     if exists or isinstance(model, Path):
         return Path(model)
-    if HUB_ID.fullmatch(model):
-        return _cached(model)
+    if hub.HUB_ID.fullmatch(model):
+        return _from_hub(model, download)
     return Path(model) if "/" in model or "\\" in model else _unknown(model)
 
 
-def _cached(model: str) -> Path:
-    """A hub id's snapshot in the local cache. Nothing is downloaded."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
+def _from_hub(model: str, download: bool) -> Path:
+    folder = hub.find(model)
+    if folder is None and not download:
         raise CheckpointError(
-            f"model={model!r} is neither a folder nor in the local hub cache; download it once with "
-            f"`hf download {model}`, or give {EMBEDDED!r} or a folder"
-        ) from None
+            f"model={model!r} is neither a folder nor (all) in the local hub cache; loading it downloads it, and so "
+            f"does `hf download {model}`; or give {EMBEDDED!r} or a folder"
+        )
+    return folder or hub.download(model)
 
 
 def _unknown(model: str) -> Path:

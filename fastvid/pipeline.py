@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastvid
-from fastvid import engine, plan
+from fastvid import engine, pieces, plan
 from fastvid.errors import Cancelled, InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
 from fastvid.loading import Parts, load_parts, read_checkpoint
@@ -112,6 +112,21 @@ class Pipeline:
     def plan(self, prompt: str | None = None, **options: Any) -> Plan:
         """What the request would cost, without running it. The prompt may be left out."""
         return self._prepare("" if prompt is None and "prompt_embeds" not in options else prompt, options).plan
+
+    def embed(self, prompt: str) -> Tensor:
+        """Text embeddings [1, L, text_dim] of a prompt, as `prompt_embeds=` takes them."""
+        return pieces.embed(self._parts, prompt)
+
+    def encode(self, frames: Any) -> Tensor:
+        """Normalised latents [1, C, T', H/8, W/8], fp32, of uint8 RGB frames [T, H, W, 3]; T is 4k + 1, T' is k + 1.
+
+        H and W are multiples of the VAE's scale (8; 16 for Wan 2.2's 5B). Raises InvalidRequest for other sizes.
+        """
+        return pieces.encode(self._parts, frames)
+
+    def decode(self, latents: Any) -> np.ndarray:
+        """Frames, uint8 RGB [4T - 3, 8h, 8w, 3], of normalised latents [1, C, T, h, w] such as `video.latents`."""
+        return pieces.decode(self._parts, latents)
 
     def describe(self) -> dict[str, Any]:
         """What was loaded and what every operation runs on."""
@@ -314,8 +329,8 @@ def load(
     """Load a model.
 
     Args:
-        model: "embedded" (the small model that comes with the package), or a folder in diffusers' layout, or a hub id
-            that is in the local cache.
+        model: "embedded" (the small model that comes with the package), or a folder in diffusers' layout, or a hub id,
+            which is downloaded once into huggingface_hub's cache.
         device: "cuda", "cuda:1", "cpu"; the default is a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16" for the transformer and the text encoder; the default is bfloat16 on a
             GPU and float32 on the CPU.
