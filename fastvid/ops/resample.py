@@ -3,6 +3,7 @@ Pillow resized, and fastvid does not need Pillow.
 
 Shapes: pictures uint8 [..., H, W, C]. Maths: Pillow `src/libImaging/Resample.c` (MIT-CMU): first along the rows, then
 along the columns, each rounded to 8 bits, with the filter widened when shrinking and weights of 22 fractional bits.
+Pillow 13 (2026) turns the two passes around where the height shrinks much more than the width; the models are older.
 """
 
 from __future__ import annotations
