@@ -1,7 +1,7 @@
 """Wan VACE: the Wan transformer with a second, shorter stack of blocks that sees control latents (known frames, masks,
 reference pictures) and gives hints to the first. Parameter names are those of diffusers' WanVACETransformer3DModel.
 
-Shapes: as in `fastvid.models.wan`; K control channels (2 latents and a mask channel for each of their pixels: 96).
+Shapes: as in `fastvid.models.wan`; V control channels (2 latents and a mask channel for each of their pixels: 96).
 Maths: Wan2.1 `wan/modules/vace_model.py` (Apache-2.0).
 """
 
@@ -63,7 +63,7 @@ class VACEContext(NamedTuple):
 
     layers: tuple[tuple[Tensor, ...], ...]
     vace_layers: tuple[tuple[Tensor, ...], ...]
-    control: Tensor  # [B, K, T, H, W]
+    control: Tensor  # [B, V, T, H, W]
     scales: tuple[float, ...]
 
 
@@ -100,7 +100,7 @@ class WanVACETransformer(WanTransformer):
     ) -> VACEContext:
         """Everything that depends on the condition alone, once a request.
 
-        text_embeds [B, L, text_dim]. control [B, K, T, H, W], K = vace_in_channels: what `conditioning.vace_condition`
+        text_embeds [B, L, text_dim]. control [B, V, T, H, W], V = vace_in_channels: what `conditioning.vace_condition`
         makes. scales: how much the hints count, in all layers or in each of vace_layers.
         """
         self._check_control(control, text_embeds.shape[0])
@@ -117,6 +117,7 @@ class WanVACETransformer(WanTransformer):
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor | VACEContext, *, rope_offset: int = 0) -> Tensor:
         """See WanTransformer.forward; the control has the latents' height and width, and may end before them."""
+        self._grid(latents)
         if isinstance(text, VACEContext):
             (t, *size), (latent_t, *latent_size) = text.control.shape[2:], latents.shape[2:]
             if size != latent_size or t > latent_t:
@@ -134,8 +135,8 @@ class WanVACETransformer(WanTransformer):
         for number, (block, layer) in enumerate(zip(self.blocks, context.layers, strict=True)):
             x = block(x, modulation, layer, rotary)
             if number in self.vace_config.vace_layers:
-                vace, layer, scale = next(due)
-                control = vace(control, modulation, layer, rotary)
+                vace, seen, scale = next(due)
+                control = vace(control, modulation, seen, rotary)
                 x = x.add(vace.proj_out(control), alpha=scale)
         return x
 
@@ -146,11 +147,14 @@ class WanVACETransformer(WanTransformer):
         return self.vace_blocks[0].proj_in(F.pad(tokens, (0, 0, 0, x.shape[1] - tokens.shape[1]))) + x
 
     def _check_control(self, control: Tensor | None, batch: int) -> None:
-        shape = None if control is None else list(control.shape)
-        sizes = control.shape[2:] if control is not None and control.ndim == 5 else (1,)
-        fits = all(size % patch == 0 for size, patch in zip(sizes, self.config.patch_size, strict=False))
-        if shape is None or len(shape) != 5 or shape[:2] != [batch, self.vace_config.vace_in_channels] or not fits:
+        wanted, patch = (batch, self.vace_config.vace_in_channels), self.config.patch_size
+        if (
+            control is None
+            or control.ndim != 5
+            or control.shape[:2] != wanted
+            or any(n % p for n, p in zip(control.shape[2:], patch, strict=True))
+        ):
+            given = None if control is None else list(control.shape)
             raise InvalidRequest(
-                f"a control [{batch}, {self.vace_config.vace_in_channels}, T, H, W] with T, H, W multiples of "
-                f"{self.config.patch_size} is needed, not {shape}"
+                f"a control [{wanted[0]}, {wanted[1]}, T, H, W] with T, H, W multiples of {patch} is needed, not {given}"
             )
