@@ -156,5 +156,5 @@ class WanVACETransformer(WanTransformer):
         ):
             given = None if control is None else list(control.shape)
             raise InvalidRequest(
-                f"a control [{wanted[0]}, {wanted[1]}, T, H, W] with T, H, W multiples of {patch} is needed, not {given}"
+                f"a control [{wanted[0]}, {wanted[1]}, T, H, W] is needed, T, H, W multiples of {patch}, not {given}"
             )
