@@ -123,9 +123,9 @@ def dtypes(entries: Mapping[str, Entry]) -> tuple[str, ...]:
 
 
 def renamed(module: nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The entries under the names that the module knows; what a file holds twice, once."""
+    """The entries under the names that the module knows; what a file holds twice, once, and what is unused, not."""
     aliases = getattr(module, "ALIASES", {})
-    return {aliases.get(name, name): entry for name, entry in entries.items()}
+    return {aliases.get(name, name): entry for name, entry in entries.items() if not _unused(module, name)}
 
 
 def mismatches(module: nn.Module, entries: Mapping[str, Entry]) -> tuple[str, ...]:
@@ -158,7 +158,8 @@ def load_into(
     """Fill a module, built on the meta device, from safetensors files, one tensor at a time.
 
     Weights become dtype on device, but those with a part of their name in `module.FP32_PARTS` (if it has that) become
-    fp32. Names in `module.ALIASES` stand for others. The module ends in eval mode, without gradients.
+    fp32. Names in `module.ALIASES` stand for others, those with a part in `module.UNUSED` are left out. The module
+    ends in eval mode, without gradients.
     Host memory beyond the module itself: one tensor, and the pages of one file that the system keeps.
     Raises CheckpointError, before anything is read, if the files are broken or do not fit.
     """
@@ -176,12 +177,19 @@ def _load_file(module: nn.Module, file: Path, device: torch.device, dtype: torch
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                if _unused(module, name):
+                    continue
                 target = torch.float32 if keep.intersection(name.split(".")) else dtype
                 # A copy even where nothing changes: a mapped file may be cut or overwritten while we run.
                 tensor = tensors.get_tensor(name).to(device=device, dtype=target, copy=True)
                 _assign(module, aliases.get(name, name), tensor)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is not a valid safetensors file ({error}); download it again") from None
+
+
+def _unused(module: nn.Module, name: str) -> bool:
+    """Whether a tensor of a file is none that the module computes with."""
+    return not frozenset(getattr(module, "UNUSED", ())).isdisjoint(name.split("."))
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

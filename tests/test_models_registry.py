@@ -208,7 +208,11 @@ BREAKS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: change(f / "scheduler" / "scheduler_config.json", flow_shift="x"), "flow_shift is 'x'"),
     (lambda f: shrink(f / "transformer" / "model.safetensors"), "download it again"),
     (lambda f: (f / "vae" / "model.safetensors").rename(f / "vae" / "vae.pth"), "fastvid convert"),
-    (lambda f: change(f / "transformer" / "config.json", image_dim=1280), "not supported yet"),
+    (lambda f: change(f / "transformer" / "config.json", image_dim=1280), "a model needs both"),
+    (
+        lambda f: change(f / "transformer" / "config.json", image_dim=1280, added_kv_proj_dim=24),
+        "image-to-video is not supported yet",
+    ),
     (lambda f: change(f / "vae" / "config.json", base_dim="8"), "describes no AutoencoderKLWan|base_dim"),
     (lambda f: change(f / "transformer" / "config.json", ffn_dim=2**62), "describes no WanTransformer3DModel"),
     (lambda f: change(f / "transformer" / "config.json", num_layers=3), "missing weights: blocks.2"),

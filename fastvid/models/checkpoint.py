@@ -125,6 +125,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if isinstance(transformer, WanTransformerConfig) and isinstance(vae, VAEConfig):
         recipe = _note(problems, lambda: _recipe(folder, index, transformer, vae))
         problems += _disagreements(transformer, vae, text_encoder)
+        if transformer.image_dim:
+            problems.append(f"transformer has image_dim={transformer.image_dim}: image-to-video is not supported yet")
     return Checkpoint(folder, parts, recipe, text_length, tuple(problems))
 
 

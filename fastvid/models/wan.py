@@ -1,8 +1,9 @@
-"""The Wan video diffusion transformer (text to video): config, blocks, model. Parameter names are those of diffusers'
-WanTransformer3DModel, so its checkpoints load as they are.
+"""The Wan video diffusion transformer, with or without pictures as a condition: config, blocks, model. Parameter names
+are those of diffusers' WanTransformer3DModel, so its checkpoints load as they are.
 
 Shapes: B batch, C latent channels, T latent frames, H/W latent height and width, N = T/pt * H/ph * W/pw tokens,
-d width, L rows of text, K distinct timesteps, G groups of tokens that share one (see `ops.reference`).
+d width, L rows of text, M rows of pictures, K distinct timesteps, G groups of tokens that share one
+(see `ops.reference`).
 Maths: Wan2.1 `wan/modules/model.py` (Apache-2.0).
 """
 
@@ -25,18 +26,17 @@ from fastvid.models.configs import read_fields
 from fastvid.ops import reference
 
 QK_NORM = "rms_norm_across_heads"
-NOT_YET = {
-    "image_dim": "a CLIP picture as condition",
-    "added_kv_proj_dim": "attention to picture tokens",
-    "pos_embed_seq_len": "first and last frame conditioning",
-    "vace_layers": "the VACE control branch",
-    "vace_in_channels": "the VACE control branch",
-}
+OPTIONAL = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+IMAGE_NORM_EPS = 1e-5  # of the norms around the image embedder, whatever the config's eps
 
 
 @dataclass(frozen=True)
 class WanTransformerConfig:
-    """What `transformer/config.json` says. Width d is num_attention_heads * attention_head_dim."""
+    """What `transformer/config.json` says. Width d is num_attention_heads * attention_head_dim.
+
+    image_dim, added_kv_proj_dim: width of a picture's tokens before and after the image embedder; 0 in models that see
+    no CLIP tokens. pos_embed_seq_len: how many tokens first and last picture have together; 0 if they get no positions.
+    """
 
     num_attention_heads: int = 40
     attention_head_dim: int = 128
@@ -49,6 +49,9 @@ class WanTransformerConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     cross_attn_norm: bool = True
     eps: float = 1e-6
+    image_dim: int = 0
+    added_kv_proj_dim: int = 0
+    pos_embed_seq_len: int = 0
 
     @property
     def dim(self) -> int:
@@ -58,12 +61,9 @@ class WanTransformerConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> WanTransformerConfig:
         """Read a diffusers config; CheckpointError for values that this model does not implement."""
         config = {**config, "out_channels": config.get("out_channels") or config.get("in_channels", cls.in_channels)}
-        for key, meaning in NOT_YET.items():
-            if config.get(key) is not None:
-                raise CheckpointError(
-                    f"transformer/config.json has {key}={config[key]!r}: {meaning} is not supported yet; "
-                    "text-to-video models are"
-                )
+        config = {key: value for key, value in config.items() if key not in OPTIONAL or value is not None}
+        if config.get("vace_layers") is not None:
+            raise CheckpointError("transformer/config.json has vace_layers: it is a VACE model, not a plain one")
         if config.get("qk_norm", QK_NORM) != QK_NORM:
             raise CheckpointError(
                 f"transformer/config.json has qk_norm={config['qk_norm']!r}; only {QK_NORM!r} is known"
@@ -71,7 +71,16 @@ class WanTransformerConfig:
         made = read_fields(cls, config, "transformer/config.json", ignored=("qk_norm", "rope_max_seq_len"))
         if made.attention_head_dim % 2 or made.freq_dim % 2:
             raise CheckpointError("transformer/config.json: attention_head_dim and freq_dim have to be even")
+        made._check_image_widths()
         return made
+
+    def _check_image_widths(self) -> None:
+        if self.added_kv_proj_dim != (self.dim if self.image_dim else 0):
+            raise CheckpointError(
+                f"transformer/config.json has image_dim={self.image_dim} (width of a CLIP picture) and "
+                f"added_kv_proj_dim={self.added_kv_proj_dim} (attention to picture tokens); a model needs both, the "
+                f"second as wide as the model ({self.dim}), or neither"
+            )
 
 
 class Modulation(NamedTuple):
@@ -82,15 +91,17 @@ class Modulation(NamedTuple):
 
 
 class Context(NamedTuple):
-    """The text as cross-attention needs it: for each layer, keys and values [B, L, heads, head_dim]."""
+    """What cross-attention looks at: for each layer, keys and values of the text [B, L, heads, head_dim] and, in models
+    that see pictures, of the pictures [B, M, heads, head_dim]."""
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: tuple[tuple[Tensor, ...], ...]
 
 
 class Attention(nn.Module):
-    """Projections and norms of one attention; attn1 looks at the video itself, attn2 at the text."""
+    """Projections and norms of one attention; attn1 looks at the video itself, attn2 at the text and, with keys and
+    values of their own (added), at pictures."""
 
-    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
+    def __init__(self, config: WanTransformerConfig, ops: Any, added: bool = False) -> None:
         super().__init__()
         self.ops, self.eps, self.heads = ops, config.eps, config.num_attention_heads
         self.to_q = Linear(config.dim, config.dim)
@@ -99,6 +110,10 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(config.dim, config.dim)])
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
+        if added:
+            self.add_k_proj = Linear(config.added_kv_proj_dim, config.dim)
+            self.add_v_proj = Linear(config.added_kv_proj_dim, config.dim)
+            self.norm_added_k = nn.RMSNorm(config.dim, config.eps)
 
     def self_attend(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, N, d] -> [B, N, d]."""
@@ -106,47 +121,55 @@ class Attention(nn.Module):
         k = self.ops.rms_norm_rope(self.to_k(x), self.norm_k.weight, *rotary, self.eps)
         return self.to_out[0](self_attention(self.ops, q, k, self._split(self.to_v(x))))
 
-    def project_context(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the text [B, L, d]: two tensors [B, L, heads, head_dim]."""
+    def project_context(self, text: Tensor, pictures: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Keys and values of the text [B, L, d]: two tensors [B, L, heads, head_dim]; and two of pictures [B, M, d]."""
         k = self.ops.rms_norm(self.to_k(text), self.norm_k.weight, self.eps)
-        return self._split(k), self._split(self.to_v(text))
+        pair = self._split(k), self._split(self.to_v(text))
+        if pictures is None:
+            return pair
+        k = self.ops.rms_norm(self.add_k_proj(pictures), self.norm_added_k.weight, self.eps)
+        return *pair, self._split(k), self._split(self.add_v_proj(pictures))
 
-    def cross_attend(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """x [B, N, d], k and v from project_context -> [B, N, d]."""
-        q = self.ops.rms_norm(self.to_q(x), self.norm_q.weight, self.eps)
-        return self.to_out[0](cross_attention(self.ops, self._split(q), k, v))
+    def cross_attend(self, x: Tensor, *context: Tensor) -> Tensor:
+        """x [B, N, d], keys and values from project_context -> [B, N, d]. Text and pictures have a softmax each."""
+        q = self._split(self.ops.rms_norm(self.to_q(x), self.norm_q.weight, self.eps))
+        out = cross_attention(self.ops, q, *context[:2])
+        if len(context) > 2:
+            out = out + cross_attention(self.ops, q, *context[2:])
+        return self.to_out[0](out)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU (tanh form), Linear."""
+    """Linear, GELU, Linear: GELU in its tanh form in the blocks, exact in the image embedder."""
 
-    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
+    def __init__(self, inputs: int, inner: int, outputs: int, ops: Any, *, exact: bool = False) -> None:
         super().__init__()
-        self.ops = ops
-        inner = nn.ModuleDict({"proj": Linear(config.dim, config.ffn_dim)})
-        self.net = nn.ModuleList([inner, nn.Identity(), Linear(config.ffn_dim, config.dim)])
+        self.ops, self.exact = ops, exact
+        first = nn.ModuleDict({"proj": Linear(inputs, inner)})
+        self.net = nn.ModuleList([first, nn.Identity(), Linear(inner, outputs)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](linear_gelu_tanh(self.ops, self.net[0]["proj"], x))
+        first = self.net[0]["proj"]
+        return self.net[2](F.gelu(first(x)) if self.exact else linear_gelu_tanh(self.ops, first, x))
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; the first and last modulated by the timestep."""
+    """Self-attention, cross-attention to the context, feed-forward; the first and last modulated by the timestep."""
 
     def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
         super().__init__()
         self.ops, self.eps = ops, config.eps
         self.attn1 = Attention(config, ops)
-        self.attn2 = Attention(config, ops)
+        self.attn2 = Attention(config, ops, added=config.added_kv_proj_dim > 0)
         self.norm2 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else None
-        self.ffn = FeedForward(config, ops)
+        self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim, ops)
         self.scale_shift_table = normal_parameter(1, 6, config.dim, std=config.dim**-0.5)
 
     def forward(
-        self, x: Tensor, modulation: Modulation, context: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor]
+        self, x: Tensor, modulation: Modulation, context: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         """x [B, N, d] -> [B, N, d]."""
         rows, index = self.scale_shift_table + modulation.rows, modulation.index
@@ -170,8 +193,29 @@ class TwoLinears(nn.Module):
         self.linear_2 = Linear(dim, dim)
 
 
+class ImageEmbedder(nn.Module):
+    """CLIP tokens to the width of the model; first and last picture told apart by learned positions, if it has them."""
+
+    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
+        super().__init__()
+        self.ops = ops
+        self.norm1 = nn.LayerNorm(config.image_dim, IMAGE_NORM_EPS)
+        self.ff = FeedForward(config.image_dim, config.image_dim, config.dim, ops, exact=True)
+        self.norm2 = nn.LayerNorm(config.dim, IMAGE_NORM_EPS)
+        self.pos_embed = None
+        if config.pos_embed_seq_len:
+            self.pos_embed = normal_parameter(1, config.pos_embed_seq_len, config.image_dim, std=0.02)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """[B, M, image_dim] -> [B, M, d]."""
+        pictures = pictures.to(self.ff.net[2].weight.dtype)
+        x = pictures if self.pos_embed is None else pictures + self.pos_embed
+        x = self.ff(self.ops.layer_norm(x, self.norm1.weight, self.norm1.bias, IMAGE_NORM_EPS))
+        return self.ops.layer_norm(x, self.norm2.weight, self.norm2.bias, IMAGE_NORM_EPS)
+
+
 class ConditionEmbedder(nn.Module):
-    """Timesteps to modulation rows, text embeddings to the width of the model."""
+    """Timesteps to modulation rows, text and pictures to the width of the model."""
 
     def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
         super().__init__()
@@ -179,6 +223,7 @@ class ConditionEmbedder(nn.Module):
         self.time_embedder = TwoLinears(config.freq_dim, config.dim)
         self.time_proj = Linear(config.dim, 6 * config.dim)
         self.text_embedder = TwoLinears(config.text_dim, config.dim)
+        self.image_embedder = ImageEmbedder(config, ops) if config.image_dim else None
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Distinct timesteps [K] -> fp32 embedding [K, d] for the head and fp32 rows [K, 6, d] for the blocks."""
@@ -196,13 +241,17 @@ class ConditionEmbedder(nn.Module):
 
 
 class WanTransformer(nn.Module):
-    """Velocity (noise - clean) of noisy video latents, given their noise level and a text.
+    """Velocity (noise - clean) of noisy video latents, given their noise level, a text and perhaps pictures.
 
     config: WanTransformerConfig. ops: an object with the functions of `fastvid.ops.reference`.
+    Models with more in_channels than out_channels take mask and latents of known frames behind the noisy latents (see
+    `fastvid.models.conditioning`).
     """
 
     # What the published code computes in fp32 whatever the dtype of the rest (diffusers: _keep_in_fp32_modules).
     FP32_PARTS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+    # Some files of models that see pictures have a norm that nothing uses.
+    UNUSED = ("norm_added_q",)
 
     def __init__(self, config: WanTransformerConfig, ops: Any = reference) -> None:
         super().__init__()
@@ -219,14 +268,37 @@ class WanTransformer(nn.Module):
         """The dtype of the residual stream and the large matrices."""
         return self.patch_embedding.weight.dtype
 
-    def prepare_context(self, text_embeds: Tensor) -> Context:
-        """Everything that depends on the text alone, once a request: text_embeds [B, L, text_dim] -> Context."""
+    def prepare_context(self, text_embeds: Tensor, image_embeds: Tensor | None = None) -> Context:
+        """Everything that depends on text and pictures alone, once a request.
+
+        text_embeds [B, L, text_dim]. image_embeds [B, M, image_dim], what CLIP makes of the pictures, one after the
+        other: needed by models with an image_dim, and by no others.
+        """
+        text, pictures = self._embed(text_embeds, image_embeds)
+        return Context(tuple(block.attn2.project_context(text, pictures) for block in self.blocks))
+
+    def _embed(self, text_embeds: Tensor, image_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Text [B, L, d] and pictures [B, M, d], checked."""
         if text_embeds.ndim != 3 or text_embeds.shape[-1] != self.config.text_dim:
             raise InvalidRequest(
                 f"text embeddings are [B, L, {self.config.text_dim}] for this model, not {list(text_embeds.shape)}"
             )
-        text = self.condition_embedder.embed_text(text_embeds)
-        return Context(tuple(block.attn2.project_context(text) for block in self.blocks))
+        self._check_pictures(image_embeds, text_embeds.shape[0])
+        embedder = self.condition_embedder
+        return embedder.embed_text(text_embeds), None if image_embeds is None else embedder.image_embedder(image_embeds)
+
+    def _check_pictures(self, embeds: Tensor | None, batch: int) -> None:
+        width, rows = self.config.image_dim, self.config.pos_embed_seq_len
+        if (embeds is None) != (width == 0):
+            wants = f"needs image embeddings [B, M, {width}]" if width else "takes no image embeddings"
+            raise InvalidRequest(f"this model {wants}")
+        if embeds is None:
+            return
+        wrong = embeds.ndim != 3 or embeds.shape[0] != batch or embeds.shape[2] != width or embeds.shape[1] == 0
+        if wrong or embeds.shape[1] != (rows or embeds.shape[1]):
+            raise InvalidRequest(
+                f"image embeddings are [{batch}, {rows or 'M'}, {width}] for this model, not {list(embeds.shape)}"
+            )
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor | Context, *, rope_offset: int = 0) -> Tensor:
         """Predict the velocity of latents [B, C, T, H, W]; same shape (with out_channels) and dtype.
@@ -236,15 +308,19 @@ class WanTransformer(nn.Module):
         rope_offset: absolute index of the first latent frame, for windows of a longer video.
         """
         grid = self._grid(latents)
-        context = text if isinstance(text, Context) else self.prepare_context(text)
+        context = self.prepare_context(text) if isinstance(text, Tensor) else text
         values, index = group_timesteps(timestep, latents.shape[0], grid)
         embedding, rows = self.condition_embedder.embed_time(values)
         modulation = Modulation(rows, index)
         rotary = rotary_table(grid, self.config.attention_head_dim, offset=rope_offset, device=latents.device)
         x = self.ops.patch_embed(latents.to(self.dtype), self.patch_embedding.weight, self.patch_embedding.bias)
+        x = self._run_blocks(x, modulation, context, rotary)
+        return self._head(x, embedding, index, grid).to(latents.dtype)
+
+    def _run_blocks(self, x: Tensor, modulation: Modulation, context: Context, rotary: tuple[Tensor, Tensor]) -> Tensor:
         for block, layer in zip(self.blocks, context.layers, strict=True):
             x = block(x, modulation, layer, rotary)
-        return self._head(x, embedding, index, grid).to(latents.dtype)
+        return x
 
     def _head(self, x: Tensor, embedding: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tensor:
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)

@@ -1,0 +1,172 @@
+"""What conditioned models are given beside the text, made from known pictures: latents, masks, channels, timesteps.
+
+- I2V and FLF2V (Wan 2.1), I2V-A14B (Wan 2.2): `image_condition`, to be put behind the noisy latents as more channels.
+- TI2V-5B: the first latent is known: `known_latents` says which, `impose` puts it there, `token_timesteps` makes it 0.
+- VACE: `vace_condition`, the input of the control branch.
+
+Pure functions. `encode` stands for the VAE: frames [B, 3, F, H, W] in [-1, 1], F = temporal * k + 1, to normalised
+latents [B, C, T, h, w], T = k + 1.
+
+Shapes: B batch, F pixel frames, H/W pixels, C latent channels, T latent frames, h/w latent height and width.
+Source: diffusers `pipelines/wan/pipeline_wan_i2v.py` and `pipeline_wan_vace.py` (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvid.errors import InvalidRequest
+from fastvid.ops import resample
+
+Encode = Callable[[Tensor], Tensor]
+
+# ---------------------------------------------------------------- pictures
+
+
+def to_signed(pictures: Tensor) -> Tensor:
+    """Pictures uint8 [..., H, W, 3] -> fp32 [..., 3, H, W] in [-1, 1]."""
+    return (2 * (pictures.float() / 255) - 1).movedim(-1, -3)
+
+
+def fit_pictures(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Pictures uint8 [..., H, W, 3], stretched (Lanczos) as the pipelines do: fp32 [..., 3, height, width]."""
+    return to_signed(resample.resize(pictures, height, width, "lanczos"))
+
+
+def fit_reference(picture: Tensor, height: int, width: int, *, spatial: int = 8) -> Tensor:
+    """A reference for VACE: uint8 [H, W, 3], its shape kept, in the middle of white: fp32 [3, height, width]."""
+    picture = fit_pictures(picture, *(side // spatial * spatial for side in picture.shape[:2]))
+    scale = min(height / picture.shape[1], width / picture.shape[2])
+    h, w = int(picture.shape[1] * scale), int(picture.shape[2] * scale)
+    top, left = (height - h) // 2, (width - w) // 2
+    canvas = picture.new_ones(3, height, width)
+    canvas[:, top : top + h, left : left + w] = F.interpolate(picture[None], (h, w), mode="bilinear")[0]
+    return canvas
+
+
+# ---------------------------------------------------------------- I2V and FLF2V: more channels
+
+
+def image_condition(encode: Encode, pictures: Mapping[int, Tensor], num_frames: int, *, temporal: int = 4) -> Tensor:
+    """Channels that go behind the noisy latents of an I2V model: [B, temporal + C, T, h, w], mask first.
+
+    pictures: pixel frame -> picture [B, 3, H, W] in [-1, 1]: frame 0 for I2V, 0 and num_frames - 1 for FLF2V, which is
+    what the models were trained with. num_frames: temporal * k + 1.
+    Raises InvalidRequest for frames outside of the video and pictures of different sizes.
+    """
+    frames, known = place_pictures(pictures, num_frames)
+    latents = encode(frames)
+    mask = mask_channels(known, temporal).to(latents)[None, :, :, None, None]
+    return torch.cat((mask.expand(len(latents), -1, -1, *latents.shape[3:]), latents), dim=1)
+
+
+def place_pictures(pictures: Mapping[int, Tensor], num_frames: int) -> tuple[Tensor, Tensor]:
+    """Pictures [B, 3, H, W] as frames of a video [B, 3, F, H, W] of zeros, and which frames those are: bool [F]."""
+    shapes = {tuple(picture.shape) for picture in pictures.values()}
+    if len(shapes) != 1 or any(len(shape) != 4 for shape in shapes):
+        raise InvalidRequest(f"pictures are [B, 3, H, W], one or more of one size, not {sorted(shapes)}")
+    if outside := [frame for frame in pictures if not 0 <= frame < num_frames]:
+        raise InvalidRequest(f"pictures are for frames 0 to {num_frames - 1}, not {outside}")
+    first = next(iter(pictures.values()))
+    frames = first.new_zeros(*first.shape[:2], num_frames, *first.shape[2:])
+    known = torch.zeros(num_frames, dtype=torch.bool, device=first.device)
+    for frame, picture in pictures.items():
+        frames[:, :, frame] = picture
+        known[frame] = True
+    return frames, known
+
+
+def mask_channels(known: Tensor, temporal: int = 4) -> Tensor:
+    """Which pixel frames [F] are known, as the channels of their latents: [temporal, T].
+
+    A latent has a channel for each of its pixel frames; the first, which has one, has it in all of them. So a known
+    last frame marks only the last channel of the last latent.
+    """
+    if known.ndim != 1 or (len(known) - 1) % temporal:
+        raise InvalidRequest(f"{temporal}k+1 pixel frames are needed, not {list(known.shape)}")
+    return torch.cat((known[:1].expand(temporal), known[1:])).unflatten(0, (-1, temporal)).T
+
+
+# ---------------------------------------------------------------- TI2V-5B: known latents at timestep 0
+
+
+def known_latents(latents: Tensor, frames: Iterable[int] = (0,)) -> Tensor:
+    """Which of latents [B, C, T, h, w] are known, where some whole latent frames are: bool [1, 1, T, h, w]."""
+    known = torch.zeros(1, 1, *latents.shape[2:], dtype=torch.bool, device=latents.device)
+    known[:, :, list(frames)] = True
+    return known
+
+
+def impose(latents: Tensor, clean: Tensor, known: Tensor) -> Tensor:
+    """Latents [B, C, T, h, w] with the known ones in their place: before every call of the model, and at the end.
+
+    clean: [B, C, T, h, w], or [B, C, 1, h, w] where the first is all that is known. known: bool [1 or B, 1, T, h, w].
+    """
+    return torch.where(known, clean.to(latents), latents)
+
+
+def token_timesteps(timestep: Tensor, known: Tensor, patch: tuple[int, int, int] = (1, 2, 2)) -> Tensor:
+    """A timestep [B] for every token, 0 for those that are known: fp32 [B, N].
+
+    known: bool [1 or B, 1, T, h, w]. The first latent of a patch speaks for all of it.
+    """
+    pt, ph, pw = patch
+    free = ~known[:, 0, ::pt, ::ph, ::pw].flatten(1)
+    return timestep.float()[:, None] * free
+
+
+# ---------------------------------------------------------------- VACE: the control branch
+
+
+def vace_condition(
+    encode: Encode,
+    frames: Tensor,
+    mask: Tensor,
+    references: Sequence[Tensor] = (),
+    *,
+    spatial: int = 8,
+    temporal: int = 4,
+) -> Tensor:
+    """What the control branch of a VACE model sees: [B, 2 C + spatial^2, R + T, h, w].
+
+    frames: [B, 3, F, H, W] in [-1, 1]. mask: [B, 1, F, H, W], 1 where the model shall make pixels, 0 where those of
+    frames stay. references: R pictures [B, 3, H, W] (see `fit_reference`); they are put in front in time, the last one
+    first as diffusers does, so the model makes R latent frames more, to be dropped before decoding.
+    Channels: what stays, what is to change, mask. Raises InvalidRequest for sizes that do not fit each other.
+    """
+    _check_control(frames, mask, references, spatial)
+    change = (mask > 0.5).to(frames)
+    latents = torch.cat((encode(frames * (1 - change)), encode(frames * change)), dim=1)
+    out = torch.cat((latents, vace_masks(mask.to(latents), spatial, temporal)), dim=1)
+    for picture in references:
+        latents = encode(picture.to(frames)[:, :, None])
+        rest = latents.new_zeros(latents.shape[0], out.shape[1] - latents.shape[1], *latents.shape[2:])
+        out = torch.cat((torch.cat((latents, rest), dim=1), out), dim=2)
+    return out
+
+
+def vace_masks(mask: Tensor, spatial: int = 8, temporal: int = 4) -> Tensor:
+    """A mask [B, 1, F, H, W] as channels, one for every pixel of a latent: [B, spatial^2, T, h, w].
+
+    In time, the nearest frame is taken; the values, unlike those that part the frames, are not rounded.
+    """
+    B, _, frames, H, W = mask.shape
+    h, w = H // spatial, W // spatial
+    pixels = mask.reshape(B, frames, h, spatial, w, spatial).permute(0, 3, 5, 1, 2, 4).flatten(1, 2)
+    return F.interpolate(pixels, ((frames + temporal - 1) // temporal, h, w), mode="nearest-exact")
+
+
+def _check_control(frames: Tensor, mask: Tensor, references: Sequence[Tensor], spatial: int) -> None:
+    if frames.ndim != 5 or any(side % spatial for side in frames.shape[3:]):
+        raise InvalidRequest(
+            f"frames are [B, 3, F, H, W] with H and W multiples of {spatial}, not {list(frames.shape)}"
+        )
+    B, _, count, H, W = frames.shape
+    if mask.shape != (B, 1, count, H, W):
+        raise InvalidRequest(f"the mask of these frames is {[B, 1, count, H, W]}, not {list(mask.shape)}")
+    if wrong := [list(picture.shape) for picture in references if picture.shape != (B, 3, H, W)]:
+        raise InvalidRequest(f"references for these frames are {[B, 3, H, W]}, not {wrong}")
