@@ -23,7 +23,7 @@ BOUNDARY = 0.6875  # one of the levels: its own step belongs to the first expert
 PROMPTS = {"prompt": "a red circle moving left", "negative_prompt": "blue square"}
 VAE_22 = {
     "base_dim": 8,
-    "decoder_base_dim": 8,
+    "decoder_base_dim": 16,
     "num_res_blocks": 1,
     "z_dim": 48,
     "is_residual": True,
@@ -77,25 +77,10 @@ def test_two_experts_equal_diffusers(two: tuple[Path, Any], pipe: fastvid.Pipeli
     assert_same_frames(ours, diffusers_frames(two[1], latents, **options))
 
 
-def test_the_second_scale_and_the_boundary_change_the_video(two: tuple[Path, Any], pipe: fastvid.Pipeline) -> None:
+def test_the_second_scale_changes_the_video(pipe: fastvid.Pipeline) -> None:
     options = {"height": 64, "width": 64, "num_frames": 1, "seed": 1, "solver": "euler", "sigmas": SIGMAS}
     frames = [pipe.generate("a", guidance_scale=4.0, **x, **options).frames for x in ({}, {"guidance_scale_2": 1.0})]
     assert not np.array_equal(*frames)
-    alone = diffusers_frames(
-        tiny_with(two[1], transformer_2=two[1].transformer),
-        pipe.generate("a", **options).latents,
-        height=64,
-        width=64,
-        num_frames=1,
-    )
-    assert not np.array_equal(alone, frames[0])
-
-
-def tiny_with(theirs: Any, **parts: Any) -> Any:
-    """The same pipeline with other parts."""
-    made = type(theirs)(**{**theirs.components, **parts})
-    made.register_to_config(boundary_ratio=theirs.config.boundary_ratio)
-    return made
 
 
 def spy(module: nn.Module, seen: list[float]) -> Callable[[], None]:
@@ -210,7 +195,7 @@ def test_a_folder_with_two_experts_is_described(two: tuple[Path, Any]) -> None:
     found = inspect(two[0])
     assert list(found["parts"]) == ["transformer", "transformer_2", "vae", "text_encoder"]
     assert found["recipe"]["boundary_ratio"] == BOUNDARY and found["recipe"]["patterns"]["staggered"] == "refused"
-    assert found["problems"] == [] and found["recipe"]["name"] == "wan-custom"
+    assert found["problems"] == [] and found["recipe"]["name"] == "wan-custom" and found["alternatives"] == []
 
 
 def inspect(folder: Path) -> dict[str, Any]:
