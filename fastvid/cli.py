@@ -40,7 +40,7 @@ REQUEST_FLAGS = (
         "seed",
         "image",
     ),
-    *("last_image", "num_inference_steps", "guidance_scale", "flow_shift", "sigmas", "solver"),
+    *("last_image", "num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "sigmas", "solver"),
 )
 LOAD_FLAGS = ("device", "dtype", "backend", "attention")
 

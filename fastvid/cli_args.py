@@ -128,6 +128,12 @@ def _add_request(parser: Parser) -> None:
     add = group.add_argument
     add("--steps", type=number, dest="num_inference_steps", metavar="N", help="denoising steps, 1 to 1000")
     add("--guidance-scale", type=number, metavar="X", help="weight of the prompt, 0 to 1000; 1: no guidance")
+    add(
+        "--guidance-scale-2",
+        type=number,
+        metavar="X",
+        help="the same at low noise, for models with two experts (default: as --guidance-scale if that is given)",
+    )
     add("--flow-shift", type=number, metavar="X", help="shift of the noise levels, 0.01 to 100")
     add(
         "--sigmas",

@@ -14,6 +14,7 @@ from fastvid import hub
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.models import (
     Checkpoint,
+    Experts,
     Recipe,
     TextTokenizer,
     UMT5Encoder,
@@ -31,20 +32,28 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Parts:
-    """A loaded model: modules on their device, and how they are to be used. `model` is the name it was loaded by."""
+    """A loaded model: modules on their device, and how they are to be used. `model` is the name it was loaded by.
+
+    experts: the transformers, one or two; `experts.use` brings the one that is needed to the device.
+    """
 
     model: str
     checkpoint: Checkpoint
     recipe: Recipe
     tokenizer: TextTokenizer
     text_encoder: UMT5Encoder
-    transformer: WanTransformer
+    experts: Experts
     vae: WanVAE
     ops: Ops
     device: torch.device
     dtype: torch.dtype
     backend: str = "auto"
     attention: str = "auto"
+
+    @property
+    def transformer(self) -> WanTransformer:
+        """The only transformer, or the one for high noise; both have the same configuration."""
+        return self.experts.modules[0]
 
     @property
     def settings(self) -> dict[str, str]:
@@ -60,7 +69,7 @@ class Parts:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights as loaded."""
-        modules = (self.text_encoder, self.transformer, self.vae)
+        modules = (self.text_encoder, *self.experts.modules, self.vae)
         return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
     def embed(self, prompt: str) -> Tensor:
@@ -81,11 +90,19 @@ def load_parts(
     kind = _dtype(dtype, where)
     ops = bind(backend, attention, where)
     checkpoint = read_checkpoint(model, download=True).check()
-    transformer = load_part(checkpoint, "transformer", ops, where, kind)
+    experts = load_experts(checkpoint, ops, where, kind)
     text_encoder = load_part(checkpoint, "text_encoder", ops, where, kind)
     vae = load_part(checkpoint, "vae", ops, where, torch.float32)
     tokenizer = TextTokenizer.from_folder(checkpoint.folder / "tokenizer")
-    return Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, text_encoder, transformer, vae, ops, where, kind)
+    return Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, text_encoder, experts, vae, ops, where, kind)
+
+
+def load_experts(checkpoint: Checkpoint, ops: Ops, device: torch.device, dtype: torch.dtype) -> Experts:
+    """The transformers: the first on the device, a second in host memory until its turn."""
+    places = [device, torch.device("cpu")]
+    named = zip(checkpoint.experts, places, strict=False)
+    modules = [load_part(checkpoint, name, ops, where, dtype) for name, where in named]
+    return Experts(modules, checkpoint.recipe.boundary_ratio, device)
 
 
 def read_checkpoint(model: str | Path, download: bool = False) -> Checkpoint:

@@ -34,6 +34,7 @@ from fastvid.sampling import (
     guided,
     latent_noise,
     make_sigmas,
+    switched,
     timesteps,
 )
 from fastvid.timeline import Timeline
@@ -86,8 +87,9 @@ class Pipeline:
         Args:
             prompt: what to show. An empty one is allowed.
             options: negative_prompt, height, width (pixels) or size="832x480" or aspect and budget, num_frames or
-                seconds, fps, seed, num_inference_steps, guidance_scale, flow_shift or sigmas, solver ("unipc",
-                "euler", "dpm++"), latents (initial noise [1, C, T, h, w]), prompt_embeds and negative_prompt_embeds
+                seconds, fps, seed, num_inference_steps, guidance_scale, guidance_scale_2 (low noise, in models with two
+                experts; default: guidance_scale if that is given), flow_shift or sigmas, solver ("unipc", "euler",
+                "dpm++"), latents (initial noise [1, C, T, h, w]), prompt_embeds and negative_prompt_embeds
                 ([1, L, text_dim]). What is left out is as the model's recipe says.
 
         Raises:
@@ -158,9 +160,9 @@ class Pipeline:
         timeline = plan.lay_out(request, parts.vae.config)
         self._check_tensors(request, timeline)
         recipe = request.to_recipe(model=parts.model, version=fastvid.__version__, **parts.settings)
-        return Prepared(request, self._plan(request, timeline, len(sigmas)), timeline, sigmas, recipe)
+        return Prepared(request, self._plan(request, timeline, sigmas), timeline, sigmas, recipe)
 
-    def _plan(self, request: Resolved, timeline: Timeline, steps: int) -> Plan:
+    def _plan(self, request: Resolved, timeline: Timeline, sigmas: np.ndarray) -> Plan:
         parts = self._parts
         config, itemsize = parts.transformer.config, parts.dtype.itemsize
 
@@ -171,7 +173,8 @@ class Pipeline:
         cost = need(timeline)
         if cost.total > free:
             plan.check_fits(cost, free, timeline, plan.most_frames(timeline, lambda t: need(t).total <= free))
-        calls = steps * (1 if request.guidance_scale == 1 else 2)
+        scales, times = request.guidance_scales(len(parts.experts)), timesteps(sigmas, request.solver)
+        calls = sum(1 if scales[parts.experts.choose(t)] == 1 else 2 for t in times)
         tokens = plan.count_tokens(timeline, config)
         return Plan(
             height=timeline.height,
@@ -183,7 +186,7 @@ class Pipeline:
             fps=request.fps,
             latent_shape=timeline.latent_shape(config.in_channels),
             tokens=tokens,
-            steps=steps,
+            steps=len(sigmas),
             model_calls=calls,
             decode_chunk=plan.decode_chunk(timeline),
             flops_denoise=calls * plan.denoise_flops(tokens, parts.tokenizer.text_length, config),
@@ -263,25 +266,37 @@ class Pipeline:
 
     @torch.no_grad()
     def _denoiser(self, request: Resolved) -> Denoise:
-        """The request's denoiser: guidance over the model's velocity for the prompt and for the negative prompt."""
-        cond = self._velocity(request.prompt, request.prompt_embeds, request.solver)
-        if request.guidance_scale == 1:
-            return denoiser(cond)
-        uncond = self._velocity(request.negative_prompt, request.negative_prompt_embeds, request.solver)
-        return denoiser(guided(cond, uncond, request.guidance_scale))
+        """The request's denoiser: guidance over the velocity for the prompt and for the negative prompt, of the expert
+        that a noise level belongs to."""
+        experts, solver = self._parts.experts, request.solver
+        scales = request.guidance_scales(len(experts))
+        texts = [self._embed(request.prompt, request.prompt_embeds)]
+        if any(scale != 1 for scale in scales):
+            texts.append(self._embed(request.negative_prompt, request.negative_prompt_embeds))
+        velocities = []
+        for number, scale in enumerate(scales):
+            made = [self._velocity(number, text, solver) for text in texts]
+            velocities.append(guided(made[0], made[-1], scale))
+        return denoiser(switched(velocities, lambda sigma: experts.choose(timesteps(sigma.numpy(), solver).max())))
 
-    def _velocity(self, prompt: str | None, embeds: Any, solver: str) -> Velocity:
+    def _embed(self, prompt: str | None, embeds: Any) -> Tensor:
         parts = self._parts
+        if embeds is not None:
+            return torch.as_tensor(embeds).to(parts.device, parts.dtype)
         with ieee_fp32():
-            text = (
-                parts.embed(prompt or "") if embeds is None else torch.as_tensor(embeds).to(parts.device, parts.dtype)
-            )
-            context = parts.transformer.prepare_context(text)
+            return parts.embed(prompt or "")
+
+    def _velocity(self, number: int, text: Tensor, solver: str) -> Velocity:
+        """One expert's velocity for a text. What it makes of the text is made in its first call, when it has to be on
+        the device anyway."""
+        experts, context = self._parts.experts, []
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             times = torch.from_numpy(timesteps(sigma.numpy(), solver)).to(x.device)
-            with ieee_fp32():
-                return parts.transformer(x, times[None], context)
+            with experts.use(number) as transformer, ieee_fp32():
+                if not context:
+                    context.append(transformer.prepare_context(text))
+                return transformer(x, times[None], context[0])
 
         return velocity
 

@@ -41,6 +41,7 @@ class RecipeLike(Protocol):
     num_inference_steps: int
     flow_shift: float
     guidance_scale: float
+    # guidance_scale_2: float | None, of models with two experts, and sigmas, of models with few steps, may be left out
     fps: float
     num_frames: int
     height: int
@@ -112,7 +113,8 @@ class Request:
         num_frames = self._count_frames(fps, recipe.num_frames)
         width, height = self._choose_size(recipe, num_frames)
         check_size(width, height, num_frames)
-        if self.guidance_scale_2 is not None and getattr(recipe, "guidance_scale_2", None) is None:
+        experts = 1 if getattr(recipe, "guidance_scale_2", None) is None else 2
+        if self.guidance_scale_2 is not None and experts == 1:
             raise InvalidRequest(f"guidance_scale_2={self.guidance_scale_2:g}: this model has one expert; leave it out")
         filled = {
             f.name: given if (given := getattr(self, f.name)) is not None else getattr(recipe, f.name, None)
@@ -121,8 +123,12 @@ class Request:
         }
         filled |= {"width": width, "height": height, "num_frames": num_frames, "fps": fps}
         filled["seed"] = secrets.randbelow(2**32) if self.seed is None else self.seed
-        if self.sigmas is not None:
-            filled["num_inference_steps"] = len(self.sigmas)
+        if experts > 1 and self.guidance_scale is not None and self.guidance_scale_2 is None:
+            filled["guidance_scale_2"] = self.guidance_scale
+        if self.num_inference_steps is not None or self.flow_shift is not None:
+            filled["sigmas"] = self.sigmas  # a recipe's own levels are for its own number of steps
+        if filled["sigmas"] is not None:
+            filled["num_inference_steps"] = len(filled["sigmas"])
         return Resolved(
             **filled,
             model_width=round_up(width, recipe.spatial_multiple),
@@ -245,6 +251,10 @@ class Resolved:
     model_height: int
     model_width: int
     model_frames: int
+
+    def guidance_scales(self, experts: int) -> tuple[float, ...]:
+        """The scale of each of so many experts, high noise first."""
+        return (self.guidance_scale,) if experts == 1 else (self.guidance_scale, float(self.guidance_scale_2))
 
     def to_recipe(self, *, model: str = "", version: str = "", **settings: Any) -> dict[str, Any]:
         """Everything needed to make the video again, as JSON types. Tensors are recorded by shape and sha256.

@@ -406,7 +406,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_argument_of_a_request_has_a_flag() -> None:
     flags = {action.dest for action in cli_args.build()["generate"]._actions}
-    only_in_python = {"keyframes", "latents", "prompt_embeds", "negative_prompt_embeds", "guidance_scale_2"}
+    only_in_python = {"keyframes", "latents", "prompt_embeds", "negative_prompt_embeds"}
     assert set(Request.__dataclass_fields__) - only_in_python <= flags
     assert set(cli.REQUEST_FLAGS) <= flags and set(cli.LOAD_FLAGS) <= flags
 

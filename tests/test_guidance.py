@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvid.sampling import SOLVERS, combine, denoiser, guided, known, velocity_to_x0
+from fastvid.sampling import SOLVERS, combine, denoiser, guided, known, switched, velocity_to_x0
 
 X = torch.randn(1, 2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
 SIGMA = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
@@ -34,6 +34,13 @@ def test_scale_one_skips_the_unconditional_call(scale: float) -> None:
 
 def test_scale_zero_keeps_the_unconditional_velocity_alone() -> None:
     assert torch.equal(guided(lambda x, sigma: x * 2, lambda x, sigma: x * 3, 0.0)(X, SIGMA), X * 3)
+
+
+def test_switched_calls_the_one_that_is_chosen_alone() -> None:
+    velocity = switched([lambda x, sigma: 2 * x, never], lambda sigma: int(sigma.max() < 0.5))
+    assert torch.equal(velocity(X, SIGMA), 2 * X)
+    with pytest.raises(AssertionError, match="called"):
+        velocity(X, SIGMA / 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

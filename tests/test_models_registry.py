@@ -168,12 +168,11 @@ SIZES = {
 )
 def test_variants_are_found_by_their_sizes(name: str, expected: tuple[Any, ...]) -> None:
     """The variant's recipe beats the scheduler's file: 3.0 is what the published 1.3B's says."""
-    transformer = WanTransformerConfig.from_dict(SIZES[name][0])
-    r = find_recipe(transformer, WanVAEConfig(), {"flow_shift": 3.0}, None)
+    r = find_recipe(SIZES[name][0], WanVAEConfig(), {"flow_shift": 3.0})
     numbers = (r.num_inference_steps, r.flow_shift, r.guidance_scale, r.num_frames, r.height, r.width)
     assert (r.name, *numbers, r.per_token_timesteps, r.negative_prompt[:4]) == (name, *expected)
     assert (r.fps, r.solver, r.spatial_multiple, r.temporal) == (16, "unipc", 16, 4)
-    assert {recipe.name for recipe in VARIANTS.values()} == set(SIZES)
+    assert set(SIZES) <= {variant.recipe.name for variant in VARIANTS}
 
 
 @pytest.mark.parametrize(
@@ -182,15 +181,16 @@ def test_variants_are_found_by_their_sizes(name: str, expected: tuple[Any, ...])
 )
 def test_other_sizes_follow_their_files(scheduler: dict[str, Any], expand: bool | None, shift: float) -> None:
     vae = WanVAEConfig(dim_mult=(1, 2, 4, 4, 4), temperal_downsample=(False, True, True, False))
-    recipe = find_recipe(WanTransformerConfig.from_dict(TRANSFORMER), vae, scheduler, expand)
+    recipe = find_recipe(TRANSFORMER, vae, scheduler, {"expand_timesteps": expand})
     assert (recipe.name, recipe.flow_shift, recipe.per_token_timesteps) == ("wan-custom", shift, bool(expand))
     assert (recipe.spatial_multiple, recipe.height, recipe.width) == (32, 480, 832)
     assert (recipe.num_inference_steps, recipe.guidance_scale, recipe.num_frames) == (50, 5.0, 81)
 
 
 def test_the_files_word_on_timesteps_counts() -> None:
-    embedded = WanTransformerConfig.from_dict(SIZES["embedded"][0])
-    assert not find_recipe(embedded, WanVAEConfig(), {}, False).per_token_timesteps
+    for expand in (True, False):
+        recipe = find_recipe(SIZES["embedded"][0], WanVAEConfig(), {}, {"expand_timesteps": expand})
+        assert recipe.per_token_timesteps == expand
 
 
 def shrink(path: Path) -> None:
@@ -222,7 +222,12 @@ BREAKS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: change(f / "transformer" / "config.json", in_channels=36), "in_channels is 36, but vae z_dim is 16"),
     (lambda f: change(f / "model_index.json", vae=["diffusers", "AutoencoderKL"]), "vae is a AutoencoderKL; only"),
     (lambda f: change(f / "model_index.json", vae=None), "vae is a None"),
-    (lambda f: change(f / "model_index.json", transformer_2=INDEX["transformer"]), "two experts"),
+    (lambda f: change(f / "model_index.json", transformer_2=INDEX["transformer"]), "transformer_2.* is missing"),
+    (
+        lambda f: change(f / "model_index.json", boundary_ratio=0.5),
+        "boundary_ratio is 0.5, but there is no transformer_2",
+    ),
+    (lambda f: change(f / "model_index.json", transformer=["diffusers", "WanVACETransformer3DModel"]), "is a WanVACE"),
 ]
 
 
@@ -272,10 +277,10 @@ def test_paths_that_are_no_model(folder: Path, tmp_path: Path) -> None:
     assert "original Wan layout" in message(empty)
 
 
-@pytest.mark.parametrize("name", ["WanImageToVideoPipeline", "StableDiffusionPipeline", None])
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", None])
 def test_other_pipelines_are_refused(folder: Path, name: str | None) -> None:
     change(folder / "model_index.json", _class_name=name)
-    assert f"describes a {name}; the only kind supported so far is WanPipeline" in message(folder)
+    assert f"describes a {name}; the kinds known so far are WanPipeline, " in message(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])

@@ -284,6 +284,45 @@ def test_guidance_scale_2_is_for_models_of_two_experts() -> None:
     refused("one expert", guidance_scale_2=3.0)
 
 
+@dataclass(frozen=True)
+class TwoExperts(Recipe):
+    guidance_scale: float = 4.0
+    guidance_scale_2: float = 3.0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (4.0, 3.0)),
+        ({"guidance_scale": 2.0}, (2.0, 2.0)),
+        ({"guidance_scale_2": 2.0}, (4.0, 2.0)),
+        ({"guidance_scale": 0.0, "guidance_scale_2": 1.0}, (0.0, 1.0)),
+    ],
+)
+def test_the_second_scale_follows_the_first_if_that_is_given(
+    given: dict[str, float], expected: tuple[float, float]
+) -> None:
+    made = resolved(TwoExperts(), seed=1, **given)
+    assert (made.guidance_scale, made.guidance_scale_2) == made.guidance_scales(2) == expected
+    assert Request.from_recipe(made.to_recipe()).resolve(TwoExperts()) == made
+    assert resolved(guidance_scale=2.0).guidance_scales(1) == (2.0,)
+
+
+@dataclass(frozen=True)
+class FewSteps(Recipe):
+    sigmas: tuple[float, ...] | None = (1.0, 0.75, 0.5)
+
+
+def test_the_recipes_own_levels_are_for_its_own_steps() -> None:
+    made = resolved(FewSteps(), seed=1)
+    assert (made.sigmas, made.num_inference_steps) == ((1.0, 0.75, 0.5), 3)
+    assert Request.from_recipe(made.to_recipe()).resolve(FewSteps()) == made
+    for options, steps in (({"num_inference_steps": 7}, 7), ({"flow_shift": 2.0}, 20)):
+        changed = resolved(FewSteps(), **options)
+        assert changed.sigmas is None and changed.num_inference_steps == steps
+    assert resolved(FewSteps(), sigmas=[0.5]).sigmas == (0.5,)
+
+
 def test_a_recipe_makes_the_same_request_again() -> None:
     made = resolved(prompt='é"\n', num_inference_steps=7, fps=23.976, width=70, solver="euler")
     recipe = json.loads(json.dumps(made.to_recipe(model="embedded", version="1.2", dtype="float32")))

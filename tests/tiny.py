@@ -29,23 +29,31 @@ def write_tokenizer(folder: Path, max_length: int = 16) -> None:
     ).save_pretrained(folder)
 
 
-def make_pipeline(seed: int = 0, flow_shift: float = 3.0, vae_config: dict[str, Any] | None = None):
-    """A diffusers WanPipeline with random weights: 2 layers of width 48, VAE of base width 8 if not said."""
+def make_pipeline(
+    seed: int = 0,
+    flow_shift: float = 3.0,
+    vae_config: dict[str, Any] | None = None,
+    boundary_ratio: float | None = None,
+    expand_timesteps: bool = False,
+):
+    """A diffusers WanPipeline with random weights: 2 layers of width 48, VAE of base width 8 if not said; a second
+    expert if there is a boundary."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
     vae_config = vae_config or {"base_dim": 8, "num_res_blocks": 1, "z_dim": 16}
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=vae_config["z_dim"],
-        out_channels=vae_config["z_dim"],
-        text_dim=32,
-        freq_dim=256,
-        ffn_dim=80,
-        num_layers=2,
-    ).eval()
+    sizes = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "in_channels": vae_config["z_dim"],
+        "out_channels": vae_config["z_dim"],
+        "text_dim": 32,
+        "freq_dim": 256,
+        "ffn_dim": 80,
+        "num_layers": 2,
+    }
+    transformer = WanTransformer3DModel(**sizes).eval()
     vae = AutoencoderKLWan(**vae_config).eval()
     config = UMT5Config(
         vocab_size=len(WORDS),
@@ -60,10 +68,14 @@ def make_pipeline(seed: int = 0, flow_shift: float = 3.0, vae_config: dict[str, 
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=flow_shift
     )
+    transformer_2 = None if boundary_ratio is None else WanTransformer3DModel(**sizes).eval()
     return WanPipeline(
         tokenizer=None,
         text_encoder=UMT5EncoderModel(config).eval(),
         transformer=transformer,
+        transformer_2=transformer_2,
+        boundary_ratio=boundary_ratio,
+        expand_timesteps=expand_timesteps,
         vae=vae,
         scheduler=scheduler,
     )

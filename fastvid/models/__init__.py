@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastvid.models.checkpoint import (
+    EXPERTS,
     KINDS,
     Checkpoint,
     Part,
@@ -13,7 +14,21 @@ from fastvid.models.checkpoint import (
     load_part,
     open_checkpoint,
 )
-from fastvid.models.recipes import EMBEDDED, VARIANTS, WAN_1_3B, WAN_14B, Recipe, find_recipe
+from fastvid.models.experts import Experts
+from fastvid.models.patterns import Patterns
+from fastvid.models.recipes import (
+    EMBEDDED,
+    VARIANTS,
+    WAN_1_3B,
+    WAN_14B,
+    Recipe,
+    Rollout,
+    Signature,
+    Variant,
+    find_recipe,
+    find_variants,
+    read_signature,
+)
 from fastvid.models.tokenizer import TextTokenizer, clean_prompt, encode_prompt
 from fastvid.models.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.wan import WanTransformer, WanTransformerConfig
@@ -22,18 +37,24 @@ from fastvid.models.wan_vae22 import VAEConfig, WanVAE22, WanVAE22Config
 
 __all__ = [
     "EMBEDDED",
+    "EXPERTS",
     "KINDS",
     "VARIANTS",
     "WAN_14B",
     "WAN_1_3B",
     "Checkpoint",
+    "Experts",
     "Part",
     "PartKind",
+    "Patterns",
     "Recipe",
+    "Rollout",
+    "Signature",
     "TextTokenizer",
     "UMT5Config",
     "UMT5Encoder",
     "VAEConfig",
+    "Variant",
     "WanTransformer",
     "WanTransformerConfig",
     "WanVAE",
@@ -46,6 +67,8 @@ __all__ = [
     "clean_prompt",
     "encode_prompt",
     "find_recipe",
+    "find_variants",
     "load_part",
     "open_checkpoint",
+    "read_signature",
 ]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from fastvid import weights
 from fastvid.errors import CheckpointError
-from fastvid.models.recipes import Recipe, find_recipe
+from fastvid.models.recipes import NOT_YET, Recipe, find_recipe, find_variants, read_signature
 from fastvid.models.tokenizer import TextTokenizer
 from fastvid.models.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.wan import WanTransformer, WanTransformerConfig
@@ -23,7 +23,13 @@ from fastvid.models.wan_vae import WanVAE, WanVAEConfig
 from fastvid.models.wan_vae22 import VAEConfig, WanVAE22, WanVAE22Config
 from fastvid.ops import reference
 
-PIPELINE = "WanPipeline"
+PIPELINES = (
+    "WanPipeline",
+    "WanImageToVideoPipeline",
+    "WanVACEPipeline",
+    "WanDMDPipeline",  # FastVideo's, of distilled models
+    "WanCausalDMDPipeline",
+)
 INDEX = "model_index.json"
 Config = WanTransformerConfig | VAEConfig | UMT5Config
 
@@ -64,12 +70,17 @@ KINDS: Mapping[str, PartKind] = {
 }
 
 
+EXPERTS = ("transformer", "transformer_2")  # high noise, low noise; most models have the first alone
+
+
 @dataclass(frozen=True)
 class Part:
-    """One module of a checkpoint. config is None where it could not be read; problems say why."""
+    """One module of a checkpoint. config is None where no module can be made of it; problems say why. stated: what its
+    config.json says, None if that can't be read."""
 
     name: str
     config: Config | None
+    stated: Mapping[str, Any] | None = None
     files: tuple[Path, ...] = ()
     parameters: int = 0
     dtypes: tuple[str, ...] = ()
@@ -79,17 +90,27 @@ class Part:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder. recipe and text_length are None where what they follow from could not be read."""
+    """A model folder. recipe and text_length are None where what they follow from could not be read.
+
+    pipeline: the class that model_index.json names. alternatives: other variants with the very same shapes.
+    """
 
     folder: Path
+    pipeline: str
     parts: tuple[Part, ...]
     recipe: Recipe | None
+    alternatives: tuple[str, ...]
     text_length: int | None
     problems: tuple[str, ...]
 
     def part(self, name: str) -> Part:
-        """The transformer, vae or text_encoder."""
+        """The transformer, transformer_2, vae or text_encoder."""
         return next(part for part in self.parts if part.name == name)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The names of its transformers, the one for high noise first."""
+        return tuple(part.name for part in self.parts if part.name in EXPERTS)
 
     def check(self) -> Checkpoint:
         """Itself if nothing is missing or wrong; CheckpointError with all of its problems otherwise."""
@@ -104,7 +125,8 @@ class Checkpoint:
         parts = {part.name: _describe(part) for part in self.parts}
         recipe = asdict(self.recipe) if self.recipe else None
         rest = {"text_length": self.text_length, "problems": list(self.problems)}
-        return {"folder": str(self.folder), "pipeline": PIPELINE, "recipe": recipe, "parts": parts, **rest}
+        named = {"recipe": recipe, "alternatives": list(self.alternatives)}
+        return {"folder": str(self.folder), "pipeline": self.pipeline, **named, "parts": parts, **rest}
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -115,19 +137,14 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder).expanduser()
     index = _read_index(folder)
-    parts = tuple(_open_part(folder, name, index) for name in KINDS)
-    problems = [text for part in parts for text in part.problems]
-    if _class_of(index, "transformer_2"):
-        problems.append(f"{INDEX} names a transformer_2: models with two experts are not supported yet")
+    parts = {name: _open_part(folder, name, index) for name in _part_names(index)}
+    problems = [text for part in parts.values() for text in part.problems]
     text_length = _note(problems, lambda: TextTokenizer.from_folder(folder / "tokenizer").text_length)
-    transformer, vae, text_encoder = (part.config for part in parts)
-    recipe = None
-    if isinstance(transformer, WanTransformerConfig) and isinstance(vae, VAEConfig):
-        recipe = _note(problems, lambda: _recipe(folder, index, transformer, vae))
-        problems += _disagreements(transformer, vae, text_encoder)
-        if transformer.image_dim:
-            problems.append(f"transformer has image_dim={transformer.image_dim}: image-to-video is not supported yet")
-    return Checkpoint(folder, parts, recipe, text_length, tuple(problems))
+    recipe, alternatives = _note(problems, lambda: _recipe(folder, index, parts)) or (None, ())
+    problems += [f"{recipe.name}: {NOT_YET[need]}" for need in recipe.needs if need in NOT_YET] if recipe else []
+    problems += _disagreements(parts)
+    values = tuple(parts.values())
+    return Checkpoint(folder, index["_class_name"], values, recipe, alternatives, text_length, tuple(problems))
 
 
 def load_part(
@@ -137,35 +154,52 @@ def load_part(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Build a part of a checkpoint and stream its weights in; `name` is transformer, vae or text_encoder.
+    """Build a part of a checkpoint and stream its weights in; `name` as `Checkpoint.part` takes it.
 
     ops: see `fastvid.ops.bind`. Raises CheckpointError if the part has problems.
     """
     part = checkpoint.part(name)
     if part.problems:
         raise CheckpointError("; ".join(part.problems))
-    module = _on_meta(KINDS[name], part.config, ops)
+    module = _on_meta(kind_of(name), part.config, ops)
     weights.load_into(module, part.files, device, dtype)
     return module
 
 
+def kind_of(name: str) -> PartKind:
+    """How the part of that name is built: both experts are transformers."""
+    return KINDS["transformer" if name in EXPERTS else name]
+
+
+def _part_names(index: Mapping[str, Any]) -> list[str]:
+    experts = [name for name in EXPERTS if name == EXPERTS[0] or _class_of(index, name)]
+    return [*experts, *(name for name in KINDS if name not in EXPERTS)]
+
+
 def _open_part(folder: Path, name: str, index: Mapping[str, Any]) -> Part:
-    kind, problems = KINDS[name], []
-    if (given := _class_of(index, name)) != kind.class_name:
-        return Part(name, None, problems=(f"{INDEX}: {name} is a {given}; only {kind.class_name} is supported",))
-    config, module = _note(problems, lambda: _read_part(kind, folder / name / "config.json")) or (None, None)
+    kind, problems = kind_of(name), []
+    given, path = _class_of(index, name), folder / name / "config.json"
+    if given is None:
+        return Part(name, None, problems=(f"{INDEX}: {name} is a None; only {kind.class_name} is supported",))
+    stated = _note(problems, lambda: weights.read_json(path))
+    config = module = None
+    if given != kind.class_name:
+        problems.append(f"{INDEX}: {name} is a {given}; only {kind.class_name} is supported")
+    elif stated is not None:
+        config, module = _note(problems, lambda: _read_part(kind, stated, path)) or (None, None)
     files = _note(problems, lambda: weights.find_files(folder / name)) or ()
     entries = _note(problems, lambda: weights.read_headers(files)) or {}
     if module is not None and entries:
         problems += [f"{folder / name}: {text}" for text in weights.mismatches(module, entries)]
         entries = weights.renamed(module, entries)
     sizes = sum(file.stat().st_size for file in files)
-    return Part(name, config, files, weights.count_parameters(entries), weights.dtypes(entries), sizes, tuple(problems))
+    counts = (weights.count_parameters(entries), weights.dtypes(entries), sizes)
+    return Part(name, config, stated, files, *counts, tuple(problems))
 
 
-def _read_part(kind: PartKind, path: Path) -> tuple[Any, nn.Module]:
+def _read_part(kind: PartKind, stated: dict[str, Any], path: Path) -> tuple[Any, nn.Module]:
     """The config that a file holds, and the module that it describes, without weights."""
-    config = kind.read_config(weights.read_json(path))
+    config = kind.read_config(stated)
     try:
         return config, _on_meta(kind, config, reference)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
@@ -177,20 +211,39 @@ def _on_meta(kind: PartKind, config: Any, ops: Any) -> nn.Module:
         return kind.build(config, ops)
 
 
-def _recipe(folder: Path, index: Mapping[str, Any], transformer: WanTransformerConfig, vae: VAEConfig) -> Recipe:
+def _recipe(folder: Path, index: Mapping[str, Any], parts: Mapping[str, Part]) -> tuple[Recipe, tuple[str, ...]] | None:
+    """The recipe, and the other variants that it might be; None without what it follows from. Also for a transformer
+    that can't be built yet: its config.json says which one it is."""
+    stated, vae = parts["transformer"].stated, parts["vae"].config
+    if stated is None or not isinstance(vae, VAEConfig):
+        return None
     scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
-    expand = index.get("expand_timesteps")
-    return find_recipe(transformer, vae, scheduler, expand if isinstance(expand, bool) else None)
+    experts, name = sum(part in EXPERTS for part in parts), f"{_model_name(folder)} {index['_class_name']}"
+    recipe = find_recipe(stated, vae, scheduler, index, name, experts)
+    same = find_variants(read_signature(stated, experts), name)
+    return recipe, tuple(other.recipe.name for other in same if other.recipe.name != recipe.name)
 
 
-def _disagreements(transformer: WanTransformerConfig, vae: VAEConfig, text_encoder: Any) -> list[str]:
+def _model_name(folder: Path) -> str:
+    """What a folder is called; one in the hub's cache (models--org--name/snapshots/revision) by the name there."""
+    folder = folder.resolve()
+    return folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
+
+
+def _disagreements(parts: Mapping[str, Part]) -> list[str]:
     """Sizes in which the parts do not fit each other."""
-    pairs = [
-        ("transformer in_channels", transformer.in_channels, "vae z_dim", vae.z_dim),
-        ("transformer out_channels", transformer.out_channels, "vae z_dim", vae.z_dim),
-    ]
-    if text_encoder is not None:
+    transformer, vae, text_encoder = (parts[name].config for name in ("transformer", "vae", "text_encoder"))
+    if not isinstance(transformer, WanTransformerConfig) or not isinstance(vae, VAEConfig):
+        return []
+    pairs = [("transformer out_channels", transformer.out_channels, "vae z_dim", vae.z_dim)]
+    # With a picture's mask and latents behind its own.
+    if transformer.in_channels != 2 * transformer.out_channels + vae.temporal_scale:
+        pairs.append(("transformer in_channels", transformer.in_channels, "vae z_dim", vae.z_dim))
+    if isinstance(text_encoder, UMT5Config):
         pairs.append(("transformer text_dim", transformer.text_dim, "text_encoder d_model", text_encoder.d_model))
+    if "transformer_2" in parts and isinstance(second := parts["transformer_2"].config, WanTransformerConfig):
+        names = [field.name for field in fields(transformer)]
+        pairs += [(f"transformer {k}", getattr(transformer, k), "transformer_2's", getattr(second, k)) for k in names]
     return [f"{name} is {a}, but {other} is {b}" for name, a, other, b in pairs if a != b]
 
 
@@ -200,10 +253,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder} has no {INDEX}{_nearest_folder(folder)}")
     index = weights.read_json(folder / INDEX)
-    if (given := index.get("_class_name")) != PIPELINE:
+    if (given := index.get("_class_name")) not in PIPELINES:
         raise CheckpointError(
-            f"{folder / INDEX} describes a {given}; the only kind supported so far is {PIPELINE} (Wan text-to-video, "
-            "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers)"
+            f"{folder / INDEX} describes a {given}; the kinds known so far are {', '.join(PIPELINES)} (Wan, such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers)"
         )
     return index
 
@@ -238,7 +291,8 @@ def _class_of(index: Mapping[str, Any], name: str) -> str | None:
 
 def _describe(part: Part) -> dict[str, Any]:
     files = [file.name for file in part.files]
-    kind = {"class": KINDS[part.name].class_name, "config": asdict(part.config) if part.config else None}
+    config = asdict(part.config) if part.config else part.stated and dict(part.stated)
+    kind = {"class": (part.stated or {}).get("_class_name", kind_of(part.name).class_name), "config": config}
     size = {"parameters": part.parameters, "dtypes": list(part.dtypes), "bytes": part.bytes}
     return {**kind, **size, "files": files, "problems": list(part.problems)}
 

@@ -1,6 +1,6 @@
 """Sampling: noise levels, solvers, guidance and noise. Pure functions on latents; knows no model."""
 
-from fastvid.sampling.guidance import Denoise, Velocity, combine, denoiser, guided, known, velocity_to_x0
+from fastvid.sampling.guidance import Denoise, Velocity, combine, denoiser, guided, known, switched, velocity_to_x0
 from fastvid.sampling.noise import latent_noise
 from fastvid.sampling.sigmas import check_sigmas, find_solver, make_sigmas, shift_sigmas, timesteps
 from fastvid.sampling.solvers import SOLVERS, Solver, SolverState
@@ -20,6 +20,7 @@ __all__ = [
     "latent_noise",
     "make_sigmas",
     "shift_sigmas",
+    "switched",
     "timesteps",
     "velocity_to_x0",
 ]

@@ -6,7 +6,7 @@ Velocity: (x, sigma) -> v = noise - x0.   Denoise: (x, sigma) -> x0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ def guided(cond: Velocity, uncond: Velocity, scale: float) -> Velocity:
     if scale == 1:
         return cond
     return lambda x, sigma: combine(cond(x, sigma), uncond(x, sigma), scale)
+
+
+def switched(velocities: Sequence[Velocity], choose: Callable[[Tensor], int]) -> Velocity:
+    """For each call that one of the velocities which `choose` names for its noise level, by number."""
+    return lambda x, sigma: velocities[choose(sigma)](x, sigma)
 
 
 def denoiser(velocity: Velocity) -> Denoise:

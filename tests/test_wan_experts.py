@@ -1,0 +1,248 @@
+"""Wan 2.2 end to end against diffusers' WanPipeline on the same weights: two experts with a boundary and a guidance
+scale each, and the 5B's VAE with timesteps per token. And what `Experts` promises by itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import fastvid
+from fastvid.models import Experts
+from fastvid.sampling import make_sigmas, timesteps
+
+SIGMAS = [1.0, 0.95, 0.88, 0.8, 0.6875, 0.55, 0.38, 0.2]
+BOUNDARY = 0.6875  # one of the levels: its own step belongs to the first expert
+PROMPTS = {"prompt": "a red circle moving left", "negative_prompt": "blue square"}
+VAE_22 = {
+    "base_dim": 8,
+    "decoder_base_dim": 16,
+    "num_res_blocks": 1,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.1] * 48,
+    "latents_std": [1.5] * 48,
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, tiny.write_checkpoint(folder, boundary_ratio=BOUNDARY)
+
+
+@pytest.fixture(scope="module")
+def pipe(two: tuple[Path, Any]) -> fastvid.Pipeline:
+    return fastvid.load(str(two[0]), device="cpu")
+
+
+def diffusers_frames(theirs: Any, latents: torch.Tensor, **options: Any) -> np.ndarray:
+    """uint8 frames of diffusers' own pipeline with Euler steps over SIGMAS."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    class Given(FlowMatchEulerDiscreteScheduler):
+        def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, **kwargs: Any) -> None:
+            super().set_timesteps(sigmas=SIGMAS, device=device)
+
+    theirs.scheduler = Given(num_train_timesteps=1000, shift=1.0)
+    theirs.set_progress_bar_config(disable=True)
+    steps = {"num_inference_steps": len(SIGMAS), "max_sequence_length": 16, "output_type": "np"}
+    with torch.no_grad():
+        out = theirs(**PROMPTS, **options, **steps, latents=latents.clone())
+    return (np.asarray(out.frames[0]) * 255).round().astype(np.uint8)
+
+
+def assert_same_frames(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.shape == theirs.shape and ours.std() > 5
+    difference = np.abs(ours.astype(int) - theirs.astype(int))
+    assert (difference <= 1).mean() >= 0.999, (difference.max(), (difference <= 1).mean())
+
+
+@pytest.mark.parametrize("scales", [{}, {"guidance_scale_2": 1.5}, {"guidance_scale_2": 1.0}])
+def test_two_experts_equal_diffusers(two: tuple[Path, Any], pipe: fastvid.Pipeline, scales: dict[str, float]) -> None:
+    latents = torch.randn(1, 16, 3, 8, 12, generator=torch.Generator().manual_seed(5))
+    options = {"guidance_scale": 4.0, "height": 64, "width": 96, "num_frames": 9, **scales}
+    ours = pipe.generate(**PROMPTS, **options, solver="euler", sigmas=SIGMAS, latents=latents).frames
+    assert_same_frames(ours, diffusers_frames(two[1], latents, **options))
+
+
+def test_the_second_scale_changes_the_video(pipe: fastvid.Pipeline) -> None:
+    options = {"height": 64, "width": 64, "num_frames": 1, "seed": 1, "solver": "euler", "sigmas": SIGMAS}
+    frames = [pipe.generate("a", guidance_scale=4.0, **x, **options).frames for x in ({}, {"guidance_scale_2": 1.0})]
+    assert not np.array_equal(*frames)
+
+
+def spy(module: nn.Module, seen: list[float]) -> Callable[[], None]:
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        assert args[1].unique().numel() == 1
+        seen.append(float(args[1].flatten()[0]))
+
+    return module.register_forward_pre_hook(note).remove
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
+def test_each_expert_sees_its_own_timesteps(pipe: fastvid.Pipeline, solver: str) -> None:
+    seen: list[list[float]] = [[], []]
+    hooks = [spy(module, seen[i]) for i, module in enumerate(pipe._parts.experts.modules)]
+    options = {"height": 64, "width": 64, "num_frames": 1, "solver": solver, "sigmas": SIGMAS}
+    pipe.generate("a", guidance_scale=2.0, guidance_scale_2=1.0, **options)
+    for remove in hooks:
+        remove()
+    told = timesteps(np.array(SIGMAS), solver).tolist()
+    high = [t for t in told if t >= 1000 * BOUNDARY]
+    # 687.5 is the boundary itself: on it with exact timesteps, just below it where they are cut to 687.
+    assert len(high) == (5 if solver == "euler" else 4)
+    assert seen == [[t for t in high for _ in range(2)], told[len(high) :]]
+    assert pipe.plan("a", guidance_scale=2.0, guidance_scale_2=1.0, **options).model_calls == sum(map(len, seen))
+
+
+@pytest.mark.parametrize(("steps", "shift", "ratio", "high"), [(40, 12.0, 0.875, 26), (40, 5.0, 0.9, 15)])
+def test_published_tables_are_split_as_published(steps: int, shift: float, ratio: float, high: int) -> None:
+    experts = Experts([nn.Linear(1, 1), nn.Linear(1, 1)], ratio, "cpu")  # type: ignore[list-item]
+    chosen = [experts.choose(t) for t in timesteps(make_sigmas(steps, shift, "unipc"), "unipc")]
+    assert chosen == [0] * high + [1] * (steps - high)
+
+
+def test_the_plan_counts_both_experts(two: tuple[Path, Any], pipe: fastvid.Pipeline) -> None:
+    theirs = two[1]
+    modules = (theirs.transformer, theirs.transformer_2, theirs.text_encoder, theirs.vae)
+    wanted = sum(p.numel() * 4 for module in modules for p in module.parameters())
+    assert pipe.plan("a", height=64, width=64, num_frames=1).bytes_weights == pytest.approx(wanted, rel=1e-3)
+
+
+def test_interleaved_requests_equal_each_alone(pipe: fastvid.Pipeline) -> None:
+    options = {"height": 64, "width": 64, "num_frames": 1, "seed": 3, "num_inference_steps": 4, "flow_shift": 1.0}
+    alone = [pipe.generate(prompt, **options).latents for prompt in ("a red circle", "blue")]
+    streams = [pipe.stream(prompt, **options) for prompt in ("a red circle", "blue")]
+    next(streams[0])
+    next(streams[0])  # a step ahead of the other
+    ends = [None, None]
+    for _ in range(20):
+        for i, stream in enumerate(streams):
+            ends[i] = next(stream, ends[i])
+    assert all(torch.equal(end.latents, wanted) for end, wanted in zip(ends, alone, strict=True))
+
+
+# ---------------------------------------------------------------- Experts
+
+
+class Fake:
+    """Stands for a transformer on a GPU: where it is, and where it was moved."""
+
+    def __init__(self, place: str, moves: list[tuple[str, str]], name: str) -> None:
+        self.place, self.moves, self.name = place, moves, name
+
+    def parameters(self) -> Any:
+        yield type("Parameter", (), {"device": torch.device(self.place)})
+
+    def to(self, device: Any) -> None:
+        self.place = torch.device(device).type
+        self.moves.append((self.name, self.place))
+
+
+def test_only_the_expert_in_use_is_on_the_device() -> None:
+    moves: list[tuple[str, str]] = []
+    experts = Experts([Fake("cuda", moves, "high"), Fake("cpu", moves, "low")], 0.5, "cuda")  # type: ignore[list-item]
+    for number in (0, 0, 1, 1, 0):
+        with experts.use(number) as module:
+            assert [m.place for m in experts.modules] == (["cuda", "cpu"] if number == 0 else ["cpu", "cuda"])
+            assert module is experts.modules[number]
+    # The one that leaves goes first, so that the two are never there together.
+    assert moves == [("high", "cpu"), ("low", "cuda"), ("low", "cpu"), ("high", "cuda")]
+
+
+def test_on_a_cpu_nothing_is_moved() -> None:
+    moves: list[tuple[str, str]] = []
+    experts = Experts([Fake("cpu", moves, "high"), Fake("cpu", moves, "low")], 0.5, "cpu")  # type: ignore[list-item]
+    with experts.use(0), experts.use(1):
+        assert moves == []
+
+
+def test_a_boundary_belongs_to_the_first() -> None:
+    two = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    assert [Experts(two, 0.9, "cpu").choose(t) for t in (1000, 900, 899.999, 0)] == [0, 0, 1, 1]  # type: ignore[arg-type]
+    assert [Experts(two[:1], None, "cpu").choose(t) for t in (1000, 0)] == [0, 0]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="boundary_ratio"):
+        Experts(two, None, "cpu")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- requests and files
+
+
+def test_the_second_scale_follows_the_first_if_that_is_given(pipe: fastvid.Pipeline) -> None:
+    def scales(**given: float) -> tuple[float, float]:
+        recipe = next(iter(pipe.stream("a", height=64, width=64, num_frames=1, **given))).recipe
+        return recipe["guidance_scale"], recipe["guidance_scale_2"]
+
+    assert scales() == (5.0, 5.0)
+    assert scales(guidance_scale=3.0) == (3.0, 3.0)
+    assert scales(guidance_scale_2=3.0) == (5.0, 3.0)
+    assert scales(guidance_scale=2.0, guidance_scale_2=3.0) == (2.0, 3.0)
+
+
+def test_a_folder_with_two_experts_is_described(two: tuple[Path, Any]) -> None:
+    found = inspect(two[0])
+    assert list(found["parts"]) == ["transformer", "transformer_2", "vae", "text_encoder"]
+    assert found["recipe"]["boundary_ratio"] == BOUNDARY and found["recipe"]["patterns"]["staggered"] == "refused"
+    assert found["problems"] == [] and found["recipe"]["name"] == "wan-custom" and found["alternatives"] == []
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    from fastvid.pipeline import inspect
+
+    return inspect(str(folder))
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "says"),
+    [
+        ("model_index.json", {"boundary_ratio": None}, "no boundary_ratio"),
+        ("model_index.json", {"boundary_ratio": 875}, "boundary_ratio is 875; a number from 0 to 1"),
+        ("model_index.json", {"boundary_ratio": "0.9"}, "boundary_ratio is '0.9'"),
+        ("model_index.json", {"transformer_2": [None, None]}, "there is no transformer_2"),
+        ("model_index.json", {"transformer_2": ["diffusers", "UNet"]}, "transformer_2 is a UNet"),
+        ("transformer_2/config.json", {"eps": 1e-5}, "transformer eps is 1e-06, but transformer_2's is 1e-05"),
+        ("transformer_2/config.json", {"num_layers": 3}, "transformer_2: missing weights: blocks.2"),
+    ],
+)
+def test_broken_pairs_are_refused(two: tuple[Path, Any], file: str, changes: dict[str, Any], says: str) -> None:
+    path = two[0] / file
+    before = path.read_text()
+    try:
+        change(path, **changes)
+        with pytest.raises(fastvid.CheckpointError) as caught:
+            fastvid.load(str(two[0]), device="cpu")
+        assert says in str(caught.value)
+        assert any(says in text for text in inspect(two[0])["problems"])
+    finally:
+        path.write_text(before)
+
+
+# ---------------------------------------------------------------- TI2V-5B
+
+
+def test_the_5b_equals_diffusers(tmp_path: Path) -> None:
+    theirs = tiny.write_checkpoint(tmp_path, vae_config=VAE_22, expand_timesteps=True)
+    pipe = fastvid.load(str(tmp_path), device="cpu")
+    assert pipe._parts.recipe.per_token_timesteps and pipe._parts.recipe.spatial_multiple == 32
+    latents = torch.randn(1, 48, 3, 4, 6, generator=torch.Generator().manual_seed(6))
+    options = {"guidance_scale": 4.0, "height": 64, "width": 96, "num_frames": 9}
+    ours = pipe.generate(**PROMPTS, **options, solver="euler", sigmas=SIGMAS, latents=latents).frames
+    assert_same_frames(ours, diffusers_frames(theirs, latents, **options))
+    odd = pipe.generate("a", height=70, width=66, num_frames=2, num_inference_steps=1)
+    assert odd.frames.shape == (2, 70, 66, 3) and odd.latents.shape == (1, 48, 2, 6, 6)
