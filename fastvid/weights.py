@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -26,17 +26,21 @@ PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 STANDARD_NAMES = ("diffusion_pytorch_model" + SUFFIX, "model" + SUFFIX)
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+BITS |= {"U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 MAX_HEADER = 100_000_000  # what the safetensors library itself allows
 SHOWN = 10  # names in a message
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as a header describes it; dtype as safetensors writes it ("F32", "BF16", ...)."""
+    """One tensor as a header describes it; dtype as safetensors writes it ("F32", "BF16", ...). Its bytes begin at
+    `offset` in the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    offset: int = field(default=0, compare=False)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -52,14 +56,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def find_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that hold a part's weights: the shards of its index, or its only file.
+def find_files(folder: Path, others: Iterable[Path] = ()) -> tuple[Path, ...]:
+    """The safetensors files that hold a part's weights: the shards of its index, or its only file; `others` are known
+    to hold something else.
 
     Raises CheckpointError if there is none, if it is not clear which, or if shards are missing.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing; it should hold config.json and {STANDARD_NAMES[0]}")
-    present = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
+    rest = frozenset(others)
+    present = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX) and path not in rest)
     standard = [folder / name for name in STANDARD_NAMES if folder / name in present]
     choice = sorted(folder.glob(f"*{SUFFIX}.index.json")) or standard or present
     if not choice:
@@ -89,7 +95,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         )
     try:
         header = json.loads(text)
-        entries = {name: _entry(value, path) for name, value in header.items() if name != "__metadata__"}
+        entries = {name: _entry(value, path, 8 + length) for name, value in header.items() if name != "__metadata__"}
         end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path} has a broken safetensors header ({error}); download it again") from None
@@ -189,14 +195,14 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     module.get_submodule(parent).load_state_dict({leaf: tensor}, strict=False, assign=True)
 
 
-def _entry(value: Mapping[str, Any], path: Path) -> Entry:
+def _entry(value: Mapping[str, Any], path: Path, start: int) -> Entry:
     shape, (begin, end) = tuple(value["shape"]), value["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"shape {list(shape)}, data_offsets {[begin, end]}")
     bits = BITS.get(str(value["dtype"]))
     if end < begin or (bits is not None and (end - begin) * 8 != bits * math.prod(shape)):
         raise ValueError(f"{end - begin} bytes for {value['dtype']} {list(shape)}")
-    return Entry(str(value["dtype"]), shape, path)
+    return Entry(str(value["dtype"]), shape, path, start + begin)
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

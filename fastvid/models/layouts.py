@@ -1,0 +1,409 @@
+"""The names of Wan's weights in its two layouts: that of the diffusers folders (for the encoders: transformers'), which
+fastvid's modules share, and that of the original repositories, which the single files of ComfyUI keep behind a prefix.
+
+A map says for every tensor of the target layout which tensors of the file it is made of (`Origin`). Almost all are
+plain renames; only the CLIP encoder splits, joins and reshapes. Facts: Wan2.1 and Wan2.2 `wan/modules/{model,
+vace_model,vae,vae2_2,t5,clip}.py`, diffusers `scripts/convert_wan_to_diffusers.py`. Only names and shapes here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from torch import Tensor, cat
+
+from fastvid.errors import CheckpointError
+
+DIFFUSERS, ORIGINAL = "diffusers", "original"
+LAYOUTS = (DIFFUSERS, ORIGINAL)
+PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
+SHOWN = 10  # names in a message
+Shape = tuple[int, ...]
+
+# original module -> diffusers module; "#" is a number
+_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_IMAGE = {"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
+_BLOCK = {
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",  # diffusers counts in the order of use; neither's other two norms have weights
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    **{f"self_attn.{a}": f"attn1.{b}" for a, b in _ATTENTION.items()},
+    **{f"cross_attn.{a}": f"attn2.{b}" for a, b in (_ATTENTION | _IMAGE).items()},
+}
+TRANSFORMER = {
+    "patch_embedding": "patch_embedding",
+    "vace_patch_embedding": "vace_patch_embedding",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+    **{f"blocks.#.{a}": f"blocks.#.{b}" for a, b in _BLOCK.items()},
+    **{f"vace_blocks.#.{a}": f"vace_blocks.#.{b}" for a, b in _BLOCK.items()},
+    "vace_blocks.#.before_proj": "vace_blocks.#.proj_in",
+    "vace_blocks.#.after_proj": "vace_blocks.#.proj_out",
+}
+TEXT_ENCODER = {
+    "token_embedding": "shared",
+    "norm": "encoder.final_layer_norm",
+    "blocks.#.norm1": "encoder.block.#.layer.0.layer_norm",
+    **{f"blocks.#.attn.{x}": f"encoder.block.#.layer.0.SelfAttention.{x}" for x in "qkvo"},
+    "blocks.#.pos_embedding.embedding": "encoder.block.#.layer.0.SelfAttention.relative_attention_bias",
+    "blocks.#.norm2": "encoder.block.#.layer.1.layer_norm",
+    "blocks.#.ffn.gate.0": "encoder.block.#.layer.1.DenseReluDense.wi_0",
+    "blocks.#.ffn.fc1": "encoder.block.#.layer.1.DenseReluDense.wi_1",
+    "blocks.#.ffn.fc2": "encoder.block.#.layer.1.DenseReluDense.wo",
+}
+_RESIDUAL = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
+_RESAMPLE = {"resample.1": "resample.1", "time_conv": "time_conv"}
+_VAE_TOP = {
+    "conv1": "quant_conv",
+    "conv2": "post_quant_conv",
+    **{
+        f"{coder}.{a}": f"{coder}.{b}"
+        for coder in ("encoder", "decoder")
+        for a, b in {
+            "conv1": "conv_in",
+            "head.0": "norm_out",
+            "head.2": "conv_out",
+            **{f"middle.1.{x}": f"mid_block.attentions.0.{x}" for x in ("norm", "to_qkv", "proj")},
+            **{f"middle.0.{a}": f"mid_block.resnets.0.{b}" for a, b in _RESIDUAL.items()},
+            **{f"middle.2.{a}": f"mid_block.resnets.1.{b}" for a, b in _RESIDUAL.items()},
+        }.items()
+    },
+}
+IMAGE_ENCODER = {
+    "visual.patch_embedding": "vision_model.embeddings.patch_embedding",
+    "visual.pre_norm": "vision_model.pre_layrnorm",  # transformers' spelling
+    "visual.post_norm": "vision_model.post_layernorm",
+    "visual.transformer.#.norm1": "vision_model.encoder.layers.#.layer_norm1",
+    "visual.transformer.#.norm2": "vision_model.encoder.layers.#.layer_norm2",
+    "visual.transformer.#.attn.proj": "vision_model.encoder.layers.#.self_attn.out_proj",
+    "visual.transformer.#.mlp.0": "vision_model.encoder.layers.#.mlp.fc1",
+    "visual.transformer.#.mlp.2": "vision_model.encoder.layers.#.mlp.fc2",
+}
+# The tensors of CLIP that are more than renamed: (original, diffusers, leading ones dropped, transposed).
+_CLIP_SHAPED = (
+    ("visual.cls_embedding", "vision_model.embeddings.class_embedding", 2, False),
+    ("visual.pos_embedding", "vision_model.embeddings.position_embedding.weight", 1, False),
+    ("visual.head", "visual_projection.weight", 0, True),
+)
+CLIP_BARE = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
+SHARED, EMBED_TOKENS = "shared.weight", "encoder.embed_tokens.weight"
+_CLIP_QKV = re.compile(r"visual\.transformer\.(\d+)\.attn\.to_qkv\.(weight|bias)")
+_CLIP_Q = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
+
+# What files hold besides the weights that the model uses, and no layout needs.
+IGNORED: Mapping[str, re.Pattern[str]] = {
+    "transformer": re.compile(r"(vace_)?blocks\.\d+\.(attn2\.norm_added_q|cross_attn\.norm_q_img)\.weight"),
+    "vae": re.compile(r"(?!)"),
+    "text_encoder": re.compile(r"encoder\.embed_tokens\.weight|spiece_model"),  # a copy of shared.weight; ComfyUI's
+    "image_encoder": re.compile(r"textual\..*|log_scale|logit_scale|vision_model\.embeddings\.position_ids"),
+}
+# A name that only this part in this layout has.
+MARKERS: Mapping[tuple[str, str], str] = {
+    ("transformer", ORIGINAL): "time_projection.1.weight",
+    ("transformer", DIFFUSERS): "condition_embedder.time_proj.weight",
+    ("vae", ORIGINAL): "decoder.middle.0.residual.0.gamma",
+    ("vae", DIFFUSERS): "decoder.mid_block.resnets.0.norm1.gamma",
+    ("text_encoder", ORIGINAL): "blocks.0.pos_embedding.embedding.weight",
+    ("text_encoder", DIFFUSERS): "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    ("image_encoder", ORIGINAL): "visual.transformer.0.attn.to_qkv.weight",
+    ("image_encoder", DIFFUSERS): "vision_model.encoder.layers.0.self_attn.q_proj.weight",
+}
+# In front of all names: ComfyUI's, and those of training code.
+PREFIXES = (
+    *("", "model.diffusion_model.", "diffusion_model.", "model.", "module.", "transformer.", "model.module."),
+    *("_fsdp_wrapped_module.", "model._fsdp_wrapped_module.", "vae.", "first_stage_model."),
+    *("text_encoders.umt5xxl.transformer.", "text_encoder.", "image_encoder."),
+)
+_QUANTIZED = re.compile(
+    r"scaled_fp8|.*\.(scale_weight|weight_scale|scale_input|input_scale|qweight|absmax|quant_state.*)"
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What one tensor is made of: `names` joined along dimension 0, of that part number `part` of `parts`, transposed
+    or with leading ones added (`lead` > 0) or dropped (`lead` < 0). Never arithmetic: values stay as they are.
+    """
+
+    names: tuple[str, ...]
+    part: int = 0
+    parts: int = 1
+    lead: int = 0
+    transpose: bool = False
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the tensor is another one under a new name."""
+        return len(self.names) == 1 and self.parts == 1 and self.lead == 0 and not self.transpose
+
+    def shape(self, shapes: Mapping[str, Sequence[int]]) -> Shape:
+        """Shape of the tensor, given the shapes of what it is made of. Raises CheckpointError if they do not fit."""
+        first, *rest = (tuple(shapes[name]) for name in self.names)
+        if self.is_copy:
+            return first
+        if not first or any(other[1:] != first[1:] for other in rest):
+            given = ", ".join(f"{name} {list(shapes[name])}" for name in self.names)
+            raise CheckpointError(f"shapes that do not fit together: {given}")
+        rows = sum(int(shapes[name][0]) for name in self.names)
+        dropped = first[: max(0, -self.lead)]
+        if rows % self.parts or any(n != 1 for n in dropped) or len(first) < len(dropped) + self.transpose:
+            raise CheckpointError(f"{self.names[0]} has shape {list(first)}, which this layout does not know")
+        whole = (1,) * max(0, self.lead) + (rows // self.parts, *first[1:])[len(dropped) :]
+        return whole[::-1] if self.transpose else whole
+
+    def make(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The tensor, from a function that gives the tensors it is made of."""
+        tensors = [read(name) for name in self.names]
+        shape = self.shape({name: tensor.shape for name, tensor in zip(self.names, tensors, strict=True)})
+        joined = cat(tensors) if len(tensors) > 1 else tensors[0]
+        rows = joined.shape[0] // self.parts
+        piece = joined[self.part * rows : (self.part + 1) * rows] if self.parts > 1 else joined
+        return piece.T if self.transpose else piece.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A part of a model in a set of names: which, in which layout, behind which prefix."""
+
+    part: str
+    layout: str
+    prefix: str
+
+
+class Rules:
+    """Renames of modules, both ways; what stands behind a module (.weight, .bias, .gamma) is kept."""
+
+    def __init__(self, table: Mapping[str, str]) -> None:
+        self.table = table
+        self._plain = {DIFFUSERS: dict(table), ORIGINAL: {b: a for a, b in table.items()}}
+        numbered = [(a, b) for a, b in table.items() if "#" in a]
+        self._numbered = {
+            DIFFUSERS: [(_pattern(a), b) for a, b in numbered],
+            ORIGINAL: [(_pattern(b), a) for a, b in numbered],
+        }
+
+    def translate(self, name: str, to: str) -> str | None:
+        """The name in layout `to` of a tensor that is named as in the other; None if no rule knows it."""
+        stem, dot, suffix = name.rpartition(".")
+        module, rest = (stem, dot + suffix) if suffix in ("weight", "bias", "gamma") else (name, "")
+        target = self.module(module, to)
+        return None if target is None else target + rest
+
+    def module(self, name: str, to: str) -> str | None:
+        """The same for a module."""
+        if name in self._plain[to]:
+            return self._plain[to][name]
+        return _first(self._numbered[to], name)
+
+    def unflatten(self, name: str) -> str | None:
+        """The diffusers name of a module, in either layout, that is written with "_" in place of "."."""
+        return _first(self._flat, name)
+
+    @cached_property
+    def _flat(self) -> list[tuple[re.Pattern[str], str]]:
+        pairs = [*self.table.items(), *((name, name) for name in self.table.values())]
+        return [(_pattern(name.replace(".", "_")), target) for name, target in pairs]
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\#", r"(\d+)"))
+
+
+def _first(patterns: Iterable[tuple[re.Pattern[str], str]], name: str) -> str | None:
+    """The target of the first pattern that a name matches, with the name's numbers in it."""
+    for regex, target in patterns:
+        if found := regex.fullmatch(name):
+            pieces = target.split("#")
+            return "".join(piece + number for piece, number in zip(pieces, (*found.groups(), ""), strict=True))
+    return None
+
+
+@lru_cache
+def rules(part: str, residual: bool = False, res_blocks: int = 2) -> Rules:
+    """The renames of a part. A VAE's depend on its kind (residual: 2.2) and its blocks a stage."""
+    if part == "vae":
+        return Rules(_VAE_TOP | (_vae_residual(res_blocks) if residual else _vae_flat(res_blocks)))
+    return Rules({"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "image_encoder": IMAGE_ENCODER}[part])
+
+
+def _vae_flat(res_blocks: int) -> dict[str, str]:
+    """VAE 2.1: the original counts all layers of a coder in one row; diffusers sorts those of the decoder by stage."""
+    inner = _RESIDUAL | _RESAMPLE
+    table = {f"encoder.downsamples.#.{a}": f"encoder.down_blocks.#.{b}" for a, b in inner.items()}
+    for stage in range(16):
+        first = stage * (res_blocks + 2)
+        for i in range(res_blocks + 1):
+            block = f"decoder.up_blocks.{stage}.resnets.{i}"
+            table |= {f"decoder.upsamples.{first + i}.{a}": f"{block}.{b}" for a, b in _RESIDUAL.items()}
+        up, last = f"decoder.up_blocks.{stage}.upsamplers.0", first + res_blocks + 1
+        table |= {f"decoder.upsamples.{last}.{a}": f"{up}.{b}" for a, b in _RESAMPLE.items()}
+    return table
+
+
+def _vae_residual(res_blocks: int) -> dict[str, str]:
+    """VAE 2.2: both sort by stage; the original counts the resampling layer as one more block."""
+    down, up = "encoder.downsamples.#.downsamples", "decoder.upsamples.#.upsamples"
+    return {
+        **{f"{down}.#.{a}": f"encoder.down_blocks.#.resnets.#.{b}" for a, b in _RESIDUAL.items()},
+        **{f"{up}.#.{a}": f"decoder.up_blocks.#.resnets.#.{b}" for a, b in _RESIDUAL.items()},
+        **{f"{down}.{res_blocks}.{a}": f"encoder.down_blocks.#.downsampler.{b}" for a, b in _RESAMPLE.items()},
+        **{f"{up}.{res_blocks + 1}.{a}": f"decoder.up_blocks.#.upsampler.{b}" for a, b in _RESAMPLE.items()},
+    }
+
+
+def _vae_rules(names: Iterable[str]) -> Rules:
+    """The renames of the VAE that these names (of either layout, without prefix) belong to."""
+    names = set(names)
+    stages = _numbers(names, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.")
+    if stages:
+        return rules("vae", any(name.startswith("encoder.down_blocks.0.resnets.") for name in names), max(stages))
+    nested = _numbers(names, r"decoder\.upsamples\.0\.upsamples\.(\d+)\.residual\.")
+    if nested:
+        return rules("vae", True, max(nested))
+    resampled = _numbers(names, r"decoder\.upsamples\.(\d+)\.resample\.")
+    blocks = min(resampled) - 1 if resampled else max(_numbers(names, r"decoder\.upsamples\.(\d+)\."), default=2)
+    return rules("vae", False, max(0, blocks))
+
+
+def _numbers(names: Iterable[str], pattern: str) -> set[int]:
+    regex = re.compile(pattern)
+    return {int(found[1]) for name in names if (found := regex.match(name))}
+
+
+def find_parts(names: Iterable[str]) -> tuple[Found, ...]:
+    """The parts of a Wan model that a set of tensor names holds, by names that only they have."""
+    names = set(names)
+    found = []
+    for (part, layout), marker in MARKERS.items():
+        ends = [marker]
+        if (part, layout) == ("image_encoder", DIFFUSERS):
+            ends.append(marker.removeprefix("vision_model."))  # as transformers 5 has them in memory
+        prefixes = [prefix for prefix in PREFIXES if any(prefix + end in names for end in ends)]
+        found += [Found(part, layout, prefix) for prefix in prefixes]
+    return tuple(found)
+
+
+def find_part(names: Iterable[str]) -> Found:
+    """The one part that a set of tensor names is. Raises CheckpointError if it is none, or several."""
+    names = list(names)
+    found = find_parts(names)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        parts = ", ".join(f"{f.part} ({f.layout} names, prefix {f.prefix!r})" for f in found)
+        raise CheckpointError(f"these weights hold several parts: {parts}; one at a time is needed")
+    raise CheckpointError(
+        f"these weights are no part of a Wan model (transformer, VAE, UMT5, CLIP) in either layout: {some(names)}"
+    )
+
+
+def origins(names: Iterable[str], to: str, found: Found | None = None) -> dict[str, Origin]:
+    """Name in layout `to` -> what it is made of, for all tensors of a file. Names that are there for nothing are left
+    out, but not where original names stay as they are.
+
+    Raises CheckpointError that lists the names that no layout knows, or that are there twice.
+    """
+    names = list(names)
+    found = found or find_part(names)
+    bare = {name.removeprefix(found.prefix): name for name in names}
+    if len(bare) != len(names):
+        raise CheckpointError(f"weights that are there with and without the prefix {found.prefix!r}")
+    known = {_canonical(name, found, bare): stored for name, stored in bare.items()}
+    ignored = {name: stored for name, stored in known.items() if IGNORED[found.part].fullmatch(name)}
+    table = _vae_rules(known) if found.part == "vae" else rules(found.part)
+    made = {name: Origin((stored,)) for name, stored in ignored.items()} if to == found.layout == ORIGINAL else {}
+    unknown = []
+    for name in known.keys() - ignored.keys():
+        entries = _originate(name, known[name], found, to, table)
+        unknown += [] if entries else [known[name]]
+        for target, origin in entries.items():
+            made[target] = origin if target not in made else _join(made[target], origin, target)
+    _check_known(unknown, found)
+    return _check_joined(made)
+
+
+def _originate(name: str, stored: str, found: Found, to: str, table: Rules) -> dict[str, Origin]:
+    """The tensors in layout `to` that one tensor becomes, or a part of; none if it is unknown."""
+    other = ORIGINAL if found.layout == DIFFUSERS else DIFFUSERS
+    special = _clip(name, stored, found.layout, to) if found.part == "image_encoder" else None
+    if special is not None:
+        return special
+    translated = table.translate(name, other)
+    return {} if translated is None else {(translated if to != found.layout else name): Origin((stored,))}
+
+
+def _clip(name: str, stored: str, layout: str, to: str) -> dict[str, Origin] | None:
+    """The tensors of CLIP that are more than renamed; None for the others."""
+    for original, diffusers, ones, transpose in _CLIP_SHAPED:
+        if name == (original if layout == ORIGINAL else diffusers):
+            if to == layout:
+                return {name: Origin((stored,))}
+            target, lead = (diffusers, -ones) if to == DIFFUSERS else (original, ones)
+            return {target: Origin((stored,), lead=lead, transpose=transpose)}
+    pattern = _CLIP_QKV if layout == ORIGINAL else _CLIP_Q
+    if not (match := pattern.fullmatch(name)):
+        return None
+    if to == layout:
+        return {name: Origin((stored,))}
+    if to == DIFFUSERS:
+        stem = f"vision_model.encoder.layers.{match[1]}.self_attn"
+        return {f"{stem}.{x}_proj.{match[2]}": Origin((stored,), i, 3) for i, x in enumerate("qkv")}
+    joined = ["", "", ""]
+    joined["qkv".index(match[2])] = stored
+    return {f"visual.transformer.{match[1]}.attn.to_qkv.{match[3]}": Origin(tuple(joined))}
+
+
+def _join(a: Origin, b: Origin, target: str) -> Origin:
+    """Two thirds of a joined tensor; anything else that meets here is there twice."""
+    if len(a.names) == len(b.names) == 3 and not any(x and y for x, y in zip(a.names, b.names, strict=True)):
+        return replace(a, names=tuple(x or y for x, y in zip(a.names, b.names, strict=True)))
+    raise CheckpointError(f"weights that stand for the same {target}: {', '.join(filter(None, (*a.names, *b.names)))}")
+
+
+def _check_joined(made: dict[str, Origin]) -> dict[str, Origin]:
+    for target, origin in made.items():
+        if not all(origin.names):
+            raise CheckpointError(f"{target} needs q, k and v; only {', '.join(filter(None, origin.names))} is there")
+    return made
+
+
+def _canonical(name: str, found: Found, names: Container[str]) -> str:
+    """The name as published: transformers 5 leaves out CLIP's prefix, and may keep UMT5's embedding under its alias."""
+    if (found.part, found.layout) == ("image_encoder", DIFFUSERS) and name.startswith(CLIP_BARE):
+        return f"vision_model.{name}"
+    return SHARED if name == EMBED_TOKENS and SHARED not in names else name
+
+
+def _check_known(unknown: list[str], found: Found) -> None:
+    if quantized := [name for name in unknown if _QUANTIZED.fullmatch(name.removeprefix(found.prefix))]:
+        raise CheckpointError(
+            f"quantized weights are not supported: {some(quantized)}; take the fp16, bf16 or fp32 file of this model"
+        )
+    if unknown:
+        raise CheckpointError(f"weights that a Wan {found.part} in {found.layout} names does not have: {some(unknown)}")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
