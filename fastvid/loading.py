@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from fastvid.models import (
     load_part,
     open_checkpoint,
 )
+from fastvid.models.checkpoint import fill
+from fastvid.models.lora import Lora, read_lora, touched
 from fastvid.ops import Ops, bind
 
 EMBEDDED = "embedded"
@@ -32,7 +35,9 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Parts:
-    """A loaded model: modules on their device, and how they are to be used. `model` is the name it was loaded by."""
+    """A loaded model: modules on their device, and how they are to be used. `model` is the name it was loaded by;
+    loras are the files, with their scales, that are merged into the transformer, and merged the weights they changed.
+    """
 
     model: str
     checkpoint: Checkpoint
@@ -46,12 +51,15 @@ class Parts:
     dtype: torch.dtype
     backend: str = "auto"
     attention: str = "auto"
+    loras: tuple[tuple[str, float], ...] = ()
+    merged: frozenset[str] = frozenset()
 
     @property
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, Any]:
         """What `load` was asked for and made of it, as a recipe records it: what else decides the bytes."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "device": self.device.type, "backend": self.backend, "attention": self.attention}
+        made = {"dtype": dtype, "device": self.device.type, "backend": self.backend, "attention": self.attention}
+        return made | ({"loras": [list(pair) for pair in self.loras]} if self.loras else {})
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -76,17 +84,50 @@ def load_parts(
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
     attention: str = "auto",
+    loras: Sequence[Any] = (),
 ) -> Parts:
     """Load everything of a model; see `fastvid.load`. What was asked for is checked before any weight is read."""
     where = _device(device)
     kind = _dtype(dtype, where)
     ops = bind(backend, attention, where)
+    merging = read_loras(loras)
     checkpoint = read_checkpoint(model).check()
-    transformer = load_part(checkpoint, "transformer", ops, where, kind)
+    transformer = load_part(checkpoint, "transformer", ops, where, kind, merging)
     text_encoder = load_part(checkpoint, "text_encoder", ops, where, kind)
     vae = load_part(checkpoint, "vae", ops, where, torch.float32)
-    tokenizer = TextTokenizer.from_folder(checkpoint.folder / "tokenizer")
-    return Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, text_encoder, transformer, vae, ops, where, kind)
+    tokenizer = TextTokenizer.from_folder(checkpoint.tokenizer)
+    parts = Parts(
+        str(model), checkpoint, checkpoint.recipe, tokenizer, text_encoder, transformer, vae, ops, where, kind
+    )
+    return replace(parts, loras=named(merging), merged=touched(merging))
+
+
+def read_loras(loras: Any) -> tuple[Lora, ...]:
+    """LoRAs as they are given to `load`: files, or (file, scale). Raises InvalidRequest, CheckpointError."""
+    pairs = []
+    for entry in (loras,) if isinstance(loras, str | Path) else loras or ():
+        pair = (entry, 1.0) if isinstance(entry, str | Path) else entry
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str | Path) or not pair[0]:
+            raise InvalidRequest(
+                f'loras: {entry!r:.60} is no LoRA; give a file, or (file, scale) such as ("a.safetensors", 0.8)'
+            )
+        pairs.append(pair)
+    return tuple(read_lora(path, scale) for path, scale in pairs)
+
+
+def named(loras: Sequence[Lora]) -> tuple[tuple[str, float], ...]:
+    """The files and scales of LoRAs."""
+    return tuple((str(lora.path), lora.scale) for lora in loras)
+
+
+def change_loras(parts: Parts, loras: Any) -> Parts:
+    """The same model with these LoRAs in place of those it has: every weight that one of them changes, or has changed,
+    is read again from the model's files. Everything is checked before the first is.
+    """
+    merging = read_loras(loras)
+    part, stale = parts.checkpoint.part("transformer"), parts.merged | touched(merging)
+    fill(parts.transformer, part, parts.device, parts.dtype, merging, only=stale)
+    return replace(parts, loras=named(merging), merged=touched(merging))
 
 
 def read_checkpoint(model: str | Path) -> Checkpoint:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,6 +42,15 @@ class Entry:
     shape: tuple[int, ...]
     file: Path
     offset: int = field(default=0, compare=False)
+
+
+class Origin(Protocol):
+    """What a weight is made of, where files name or split them otherwise; see `fastvid.models.layouts.Origin`."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]: ...
+    def make(self, read: Callable[[str], Tensor]) -> Tensor: ...
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -160,34 +170,60 @@ def load_into(
     files: Iterable[Path],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    origins: Mapping[str, Origin] | None = None,
+    merge: Callable[[str, Tensor], Tensor] | None = None,
+    only: Container[str] | None = None,
 ) -> None:
     """Fill a module, built on the meta device, from safetensors files, one tensor at a time.
 
     Weights become dtype on device, but those with a part of their name in `module.FP32_PARTS` (if it has that) become
     fp32. Names in `module.ALIASES` stand for others. The module ends in eval mode, without gradients.
-    Host memory beyond the module itself: one tensor, and the pages of one file that the system keeps.
+    origins: what each weight is made of, where the files name them otherwise. merge: called with every weight's name
+    and the tensor as stored; what it returns is taken instead. only: these weights, of a module that has its others.
+    Host memory beyond the module itself: one tensor, and the pages of files that the system keeps.
     Raises CheckpointError, before anything is read, if the files are broken or do not fit.
     """
     files = tuple(files)
-    if wrong := mismatches(module, read_headers(files)):
+    entries = read_headers(files)
+    if wrong := mismatches(module, entries if origins is None else made_of(origins, entries)):
         raise CheckpointError(f"{_where(files)} does not fit {type(module).__name__}: " + "; ".join(wrong))
-    for file in files:
-        _load_file(module, file, torch.device(device), dtype)
+    if origins is None:
+        aliases = getattr(module, "ALIASES", {})
+        made = {name: (aliases.get(name, name), lambda read, name=name: read(name)) for name in entries}
+    else:
+        made = {name: (name, origin.make) for name, origin in origins.items()}
+    keep = frozenset(getattr(module, "FP32_PARTS", ()))
+    with ExitStack() as stack:
+        read = _reader(stack, files, entries)
+        for name, make in made.values():
+            if only is not None and name not in only:
+                continue
+            target = torch.float32 if keep.intersection(name.split(".")) else dtype
+            tensor = make(read) if merge is None else merge(name, make(read))
+            # A copy even where nothing changes: a mapped file may be cut or overwritten while we run.
+            _assign(module, name, tensor.to(device=device, dtype=target, copy=True).contiguous())
     module.eval().requires_grad_(False)
 
 
-def _load_file(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtype) -> None:
-    keep = frozenset(getattr(module, "FP32_PARTS", ()))
-    aliases = getattr(module, "ALIASES", {})
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                target = torch.float32 if keep.intersection(name.split(".")) else dtype
-                # A copy even where nothing changes: a mapped file may be cut or overwritten while we run.
-                tensor = tensors.get_tensor(name).to(device=device, dtype=target, copy=True)
-                _assign(module, aliases.get(name, name), tensor)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a valid safetensors file ({error}); download it again") from None
+def made_of(origins: Mapping[str, Origin], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries of weights that are made of others."""
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    first = {name: entries[origin.names[0]] for name, origin in origins.items()}
+    return {name: Entry(first[name].dtype, origin.shape(shapes), first[name].file) for name, origin in origins.items()}
+
+
+def _reader(stack: ExitStack, files: Iterable[Path], entries: Mapping[str, Entry]) -> Callable[[str], Tensor]:
+    """A function that reads one tensor, as long as the stack is open."""
+
+    def attempt(file: Path, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is not a valid safetensors file ({error}); download it again") from None
+
+    opened = {file: attempt(file, lambda file=file: stack.enter_context(safe_open(file, "pt"))) for file in files}
+    return lambda name: attempt(file := entries[name].file, lambda: opened[file].get_tensor(name))
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

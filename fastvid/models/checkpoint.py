@@ -5,8 +5,8 @@ their safetensors files, held against the modules that would be built from them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import nn
 
 from fastvid import weights
 from fastvid.errors import CheckpointError
+from fastvid.models import layouts, lora, original
+from fastvid.models.lora import Lora
 from fastvid.models.recipes import Recipe, find_recipe
 from fastvid.models.tokenizer import TextTokenizer
 from fastvid.models.umt5 import UMT5Config, UMT5Encoder
@@ -69,6 +71,7 @@ class Part:
     dtypes: tuple[str, ...] = ()
     bytes: int = 0
     problems: tuple[str, ...] = ()
+    origins: Mapping[str, layouts.Origin] | None = field(default=None, repr=False)  # where files name weights otherwise
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Checkpoint:
     recipe: Recipe | None
     text_length: int | None
     problems: tuple[str, ...]
+    tokenizer: Path = Path()
 
     def part(self, name: str) -> Part:
         """The transformer, vae or text_encoder."""
@@ -92,6 +96,16 @@ class Checkpoint:
                 f"{self.folder} cannot be loaded:\n" + "\n".join(f"- {text}" for text in self.problems)
             )
         return self
+
+    def lora_problems(self, merging: Lora) -> list[str]:
+        """What keeps a LoRA from being merged into this model's transformer; empty if nothing does."""
+        part = self.part("transformer")
+        if part.config is None:
+            return ["the transformer cannot be read"]
+        state = _on_meta(KINDS["transformer"], part.config, reference).state_dict()
+        problems: list[str] = []
+        _note(problems, lambda: lora.check([merging], {key: tuple(t.shape) for key, t in state.items()}))
+        return problems
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
@@ -108,18 +122,21 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     kind of model at all, saying what was expected and what is nearest.
     """
     folder = Path(folder).expanduser()
-    index = _read_index(folder)
-    parts = tuple(_open_part(folder, name, index) for name in KINDS)
+    whole = original.read_original(folder) if _is_original(folder) else None
+    index = _check_index(whole.index, folder) if whole else _read_index(folder)
+    tokenizer = whole.tokenizer if whole else folder / "tokenizer"
+    found = {part.name: part for part in whole.parts} if whole else {}
+    parts = tuple(_open_part(folder, name, index, found.get(name)) for name in KINDS)
     problems = [text for part in parts for text in part.problems]
     if _class_of(index, "transformer_2"):
         problems.append(f"{INDEX} names a transformer_2: models with two experts are not supported yet")
-    text_length = _note(problems, lambda: TextTokenizer.from_folder(folder / "tokenizer").text_length)
+    text_length = _note(problems, lambda: TextTokenizer.from_folder(tokenizer).text_length)
     transformer, vae, text_encoder = (part.config for part in parts)
     recipe = None
     if isinstance(transformer, WanTransformerConfig) and isinstance(vae, WanVAEConfig):
-        recipe = _note(problems, lambda: _recipe(folder, index, transformer, vae))
+        recipe = _note(problems, lambda: _recipe(folder, index, transformer, vae, whole and whole.scheduler))
         problems += _disagreements(transformer, vae, text_encoder)
-    return Checkpoint(folder, parts, recipe, text_length, tuple(problems))
+    return Checkpoint(folder, parts, recipe, text_length, tuple(problems), tokenizer)
 
 
 def load_part(
@@ -128,36 +145,59 @@ def load_part(
     ops: Any = reference,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    loras: Sequence[Lora] = (),
 ) -> nn.Module:
     """Build a part of a checkpoint and stream its weights in; `name` is transformer, vae or text_encoder.
 
-    ops: see `fastvid.ops.bind`. Raises CheckpointError if the part has problems.
+    ops: see `fastvid.ops.bind`. loras: merged into the weights. Raises CheckpointError if the part has problems, or a
+    LoRA does not fit it.
     """
     part = checkpoint.part(name)
     if part.problems:
         raise CheckpointError("; ".join(part.problems))
     module = _on_meta(KINDS[name], part.config, ops)
-    weights.load_into(module, part.files, device, dtype)
+    fill(module, part, device, dtype, loras)
     return module
 
 
-def _open_part(folder: Path, name: str, index: Mapping[str, Any]) -> Part:
+def fill(
+    module: nn.Module,
+    part: Part,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    loras: Sequence[Lora] = (),
+    only: Container[str] | None = None,
+) -> None:
+    """Stream a part's weights, with LoRAs merged in, into its module: all of them, or `only` some, read again."""
+    lora.check(
+        loras, {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}, str(part.files[0].parent)
+    )
+    merge = (lambda key, tensor: lora.merge(key, tensor, loras)) if loras else None
+    weights.load_into(module, part.files, device, dtype, origins=part.origins, merge=merge, only=only)
+
+
+def _open_part(folder: Path, name: str, index: Mapping[str, Any], found: original.FoundPart | None) -> Part:
+    """A part of a diffusers folder, or one that was `found` in an original folder."""
     kind, problems = KINDS[name], []
     if (given := _class_of(index, name)) != kind.class_name:
         return Part(name, None, problems=(f"{INDEX}: {name} is a {given}; only {kind.class_name} is supported",))
-    config, module = _note(problems, lambda: _read_part(kind, folder / name / "config.json")) or (None, None)
-    files = _note(problems, lambda: weights.find_files(folder / name)) or ()
+    path, given = folder / name / "config.json", found and found.config
+    config, module = _note(problems, lambda: _read_part(kind, path, given)) or (None, None)
+    files = found.files if found else _note(problems, lambda: weights.find_files(folder / name)) or ()
     entries = _note(problems, lambda: weights.read_headers(files)) or {}
+    origins = layouts.origins(entries, layouts.DIFFUSERS) if found else None
+    entries = entries if origins is None else weights.made_of(origins, entries)
     if module is not None and entries:
         problems += [f"{folder / name}: {text}" for text in weights.mismatches(module, entries)]
         entries = weights.renamed(module, entries)
     sizes = sum(file.stat().st_size for file in files)
-    return Part(name, config, files, weights.count_parameters(entries), weights.dtypes(entries), sizes, tuple(problems))
+    counts = (weights.count_parameters(entries), weights.dtypes(entries), sizes)
+    return Part(name, config, files, *counts, tuple(problems), origins)
 
 
-def _read_part(kind: PartKind, path: Path) -> tuple[Any, nn.Module]:
-    """The config that a file holds, and the module that it describes, without weights."""
-    config = kind.read_config(weights.read_json(path))
+def _read_part(kind: PartKind, path: Path, given: dict[str, Any] | None) -> tuple[Any, nn.Module]:
+    """The config that a file holds, or that is given, and the module that it describes, without weights."""
+    config = kind.read_config(weights.read_json(path) if given is None else given)
     try:
         return config, _on_meta(kind, config, reference)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
@@ -169,8 +209,14 @@ def _on_meta(kind: PartKind, config: Any, ops: Any) -> nn.Module:
         return kind.build(config, ops)
 
 
-def _recipe(folder: Path, index: Mapping[str, Any], transformer: WanTransformerConfig, vae: WanVAEConfig) -> Recipe:
-    scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
+def _recipe(
+    folder: Path,
+    index: Mapping[str, Any],
+    transformer: WanTransformerConfig,
+    vae: WanVAEConfig,
+    scheduler: Mapping[str, Any] | None,
+) -> Recipe:
+    scheduler = scheduler or weights.read_json(folder / "scheduler" / "scheduler_config.json")
     expand = index.get("expand_timesteps")
     return find_recipe(transformer, vae, scheduler, expand if isinstance(expand, bool) else None)
 
@@ -191,7 +237,14 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(_not_a_folder(folder))
     if not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder} has no {INDEX}{_nearest_folder(folder)}")
-    index = weights.read_json(folder / INDEX)
+    return _check_index(weights.read_json(folder / INDEX), folder)
+
+
+def _is_original(folder: Path) -> bool:
+    return not (folder / INDEX).is_file() and original.is_original(folder)
+
+
+def _check_index(index: dict[str, Any], folder: Path) -> dict[str, Any]:
     if (given := index.get("_class_name")) != PIPELINE:
         raise CheckpointError(
             f"{folder / INDEX} describes a {given}; the only kind supported so far is {PIPELINE} (Wan text-to-video, "
@@ -215,11 +268,10 @@ def _nearest_folder(folder: Path) -> str:
     near = [path for path in near if (path / INDEX).is_file()]
     if near:
         return f"; {near[0]} has one"
-    if any(folder.glob("models_t5*.pth")) or any(folder.glob("Wan2.*_VAE.pth")):
-        return (
-            "; it looks like the original Wan layout: give the '-Diffusers' copy of the model, or use `fastvid convert`"
-        )
-    return "; the diffusers layout is expected (model_index.json, transformer/, vae/, text_encoder/, tokenizer/)"
+    return (
+        "; the diffusers layout is expected (model_index.json, transformer/, vae/, text_encoder/, tokenizer/), or the "
+        "original one (config.json, diffusion_pytorch_model*.safetensors, models_t5*, Wan2.*_VAE*)"
+    )
 
 
 def _class_of(index: Mapping[str, Any], name: str) -> str | None:

@@ -79,6 +79,8 @@ def read_original(
     folder: Path, read_entries: Callable[[Iterable[Path]], Mapping[str, Entry]] = weights.read_headers
 ) -> OriginalFolder:
     """Describe an original folder. Raises CheckpointError that names what is missing, broken or a pickle."""
+    if read_entries is weights.read_headers:
+        _refuse_pickles(folder)
     extras = weights.read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
     configs = extras.get("configs") if isinstance(extras.get("configs"), dict) else {}
     files = {**_transformers(folder), **{part: _single(folder, part) for part in ("vae", "text_encoder")}}
@@ -223,6 +225,15 @@ def _part(
     if part.identity.part != wanted:
         raise CheckpointError(f"{files[0]} should hold a {wanted}, but it is a {part.identity.part}")
     return part
+
+
+def _refuse_pickles(folder: Path) -> None:
+    found = [path for part in SINGLE if (path := _find(folder, part))]
+    if pickles := [path.name for path in found if path.suffix in weights.PICKLES]:
+        raise CheckpointError(
+            f"{folder} is in the original Wan layout, with pickles ({', '.join(pickles)}), which fastvid does not "
+            f"open; use `fastvid convert {folder} NEW-FOLDER`, or give the '-Diffusers' copy of the model"
+        )
 
 
 def _single(folder: Path, part: str) -> tuple[Path, ...]:
