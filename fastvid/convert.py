@@ -85,7 +85,8 @@ def convert(
         _check_space(destination.absolute().parent, sum(job.bytes for job in work.jobs))
         with _fresh(destination) as folder:
             for job in work.jobs:
-                _run(job, folder, tensors, shard_bytes if not single else 2**63, say)
+                # The original layout has its encoders in one file each.
+                _run(job, folder, tensors, 2**63 if single or job.config is None else shard_bytes, say)
             _write_rest(work, folder)
             written = folder / work.jobs[0].target if single else folder
             files = [destination.name] if single else _files_in(folder)

@@ -341,7 +341,7 @@ def load(
 
 
 def inspect(model: str, loras: Sequence[Any] = ()) -> dict[str, Any]:
-    """What a checkpoint is, read from its configurations and file headers, without loading it; and whether LoRAs fit."""
+    """What a checkpoint is, read from its configurations and file headers, without loading it; whether LoRAs fit it."""
     checkpoint = read_checkpoint(model)
     described = [{**lora.to_dict(), "problems": checkpoint.lora_problems(lora)} for lora in read_loras(loras)]
     return checkpoint.to_dict() | ({"loras": described} if described else {})
