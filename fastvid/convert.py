@@ -136,7 +136,8 @@ def _plan(source: Path, to: str, tensors: Tensors, single: bool) -> Work:
 
 def _from_original(source: Path, to: str, tensors: Tensors) -> Work:
     found = original.read_original(source, tensors.entries)
-    jobs = tuple(_job(part, to) for part in found.parts)
+    experts = any(part.name == "transformer_2" for part in found.parts)
+    jobs = tuple(_job(part, to, experts=experts) for part in found.parts)
     if to == ORIGINAL:
         extras = {Path(EXTRAS): weights.read_json(source / EXTRAS)} if (source / EXTRAS).is_file() else {}
         return Work(jobs, extras, {Path(TOKENIZER): found.tokenizer})

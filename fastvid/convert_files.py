@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -94,7 +94,8 @@ class PickleReader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._child.stdin.close()
+        with suppress(OSError):  # a child that is gone
+            self._child.stdin.close()
         self._child.terminate()
         self._child.wait()
         self._child.stdout.close()

@@ -242,9 +242,10 @@ def _factor(path: Path, module: str, alpha: Tensor | None, rank: int, settings: 
         value: Any = alpha.item() if alpha.numel() == 1 else list(alpha.shape)
         root = False
     else:
-        patterns = settings.get("alpha_pattern") or {}
-        matching = [key for key in patterns if re.fullmatch(rf"(.*\.)?({key})", module)]
-        value = patterns[matching[0]] if matching else settings.get("lora_alpha", rank)
+        patterns = settings.get("alpha_pattern")
+        patterns = patterns if isinstance(patterns, dict) else {}
+        matching = [key for key in patterns if f".{module}".endswith(f".{key}")]
+        value = patterns[max(matching, key=len)] if matching else settings.get("lora_alpha", rank)
         root = bool(settings.get("use_rslora"))
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise CheckpointError(f"{path}: alpha of {module} is {value!r}; a number is expected")

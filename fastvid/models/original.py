@@ -213,13 +213,10 @@ def _part(
     read_entries: Callable[[Iterable[Path]], Mapping[str, Entry]],
 ) -> FoundPart:
     given = dict(configs.get(name) or {})
-    config = (
-        (folder / EXPERTS[name] if (folder / EXPERTS["transformer"]).is_dir() else folder) / CONFIG
-        if (name in EXPERTS)
-        else None
-    )
-    if config and config.is_file():
-        given |= to_diffusers_words(weights.read_json(config))
+    if name in EXPERTS:
+        inner = folder / EXPERTS[name]
+        config = (inner if inner.is_dir() else folder) / CONFIG
+        given |= to_diffusers_words(weights.read_json(config)) if config.is_file() else {}
     part = read_part(name, files, read_entries(files), given)
     wanted = "transformer" if name in EXPERTS else name
     if part.identity.part != wanted:
