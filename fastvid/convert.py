@@ -21,7 +21,8 @@ from fastvid.convert_files import SHARD_BYTES, Tensors, describe, nbytes, write_
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.limits import nearest_name
 from fastvid.models import layouts, original
-from fastvid.models.layouts import DIFFUSERS, LAYOUTS, ORIGINAL, Origin
+from fastvid.models.layout_rules import DIFFUSERS, LAYOUTS, ORIGINAL
+from fastvid.models.layouts import Origin
 from fastvid.models.original import CONFIG, EXPERTS, EXTRAS, TOKENIZER, FoundPart
 
 INDEX = "model_index.json"

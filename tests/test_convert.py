@@ -22,7 +22,8 @@ from fastvid.convert import convert
 from fastvid.convert_files import Tensors, write_weights
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.models import WanTransformer, WanTransformerConfig, open_checkpoint
-from fastvid.models.layouts import DIFFUSERS, ORIGINAL, origins
+from fastvid.models.layout_rules import DIFFUSERS, ORIGINAL
+from fastvid.models.layouts import origins
 from fastvid.ops import reference
 from tests import tiny
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
-from fastvid.models.layouts import DIFFUSERS, ORIGINAL, PREFIXES, Origin, find_part, origins, rules
+from fastvid.models.layout_rules import DIFFUSERS, ORIGINAL, rules
+from fastvid.models.layouts import PREFIXES, Origin, find_part, origins
 from fastvid.models.variants import LATENTS, identify
 
 Shapes = dict[str, tuple[int, ...]]

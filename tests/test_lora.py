@@ -20,8 +20,8 @@ import fastvid
 from fastvid import cli_args
 from fastvid.cli import main
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.models.layouts import ORIGINAL, rules
-from fastvid.models.lora import Lora, check, merge, read_lora, touched
+from fastvid.models.layout_rules import ORIGINAL, rules
+from fastvid.models.lora import Lora, Term, check, merge, read_lora, touched
 
 DIM, FFN, BLOCKS, RANK = 8, 12, 2, 3
 # Linear layers that LoRAs are trained on, in diffusers' names: module -> shape
@@ -200,8 +200,6 @@ def test_alpha_as_peft_tells_it(tmp_path: Path, told: dict[str, Any], factor: An
     st.integers(0, 2**31),
 )
 def test_many_at_once(files: list[tuple[int, float]], rows: int, columns: int, seed: int) -> None:
-    from fastvid.models.lora import Term
-
     torch.manual_seed(seed)
     base, loras = torch.randn(rows, columns), []
     exact = base.double()

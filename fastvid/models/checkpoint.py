@@ -15,7 +15,7 @@ from torch import nn
 
 from fastvid import weights
 from fastvid.errors import CheckpointError
-from fastvid.models import layouts, lora, original
+from fastvid.models import layout_rules, layouts, lora, original
 from fastvid.models.lora import Lora
 from fastvid.models.recipes import Recipe, find_recipe
 from fastvid.models.tokenizer import TextTokenizer
@@ -185,7 +185,7 @@ def _open_part(folder: Path, name: str, index: Mapping[str, Any], found: origina
     config, module = _note(problems, lambda: _read_part(kind, path, given)) or (None, None)
     files = found.files if found else _note(problems, lambda: weights.find_files(folder / name)) or ()
     entries = _note(problems, lambda: weights.read_headers(files)) or {}
-    origins = layouts.origins(entries, layouts.DIFFUSERS) if found else None
+    origins = layouts.origins(entries, layout_rules.DIFFUSERS) if found else None
     entries = entries if origins is None else weights.made_of(origins, entries)
     if module is not None and entries:
         problems += [f"{folder / name}: {text}" for text in weights.mismatches(module, entries)]

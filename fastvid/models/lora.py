@@ -28,7 +28,8 @@ from torch import Tensor
 
 from fastvid import weights
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.models.layouts import DIFFUSERS, Shape, rules, some
+from fastvid.models.layout_rules import DIFFUSERS, rules
+from fastvid.models.layouts import Shape, some
 
 PREFIXES = (
     *("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "model."),

@@ -13,7 +13,8 @@ from typing import Any
 
 from fastvid.errors import CheckpointError
 from fastvid.models import layouts
-from fastvid.models.layouts import DIFFUSERS, Shape
+from fastvid.models.layout_rules import DIFFUSERS
+from fastvid.models.layouts import Shape
 
 HEAD_DIM = 128  # of every published transformer
 CLIP_HEADS = {1280: 16}
