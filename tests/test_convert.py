@@ -194,7 +194,8 @@ def test_single_encoders(published: Path, original: Path, tmp_path: Path) -> Non
     """A VAE and a text encoder as ComfyUI keeps them: original names, or transformers' with the tokenizer inside."""
     convert(original / "Wan2.1_VAE.safetensors", tmp_path / "vae")
     assert_same(tensors_of(tmp_path / "vae"), tensors_of(published / "vae"))
-    assert same_config(tmp_path / "vae", published / "vae")
+    ours, theirs = (json.loads((folder / "vae" / "config.json").read_text()) for folder in (tmp_path, published))
+    assert {key: theirs[key] for key in ours} == ours and "latents_mean" in ours
     text = {**tensors_of(published / "text_encoder"), "spiece_model": torch.zeros(9, dtype=torch.uint8)}
     save_file(text, tmp_path / "umt5_xxl_fp16.safetensors")
     made = convert(tmp_path / "umt5_xxl_fp16.safetensors", tmp_path / "text_encoder")
@@ -385,7 +386,7 @@ def test_nothing_is_left_of_a_failure(
 
     monkeypatch.setattr("fastvid.convert.write_json", fail)
     expected = KeyboardInterrupt if error is KeyboardInterrupt else CheckpointError
-    with pytest.raises(expected, match="" if error is KeyboardInterrupt else "out cannot be written: No space left"):
+    with pytest.raises(expected, match=None if error is KeyboardInterrupt else "out cannot be written: No space left"):
         convert(published / "vae", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
