@@ -1,4 +1,4 @@
-"""The command line: `fastvid generate | inspect | doctor`.
+"""The command line: `fastvid generate | inspect | convert | doctor`.
 
 What can be checked without the model (flags, request, output path) is checked before torch is imported.
 """
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _sigterm_interrupts():
             command, flags = cli_args.parse(sys.argv[1:] if argv is None else argv)
-            run = {"": _version, "generate": _generate, "inspect": _inspect, "doctor": _doctor}
+            run = {"": _version, "generate": _generate, "inspect": _inspect, "convert": _convert, "doctor": _doctor}
             run[command](flags)
             sys.stdout.flush()
         return OK
@@ -142,7 +142,7 @@ def _run(flags: argparse.Namespace, request: Request, recipe: dict[str, Any], pr
     return made
 
 
-def _load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, str]:
+def _load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
     """A flag wins over what the recipe was made with, that over the environment. Its device may not be here, so that
     is not taken."""
     settings = recipe.get("settings") if isinstance(recipe.get("settings"), dict) else {}
@@ -151,6 +151,7 @@ def _load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[s
     }
     here = env.read()
     chosen = {name: getattr(flags, name) or made_with.get(name) or getattr(here, name) for name in LOAD_FLAGS}
+    chosen["loras"] = settings.get("loras") if flags.lora is None else flags.lora
     return {name: value for name, value in chosen.items() if value is not None}
 
 
@@ -195,8 +196,22 @@ def _summary(path: Path, started: Any, finished: Any, watch: Stopwatch) -> dict[
 def _inspect(flags: argparse.Namespace) -> None:
     from fastvid import pipeline
 
-    found = pipeline.inspect(flags.model)
+    found = pipeline.inspect(flags.model, flags.lora or ())
     print(json.dumps(found) if flags.json else "\n".join(_lines(found)))
+
+
+def _convert(flags: argparse.Namespace) -> None:
+    from fastvid.convert import convert
+
+    progress = Progress(quiet=flags.quiet)
+    try:
+        made = convert(flags.source, flags.destination, flags.to, say=progress.say)
+    finally:
+        progress.close()
+    if flags.json:
+        print(json.dumps(made))
+    else:
+        progress.say(f"{made['destination']}: {', '.join(made['parts'].values())}, {made['layout']} layout")
 
 
 def _doctor(flags: argparse.Namespace) -> None:

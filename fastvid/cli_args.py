@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from fastvid.errors import InvalidRequest
 from fastvid.limits import BUDGETS, SOLVERS, nearest_name
 
-COMMANDS = ("generate", "inspect", "doctor")
+COMMANDS = ("generate", "inspect", "convert", "doctor")
 
 EPILOG = """exit status:
   0 done, 1 failed, 2 bad usage or request, 130 interrupted (nothing is left under the output's name)
@@ -67,6 +67,15 @@ def numbers(text: str) -> list[int | float]:
     return [number(part) for part in text.replace(",", " ").split()]
 
 
+def lora(text: str) -> tuple[str, float]:
+    """FILE:SCALE, or FILE alone with a scale of 1; a colon may be in the file's name."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if colon and path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def build() -> dict[str, Parser]:
     """A parser a command, and the main one under ""."""
     main = Parser(
@@ -75,12 +84,13 @@ def build() -> dict[str, Parser]:
         description="Video diffusion: text in, video out.\n\ncommands:\n"
         "  generate    make a video from a prompt\n"
         "  inspect     what a model is, without loading it\n"
+        "  convert     turn pickles and original Wan files into what fastvid loads, and back\n"
         "  doctor      what this machine has, and what every operation would run on\n\n"
         "Each has its own --help.",
         epilog='example:\n  fastvid generate "a red circle moving right on a white background" -o out.mp4\n\n' + EPILOG,
     )
     main.add_argument("--version", action="store_true", help="print the version and exit")
-    parsers = {"": main, "generate": _generate(), "inspect": _inspect(), "doctor": _doctor()}
+    parsers = {"": main, "generate": _generate(), "inspect": _inspect(), "convert": _convert(), "doctor": _doctor()}
     assert tuple(parsers)[1:] == COMMANDS
     return parsers
 
@@ -151,6 +161,17 @@ def _add_model(parser: Parser) -> None:
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: what suits the device)")
     add("--backend", metavar="NAME", help="of the operations: auto, reference, triton, cuda (default: auto)")
     add("--attention", metavar="NAME", help="auto, reference, sdpa, flash, triton, cuda (default: auto)")
+    _add_lora(parser)
+
+
+def _add_lora(parser: Any) -> None:
+    parser.add_argument(
+        "--lora",
+        type=lora,
+        action="append",
+        metavar="FILE:SCALE",
+        help="a LoRA merged into the model, with a scale of 1 if none is given; may be repeated",
+    )
 
 
 def _inspect() -> Parser:
@@ -160,7 +181,29 @@ def _inspect() -> Parser:
         epilog=f"example:\n  fastvid inspect embedded\n\n{EPILOG}",
     )
     parser.add_argument("model", help="embedded, a folder, or a hub id")
+    _add_lora(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _convert() -> Parser:
+    parser = Parser(
+        prog="fastvid convert",
+        description="Turn a model, or one part of it, from one layout into the other, bit for bit.\n\n"
+        "Pickles (.pth, .pt, .bin, .ckpt) are opened in a child process that makes nothing but tensors.",
+        epilog="examples:\n"
+        "  fastvid convert Wan2.1-T2V-1.3B wan-diffusers                (a whole folder)\n"
+        "  fastvid convert wan-diffusers wan-original --to original\n"
+        "  fastvid convert wan2.1_t2v_1.3B_bf16.safetensors transformer  (ComfyUI's single file)\n"
+        f"  fastvid convert Wan2.1_VAE.pth vae\n\n{EPILOG}",
+    )
+    parser.add_argument(
+        "source", metavar="SRC", help="a model folder in either layout, or a file or folder of one part"
+    )
+    parser.add_argument("destination", metavar="DST", help="a new folder, or for one part a new .safetensors file")
+    parser.add_argument("--to", default="diffusers", metavar="LAYOUT", help="diffusers (default) or original")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--json", action="store_true", help="print one JSON object about what was written")
     return parser
 
 

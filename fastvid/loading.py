@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from fastvid.models import (
     load_part,
     open_checkpoint,
 )
+from fastvid.models.checkpoint import check_fill, fill
+from fastvid.models.lora import Lora, read_lora, touched
 from fastvid.ops import Ops, bind
 
 EMBEDDED = "embedded"
@@ -35,6 +38,7 @@ class Parts:
     """A loaded model: modules on their device, and how they are to be used. `model` is the name it was loaded by.
 
     experts: the transformers, one or two; `experts.use` brings the one that is needed to the device.
+    loras: the files, with their scales, that are merged into every expert; merged: the weights that they changed.
     """
 
     model: str
@@ -49,6 +53,8 @@ class Parts:
     dtype: torch.dtype
     backend: str = "auto"
     attention: str = "auto"
+    loras: tuple[tuple[str, float], ...] = ()
+    merged: frozenset[str] = frozenset()
 
     @property
     def transformer(self) -> WanTransformer:
@@ -56,10 +62,11 @@ class Parts:
         return self.experts.modules[0]
 
     @property
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, Any]:
         """What `load` was asked for and made of it, as a recipe records it: what else decides the bytes."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "device": self.device.type, "backend": self.backend, "attention": self.attention}
+        made = {"dtype": dtype, "device": self.device.type, "backend": self.backend, "attention": self.attention}
+        return made | ({"loras": [list(pair) for pair in self.loras]} if self.loras else {})
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -84,24 +91,60 @@ def load_parts(
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
     attention: str = "auto",
+    loras: Sequence[Any] = (),
 ) -> Parts:
     """Load everything of a model; see `fastvid.load`. What was asked for is checked before any weight is read."""
     where = _device(device)
     kind = _dtype(dtype, where)
     ops = bind(backend, attention, where)
+    merging = read_loras(loras)
     checkpoint = read_checkpoint(model, download=True).check()
-    experts = load_experts(checkpoint, ops, where, kind)
+    experts = load_experts(checkpoint, ops, where, kind, merging)
     text_encoder = load_part(checkpoint, "text_encoder", ops, where, kind)
     vae = load_part(checkpoint, "vae", ops, where, torch.float32)
-    tokenizer = TextTokenizer.from_folder(checkpoint.folder / "tokenizer")
-    return Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, text_encoder, experts, vae, ops, where, kind)
+    tokenizer = TextTokenizer.from_folder(checkpoint.tokenizer)
+    parts = Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, text_encoder, experts, vae, ops, where, kind)
+    return replace(parts, loras=named(merging), merged=touched(merging))
 
 
-def load_experts(checkpoint: Checkpoint, ops: Ops, device: torch.device, dtype: torch.dtype) -> Experts:
-    """The transformers: the first on the device, a second in host memory until its turn."""
-    places = [device, torch.device("cpu")]
-    named = zip(checkpoint.experts, places, strict=False)
-    modules = [load_part(checkpoint, name, ops, where, dtype) for name, where in named]
+def read_loras(loras: Any) -> tuple[Lora, ...]:
+    """LoRAs as they are given to `load`: files, or (file, scale). Raises InvalidRequest, CheckpointError."""
+    pairs = []
+    for entry in (loras,) if isinstance(loras, str | Path) else loras or ():
+        pair = (entry, 1.0) if isinstance(entry, str | Path) else entry
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str | Path) or not pair[0]:
+            raise InvalidRequest(
+                f'loras: {entry!r:.60} is no LoRA; give a file, or (file, scale) such as ("a.safetensors", 0.8)'
+            )
+        pairs.append(pair)
+    return tuple(read_lora(path, scale) for path, scale in pairs)
+
+
+def named(loras: Sequence[Lora]) -> tuple[tuple[str, float], ...]:
+    """The files and scales of LoRAs."""
+    return tuple((str(lora.path), lora.scale) for lora in loras)
+
+
+def change_loras(parts: Parts, loras: Any) -> Parts:
+    """The same model with these LoRAs in place of those it has: every weight that one of them changes, or has changed,
+    is read again from the model's files, for every expert where it is. Everything is checked before the first is.
+    """
+    merging = read_loras(loras)
+    stale = parts.merged | touched(merging)
+    experts = list(zip(parts.experts.modules, map(parts.checkpoint.part, parts.checkpoint.experts), strict=True))
+    for module, part in experts:
+        check_fill(module, part, merging)
+    for module, part in experts:
+        fill(module, part, next(module.parameters()).device, parts.dtype, merging, only=stale)
+    return replace(parts, loras=named(merging), merged=touched(merging))
+
+
+def load_experts(
+    checkpoint: Checkpoint, ops: Ops, device: torch.device, dtype: torch.dtype, loras: Sequence[Lora] = ()
+) -> Experts:
+    """The transformers, LoRAs merged into each: the first on the device, a second in host memory until its turn."""
+    places = zip(checkpoint.experts, [device, torch.device("cpu")], strict=False)
+    modules = [load_part(checkpoint, name, ops, where, dtype, loras) for name, where in places]
     return Experts(modules, checkpoint.recipe.boundary_ratio, device)
 
 

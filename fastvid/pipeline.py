@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import fastvid
 from fastvid import engine, pieces, plan
 from fastvid.errors import Cancelled, InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
-from fastvid.loading import Parts, load_parts, read_checkpoint
+from fastvid.loading import Parts, change_loras, load_parts, read_checkpoint, read_loras
 from fastvid.plan import Plan
 from fastvid.precision import ieee_fp32
 from fastvid.requests import Request, Resolved
@@ -140,11 +140,20 @@ class Pipeline:
             "dtype": str(parts.dtype).removeprefix("torch."),
             "backends": dict(parts.ops.bound),
             "reasons": dict(parts.ops.reasons),
+            "loras": [list(pair) for pair in parts.loras],
         }
 
     def inspect(self) -> dict[str, Any]:
         """What the checkpoint is: parts, parameters, types, recipe."""
         return self._parts.checkpoint.to_dict()
+
+    def set_loras(self, loras: Sequence[Any] = ()) -> None:
+        """Use these LoRAs, files or (file, scale), in place of those that were loaded; none takes all away.
+
+        What they change is read again from the model's files, so nothing of former ones is left. Finish running
+        streams first: they go on with the new weights. Raises as `fastvid.load` does, and then nothing is changed.
+        """
+        self._parts = change_loras(self._parts, loras)
 
     # ------------------------------------------------------------ before running
 
@@ -340,25 +349,29 @@ def load(
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
     attention: str = "auto",
+    loras: Sequence[Any] = (),
 ) -> Pipeline:
     """Load a model.
 
     Args:
-        model: "embedded" (the small model that comes with the package), or a folder in diffusers' layout, or a hub id,
-            which is downloaded once into huggingface_hub's cache.
+        model: "embedded" (the small model that comes with the package), or a folder in diffusers' or in the original
+            layout, or a hub id, which is downloaded once into huggingface_hub's cache.
         device: "cuda", "cuda:1", "cpu"; the default is a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16" for the transformer and the text encoder; the default is bfloat16 on a
             GPU and float32 on the CPU.
         backend, attention: what runs the operations (see `fastvid doctor`).
+        loras: LoRA files, or (file, scale), merged into the transformer; see `Pipeline.set_loras`.
 
     Raises:
-        CheckpointError: the model is missing, broken or of an unsupported kind.
+        CheckpointError: the model is missing, broken or of an unsupported kind, or a LoRA does not fit it.
         InvalidRequest: an option that does not exist.
         BackendUnavailable: a back end or device asked for by name cannot run here.
     """
-    return Pipeline(load_parts(model, device=device, dtype=dtype, backend=backend, attention=attention))
+    return Pipeline(load_parts(model, device=device, dtype=dtype, backend=backend, attention=attention, loras=loras))
 
 
-def inspect(model: str) -> dict[str, Any]:
-    """What a checkpoint is, read from its configurations and file headers, without loading it."""
-    return read_checkpoint(model).to_dict()
+def inspect(model: str, loras: Sequence[Any] = ()) -> dict[str, Any]:
+    """What a checkpoint is, read from its configurations and file headers, without loading it; whether LoRAs fit it."""
+    checkpoint = read_checkpoint(model)
+    described = [{**lora.to_dict(), "problems": checkpoint.lora_problems(lora)} for lora in read_loras(loras)]
+    return checkpoint.to_dict() | ({"loras": described} if described else {})

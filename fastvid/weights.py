@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,17 +27,30 @@ PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 STANDARD_NAMES = ("diffusion_pytorch_model" + SUFFIX, "model" + SUFFIX)
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+BITS |= {"U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 MAX_HEADER = 100_000_000  # what the safetensors library itself allows
 SHOWN = 10  # names in a message
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as a header describes it; dtype as safetensors writes it ("F32", "BF16", ...)."""
+    """One tensor as a header describes it; dtype as safetensors writes it ("F32", "BF16", ...). Its bytes begin at
+    `offset` in the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    offset: int = field(default=0, compare=False)
+
+
+class Origin(Protocol):
+    """What a weight is made of, where files name or split them otherwise; see `fastvid.models.layouts.Origin`."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]: ...
+    def make(self, read: Callable[[str], Tensor]) -> Tensor: ...
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -52,14 +66,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def find_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that hold a part's weights: the shards of its index, or its only file.
+def find_files(folder: Path, others: Iterable[Path] = ()) -> tuple[Path, ...]:
+    """The safetensors files that hold a part's weights: the shards of its index, or its only file; `others` are known
+    to hold something else.
 
     Raises CheckpointError if there is none, if it is not clear which, or if shards are missing.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing; it should hold config.json and {STANDARD_NAMES[0]}")
-    present = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
+    rest = frozenset(others)
+    present = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX) and path not in rest)
     standard = [folder / name for name in STANDARD_NAMES if folder / name in present]
     choice = sorted(folder.glob(f"*{SUFFIX}.index.json")) or standard or present
     if not choice:
@@ -89,7 +105,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         )
     try:
         header = json.loads(text)
-        entries = {name: _entry(value, path) for name, value in header.items() if name != "__metadata__"}
+        entries = {name: _entry(value, path, 8 + length) for name, value in header.items() if name != "__metadata__"}
         end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path} has a broken safetensors header ({error}); download it again") from None
@@ -154,37 +170,68 @@ def load_into(
     files: Iterable[Path],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    origins: Mapping[str, Origin] | None = None,
+    merge: Callable[[str, Tensor], Tensor] | None = None,
+    only: Container[str] | None = None,
 ) -> None:
     """Fill a module, built on the meta device, from safetensors files, one tensor at a time.
 
     Weights become dtype on device, but those with a part of their name in `module.FP32_PARTS` (if it has that) become
     fp32. Names in `module.ALIASES` stand for others, those with a part in `module.UNUSED` are left out. The module
     ends in eval mode, without gradients.
-    Host memory beyond the module itself: one tensor, and the pages of one file that the system keeps.
+    origins: what each weight is made of, where the files name them otherwise. merge: called with every weight's name
+    and the tensor as stored; what it returns is taken instead. only: these weights, of a module that has its others.
+    Host memory beyond the module itself: one tensor, and the pages of files that the system keeps.
     Raises CheckpointError, before anything is read, if the files are broken or do not fit.
     """
     files = tuple(files)
-    if wrong := mismatches(module, read_headers(files)):
-        raise CheckpointError(f"{_where(files)} does not fit {type(module).__name__}: " + "; ".join(wrong))
-    for file in files:
-        _load_file(module, file, torch.device(device), dtype)
+    entries = read_fitting(module, files, origins)
+    read_one = {name: (lambda read, name=name: read(name)) for name in entries}
+    made = read_one if origins is None else {name: origin.make for name, origin in origins.items()}
+    keep, aliases = frozenset(getattr(module, "FP32_PARTS", ())), getattr(module, "ALIASES", {})
+    with ExitStack() as stack:
+        read = _reader(stack, files, entries)
+        for stored, make in made.items():
+            name = aliases.get(stored, stored)
+            if _unused(module, stored) or (only is not None and name not in only):
+                continue
+            target = torch.float32 if keep.intersection(name.split(".")) else dtype
+            tensor = make(read) if merge is None else merge(name, make(read))
+            # A copy even where nothing changes: a mapped file may be cut or overwritten while we run.
+            _assign(module, name, tensor.to(device=device, dtype=target, copy=True).contiguous())
     module.eval().requires_grad_(False)
 
 
-def _load_file(module: nn.Module, file: Path, device: torch.device, dtype: torch.dtype) -> None:
-    keep = frozenset(getattr(module, "FP32_PARTS", ()))
-    aliases = getattr(module, "ALIASES", {})
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                if _unused(module, name):
-                    continue
-                target = torch.float32 if keep.intersection(name.split(".")) else dtype
-                # A copy even where nothing changes: a mapped file may be cut or overwritten while we run.
-                tensor = tensors.get_tensor(name).to(device=device, dtype=target, copy=True)
-                _assign(module, aliases.get(name, name), tensor)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a valid safetensors file ({error}); download it again") from None
+def read_fitting(
+    module: nn.Module, files: Iterable[Path], origins: Mapping[str, Origin] | None = None
+) -> dict[str, Entry]:
+    """The headers of files that hold a module's weights; CheckpointError if they are broken or do not fit it."""
+    files = tuple(files)
+    entries = read_headers(files)
+    if wrong := mismatches(module, entries if origins is None else made_of(origins, entries)):
+        raise CheckpointError(f"{_where(files)} does not fit {type(module).__name__}: " + "; ".join(wrong))
+    return entries
+
+
+def made_of(origins: Mapping[str, Origin], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries of weights that are made of others."""
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    first = {name: entries[origin.names[0]] for name, origin in origins.items()}
+    return {name: Entry(first[name].dtype, origin.shape(shapes), first[name].file) for name, origin in origins.items()}
+
+
+def _reader(stack: ExitStack, files: Iterable[Path], entries: Mapping[str, Entry]) -> Callable[[str], Tensor]:
+    """A function that reads one tensor, as long as the stack is open."""
+
+    def attempt(file: Path, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is not a valid safetensors file ({error}); download it again") from None
+
+    opened = {file: attempt(file, lambda file=file: stack.enter_context(safe_open(file, "pt"))) for file in files}
+    return lambda name: attempt(file := entries[name].file, lambda: opened[file].get_tensor(name))
 
 
 def _unused(module: nn.Module, name: str) -> bool:
@@ -197,14 +244,14 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     module.get_submodule(parent).load_state_dict({leaf: tensor}, strict=False, assign=True)
 
 
-def _entry(value: Mapping[str, Any], path: Path) -> Entry:
+def _entry(value: Mapping[str, Any], path: Path, start: int) -> Entry:
     shape, (begin, end) = tuple(value["shape"]), value["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"shape {list(shape)}, data_offsets {[begin, end]}")
     bits = BITS.get(str(value["dtype"]))
     if end < begin or (bits is not None and (end - begin) * 8 != bits * math.prod(shape)):
         raise ValueError(f"{end - begin} bytes for {value['dtype']} {list(shape)}")
-    return Entry(str(value["dtype"]), shape, path)
+    return Entry(str(value["dtype"]), shape, path, start + begin)
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

@@ -20,7 +20,7 @@ OPS = BASE | {"ops"}
 PARTS = OPS | {"layers", "sampling", "distributed", "precision"}
 MODELS = PARTS | {"models", "weights"}
 MIDDLE = MODELS | {"env", "requests", "timeline"}
-SURFACE = MIDDLE | {"doctor", "engine", "events", "loading", "media", "plan", "video", "__init__"}
+SURFACE = MIDDLE | {"convert", "doctor", "engine", "events", "loading", "media", "plan", "video", "__init__"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "env": set(),
@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "events": {"plan"},
     "hub": {"errors"},
     "loading": MIDDLE | {"hub"},
+    "convert": MODELS,
     "video": BASE | {"events", "media", "requests"},
     "progress": BASE | {"env", "events", "requests"},
     "doctor": MIDDLE | {"media", "__init__"},

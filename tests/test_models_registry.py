@@ -211,7 +211,7 @@ BREAKS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: change(f / "transformer" / "config.json", image_dim=1280), "a model needs both"),
     (
         lambda f: change(f / "transformer" / "config.json", image_dim=1280, added_kv_proj_dim=24),
-        "image-to-video is not supported yet",
+        "image to video is not supported yet",
     ),
     (lambda f: change(f / "vae" / "config.json", base_dim="8"), "describes no AutoencoderKLWan|base_dim"),
     (lambda f: change(f / "transformer" / "config.json", ffn_dim=2**62), "describes no WanTransformer3DModel"),

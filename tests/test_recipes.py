@@ -4,6 +4,7 @@ described before it is refused. The files are headers with holes behind them: re
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +17,15 @@ import torch
 import fastvid
 from fastvid.errors import CheckpointError
 from fastvid.models import KINDS, VARIANTS, WanVAE22Config, WanVAEConfig, find_recipe, find_variants, open_checkpoint
+from fastvid.models.clip import CLIPVisionConfig, CLIPVisionEncoder
+from fastvid.models.layout_rules import ORIGINAL
+from fastvid.models.layouts import origins
 from fastvid.models.patterns import EXPERIMENTAL, NATIVE, REFUSED, REIMPOSED
 from fastvid.models.recipes import NOT_YET
 from fastvid.ops import reference
 from fastvid.pipeline import inspect
 from fastvid.sampling import make_sigmas, shift_sigmas, timesteps
+from fastvid.weights import read_header
 
 RECIPES = {variant.recipe.name: variant.recipe for variant in VARIANTS}
 COMMON = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256, "patch_size": [1, 2, 2], "eps": 1e-6}
@@ -110,7 +115,7 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the models have in common: both VAEs, the text encoder, a tokenizer, a scheduler."""
     folder = tmp_path_factory.mktemp("shared")
-    vae22 = asdict(WanVAE22Config()) | {"is_residual": True}
+    vae22 = asdict(WanVAE22Config()) | {"is_residual": True, "in_channels": 12, "out_channels": 12}
     for name, kind, config in (("vae", "vae", {}), ("vae22", "vae", vae22), ("text_encoder", "text_encoder", {})):
         write(folder / name / "config.json", config)
         with torch.device("meta"):
@@ -166,6 +171,40 @@ def test_a_published_model_is_known(model: Published, shared: Path, tmp_path: Pa
     with pytest.raises(CheckpointError) as caught:
         fastvid.load(str(folder), device="cpu")
     assert all(NOT_YET[need] in str(caught.value) for need in model.refused)
+
+
+def write_original(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A hollow file of the original layout."""
+    write_hollow(path, {name: origin.shape(shapes) for name, origin in origins(shapes, ORIGINAL).items()})
+
+
+@pytest.mark.parametrize("model", [m for m in PUBLISHED if "DMD" not in m.pipeline], ids=lambda model: model.variant)
+def test_a_published_original_folder_is_known(model: Published, shared: Path, tmp_path: Path) -> None:
+    """By names, shapes and the folder's name alone: it gets the recipe that the diffusers folder gets."""
+    folder, shapes = tmp_path / re.sub("(?i)-diffusers", "", model.folder), shapes_of(model.config)
+    for inner in ("high_noise_model", "low_noise_model") if model.boundary else ("",):
+        write_original(folder / inner / "diffusion_pytorch_model.safetensors", shapes)
+    vae = ("vae22", "Wan2.2_VAE") if "5b" in model.variant else ("vae", "Wan2.1_VAE")
+    for source, target in (vae, ("text_encoder", "models_t5_umt5-xxl-enc-bf16")):
+        header = read_header(shared / source / "model.safetensors")
+        write_original(folder / f"{target}.safetensors", {name: entry.shape for name, entry in header.items()})
+    if model.config["image_dim"]:
+        with torch.device("meta"):
+            clip = CLIPVisionEncoder(CLIPVisionConfig()).state_dict()
+        write_original(folder / "models_clip.safetensors", {name: tuple(value.shape) for name, value in clip.items()})
+    (folder / "google").mkdir()
+    (folder / "google" / "umt5-xxl").symlink_to(shared / "tokenizer")
+    found = inspect(str(folder))
+    assert (found["recipe"], found["pipeline"]) == (asdict(RECIPES[model.variant]), model.pipeline)
+    experts = ["transformer", "transformer_2"] if model.boundary else ["transformer"]
+    assert list(found["parts"]) == [*experts, "vae", "text_encoder"]
+    for name in experts:
+        assert found["parts"][name]["parameters"] == pytest.approx(model.billions * 1e9, rel=2e-4)
+    assert {need for need, text in NOT_YET.items() if f"{model.variant}: {text}" in found["problems"]} == {
+        *model.refused
+    }
+    if not model.refused:
+        open_checkpoint(folder).check()
 
 
 # Steps, shift, guidance, second guidance, boundary, frames, fps, first size.

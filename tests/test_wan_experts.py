@@ -4,6 +4,7 @@ scale each, and the 5B's VAE with timesteps per token. And what `Experts` promis
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import fastvid
-from fastvid.models import Experts
+from fastvid.convert import convert
+from fastvid.errors import CheckpointError
+from fastvid.models import Experts, WanVAE22
 from fastvid.sampling import make_sigmas, timesteps
 
 SIGMAS = [1.0, 0.95, 0.88, 0.8, 0.6875, 0.55, 0.38, 0.2]
@@ -177,6 +181,90 @@ def test_a_boundary_belongs_to_the_first() -> None:
         Experts(two, None, "cpu")  # type: ignore[arg-type]
 
 
+# ---------------------------------------------------------------- LoRAs and original folders
+
+
+def write_lora(path: Path, width: int = 48) -> tuple[Path, Tensor]:
+    """A LoRA of one layer, and what it adds there."""
+    torch.manual_seed(7)
+    up, down = torch.randn(width, 3), torch.randn(3, width)
+    stem = "diffusion_model.blocks.1.self_attn.q"
+    save_file({f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}, path)
+    return path, up @ down
+
+
+CHANGED = "blocks.1.attn1.to_q.weight"
+
+
+def states(pipe: fastvid.Pipeline) -> list[dict[str, Tensor]]:
+    return [{k: v.clone() for k, v in module.state_dict().items()} for module in pipe._parts.experts.modules]
+
+
+def assert_same_states(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> None:
+    for mine, other in zip(a, b, strict=True):
+        assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_a_lora_goes_into_both_experts(two: tuple[Path, Any], pipe: fastvid.Pipeline, tmp_path: Path) -> None:
+    base, (file, delta) = states(pipe), write_lora(tmp_path / "a.safetensors")
+    loaded = fastvid.load(str(two[0]), device="cpu", loras=[(file, 0.5)])
+    for plain, merged in zip(base, states(loaded), strict=True):
+        assert {name for name in plain if not torch.equal(plain[name], merged[name])} == {CHANGED}
+        torch.testing.assert_close(merged[CHANGED], plain[CHANGED] + 0.5 * delta)
+    set_later = fastvid.load(str(two[0]), device="cpu")
+    set_later.set_loras([(file, 0.5)])
+    assert_same_states(states(set_later), states(loaded))
+    set_later.set_loras()
+    assert_same_states(states(set_later), base)
+
+
+def test_a_lora_that_fits_not_both_changes_neither(two: tuple[Path, Any], tmp_path: Path) -> None:
+    """The second expert's file is found broken before the first is touched."""
+    folder, (file, _) = tmp_path / "model", write_lora(tmp_path / "a.safetensors")
+    shutil.copytree(two[0], folder)
+    pipe = fastvid.load(str(folder), device="cpu")
+    base, weights = states(pipe), folder / "transformer_2" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="transformer_2"):
+        pipe.set_loras([file])
+    assert_same_states(states(pipe), base)
+    with pytest.raises(CheckpointError, match=r"wrong shapes: blocks.1.attn1.to_q.weight \[40, 40\]"):
+        pipe.set_loras([write_lora(tmp_path / "b.safetensors", 40)[0]])
+    assert pipe.describe()["loras"] == []
+
+
+def test_inspect_says_once_that_a_lora_does_not_fit(two: tuple[Path, Any], tmp_path: Path) -> None:
+    files = [write_lora(tmp_path / f"{width}.safetensors", width)[0] for width in (48, 40)]
+    assert [len(found["problems"]) for found in inspect(two[0], files)["loras"]] == [0, 1]
+
+
+@pytest.mark.parametrize("extras", [True, False])
+def test_an_original_folder_with_two_experts(two: tuple[Path, Any], tmp_path: Path, extras: bool) -> None:
+    """high_noise_model and low_noise_model are loaded as they are, with a LoRA; without what fastvid wrote beside them
+    the boundary is that of the published model."""
+    folder, (file, _) = tmp_path / "original", write_lora(tmp_path / "a.safetensors")
+    convert(two[0], folder, "original")
+    if not extras:
+        (folder / "diffusers_extras.json").unlink()
+    ours, theirs = (fastvid.load(str(path), device="cpu", loras=file) for path in (folder, two[0]))
+    assert_same_states(states(ours), states(theirs))
+    assert ours._parts.experts.boundary == pytest.approx(1000 * (BOUNDARY if extras else 0.875))
+    ours.set_loras()
+    assert_same_states(states(ours), states(fastvid.load(str(two[0]), device="cpu")))
+
+
+def test_an_original_folder_of_the_5b(tmp_path: Path) -> None:
+    """The 2.2 VAE in its original names, and timesteps per token because it is the 5B."""
+    tiny.write_checkpoint(tmp_path / "made", vae_config=VAE_22, expand_timesteps=True)
+    convert(tmp_path / "made", tmp_path / "original", "original")
+    assert (tmp_path / "original" / "Wan2.2_VAE.safetensors").is_file()
+    asked = {"prompt": "a red circle", "height": 64, "width": 64, "num_frames": 5, "seed": 1, "num_inference_steps": 1}
+    pipes = [fastvid.load(str(tmp_path / name), device="cpu") for name in ("made", "original")]
+    assert all(isinstance(pipe._parts.vae, WanVAE22) and pipe._parts.recipe.per_token_timesteps for pipe in pipes)
+    assert pipes[0]._parts.recipe == pipes[1]._parts.recipe
+    assert np.array_equal(*(pipe.generate(**asked).frames for pipe in pipes))
+
+
 # ---------------------------------------------------------------- requests and files
 
 
@@ -198,10 +286,10 @@ def test_a_folder_with_two_experts_is_described(two: tuple[Path, Any]) -> None:
     assert found["problems"] == [] and found["recipe"]["name"] == "wan-custom" and found["alternatives"] == []
 
 
-def inspect(folder: Path) -> dict[str, Any]:
+def inspect(folder: Path, loras: list[Path] | None = None) -> dict[str, Any]:
     from fastvid.pipeline import inspect
 
-    return inspect(str(folder))
+    return inspect(str(folder), loras or ())
 
 
 def change(path: Path, **values: Any) -> None:

@@ -5,8 +5,8 @@ their safetensors files, held against the modules that would be built from them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import nn
 
 from fastvid import weights
 from fastvid.errors import CheckpointError
+from fastvid.models import layout_rules, layouts, lora, original
+from fastvid.models.lora import Lora
 from fastvid.models.recipes import NOT_YET, Recipe, find_recipe, find_variants, read_signature
 from fastvid.models.tokenizer import TextTokenizer
 from fastvid.models.umt5 import UMT5Config, UMT5Encoder
@@ -76,7 +78,7 @@ EXPERTS = ("transformer", "transformer_2")  # high noise, low noise; most models
 @dataclass(frozen=True)
 class Part:
     """One module of a checkpoint. config is None where no module can be made of it; problems say why. stated: what its
-    config.json says, None if that can't be read."""
+    config.json says, or would say in diffusers' layout; None if that can't be read."""
 
     name: str
     config: Config | None
@@ -86,6 +88,7 @@ class Part:
     dtypes: tuple[str, ...] = ()
     bytes: int = 0
     problems: tuple[str, ...] = ()
+    origins: Mapping[str, layouts.Origin] | None = field(default=None, repr=False)  # where files name weights otherwise
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Checkpoint:
     alternatives: tuple[str, ...]
     text_length: int | None
     problems: tuple[str, ...]
+    tokenizer: Path = Path()
 
     def part(self, name: str) -> Part:
         """The transformer, transformer_2, vae or text_encoder."""
@@ -120,6 +124,18 @@ class Checkpoint:
             )
         return self
 
+    def lora_problems(self, merging: Lora) -> list[str]:
+        """What keeps a LoRA from being merged into this model's transformers; empty if nothing does."""
+        problems: list[str] = []
+        for part in map(self.part, self.experts):
+            if part.config is None:
+                problems.append(f"the {part.name} cannot be read")
+                continue
+            state = _on_meta(kind_of(part.name), part.config, reference).state_dict()
+            shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+            _note(problems, lambda shapes=shapes: lora.check([merging], shapes))
+        return list(dict.fromkeys(problems))  # two experts of one shape say the same
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
         parts = {part.name: _describe(part) for part in self.parts}
@@ -136,15 +152,19 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     kind of model at all, saying what was expected and what is nearest.
     """
     folder = Path(folder).expanduser()
-    index = _read_index(folder)
-    parts = {name: _open_part(folder, name, index) for name in _part_names(index)}
+    whole = original.read_original(folder) if _is_original(folder) else None
+    index = _check_index(whole.index, folder) if whole else _read_index(folder)
+    tokenizer = whole.tokenizer if whole else folder / "tokenizer"
+    found = {part.name: part for part in whole.parts} if whole else {}
+    parts = {name: _open_part(folder, name, index, found.get(name)) for name in _part_names(index)}
     problems = [text for part in parts.values() for text in part.problems]
-    text_length = _note(problems, lambda: TextTokenizer.from_folder(folder / "tokenizer").text_length)
-    recipe, alternatives = _note(problems, lambda: _recipe(folder, index, parts)) or (None, ())
+    text_length = _note(problems, lambda: TextTokenizer.from_folder(tokenizer).text_length)
+    scheduler = whole and whole.scheduler
+    recipe, alternatives = _note(problems, lambda: _recipe(folder, index, parts, scheduler)) or (None, ())
     problems += [f"{recipe.name}: {NOT_YET[need]}" for need in recipe.needs if need in NOT_YET] if recipe else []
     problems += _disagreements(parts)
-    values = tuple(parts.values())
-    return Checkpoint(folder, index["_class_name"], values, recipe, alternatives, text_length, tuple(problems))
+    rest = (recipe, alternatives, text_length, tuple(problems), tokenizer)
+    return Checkpoint(folder, index["_class_name"], tuple(parts.values()), *rest)
 
 
 def load_part(
@@ -153,17 +173,44 @@ def load_part(
     ops: Any = reference,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    loras: Sequence[Lora] = (),
 ) -> nn.Module:
     """Build a part of a checkpoint and stream its weights in; `name` as `Checkpoint.part` takes it.
 
-    ops: see `fastvid.ops.bind`. Raises CheckpointError if the part has problems.
+    ops: see `fastvid.ops.bind`. loras: merged into the weights. Raises CheckpointError if the part has problems, or a
+    LoRA does not fit it.
     """
     part = checkpoint.part(name)
     if part.problems:
         raise CheckpointError("; ".join(part.problems))
     module = _on_meta(kind_of(name), part.config, ops)
-    weights.load_into(module, part.files, device, dtype)
+    fill(module, part, device, dtype, loras)
     return module
+
+
+def fill(
+    module: nn.Module,
+    part: Part,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    loras: Sequence[Lora] = (),
+    only: Container[str] | None = None,
+) -> None:
+    """Stream a part's weights, with LoRAs merged in, into its module: all of them, or `only` some, read again."""
+    _check_loras(module, part, loras)
+    merge = (lambda key, tensor: lora.merge(key, tensor, loras)) if loras else None
+    weights.load_into(module, part.files, device, dtype, origins=part.origins, merge=merge, only=only)
+
+
+def check_fill(module: nn.Module, part: Part, loras: Sequence[Lora] = ()) -> None:
+    """Raise what `fill` would raise, without reading a weight."""
+    _check_loras(module, part, loras)
+    weights.read_fitting(module, part.files, part.origins)
+
+
+def _check_loras(module: nn.Module, part: Part, loras: Sequence[Lora]) -> None:
+    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    lora.check(loras, shapes, str(part.files[0].parent))
 
 
 def kind_of(name: str) -> PartKind:
@@ -176,25 +223,28 @@ def _part_names(index: Mapping[str, Any]) -> list[str]:
     return [*experts, *(name for name in KINDS if name not in EXPERTS)]
 
 
-def _open_part(folder: Path, name: str, index: Mapping[str, Any]) -> Part:
+def _open_part(folder: Path, name: str, index: Mapping[str, Any], found: original.FoundPart | None) -> Part:
+    """A part of a diffusers folder, or one that was `found` in an original folder."""
     kind, problems = kind_of(name), []
     given, path = _class_of(index, name), folder / name / "config.json"
     if given is None:
         return Part(name, None, problems=(f"{INDEX}: {name} is a None; only {kind.class_name} is supported",))
-    stated = _note(problems, lambda: weights.read_json(path))
+    stated = found.config if found else _note(problems, lambda: weights.read_json(path))
     config = module = None
     if given != kind.class_name:
         problems.append(f"{INDEX}: {name} is a {given}; only {kind.class_name} is supported")
     elif stated is not None:
         config, module = _note(problems, lambda: _read_part(kind, stated, path)) or (None, None)
-    files = _note(problems, lambda: weights.find_files(folder / name)) or ()
+    files = found.files if found else _note(problems, lambda: weights.find_files(folder / name)) or ()
     entries = _note(problems, lambda: weights.read_headers(files)) or {}
+    origins = layouts.origins(entries, layout_rules.DIFFUSERS) if found else None
+    entries = entries if origins is None else weights.made_of(origins, entries)
     if module is not None and entries:
         problems += [f"{folder / name}: {text}" for text in weights.mismatches(module, entries)]
         entries = weights.renamed(module, entries)
     sizes = sum(file.stat().st_size for file in files)
     counts = (weights.count_parameters(entries), weights.dtypes(entries), sizes)
-    return Part(name, config, stated, files, *counts, tuple(problems))
+    return Part(name, config, stated, files, *counts, tuple(problems), origins)
 
 
 def _read_part(kind: PartKind, stated: dict[str, Any], path: Path) -> tuple[Any, nn.Module]:
@@ -211,13 +261,15 @@ def _on_meta(kind: PartKind, config: Any, ops: Any) -> nn.Module:
         return kind.build(config, ops)
 
 
-def _recipe(folder: Path, index: Mapping[str, Any], parts: Mapping[str, Part]) -> tuple[Recipe, tuple[str, ...]] | None:
+def _recipe(
+    folder: Path, index: Mapping[str, Any], parts: Mapping[str, Part], scheduler: Mapping[str, Any] | None
+) -> tuple[Recipe, tuple[str, ...]] | None:
     """The recipe, and the other variants that it might be; None without what it follows from. Also for a transformer
     that can't be built yet: its config.json says which one it is."""
     stated, vae = parts["transformer"].stated, parts["vae"].config
     if stated is None or not isinstance(vae, VAEConfig):
         return None
-    scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = scheduler or weights.read_json(folder / "scheduler" / "scheduler_config.json")
     experts, name = sum(part in EXPERTS for part in parts), f"{_model_name(folder)} {index['_class_name']}"
     recipe = find_recipe(stated, vae, scheduler, index, name, experts)
     same = find_variants(read_signature(stated, experts), name)
@@ -252,7 +304,14 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(_not_a_folder(folder))
     if not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder} has no {INDEX}{_nearest_folder(folder)}")
-    index = weights.read_json(folder / INDEX)
+    return _check_index(weights.read_json(folder / INDEX), folder)
+
+
+def _is_original(folder: Path) -> bool:
+    return not (folder / INDEX).is_file() and original.is_original(folder)
+
+
+def _check_index(index: dict[str, Any], folder: Path) -> dict[str, Any]:
     if (given := index.get("_class_name")) not in PIPELINES:
         raise CheckpointError(
             f"{folder / INDEX} describes a {given}; the kinds known so far are {', '.join(PIPELINES)} (Wan, such as "
@@ -276,11 +335,10 @@ def _nearest_folder(folder: Path) -> str:
     near = [path for path in near if (path / INDEX).is_file()]
     if near:
         return f"; {near[0]} has one"
-    if any(folder.glob("models_t5*.pth")) or any(folder.glob("Wan2.*_VAE.pth")):
-        return (
-            "; it looks like the original Wan layout: give the '-Diffusers' copy of the model, or use `fastvid convert`"
-        )
-    return "; the diffusers layout is expected (model_index.json, transformer/, vae/, text_encoder/, tokenizer/)"
+    return (
+        "; the diffusers layout is expected (model_index.json, transformer/, vae/, text_encoder/, tokenizer/), or the "
+        "original one (config.json, diffusion_pytorch_model*.safetensors, models_t5*, Wan2.*_VAE*)"
+    )
 
 
 def _class_of(index: Mapping[str, Any], name: str) -> str | None:

@@ -1,0 +1,107 @@
+"""The child process of `fastvid convert` that opens a pickle: torch.load with weights_only, which makes nothing but
+tensors. The file is mapped, so that no more than a tensor of it is in memory.
+
+    python -m fastvid.convert_pickle FILE
+
+First line out: {"tensors": {name: [dtype, shape]}} or {"error": text}. Then for every line in, a name as a JSON string,
+the tensor's bytes go out.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+# Where checkpoints of training code keep the weights; averaged ones first.
+INSIDE = ("generator_ema", "ema", "params_ema", "generator", "state_dict", "model_state_dict", "model", "module")
+
+
+class Refused(Exception):
+    """The file is not what can be read; the text ends a sentence that begins with its name."""
+
+
+def main(path: str) -> int:
+    """Serve one file on standard input and output."""
+    out, sys.stdout = sys.stdout.buffer, sys.stderr
+    try:
+        tensors = read(path)
+        told = {name: [DTYPES[tensor.dtype], list(tensor.shape)] for name, tensor in tensors.items()}
+        out.write(json.dumps({"tensors": told}).encode() + b"\n")
+    except Refused as error:
+        out.write(json.dumps({"error": str(error)}).encode() + b"\n")
+        return 1
+    out.flush()
+    for line in sys.stdin:
+        tensor = tensors[json.loads(line)].detach().contiguous().reshape(-1)
+        out.write(memoryview(tensor.view(torch.uint8).numpy()))
+        out.flush()
+    return 0
+
+
+def read(path: str) -> dict[str, Tensor]:
+    """The tensors of a file, mapped. Raises Refused."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).replace("WeightsUnpickler error: ", "").split("\n")
+        detail = next((line.strip() for line in first if "Unsupported" in line or "GLOBAL" in line), first[0])
+        raise Refused(
+            f"holds more than plain tensors and was refused, nothing in it was run ({detail[:200]}); only files of "
+            "plain tensors are read"
+        ) from None
+    except Exception as error:
+        if "mmap can only be used" in str(error):
+            raise Refused(
+                "is in the format that torch wrote before version 1.6, which can't be read piece by piece; load it "
+                "where you trust it and write it again with torch.save"
+            ) from None
+        raise Refused(f"cannot be read as a torch file ({' '.join(str(error).split())[:200]})") from None
+    return check(inside(state))
+
+
+def inside(state: Any) -> dict[str, Tensor]:
+    """The dict of tensors in what was loaded: itself, or the entry that holds the weights."""
+    for _ in range(4):
+        if not isinstance(state, dict):
+            break
+        if tensors := {name: value for name, value in state.items() if isinstance(value, Tensor)}:
+            return tensors
+        known = [name for name in INSIDE if isinstance(state.get(name), dict)]
+        if not known:
+            break
+        state = state[known[0]]
+    names = ", ".join(map(str, list(state)[:10])) if isinstance(state, dict) else type(state).__name__
+    raise Refused(f"holds no dict of tensors ({names or 'nothing'}); looked for are {', '.join(INSIDE)}")
+
+
+def check(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, if safetensors has a place for all of it."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or tensor.layout != torch.strided or tensor.is_meta:
+            raise Refused(f"holds {name!r}, which is not a plain tensor with a name")
+        if tensor.dtype not in DTYPES:
+            raise Refused(f"holds {name} as {tensor.dtype}, which safetensors files cannot")
+    return tensors
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
