@@ -72,7 +72,7 @@ def read(path: str) -> dict[str, Tensor]:
         if "mmap can only be used" in str(error):
             raise Refused(
                 "is not in the zip format that torch.save has written since version 1.6, the only one that can be read "
-                "piece by piece, and was not opened; download it again, or, if you trust it, load and save it with torch"
+                "piece by piece; it was not opened. Download it again or, if you trust it, load and save it with torch"
             ) from None
         raise Refused(f"cannot be read as a torch file ({' '.join(str(error).split())[:200]})") from None
     return check(inside(state))
