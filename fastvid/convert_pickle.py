@@ -71,8 +71,8 @@ def read(path: str) -> dict[str, Tensor]:
     except Exception as error:
         if "mmap can only be used" in str(error):
             raise Refused(
-                "is in the format that torch wrote before version 1.6, which can't be read piece by piece; load it "
-                "where you trust it and write it again with torch.save"
+                "is not in the zip format that torch.save has written since version 1.6, the only one that can be read "
+                "piece by piece; it was not opened. Download it again or, if you trust it, load and save it with torch"
             ) from None
         raise Refused(f"cannot be read as a torch file ({' '.join(str(error).split())[:200]})") from None
     return check(inside(state))

@@ -301,7 +301,9 @@ def test_a_malicious_pickle_is_refused(tmp_path: Path, how: str) -> None:
         file.write_bytes(pickle.dumps(bomb))
     else:
         torch.save({"conv1.weight": torch.zeros(1), "x": bomb} if "dict" in how else bomb, file)
-    with pytest.raises(CheckpointError, match=r"Wan2.1_VAE\.pth (holds more than plain tensors|cannot be read)"):
+    with pytest.raises(
+        CheckpointError, match=r"Wan2.1_VAE\.pth (holds more than plain tensors|is not in the zip format)"
+    ):
         convert(file, tmp_path / "vae")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Wan2.1_VAE.pth"]
 
@@ -309,13 +311,13 @@ def test_a_malicious_pickle_is_refused(tmp_path: Path, how: str) -> None:
 def test_other_pickles_that_cannot_be_read(tmp_path: Path) -> None:
     file = tmp_path / "a.pth"
     cases = [
-        (lambda: file.write_bytes(b"no torch file"), r"a\.pth (cannot be read|holds more than)"),
+        (lambda: file.write_bytes(b"no torch file"), r"a\.pth is not in the zip format"),
         (lambda: torch.save({"step": 3}, file), r"holds no dict of tensors \(step\); looked for are generator_ema"),
         (lambda: torch.save([torch.zeros(1)], file), r"holds no dict of tensors \(list\)"),
         (lambda: torch.save({"a": torch.zeros(2, dtype=torch.complex64)}, file), r"holds a as torch.complex64"),
         (
             lambda: torch.save({"a": torch.zeros(1)}, file, _use_new_zipfile_serialization=False),
-            r"before version 1\.6.*torch\.save",
+            r"a\.pth is not in the zip format that torch\.save has written since version 1\.6",
         ),
     ]
     for write, message in cases:
