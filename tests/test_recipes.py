@@ -110,7 +110,7 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the models have in common: both VAEs, the text encoder, a tokenizer, a scheduler."""
     folder = tmp_path_factory.mktemp("shared")
-    vae22 = asdict(WanVAE22Config()) | {"is_residual": True}
+    vae22 = asdict(WanVAE22Config()) | {"is_residual": True, "in_channels": 12, "out_channels": 12}
     for name, kind, config in (("vae", "vae", {}), ("vae22", "vae", vae22), ("text_encoder", "text_encoder", {})):
         write(folder / name / "config.json", config)
         with torch.device("meta"):
