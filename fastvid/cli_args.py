@@ -132,8 +132,8 @@ def _add_request(parser: Parser) -> None:
     add("--seconds", type=number, metavar="S", help="length in seconds instead of --num-frames: round(seconds x fps)")
     add("--fps", type=number, metavar="N", help="frames a second, 0.1 to 240")
     add("--seed", type=number, metavar="N", help="0 to 2^63-1 (default: a random one, which is shown)")
-    add("--image", metavar="FILE", help="first frame (not supported yet by this version)")
-    add("--last-image", metavar="FILE", help="last frame (not supported yet by this version)")
+    add("--image", metavar="FILE", help="a picture: the first frame (models that take one)")
+    add("--last-image", metavar="FILE", help="a picture: the last frame (FLF2V, I2V-A14B)")
     group = parser.add_argument_group("sampling (default: as the model's recipe says; embedded: 20 steps)")
     add = group.add_argument
     add("--steps", type=number, dest="num_inference_steps", metavar="N", help="denoising steps, 1 to 1000")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import os
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NoReturn
@@ -134,6 +135,14 @@ def sigmas(name: str, value: Any) -> tuple[float, ...]:
 def tensor(name: str, value: Any) -> Any:
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         refuse(name, value, "a tensor or a numpy array")
+    return value
+
+
+def picture(name: str, value: Any) -> Any:
+    """A file, an array or a Pillow image; what is in it is looked at later."""
+    array = hasattr(value, "shape") and hasattr(value, "dtype")
+    if not array and not hasattr(value, "convert") and not isinstance(value, (str, os.PathLike)):
+        refuse(name, value, "a file, a uint8 RGB array [H, W, 3] or a Pillow image")
     return value
 
 

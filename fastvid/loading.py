@@ -26,6 +26,7 @@ from fastvid.models import (
     open_checkpoint,
 )
 from fastvid.models.checkpoint import check_fill, fill
+from fastvid.models.clip import CLIPVisionEncoder
 from fastvid.models.lora import Lora, read_lora, touched
 from fastvid.ops import Ops, bind
 
@@ -55,6 +56,7 @@ class Parts:
     attention: str = "auto"
     loras: tuple[tuple[str, float], ...] = ()
     merged: frozenset[str] = frozenset()
+    image_encoder: CLIPVisionEncoder | None = None
 
     @property
     def transformer(self) -> WanTransformer:
@@ -76,7 +78,8 @@ class Parts:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights as loaded."""
-        modules = (self.text_encoder, *self.experts.modules, self.vae)
+        modules = [self.text_encoder, *self.experts.modules, self.vae]
+        modules += [self.image_encoder] if self.image_encoder is not None else []
         return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
     def embed(self, prompt: str) -> Tensor:
@@ -104,7 +107,10 @@ def load_parts(
     vae = load_part(checkpoint, "vae", ops, where, torch.float32)
     tokenizer = TextTokenizer.from_folder(checkpoint.tokenizer)
     parts = Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, text_encoder, experts, vae, ops, where, kind)
-    return replace(parts, loras=named(merging), merged=touched(merging))
+    # In fp32, as published; an I2V model without it (A14B) sees its picture in the latents alone.
+    sees = "image_encoder" in [part.name for part in checkpoint.parts]
+    image_encoder = load_part(checkpoint, "image_encoder", ops, where, torch.float32) if sees else None
+    return replace(parts, loras=named(merging), merged=touched(merging), image_encoder=image_encoder)
 
 
 def read_loras(loras: Any) -> tuple[Lora, ...]:

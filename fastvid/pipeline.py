@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastvid
-from fastvid import engine, pieces, plan
+from fastvid import engine, pictures, pieces, plan
 from fastvid.errors import Cancelled, InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
 from fastvid.loading import Parts, change_loras, load_parts, read_checkpoint, read_loras
@@ -32,6 +32,7 @@ from fastvid.sampling import (
     denoiser,
     find_solver,
     guided,
+    known,
     latent_noise,
     make_sigmas,
     switched,
@@ -89,8 +90,9 @@ class Pipeline:
             options: negative_prompt, height, width (pixels) or size="832x480" or aspect and budget, num_frames or
                 seconds, fps, seed, num_inference_steps, guidance_scale, guidance_scale_2 (low noise, in models with two
                 experts; default: guidance_scale if that is given), flow_shift or sigmas, solver ("unipc", "euler",
-                "dpm++"), latents (initial noise [1, C, T, h, w]), prompt_embeds and negative_prompt_embeds
-                ([1, L, text_dim]). What is left out is as the model's recipe says.
+                "dpm++"), image, last_image (the first and the last frame, in models that take them: a file, a uint8
+                array [H, W, 3] or a Pillow image), latents (initial noise [1, C, T, h, w]), prompt_embeds and
+                negative_prompt_embeds ([1, L, text_dim]). What is left out is as the model's recipe says.
 
         Raises:
             InvalidRequest: an option is out of range; the message names the nearest valid one.
@@ -159,7 +161,8 @@ class Pipeline:
 
     def _prepare(self, prompt: str | None, options: dict[str, Any]) -> Prepared:
         parts = self._parts
-        request = Request.make(prompt=prompt, **options).resolve(parts.recipe)
+        request = pictures.read(Request.make(prompt=prompt, **options)).resolve(parts.recipe)
+        pictures.check(parts, request)
         solver = request.solver
         sigmas = (
             make_sigmas(request.num_inference_steps, request.flow_shift, solver)
@@ -193,7 +196,7 @@ class Pipeline:
             model_width=timeline.made_width,
             model_frames=timeline.made_frames,
             fps=request.fps,
-            latent_shape=timeline.latent_shape(config.in_channels),
+            latent_shape=timeline.latent_shape(config.out_channels),
             tokens=tokens,
             steps=len(sigmas),
             model_calls=calls,
@@ -212,7 +215,7 @@ class Pipeline:
 
     def _check_tensors(self, request: Resolved, timeline: Timeline) -> None:
         config = self._parts.transformer.config
-        shape = (1, *timeline.latent_shape(config.in_channels))
+        shape = (1, *timeline.latent_shape(config.out_channels))
         if request.latents is not None:
             _check_tensor("latents", request.latents, shape)
         for name in ("prompt_embeds", "negative_prompt_embeds"):
@@ -228,7 +231,7 @@ class Pipeline:
         seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
         yield self._started(prepared)
         mark = time.perf_counter()
-        denoise = self._denoiser(request)
+        denoise = self._denoiser(request, timeline)
         table = engine.whole_clip(prepared.sigmas, timeline.columns)
         latents = self._initial(request, timeline)
         seconds["text"] = time.perf_counter() - mark
@@ -270,13 +273,14 @@ class Pipeline:
         """The noise [1, C, T, h, w] that sampling starts from, fp32 on the device."""
         if request.latents is not None:
             return torch.as_tensor(request.latents).to(self._parts.device, torch.float32, copy=True)
-        shape = timeline.latent_shape(self._parts.transformer.config.in_channels)
+        shape = timeline.latent_shape(self._parts.transformer.config.out_channels)
         return latent_noise(request.seed, shape).to(self._parts.device)
 
     @torch.no_grad()
-    def _denoiser(self, request: Resolved) -> Denoise:
+    def _denoiser(self, request: Resolved, timeline: Timeline) -> Denoise:
         """The request's denoiser: guidance over the velocity for the prompt and for the negative prompt, of the expert
-        that a noise level belongs to."""
+        that a noise level belongs to, with what is known of the video in its place."""
+        given = pictures.prepare(self._parts, request, timeline)
         experts, solver = self._parts.experts, request.solver
         scales = request.guidance_scales(len(experts))
         texts = [self._embed(request.prompt, request.prompt_embeds)]
@@ -284,9 +288,12 @@ class Pipeline:
             texts.append(self._embed(request.negative_prompt, request.negative_prompt_embeds))
         velocities = []
         for number, scale in enumerate(scales):
-            made = [self._velocity(number, text, solver) for text in texts]
+            made = [self._velocity(number, text, solver, given) for text in texts]
             velocities.append(guided(made[0], made[-1], scale))
-        return denoiser(switched(velocities, lambda sigma: experts.choose(timesteps(sigma.numpy(), solver).max())))
+        chosen = switched(velocities, lambda sigma: experts.choose(timesteps(sigma.numpy(), solver).max()))
+        if given.first is None:
+            return denoiser(chosen)
+        return known(denoiser(chosen), given.first, given.known(timeline.columns))
 
     def _embed(self, prompt: str | None, embeds: Any) -> Tensor:
         parts = self._parts
@@ -295,17 +302,17 @@ class Pipeline:
         with ieee_fp32():
             return parts.embed(prompt or "")
 
-    def _velocity(self, number: int, text: Tensor, solver: str) -> Velocity:
+    def _velocity(self, number: int, text: Tensor, solver: str, given: pictures.Conditions) -> Velocity:
         """One expert's velocity for a text. What it makes of the text is made in its first call, when it has to be on
         the device anyway."""
         experts, context = self._parts.experts, []
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            times = torch.from_numpy(timesteps(sigma.numpy(), solver)).to(x.device)
+            times = torch.from_numpy(timesteps(given.levels(sigma).numpy(), solver)).to(x.device)
             with experts.use(number) as transformer, ieee_fp32():
                 if not context:
-                    context.append(transformer.prepare_context(text))
-                return transformer(x, times[None], context[0])
+                    context.append(transformer.prepare_context(text, given.embeds))
+                return transformer(given.input(x), times[None], context[0])
 
         return velocity
 

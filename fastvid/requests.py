@@ -17,7 +17,7 @@ from fastvid import limits
 from fastvid.errors import InvalidRequest
 from fastvid.limits import check_frames, check_size, nearest_name, nearest_size, number, round_up, shown, whole
 
-NOT_YET = ("image", "last_image", "keyframes")  # take a name out here when its verb is built
+NOT_YET = ("keyframes",)  # take a name out here when its verb is built
 
 ALIASES = {
     "cfg": "guidance_scale",
@@ -81,8 +81,8 @@ class Request:
     flow_shift: float | None = asked(number(0.01, 100.0))
     sigmas: tuple[float, ...] | None = asked(limits.sigmas)
     solver: str | None = asked(limits.one_of(limits.SOLVERS))
-    image: Any = asked(limits.anything, data=True)
-    last_image: Any = asked(limits.anything, data=True)
+    image: Any = asked(limits.picture, data=True)
+    last_image: Any = asked(limits.picture, data=True)
     keyframes: Any = asked(limits.anything, data=True)
     latents: Any = asked(limits.tensor, data=True)
     prompt_embeds: Any = asked(limits.tensor, data=True)
@@ -245,6 +245,8 @@ class Resolved:
     flow_shift: float
     sigmas: tuple[float, ...] | None
     solver: str
+    image: Any = field(compare=False, repr=False)
+    last_image: Any = field(compare=False, repr=False)
     latents: Any = field(compare=False, repr=False)
     prompt_embeds: Any = field(compare=False, repr=False)
     negative_prompt_embeds: Any = field(compare=False, repr=False)

@@ -273,7 +273,6 @@ def test_a_bad_prompt_from_standard_input(
         ("generate p -o out.mp4 --sigmas 0.5,0.7", "--sigmas[1]=0.7"),
         ("generate p -o out.mp4 --sigmas 0.5,x", "not a number"),
         ("generate p -o out.mp4 --solver unpic", "nearest is unipc"),
-        ("generate p -o out.mp4 --image a.png", "not supported yet"),
         ("generate p -o out.mp4 --recipe none.mp4 --seed x", "not a number"),
         ("generate p -o out.mp5", "the nearest is out.mp4"),
         ("generate p -o out.png --num-frames 5", "one frame"),

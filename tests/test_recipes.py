@@ -56,21 +56,21 @@ I2V, VACE = "WanImageToVideoPipeline", "WanVACEPipeline"
 PUBLISHED = [
     Published("Wan2.1-T2V-1.3B-Diffusers", "wan2.1-t2v-1.3b", SMALL, 825, 1.4190),
     Published("Wan2.1-T2V-14B-Diffusers", "wan2.1-t2v-14b", LARGE, 1095, 14.2885),
-    Published("Wan2.1-I2V-14B-480P-Diffusers", "wan2.1-i2v-14b-480p", PICTURE, 1303, 16.3949, I2V, None, ("picture",)),
+    Published("Wan2.1-I2V-14B-480P-Diffusers", "wan2.1-i2v-14b-480p", PICTURE, 1303, 16.3949, I2V),
     Published(
         "models--Wan-AI--Wan2.1-I2V-14B-720P-Diffusers/snapshots/8823af45fc",
-        *("wan2.1-i2v-14b-720p", PICTURE, 1303, 16.3949, I2V, None, ("picture",)),
+        *("wan2.1-i2v-14b-720p", PICTURE, 1303, 16.3949, I2V),
     ),
     Published(
         "Wan2.1-FLF2V-14B-720P-diffusers",
-        *("wan2.1-flf2v-14b", {**PICTURE, "pos_embed_seq_len": 514}, 1304, 16.3955, I2V, None, ("picture",)),
+        *("wan2.1-flf2v-14b", {**PICTURE, "pos_embed_seq_len": 514}, 1304, 16.3955, I2V),
     ),
     Published("Wan2.1-VACE-1.3B-diffusers", "wan2.1-vace-1.3b", VACE_SMALL, 1264, 2.154, VACE, None, ("control",)),
     Published("Wan2.1-VACE-14B-diffusers", "wan2.1-vace-14b", VACE_LARGE, 1331, 17.3376, VACE, None, ("control",)),
     Published("Wan2.2-T2V-A14B-Diffusers", "wan2.2-t2v-a14b", LARGE, 1095, 14.2885, "WanPipeline", 0.875),
     Published(
         "Wan2.2-I2V-A14B-Diffusers",
-        *("wan2.2-i2v-a14b", {**LARGE, "in_channels": 36}, 1095, 14.2889, I2V, 0.9, ("picture",)),
+        *("wan2.2-i2v-a14b", {**LARGE, "in_channels": 36}, 1095, 14.2889, I2V, 0.9),
     ),
     Published("Wan2.2-TI2V-5B-Diffusers", "wan2.2-ti2v-5b", MIDDLE, 825, 4.9998),
     Published(
@@ -113,10 +113,11 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the models have in common: both VAEs, the text encoder, a tokenizer, a scheduler."""
+    """What the models have in common: both VAEs, the encoders of text and pictures, a tokenizer, a scheduler."""
     folder = tmp_path_factory.mktemp("shared")
     vae22 = asdict(WanVAE22Config()) | {"is_residual": True, "in_channels": 12, "out_channels": 12}
-    for name, kind, config in (("vae", "vae", {}), ("vae22", "vae", vae22), ("text_encoder", "text_encoder", {})):
+    own = (("text_encoder", "text_encoder", {}), ("image_encoder", "image_encoder", {"hidden_act": "gelu"}))
+    for name, kind, config in (("vae", "vae", {}), ("vae22", "vae", vae22), *own):
         write(folder / name / "config.json", config)
         with torch.device("meta"):
             module = KINDS[kind].build(KINDS[kind].read_config(config), reference)
@@ -138,7 +139,9 @@ def publish(model: Published, folder: Path, shared: Path) -> dict[str, tuple[int
     if model.boundary is not None:
         (folder / "transformer_2").symlink_to(folder / "transformer")
         parts["transformer_2"] = kind
-    for name in ("text_encoder", "tokenizer", "scheduler"):
+    sees = ["image_encoder"] if model.config["image_dim"] else []
+    parts |= {name: "CLIPVisionModelWithProjection" for name in sees}
+    for name in ("text_encoder", "tokenizer", "scheduler", *sees):
         (folder / name).symlink_to(shared / name)
     five = model.config["in_channels"] == 48
     (folder / "vae").symlink_to(shared / ("vae22" if five else "vae"))
@@ -154,7 +157,8 @@ def test_a_published_model_is_known(model: Published, shared: Path, tmp_path: Pa
     found = json.loads(json.dumps(inspect(str(folder))))
     assert len(shapes) == model.tensors
     experts = ["transformer", "transformer_2"] if model.boundary else ["transformer"]
-    assert list(found["parts"]) == [*experts, "vae", "text_encoder"]
+    sees = ["image_encoder"] if model.config["image_dim"] else []
+    assert list(found["parts"]) == [*experts, "vae", "text_encoder", *sees]
     for name in experts:
         assert found["parts"][name]["parameters"] == pytest.approx(model.billions * 1e9, rel=2e-4)
         assert found["parts"][name]["dtypes"] == ["BF16"]
@@ -197,7 +201,8 @@ def test_a_published_original_folder_is_known(model: Published, shared: Path, tm
     found = inspect(str(folder))
     assert (found["recipe"], found["pipeline"]) == (asdict(RECIPES[model.variant]), model.pipeline)
     experts = ["transformer", "transformer_2"] if model.boundary else ["transformer"]
-    assert list(found["parts"]) == [*experts, "vae", "text_encoder"]
+    sees = ["image_encoder"] if model.config["image_dim"] else []
+    assert list(found["parts"]) == [*experts, "vae", "text_encoder", *sees]
     for name in experts:
         assert found["parts"][name]["parameters"] == pytest.approx(model.billions * 1e9, rel=2e-4)
     assert {need for need, text in NOT_YET.items() if f"{model.variant}: {text}" in found["problems"]} == {
@@ -324,8 +329,8 @@ def test_alternatives_are_shown(shared: Path, tmp_path: Path) -> None:
     ("changes", "needs", "first"),
     [
         ({}, (), REIMPOSED),
-        ({"image_dim": 1280, "in_channels": 36}, ("picture",), EXPERIMENTAL),
-        ({"in_channels": 36}, ("picture",), NATIVE),
+        ({"image_dim": 1280, "in_channels": 36}, (), EXPERIMENTAL),
+        ({"in_channels": 36}, (), NATIVE),
         ({"vace_layers": [0]}, ("control",), NATIVE),
     ],
 )

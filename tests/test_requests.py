@@ -175,7 +175,7 @@ def test_unknown_names_are_told_the_nearest(given_name: str, nearest: str) -> No
     refused(f"{given_name}.*nearest is {nearest}", **{given_name: 1})
 
 
-@pytest.mark.parametrize("name", ["image", "last_image", "keyframes"])
+@pytest.mark.parametrize("name", ["keyframes"])
 def test_pictures_are_refused_for_now(name: str) -> None:
     refused(f"{name}=.*not supported yet", **{name: np.zeros((64, 64, 3), np.uint8)})
     assert resolved(**{name: None}).num_frames == 17

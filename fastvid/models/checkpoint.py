@@ -16,6 +16,7 @@ from torch import nn
 from fastvid import weights
 from fastvid.errors import CheckpointError
 from fastvid.models import layout_rules, layouts, lora, original
+from fastvid.models.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.lora import Lora
 from fastvid.models.recipes import NOT_YET, Recipe, find_recipe, find_variants, read_signature
 from fastvid.models.tokenizer import TextTokenizer
@@ -33,7 +34,7 @@ PIPELINES = (
     "WanCausalDMDPipeline",
 )
 INDEX = "model_index.json"
-Config = WanTransformerConfig | VAEConfig | UMT5Config
+Config = WanTransformerConfig | VAEConfig | UMT5Config | CLIPVisionConfig
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class PartKind:
     class_name: str
     read_config: Callable[[dict[str, Any]], Any]
     build: Callable[[Any, Any], nn.Module]  # (config, ops)
+    also: str = ""  # another class whose files hold the same
 
 
 def build_transformer(config: WanTransformerConfig, ops: Any = reference) -> WanTransformer:
@@ -65,11 +67,20 @@ def build_text_encoder(config: UMT5Config, ops: Any = reference) -> UMT5Encoder:
     return UMT5Encoder(config)
 
 
+def build_image_encoder(config: CLIPVisionConfig, ops: Any = reference) -> CLIPVisionEncoder:
+    """What pictures are looked at with, with weights still to be loaded."""
+    return CLIPVisionEncoder(config, ops)
+
+
 KINDS: Mapping[str, PartKind] = {
     "transformer": PartKind("WanTransformer3DModel", WanTransformerConfig.from_dict, build_transformer),
     "vae": PartKind("AutoencoderKLWan", read_vae, build_vae),
     "text_encoder": PartKind("UMT5EncoderModel", UMT5Config.from_dict, build_text_encoder),
+    "image_encoder": PartKind(
+        "CLIPVisionModel", CLIPVisionConfig.from_dict, build_image_encoder, "CLIPVisionModelWithProjection"
+    ),
 }
+OPTIONAL = ("image_encoder",)
 
 
 EXPERTS = ("transformer", "transformer_2")  # high noise, low noise; most models have the first alone
@@ -220,7 +231,7 @@ def kind_of(name: str) -> PartKind:
 
 def _part_names(index: Mapping[str, Any]) -> list[str]:
     experts = [name for name in EXPERTS if name == EXPERTS[0] or _class_of(index, name)]
-    return [*experts, *(name for name in KINDS if name not in EXPERTS)]
+    return [*experts, *(n for n in KINDS if n not in EXPERTS and (n not in OPTIONAL or _class_of(index, n)))]
 
 
 def _open_part(folder: Path, name: str, index: Mapping[str, Any], found: original.FoundPart | None) -> Part:
@@ -231,7 +242,7 @@ def _open_part(folder: Path, name: str, index: Mapping[str, Any], found: origina
         return Part(name, None, problems=(f"{INDEX}: {name} is a None; only {kind.class_name} is supported",))
     stated = found.config if found else _note(problems, lambda: weights.read_json(path))
     config = module = None
-    if given != kind.class_name:
+    if given not in (kind.class_name, kind.also):
         problems.append(f"{INDEX}: {name} is a {given}; only {kind.class_name} is supported")
     elif stated is not None:
         config, module = _note(problems, lambda: _read_part(kind, stated, path)) or (None, None)
@@ -293,6 +304,10 @@ def _disagreements(parts: Mapping[str, Part]) -> list[str]:
         pairs.append(("transformer in_channels", transformer.in_channels, "vae z_dim", vae.z_dim))
     if isinstance(text_encoder, UMT5Config):
         pairs.append(("transformer text_dim", transformer.text_dim, "text_encoder d_model", text_encoder.d_model))
+    if transformer.image_dim:
+        sees = parts["image_encoder"].config if "image_encoder" in parts else None
+        width = sees.hidden_size if isinstance(sees, CLIPVisionConfig) else None
+        pairs.append(("transformer image_dim", transformer.image_dim, "image_encoder hidden_size", width))
     if "transformer_2" in parts and isinstance(second := parts["transformer_2"].config, WanTransformerConfig):
         names = [field.name for field in fields(transformer)]
         pairs += [(f"transformer {k}", getattr(transformer, k), "transformer_2's", getattr(second, k)) for k in names]

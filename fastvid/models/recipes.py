@@ -30,7 +30,6 @@ SIZES_480P, SIZES_720P, SIZES_5B = ("832x480", "480x832"), ("1280x720", "720x128
 SIZES_14B = (*SIZES_720P, *SIZES_480P)
 
 NOT_YET: Mapping[str, str] = {
-    "picture": "image to video is not supported yet by this version",
     "control": "the VACE control branch is not supported yet by this version",
     "redraw": "its steps draw new noise in between, which is not supported yet by this version",
     "rollout": "its rollout, some frames at a time on a KV cache, is not supported yet by this version",
@@ -134,7 +133,6 @@ WAN_I2V_480P = replace(
     num_inference_steps=40,
     flow_shift=3.0,
     negative_prompt=I2V_NEGATIVE_PROMPT,
-    needs=("picture",),
     patterns=patterns.FIRST_FRAME,
 )
 WAN_I2V_720P = replace(
@@ -169,7 +167,6 @@ WAN_I2V_A14B = replace(
     guidance_scale=3.5,
     guidance_scale_2=3.5,
     boundary_ratio=0.9,
-    needs=("picture",),
     patterns=patterns.one_level(patterns.FIRST_FRAME),
 )
 WAN_TI2V_5B = replace(
@@ -324,7 +321,7 @@ def _custom(signature: Signature, scheduler: Mapping[str, Any]) -> Recipe:
         recipe = replace(recipe, needs=("control",), patterns=patterns.CONTROL)
     elif signature.image or signature.in_channels > signature.out_channels:
         picture = patterns.FIRST_AND_LAST if signature.positions else patterns.FIRST_FRAME
-        recipe = replace(recipe, needs=("picture",), patterns=picture)
+        recipe = replace(recipe, patterns=picture)
     if signature.experts > 1:
         one_level = patterns.one_level(recipe.patterns)
         recipe = replace(recipe, guidance_scale_2=recipe.guidance_scale, patterns=one_level)
