@@ -19,7 +19,7 @@ class Cancelled(Error):
     """The caller cancelled the request."""
 
 
-class CheckpointError(Error):
+class CheckpointError(Error, ValueError):
     """A model folder or file is missing, broken, or does not hold what its configuration says."""
 
 

@@ -74,7 +74,7 @@ def complete(folder: Path) -> bool:
         index = json.loads((folder / "model_index.json").read_text())
         parts = [name for name, value in index.items() if isinstance(value, list) and all(value)]
         return all(_has_part(folder / name) for name in parts)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return False
 
 

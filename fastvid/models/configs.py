@@ -11,6 +11,9 @@ from fastvid.errors import CheckpointError
 
 T = TypeVar("T")
 
+# Modules are built, without weights, to see what a config asks for: a depth that nobody publishes would take forever.
+DEPTHS, DEEPEST = ("num_layers", "num_hidden_layers", "num_res_blocks"), 512
+
 
 def read_fields(
     cls: type[T], config: Mapping[str, Any], source: str, *, ignored: Iterable[str] = (), strict: bool = True
@@ -26,7 +29,15 @@ def read_fields(
     unknown = [key for key in config if key not in known and key not in ignored and not key.startswith("_")]
     if strict and (unknown := [key for key in unknown if config[key] not in (None, False)]):
         raise CheckpointError(f"{source} sets {', '.join(sorted(unknown))}, which this model does not know")
-    return cls(**{key: _checked(value, known[key], f"{source}: {key}") for key, value in values.items()})
+    made = {key: _checked(value, known[key], f"{source}: {key}") for key, value in values.items()}
+    _check_depth(made, source)
+    return cls(**made)
+
+
+def _check_depth(values: Mapping[str, Any], source: str) -> None:
+    for key in DEPTHS:
+        if values.get(key, 0) > DEEPEST:
+            raise CheckpointError(f"{source}: {key} is {values[key]}; at most {DEEPEST} are allowed")
 
 
 def read_vae_config(cls: type[T], config: Mapping[str, Any]) -> T:
@@ -42,6 +53,7 @@ def read_vae_config(cls: type[T], config: Mapping[str, Any]) -> T:
         like = getattr(cls, key)
         if not _like(value, like):
             raise CheckpointError(f"{source}: {key} is {value!r}; a value like {like!r} is needed")
+    _check_depth(values, source)
     vae: Any = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     if len(vae.latents_mean) != vae.z_dim or len(vae.latents_std) != vae.z_dim:
         raise CheckpointError(f"{source}: latents_mean and latents_std need z_dim={vae.z_dim} numbers each")
