@@ -1,7 +1,7 @@
 """Models from the Hugging Face hub: found in the local cache, or downloaded into it once, only what a pipeline reads.
 
-The cache, the login and HF_HUB_OFFLINE are huggingface_hub's own; a download that was interrupted goes on where it
-stopped.
+The cache, the login and HF_HUB_OFFLINE are huggingface_hub's own. After a download that was interrupted, only the files
+that were not whole are fetched; huggingface_hub 2.4 takes up a part of a file within one process alone.
 """
 
 from __future__ import annotations
