@@ -12,6 +12,7 @@ from PIL import Image
 from tiny import write_tokenizer
 
 import fastvid
+from fastvid.cli import main
 
 Model = tuple[str, Any, fastvid.Pipeline]  # kind, diffusers', ours
 SIGMAS = [1.0, 0.93, 0.84, 0.72, 0.6, 0.45, 0.3, 0.15]
@@ -211,6 +212,15 @@ class TestEmbedded:
             again = pipe.generate(prompt, seed=2, image=same)
             assert np.array_equal(again.frames, video.frames)
         assert set(video.recipe["image"]) == {"shape", "dtype", "sha256"}
+
+    def test_from_the_command_line(self, pipe: fastvid.Pipeline, tmp_path: Path) -> None:
+        Image.fromarray(picture(0, 64, 64)).save(tmp_path / "first.png")
+        words = ["generate", "a red circle", "--image", str(tmp_path / "first.png"), "--seed", "3", "--steps", "2"]
+        assert main([*words, "--quiet", "-o", str(tmp_path / "out.npy")]) == 0
+        made = pipe.generate("a red circle", image=picture(0, 64, 64), seed=3, num_inference_steps=2)
+        assert np.array_equal(np.load(tmp_path / "out.npy"), made.frames)
+        assert main([*words[:3], str(tmp_path / "missing.png"), "--quiet", "-o", str(tmp_path / "no.npy")]) == 1
+        assert not (tmp_path / "no.npy").exists()
 
     def test_the_size_follows_the_picture(self, pipe: fastvid.Pipeline) -> None:
         plan = pipe.plan("a red circle", image=picture(0, 64, 128))

@@ -34,11 +34,12 @@ def error(a: Tensor, b: Tensor) -> float:
 
 
 def diffusers_vae(config: dict[str, Any]) -> AutoencoderKLWan:
-    """diffusers' network with every weight drawn, also those that start as ones or zeros."""
+    """diffusers' network with every weight drawn, also those that start as ones or zeros; few frames are clamped."""
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**config).eval().requires_grad_(False)
     for parameter in vae.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
+    vae.decoder.conv_out.weight.mul_(0.2)
     return vae
 
 
@@ -93,7 +94,9 @@ def wide() -> tuple[AutoencoderKLWan, WanVAE]:
 @pytest.mark.parametrize("size", SIZES)
 def test_decode_equals_diffusers(theirs: AutoencoderKLWan, vae: WanVAE, size: tuple[int, int, int]) -> None:
     latents = draw_latents(*size, batch=2)
-    assert error(vae.decode(latents)[0], their_decoding(theirs, latents)) < 1e-5
+    want = their_decoding(theirs, latents)
+    assert (want.abs() == 1).float().mean() < 0.2
+    assert error(vae.decode(latents)[0], want) < 1e-5
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -110,7 +113,9 @@ def test_winograd_equals_diffusers(
     used, real = [], winograd.norm_silu_conv3d
     monkeypatch.setattr(winograd, "norm_silu_conv3d", lambda *args: (used.append(1), real(*args))[1])
     latents, frames = draw_latents(*size), draw_frames(*size)
-    assert error(vae.decode(latents)[0], their_decoding(theirs, latents)) < 1e-5
+    want = their_decoding(theirs, latents)
+    assert (want.abs() == 1).float().mean() < 0.2
+    assert error(vae.decode(latents)[0], want) < 1e-5
     assert used, "no layer was big enough: this test would show nothing"
     used.clear()
     assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) < 1e-5
