@@ -1,30 +1,62 @@
 """Walks a noise table: the one denoising loop.
 
-Columns are latent frames; a row takes every column of a window from one noise level to the next. All columns equal is
-whole-clip sampling; the rows of a table decide everything else. The loop yields after every row, so that progress,
-cancelling and streaming need no hook, and hands out latent frames as soon as their level is zero.
+Columns are latent frames, counted along the whole stream; a row takes a window of them from one noise level each to the
+next. All columns equal is whole-clip sampling; the rows of a table decide everything else (see `fastvid.tables`). The
+loop yields after every row, so that progress, cancelling and streaming need no hook, and hands out latent frames as
+soon as their level is zero. Columns that a window has left behind are gone: memory does not grow with the table.
 
 Shapes: C channels, T columns of the window, h/w latent height and width; latents [1, C, T, h, w].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastvid.sampling import Denoise, Solver
+from fastvid.sampling import Denoise, Solver, SolverState
+
+Source = Callable[[int, int], Tensor]
+"""(start, stop) -> the columns that a window takes in, at the level at which the table meets them first."""
+
+Fresh = Callable[[int, Tensor], Tensor]
+"""(start, draws [T]) -> new noise for the columns from `start` on, for solvers that draw some."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One step of a table: the levels [T] (float64) of the window's columns before and after it."""
+    """One step of a table: the levels [T] (float64) of a window's columns before and after it.
+
+    start: the window's first column. A row that changes no level is a call of the model for what it keeps, such as a
+    KV cache (write_cache).
+    """
 
     sigma: Tensor
     sigma_next: Tensor
+    start: int = 0
+    write_cache: bool = False
+
+    @property
+    def stop(self) -> int:
+        """The column after the window's last."""
+        return self.start + len(self.sigma)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a walk stands between two rows: all that it needs to go on.
+
+    row: the next one's number. start: the window's first column. latents: the window's. done: the columns before this
+    one have been handed out.
+    """
+
+    row: int
+    start: int
+    latents: Tensor
+    state: SolverState
+    done: int
 
 
 @dataclass(frozen=True)
@@ -35,29 +67,62 @@ class Walked:
     sigma: float
     ready: Tensor | None
     start: int
+    position: Position
 
 
-def whole_clip(sigmas: np.ndarray, columns: int) -> list[Row]:
-    """Classic sampling: every column at the same level, down to zero. sigmas [N] without the final zero."""
-    levels = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
-    return [Row(s.expand(columns), n.expand(columns)) for s, n in zip(levels[:-1], levels[1:], strict=True)]
+def walk(
+    table: Iterable[Row],
+    source: Source | Tensor,
+    solver: Solver,
+    denoise: Callable[[Row], Denoise],
+    *,
+    fresh: Fresh | None = None,
+    position: Position | None = None,
+) -> Iterator[Walked]:
+    """Denoise columns along a table.
 
+    source: where columns come from that a window takes in; a tensor of all of them will do. denoise: the denoiser for a
+    row. position: to go on from; the table is the same, from its first row on.
 
-def walk(table: Iterable[Row], latents: Tensor, solver: Solver, denoise: Denoise) -> Iterator[Walked]:
-    """Denoise latents [1, C, T, h, w] along a table.
-
-    Yields once a row. Columns must become clean from the left; each is handed out once, in order.
+    Yields once a row. Windows move to the right, over columns that are clean, and columns must become clean from the
+    left; each is handed out once, in order.
     """
-    state, done = solver.init(), 0
+    take = source if callable(source) else lambda start, stop: source[:, :, start:stop]
+    at = position
     for number, row in enumerate(table):
-        latents, state = _step(row, latents, solver, denoise, state)
-        clean = int((row.sigma_next == 0).long().cumprod(0).sum())
-        ready = latents[:, :, done:clean] if clean > done else None
-        yield Walked(number, float(row.sigma.max()), ready, done)
-        done = max(done, clean)
+        if at is not None and number < at.row:
+            continue
+        at = _moved(at, row, take, solver)
+        state = replace(at.state, fresh=fresh and (lambda draws, row=row: fresh(row.start, draws)))
+        latents, state = _step(row, at.latents, solver, denoise(row), state)
+        clean = row.start + int((row.sigma_next == 0).long().cumprod(0).sum())
+        ready = latents[:, :, at.done - row.start : clean - row.start] if clean > at.done else None
+        done, at = at.done, Position(number + 1, row.start, latents, state, max(at.done, clean))
+        yield Walked(number, float(row.sigma.max()), ready, done, at)
+
+
+def _moved(at: Position | None, row: Row, take: Source, solver: Solver) -> Position:
+    """The position with the row's window: what it has left dropped, what is new in it taken in."""
+    if at is None:
+        return Position(0, row.start, take(row.start, row.stop), solver.init(), row.start)
+    stop = at.start + at.latents.shape[2]
+    drop, add = row.start - at.start, row.stop - stop
+    if drop == 0 and add == 0:
+        return at
+    assert drop >= 0 and add >= 0 and row.start <= at.done, (at.start, stop, at.done, row.start, row.stop)
+    if row.start >= stop:  # nothing in common, as blocks of a causal model have
+        return Position(at.row, row.start, take(row.start, row.stop), solver.init(), at.done)
+    kept = at.latents[:, :, drop:]
+    latents = torch.cat((kept, take(stop, row.stop).to(kept)), dim=2) if add else kept
+    return Position(at.row, row.start, latents, at.state.moved(drop, add), at.done)
 
 
 # The grad mode is set inside the call and never across a yield, where it would leak into the caller's code.
 @torch.no_grad()
-def _step(row: Row, latents: Tensor, solver: Solver, denoise: Denoise, state: object) -> tuple[Tensor, object]:
-    return solver.step(latents, denoise(latents, row.sigma), row.sigma, row.sigma_next, state)
+def _step(
+    row: Row, latents: Tensor, solver: Solver, denoise: Denoise, state: SolverState
+) -> tuple[Tensor, SolverState]:
+    x0 = denoise(latents, row.sigma)
+    if row.write_cache:
+        return latents, state
+    return solver.step(latents, x0, row.sigma, row.sigma_next, state)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvid.sampling import SOLVERS, SolverState, make_sigmas, velocity_to_x0
 from fastvid.sampling.solvers import _langevin
 
-NAMES = sorted(SOLVERS)
+NAMES = sorted(SOLVERS.keys() - {"redraw"})  # which needs a source of noise, and has tests of its own
 MULTISTEP = ["dpm++", "unipc"]
 UNIPC_CONFIG = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
@@ -264,3 +264,48 @@ def test_float32_steps_agree_with_float64(name: str) -> None:
 def test_levels_that_make_no_sense_are_caught(sigma: list[float], sigma_next: list[float]) -> None:
     with pytest.raises(AssertionError):
         SOLVERS["euler"].step(start(), start(), column(sigma), column(sigma_next), SolverState())
+
+
+# New noise in between --------------------------------------------------------------------------------------------
+
+
+def drawn(draws: Tensor) -> Tensor:
+    """Noise that shows which draw it is of: 10 and 20 and so on, by column."""
+    return (10.0 * draws).view(1, 1, -1, 1, 1).expand(2, 4, -1, 3, 5)
+
+
+def test_redraw_mixes_x0_with_the_next_draw_of_each_column() -> None:
+    solver, x, x0 = SOLVERS["redraw"], start(), start(seed=1)
+    state = solver.init(drawn)
+    sigma, middle = column([1.0, 1.0, 0.7]), column([0.75, 1.0, 0.7])
+    once, state = solver.step(x, x0, sigma, middle, state)
+    assert torch.allclose(once[:, :, 0], 0.25 * x0[:, :, 0] + 0.75 * 10) and torch.equal(once[:, :, 1:], x[:, :, 1:])
+    twice, state = solver.step(once, x0, middle, column([0.5, 0.5, 0.0]), state)
+    assert torch.allclose(twice[:, :, 0], 0.5 * x0[:, :, 0] + 0.5 * 20)
+    assert torch.allclose(twice[:, :, 1], 0.5 * x0[:, :, 1] + 0.5 * 10) and torch.equal(twice[:, :, 2], x0[:, :, 2])
+    assert state.order.tolist() == [2, 1, 1]
+
+
+def test_redraw_draws_nothing_on_the_way_to_zero_and_says_what_it_needs() -> None:
+    solver, x, x0 = SOLVERS["redraw"], start(), start(seed=1)
+    clean, _ = solver.step(x, x0, column([0.5] * 3), column([0.0] * 3), solver.init(lambda draws: pytest.fail("drawn")))
+    assert torch.equal(clean, x0)
+    with pytest.raises(AssertionError, match="source of noise"):
+        solver.step(x, x0, column([0.5] * 3), column([0.2] * 3), solver.init())
+
+
+@pytest.mark.parametrize("name", sorted(SOLVERS))
+def test_a_window_that_moves_on_keeps_what_its_columns_remember(name: str) -> None:
+    """Columns 1 and 2 of three, in a window that then takes in a new one, become what they become on their own."""
+    levels = [column([0.9] * 3), column([0.6] * 3), column([0.3] * 3), column([0.0] * 3)]
+    solver, x = SOLVERS[name], start()
+    x, state = solver.step(x, denoise(x, levels[0]), levels[0], levels[1], solver.init(drawn))
+    alone, _ = solver.step(x, denoise(x, levels[1]), levels[1], levels[2], state)
+    window = torch.cat((x[:, :, 1:], start(columns=1, seed=7)), dim=2)
+    sigma, sigma_next = column([0.6, 0.6, 0.9]), column([0.3, 0.3, 0.6])
+    moved, _ = solver.step(window, denoise(window, sigma), sigma, sigma_next, state.moved(1, 1))
+    assert torch.allclose(moved[:, :, :2], alone[:, :, 1:], atol=1e-6)
+    fresh, _ = solver.step(
+        window[:, :, 2:], denoise(window, sigma)[:, :, 2:], sigma[2:], sigma_next[2:], solver.init(drawn)
+    )
+    assert torch.allclose(moved[:, :, 2:], fresh, atol=1e-6)

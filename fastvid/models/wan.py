@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.attention import cross_attention, self_attention
 from fastvid.layers.embeddings import rotary_table, timestep_sinusoid
+from fastvid.layers.kv_cache import KVCache, LayerCache
 from fastvid.layers.linear import Linear, linear_gelu_tanh
 from fastvid.layers.parameters import normal_parameter
 from fastvid.models.configs import read_fields
@@ -115,11 +116,13 @@ class Attention(nn.Module):
             self.add_v_proj = Linear(config.added_kv_proj_dim, config.dim)
             self.norm_added_k = nn.RMSNorm(config.dim, config.eps)
 
-    def self_attend(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, N, d] -> [B, N, d]."""
+    def self_attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+        """x [B, N, d] -> [B, N, d]; with a cache, attention goes to what is in it too."""
         q = self.ops.rms_norm_rope(self.to_q(x), self.norm_q.weight, *rotary, self.eps)
         k = self.ops.rms_norm_rope(self.to_k(x), self.norm_k.weight, *rotary, self.eps)
-        return self.to_out[0](self_attention(self.ops, q, k, self._split(self.to_v(x))))
+        v = self._split(self.to_v(x))
+        k, v = (k, v) if cache is None else cache.update(k, v)
+        return self.to_out[0](self_attention(self.ops, q, k, v))
 
     def project_context(self, text: Tensor, pictures: Tensor | None = None) -> tuple[Tensor, ...]:
         """Keys and values of the text [B, L, d]: two tensors [B, L, heads, head_dim]; and two of pictures [B, M, d]."""
@@ -169,13 +172,18 @@ class Block(nn.Module):
         self.scale_shift_table = normal_parameter(1, 6, config.dim, std=config.dim**-0.5)
 
     def forward(
-        self, x: Tensor, modulation: Modulation, context: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor]
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        context: tuple[Tensor, ...],
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """x [B, N, d] -> [B, N, d]."""
         rows, index = self.scale_shift_table + modulation.rows, modulation.index
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
         y = self.ops.modulated_layer_norm(x, shift1, scale1, index, self.eps)
-        x = self.ops.gated_residual(x, self.attn1.self_attend(y, rotary), gate1, index)
+        x = self.ops.gated_residual(x, self.attn1.self_attend(y, rotary, cache), gate1, index)
         x = x + self.attn2.cross_attend(self._norm2(x), *context)
         y = self.ops.modulated_layer_norm(x, shift2, scale2, index, self.eps)
         return self.ops.gated_residual(x, self.ffn(y), gate2, index)
@@ -300,12 +308,22 @@ class WanTransformer(nn.Module):
                 f"image embeddings are [{batch}, {rows or 'M'}, {width}] for this model, not {list(embeds.shape)}"
             )
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor | Context, *, rope_offset: int = 0) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor | Context,
+        *,
+        rope_offset: int = 0,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """Predict the velocity of latents [B, C, T, H, W]; same shape (with out_channels) and dtype.
 
         timestep, on 0..1000: [B], [B, T / pt] (one a latent frame) or [B, N] (one a token).
         text: embeddings [B, L, text_dim], or what prepare_context made of them.
         rope_offset: absolute index of the first latent frame, for windows of a longer video.
+        cache: of a causal model. The frames attend to themselves and to those in it, and are put into it in place of
+        what it holds of them; `cache.begin` was told of them.
         """
         grid = self._grid(latents)
         context = self.prepare_context(text) if isinstance(text, Tensor) else text
@@ -314,12 +332,20 @@ class WanTransformer(nn.Module):
         modulation = Modulation(rows, index)
         rotary = rotary_table(grid, self.config.attention_head_dim, offset=rope_offset, device=latents.device)
         x = self.ops.patch_embed(latents.to(self.dtype), self.patch_embedding.weight, self.patch_embedding.bias)
-        x = self._run_blocks(x, modulation, context, rotary)
+        x = self._run_blocks(x, modulation, context, rotary, cache)
         return self._head(x, embedding, index, grid).to(latents.dtype)
 
-    def _run_blocks(self, x: Tensor, modulation: Modulation, context: Context, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        for block, layer in zip(self.blocks, context.layers, strict=True):
-            x = block(x, modulation, layer, rotary)
+    def _run_blocks(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        context: Context,
+        rotary: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        caches = (None,) * len(self.blocks) if cache is None else cache.layers
+        for block, layer, kept in zip(self.blocks, context.layers, caches, strict=True):
+            x = block(x, modulation, layer, rotary, kept)
         return x
 
     def _head(self, x: Tensor, embedding: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -127,7 +127,7 @@ class WanVACETransformer(WanTransformer):
         return super().forward(latents, timestep, text, rope_offset=rope_offset)
 
     def _run_blocks(
-        self, x: Tensor, modulation: Modulation, context: VACEContext, rotary: tuple[Tensor, Tensor]
+        self, x: Tensor, modulation: Modulation, context: VACEContext, rotary: tuple[Tensor, Tensor], cache: None = None
     ) -> Tensor:
         """A control block runs when its hint is due, so that there is one hint at a time."""
         control = self._embed_control(context.control, x)

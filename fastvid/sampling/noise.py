@@ -44,6 +44,19 @@ def latent_noise(seed: int, shape: tuple[int, int, int, int], *, start: int = 0,
     return torch.from_numpy(out)
 
 
+def column_noise(seed: int, shape: tuple[int, int, int], start: int, draws: torch.Tensor) -> torch.Tensor:
+    """Noise of the latent frames from `start` on, each of its own draw: float32 [1, C, T, h, w] on the CPU.
+
+    shape: (C, h, w). draws: int64 [T]. See `latent_noise`.
+    """
+    channels, height, width = shape
+    frames = [
+        latent_noise(seed, (channels, 1, height, width), start=start + i, draw=draw)
+        for i, draw in enumerate(draws.tolist())
+    ]
+    return torch.cat(frames, dim=2)
+
+
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Ten rounds of Philox4x32. counter: [4, n] words in uint64; key: two words. Returns [4, n] words in uint64."""
     c0, c1, c2, c3 = counter

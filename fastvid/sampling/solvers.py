@@ -13,7 +13,7 @@ matching, which is finite at sigma 1 and at sigma 0, where h is infinite.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -24,20 +24,38 @@ from torch import Tensor
 # Two levels above it share one lambda, hence h0 may be 0: then the step between them says nothing, and order is 1.
 UNIPC_LAST_SIGMA = 1 - 1.0132789611816406e-06
 
+Fresh = Callable[[Tensor], Tensor]
+"""draws int64 [T] -> noise [B, C, T, h, w]: for each column the one of that number; 0 is what sampling starts from."""
+
 
 @dataclass(frozen=True)
 class SolverState:
-    """What the columns remember of their past steps; newest first, zeros where there is none. Holds only tensors, and
-    refers to those it was given: whoever passes x and x0 to a step must not write into them afterwards.
+    """What the columns remember of their past steps; newest first, zeros where there is none. Refers to the tensors that
+    it was given: whoever passes x and x0 to a step must not write into them afterwards.
 
-    order: [T] int64, the order of the last step; 0 for a column that has made none.   sigmas: each [T] float64.
-    x0s: each [B, C, T, h, w].   x: [B, C, T, h, w], where the last step started from, which UniPC goes back to.
+    order: [T] int64, the order of the last step, 0 for a column that has made none; with new noise the steps made.
+    sigmas: each [T] float64.   x0s: each [B, C, T, h, w].
+    x: [B, C, T, h, w], where the last step started from, which UniPC goes back to.
+    fresh: where new noise comes from, for solvers that draw some.
     """
 
     order: Tensor | None = None
     sigmas: tuple[Tensor, ...] = ()
     x0s: tuple[Tensor, ...] = ()
     x: Tensor | None = None
+    fresh: Fresh | None = None
+
+    def moved(self, drop: int, add: int) -> SolverState:
+        """The state of a window that lost so many columns on its left and got as many new ones on its right."""
+        if self.order is None:
+            return self
+        return replace(
+            self,
+            order=_moved(self.order, drop, add, 0),
+            sigmas=tuple(_moved(one, drop, add, 0) for one in self.sigmas),
+            x0s=tuple(_moved(one, drop, add, 2) for one in self.x0s),
+            x=None if self.x is None else _moved(self.x, drop, add, 2),
+        )
 
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, SolverState], tuple[Tensor, SolverState]]
@@ -51,9 +69,9 @@ class Solver:
     first_sigma: float = 1.0
     integer_timesteps: bool = False
 
-    def init(self) -> SolverState:
+    def init(self, fresh: Fresh | None = None) -> SolverState:
         """The state before the first step, for any shape."""
-        return SolverState()
+        return SolverState(fresh=fresh)
 
 
 def euler_step(
@@ -99,12 +117,32 @@ def unipc_step(
     return stepped, _remember(active, order, sigma, x0, corrected, state)
 
 
+def redraw_step(
+    x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, state: SolverState
+) -> tuple[Tensor, SolverState]:
+    """x0 and new noise in the proportions of sigma_next: how consistency and DMD models of few steps are sampled
+    (arXiv 2303.01469, algorithm 1; as Self-Forcing `pipeline/causal_inference.py`). Draw n follows a column's nth step.
+    """
+    active = _active(x, x0, sigma, sigma_next)
+    if not active.any():
+        return x, state
+    assert state.fresh is not None, "redraw needs a source of noise: Solver.init(fresh)"
+    made = torch.zeros(x.shape[2], dtype=torch.int64) if state.order is None else state.order
+    made = torch.where(active, made + 1, made)
+    stepped = x0
+    if bool((sigma_next[active] > 0).any()):
+        noise = state.fresh(made).to(x.device, x.dtype)
+        stepped = _per_column(1 - sigma_next, x0) * x0 + _per_column(sigma_next, x0) * noise
+    return _keep(active, stepped, x), replace(state, order=made)
+
+
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
         # Wan's tables start from 0.999 as float32 has it, which decides some timesteps once they are cut to integers.
         "unipc": Solver(unipc_step, first_sigma=0.9990000128746033, integer_timesteps=True),
         "euler": Solver(euler_step),
         "dpm++": Solver(dpmpp_step, integer_timesteps=True),
+        "redraw": Solver(redraw_step),
     }
 )
 
@@ -181,6 +219,7 @@ def _or_blank(state: SolverState, x0: Tensor, depth: int) -> SolverState:
         sigmas=(torch.zeros(columns, dtype=torch.float64),) * depth,
         x0s=(torch.zeros_like(x0),) * depth,
         x=torch.zeros_like(x0) if depth == 2 else None,
+        fresh=state.fresh,
     )
 
 
@@ -192,7 +231,15 @@ def _remember(active: Tensor, order: Tensor, sigma: Tensor, x0: Tensor, x: Tenso
         sigmas=tuple(torch.where(active, new, old) for new, old in zip(newer_sigmas, state.sigmas, strict=False)),
         x0s=tuple(_keep(active, new, old) for new, old in zip(newer_x0s, state.x0s, strict=False)),
         x=None if state.x is None else _keep(active, x, state.x),
+        fresh=state.fresh,
     )
+
+
+def _moved(tensor: Tensor, drop: int, add: int, dim: int) -> Tensor:
+    rest = tensor.narrow(dim, drop, tensor.shape[dim] - drop)
+    shape = list(rest.shape)
+    shape[dim] = add
+    return torch.cat((rest, rest.new_zeros(shape)), dim)
 
 
 def _keep(active: Tensor, new: Tensor, old: Tensor) -> Tensor:

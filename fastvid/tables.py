@@ -1,0 +1,99 @@
+"""Noise tables: which columns (latent frames) a model is called with, and at which levels, row after row.
+
+    whole_clip   every column at once, all at one level
+    windows      one stretch of columns after another, the overlap known to the next one
+    rollout      block after block of a causal model, each finished one passed once more to fill the KV cache
+    staggered    levels that rise from left to right, one column finished and one begun every few rows
+
+Known columns stand at level 0 from the first row on. All levels are float64; sigmas [N] come without the final zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvid.engine import Row
+
+
+def whole_clip(sigmas: np.ndarray, columns: int, known: Tensor | None = None, start: int = 0) -> list[Row]:
+    """Classic sampling: every free column at the same level, down to zero. known: bool [columns]."""
+    levels = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
+    free = torch.ones(columns, dtype=torch.float64) if known is None else (~known).double()
+    return [Row(s * free, n * free, start) for s, n in zip(levels[:-1], levels[1:], strict=True)]
+
+
+def window_spans(columns: int, size: int, overlap: int, cuts: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """(start, stop) of windows of at most `size` columns over all of them, each beginning `overlap` columns, or more,
+    before the end of the one before.
+
+    cuts: columns at which another prompt begins; no window has free columns on both sides of one.
+    """
+    assert 0 <= overlap < size, (overlap, size)
+    spans: list[tuple[int, int]] = []
+    done = 0
+    for end in [*(cut for cut in sorted(set(cuts)) if 0 < cut < columns), columns]:
+        while done < end:
+            begin = max(0, done - overlap)
+            stop = min(end, begin + size)
+            # The last one of a stretch reaches back as far as it can: the more is known, the better it joins.
+            begin = max(0, stop - size) if stop == end else begin
+            spans.append((begin, stop))
+            done = stop
+    return spans
+
+
+def windows(sigmas: np.ndarray, spans: Sequence[tuple[int, int]], known: Tensor) -> Iterator[Row]:
+    """Windows run one after another; what one has made is known to the next. known: bool [columns]."""
+    made = 0
+    for start, stop in spans:
+        settled = known[start:stop] | (torch.arange(start, stop) < made)
+        if not bool(settled.all()):
+            yield from whole_clip(sigmas, stop - start, settled, start)
+        else:  # nothing to make here: the columns are handed out all the same
+            zero = torch.zeros(stop - start, dtype=torch.float64)
+            yield Row(zero, zero, start, write_cache=True)
+        made = stop
+
+
+def rollout(sigmas: np.ndarray, columns: int, block: int, known: int = 0) -> Iterator[Row]:
+    """A causal model, `block` columns at a time: each block down to zero, then once more, clean, for the KV cache.
+
+    known: the first columns, which only fill the cache. The last block may be shorter.
+    """
+    levels = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
+    for begin, limit in ((0, known), (known, columns)):
+        for start in range(begin, limit, block):
+            count = min(block, limit - start)
+            if start >= known:
+                for sigma, after in zip(levels[:-1], levels[1:], strict=True):
+                    yield Row(sigma.expand(count), after.expand(count), start)
+            clean = torch.zeros(count, dtype=torch.float64)
+            yield Row(clean, clean, start, write_cache=True)
+
+
+def staggered(sigmas: np.ndarray, columns: int, size: int, stride: int, known: int = 0) -> Iterator[Row]:
+    """Diffusion forcing (arXiv 2407.01392): column i begins `stride` rows after column i - 1, in a window of at most
+    `size` columns whose left end is clean.
+
+    known: the first columns. A column waits at the first level until it is its turn.
+    """
+    levels = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
+    steps, free = len(sigmas), columns - known
+
+    def at(row: int) -> Tensor:
+        begun = row - stride * (torch.arange(columns) - known)
+        level = levels[begun.clamp(0, steps)]
+        return torch.where(torch.arange(columns) < known, 0.0, level)
+
+    start = 0
+    for row in range(stride * (free - 1) + steps):
+        now, after = at(row), at(row + 1)
+        clean = int((now == 0).long().cumprod(0).sum())
+        # The window ends with the last column that moves here, and keeps as many clean ones on the left as fit.
+        stop = min(columns, int((after < levels[0]).nonzero().max()) + 1)
+        start = max(start, min(clean, max(0, stop - size)))
+        yield Row(now[start:stop], after[start:stop], start)
