@@ -163,16 +163,16 @@ class Pipeline:
         parts = self._parts
         request = pictures.read(Request.make(prompt=prompt, **options)).resolve(parts.recipe)
         pictures.check(parts, request)
-        solver = request.solver
         sigmas = (
-            make_sigmas(request.num_inference_steps, request.flow_shift, solver)
+            make_sigmas(request.num_inference_steps, request.flow_shift, request.solver)
             if request.sigmas is None
             else check_sigmas(request.sigmas)
         )
-        timeline = plan.lay_out(request, parts.vae.config)
+        timeline = layout.lay_out(request, layout.rules_of(parts))
         self._check_tensors(request, timeline)
         recipe = request.to_recipe(model=parts.model, version=fastvid.__version__, **parts.settings)
-        return Prepared(request, self._plan(request, timeline, sigmas), timeline, sigmas, recipe)
+        made = self._plan(request, timeline, sigmas)
+        return Prepared(Job(request, timeline, sigmas, made.decode_chunk), made, recipe)
 
     def _plan(self, request: Resolved, timeline: Timeline, sigmas: np.ndarray) -> Plan:
         parts = self._parts

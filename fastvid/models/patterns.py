@@ -38,7 +38,9 @@ EVERYTHING = _all(NATIVE)
 TEXT_ONLY = replace(_all(REIMPOSED), staggered=EXPERIMENTAL)
 # The input is made for any frame, the training was on these alone.
 FIRST_FRAME = replace(_all(EXPERIMENTAL), first=NATIVE)
-FIRST_AND_LAST = replace(_all(EXPERIMENTAL), both_ends=NATIVE)
+# The same by mask channels, which say of whole frames whether they are known.
+PICTURE = replace(FIRST_FRAME, spatial_mask=REFUSED, staggered=REFUSED)
+TWO_PICTURES = replace(_all(EXPERIMENTAL), both_ends=NATIVE, spatial_mask=REFUSED, staggered=REFUSED)
 CONTROL = replace(_all(NATIVE), staggered=EXPERIMENTAL)
 # What comes later is not seen, and a model of few steps knows no levels but its own.
 CAUSAL = replace(_all(REFUSED), first=NATIVE, prefix=NATIVE, spatial_mask=REIMPOSED)

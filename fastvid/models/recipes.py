@@ -31,17 +31,15 @@ SIZES_14B = (*SIZES_720P, *SIZES_480P)
 
 NOT_YET: Mapping[str, str] = {
     "control": "the VACE control branch is not supported yet by this version",
-    "redraw": "its steps draw new noise in between, which is not supported yet by this version",
-    "rollout": "its rollout, some frames at a time on a KV cache, is not supported yet by this version",
 }
 """What a variant may need that is still to be built; take a line out here when it is."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """How a causal model goes through a video, in latent frames: blocks of frames_per_block; attention to the last
-    `window` (None: to all), the first `sink` of the video beside them. context_noise: the timestep of the pass that
-    fills the KV cache with a finished block."""
+    """How a causal model goes through a video, in latent frames: blocks of frames_per_block; attention to `window` of
+    them (None: to all so far), the first `sink` of the video and the latest. context_noise: the timestep of the pass
+    that fills the KV cache with a finished block."""
 
     frames_per_block: int = 3
     window: int | None = None
@@ -78,6 +76,10 @@ class Recipe:
     spatial_multiple: int = 16
     temporal: int = 4
     rollout: Rollout | None = None
+    window: int = 21
+    overlap: int = 2
+    context: int = 2
+    carries: bool = False
     needs: tuple[str, ...] = ()
     patterns: Patterns = patterns.TEXT_ONLY
 
@@ -122,6 +124,10 @@ EMBEDDED = Recipe(
     width=64,
     sizes=("64x64",),
     per_token_timesteps=True,
+    window=9,
+    overlap=3,
+    context=3,
+    carries=True,
     patterns=patterns.EVERYTHING,
 )
 # The 1.3B's scheduler file says flow_shift 3; the original code takes 5.
@@ -133,7 +139,8 @@ WAN_I2V_480P = replace(
     num_inference_steps=40,
     flow_shift=3.0,
     negative_prompt=I2V_NEGATIVE_PROMPT,
-    patterns=patterns.FIRST_FRAME,
+    context=1,
+    patterns=patterns.PICTURE,
 )
 WAN_I2V_720P = replace(
     WAN_I2V_480P, name="wan2.1-i2v-14b-720p", flow_shift=5.0, height=720, width=1280, sizes=SIZES_720P
@@ -144,10 +151,10 @@ WAN_FLF2V = replace(
     num_inference_steps=50,
     flow_shift=16.0,
     negative_prompt=FLF2V_NEGATIVE_PROMPT,
-    patterns=patterns.FIRST_AND_LAST,
+    patterns=patterns.TWO_PICTURES,
 )
 WAN_VACE_1_3B = replace(
-    WAN_1_3B, name="wan2.1-vace-1.3b", flow_shift=16.0, needs=("control",), patterns=patterns.CONTROL
+    WAN_1_3B, name="wan2.1-vace-1.3b", flow_shift=16.0, needs=("control",), context=4, patterns=patterns.CONTROL
 )
 WAN_VACE_14B = replace(WAN_VACE_1_3B, name="wan2.1-vace-14b", height=720, width=1280, sizes=SIZES_14B)
 WAN_T2V_A14B = replace(
@@ -167,7 +174,8 @@ WAN_I2V_A14B = replace(
     guidance_scale=3.5,
     guidance_scale_2=3.5,
     boundary_ratio=0.9,
-    patterns=patterns.one_level(patterns.FIRST_FRAME),
+    context=1,
+    patterns=patterns.one_level(patterns.PICTURE),
 )
 WAN_TI2V_5B = replace(
     WAN_1_3B,
@@ -179,6 +187,8 @@ WAN_TI2V_5B = replace(
     sizes=SIZES_5B,
     per_token_timesteps=True,
     spatial_multiple=32,
+    window=31,
+    context=1,
     patterns=patterns.FIRST_FRAME,
 )
 
@@ -200,7 +210,6 @@ FASTWAN_1_3B = replace(
     height=448,
     sizes=("832x448",),
     solver="redraw",
-    needs=("redraw",),
     patterns=patterns.FEW_STEPS,
 )
 FASTWAN_14B = replace(FASTWAN_1_3B, name="fastwan2.1-t2v-14b")
@@ -211,7 +220,6 @@ FASTWAN_5B = replace(
     sigmas=DMD_SIGMAS,
     guidance_scale=1.0,
     solver="redraw",
-    needs=("redraw",),
     patterns=replace(patterns.FIRST_FRAME, first=patterns.EXPERIMENTAL, staggered=patterns.REFUSED),
 )
 SELF_FORCING = replace(
@@ -224,7 +232,8 @@ SELF_FORCING = replace(
     height=480,
     sizes=("832x480",),
     rollout=Rollout(),
-    needs=("redraw", "rollout"),
+    context=3,
+    carries=True,
     patterns=patterns.CAUSAL,
 )
 CAUSAL_FORCING = replace(SELF_FORCING, name="causal-forcing-1.3b")
@@ -237,7 +246,8 @@ LONGLIVE_2 = replace(
     sigmas=None,
     solver="unipc",
     rollout=Rollout(frames_per_block=8, window=32, sink=8),
-    needs=("rollout",),
+    context=8,
+    carries=True,
     patterns=patterns.CAUSAL,
 )
 
@@ -320,8 +330,8 @@ def _custom(signature: Signature, scheduler: Mapping[str, Any]) -> Recipe:
     if signature.control:
         recipe = replace(recipe, needs=("control",), patterns=patterns.CONTROL)
     elif signature.image or signature.in_channels > signature.out_channels:
-        picture = patterns.FIRST_AND_LAST if signature.positions else patterns.FIRST_FRAME
-        recipe = replace(recipe, patterns=picture)
+        picture = patterns.TWO_PICTURES if signature.positions else patterns.PICTURE
+        recipe = replace(recipe, patterns=picture, context=1)
     if signature.experts > 1:
         one_level = patterns.one_level(recipe.patterns)
         recipe = replace(recipe, guidance_scale_2=recipe.guidance_scale, patterns=one_level)

@@ -1,0 +1,343 @@
+"""One request while it runs: its segments one after another, each from noise table to engine to decoder, frames in the
+order in which they come out. All state of a request is here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvid import conditions, engine, tables
+from fastvid.conditions import Conditions, Given, Region
+from fastvid.engine import Row
+from fastvid.errors import Cancelled
+from fastvid.events import Event, Frames, Step
+from fastvid.layers.kv_cache import KVCache
+from fastvid.loading import Parts
+from fastvid.precision import ieee_fp32
+from fastvid.requests import Resolved
+from fastvid.sampling import (
+    Denoise,
+    column_noise,
+    denoiser,
+    find_solver,
+    guided,
+    known,
+    latent_noise,
+    switched,
+    timesteps,
+)
+from fastvid.spool import Spool
+from fastvid.timeline import Edge, Kept, Segment, Timeline
+
+KEPT_AT_ONCE = 16  # frames of a clip that are handed on at a time
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was checked and planned, with everything that belongs to it alone. sigmas [N] without the zero."""
+
+    request: Resolved
+    timeline: Timeline
+    sigmas: np.ndarray
+    decode_chunk: int
+
+
+def rows(parts: Parts, segment: Segment, sigmas: np.ndarray, known_columns: Tensor) -> Iterator[Row]:
+    """The noise table of a segment."""
+    recipe, columns = parts.recipe, segment.columns
+    if recipe.rollout is not None:
+        return tables.rollout(sigmas, columns, recipe.rollout.frames_per_block, segment.left_columns)
+    return tables.windows(sigmas, spans(parts, segment), known_columns)
+
+
+def spans(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
+    """The windows of a segment: all of it, but where the model carries latents on from one to the next."""
+    recipe = parts.recipe
+    size = recipe.window + segment.lead if recipe.carries else segment.columns
+    cuts = [segment.column_of(segment.skip + frame) for frame, _ in segment.prompts[1:]]
+    return tables.window_spans(segment.columns, size, min(recipe.overlap, size - 1), cuts)
+
+
+def count_rows(parts: Parts, segment: Segment, steps: int) -> int:
+    """How many rows the table of a segment has."""
+    if (rollout := parts.recipe.rollout) is None:
+        return steps * len(spans(parts, segment))
+    lead, block = segment.left_columns, rollout.frames_per_block
+    return -(-lead // block) + -(-(segment.columns - lead) // block) * (steps + 1)
+
+
+@dataclass
+class Session:
+    """Runs a job. `latents` are the clean ones of all segments so far, if they are kept."""
+
+    parts: Parts
+    job: Job
+    cancelled: threading.Event
+    keep_latents: bool = True
+    latents: list[Tensor] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"text": 0.0, "denoise": 0.0, "decode": 0.0})
+    _ends: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # of segments: first, last frames
+    _texts: dict[Any, Tensor] = field(default_factory=dict)
+    _step: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        return sum(count_rows(self.parts, s, len(self.job.sigmas)) for s in self.job.timeline.segments)
+
+    def run(self) -> Iterator[Event]:
+        """Step and Frames events, frames in order. Raises Cancelled."""
+        timeline, spool, start, due = self.job.timeline, Spool(), 0, 0
+        try:
+            for number in timeline.order():
+                part = timeline.parts[number]
+                for event in self._kept(part) if isinstance(part, Kept) else self._made(number, part):
+                    if not isinstance(event, np.ndarray):
+                        yield event
+                    elif number == due:
+                        yield Frames(start, event)
+                        start += len(event)
+                    else:
+                        spool.put(number, event)
+                due += number == due
+                while due in spool:
+                    for frames in spool.take(due):
+                        yield Frames(start, frames)
+                        start += len(frames)
+                    due += 1
+        finally:
+            spool.close()
+
+    def _check(self) -> None:
+        if self.cancelled.is_set():
+            raise Cancelled("the request was cancelled")
+
+    def _kept(self, part: Kept) -> Iterator[np.ndarray]:
+        for start in range(part.start, part.stop, KEPT_AT_ONCE):
+            self._check()
+            yield part.clip.read(start, min(start + KEPT_AT_ONCE, part.stop))
+
+    def _made(self, number: int, segment: Segment) -> Iterator[Any]:
+        """Step events and uint8 frames of a segment."""
+        self._check()
+        mark, total = time.perf_counter(), self.total_steps
+        for prompt in self._prompts(segment):
+            self.text(prompt)
+        maker = SegmentMaker(self, segment, self._given(segment))
+        self.seconds["text"] += time.perf_counter() - mark
+        for item in maker.run():
+            if isinstance(item, np.ndarray):
+                self._remember(number, item)
+                yield item
+            else:
+                self._step += 1
+                yield Step(self._step, total, *item)
+
+    def _prompts(self, segment: Segment) -> set[int]:
+        guided = any(scale != 1 for scale in self.job.request.guidance_scales(len(self.parts.experts)))
+        return {prompt for _, prompt in segment.prompts} | ({-1} if guided else set())
+
+    def _remember(self, number: int, frames: np.ndarray) -> None:
+        """Keeps the first and last frames of a segment, as far as neighbours are shown them."""
+        most = 2 * self.parts.recipe.context * self.parts.recipe.temporal + 1
+        first, last = self._ends.get(number, (frames[:0], frames[:0]))
+        first = first if len(first) >= most else np.concatenate((first, frames))[:most]
+        self._ends[number] = (first, np.concatenate((last, frames))[-most:])
+
+    def _given(self, segment: Segment) -> Given:
+        left = self._edge(segment.before, segment.left, before=True) if segment.left else None
+        right = self._edge(segment.after, segment.right, before=False) if segment.right else None
+        return Given(left, right, dict(segment.pictures))
+
+    def _edge(self, edge: Edge, count: int, before: bool) -> np.ndarray:
+        """So many frames before or after an edge; where a clip ends, its last one is held."""
+        if edge.segment is not None:
+            first, last = self._ends[edge.segment]
+            frames = last[-count:] if before else first[edge.start : edge.start + count]
+        elif before:
+            frames = edge.clip.read(edge.start - count, edge.start)
+        else:
+            frames = edge.clip.read(
+                min(edge.start, edge.clip.num_frames - 1), min(edge.start + count, edge.clip.num_frames)
+            )
+        held = [frames[-1:]] * (count - len(frames))
+        return np.concatenate((frames, *held)) if held else frames
+
+    def text(self, number: int) -> Tensor:
+        """Embeddings of a prompt by number, -1 for the negative one, made when first asked for."""
+        if number not in self._texts:
+            request = self.job.request
+            prompt, embeds = (
+                (request.negative_prompt, request.negative_prompt_embeds)
+                if number < 0
+                else (request.prompts[number], request.prompt_embeds if number == 0 else None)
+            )
+            if embeds is not None:
+                self._texts[number] = torch.as_tensor(embeds).to(self.parts.device, self.parts.dtype)
+            else:
+                with torch.no_grad(), ieee_fp32():
+                    self._texts[number] = self.parts.embed(prompt or "")
+        return self._texts[number]
+
+
+class SegmentMaker:
+    """One segment from its noise to its frames."""
+
+    def __init__(self, session: Session, segment: Segment, given: Given) -> None:
+        self.session, self.segment, self.parts = session, segment, session.parts
+        self.request, self.sigmas = session.job.request, session.job.sigmas
+        self._noise_kept: tuple[tuple[int, int], Tensor] | None = None
+        self._contexts: dict[tuple[int, int], Any] = {}
+        self._caches: dict[int, KVCache] = {}
+        with ieee_fp32():
+            self.conditions = self._prepare(given)
+
+    def _prepare(self, given: Given) -> Conditions:
+        return conditions.prepare(self.parts, self.segment, given)
+
+    # ------------------------------------------------------------ the loop
+
+    def run(self) -> Iterator[Any]:
+        """(sigma, seconds) after every row, and uint8 frames [n, height, width, 3] as they are decoded."""
+        session, table = self.session, rows(self.parts, self.segment, self.sigmas, self.conditions.columns)
+        walked = engine.walk(table, self.source, find_solver(self.request.solver), self.denoiser, fresh=self.fresh)
+        cache, start, mark = None, 0, time.perf_counter()
+        while True:
+            session._check()
+            if (row := next(walked, None)) is None:
+                return
+            spent = time.perf_counter() - mark
+            session.seconds["denoise"] += spent
+            yield row.sigma, spent
+            for chunk in self._to_decode(row):
+                session._check()
+                mark = time.perf_counter()
+                frames, cache, start = self._decode(chunk, cache, start)
+                session.seconds["decode"] += time.perf_counter() - mark
+                if len(frames):
+                    yield frames
+            mark = time.perf_counter()
+
+    def _to_decode(self, row: engine.Walked) -> Iterator[Tensor]:
+        """What became clean, in the decoder's chunks: without what stands in front, or behind all that comes out."""
+        if row.ready is None:
+            return
+        segment, last = self.segment, self.segment.column_of(self.segment.skip + self.segment.num_frames - 1)
+        ready = row.ready[:, :, max(0, segment.lead - row.start) : last + 1 - row.start]
+        if ready.shape[2] == 0:
+            return
+        if self.session.keep_latents:
+            made = max(segment.lead, segment.left_columns) - row.start
+            self.session.latents.append(ready[:, :, max(0, made) :])
+        yield from ready.split(self.session.job.decode_chunk, dim=2)
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor, cache: Any, start: int) -> tuple[np.ndarray, Any, int]:
+        """The next latents to cropped uint8 frames, the decoder's new cache, and the stream's next frame."""
+        parts = self.parts
+        with ieee_fp32():
+            frames, cache = parts.vae.decode(latents.to(parts.vae_dtype), cache)
+        rgb = parts.ops.to_rgb(frames[0])
+        cropped = self.segment.crop(rgb, start).contiguous().cpu().numpy()
+        return cropped, cache, start + len(rgb)
+
+    # ------------------------------------------------------------ noise
+
+    def source(self, start: int, stop: int) -> Tensor:
+        """What a window takes in [1, C, t, h, w]: noise, and clean latents where they are known."""
+        latents, at = self.noise(start, stop), self.conditions
+        if at.clean is None:
+            return latents
+        return torch.where(
+            at.columns[start:stop].view(1, 1, -1, 1, 1).to(latents.device), at.clean[:, :, start:stop], latents
+        )
+
+    def noise(self, start: int, stop: int) -> Tensor:
+        """The noise [1, C, t, h, w] that sampling starts from, fp32 on the device; the last one asked for is kept."""
+        if self._noise_kept is None or self._noise_kept[0] != (start, stop):
+            self._noise_kept = (start, stop), self._draw(start, stop)
+        return self._noise_kept[1].clone()
+
+    def _draw(self, start: int, stop: int) -> Tensor:
+        device, given = self.parts.device, self.request.latents
+        if given is not None:
+            return torch.as_tensor(given)[:, :, start:stop].to(device, torch.float32, copy=True)
+        channels, _, h, w = self.segment.latent_shape(self.parts.transformer.config.out_channels)
+        shape = (channels, stop - start, h, w)
+        return latent_noise(self.request.seed, shape, start=self.segment.origin + start).to(device)
+
+    def fresh(self, start: int, draws: Tensor) -> Tensor:
+        """New noise of these draws for the columns from `start` on."""
+        channels, _, h, w = self.segment.latent_shape(self.parts.transformer.config.out_channels)
+        made = column_noise(self.request.seed, (channels, h, w), self.segment.origin + start, draws)
+        return made.to(self.parts.device)
+
+    # ------------------------------------------------------------ the denoiser of a row
+
+    def denoiser(self, row: Row) -> Denoise:
+        """Guidance over the velocity for the row's prompt and for the negative one, of the expert that its level belongs
+        to, with what is known of the video in its place."""
+        experts, request = self.parts.experts, self.request
+        scales = request.guidance_scales(len(experts))
+        region = self.region(row)
+        velocities = [
+            guided(
+                partial(self._velocity, row, region, expert, self.prompt_of(row)),
+                partial(self._velocity, row, region, expert, -1),
+                scale,
+            )
+            for expert, scale in enumerate(scales)
+        ]
+        chosen = switched(velocities, lambda sigma: experts.choose(timesteps(sigma.numpy(), request.solver).max()))
+        made = denoiser(chosen)
+        return made if region is None else known(made, region.clean, region.places)
+
+    def region(self, row: Row) -> Region | None:
+        """The places that are known in the window's frames."""
+        return None
+
+    def prompt_of(self, row: Row) -> int:
+        """The number of the prompt that a window's first free column belongs to."""
+        free = row.start + int((row.sigma > 0).long().argmax()) if bool((row.sigma > 0).any()) else row.start
+        prompts = self.segment.prompts
+        return [p for frame, p in prompts if frame == 0 or self.segment.column_of(self.segment.skip + frame) <= free][
+            -1
+        ]
+
+    def _velocity(self, row: Row, region: Region | None, expert: int, text: int, x: Tensor, sigma: Tensor) -> Tensor:
+        """One expert's velocity for a text. What it makes of the text is made in its first call, when it has to be on
+        the device anyway."""
+        parts, key = self.parts, (expert, text)
+        embeds = self.session.text(text)
+        given, levels = self.conditions.input(x, row, self.noise, region)
+        times = torch.from_numpy(timesteps(levels.numpy(), self.request.solver)).to(x.device)
+        offset, cache = self._cache(row, text)
+        if row.write_cache and cache is not None:
+            times = torch.full_like(times, parts.recipe.rollout.context_noise, dtype=torch.float64)
+        with parts.experts.use(expert) as transformer, ieee_fp32():
+            if key not in self._contexts:
+                self._contexts[key] = transformer.prepare_context(embeds, self.conditions.embeds)
+            return transformer(given, times[None], self._contexts[key], rope_offset=offset, cache=cache)
+
+    def _cache(self, row: Row, text: int) -> tuple[int, KVCache | None]:
+        """Where the window's positions begin, and what a causal model remembers of the frames before it.
+
+        Windows of other models begin at 0, wherever they are: as they were trained.
+        """
+        rollout = self.parts.recipe.rollout
+        if rollout is None:
+            return 0, None
+        if text not in self._caches:
+            capacity = min(rollout.window or self.segment.columns, self.segment.columns)
+            layers = self.parts.transformer.config.num_layers
+            self._caches[text] = KVCache(layers, capacity, min(rollout.sink, capacity - 1))
+        self._caches[text].begin(row.start, len(row.sigma))
+        return row.start, self._caches[text]
