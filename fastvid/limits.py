@@ -146,6 +146,32 @@ def picture(name: str, value: Any) -> Any:
     return value
 
 
+def clip(name: str, value: Any) -> Any:
+    """A file, an array, a Video, or pictures; what is in it is looked at later."""
+    if isinstance(value, (list, tuple)):
+        if not value:
+            refuse(name, value, "one frame or more")
+        return tuple(picture(f"{name}[{i}]", one) for i, one in enumerate(value))
+    return value if hasattr(value, "frames") else picture(name, value)
+
+
+def pictures(name: str, value: Any) -> tuple[Any, ...]:
+    """One picture or several."""
+    if not isinstance(value, (list, tuple)):
+        value = list(value) if getattr(value, "ndim", 0) == 4 else [value]
+    if not value:
+        refuse(name, value, "one picture or more (left out: none)")
+    return tuple(picture(f"{name}[{i}]", one) for i, one in enumerate(value))
+
+
+def scale(name: str, value: Any) -> float | tuple[float, ...]:
+    """A number, or one for each of several layers."""
+    check = number(-100.0, 100.0)
+    if not isinstance(value, (list, tuple)) and getattr(value, "ndim", 0) != 1:
+        return check(name, value)
+    return tuple(check(f"{name}[{i}]", one) for i, one in enumerate(value))
+
+
 def anything(name: str, value: Any) -> Any:
     return value
 

@@ -2,25 +2,24 @@
 
 Three kinds of model take one: those with more input channels (I2V, FLF2V, I2V-A14B) get a mask and latents behind the
 noisy latents, most of them CLIP tokens too; those with a timestep for every token (TI2V-5B, embedded) get the first
-latent clean at timestep 0; the others take none. See `fastvid.models.conditioning`.
+latent clean at timestep 0; those with a control branch (VACE) see a video in which those frames stay, see
+`fastvid.control`. The others take none. See `fastvid.models.conditioning`.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastvid import control, given
 from fastvid.errors import InvalidRequest
 from fastvid.loading import Parts
-from fastvid.media_read import read_video
-from fastvid.models import clip, conditioning
+from fastvid.models import WanTransformer, clip, conditioning
 from fastvid.precision import ieee_fp32
 from fastvid.requests import Request, Resolved
 from fastvid.timeline import Timeline
@@ -33,12 +32,21 @@ class Conditions:
     """What a request's pictures give the denoiser; all None without pictures.
 
     channels: [1, M, T, h, w], behind the noisy latents. embeds: CLIP tokens [1, L, d]. first: the clean first latent
-    [1, C, 1, h, w].
+    [1, C, 1, h, w]. control: of a model with a control branch, what that sees [1, V, R + T, h, w]; scales: how much it
+    counts, in all of its layers or in each.
     """
 
     channels: Tensor | None = None
     embeds: Tensor | None = None
     first: Tensor | None = None
+    control: Tensor | None = None
+    scales: float | tuple[float, ...] = 1.0
+
+    def context(self, transformer: WanTransformer, text: Tensor) -> Any:
+        """What the transformer makes of a text [1, L, text_dim] and of this, once a request."""
+        if self.control is None:
+            return transformer.prepare_context(text, self.embeds)
+        return transformer.prepare_context(text, self.embeds, control=self.control, scales=self.scales)
 
     def input(self, x: Tensor) -> Tensor:
         """What the transformer is called with: latents [1, C, T, h, w], known ones in place, more channels behind."""
@@ -56,47 +64,40 @@ class Conditions:
 
 
 def read(request: Request) -> Request:
-    """The request with its pictures as uint8 arrays [H, W, 3]; without a size of its own, in the first one's shape.
+    """The request with its pictures as uint8 arrays [H, W, 3]; without a size of its own, in the shape of its control
+    video or of its first picture.
 
     Raises MediaError for a file that can't be read, InvalidRequest for something that is no picture.
     """
-    given = {name: getattr(request, name) for name in NAMES if getattr(request, name) is not None}
-    pictures: dict[str, Any] = {name: _picture(name, value) for name, value in given.items()}
-    if not pictures:
-        return request
-    if (request.height or request.width or request.aspect or request.budget) is None:
-        height, width = next(iter(pictures.values())).shape[:2]
-        pictures["aspect"] = Fraction(width, height)
-    return replace(request, **pictures)
-
-
-def _picture(name: str, value: Any) -> np.ndarray:
-    if isinstance(value, str | os.PathLike):
-        return read_video(value)[0][0]
-    if hasattr(value, "convert"):  # Pillow's
-        value = value.convert("RGB")
-    array = value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
-        raise InvalidRequest(f"{name} is {array.dtype} {list(array.shape)}; it must be uint8 RGB [H, W, 3]")
-    # A copy: what the caller does to the picture later is not seen, and torch wants memory that can be written to.
-    return np.array(array)
+    found: dict[str, Any] = control.read(request)
+    for name in NAMES:
+        if (value := getattr(request, name)) is not None:
+            found[name] = given.picture(name, value)
+    shapes = [found[name].shape[-3:-1] for name in ("video", *NAMES) if name in found]
+    if shapes and (request.height or request.width or request.aspect or request.budget) is None:
+        height, width = shapes[0]
+        found["aspect"] = Fraction(width, height)
+    return replace(request, **found)
 
 
 def check(parts: Parts, request: Resolved) -> None:
     """Raises InvalidRequest if the model can't take these pictures, or needs others."""
-    given = [name for name in NAMES if getattr(request, name) is not None]
+    control.check(parts, request)
+    asked = [name for name in NAMES if getattr(request, name) is not None]
     config, name = parts.transformer.config, parts.recipe.name
-    if config.in_channels > config.out_channels:
+    if parts.control_layers:
+        pass  # any frame may stay
+    elif config.in_channels > config.out_channels:
         wanted = NAMES if config.pos_embed_seq_len else NAMES[:1]
-        if missing := [n for n in wanted if n not in given]:
+        if missing := [n for n in wanted if n not in asked]:
             raise InvalidRequest(f"{name} makes videos from pictures: give {missing[0]}=")
-        if "last_image" in given and config.image_dim and not config.pos_embed_seq_len:
+        if "last_image" in asked and config.image_dim and not config.pos_embed_seq_len:
             raise InvalidRequest(f"{name} takes image= alone; leave last_image out (FLF2V models take both)")
-    elif given and not parts.recipe.per_token_timesteps:
-        raise InvalidRequest(f"{name} makes videos from text alone; leave {given[0]} out")
-    elif "last_image" in given:
+    elif asked and not parts.recipe.per_token_timesteps:
+        raise InvalidRequest(f"{name} makes videos from text alone; leave {asked[0]} out")
+    elif "last_image" in asked:
         raise InvalidRequest(f"last_image is not supported with {name} yet; leave it out, image= is the first frame")
-    if "last_image" in given and request.num_frames != request.model_frames:
+    if "last_image" in asked and request.num_frames != request.model_frames:
         raise InvalidRequest(
             f"num_frames={request.num_frames}: with last_image it must be one that the model makes as it is; the "
             f"nearest is {request.model_frames}"
@@ -106,23 +107,23 @@ def check(parts: Parts, request: Resolved) -> None:
 @torch.no_grad()
 def prepare(parts: Parts, request: Resolved, timeline: Timeline) -> Conditions:
     """The pictures of a checked request as the model takes them, on its device."""
-    given = [getattr(request, name) for name in NAMES if getattr(request, name) is not None]
-    if not given:
+    if parts.control_layers:
+        scale = 1.0 if request.conditioning_scale is None else request.conditioning_scale
+        with ieee_fp32():
+            return Conditions(control=control.prepare(parts, request, timeline), scales=scale)
+    pictures = [getattr(request, name) for name in NAMES if getattr(request, name) is not None]
+    if not pictures:
         return Conditions()
     config = parts.transformer.config
-    frames = [_fit(torch.from_numpy(picture), timeline).to(parts.device, parts.vae_dtype) for picture in given]
+    frames = [given.fit(picture[None], timeline).to(parts.device, parts.vae_dtype) for picture in pictures]
     with ieee_fp32():
         if config.in_channels == config.out_channels:
-            return Conditions(first=_encode(parts, frames[0][:, :, None]))
+            return Conditions(first=given.encode(parts, frames[0][:, :, None], timeline))
         placed = dict(zip((0, timeline.made_frames - 1), frames, strict=False))
         channels = conditioning.image_condition(
-            lambda x: _encode(parts, x), placed, timeline.made_frames, temporal=timeline.temporal
+            lambda x: given.encode(parts, x, timeline), placed, timeline.made_frames, temporal=timeline.temporal
         )
-        return Conditions(channels, _look(parts, given) if config.image_dim else None)
-
-
-def _encode(parts: Parts, frames: Tensor) -> Tensor:
-    return parts.vae.encode(frames)[0]
+        return Conditions(channels, _look(parts, pictures) if config.image_dim else None)
 
 
 def _look(parts: Parts, pictures: list[np.ndarray]) -> Tensor:
@@ -130,11 +131,3 @@ def _look(parts: Parts, pictures: list[np.ndarray]) -> Tensor:
     size = parts.image_encoder.config.image_size
     seen = [clip.preprocess(torch.from_numpy(picture)[None], size).to(parts.device) for picture in pictures]
     return parts.image_encoder(torch.cat(seen)).flatten(0, 1)[None]
-
-
-def _fit(picture: Tensor, timeline: Timeline) -> Tensor:
-    """uint8 [H, W, 3] -> fp32 [1, 3, made_height, made_width]: stretched to the size that was asked for, and its edge
-    repeated where the model makes more."""
-    fitted = conditioning.fit_pictures(picture[None], timeline.height, timeline.width)
-    right, bottom = timeline.made_width - timeline.width, timeline.made_height - timeline.height
-    return F.pad(fitted, (0, right, 0, bottom), mode="replicate")

@@ -93,6 +93,11 @@ class Pipeline:
                 "dpm++"), image, last_image (the first and the last frame, in models that take them: a file, a uint8
                 array [H, W, 3] or a Pillow image), latents (initial noise [1, C, T, h, w]), prompt_embeds and
                 negative_prompt_embeds ([1, L, text_dim]). What is left out is as the model's recipe says.
+                For VACE: video (depth, pose, or frames to keep: a file, uint8 [F, H, W, 3], or pictures; frames are
+                taken one for one, and are as many as come out if num_frames is left out), mask (of the video: a file,
+                bool or uint8 0 and 255 [F, H, W], or one picture for all frames; white is made by the model, black
+                stays), reference_images (pictures of what the video shows; latents then have one frame more for each,
+                in front), conditioning_scale (how much all of this counts: a number, or one for each control layer).
 
         Raises:
             InvalidRequest: an option is out of range; the message names the nearest valid one.
@@ -179,7 +184,7 @@ class Pipeline:
         config, itemsize = parts.transformer.config, parts.dtype.itemsize
 
         def need(t: Timeline) -> plan.Cost:
-            return plan.cost(t, config, parts.vae.config, itemsize)
+            return plan.cost(t, config, parts.vae.config, itemsize, control_layers=parts.control_layers)
 
         free = plan.available_bytes(parts.device)
         cost = need(timeline)
@@ -188,6 +193,7 @@ class Pipeline:
         scales, times = request.guidance_scales(len(parts.experts)), timesteps(sigmas, request.solver)
         calls = sum(1 if scales[parts.experts.choose(t)] == 1 else 2 for t in times)
         tokens = plan.count_tokens(timeline, config)
+        flops = plan.denoise_flops(tokens, parts.tokenizer.text_length, config, parts.control_layers)
         return Plan(
             height=timeline.height,
             width=timeline.width,
@@ -201,9 +207,10 @@ class Pipeline:
             steps=len(sigmas),
             model_calls=calls,
             decode_chunk=plan.decode_chunk(timeline),
-            flops_denoise=calls * plan.denoise_flops(tokens, parts.tokenizer.text_length, config),
+            flops_denoise=calls * flops,
             bytes_weights=parts.weight_bytes,
             bytes_activations=cost.activations,
+            bytes_encoder=cost.encoder,
             bytes_decoder=cost.decoder,
             bytes_latents=cost.latents,
             bytes_frames=cost.frames,
@@ -242,10 +249,11 @@ class Pipeline:
             spent, mark = time.perf_counter() - mark, time.perf_counter()
             seconds["denoise"] += spent
             yield Step(row.row + 1, len(table), row.sigma, spent)
-            if row.ready is None:
+            ready = None if row.ready is None else timeline.without_lead(row.ready, row.start)
+            if ready is None or not ready.shape[2]:
                 continue
-            out.append(row.ready)
-            for chunk in _until(row.ready.split(prepared.plan.decode_chunk, dim=2), cancelled):
+            out.append(ready)
+            for chunk in _until(ready.split(prepared.plan.decode_chunk, dim=2), cancelled):
                 mark = time.perf_counter()
                 frames, cache = self._decode(chunk, cache, timeline, start)
                 seconds["decode"] += time.perf_counter() - mark
@@ -274,7 +282,7 @@ class Pipeline:
         if request.latents is not None:
             return torch.as_tensor(request.latents).to(self._parts.device, torch.float32, copy=True)
         shape = timeline.latent_shape(self._parts.transformer.config.out_channels)
-        return latent_noise(request.seed, shape).to(self._parts.device)
+        return latent_noise(request.seed, shape, start=-timeline.lead).to(self._parts.device)
 
     @torch.no_grad()
     def _denoiser(self, request: Resolved, timeline: Timeline) -> Denoise:
@@ -311,7 +319,7 @@ class Pipeline:
             times = torch.from_numpy(timesteps(given.levels(sigma).numpy(), solver)).to(x.device)
             with experts.use(number) as transformer, ieee_fp32():
                 if not context:
-                    context.append(transformer.prepare_context(text, given.embeds))
+                    context.append(given.context(transformer, text))
                 return transformer(given.input(x), times[None], context[0])
 
         return velocity

@@ -2,7 +2,7 @@
 
 A request that does not fit is refused here, with the number that does not fit and the nearest request that does.
 Formulas for arithmetic: N tokens, width d, ffn f, L text rows; linear 2N(6d^2 + 2df), self-attention 4 N^2 d,
-cross-attention 4 N L d, a layer and call each.
+cross-attention 4 N L d, a layer and call each; the layers of a control branch cost the same, and 2N d^2 for a hint.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ class Cost:
     decoder: int
     latents: int
     frames: int
+    encoder: int = 0
 
     @property
     def total(self) -> int:
-        return max(self.activations, self.decoder) + self.latents + self.frames
+        return max(self.activations, self.decoder, self.encoder) + self.latents + self.frames
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Plan:
     flops_denoise: float
     bytes_weights: int
     bytes_activations: int
+    bytes_encoder: int
     bytes_decoder: int
     bytes_latents: int
     bytes_frames: int
@@ -79,6 +81,7 @@ def lay_out(request: Resolved, vae: VAEConfig) -> Timeline:
         made_width=request.model_width,
         spatial=vae.spatial_scale,
         temporal=vae.temporal_scale,
+        lead=len(request.reference_images or ()),
     )
 
 
@@ -88,34 +91,48 @@ def count_tokens(timeline: Timeline, config: WanTransformerConfig) -> int:
     return math.prod(n // p for n, p in zip(shape, config.patch_size, strict=True))
 
 
-def denoise_flops(tokens: int, text_rows: int, config: WanTransformerConfig) -> float:
-    """Floating point operations of one model call."""
+def denoise_flops(tokens: int, text_rows: int, config: WanTransformerConfig, control_layers: int = 0) -> float:
+    """Floating point operations of one model call. control_layers: of a control branch beside it."""
     d, f = config.dim, config.ffn_dim
     layer = 2 * tokens * (6 * d * d + 2 * d * f) + 4 * tokens * tokens * d + 4 * tokens * text_rows * d
-    return float(config.num_layers * layer)
+    # What goes into the control branch is projected once, what comes out in every layer.
+    control = control_layers * layer + (control_layers + 1) * 2 * tokens * d * d if control_layers else 0
+    return float(config.num_layers * layer + control)
 
 
 def decode_chunk(timeline: Timeline) -> int:
     """Latent frames decoded at a time: one for large frames, more where a frame is small."""
     pixels = timeline.made_height * timeline.made_width * timeline.temporal
-    return max(1, min(timeline.columns, (1 << 17) // pixels))
+    return max(1, min(timeline.columns - timeline.lead, (1 << 17) // pixels))
 
 
 def cost(
-    timeline: Timeline, config: WanTransformerConfig, vae: VAEConfig, itemsize: int, solver_copies: int = 6
+    timeline: Timeline,
+    config: WanTransformerConfig,
+    vae: VAEConfig,
+    itemsize: int,
+    solver_copies: int = 6,
+    control_layers: int = 0,
 ) -> Cost:
     """Peak bytes of a whole-clip request.
 
     Activations: residual, norm, q, k, v, output and the wider of two feed-forward tensors, counted in the compute type
-    and fp32. Decoder: about ten of its widest tensors for one chunk. Latents: the solver's history.
+    and fp32; with control_layers, a second residual. Decoder, and for models that see whole videos the encoder: about
+    ten of its widest tensors for one chunk; the encoder beside the frames that it takes. Latents: the solver's
+    history, and what the control branch sees.
     """
     tokens, pixels = count_tokens(timeline, config), timeline.made_height * timeline.made_width
-    chunk_frames = timeline.temporal * decode_chunk(timeline)
+    residuals = 7 if control_layers else 6
+    decoder = timeline.temporal * decode_chunk(timeline) * pixels * vae.widest * 4 * 10
+    seen = 2 * vae.z_dim + timeline.spatial**2 if control_layers else 0
+    # Of every pixel: the video and what of it stays or changes (3 each), the mask and the rounded mask; or the video.
+    values = 8 if control_layers else 3 if config.in_channels > config.out_channels else 0
     return Cost(
-        activations=tokens * (config.dim * (4 + 6 * itemsize) + 2 * config.ffn_dim * itemsize),
-        decoder=chunk_frames * pixels * vae.widest * 4 * 10,
-        latents=math.prod(timeline.latent_shape(vae.z_dim)) * 4 * solver_copies,
+        activations=tokens * (config.dim * (4 + residuals * itemsize) + 2 * config.ffn_dim * itemsize),
+        decoder=decoder,
+        latents=math.prod(timeline.latent_shape(vae.z_dim * solver_copies + seen)) * 4,
         frames=timeline.num_frames * timeline.height * timeline.width * 3,
+        encoder=values and decoder + timeline.made_frames * pixels * values * 4,
     )
 
 
@@ -146,7 +163,7 @@ def check_fits(need: Cost, free: int, timeline: Timeline, largest_that_fits: int
     """Raises OutOfMemory for a request that does not fit, naming the nearest that does."""
     if need.total <= free:
         return
-    parts = {name: getattr(need, name) for name in ("activations", "decoder", "latents", "frames")}
+    parts = {name: getattr(need, name) for name in ("activations", "encoder", "decoder", "latents", "frames")}
     worst = max(parts, key=parts.get)
     hint = f"the nearest that fits is num_frames={largest_that_fits}" if largest_that_fits else "ask for a smaller size"
     raise OutOfMemory(
@@ -158,7 +175,7 @@ def check_fits(need: Cost, free: int, timeline: Timeline, largest_that_fits: int
 
 def most_frames(timeline: Timeline, fits: Any) -> int:
     """The largest number of frames up to the timeline's for which `fits(timeline)`, 0 if none."""
-    low, high = 0, timeline.columns
+    low, high = 0, timeline.columns - timeline.lead
     while low < high:
         middle = (low + high + 1) // 2
         frames = (middle - 1) * timeline.temporal + 1

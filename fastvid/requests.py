@@ -21,11 +21,13 @@ NOT_YET = ("keyframes",)  # take a name out here when its verb is built
 
 ALIASES = {
     "cfg": "guidance_scale",
+    "control_video": "video",
     "duration": "seconds",
     "frame_rate": "fps",
     "frames": "num_frames",
     "generator": "seed",
     "length": "num_frames",
+    "reference_image": "reference_images",
     "resolution": "size",
     "sampler": "solver",
     "scheduler": "solver",
@@ -84,6 +86,10 @@ class Request:
     image: Any = asked(limits.picture, data=True)
     last_image: Any = asked(limits.picture, data=True)
     keyframes: Any = asked(limits.anything, data=True)
+    video: Any = asked(limits.clip, data=True)
+    mask: Any = asked(limits.clip, data=True)
+    reference_images: Any = asked(limits.pictures, data=True)
+    conditioning_scale: float | tuple[float, ...] | None = asked(limits.scale)
     latents: Any = asked(limits.tensor, data=True)
     prompt_embeds: Any = asked(limits.tensor, data=True)
     negative_prompt_embeds: Any = asked(limits.tensor, data=True)
@@ -165,10 +171,11 @@ class Request:
         dropped = {name for given in overrides for name in _DISPLACES.get(given, ())}
         kept = {k: v for k, v in recipe.items() if k not in RECIPE_CONTEXT and k not in dropped and k not in overrides}
         for name, value in kept.items():
-            if isinstance(value, dict) and "sha256" in value:
+            prints = value if isinstance(value, list) else [value]
+            if prints := [one for one in prints if isinstance(one, dict) and "sha256" in one]:
+                what = " and ".join(f"of shape {one.get('shape')} (sha256 {one['sha256']})" for one in prints)
                 raise InvalidRequest(
-                    f"this recipe was made with {name}= of shape {value.get('shape')} (sha256 {value['sha256']}), "
-                    f"which a file does not hold; give {name}= again"
+                    f"this recipe was made with {name}= {what}, which a file does not hold; give {name}= again"
                 )
         return cls.make(**kept, **overrides)
 
@@ -216,6 +223,8 @@ def _check_together(request: Request) -> None:
     ):
         if getattr(request, one) is not None and getattr(request, other) is not None:
             raise InvalidRequest(f"{one} and {other} are both given; give one of them")
+    if request.mask is not None and request.video is None:
+        raise InvalidRequest("mask says what of a video stays; give video too, or leave mask out")
     if request.prompt is None and request.prompt_embeds is None:
         raise InvalidRequest("prompt is missing: give one string (an empty one is allowed)")
     steps, levels = request.num_inference_steps, request.sigmas
@@ -247,6 +256,10 @@ class Resolved:
     solver: str
     image: Any = field(compare=False, repr=False)
     last_image: Any = field(compare=False, repr=False)
+    video: Any = field(compare=False, repr=False)
+    mask: Any = field(compare=False, repr=False)
+    reference_images: Any = field(compare=False, repr=False)
+    conditioning_scale: float | tuple[float, ...] | None
     latents: Any = field(compare=False, repr=False)
     prompt_embeds: Any = field(compare=False, repr=False)
     negative_prompt_embeds: Any = field(compare=False, repr=False)
@@ -272,14 +285,19 @@ class Resolved:
 
 
 def _recordable(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_recordable(one) for one in value]
     return fingerprint(value) if hasattr(value, "shape") else value
 
 
 def fingerprint(value: Any) -> dict[str, Any]:
     """Shape, type and sha256 of a tensor's values as little-endian float64 in C order (exact for every float type)."""
-    host = value.detach().cpu().double().contiguous().numpy() if hasattr(value, "detach") else value.astype("<f8")
+    digest = hashlib.sha256()
+    for part in value if len(value.shape) > 1 else [value]:  # a clip in float64 is large, a frame is not
+        host = part.detach().cpu().double().contiguous().numpy() if hasattr(part, "detach") else part
+        digest.update(host.astype("<f8").tobytes())
     return {
         "shape": [int(n) for n in value.shape],
         "dtype": str(value.dtype).removeprefix("torch."),
-        "sha256": hashlib.sha256(host.tobytes()).hexdigest(),
+        "sha256": digest.hexdigest(),
     }

@@ -65,8 +65,8 @@ PUBLISHED = [
         "Wan2.1-FLF2V-14B-720P-diffusers",
         *("wan2.1-flf2v-14b", {**PICTURE, "pos_embed_seq_len": 514}, 1304, 16.3955, I2V),
     ),
-    Published("Wan2.1-VACE-1.3B-diffusers", "wan2.1-vace-1.3b", VACE_SMALL, 1264, 2.154, VACE, None, ("control",)),
-    Published("Wan2.1-VACE-14B-diffusers", "wan2.1-vace-14b", VACE_LARGE, 1331, 17.3376, VACE, None, ("control",)),
+    Published("Wan2.1-VACE-1.3B-diffusers", "wan2.1-vace-1.3b", VACE_SMALL, 1264, 2.154, VACE),
+    Published("Wan2.1-VACE-14B-diffusers", "wan2.1-vace-14b", VACE_LARGE, 1331, 17.3376, VACE),
     Published("Wan2.2-T2V-A14B-Diffusers", "wan2.2-t2v-a14b", LARGE, 1095, 14.2885, "WanPipeline", 0.875),
     Published(
         "Wan2.2-I2V-A14B-Diffusers",
@@ -331,7 +331,7 @@ def test_alternatives_are_shown(shared: Path, tmp_path: Path) -> None:
         ({}, (), REIMPOSED),
         ({"image_dim": 1280, "in_channels": 36}, (), EXPERIMENTAL),
         ({"in_channels": 36}, (), NATIVE),
-        ({"vace_layers": [0]}, ("control",), NATIVE),
+        ({"vace_layers": [0]}, (), NATIVE),
     ],
 )
 def test_other_sizes_need_what_their_class_needs(changes: dict[str, Any], needs: tuple[str, ...], first: str) -> None:

@@ -30,7 +30,6 @@ SIZES_480P, SIZES_720P, SIZES_5B = ("832x480", "480x832"), ("1280x720", "720x128
 SIZES_14B = (*SIZES_720P, *SIZES_480P)
 
 NOT_YET: Mapping[str, str] = {
-    "control": "the VACE control branch is not supported yet by this version",
     "redraw": "its steps draw new noise in between, which is not supported yet by this version",
     "rollout": "its rollout, some frames at a time on a KV cache, is not supported yet by this version",
 }
@@ -146,9 +145,7 @@ WAN_FLF2V = replace(
     negative_prompt=FLF2V_NEGATIVE_PROMPT,
     patterns=patterns.FIRST_AND_LAST,
 )
-WAN_VACE_1_3B = replace(
-    WAN_1_3B, name="wan2.1-vace-1.3b", flow_shift=16.0, needs=("control",), patterns=patterns.CONTROL
-)
+WAN_VACE_1_3B = replace(WAN_1_3B, name="wan2.1-vace-1.3b", flow_shift=16.0, patterns=patterns.CONTROL)
 WAN_VACE_14B = replace(WAN_VACE_1_3B, name="wan2.1-vace-14b", height=720, width=1280, sizes=SIZES_14B)
 WAN_T2V_A14B = replace(
     WAN_14B,
@@ -318,7 +315,7 @@ def find_recipe(
 def _custom(signature: Signature, scheduler: Mapping[str, Any]) -> Recipe:
     recipe = Recipe("wan-custom", flow_shift=_file_shift(scheduler))
     if signature.control:
-        recipe = replace(recipe, needs=("control",), patterns=patterns.CONTROL)
+        recipe = replace(recipe, patterns=patterns.CONTROL)
     elif signature.image or signature.in_channels > signature.out_channels:
         picture = patterns.FIRST_AND_LAST if signature.positions else patterns.FIRST_FRAME
         recipe = replace(recipe, patterns=picture)

@@ -1,0 +1,107 @@
+"""Pictures, clips and masks as callers give them: read into uint8 arrays, laid on a timeline's frames, encoded.
+
+Shapes: H/W height and width as given, F frames; made_height, made_width and T latent frames of the timeline.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvid import plan
+from fastvid.errors import InvalidRequest
+from fastvid.loading import Parts
+from fastvid.media_read import read_video
+from fastvid.models import conditioning
+from fastvid.ops import resample
+from fastvid.timeline import Timeline
+
+
+def picture(name: str, value: Any) -> np.ndarray:
+    """A picture, uint8 RGB [H, W, 3]: a file (of a video its first frame), an array, a tensor or a Pillow image.
+
+    Raises MediaError for a file that can't be read, InvalidRequest for something that is no picture.
+    """
+    if isinstance(value, str | os.PathLike):
+        return read_video(value)[0][0]
+    array = _array(value)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+        raise InvalidRequest(f"{name} is {array.dtype} {list(array.shape)}; it must be uint8 RGB [H, W, 3]")
+    return array
+
+
+def clip(name: str, value: Any) -> np.ndarray:
+    """A clip, uint8 RGB [F, H, W, 3]: a file, an array, a tensor, a `Video`, or pictures of one size. Raises as
+    `picture` does."""
+    if isinstance(value, str | os.PathLike):
+        return read_video(value)[0]
+    if isinstance(value, list | tuple):
+        return _stacked(name, [picture(f"{name}[{i}]", one) for i, one in enumerate(value)])
+    array = _array(getattr(value, "frames", value))
+    if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+        raise InvalidRequest(f"{name} is {array.dtype} {list(array.shape)}; it must be uint8 RGB [F, H, W, 3]")
+    return array
+
+
+def mask(name: str, value: Any) -> np.ndarray:
+    """A mask, uint8 [F, H, W], 255 is white: a file, an array or tensor (bool, or uint8 from 0 to 255) [F, H, W] or
+    [H, W], with RGB behind it or not, a Pillow image, or a list of such pictures. F is 1 for a picture.
+
+    Of colours the first channel counts, as in diffusers. Raises as `picture` does.
+    """
+    if isinstance(value, list | tuple):
+        return _stacked(name, [mask(f"{name}[{i}]", one)[0] for i, one in enumerate(value)])
+    array = read_video(value)[0] if isinstance(value, str | os.PathLike) else _array(value)
+    kind, shape = array.dtype, list(array.shape)
+    if array.ndim > 2 and array.shape[-1] in (1, 3):
+        array = array[..., 0]
+    array = array[None] if array.ndim == 2 else array
+    if array.ndim != 3 or kind not in (np.uint8, np.bool_) or 0 in array.shape:
+        raise InvalidRequest(f"{name} is {kind} {shape}; it must be bool, or uint8 0 and 255, [F, H, W] or [H, W]")
+    if kind == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.max() == 1:
+        raise InvalidRequest(f"{name} holds 0 and 1 as uint8, where white is 255; give it as bool, or times 255")
+    return np.ascontiguousarray(array)
+
+
+def _array(value: Any) -> np.ndarray:
+    """A copy: what the caller does to it later is not seen, and torch wants memory that can be written to."""
+    if hasattr(value, "convert"):  # Pillow's
+        value = value.convert("RGB")
+    return np.array(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+
+
+def _stacked(name: str, pictures: list[np.ndarray]) -> np.ndarray:
+    sizes = {one.shape[:2] for one in pictures}
+    if len(sizes) != 1:
+        raise InvalidRequest(f"{name} has pictures of {sorted(sizes)} (H, W); one or more of one size are needed")
+    return np.stack(pictures)
+
+
+# ---------------------------------------------------------------- onto a timeline
+
+
+def fit(frames: np.ndarray, timeline: Timeline) -> Tensor:
+    """uint8 [F, H, W, C] -> fp32 [F, C, made_height, made_width] in [-1, 1]: stretched (Lanczos) to the size that was
+    asked for, and the edge repeated where the model makes more."""
+    # One at a time, since the sums are taken in float64.
+    sized = [resample.resize(torch.from_numpy(frame), timeline.height, timeline.width) for frame in frames]
+    right, bottom = timeline.made_width - timeline.width, timeline.made_height - timeline.height
+    return F.pad(conditioning.to_signed(torch.stack(sized)), (0, right, 0, bottom), mode="replicate")
+
+
+def encode(parts: Parts, frames: Tensor, timeline: Timeline) -> Tensor:
+    """Latents [1, C, T, h, w] of frames [1, 3, F, made_height, made_width], as many at once as are decoded at once."""
+    step, latents, cache = timeline.temporal * plan.decode_chunk(timeline), [], None
+    first = step - timeline.temporal + 1
+    rest = frames[:, :, first:]
+    for chunk in (frames[:, :, :first], *(rest.split(step, dim=2) if rest.shape[2] else ())):
+        made, cache = parts.vae.encode(chunk.to(parts.device, parts.vae_dtype), cache)
+        latents.append(made)
+    return torch.cat(latents, dim=2)
