@@ -39,8 +39,13 @@ REQUEST_FLAGS = (
         "fps",
         "seed",
         "image",
+        "last_image",
+        "video",
+        "mask",
+        "reference_images",
+        "conditioning_scale",
     ),
-    *("last_image", "num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "sigmas", "solver"),
+    *("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "sigmas", "solver"),
 )
 LOAD_FLAGS = ("device", "dtype", "backend", "attention")
 
@@ -248,9 +253,10 @@ def _with_flags(message: str) -> str:
     """Arguments that a message opens with or offers, as the command line spells them."""
 
     def flag(found: re.Match[str]) -> str:
-        return found[1] + "--" + found[2].replace("num_inference_steps", "steps").replace("_", "-")
+        name = {"num_inference_steps": "steps", "reference_images": "reference_image"}.get(found[2], found[2])
+        return found[1] + "--" + name.replace("_", "-")
 
-    return re.sub(rf"(^|is |and |but )({'|'.join(REQUEST_FLAGS)})(?=[=\[ ])", flag, message)
+    return re.sub(rf"(^|is |and |but |with |give |leave )({'|'.join(REQUEST_FLAGS)})(?=[=\[ ])", flag, message)
 
 
 def _drop_stdout() -> None:

@@ -67,6 +67,11 @@ def numbers(text: str) -> list[int | float]:
     return [number(part) for part in text.replace(",", " ").split()]
 
 
+def scale(text: str) -> int | float | list[int | float]:
+    """A number, or several."""
+    return found[0] if len(found := numbers(text)) == 1 else found
+
+
 def lora(text: str) -> tuple[str, float]:
     """FILE:SCALE, or FILE alone with a scale of 1; a colon may be in the file's name."""
     path, colon, scale = text.rpartition(":")
@@ -134,6 +139,21 @@ def _add_request(parser: Parser) -> None:
     add("--seed", type=number, metavar="N", help="0 to 2^63-1 (default: a random one, which is shown)")
     add("--image", metavar="FILE", help="a picture: the first frame (models that take one)")
     add("--last-image", metavar="FILE", help="a picture: the last frame (FLF2V, I2V-A14B)")
+    add("--video", metavar="FILE", help="a control video: depth, pose, or frames to keep (VACE)")
+    add("--mask", metavar="FILE", help="of that video: white is made, black stays; a picture counts for all frames")
+    add(
+        "--reference-image",
+        action="append",
+        dest="reference_images",
+        metavar="FILE",
+        help="a picture of what the video shows (VACE); may be repeated",
+    )
+    add(
+        "--conditioning-scale",
+        type=scale,
+        metavar="X",
+        help="how much these count (default: 1); A,B,... for each control layer",
+    )
     group = parser.add_argument_group("sampling (default: as the model's recipe says; embedded: 20 steps)")
     add = group.add_argument
     add("--steps", type=number, dest="num_inference_steps", metavar="N", help="denoising steps, 1 to 1000")

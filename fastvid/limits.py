@@ -20,6 +20,7 @@ MIN_SIDE, MAX_SIDE = 64, 2048
 MAX_VIDEO = (1920, 1080)  # or turned; one frame may have both sides up to MAX_SIDE
 MAX_FRAMES = 1 << 17
 MAX_STEPS = 1000
+MAX_SHOTS = 1000
 MAX_SEED = 2**63 - 1
 MIN_FPS, MAX_FPS = 0.1, 240.0
 MAX_PROMPT = 100_000  # characters
@@ -146,7 +147,54 @@ def picture(name: str, value: Any) -> Any:
     return value
 
 
-def anything(name: str, value: Any) -> Any:
+def clip(name: str, value: Any) -> Any:
+    """A file, an array, a Video, or pictures; what is in it is looked at later."""
+    if isinstance(value, (list, tuple)):
+        if not value:
+            refuse(name, value, "one frame or more")
+        return tuple(picture(f"{name}[{i}]", one) for i, one in enumerate(value))
+    return value if hasattr(value, "frames") else picture(name, value)
+
+
+def pictures(name: str, value: Any) -> tuple[Any, ...]:
+    """One picture or several."""
+    if not isinstance(value, (list, tuple)):
+        value = list(value) if getattr(value, "ndim", 0) == 4 else [value]
+    if not value:
+        refuse(name, value, "one picture or more (left out: none)")
+    return tuple(picture(f"{name}[{i}]", one) for i, one in enumerate(value))
+
+
+def scale(name: str, value: Any) -> float | tuple[float, ...]:
+    """A number, or one for each of several layers."""
+    check = number(-100.0, 100.0)
+    if not isinstance(value, (list, tuple)) and getattr(value, "ndim", 0) != 1:
+        return check(name, value)
+    return tuple(check(f"{name}[{i}]", one) for i, one in enumerate(value))
+
+
+def keyframes(name: str, value: Any) -> dict[int, Any]:
+    """{frame: picture}."""
+    if not isinstance(value, dict) or not value:
+        refuse(name, value, "a dict of frames and pictures, such as {8: 'middle.png'}")
+    index = whole(0, MAX_FRAMES - 1)
+    return {index(f"{name} frame", frame): picture(f"{name}[{frame}]", one) for frame, one in value.items()}
+
+
+def shots(name: str, value: Any) -> tuple[tuple[str, float], ...]:
+    """((prompt, seconds), ...)."""
+    allowed = 'a list such as [("a red circle", 2.0), ("a blue star", 1.5)]'
+    if not isinstance(value, (list, tuple)) or not value or len(value) > MAX_SHOTS:
+        refuse(name, value, f"{allowed}, of 1 to {MAX_SHOTS} shots")
+    if not all(isinstance(shot, (list, tuple)) and len(shot) == 2 for shot in value):
+        refuse(name, value, allowed)
+    long = number(1 / MAX_FPS, MAX_FRAMES / MIN_FPS, " seconds")
+    return tuple((text(f"{name}[{i}]", p), long(f"{name}[{i}] seconds", s)) for i, (p, s) in enumerate(value))
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        refuse(name, value, "True or False")
     return value
 
 

@@ -64,6 +64,11 @@ class Parts:
         return self.experts.modules[0]
 
     @property
+    def control_layers(self) -> int:
+        """Layers of the transformer's control branch (VACE), 0 if it has none."""
+        return len(getattr(self.transformer, "vace_blocks", ()))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What `load` was asked for and made of it, as a recipe records it: what else decides the bytes."""
         dtype = str(self.dtype).removeprefix("torch.")

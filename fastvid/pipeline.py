@@ -8,7 +8,6 @@ video.save("out.mp4")
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,26 +17,14 @@ import torch
 from torch import Tensor
 
 import fastvid
-from fastvid import engine, pictures, pieces, plan
-from fastvid.errors import Cancelled, InvalidRequest
+from fastvid import control, inputs, pieces, plan, verbs
+from fastvid.errors import InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
 from fastvid.loading import Parts, change_loras, load_parts, read_checkpoint, read_loras
 from fastvid.plan import Plan
-from fastvid.precision import ieee_fp32
 from fastvid.requests import Request, Resolved
-from fastvid.sampling import (
-    Denoise,
-    Velocity,
-    check_sigmas,
-    denoiser,
-    find_solver,
-    guided,
-    known,
-    latent_noise,
-    make_sigmas,
-    switched,
-    timesteps,
-)
+from fastvid.sampling import check_sigmas, make_sigmas
+from fastvid.session import Job, Session, count_calls, spans, window_columns
 from fastvid.timeline import Timeline
 from fastvid.video import Video
 
@@ -67,12 +54,10 @@ class Stream:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that was checked and planned, with everything that belongs to it alone."""
+    """A request that was checked and planned, and its recipe."""
 
-    request: Resolved
+    job: Job
     plan: Plan
-    timeline: Timeline
-    sigmas: np.ndarray
     recipe: dict[str, Any]
 
 
@@ -83,39 +68,96 @@ class Pipeline:
         self._parts = parts
 
     def generate(self, prompt: str | None = None, **options: Any) -> Video:
-        """Make a video from a prompt.
+        """Make a video from a prompt, and perhaps from pictures.
 
         Args:
             prompt: what to show. An empty one is allowed.
             options: negative_prompt, height, width (pixels) or size="832x480" or aspect and budget, num_frames or
                 seconds, fps, seed, num_inference_steps, guidance_scale, guidance_scale_2 (low noise, in models with two
                 experts; default: guidance_scale if that is given), flow_shift or sigmas, solver ("unipc", "euler",
-                "dpm++"), image, last_image (the first and the last frame, in models that take them: a file, a uint8
-                array [H, W, 3] or a Pillow image), latents (initial noise [1, C, T, h, w]), prompt_embeds and
-                negative_prompt_embeds ([1, L, text_dim]). What is left out is as the model's recipe says.
+                "dpm++", "redraw"), image, last_image, keyframes (the first and the last frame, and {frame: picture}: a
+                file, a uint8 array [H, W, 3] or a Pillow image), latents (initial noise [1, C, T, h, w]), prompt_embeds
+                and negative_prompt_embeds ([1, L, text_dim]), draft (True: half the size, fewer steps; see `finalize`).
+                What is left out is as the model's recipe says.
+                For VACE: video (depth, pose, or frames to keep: a file, uint8 [F, H, W, 3], or pictures; frames are
+                taken one for one, and are as many as come out if num_frames is left out), mask (of the video: a file,
+                bool or uint8 0 and 255 [F, H, W], or one picture for all frames; white is made by the model, black
+                stays), reference_images (pictures of what the video shows; latents then have one frame more for each,
+                in front), conditioning_scale (how much all of this counts: a number, or one for each control layer).
 
         Raises:
             InvalidRequest: an option is out of range; the message names the nearest valid one.
             OutOfMemory: the request does not fit.
         """
+        return self._video("generate", prompt=prompt, **options)
+
+    def image(self, prompt: str | None = None, **options: Any) -> Video:
+        """Make a picture, up to 2048x2048: a video of one frame. Options as `generate` takes them."""
+        return self._video("image", prompt=prompt, **options)
+
+    def extend(self, video: Any, prompt: str | None = None, **options: Any) -> Video:
+        """A clip, and what comes after it, or before it, or on both sides.
+
+        Args:
+            video: a file, uint8 frames [T, H, W, 3], or a Video. Its frames come out as they are.
+            prompt: what to show; left out, that of the video's own recipe.
+            options: direction ("after", "before", "both"), seconds or num_frames to add on each side (default: a
+                second), and how to sample, as in `generate`.
+        """
+        return self._video("extend", video=video, prompt=prompt, **options)
+
+    def loop(self, video: Any, prompt: str | None = None, **options: Any) -> Video:
+        """A clip, and a bridge of `seconds` or num_frames that leads from its end back to its start."""
+        return self._video("loop", video=video, prompt=prompt, **options)
+
+    def blend(self, a: Any, b: Any, prompt: str | None = None, **options: Any) -> Video:
+        """A clip, a bridge of `seconds` or num_frames, and another clip, which is brought to the first one's size and
+        rate."""
+        return self._video("blend", video=a, video_2=b, prompt=prompt, **options)
+
+    def edit(self, video: Any, prompt: str | None = None, **options: Any) -> Video:
+        """A clip made anew after a prompt.
+
+        Args:
+            video: a file, uint8 frames [T, H, W, 3], or a Video.
+            prompt: what it shall show.
+            options: strength (0 to 1, the share of the steps that are run: how far it goes from the clip),
+                mask (white, or True, where it may change; a file, [T, H, W] or [H, W]; the other pixels stay as they
+                are), source_prompt (what the clip shows now: the edit then follows the difference, FlowEdit, which
+                keeps motion and layout), width and height (larger than the clip's: what is around it is made), and how
+                to sample, as in `generate`.
+        """
+        return self._video("edit", video=video, prompt=prompt, **options)
+
+    def storyboard(self, shots: Any, **options: Any) -> Video:
+        """A video of several shots, [(prompt, seconds), ...], each going on from the one before."""
+        return self._video("storyboard", shots=shots, **options)
+
+    def finalize(self, draft: Any, prompt: str | None = None, **options: Any) -> Video:
+        """A draft (see `generate`) at its full size, or at width and height, with all steps of `strength`."""
+        return self._video("finalize", video=draft, prompt=prompt, **options)
+
+    def _video(self, verb: str, **options: Any) -> Video:
         frames: list[np.ndarray] = []
-        for event in self.stream(prompt, **options):
+        for event in self.stream(verb=verb, **options):
             if isinstance(event, Frames):
                 frames.append(event.frames)
         # The loop only ends after Finished: everything else raises.
         return Video(np.concatenate(frames), event.fps, event.seed, event.latents, event.recipe)
 
-    def stream(self, prompt: str | None = None, **options: Any) -> Stream:
-        """Like `generate`, as events: Started, Step, Frames, Finished. Frames come out while later ones are decoded.
+    def stream(self, prompt: Any = None, *, verb: str = "generate", **options: Any) -> Stream:
+        """Any verb, as events: Started, Step, Frames, Finished. Frames come out while later ones are still made.
 
         The request is checked and planned before this returns; nothing is computed until the first event is asked for.
         """
-        prepared, cancelled = self._prepare(prompt, options), threading.Event()
+        prepared, cancelled = self._prepare(verb, {"prompt": prompt, **options}), threading.Event()
         return Stream(self._run(prepared, cancelled), cancelled)
 
-    def plan(self, prompt: str | None = None, **options: Any) -> Plan:
-        """What the request would cost, without running it. The prompt may be left out."""
-        return self._prepare("" if prompt is None and "prompt_embeds" not in options else prompt, options).plan
+    def plan(self, prompt: str | None = None, *, verb: str = "generate", **options: Any) -> Plan:
+        """What a request would cost, without running it. The prompt may be left out."""
+        if "prompt_embeds" not in options and verb != "storyboard":
+            options["prompt"] = prompt or ""
+        return self._prepare(verb, options).plan
 
     def embed(self, prompt: str) -> Tensor:
         """Text embeddings [1, L, text_dim] of a prompt, as `prompt_embeds=` takes them."""
@@ -159,51 +201,58 @@ class Pipeline:
 
     # ------------------------------------------------------------ before running
 
-    def _prepare(self, prompt: str | None, options: dict[str, Any]) -> Prepared:
+    def _prepare(self, verb: str, options: dict[str, Any]) -> Prepared:
         parts = self._parts
-        request = pictures.read(Request.make(prompt=prompt, **options)).resolve(parts.recipe)
-        pictures.check(parts, request)
-        sigmas = (
-            make_sigmas(request.num_inference_steps, request.flow_shift, request.solver)
-            if request.sigmas is None
-            else check_sigmas(request.sigmas)
-        )
-        timeline = layout.lay_out(request, layout.rules_of(parts))
+        request = inputs.read(Request.make(verb, **options)).resolve(parts.recipe)
+        control.check(parts, request)
+        timeline = verbs.lay_out(request, verbs.rules_of(parts))
+        verbs.check(parts, request, timeline)
         self._check_tensors(request, timeline)
+        sigmas = _sigmas_of(request)
         recipe = request.to_recipe(model=parts.model, version=fastvid.__version__, **parts.settings)
         made = self._plan(request, timeline, sigmas)
         return Prepared(Job(request, timeline, sigmas, made.decode_chunk), made, recipe)
 
     def _plan(self, request: Resolved, timeline: Timeline, sigmas: np.ndarray) -> Plan:
-        parts = self._parts
-        config, itemsize = parts.transformer.config, parts.dtype.itemsize
+        parts, config = self._parts, self._parts.transformer.config
+        segments = timeline.segments
+        largest = max(segments, key=lambda s: window_columns(parts, s))
+        window = plan.window_of(largest, window_columns(parts, largest))
 
-        def need(t: Timeline) -> plan.Cost:
-            return plan.cost(t, config, parts.vae.config, itemsize)
+        def need(frames: int) -> plan.Cost:
+            shorter = window if frames >= window.made_frames else plan.window_of(window, frames // window.temporal + 1)
+            itemsize = parts.dtype.itemsize
+            return plan.cost(
+                shorter, config, parts.vae.config, itemsize, control_layers=parts.control_layers, frames=frames
+            )
 
-        free = plan.available_bytes(parts.device)
-        cost = need(timeline)
+        free, cost = plan.available_bytes(parts.device), need(timeline.num_frames)
         if cost.total > free:
-            plan.check_fits(cost, free, timeline, plan.most_frames(timeline, lambda t: need(t).total <= free))
-        scales, times = request.guidance_scales(len(parts.experts)), timesteps(sigmas, request.solver)
-        calls = sum(1 if scales[parts.experts.choose(t)] == 1 else 2 for t in times)
-        tokens = plan.count_tokens(timeline, config)
+            most = plan.most_frames(timeline.num_frames, window.temporal, lambda n: need(n).total <= free)
+            plan.refuse(cost, free, window, timeline.num_frames, most)
+        calls = [count_calls(parts, s, sigmas, request) for s in segments]
+        tokens, rows = plan.count_tokens(window, config), parts.tokenizer.text_length
+        keys = tokens if parts.recipe.rollout is None else plan.count_tokens(largest, config)
+        each = plan.denoise_flops(tokens, rows, config, parts.control_layers, keys)
         return Plan(
-            height=timeline.height,
-            width=timeline.width,
+            height=largest.height,
+            width=largest.width,
             num_frames=timeline.num_frames,
-            model_height=timeline.made_height,
-            model_width=timeline.made_width,
-            model_frames=timeline.made_frames,
+            model_height=largest.made_height,
+            model_width=largest.made_width,
+            model_frames=sum(s.made_frames - s.left - s.right for s in segments),
             fps=request.fps,
-            latent_shape=timeline.latent_shape(config.out_channels),
+            latent_shape=largest.latent_shape(config.out_channels),
+            segments=len(segments),
+            windows=sum(len(spans(parts, s)) for s in segments),
             tokens=tokens,
             steps=len(sigmas),
-            model_calls=calls,
-            decode_chunk=plan.decode_chunk(timeline),
-            flops_denoise=calls * plan.denoise_flops(tokens, parts.tokenizer.text_length, config),
+            model_calls=sum(calls),
+            decode_chunk=plan.decode_chunk(window),
+            flops_denoise=sum(calls) * each,
             bytes_weights=parts.weight_bytes,
             bytes_activations=cost.activations,
+            bytes_encoder=cost.encoder,
             bytes_decoder=cost.decoder,
             bytes_latents=cost.latents,
             bytes_frames=cost.frames,
@@ -214,10 +263,13 @@ class Pipeline:
         )
 
     def _check_tensors(self, request: Resolved, timeline: Timeline) -> None:
-        config = self._parts.transformer.config
-        shape = (1, *timeline.latent_shape(config.out_channels))
+        config, segments = self._parts.transformer.config, timeline.segments
         if request.latents is not None:
-            _check_tensor("latents", request.latents, shape)
+            if len(segments) > 1:
+                raise InvalidRequest(
+                    f"latents: this request is made in {len(segments)} parts, whose noise is seed's; leave it out"
+                )
+            _check_tensor("latents", request.latents, (1, *segments[0].latent_shape(config.out_channels)))
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             value = getattr(request, name)
             if value is not None:
@@ -227,116 +279,32 @@ class Pipeline:
     # ------------------------------------------------------------ running
 
     def _run(self, prepared: Prepared, cancelled: threading.Event) -> Iterator[Event]:
-        request, timeline = prepared.request, prepared.timeline
-        seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
-        yield self._started(prepared)
-        mark = time.perf_counter()
-        denoise = self._denoiser(request, timeline)
-        table = engine.whole_clip(prepared.sigmas, timeline.columns)
-        latents = self._initial(request, timeline)
-        seconds["text"] = time.perf_counter() - mark
-        out, cache, start = [], None, 0
-        walked = engine.walk(table, latents, find_solver(request.solver), denoise)
-        mark = time.perf_counter()
-        for row in _until(walked, cancelled):
-            spent, mark = time.perf_counter() - mark, time.perf_counter()
-            seconds["denoise"] += spent
-            yield Step(row.row + 1, len(table), row.sigma, spent)
-            if row.ready is None:
-                continue
-            out.append(row.ready)
-            for chunk in _until(row.ready.split(prepared.plan.decode_chunk, dim=2), cancelled):
-                mark = time.perf_counter()
-                frames, cache = self._decode(chunk, cache, timeline, start)
-                seconds["decode"] += time.perf_counter() - mark
-                if len(frames):
-                    yield Frames(start, frames)
-                start += len(frames)
-            mark = time.perf_counter()
-        clean = torch.cat(out, dim=2)
-        yield Finished(request.seed, request.num_frames, request.fps, clean, prepared.recipe, seconds)
-
-    def _started(self, prepared: Prepared) -> Started:
-        t = prepared.timeline
-        return Started(
+        job, session = prepared.job, Session(self._parts, prepared.job, cancelled)
+        request, timeline = job.request, job.timeline
+        yield Started(
             plan=prepared.plan,
-            seed=prepared.request.seed,
-            num_frames=t.num_frames,
-            height=t.height,
-            width=t.width,
-            fps=prepared.request.fps,
-            total_steps=len(prepared.sigmas),
+            seed=request.seed,
+            num_frames=timeline.num_frames,
+            height=prepared.plan.height,
+            width=prepared.plan.width,
+            fps=request.fps,
+            total_steps=session.total_steps,
             recipe=prepared.recipe,
         )
-
-    def _initial(self, request: Resolved, timeline: Timeline) -> Tensor:
-        """The noise [1, C, T, h, w] that sampling starts from, fp32 on the device."""
-        if request.latents is not None:
-            return torch.as_tensor(request.latents).to(self._parts.device, torch.float32, copy=True)
-        shape = timeline.latent_shape(self._parts.transformer.config.out_channels)
-        return latent_noise(request.seed, shape).to(self._parts.device)
-
-    @torch.no_grad()
-    def _denoiser(self, request: Resolved, timeline: Timeline) -> Denoise:
-        """The request's denoiser: guidance over the velocity for the prompt and for the negative prompt, of the expert
-        that a noise level belongs to, with what is known of the video in its place."""
-        given = pictures.prepare(self._parts, request, timeline)
-        experts, solver = self._parts.experts, request.solver
-        scales = request.guidance_scales(len(experts))
-        texts = [self._embed(request.prompt, request.prompt_embeds)]
-        if any(scale != 1 for scale in scales):
-            texts.append(self._embed(request.negative_prompt, request.negative_prompt_embeds))
-        velocities = []
-        for number, scale in enumerate(scales):
-            made = [self._velocity(number, text, solver, given) for text in texts]
-            velocities.append(guided(made[0], made[-1], scale))
-        chosen = switched(velocities, lambda sigma: experts.choose(timesteps(sigma.numpy(), solver).max()))
-        if given.first is None:
-            return denoiser(chosen)
-        return known(denoiser(chosen), given.first, given.known(timeline.columns))
-
-    def _embed(self, prompt: str | None, embeds: Any) -> Tensor:
-        parts = self._parts
-        if embeds is not None:
-            return torch.as_tensor(embeds).to(parts.device, parts.dtype)
-        with ieee_fp32():
-            return parts.embed(prompt or "")
-
-    def _velocity(self, number: int, text: Tensor, solver: str, given: pictures.Conditions) -> Velocity:
-        """One expert's velocity for a text. What it makes of the text is made in its first call, when it has to be on
-        the device anyway."""
-        experts, context = self._parts.experts, []
-
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            times = torch.from_numpy(timesteps(given.levels(sigma).numpy(), solver)).to(x.device)
-            with experts.use(number) as transformer, ieee_fp32():
-                if not context:
-                    context.append(transformer.prepare_context(text, given.embeds))
-                return transformer(given.input(x), times[None], context[0])
-
-        return velocity
-
-    @torch.no_grad()
-    def _decode(self, latents: Tensor, cache: Any, timeline: Timeline, start: int) -> tuple[np.ndarray, Any]:
-        """The next latents to cropped uint8 frames [n, H, W, 3] from frame `start` on, and the decoder's new cache."""
-        parts = self._parts
-        with ieee_fp32():
-            frames, cache = parts.vae.decode(latents.to(parts.vae_dtype), cache)
-        rgb = timeline.crop(parts.ops.to_rgb(frames[0]), start)
-        return rgb.contiguous().cpu().numpy(), cache
+        yield from session.run()
+        clean = torch.cat(session.latents, dim=2)
+        yield Finished(request.seed, timeline.num_frames, request.fps, clean, prepared.recipe, session.seconds)
 
 
-def _until(items: Any, cancelled: threading.Event) -> Iterator[Any]:
-    """The items, as long as nobody cancelled: asked before each is computed."""
-    source = iter(items)
-    while True:
-        if cancelled.is_set():
-            raise Cancelled("the request was cancelled")
-        try:
-            item = next(source)
-        except StopIteration:
-            return
-        yield item
+def _sigmas_of(request: Resolved) -> np.ndarray:
+    """The noise levels [N] of a request: of a work on a clip, the share of the steps that its strength says."""
+    if request.sigmas is not None:
+        sigmas = check_sigmas(request.sigmas)
+    else:
+        sigmas = make_sigmas(request.num_inference_steps, request.flow_shift, request.solver)
+    if request.strength is None:
+        return sigmas
+    return sigmas[len(sigmas) - max(1, int(len(sigmas) * request.strength)) :]
 
 
 def _check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:

@@ -1,7 +1,7 @@
-"""What can be asked of `pipe.generate`, validated whole before anything is allocated or loaded.
+"""What can be asked of a pipeline's verbs, validated whole before anything is allocated or loaded.
 
-`Request.make(**kwargs)` checks everything that can be known without the model; `request.resolve(recipe)` fills in what
-was not given from the model's recipe and counts frames and sizes; `resolved.to_recipe()` and `Request.from_recipe()`
+`Request.make(verb, **kwargs)` checks everything that can be known without the model; `request.resolve(recipe)` fills
+in what was not given from the model's recipe and counts frames and sizes; `resolved.to_recipe()` and `Request.from_recipe()`
 carry a request through a file.
 """
 
@@ -17,15 +17,43 @@ from fastvid import limits
 from fastvid.errors import InvalidRequest
 from fastvid.limits import check_frames, check_size, nearest_name, nearest_size, number, round_up, shown, whole
 
-NOT_YET = ("keyframes",)  # take a name out here when its verb is built
+SAMPLING = (
+    *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift"),
+    *("sigmas", "solver", "latents", "prompt_embeds", "negative_prompt_embeds", "conditioning_scale"),
+)
+SIZE = ("height", "width", "aspect", "budget")
+LENGTH = ("num_frames", "seconds")
+PICTURES = ("image", "last_image", "keyframes")
+VERBS: dict[str, tuple[str, ...]] = {
+    "generate": (*SAMPLING, *SIZE, *LENGTH, *PICTURES, "fps", "draft", "video", "mask", "reference_images"),
+    "image": (*SAMPLING, *SIZE, "draft", "reference_images"),
+    "extend": (*SAMPLING, *LENGTH, "video", "direction"),
+    "loop": (*SAMPLING, *LENGTH, "video"),
+    "blend": (*SAMPLING, *LENGTH, "video", "video_2"),
+    "edit": (*SAMPLING, *SIZE, "video", "mask", "strength", "source_prompt"),
+    "storyboard": (*SAMPLING, *SIZE, "shots", "fps", "image", "draft"),
+    "finalize": (*SAMPLING, *SIZE, "video", "strength"),
+}
+"""The arguments that each verb takes."""
+CLIPS = {
+    "extend": ("video",),
+    "loop": ("video",),
+    "blend": ("video", "video_2"),
+    "edit": ("video",),
+    "finalize": ("video",),
+}
+"""The clips that a verb works on: it cannot do without."""
+DIRECTIONS = ("after", "before", "both")
 
 ALIASES = {
     "cfg": "guidance_scale",
+    "control_video": "video",
     "duration": "seconds",
     "frame_rate": "fps",
     "frames": "num_frames",
     "generator": "seed",
     "length": "num_frames",
+    "reference_image": "reference_images",
     "resolution": "size",
     "sampler": "solver",
     "scheduler": "solver",
@@ -59,12 +87,14 @@ def asked(check: limits.Check, *, data: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Request:
-    """One call of `pipe.generate`, as it was given. None means: as the model's recipe says.
+    """One call of a verb, as it was given. None means: as the model's recipe says.
 
-    Make it with `Request.make(**kwargs)`, which checks; the constructor does not. `size="832x480"` may be given
-    to `make` instead of width and height. Sides in pixels, fps in frames a second.
+    Make it with `Request.make(verb, **kwargs)`, which checks; the constructor does not. `size="832x480"` may be given
+    to `make` instead of width and height. Sides in pixels, fps in frames a second; num_frames and seconds count what
+    is made (in extend, loop and blend: beside the clips).
     """
 
+    verb: str = "generate"
     prompt: str | None = asked(limits.text)
     negative_prompt: str | None = asked(limits.text)
     height: int | None = asked(whole(limits.MIN_SIDE, limits.MAX_SIDE, " pixels"))
@@ -83,29 +113,41 @@ class Request:
     solver: str | None = asked(limits.one_of(limits.SOLVERS))
     image: Any = asked(limits.picture, data=True)
     last_image: Any = asked(limits.picture, data=True)
-    keyframes: Any = asked(limits.anything, data=True)
+    keyframes: Any = asked(limits.keyframes, data=True)
+    video: Any = asked(limits.clip, data=True)
+    video_2: Any = asked(limits.clip, data=True)
+    mask: Any = asked(limits.clip, data=True)
+    reference_images: Any = asked(limits.pictures, data=True)
+    conditioning_scale: float | tuple[float, ...] | None = asked(limits.scale)
+    direction: str | None = asked(limits.one_of(DIRECTIONS))
+    strength: float | None = asked(number(0.0, 1.0))
+    source_prompt: str | None = asked(limits.text)
+    shots: tuple[tuple[str, float], ...] | None = asked(limits.shots)
+    draft: bool | None = asked(limits.flag)
     latents: Any = asked(limits.tensor, data=True)
     prompt_embeds: Any = asked(limits.tensor, data=True)
     negative_prompt_embeds: Any = asked(limits.tensor, data=True)
 
     @classmethod
-    def make(cls, **kwargs: Any) -> Request:
+    def make(cls, verb: str = "generate", **kwargs: Any) -> Request:
         """Check and convert. Raises InvalidRequest, which says what is allowed and what is nearest."""
-        checks: dict[str, limits.Check] = {f.name: f.metadata["check"] for f in fields(cls)}
+        checks: dict[str, limits.Check] = {f.name: f.metadata["check"] for f in fields(cls) if f.metadata}
+        takes = VERBS[verb]
         for name in kwargs:
             if name not in checks and name != "size":
-                near = nearest_name(name, (*checks, "size", *ALIASES))
+                near = nearest_name(name, (*takes, "size", *ALIASES))
                 raise InvalidRequest(f"there is no argument {shown(name)}; the nearest is {ALIASES.get(near, near)}")
-            if name in NOT_YET and kwargs[name] is not None:
-                raise InvalidRequest(f"generate({name}=...) is not supported yet by this version; leave it out")
+            if kwargs[name] is not None and name not in takes and not (name == "size" and "width" in takes):
+                verbs = ", ".join(other for other, names in VERBS.items() if name in names)
+                raise InvalidRequest(f"{name}: {verb} does not take it ({verbs or 'generate'} does); leave it out")
         given = _unfold_size({name: value for name, value in kwargs.items() if value is not None})
-        request = cls(**{name: checks[name](name, value) for name, value in given.items()})
+        request = cls(verb=verb, **{name: checks[name](name, value) for name, value in given.items()})
         _check_together(request)
         return request
 
     def arguments(self) -> dict[str, Any]:
-        """What was given, as keywords for `pipe.generate` and `Request.make`."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        """What was given, as keywords for the pipeline's verb and `Request.make`."""
+        return {f.name: value for f in fields(self) if f.metadata and (value := getattr(self, f.name)) is not None}
 
     def resolve(self, recipe: RecipeLike) -> Resolved:
         """Fill in what was not given and count. Raises InvalidRequest where the whole breaks a limit."""
@@ -121,7 +163,7 @@ class Request:
             for f in fields(Resolved)
             if f.name in Request.__dataclass_fields__
         }
-        filled |= {"width": width, "height": height, "num_frames": num_frames, "fps": fps}
+        filled |= {"width": width, "height": height, "num_frames": num_frames, "fps": fps, "verb": self.verb}
         filled["seed"] = secrets.randbelow(2**32) if self.seed is None else self.seed
         if experts > 1 and self.guidance_scale is not None and self.guidance_scale_2 is None:
             filled["guidance_scale_2"] = self.guidance_scale
@@ -129,6 +171,10 @@ class Request:
             filled["sigmas"] = self.sigmas  # a recipe's own levels are for its own number of steps
         if filled["sigmas"] is not None:
             filled["num_inference_steps"] = len(filled["sigmas"])
+        elif self.draft and self.num_inference_steps is None:
+            filled["num_inference_steps"] = max(1, round(recipe.num_inference_steps * DRAFT_STEPS))
+        if self.verb in STRENGTH and self.strength is None:
+            filled["strength"] = STRENGTH[self.verb]
         return Resolved(
             **filled,
             model_width=round_up(width, recipe.spatial_multiple),
@@ -137,13 +183,29 @@ class Request:
         )
 
     def _count_frames(self, fps: float, default: int) -> int:
+        if self.verb == "image":
+            return 1
+        if self.shots is not None:
+            count = round(sum(seconds for _, seconds in self.shots) * fps)
+            check_frames(count, f"shots at {fps:g} fps")
+            return count
         if self.seconds is not None:
             count = round(self.seconds * fps)
             check_frames(count, f"seconds={self.seconds:g} at {fps:g} fps")
             return count
+        if self.num_frames is None and self.verb in ("extend", "loop", "blend"):
+            return max(1, round(fps))  # a second
         return default if self.num_frames is None else self.num_frames
 
     def _choose_size(self, recipe: RecipeLike, num_frames: int) -> tuple[int, int]:
+        width, height = self._full_size(recipe, num_frames)
+        if not self.draft:
+            return width, height
+        multiple, least = recipe.spatial_multiple, limits.MIN_SIDE
+        half = [max(least, round(side * DRAFT_SIDE / multiple) * multiple) for side in (width, height)]
+        return min(half[0], width), min(half[1], height)
+
+    def _full_size(self, recipe: RecipeLike, num_frames: int) -> tuple[int, int]:
         if self.aspect is None and self.budget is None:
             return self.width or recipe.width, self.height or recipe.height
         ratio = self.aspect or Fraction(recipe.width, recipe.height)
@@ -159,22 +221,31 @@ class Request:
         """
         if not isinstance(recipe, dict) or "fastvid" not in recipe:
             raise InvalidRequest("this is not a fastvid recipe: it has no 'fastvid' entry")
-        if recipe.get("verb", "generate") != "generate":
-            raise InvalidRequest(f"this recipe is of {shown(recipe['verb'])}; this version can repeat 'generate'")
+        verb = recipe.get("verb", "generate")
+        if verb not in VERBS:
+            raise InvalidRequest(f"this recipe is of {shown(verb)}; this version knows {', '.join(VERBS)}")
         overrides = {name: value for name, value in overrides.items() if value is not None}
         dropped = {name for given in overrides for name in _DISPLACES.get(given, ())}
         kept = {k: v for k, v in recipe.items() if k not in RECIPE_CONTEXT and k not in dropped and k not in overrides}
         for name, value in kept.items():
-            if isinstance(value, dict) and "sha256" in value:
+            prints = value if isinstance(value, list) else [value]
+            if prints := [one for one in prints if isinstance(one, dict) and "sha256" in one]:
+                what = " and ".join(f"of shape {one.get('shape')} (sha256 {one['sha256']})" for one in prints)
                 raise InvalidRequest(
-                    f"this recipe was made with {name}= of shape {value.get('shape')} (sha256 {value['sha256']}), "
-                    f"which a file does not hold; give {name}= again"
+                    f"this recipe was made with {name}= {what}, which a file does not hold; give {name}= again"
                 )
-        return cls.make(**kept, **overrides)
+        return cls.make(verb, **kept, **overrides)
 
 
-RECIPE_CONTEXT = ("fastvid", "verb", "model", "settings")
-"""Entries of a recipe that are not arguments of generate: version, verb, model as loaded, dtype and back ends."""
+RECIPE_CONTEXT = ("fastvid", "verb", "model", "settings", "full_size")
+"""Entries of a recipe that are not arguments: version, verb, model as loaded, dtype and back ends, and for a draft the
+size that finalize brings it to."""
+
+DRAFT_SIDE, DRAFT_STEPS = 0.5, 0.4
+"""Of a draft's sides and steps, against what it is a draft of."""
+
+STRENGTH = {"edit": 0.8, "finalize": 0.6}
+"""The share of the steps that are run, where it is not said."""
 
 _DISPLACES = {
     "seconds": ("num_frames",),
@@ -216,6 +287,14 @@ def _check_together(request: Request) -> None:
     ):
         if getattr(request, one) is not None and getattr(request, other) is not None:
             raise InvalidRequest(f"{one} and {other} are both given; give one of them")
+    if missing := [name for name in CLIPS.get(request.verb, ()) if getattr(request, name) is None]:
+        raise InvalidRequest(f"{missing[0]} is missing: {request.verb} works on a clip; give a file or frames")
+    if request.verb == "storyboard":
+        if request.shots is None:
+            raise InvalidRequest('shots is missing: give [("a prompt", seconds), ...]')
+        return
+    if request.mask is not None and request.video is None:
+        raise InvalidRequest("mask says what of a video stays; give video too, or leave mask out")
     if request.prompt is None and request.prompt_embeds is None:
         raise InvalidRequest("prompt is missing: give one string (an empty one is allowed)")
     steps, levels = request.num_inference_steps, request.sigmas
@@ -245,8 +324,20 @@ class Resolved:
     flow_shift: float
     sigmas: tuple[float, ...] | None
     solver: str
+    verb: str
+    direction: str | None
+    strength: float | None
+    source_prompt: str | None
+    shots: tuple[tuple[str, float], ...] | None
+    draft: bool | None
     image: Any = field(compare=False, repr=False)
+    keyframes: Any = field(compare=False, repr=False)
+    video_2: Any = field(compare=False, repr=False)
     last_image: Any = field(compare=False, repr=False)
+    video: Any = field(compare=False, repr=False)
+    mask: Any = field(compare=False, repr=False)
+    reference_images: Any = field(compare=False, repr=False)
+    conditioning_scale: float | tuple[float, ...] | None
     latents: Any = field(compare=False, repr=False)
     prompt_embeds: Any = field(compare=False, repr=False)
     negative_prompt_embeds: Any = field(compare=False, repr=False)
@@ -258,28 +349,48 @@ class Resolved:
         """The scale of each of so many experts, high noise first."""
         return (self.guidance_scale,) if experts == 1 else (self.guidance_scale, float(self.guidance_scale_2))
 
+    @property
+    def prompts(self) -> tuple[str | None, ...]:
+        """The prompt, or those of all shots."""
+        return tuple(prompt for prompt, _ in self.shots) if self.shots else (self.prompt,)
+
+    @property
+    def known_pictures(self) -> dict[int, Any]:
+        """The pictures by the number of their frame."""
+        placed = {0: self.image, self.num_frames - 1: self.last_image, **(self.keyframes or {})}
+        return {frame: picture for frame, picture in placed.items() if picture is not None}
+
     def to_recipe(self, *, model: str = "", version: str = "", **settings: Any) -> dict[str, Any]:
         """Everything needed to make the video again, as JSON types. Tensors are recorded by shape and sha256.
 
         `model` is what `fastvid.load` was given; `settings` what else decides the bytes (dtype, backend, ...).
         """
-        skip = ("model_height", "model_width", "model_frames")
+        skip = ("model_height", "model_width", "model_frames", "verb")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
         if self.sigmas is not None:
             values |= {"num_inference_steps": None, "flow_shift": None, "sigmas": list(self.sigmas)}
-        recipe = {"fastvid": version, "verb": "generate", "model": model, "settings": settings}
+        recipe = {"fastvid": version, "verb": self.verb, "model": model, "settings": settings}
         return recipe | {name: _recordable(value) for name, value in values.items() if value is not None}
 
 
 def _recordable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(frame): _recordable(one) for frame, one in value.items()}
+    if hasattr(value, "fingerprint"):
+        return value.fingerprint()
+    if isinstance(value, tuple):
+        return [_recordable(one) for one in value]
     return fingerprint(value) if hasattr(value, "shape") else value
 
 
 def fingerprint(value: Any) -> dict[str, Any]:
     """Shape, type and sha256 of a tensor's values as little-endian float64 in C order (exact for every float type)."""
-    host = value.detach().cpu().double().contiguous().numpy() if hasattr(value, "detach") else value.astype("<f8")
+    digest = hashlib.sha256()
+    for part in value if len(value.shape) > 1 else [value]:  # a clip in float64 is large, a frame is not
+        host = part.detach().cpu().double().contiguous().numpy() if hasattr(part, "detach") else part
+        digest.update(host.astype("<f8").tobytes())
     return {
         "shape": [int(n) for n in value.shape],
         "dtype": str(value.dtype).removeprefix("torch."),
-        "sha256": hashlib.sha256(host.tobytes()).hexdigest(),
+        "sha256": digest.hexdigest(),
     }

@@ -16,29 +16,34 @@ import torch
 from torch import Tensor
 
 from fastvid import conditions, engine, tables
-from fastvid.conditions import Conditions, Given, Region
+from fastvid.conditions import CACHE, REIMPOSED, TIMESTEPS, Conditions, Region
 from fastvid.engine import Row
 from fastvid.errors import Cancelled
 from fastvid.events import Event, Frames, Step
+from fastvid.given import Known
 from fastvid.layers.kv_cache import KVCache
 from fastvid.loading import Parts
 from fastvid.precision import ieee_fp32
 from fastvid.requests import Resolved
 from fastvid.sampling import (
     Denoise,
+    Velocity,
     column_noise,
     denoiser,
     find_solver,
+    flow_edit,
     guided,
     known,
     latent_noise,
     switched,
     timesteps,
 )
+from fastvid.source import SourceClip
 from fastvid.spool import Spool
 from fastvid.timeline import Edge, Kept, Segment, Timeline
 
 KEPT_AT_ONCE = 16  # frames of a clip that are handed on at a time
+NEGATIVE, SOURCE = -1, -2  # numbers of the prompts that are not the request's own
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,25 @@ def count_rows(parts: Parts, segment: Segment, steps: int) -> int:
         return steps * len(spans(parts, segment))
     lead, block = segment.left_columns, rollout.frames_per_block
     return -(-lead // block) + -(-(segment.columns - lead) // block) * (steps + 1)
+
+
+def window_columns(parts: Parts, segment: Segment) -> int:
+    """The most columns of a segment that are with the model at once."""
+    if (rollout := parts.recipe.rollout) is not None:
+        return min(rollout.frames_per_block, segment.columns)
+    return max(stop - start for start, stop in spans(parts, segment))
+
+
+def count_calls(parts: Parts, segment: Segment, sigmas: np.ndarray, request: Resolved) -> int:
+    """How often the model is called for a segment."""
+    scales, times = request.guidance_scales(len(parts.experts)), timesteps(sigmas, request.solver)
+    each = [1 if scales[parts.experts.choose(t)] == 1 else 2 for t in times]
+    each = [calls + (request.source_prompt is not None) for calls in each]
+    if parts.recipe.rollout is None:
+        return sum(each) * len(spans(parts, segment))
+    passes = count_rows(parts, segment, len(sigmas))
+    blocks = (passes - -(-segment.left_columns // parts.recipe.rollout.frames_per_block)) // (len(sigmas) + 1)
+    return blocks * sum(each) + (passes - blocks * len(sigmas)) * each[-1]
 
 
 @dataclass
@@ -131,7 +155,7 @@ class Session:
         mark, total = time.perf_counter(), self.total_steps
         for prompt in self._prompts(segment):
             self.text(prompt)
-        maker = SegmentMaker(self, segment, self._given(segment))
+        maker = SegmentMaker(self, segment, self._known(segment))
         self.seconds["text"] += time.perf_counter() - mark
         for item in maker.run():
             if isinstance(item, np.ndarray):
@@ -143,7 +167,8 @@ class Session:
 
     def _prompts(self, segment: Segment) -> set[int]:
         guided = any(scale != 1 for scale in self.job.request.guidance_scales(len(self.parts.experts)))
-        return {prompt for _, prompt in segment.prompts} | ({-1} if guided else set())
+        others = {NEGATIVE: guided, SOURCE: self.job.request.source_prompt is not None}
+        return {prompt for _, prompt in segment.prompts} | {number for number, used in others.items() if used}
 
     def _remember(self, number: int, frames: np.ndarray) -> None:
         """Keeps the first and last frames of a segment, as far as neighbours are shown them."""
@@ -152,10 +177,10 @@ class Session:
         first = first if len(first) >= most else np.concatenate((first, frames))[:most]
         self._ends[number] = (first, np.concatenate((last, frames))[-most:])
 
-    def _given(self, segment: Segment) -> Given:
+    def _known(self, segment: Segment) -> Known:
         left = self._edge(segment.before, segment.left, before=True) if segment.left else None
         right = self._edge(segment.after, segment.right, before=False) if segment.right else None
-        return Given(left, right, dict(segment.pictures))
+        return Known(left, right, segment.pictures)
 
     def _edge(self, edge: Edge, count: int, before: bool) -> np.ndarray:
         """So many frames before or after an edge; where a clip ends, its last one is held."""
@@ -172,14 +197,14 @@ class Session:
         return np.concatenate((frames, *held)) if held else frames
 
     def text(self, number: int) -> Tensor:
-        """Embeddings of a prompt by number, -1 for the negative one, made when first asked for."""
+        """Embeddings [1, L, text_dim] of a prompt by number, made when first asked for."""
         if number not in self._texts:
             request = self.job.request
-            prompt, embeds = (
-                (request.negative_prompt, request.negative_prompt_embeds)
-                if number < 0
-                else (request.prompts[number], request.prompt_embeds if number == 0 else None)
-            )
+            prompt, embeds = {
+                NEGATIVE: (request.negative_prompt, request.negative_prompt_embeds),
+                SOURCE: (request.source_prompt, None),
+                0: (request.prompts[0], request.prompt_embeds),
+            }.get(number) or (request.prompts[number], None)
             if embeds is not None:
                 self._texts[number] = torch.as_tensor(embeds).to(self.parts.device, self.parts.dtype)
             else:
@@ -191,17 +216,15 @@ class Session:
 class SegmentMaker:
     """One segment from its noise to its frames."""
 
-    def __init__(self, session: Session, segment: Segment, given: Given) -> None:
+    def __init__(self, session: Session, segment: Segment, known: Known) -> None:
         self.session, self.segment, self.parts = session, segment, session.parts
         self.request, self.sigmas = session.job.request, session.job.sigmas
         self._noise_kept: tuple[tuple[int, int], Tensor] | None = None
         self._contexts: dict[tuple[int, int], Any] = {}
         self._caches: dict[int, KVCache] = {}
+        self.clip = None if segment.source is None else SourceClip(session.parts, segment, known, self.request.mask)
         with ieee_fp32():
-            self.conditions = self._prepare(given)
-
-    def _prepare(self, given: Given) -> Conditions:
-        return conditions.prepare(self.parts, self.segment, given)
+            self.conditions: Conditions = conditions.prepare(session.parts, self.request, segment, known)
 
     # ------------------------------------------------------------ the loop
 
@@ -247,6 +270,8 @@ class SegmentMaker:
             frames, cache = parts.vae.decode(latents.to(parts.vae_dtype), cache)
         rgb = parts.ops.to_rgb(frames[0])
         cropped = self.segment.crop(rgb, start).contiguous().cpu().numpy()
+        if self.clip is not None and self.request.mask is not None and len(cropped):
+            cropped = self.clip.keep(cropped, max(0, start - self.segment.skip))
         return cropped, cache, start + len(rgb)
 
     # ------------------------------------------------------------ noise
@@ -254,6 +279,9 @@ class SegmentMaker:
     def source(self, start: int, stop: int) -> Tensor:
         """What a window takes in [1, C, t, h, w]: noise, and clean latents where they are known."""
         latents, at = self.noise(start, stop), self.conditions
+        if self.clip is not None:
+            level = 0.0 if self.request.source_prompt is not None else float(self.sigmas[0])
+            latents = (1 - level) * self.clip.latents(start, stop) + level * latents
         if at.clean is None:
             return latents
         return torch.where(
@@ -283,26 +311,40 @@ class SegmentMaker:
     # ------------------------------------------------------------ the denoiser of a row
 
     def denoiser(self, row: Row) -> Denoise:
-        """Guidance over the velocity for the row's prompt and for the negative one, of the expert that its level belongs
-        to, with what is known of the video in its place."""
+        """Guidance over the velocity for the row's prompt and for the negative one, of the expert that its level is
+        for, with what is known of the video in its place."""
         experts, request = self.parts.experts, self.request
         scales = request.guidance_scales(len(experts))
         region = self.region(row)
         velocities = [
             guided(
                 partial(self._velocity, row, region, expert, self.prompt_of(row)),
-                partial(self._velocity, row, region, expert, -1),
+                partial(self._velocity, row, region, expert, NEGATIVE),
                 scale,
             )
             for expert, scale in enumerate(scales)
         ]
         chosen = switched(velocities, lambda sigma: experts.choose(timesteps(sigma.numpy(), request.solver).max()))
-        made = denoiser(chosen)
+        if self.clip is not None and request.source_prompt is not None:
+            made = self._flow_edit(row, region, chosen)
+        else:
+            made = denoiser(chosen)
         return made if region is None else known(made, region.clean, region.places)
+
+    def _flow_edit(self, row: Row, region: Region | None, target: Velocity) -> Denoise:
+        """Along the difference to the velocity for the source's own prompt, with new noise at every level."""
+        experts, solver = self.parts.experts, self.request.solver
+        sources = [partial(self._velocity, row, region, expert, SOURCE) for expert in range(len(experts))]
+        source = switched(sources, lambda sigma: experts.choose(timesteps(sigma.numpy(), solver).max()))
+        draw = 1 + int((self.sigmas > float(row.sigma.max())).sum())
+        noise = self.fresh(row.start, torch.full((len(row.sigma),), draw))
+        return flow_edit(target, source, self.clip.latents(row.start, row.stop), noise)
 
     def region(self, row: Row) -> Region | None:
         """The places that are known in the window's frames."""
-        return None
+        if self.clip is None or self.request.mask is None or self.conditions.way not in (TIMESTEPS, REIMPOSED, CACHE):
+            return None
+        return Region(self.clip.places(row.start, row.stop), self.clip.latents(row.start, row.stop))
 
     def prompt_of(self, row: Row) -> int:
         """The number of the prompt that a window's first free column belongs to."""
@@ -324,7 +366,7 @@ class SegmentMaker:
             times = torch.full_like(times, parts.recipe.rollout.context_noise, dtype=torch.float64)
         with parts.experts.use(expert) as transformer, ieee_fp32():
             if key not in self._contexts:
-                self._contexts[key] = transformer.prepare_context(embeds, self.conditions.embeds)
+                self._contexts[key] = self.conditions.context(transformer, embeds)
             return transformer(given, times[None], self._contexts[key], rope_offset=offset, cache=cache)
 
     def _cache(self, row: Row, text: int) -> tuple[int, KVCache | None]:

@@ -1,4 +1,4 @@
-"""Frames that are made before it is their turn to come out, in temporary files, so that memory does not grow with them."""
+"""Frames that are made before it is their turn to come out, in temporary files: memory does not grow with them."""
 
 from __future__ import annotations
 

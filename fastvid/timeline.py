@@ -183,7 +183,8 @@ class Stretch:
 def lay(stretch: Stretch, rules: Rules, number: int = 0, origin: int = 0) -> list[Segment]:
     """The segments of a stretch, in the order in which they come out; the first will be part `number` of the timeline.
 
-    One is enough where it fits the model's window, or where windows carry latents on. origin: index of the first column.
+    One is enough where it fits the model's window, or where windows carry latents on. origin: its first
+    column's index.
     """
     whole = _segment(stretch, rules, origin)
     if rules.carries or whole.columns - whole.lead <= max(rules.window, whole.left_columns + whole.right_columns + 1):
@@ -196,11 +197,14 @@ def lay(stretch: Stretch, rules: Rules, number: int = 0, origin: int = 0) -> lis
 
 def _forward(stretch: Stretch, rules: Rules) -> list[int]:
     """Frame counts of segments from left to right, each as long as the window lets it be."""
-    counts, rest, known = [], stretch.num_frames, stretch.before is not None
-    while rest > 0:
-        most = _most(rules, known, stretch.after is not None and rest <= _most(rules, known, True))
-        counts.append(min(rest, most))
-        rest, known = rest - counts[-1], True
+    counts, done, known = [], 0, stretch.before is not None
+    while done < stretch.num_frames:
+        rest, most = stretch.num_frames - done, _most(rules, known, False)
+        if stretch.after is not None and rest <= most:  # the last one, or the last but one where that is too long
+            most = _most(rules, known, True)
+        turn = min((frame for frame, _ in stretch.prompts if frame > done), default=stretch.num_frames) - done
+        counts.append(min(rest, most, turn))
+        done, known = done + counts[-1], True
     return counts
 
 
@@ -245,7 +249,7 @@ def _chain(stretch: Stretch, counts: Sequence[int], rules: Rules, number: int, o
         )
         made = _segment(piece, rules, origin)
         segments.append(replace(made, source_start=start))
-        origin += made.columns - made.left_columns
+        origin += made.columns - made.left_columns - made.lead
         start += count
     return segments
 
@@ -261,7 +265,8 @@ def _segment(stretch: Stretch, rules: Rules, origin: int) -> Segment:
     left = _left(stretch.before_frames, rules) if stretch.before else 0
     has_right = stretch.after is not None
     free = math.ceil(stretch.num_frames / t) if left else 1 + math.ceil((stretch.num_frames - 1) / t)
-    free = math.ceil(free / rules.block) * rules.block
+    first = int(not left and 0 in stretch.pictures)  # known, and so no part of a block
+    free = first + math.ceil((free - first) / rules.block) * rules.block
     made = left + free * t if left else 1 + (free - 1) * t
     surplus = made - left - stretch.num_frames
     right = 0
@@ -290,7 +295,7 @@ def _segment(stretch: Stretch, rules: Rules, origin: int) -> Segment:
         pictures=stretch.pictures,
         source=stretch.source,
         prompts=stretch.prompts,
-        origin=origin - (math.ceil(left / t) if left else 0),
+        origin=origin - (math.ceil(left / t) if left else 0) - stretch.lead,
         lead=stretch.lead,
     )
 
@@ -314,7 +319,7 @@ def extend(clip: Any, num_frames: int, direction: str, stretch: Stretch, rules: 
     if direction in ("before", "both"):
         ahead = replace(stretch, num_frames=num_frames, after=Edge(clip), after_frames=clip.num_frames)
         # Indices below zero: what is made after the clip does not depend on whether something is made before it.
-        columns = sum(s.columns - s.left_columns for s in lay(ahead, rules))
+        columns = sum(s.columns - s.left_columns - s.lead for s in lay(ahead, rules))
         parts += lay(ahead, rules, 0, -columns)
     parts.append(Kept(clip, 0, clip.num_frames))
     if direction in ("after", "both"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvid import engine
+from fastvid import engine, tables
 from fastvid.sampling import find_solver, make_sigmas
 
 
@@ -17,15 +17,15 @@ def denoise_to(target):
 @pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
 def test_a_perfect_denoiser_is_followed_to_its_target(solver):
     target = torch.randn(1, 4, 3, 2, 2)
-    table = engine.whole_clip(make_sigmas(7, 3.0, solver), 3)
-    rows = list(engine.walk(table, torch.randn(1, 4, 3, 2, 2), find_solver(solver), denoise_to(target)))
+    table = tables.whole_clip(make_sigmas(7, 3.0, solver), 3)
+    rows = list(engine.walk(table, torch.randn(1, 4, 3, 2, 2), find_solver(solver), lambda row: denoise_to(target)))
     assert [r.row for r in rows] == list(range(7))
     assert all(r.ready is None for r in rows[:-1])
     torch.testing.assert_close(rows[-1].ready, target, rtol=0, atol=1e-5)
 
 
 def test_whole_clip_table_ends_on_zero_and_joins():
-    table = engine.whole_clip(np.array([1.0, 0.6, 0.2]), 4)
+    table = tables.whole_clip(np.array([1.0, 0.6, 0.2]), 4)
     assert [float(r.sigma[0]) for r in table] == [1.0, 0.6, 0.2]
     assert [float(r.sigma_next[3]) for r in table] == [0.6, 0.2, 0.0]
     assert all(r.sigma.dtype == torch.float64 and r.sigma.shape == (4,) for r in table)
@@ -44,7 +44,7 @@ def test_columns_come_out_as_soon_as_they_are_clean():
             )
         )
     target = torch.randn(1, 2, 3, 2, 2)
-    out = list(engine.walk(rows, torch.randn(1, 2, 3, 2, 2), find_solver("euler"), denoise_to(target)))
+    out = list(engine.walk(rows, torch.randn(1, 2, 3, 2, 2), find_solver("euler"), lambda row: denoise_to(target)))
     assert [(r.start, None if r.ready is None else r.ready.shape[2]) for r in out] == [
         (0, None),
         (0, 1),
@@ -57,7 +57,10 @@ def test_columns_come_out_as_soon_as_they_are_clean():
 
 def test_a_caller_s_grad_mode_is_its_own():
     walked = engine.walk(
-        engine.whole_clip(np.array([1.0, 0.5]), 1), torch.zeros(1, 1, 1, 2, 2), find_solver("euler"), lambda x, s: x
+        tables.whole_clip(np.array([1.0, 0.5]), 1),
+        torch.zeros(1, 1, 1, 2, 2),
+        find_solver("euler"),
+        lambda row: lambda x, s: x,
     )
     for _ in walked:
         assert torch.is_grad_enabled()

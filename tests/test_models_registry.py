@@ -228,7 +228,11 @@ BREAKS: list[tuple[Callable[[Path], Any], str]] = [
         lambda f: change(f / "model_index.json", boundary_ratio=0.5),
         "boundary_ratio is 0.5, but there is no transformer_2",
     ),
-    (lambda f: change(f / "model_index.json", transformer=["diffusers", "WanVACETransformer3DModel"]), "is a WanVACE"),
+    (
+        lambda f: change(f / "model_index.json", transformer=["diffusers", "WanVACETransformer3DModel"]),
+        "is a WanVACETransformer3DModel, but .*config.json is of a WanTransformer3DModel",
+    ),
+    (lambda f: change(f / "model_index.json", transformer=["diffusers", "WanAnimate"]), "is a WanAnimate"),
 ]
 
 

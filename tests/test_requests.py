@@ -175,10 +175,14 @@ def test_unknown_names_are_told_the_nearest(given_name: str, nearest: str) -> No
     refused(f"{given_name}.*nearest is {nearest}", **{given_name: 1})
 
 
-@pytest.mark.parametrize("name", ["keyframes"])
-def test_pictures_are_refused_for_now(name: str) -> None:
-    refused(f"{name}=.*not supported yet", **{name: np.zeros((64, 64, 3), np.uint8)})
-    assert resolved(**{name: None}).num_frames == 17
+def test_keyframes_are_frames_with_a_picture_each() -> None:
+    black = np.zeros((64, 64, 3), np.uint8)
+    refused("keyframes=.*dict of frames", keyframes=black)
+    refused("keyframes frame=-1.*nearest is 0", keyframes={-1: black})
+    refused("keyframes.3.=", keyframes={3: 5})
+    assert resolved(keyframes=None).num_frames == 17
+    made = resolved(keyframes={"8": black}, image=black)
+    assert sorted(made.known_pictures) == [0, 8]
 
 
 @pytest.mark.parametrize(

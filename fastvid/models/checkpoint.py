@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from fastvid.errors import CheckpointError
 from fastvid.models import layout_rules, layouts, lora, original
 from fastvid.models.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.lora import Lora
-from fastvid.models.recipes import NOT_YET, Recipe, find_recipe, find_variants, read_signature
+from fastvid.models.recipes import Recipe, find_recipe, find_variants, read_signature
 from fastvid.models.tokenizer import TextTokenizer
 from fastvid.models.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.wan import WanTransformer, WanTransformerConfig
+from fastvid.models.wan_vace import WanVACEConfig, WanVACETransformer
 from fastvid.models.wan_vae import WanVAE, WanVAEConfig
 from fastvid.models.wan_vae22 import VAEConfig, WanVAE22, WanVAE22Config
 from fastvid.ops import reference
@@ -34,7 +35,7 @@ PIPELINES = (
     "WanCausalDMDPipeline",
 )
 INDEX = "model_index.json"
-Config = WanTransformerConfig | VAEConfig | UMT5Config | CLIPVisionConfig
+Config = WanTransformerConfig | WanVACEConfig | VAEConfig | UMT5Config | CLIPVisionConfig
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,17 @@ class PartKind:
     class_name: str
     read_config: Callable[[dict[str, Any]], Any]
     build: Callable[[Any, Any], nn.Module]  # (config, ops)
-    also: str = ""  # another class whose files hold the same
+    also: str = ""  # another class that read_config and build know
 
 
-def build_transformer(config: WanTransformerConfig, ops: Any = reference) -> WanTransformer:
+def read_transformer(config: Mapping[str, Any]) -> WanTransformerConfig | WanVACEConfig:
+    """With a control branch if the file says where it hints."""
+    return (WanTransformerConfig if config.get("vace_layers") is None else WanVACEConfig).from_dict(config)
+
+
+def build_transformer(config: WanTransformerConfig | WanVACEConfig, ops: Any = reference) -> WanTransformer:
     """The denoiser, with weights still to be loaded."""
-    return WanTransformer(config, ops)
+    return WanVACETransformer(config, ops) if isinstance(config, WanVACEConfig) else WanTransformer(config, ops)
 
 
 def read_vae(config: Mapping[str, Any]) -> VAEConfig:
@@ -72,8 +78,9 @@ def build_image_encoder(config: CLIPVisionConfig, ops: Any = reference) -> CLIPV
     return CLIPVisionEncoder(config, ops)
 
 
+CONTROLLED = "WanVACETransformer3DModel"
 KINDS: Mapping[str, PartKind] = {
-    "transformer": PartKind("WanTransformer3DModel", WanTransformerConfig.from_dict, build_transformer),
+    "transformer": PartKind("WanTransformer3DModel", read_transformer, build_transformer, CONTROLLED),
     "vae": PartKind("AutoencoderKLWan", read_vae, build_vae),
     "text_encoder": PartKind("UMT5EncoderModel", UMT5Config.from_dict, build_text_encoder),
     "image_encoder": PartKind(
@@ -172,7 +179,6 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     text_length = _note(problems, lambda: TextTokenizer.from_folder(tokenizer).text_length)
     scheduler = whole and whole.scheduler
     recipe, alternatives = _note(problems, lambda: _recipe(folder, index, parts, scheduler)) or (None, ())
-    problems += [f"{recipe.name}: {NOT_YET[need]}" for need in recipe.needs if need in NOT_YET] if recipe else []
     problems += _disagreements(parts)
     rest = (recipe, alternatives, text_length, tuple(problems), tokenizer)
     return Checkpoint(folder, index["_class_name"], tuple(parts.values()), *rest)
@@ -246,6 +252,8 @@ def _open_part(folder: Path, name: str, index: Mapping[str, Any], found: origina
         problems.append(f"{INDEX}: {name} is a {given}; only {kind.class_name} is supported")
     elif stated is not None:
         config, module = _note(problems, lambda: _read_part(kind, stated, path)) or (None, None)
+        if config is not None and given == CONTROLLED != stated.get("_class_name", given):
+            problems.append(f"{INDEX}: {name} is a {given}, but {path} is of a {stated['_class_name']}")
     files = found.files if found else _note(problems, lambda: weights.find_files(folder / name)) or ()
     entries = _note(problems, lambda: weights.read_headers(files)) or {}
     origins = layouts.origins(entries, layout_rules.DIFFUSERS) if found else None
@@ -295,7 +303,8 @@ def _model_name(folder: Path) -> str:
 
 def _disagreements(parts: Mapping[str, Part]) -> list[str]:
     """Sizes in which the parts do not fit each other."""
-    transformer, vae, text_encoder = (parts[name].config for name in ("transformer", "vae", "text_encoder"))
+    stated, vae, text_encoder = (parts[name].config for name in ("transformer", "vae", "text_encoder"))
+    transformer = stated.transformer if isinstance(stated, WanVACEConfig) else stated
     if not isinstance(transformer, WanTransformerConfig) or not isinstance(vae, VAEConfig):
         return []
     pairs = [("transformer out_channels", transformer.out_channels, "vae z_dim", vae.z_dim)]
@@ -308,10 +317,21 @@ def _disagreements(parts: Mapping[str, Part]) -> list[str]:
         sees = parts["image_encoder"].config if "image_encoder" in parts else None
         width = sees.hidden_size if isinstance(sees, CLIPVisionConfig) else None
         pairs.append(("transformer image_dim", transformer.image_dim, "image_encoder hidden_size", width))
-    if "transformer_2" in parts and isinstance(second := parts["transformer_2"].config, WanTransformerConfig):
-        names = [field.name for field in fields(transformer)]
-        pairs += [(f"transformer {k}", getattr(transformer, k), "transformer_2's", getattr(second, k)) for k in names]
+    if isinstance(stated, WanVACEConfig):
+        seen = 2 * vae.z_dim + vae.spatial_scale**2
+        pairs.append(
+            ("transformer vace_in_channels", stated.vace_in_channels, "two latents and a mask of the vae", seen)
+        )
+    if "transformer_2" in parts and (second := parts["transformer_2"].config) is not None:
+        mine, other = _flat(stated), _flat(second)
+        pairs += [(f"transformer {k}", mine.get(k), "transformer_2's", other.get(k)) for k in mine | other]
     return [f"{name} is {a}, but {other} is {b}" for name, a, other, b in pairs if a != b]
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """A config as its file has it: VACE's transformer without a level of its own."""
+    values = asdict(config)
+    return values.pop("transformer", {}) | values
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -364,7 +384,7 @@ def _class_of(index: Mapping[str, Any], name: str) -> str | None:
 
 def _describe(part: Part) -> dict[str, Any]:
     files = [file.name for file in part.files]
-    config = asdict(part.config) if part.config else part.stated and dict(part.stated)
+    config = _flat(part.config) if part.config else part.stated and dict(part.stated)
     kind = {"class": (part.stated or {}).get("_class_name", kind_of(part.name).class_name), "config": config}
     size = {"parameters": part.parameters, "dtypes": list(part.dtypes), "bytes": part.bytes}
     return {**kind, **size, "files": files, "problems": list(part.problems)}

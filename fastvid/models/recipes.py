@@ -29,9 +29,7 @@ FLF2V_NEGATIVE_PROMPT = "镜头切换，" + I2V_NEGATIVE_PROMPT
 SIZES_480P, SIZES_720P, SIZES_5B = ("832x480", "480x832"), ("1280x720", "720x1280"), ("1280x704", "704x1280")
 SIZES_14B = (*SIZES_720P, *SIZES_480P)
 
-NOT_YET: Mapping[str, str] = {
-    "control": "the VACE control branch is not supported yet by this version",
-}
+NOT_YET: Mapping[str, str] = {}
 """What a variant may need that is still to be built; take a line out here when it is."""
 
 
@@ -55,7 +53,7 @@ class Recipe:
     one to the next by x0 and new noise. guidance_scale_2, boundary_ratio: of models with two experts. sizes: what it
     was trained at, width x height. spatial_multiple: what height and width must divide by. temporal: frames a latent
     frame, so that the model makes temporal * k + 1 frames. per_token_timesteps: it was trained with known tokens at
-    timestep 0. needs: names in NOT_YET of what it can't do without.
+    timestep 0.
     """
 
     name: str
@@ -80,7 +78,6 @@ class Recipe:
     overlap: int = 2
     context: int = 2
     carries: bool = False
-    needs: tuple[str, ...] = ()
     patterns: Patterns = patterns.TEXT_ONLY
 
 
@@ -153,9 +150,7 @@ WAN_FLF2V = replace(
     negative_prompt=FLF2V_NEGATIVE_PROMPT,
     patterns=patterns.TWO_PICTURES,
 )
-WAN_VACE_1_3B = replace(
-    WAN_1_3B, name="wan2.1-vace-1.3b", flow_shift=16.0, needs=("control",), context=4, patterns=patterns.CONTROL
-)
+WAN_VACE_1_3B = replace(WAN_1_3B, name="wan2.1-vace-1.3b", flow_shift=16.0, context=4, patterns=patterns.CONTROL)
 WAN_VACE_14B = replace(WAN_VACE_1_3B, name="wan2.1-vace-14b", height=720, width=1280, sizes=SIZES_14B)
 WAN_T2V_A14B = replace(
     WAN_14B,
@@ -328,7 +323,7 @@ def find_recipe(
 def _custom(signature: Signature, scheduler: Mapping[str, Any]) -> Recipe:
     recipe = Recipe("wan-custom", flow_shift=_file_shift(scheduler))
     if signature.control:
-        recipe = replace(recipe, needs=("control",), patterns=patterns.CONTROL)
+        recipe = replace(recipe, patterns=patterns.CONTROL)
     elif signature.image or signature.in_channels > signature.out_channels:
         picture = patterns.TWO_PICTURES if signature.positions else patterns.PICTURE
         recipe = replace(recipe, patterns=picture, context=1)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid.layers.kv_cache import KVCache
 from fastvid.layers.linear import Linear
 from fastvid.models.wan import Block, Modulation, WanTransformer, WanTransformerConfig
 from fastvid.ops import reference
@@ -115,9 +116,19 @@ class WanVACETransformer(WanTransformer):
         )
         return VACEContext(main, vace, control, scales)
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor | VACEContext, *, rope_offset: int = 0) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor | VACEContext,
+        *,
+        rope_offset: int = 0,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """See WanTransformer.forward; the control has the latents' height and width, and may end before them."""
         self._grid(latents)
+        if cache is not None:
+            raise InvalidRequest("models with a control branch keep no KV cache")
         if isinstance(text, VACEContext):
             (t, *size), (latent_t, *latent_size) = text.control.shape[2:], latents.shape[2:]
             if size != latent_size or t > latent_t:
@@ -127,7 +138,7 @@ class WanVACETransformer(WanTransformer):
         return super().forward(latents, timestep, text, rope_offset=rope_offset)
 
     def _run_blocks(
-        self, x: Tensor, modulation: Modulation, context: VACEContext, rotary: tuple[Tensor, Tensor], cache: None = None
+        self, x: Tensor, modulation: Modulation, context: VACEContext, rotary: tuple[Tensor, Tensor], cache: Any = None
     ) -> Tensor:
         """A control block runs when its hint is due, so that there is one hint at a time."""
         control = self._embed_control(context.control, x)

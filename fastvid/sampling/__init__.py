@@ -1,6 +1,16 @@
 """Sampling: noise levels, solvers, guidance and noise. Pure functions on latents; knows no model."""
 
-from fastvid.sampling.guidance import Denoise, Velocity, combine, denoiser, guided, known, switched, velocity_to_x0
+from fastvid.sampling.guidance import (
+    Denoise,
+    Velocity,
+    combine,
+    denoiser,
+    flow_edit,
+    guided,
+    known,
+    switched,
+    velocity_to_x0,
+)
 from fastvid.sampling.noise import column_noise, latent_noise
 from fastvid.sampling.sigmas import check_sigmas, find_solver, make_sigmas, shift_sigmas, timesteps
 from fastvid.sampling.solvers import SOLVERS, Solver, SolverState
@@ -16,6 +26,7 @@ __all__ = [
     "combine",
     "denoiser",
     "find_solver",
+    "flow_edit",
     "guided",
     "known",
     "latent_noise",

@@ -53,3 +53,19 @@ def known(denoise: Denoise, latents: Tensor, mask: Tensor) -> Denoise:
         return torch.where(where.to(x.device), latents.to(x.device, x.dtype), denoise(x, sigma))
 
     return denoise_unknown
+
+
+def flow_edit(target: Velocity, source: Velocity, clean: Tensor, noise: Tensor) -> Denoise:
+    """FlowEdit (arXiv 2412.08629): follows the difference of two velocities, from the clean source at its full level.
+
+    x goes from the source to the edit without ever being noised; both models see it beside the source with the same
+    noise. clean, noise: [B, C, T, h, w]. Columns at level 0 are known, and stay. For Euler's method.
+    """
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        level = sigma.to(x.device, x.dtype).view(1, 1, -1, 1, 1)
+        noisy = (1 - level) * clean + level * noise
+        difference = target(x + noisy - clean, sigma) - source(noisy, sigma)
+        return x - level * difference.to(x.dtype)
+
+    return denoise

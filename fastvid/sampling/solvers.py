@@ -30,8 +30,8 @@ Fresh = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SolverState:
-    """What the columns remember of their past steps; newest first, zeros where there is none. Refers to the tensors that
-    it was given: whoever passes x and x0 to a step must not write into them afterwards.
+    """What the columns remember of their past steps; newest first, zeros where there is none. It refers to the tensors
+    that it was given: whoever passes x and x0 to a step must not write into them afterwards.
 
     order: [T] int64, the order of the last step, 0 for a column that has made none; with new noise the steps made.
     sigmas: each [T] float64.   x0s: each [B, C, T, h, w].
