@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tiny import write_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvid
-from fastvid import control, plan
+from fastvid import control, given, plan
 from fastvid.cli import main
 from fastvid.convert import convert
 from fastvid.media import FrameSink, read_recipe
@@ -174,12 +175,12 @@ def same(made: np.ndarray, wanted: np.ndarray) -> float:
 class TestEqualsDiffusers:
     @pytest.mark.parametrize("case", CASES)
     def test_frames(self, theirs: Any, pipe: fastvid.Pipeline, case: str) -> None:
-        ours, given, references = CASES[case]
+        ours, asked, references = CASES[case]
         latents = noise(3 + references)
         video = make(pipe, latents, **ours)
         assert video.frames.std() > 5
         assert video.latents.shape == (1, 16, 3, HEIGHT // 8, WIDTH // 8)
-        assert same(video.frames, run_theirs(theirs, latents, **given)) >= 0.999
+        assert same(video.frames, run_theirs(theirs, latents, **asked)) >= 0.999
 
     def test_every_case_makes_something_else(self, pipe: fastvid.Pipeline) -> None:
         """So that none could pass for another: what is given counts. (What a random encoder makes of a last frame alone
@@ -269,10 +270,19 @@ class TestWhatTheModelSees:
         """The video's own noise is that of the same seed without references."""
         options = {"video": clip(5), "num_inference_steps": 2, "reference_images": REFERENCES, "size": "96x64"}
         started = latent_noise(9, (16, 4, HEIGHT // 8, WIDTH // 8), start=-2)
-        seeded, given = pipe.generate("a", seed=9, **options), pipe.generate("a", latents=started, **options)
-        assert torch.equal(seeded.latents, given.latents) and seeded.latents.shape[2] == 2
+        seeded, again = pipe.generate("a", seed=9, **options), pipe.generate("a", latents=started, **options)
+        assert torch.equal(seeded.latents, again.latents) and seeded.latents.shape[2] == 2
         assert torch.equal(started[:, :, 2:], latent_noise(9, (16, 2, HEIGHT // 8, WIDTH // 8)))
         assert same(pipe.decode(seeded.latents), seeded.frames) == 1
+
+    def test_encoding_in_chunks_is_encoding_at_once(self, pipe: fastvid.Pipeline) -> None:
+        parts, frames = pipe._parts, torch.rand(1, 3, 9, 192, 192) * 2 - 1
+        timeline = pipe._prepare("a", {"num_frames": 9, "size": "192x192"}).timeline
+        assert plan.decode_chunk(timeline) == 1
+        with torch.no_grad():
+            wanted, _ = parts.vae.encode(frames)
+            torch.testing.assert_close(given.encode(parts, frames, timeline), wanted)
+            torch.testing.assert_close(given.encode(parts, frames[:, :, :1], timeline), wanted[:, :, :1])
 
 
 class TestCounting:
@@ -349,6 +359,18 @@ class TestRefused:
         for options in (VIDEO, {"reference_images": REFERENCES}, {"conditioning_scale": 1.0}):
             with pytest.raises(fastvid.InvalidRequest, match=f"no control branch; leave {next(iter(options))} out"):
                 plain.plan("a", **options)
+
+
+def test_what_a_folder_says_of_the_branch(pipe: fastvid.Pipeline, folder: Path, tmp_path: Path) -> None:
+    config = pipe.inspect()["parts"]["transformer"]["config"]
+    assert (config["vace_layers"], config["vace_in_channels"], config["num_layers"]) == ((0, 2), 96, 4)
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    stated = json.loads((broken / "transformer" / "config.json").read_text())
+    (broken / "transformer" / "config.json").write_text(json.dumps(stated | {"vace_in_channels": 80}))
+    with pytest.raises(
+        fastvid.CheckpointError, match="vace_in_channels is 80, but what the vae makes of a control is 96"
+    ):
+        fastvid.load(str(broken), device="cpu")
 
 
 def test_from_the_command_line(
