@@ -137,8 +137,8 @@ def _add_request(parser: Parser) -> None:
     add("--seconds", type=number, metavar="S", help="length in seconds instead of --num-frames: round(seconds x fps)")
     add("--fps", type=number, metavar="N", help="frames a second, 0.1 to 240")
     add("--seed", type=number, metavar="N", help="0 to 2^63-1 (default: a random one, which is shown)")
-    add("--image", metavar="FILE", help="a picture: the first frame (models that take one)")
-    add("--last-image", metavar="FILE", help="a picture: the last frame (FLF2V, I2V-A14B)")
+    add("--image", metavar="FILE", help="a picture: the first frame (I2V, TI2V, VACE, embedded)")
+    add("--last-image", metavar="FILE", help="a picture: the last frame (FLF2V, I2V-A14B, VACE)")
     add("--video", metavar="FILE", help="a control video: depth, pose, or frames to keep (VACE)")
     add("--mask", metavar="FILE", help="of that video: white is made, black stays; a picture counts for all frames")
     add(

@@ -153,7 +153,10 @@ def clip(name: str, value: Any) -> Any:
         if not value:
             refuse(name, value, "one frame or more")
         return tuple(picture(f"{name}[{i}]", one) for i, one in enumerate(value))
-    return value if hasattr(value, "frames") else picture(name, value)
+    kinds = ("frames", "shape", "convert", "__fspath__")
+    if not isinstance(value, str) and not any(hasattr(value, kind) for kind in kinds):
+        refuse(name, value, "a file, an array [F, H, W, 3] (a mask: [F, H, W]), a Video or pictures")
+    return value
 
 
 def pictures(name: str, value: Any) -> tuple[Any, ...]:

@@ -113,12 +113,12 @@ def cost(
     """Peak bytes of a request, of which `segment` is what the model makes at once, and `frames` are kept.
 
     Activations: residual, norm, q, k, v, output and the wider of two feed-forward tensors, counted in the compute type
-    and fp32; with control_layers, a second residual. Decoder, and for models that see whole videos the encoder: about
-    ten of its widest tensors for one chunk; the encoder beside the frames that it takes. Latents: the solver's
-    history, and what the control branch sees.
+    and fp32; with control_layers, two more: the control, and the residual that waits for its hint. Decoder: about ten
+    of its widest tensors for one chunk. Encoder, of models that see whole videos: as much, and the frames that it
+    takes. Latents: the solver's history, and what the control branch sees.
     """
     tokens, pixels = count_tokens(segment, config), segment.made_height * segment.made_width
-    residuals = 7 if control_layers else 6
+    residuals = 8 if control_layers else 6
     decoder = segment.temporal * decode_chunk(segment) * pixels * vae.widest * 4 * 10
     seen = 2 * vae.z_dim + segment.spatial**2 if control_layers else 0
     # Of every pixel: the video and what of it stays or changes (3 each), the mask and the rounded mask; or the video.

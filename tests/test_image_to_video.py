@@ -118,27 +118,27 @@ def model(
     return request.param, theirs, fastvid.load(str(folder), device="cpu")
 
 
-def run_theirs(theirs: Any, latents: torch.Tensor, images: dict[str, np.ndarray], frames: int) -> np.ndarray:
-    """diffusers' frames with flow matching's Euler steps at the levels of SIGMAS."""
+def run_theirs(theirs: Any, latents: torch.Tensor, **given: Any) -> np.ndarray:
+    """diffusers' 9 frames with flow matching's Euler steps at the levels of SIGMAS."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     theirs.scheduler = FlowMatchEulerDiscreteScheduler()
     set_timesteps = theirs.scheduler.set_timesteps
     theirs.scheduler.set_timesteps = lambda steps, device=None, **_: set_timesteps(sigmas=SIGMAS, device=device)
     theirs.set_progress_bar_config(disable=True)
-    height, width = next(iter(images.values())).shape[:2]
+    height, width = (side * theirs.vae_scale_factor_spatial for side in latents.shape[3:])
     out = theirs(
         prompt="a red circle moving left",
         negative_prompt="blue square",
         height=height,
         width=width,
-        num_frames=frames,
+        num_frames=9,
         num_inference_steps=len(SIGMAS),
         guidance_scale=4.0,
         latents=latents.clone(),
-        max_sequence_length=512,
+        max_sequence_length=theirs.tokenizer.model_max_length,
         output_type="np",
-        **{name: Image.fromarray(value) for name, value in images.items()},
+        **given,
     ).frames[0]
     return (out * 255).round().astype(np.uint8)
 
@@ -162,7 +162,7 @@ def test_frames_equal_diffusers(model: Model) -> None:
         size="96x64",
         **images,
     ).frames
-    wanted = run_theirs(theirs, latents, images, 9)
+    wanted = run_theirs(theirs, latents, **{name: Image.fromarray(value) for name, value in images.items()})
     assert made.shape == wanted.shape and made.std() > 5
     difference = np.abs(made.astype(int) - wanted.astype(int))
     assert (difference <= 1).mean() >= 0.999

@@ -319,9 +319,7 @@ def _disagreements(parts: Mapping[str, Part]) -> list[str]:
         pairs.append(("transformer image_dim", transformer.image_dim, "image_encoder hidden_size", width))
     if isinstance(stated, WanVACEConfig):
         seen = 2 * vae.z_dim + vae.spatial_scale**2
-        pairs.append(
-            ("transformer vace_in_channels", stated.vace_in_channels, "two latents and a mask of the vae", seen)
-        )
+        pairs.append(("transformer vace_in_channels", stated.vace_in_channels, "what the vae makes of a control", seen))
     if "transformer_2" in parts and (second := parts["transformer_2"].config) is not None:
         mine, other = _flat(stated), _flat(second)
         pairs += [(f"transformer {k}", mine.get(k), "transformer_2's", other.get(k)) for k in mine | other]
