@@ -1,8 +1,8 @@
 """What can be asked of a pipeline's verbs, validated whole before anything is allocated or loaded.
 
 `Request.make(verb, **kwargs)` checks everything that can be known without the model; `request.resolve(recipe)` fills
-in what was not given from the model's recipe and counts frames and sizes; `resolved.to_recipe()` and `Request.from_recipe()`
-carry a request through a file.
+in what was not given from the model's recipe and counts frames and sizes; `resolved.to_recipe()` and
+`Request.from_recipe()` carry a request through a file.
 """
 
 from __future__ import annotations

@@ -258,8 +258,8 @@ class SegmentMaker:
         if ready.shape[2] == 0:
             return
         if self.session.keep_latents:
-            made = max(segment.lead, segment.left_columns) - row.start
-            self.session.latents.append(ready[:, :, max(0, made) :])
+            known = segment.lead + segment.left_columns - max(row.start, segment.lead)
+            self.session.latents.append(ready[:, :, max(0, known) :])
         yield from ready.split(self.session.job.decode_chunk, dim=2)
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "pieces": SURFACE,
     "given": SURFACE,
     "control": SURFACE | {"given"},
-    "tables": MIDDLE - {"models", "weights"},
+    "tables": MIDDLE - {"models", "weights"} | {"engine"},
     "spool": set(),
     "conditions": SURFACE | {"control", "given"},
     "source": SURFACE | {"given"},

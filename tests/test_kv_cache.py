@@ -23,7 +23,7 @@ TOKENS = HEIGHT * WIDTH // 4
 def model(ops=reference) -> WanTransformer:
     torch.manual_seed(0)
     made = WanTransformer(CONFIG, ops).eval().requires_grad_(False)
-    for name, parameter in made.named_parameters():  # biases and norms that are seen
+    for parameter in made.parameters():  # biases and norms that are seen
         if parameter.ndim == 1:
             parameter.add_(0.3 * torch.randn_like(parameter))
     return made

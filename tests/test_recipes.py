@@ -20,7 +20,6 @@ from fastvid.models.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.layout_rules import ORIGINAL
 from fastvid.models.layouts import origins
 from fastvid.models.patterns import EXPERIMENTAL, NATIVE, REFUSED, REIMPOSED
-from fastvid.models.recipes import NOT_YET
 from fastvid.ops import reference
 from fastvid.pipeline import inspect
 from fastvid.sampling import make_sigmas, shift_sigmas, timesteps
@@ -39,7 +38,7 @@ VACE_LARGE = {**LARGE, "vace_layers": list(range(0, 40, 5)), "vace_in_channels":
 
 
 class Published(NamedTuple):
-    """folder: as the hub names it. tensors, billions: of (each) transformer. refused: which of NOT_YET."""
+    """folder: as the hub names it. tensors, billions: of (each) transformer."""
 
     folder: str
     variant: str
@@ -196,11 +195,7 @@ def test_a_published_original_folder_is_known(model: Published, shared: Path, tm
     assert list(found["parts"]) == [*experts, "vae", "text_encoder", *sees]
     for name in experts:
         assert found["parts"][name]["parameters"] == pytest.approx(model.billions * 1e9, rel=2e-4)
-    assert {need for need, text in NOT_YET.items() if f"{model.variant}: {text}" in found["problems"]} == {
-        *model.refused
-    }
-    if not model.refused:
-        open_checkpoint(folder).check()
+    open_checkpoint(folder).check()
 
 
 # Steps, shift, guidance, second guidance, boundary, frames, fps, first size.
@@ -237,7 +232,6 @@ def test_recipes_are_as_published() -> None:
         assert r.height % r.spatial_multiple == r.width % r.spatial_multiple == 0
         assert r.sigmas is None or len(r.sigmas) == r.num_inference_steps
         assert r.solver != "redraw" or r.guidance_scale == 1
-        assert set(r.needs) <= set(NOT_YET)
     assert RECIPES.keys() == PUBLISHED_RECIPES.keys() and len(VARIANTS) == len(RECIPES)
     assert (RECIPES["longlive-1.3b"].num_frames - 1) // 4 + 1 == 120  # latents
 
@@ -317,19 +311,19 @@ def test_alternatives_are_shown(shared: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "needs", "first"),
+    ("changes", "first"),
     [
-        ({}, (), REIMPOSED),
-        ({"image_dim": 1280, "in_channels": 36}, (), EXPERIMENTAL),
-        ({"in_channels": 36}, (), NATIVE),
-        ({"vace_layers": [0]}, (), NATIVE),
+        ({}, REIMPOSED),
+        ({"image_dim": 1280, "in_channels": 36}, EXPERIMENTAL),
+        ({"in_channels": 36}, NATIVE),
+        ({"vace_layers": [0]}, NATIVE),
     ],
 )
-def test_other_sizes_need_what_their_class_needs(changes: dict[str, Any], needs: tuple[str, ...], first: str) -> None:
+def test_other_sizes_take_known_frames_as_their_class_does(changes: dict[str, Any], first: str) -> None:
     config = {**SMALL, "num_layers": 3, **changes}
     positions = {"pos_embed_seq_len": 514} if "image_dim" in changes else {}
     recipe = find_recipe({**config, **positions}, WanVAEConfig(), {})
-    assert (recipe.name, recipe.needs, recipe.patterns.first) == ("wan-custom", needs, first)
+    assert (recipe.name, recipe.patterns.first) == ("wan-custom", first)
 
 
 @pytest.mark.parametrize(

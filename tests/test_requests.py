@@ -181,7 +181,7 @@ def test_keyframes_are_frames_with_a_picture_each() -> None:
     refused("keyframes frame=-1.*nearest is 0", keyframes={-1: black})
     refused("keyframes.3.=", keyframes={3: 5})
     assert resolved(keyframes=None).num_frames == 17
-    made = resolved(keyframes={"8": black}, image=black)
+    made = resolved(keyframes={8: black}, image=black)
     assert sorted(made.known_pictures) == [0, 8]
 
 

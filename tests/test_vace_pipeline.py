@@ -205,8 +205,10 @@ class TestEqualsDiffusers:
 
 
 def lay_out(pipe: fastvid.Pipeline, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    prepared = pipe._prepare("a", {"num_inference_steps": 1, "size": f"{WIDTH}x{HEIGHT}", **options})
-    return control.lay_out(prepared.request, prepared.timeline)
+    options = {"prompt": "a", "num_inference_steps": 1, "size": f"{WIDTH}x{HEIGHT}", **options}
+    job = pipe._prepare("generate", options).job
+    segment = job.timeline.segments[0]
+    return control.lay_out(job.request, segment, given.Known(pictures=segment.pictures))
 
 
 class TestWhatTheModelSees:
@@ -277,12 +279,13 @@ class TestWhatTheModelSees:
 
     def test_encoding_in_chunks_is_encoding_at_once(self, pipe: fastvid.Pipeline) -> None:
         parts, frames = pipe._parts, torch.rand(1, 3, 9, 192, 192) * 2 - 1
-        timeline = pipe._prepare("a", {"num_frames": 9, "size": "192x192"}).timeline
-        assert plan.decode_chunk(timeline) == 1
+        options = {"prompt": "a", "num_frames": 9, "size": "192x192"}
+        segment = pipe._prepare("generate", options).job.timeline.segments[0]
+        assert plan.decode_chunk(segment) == 1
         with torch.no_grad():
             wanted, _ = parts.vae.encode(frames)
-            torch.testing.assert_close(given.encode(parts, frames, timeline), wanted)
-            torch.testing.assert_close(given.encode(parts, frames[:, :, :1], timeline), wanted[:, :, :1])
+            torch.testing.assert_close(given.encode(parts, frames, segment), wanted)
+            torch.testing.assert_close(given.encode(parts, frames[:, :, :1], segment), wanted[:, :, :1])
 
 
 class TestCounting:

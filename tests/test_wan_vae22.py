@@ -28,7 +28,7 @@ from fastvid.models import KINDS, WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
 from fastvid.models.wan_vae22 import add_spread, average_down, patchify, unpatchify
 from fastvid.ops import reference, winograd
 from fastvid.ops import vae as ops
-from fastvid.timeline import Timeline
+from fastvid.timeline import Segment
 
 SMALL: dict[str, Any] = {
     "base_dim": 8,
@@ -425,8 +425,8 @@ def test_the_file_says_which_network_it_is() -> None:
 def test_the_plan_counts_its_width() -> None:
     """Ten times the last upsampler's output: 512 channels at half the height and width of a frame."""
     transformer = fastvid.models.WanTransformerConfig(in_channels=48, out_channels=48)
-    timeline = Timeline(9, 704, 1280, 9, 704, 1280, spatial=16, temporal=4)
-    cost = plan.cost(timeline, transformer, WanVAE22Config(), itemsize=2)
+    segment = Segment(9, 704, 1280, 9, 704, 1280, spatial=16, temporal=4)
+    cost = plan.cost(segment, transformer, WanVAE22Config(), itemsize=2)
     assert cost.decoder == 10 * 4 * (512 * 4 * 352 * 640)
     assert cost.latents == 6 * 4 * (48 * 3 * 44 * 80)
 

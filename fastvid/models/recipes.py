@@ -29,9 +29,6 @@ FLF2V_NEGATIVE_PROMPT = "镜头切换，" + I2V_NEGATIVE_PROMPT
 SIZES_480P, SIZES_720P, SIZES_5B = ("832x480", "480x832"), ("1280x720", "720x1280"), ("1280x704", "704x1280")
 SIZES_14B = (*SIZES_720P, *SIZES_480P)
 
-NOT_YET: Mapping[str, str] = {}
-"""What a variant may need that is still to be built; take a line out here when it is."""
-
 
 @dataclass(frozen=True)
 class Rollout:
