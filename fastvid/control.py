@@ -46,7 +46,8 @@ def read(request: Request) -> dict[str, Any]:
 
 def check(parts: Parts, request: Resolved) -> None:
     """Raises InvalidRequest if the model has no control branch, or what is for it does not fit."""
-    asked = [name for name in NAMES if getattr(request, name) is not None]
+    own = NAMES if request.verb == "generate" else NAMES[2:]  # other verbs have clips and masks of their own
+    asked = [name for name in own if getattr(request, name) is not None]
     if not parts.control_layers:
         if asked:
             raise InvalidRequest(
@@ -65,7 +66,7 @@ def check(parts: Parts, request: Resolved) -> None:
 
 
 def _check_video(request: Resolved) -> None:
-    if request.video is None:
+    if request.video is None or request.verb != "generate":
         return
     count = len(request.video)
     if count < request.num_frames:

@@ -244,6 +244,9 @@ size that finalize brings it to."""
 DRAFT_SIDE, DRAFT_STEPS = 0.5, 0.4
 """Of a draft's sides and steps, against what it is a draft of."""
 
+SAMPLED = 5
+"""Frames of a clip that a recipe knows it by."""
+
 STRENGTH = {"edit": 0.8, "finalize": 0.6}
 """The share of the steps that are run, where it is not said."""
 
@@ -376,11 +379,20 @@ class Resolved:
 def _recordable(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(frame): _recordable(one) for frame, one in value.items()}
-    if hasattr(value, "fingerprint"):
-        return value.fingerprint()
+    if hasattr(value, "num_frames"):
+        return _clip_print(value)
     if isinstance(value, tuple):
         return [_recordable(one) for one in value]
     return fingerprint(value) if hasattr(value, "shape") else value
+
+
+def _clip_print(clip: Any) -> dict[str, Any]:
+    """What a clip is known by: its size, and the sha256 of a few of its frames, since it may be long."""
+    digest, count = hashlib.sha256(), clip.num_frames
+    for frame in sorted({round(i * (count - 1) / (SAMPLED - 1)) for i in range(SAMPLED)}):
+        digest.update(clip.read(frame, frame + 1).tobytes())
+    shape = [count, clip.height, clip.width, 3]
+    return {"shape": shape, "fps": clip.fps, "sha256": digest.hexdigest(), "sampled": SAMPLED}
 
 
 def fingerprint(value: Any) -> dict[str, Any]:

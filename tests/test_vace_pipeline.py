@@ -342,7 +342,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"conditioning_scale": "much"}, "conditioning_scale='much'"),
     ({"conditioning_scale": [1, float("nan")]}, r"conditioning_scale\[1\]"),
     ({"reference_images": REFERENCES, "latents": noise(3)}, r"must be \[1, 16, 5, 8, 12\]"),
-    ({"image": picture(0), "last_image": picture(1), "num_frames": 7}, "nearest is 9"),
     ({"reference_image": picture(0)}, "the nearest is reference_images"),
 ]
 

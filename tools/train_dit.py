@@ -4,7 +4,7 @@
 
 Flow matching: x = (1 - sigma) clean + sigma noise, the target is noise - clean. Every sample draws one *pattern* of
 noise levels over its latent frames, so that all verbs work natively: all free; known frames at level 0 (first, last,
-both, prefix, suffix, random, a held still); independent or rising levels per frame; a known region around a free
+both, prefix, suffix, prefix and suffix, random, a held still); independent or rising levels per frame; a known region around a free
 box. Text-only samples begin their motion; samples with known frames also come from mid-stream, where windows
 start with a body latent.
 """
@@ -34,6 +34,8 @@ TRANSFORMER = WanTransformerConfig(
 TEXT = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
 SHIFT = 3.0
 BEGINNINGS = 0.7  # share of clips that begin their motion; the rest are from mid-stream
+WINDOW = 9  # latent frames that the model makes at once
+DRIFT = (0.12, 0.06)  # how far known latents are off, at most: all of a channel, each value alone
 TOKENS = 1536  # tokens in a batch: small batches, many steps
 
 
@@ -80,18 +82,21 @@ def random_level(n: int, g: torch.Generator) -> Tensor:
 
 
 def known_frames(frames: int, g: torch.Generator) -> Tensor:
-    """Which of the latent frames are known [T]: first, last, both, prefix, suffix or random, never all."""
+    """Which of the latent frames are known [T]: first, last, both, prefix, suffix, both of these or random; never all."""
     known = torch.zeros(frames, dtype=torch.bool)
-    kind = int(torch.randint(6, (), generator=g))
+    kind = int(torch.randint(8, (), generator=g))
     some = 1 + int(torch.randint(max(1, frames - 1), (), generator=g))
     if kind in (0, 2):
         known[0] = True
     if kind in (1, 2):
         known[-1] = True
-    if kind == 3:
+    if kind in (3, 6):
         known[: min(some, frames - 1)] = True
     if kind == 4:
         known[max(1, frames - some) :] = True
+    if kind == 7:  # a clip's end, a bridge, a clip's start
+        known[: min(3, some)] = True
+        known[max(1, frames - 3) :] = True
     if kind == 5:
         known = torch.rand(frames, generator=g) < 0.4
     if known.all():
@@ -120,7 +125,8 @@ def levels(frames: int, h: int, w: int, free: bool, g: torch.Generator) -> Tenso
 
 def draw_sample(shard: latent_pool.Shard, frames: int, length: int, g: torch.Generator) -> Sample:
     """One sample of `length` latent frames from a shard whose clips have `frames`."""
-    begins = float(torch.rand((), generator=g)) < BEGINNINGS
+    # Windows in mid-stream are as long as others only in clips that are longer still.
+    begins = float(torch.rand((), generator=g)) < (BEGINNINGS if frames <= WINDOW else 0.15)
     of_kind = (shard.begins == begins).nonzero().flatten()
     i = int(of_kind[int(torch.randint(len(of_kind), (), generator=g))])
     start = 0 if begins else int(torch.randint(frames - length + 1, (), generator=g))
@@ -143,7 +149,8 @@ def batch(pool: Pool, g: torch.Generator) -> list[Sample]:
     kinds, weights = pool.kinds()
     frames, h, w = kinds[int(torch.multinomial(weights, 1, generator=g))]
     r = float(torch.rand((), generator=g))
-    length = frames if r < 0.72 else 1 if r < 0.78 else 1 + int(torch.randint(frames, (), generator=g))
+    most = min(frames, WINDOW)
+    length = most if r < 0.72 else 1 if r < 0.78 else 1 + int(torch.randint(most, (), generator=g))
     n = max(3, min(48, TOKENS // (length * h * w // 4)))
     shards = pool.shards[frames, h, w]
     return [draw_sample(shards[int(torch.randint(len(shards), (), generator=g))], frames, length, g) for _ in range(n)]
@@ -188,9 +195,20 @@ class Trainer(nn.Module):
         noise = torch.randn(clean.shape, generator=g)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             text = self.text_encoder(ids, mask) * mask[..., None]
-            out = self.transformer((1 - wide) * clean + wide * noise, 1000 * sigma.flatten(1), text)
+            seen = torch.where(wide > 0, (1 - wide) * clean + wide * noise, clean + drift(clean, g))
+            out = self.transformer(seen, 1000 * sigma.flatten(1), text)
         free = (wide > 0).expand_as(clean)
         return (out.float() - (noise - clean)).square()[free].mean()
+
+
+def drift(clean: Tensor, g: torch.Generator) -> Tensor:
+    """What known latents [B, C, T, h, w] are off by in half of all samples. In use they are the model's own, or went
+    through the VAE once more; a model that has only seen perfect ones carries every error on from window to window."""
+    share = torch.rand(clean.shape[0], 1, 1, 1, 1, generator=g) * (
+        torch.rand(clean.shape[0], 1, 1, 1, 1, generator=g) < 0.5
+    )
+    channel = torch.randn(*clean.shape[:2], 1, 1, 1, generator=g)
+    return share * (DRIFT[0] * channel + DRIFT[1] * torch.randn(clean.shape, generator=g))
 
 
 def initialise(module: nn.Module) -> None:
