@@ -21,6 +21,7 @@ from fastvid.errors import InvalidRequest
 from fastvid.loading import Parts
 from fastvid.media_read import read_video
 from fastvid.models import clip, conditioning
+from fastvid.plan import decode_chunk
 from fastvid.precision import ieee_fp32
 from fastvid.requests import Request, Resolved
 from fastvid.timeline import Timeline
@@ -113,23 +114,30 @@ def prepare(parts: Parts, request: Resolved, timeline: Timeline) -> Conditions:
     frames = [_fit(torch.from_numpy(picture), timeline).to(parts.device, parts.vae_dtype) for picture in given]
     with ieee_fp32():
         if config.in_channels == config.out_channels:
-            return Conditions(first=_encode(parts, frames[0][:, :, None]))
+            return Conditions(first=_encode(parts, frames[0][:, :, None], timeline))
         placed = dict(zip((0, timeline.made_frames - 1), frames, strict=False))
         channels = conditioning.image_condition(
-            lambda x: _encode(parts, x), placed, timeline.made_frames, temporal=timeline.temporal
+            lambda x: _encode(parts, x, timeline), placed, timeline.made_frames, temporal=timeline.temporal
         )
         return Conditions(channels, _look(parts, given) if config.image_dim else None)
 
 
-def _encode(parts: Parts, frames: Tensor) -> Tensor:
-    return parts.vae.encode(frames)[0]
+def _encode(parts: Parts, frames: Tensor, timeline: Timeline) -> Tensor:
+    """Latents of a clip, as many frames of it at a time as are decoded at a time: memory does not grow with it."""
+    step, cache, latents = timeline.temporal * decode_chunk(timeline), None, []
+    lead = step - timeline.temporal + 1
+    for part in (frames[:, :, :lead], *frames[:, :, lead:].split(step, dim=2)):
+        if part.shape[2]:
+            made, cache = parts.vae.encode(part, cache)
+            latents.append(made)
+    return torch.cat(latents, dim=2)
 
 
 def _look(parts: Parts, pictures: list[np.ndarray]) -> Tensor:
     """CLIP's tokens of all pictures, one after the other: [1, L, d]."""
     size = parts.image_encoder.config.image_size
     seen = [clip.preprocess(torch.from_numpy(picture)[None], size).to(parts.device) for picture in pictures]
-    return parts.image_encoder(torch.cat(seen)).flatten(0, 1)[None]
+    return parts.look(torch.cat(seen)).flatten(0, 1)[None]
 
 
 def _fit(picture: Tensor, timeline: Timeline) -> Tensor:

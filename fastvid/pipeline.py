@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastvid
-from fastvid import engine, pictures, pieces, plan
+from fastvid import engine, pictures, pieces, plan, plan_memory
 from fastvid.errors import Cancelled, InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
 from fastvid.loading import Parts, change_loras, load_parts, read_checkpoint, read_loras
@@ -143,6 +143,7 @@ class Pipeline:
             "backends": dict(parts.ops.bound),
             "reasons": dict(parts.ops.reasons),
             "loras": [list(pair) for pair in parts.loras],
+            "offload": parts.offload,
         }
 
     def inspect(self) -> dict[str, Any]:
@@ -176,16 +177,26 @@ class Pipeline:
 
     def _plan(self, request: Resolved, timeline: Timeline, sigmas: np.ndarray) -> Plan:
         parts = self._parts
-        config, itemsize = parts.transformer.config, parts.dtype.itemsize
+        config, sizes = parts.transformer.config, parts.sizes
+        scales, times = request.guidance_scales(len(parts.experts)), timesteps(sigmas, request.solver)
+        options = {"text": parts.text_encoder.config, "rows": parts.tokenizer.text_length}
+        options |= {"texts": 1 + any(scale != 1 for scale in scales), "experts": len(scales)}
+        options["pictures"] = sum(getattr(request, name) is not None for name in pictures.NAMES)
 
         def need(t: Timeline) -> plan.Cost:
-            return plan.cost(t, config, parts.vae.config, itemsize)
+            return plan.cost(t, config, parts.vae.config, parts.dtype.itemsize, **options)
 
-        free = plan.available_bytes(parts.device)
-        cost = need(timeline)
-        if cost.total > free:
-            plan.check_fits(cost, free, timeline, plan.most_frames(timeline, lambda t: need(t).total <= free))
-        scales, times = request.guidance_scales(len(parts.experts)), timesteps(sigmas, request.solver)
+        def takes(t: Timeline) -> int:
+            """Of the device; where that is the host, also what is there twice, and the frames."""
+            made = plan_memory.memory(sizes, need(t), parts.offload)
+            return made.device + (made.host + need(t).frames if parts.device.type == "cpu" else 0)
+
+        cost, free = need(timeline), plan.available_bytes(parts.device)
+        memory = plan_memory.memory(sizes, cost, parts.offload)
+        capacity = free + parts.bytes_held
+        if takes(timeline) > capacity:
+            hint = plan.nearest(timeline, lambda t: takes(t) <= capacity)
+            plan_memory.refuse(memory, takes(timeline), capacity, timeline, hint)
         calls = sum(1 if scales[parts.experts.choose(t)] == 1 else 2 for t in times)
         tokens = plan.count_tokens(timeline, config)
         return Plan(
@@ -202,12 +213,18 @@ class Pipeline:
             model_calls=calls,
             decode_chunk=plan.decode_chunk(timeline),
             flops_denoise=calls * plan.denoise_flops(tokens, parts.tokenizer.text_length, config),
-            bytes_weights=parts.weight_bytes,
+            bytes_weights=sizes.total,
             bytes_activations=cost.activations,
             bytes_decoder=cost.decoder,
             bytes_latents=cost.latents,
             bytes_frames=cost.frames,
             bytes_free=free,
+            bytes_encoder=cost.encoder,
+            bytes_context=cost.context,
+            bytes_device=memory.device,
+            bytes_host=memory.host,
+            offload=memory.offload,
+            choices=memory.choices,
             device=str(parts.device),
             dtype=str(parts.dtype).removeprefix("torch."),
             backends=parts.ops.bound,
@@ -357,6 +374,7 @@ def load(
     backend: str = "auto",
     attention: str = "auto",
     loras: Sequence[Any] = (),
+    offload: str = "auto",
 ) -> Pipeline:
     """Load a model.
 
@@ -368,13 +386,18 @@ def load(
             GPU and float32 on the CPU.
         backend, attention: what runs the operations (see `fastvid doctor`).
         loras: LoRA files, or (file, scale), merged into the transformer; see `Pipeline.set_loras`.
+        offload: which weights are in host memory while they are not used. "none"; "text": those of the encoders, and of
+            two experts the other one; "blocks": those, and the blocks of transformer and text encoder, two of which are
+            on the device at a time; "auto": the least with which what the model makes by default fits. On the CPU,
+            which has but one memory, "auto" is "none", and the others cost memory instead.
 
     Raises:
         CheckpointError: the model is missing, broken or of an unsupported kind, or a LoRA does not fit it.
         InvalidRequest: an option that does not exist.
         BackendUnavailable: a back end or device asked for by name cannot run here.
     """
-    return Pipeline(load_parts(model, device=device, dtype=dtype, backend=backend, attention=attention, loras=loras))
+    given = {"device": device, "dtype": dtype, "backend": backend, "attention": attention}
+    return Pipeline(load_parts(model, **given, loras=loras, offload=offload))
 
 
 def inspect(model: str, loras: Sequence[Any] = ()) -> dict[str, Any]:

@@ -15,30 +15,27 @@ from typing import Any
 
 import torch
 
-from fastvid.errors import OutOfMemory
+from fastvid import plan_memory
+from fastvid.models.checkpoint import weigh_part
+from fastvid.models.clip import CLIPVisionConfig
+from fastvid.models.umt5 import UMT5Config
 from fastvid.models.wan import WanTransformerConfig
 from fastvid.models.wan_vae22 import VAEConfig
+from fastvid.offload import MODES
+from fastvid.plan_memory import Cost, Memory, Sizes
 from fastvid.requests import Resolved
 from fastvid.timeline import Timeline
 
-
-@dataclass(frozen=True)
-class Cost:
-    """Bytes at the peak of each part; `total` is what must fit beside the loaded weights."""
-
-    activations: int
-    decoder: int
-    latents: int
-    frames: int
-
-    @property
-    def total(self) -> int:
-        return max(self.activations, self.decoder) + self.latents + self.frames
+CLIP_TOKENS = 257
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What running a request takes. Sizes in pixels, bytes, and floating point operations."""
+    """What running a request takes. Sizes in pixels, bytes, and floating point operations.
+
+    offload: how weights share the device, choices: the same in sentences. bytes_device: on the device at the peak,
+    weights included; bytes_host: of weights at home in host memory. bytes_free: what can still be taken there now.
+    """
 
     height: int
     width: int
@@ -59,13 +56,20 @@ class Plan:
     bytes_latents: int
     bytes_frames: int
     bytes_free: int
+    bytes_encoder: int
+    bytes_context: int
+    bytes_device: int
+    bytes_host: int
+    offload: str
+    choices: tuple[str, ...]
     device: str
     dtype: str
     backends: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
-        return {**asdict(self), "latent_shape": list(self.latent_shape), "backends": dict(self.backends)}
+        lists = {"latent_shape": list(self.latent_shape), "choices": list(self.choices)}
+        return {**asdict(self), **lists, "backends": dict(self.backends)}
 
 
 def lay_out(request: Resolved, vae: VAEConfig) -> Timeline:
@@ -102,27 +106,77 @@ def decode_chunk(timeline: Timeline) -> int:
 
 
 def cost(
-    timeline: Timeline, config: WanTransformerConfig, vae: VAEConfig, itemsize: int, solver_copies: int = 6
+    timeline: Timeline,
+    config: WanTransformerConfig,
+    vae: VAEConfig,
+    itemsize: int,
+    solver_copies: int = 6,
+    *,
+    text: UMT5Config | None = None,
+    rows: int = 512,
+    texts: int = 2,
+    experts: int = 1,
+    pictures: int = 0,
 ) -> Cost:
-    """Peak bytes of a whole-clip request.
+    """Peak bytes of a whole-clip request, weights left out; see `plan_memory.Cost`.
 
-    Activations: residual, norm, q, k, v, output and the wider of two feed-forward tensors, counted in the compute type
-    and fp32. Decoder: about ten of its widest tensors for one chunk. Latents: the solver's history.
+    rows: of text that the transformer sees; texts: 2 with guidance; pictures: how many are given.
     """
-    tokens, pixels = count_tokens(timeline, config), timeline.made_height * timeline.made_width
-    chunk_frames = timeline.temporal * decode_chunk(timeline)
+    pixels, chunk = timeline.made_height * timeline.made_width, timeline.temporal * decode_chunk(timeline)
+    concatenated = config.in_channels > config.out_channels
+    given = (timeline.made_frames if concatenated else 1) if pictures else 0
+    seen = pictures * CLIP_TOKENS if config.image_dim else 0
     return Cost(
-        activations=tokens * (config.dim * (4 + 6 * itemsize) + 2 * config.ffn_dim * itemsize),
-        decoder=chunk_frames * pixels * vae.widest * 4 * 10,
+        activations=plan_memory.activation_bytes(count_tokens(timeline, config), config, itemsize),
+        decoder=plan_memory.decoder_bytes(pixels, vae, chunk),
         latents=math.prod(timeline.latent_shape(vae.z_dim)) * 4 * solver_copies,
         frames=timeline.num_frames * timeline.height * timeline.width * 3,
+        encoder=plan_memory.encoder_bytes(pixels, vae, min(chunk, given), given) if given else 0,
+        context=plan_memory.context_bytes(rows + seen, texts, experts, config, itemsize),
+        text=plan_memory.text_bytes(rows, text, itemsize) if text else 0,
     )
+
+
+def fit(
+    request: Resolved,
+    transformer: WanTransformerConfig,
+    vae: VAEConfig,
+    text_encoder: UMT5Config,
+    image_encoder: CLIPVisionConfig | None = None,
+    *,
+    capacity: int,
+    experts: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    pictures: int = 0,
+) -> tuple[Memory, dict[str, Memory]]:
+    """Whether and how a model that need not be loaded, nor be here, makes a request in `capacity` bytes of a device.
+
+    dtype: of transformer and text encoder; the VAE and the image encoder are in fp32. Returns the choice, and every
+    way of offloading by its name. Raises OutOfMemory if none of them fits.
+    """
+    one, text = weigh_part("transformer", transformer, dtype), weigh_part("text_encoder", text_encoder, dtype)
+    image = weigh_part("image_encoder", image_encoder, dtype).total if image_encoder else 0
+    sizes = Sizes((one,) * experts, text, weigh_part("vae", vae, dtype).total, image)
+    timeline = lay_out(request, vae)
+    guided = any(scale != 1 for scale in request.guidance_scales(experts))
+    options = {"text": text_encoder, "texts": 1 + guided, "experts": experts, "pictures": pictures}
+
+    def chosen(t: Timeline) -> Memory:
+        return plan_memory.choose(sizes, cost(t, transformer, vae, dtype.itemsize, **options), capacity)
+
+    found = chosen(timeline)
+    if found.device > capacity:
+        hint = nearest(timeline, lambda t: chosen(t).device <= capacity)
+        plan_memory.refuse(found, found.device, capacity, timeline, hint)
+    need = cost(timeline, transformer, vae, dtype.itemsize, **options)
+    return found, {mode: plan_memory.memory(sizes, need, mode) for mode in MODES}
 
 
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be taken on a device."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for reuse
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return min(int(line.split()[1]) * 1024, _cgroup_free())
@@ -142,18 +196,10 @@ def _read(path: str) -> str:
         return ""
 
 
-def check_fits(need: Cost, free: int, timeline: Timeline, largest_that_fits: int) -> None:
-    """Raises OutOfMemory for a request that does not fit, naming the nearest that does."""
-    if need.total <= free:
-        return
-    parts = {name: getattr(need, name) for name in ("activations", "decoder", "latents", "frames")}
-    worst = max(parts, key=parts.get)
-    hint = f"the nearest that fits is num_frames={largest_that_fits}" if largest_that_fits else "ask for a smaller size"
-    raise OutOfMemory(
-        f"{timeline.width}x{timeline.height} with {timeline.num_frames} frames takes about "
-        f"{need.total / 2**30:.1f} GiB beside the weights ({worst}: {parts[worst] / 2**30:.1f} GiB), "
-        f"and {free / 2**30:.1f} GiB are free; {hint}"
-    )
+def nearest(timeline: Timeline, fits: Any) -> str:
+    """The end of a sentence that says which request would fit."""
+    frames = most_frames(timeline, fits)
+    return f"the nearest that fits is num_frames={frames}" if frames else "ask for a smaller size"
 
 
 def most_frames(timeline: Timeline, fits: Any) -> int:

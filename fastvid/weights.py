@@ -198,18 +198,24 @@ def load_into(
     entries = read_fitting(module, files, origins)
     read_one = {name: (lambda read, name=name: read(name)) for name in entries}
     made = read_one if origins is None else {name: origin.make for name, origin in origins.items()}
-    keep, aliases = frozenset(getattr(module, "FP32_PARTS", ())), getattr(module, "ALIASES", {})
+    aliases = getattr(module, "ALIASES", {})
     with ExitStack() as stack:
         read = _reader(stack, files, entries)
         for stored, make in made.items():
             name = aliases.get(stored, stored)
             if _unused(module, stored) or (only is not None and name not in only):
                 continue
-            target = torch.float32 if keep.intersection(name.split(".")) else dtype
+            target = target_dtype(module, name, dtype)
             tensor = make(read) if merge is None else merge(name, make(read))
             # A copy even where nothing changes: a mapped file may be cut or overwritten while we run.
             _assign(module, name, tensor.to(device=device, dtype=target, copy=True).contiguous())
     module.eval().requires_grad_(False)
+
+
+def target_dtype(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a weight becomes in a module that is loaded as dtype: fp32 if a part of its name is in FP32_PARTS."""
+    kept = getattr(module, "FP32_PARTS", ())
+    return dtype if frozenset(kept).isdisjoint(name.split(".")) else torch.float32
 
 
 def read_fitting(
