@@ -180,6 +180,7 @@ class Pipeline:
         config, sizes = parts.transformer.config, parts.sizes
         scales, times = request.guidance_scales(len(parts.experts)), timesteps(sigmas, request.solver)
         options = {"text": parts.text_encoder.config, "rows": parts.tokenizer.text_length}
+        options["on_cpu"] = parts.device.type == "cpu"
         options |= {"texts": 1 + any(scale != 1 for scale in scales), "experts": len(scales)}
         options["pictures"] = sum(getattr(request, name) is not None for name in pictures.NAMES)
 

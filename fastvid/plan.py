@@ -117,6 +117,7 @@ def cost(
     texts: int = 2,
     experts: int = 1,
     pictures: int = 0,
+    on_cpu: bool = False,
 ) -> Cost:
     """Peak bytes of a whole-clip request, weights left out; see `plan_memory.Cost`.
 
@@ -128,7 +129,7 @@ def cost(
     seen = pictures * CLIP_TOKENS if config.image_dim else 0
     return Cost(
         activations=plan_memory.activation_bytes(count_tokens(timeline, config), config, itemsize),
-        decoder=plan_memory.decoder_bytes(pixels, vae, chunk),
+        decoder=plan_memory.decoder_bytes(pixels, vae, chunk, on_cpu),
         latents=math.prod(timeline.latent_shape(vae.z_dim)) * 4 * solver_copies,
         frames=timeline.num_frames * timeline.height * timeline.width * 3,
         encoder=plan_memory.encoder_bytes(pixels, vae, min(chunk, given), given) if given else 0,

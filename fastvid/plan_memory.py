@@ -20,8 +20,10 @@ from fastvid.timeline import Timeline
 
 # Tensors as large as the widest activation that one step of the VAE holds at its peak, the caches of the step before
 # and of this one among them; measured on its operations (tests/test_plan_memory.py).
-DECODER_TENSORS, ENCODER_TENSORS = 18.0, 11.0
-DECODER_TENSORS_22, ENCODER_TENSORS_22 = 10.5, 13.0
+DECODER_TENSORS, ENCODER_TENSORS = 18.25, 11.5
+DECODER_TENSORS_22, ENCODER_TENSORS_22 = 10.75, 13.5
+# The forms for CPUs make no copies of whole chunks (benchmarks/results/vae-decode-cpu-*.json: 10.3).
+CPU_TENSORS = 10.5
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,10 @@ def text_bytes(rows: int, config: UMT5Config, itemsize: int) -> int:
     return rows * (max(scores, 3 * config.d_ff * itemsize) + config.d_model * (8 + 4 * itemsize))
 
 
-def decoder_bytes(pixels: int, vae: VAEConfig, frames: int) -> int:
+def decoder_bytes(pixels: int, vae: VAEConfig, frames: int, on_cpu: bool = False) -> int:
     """Peak of decoding `frames` pixel frames at once, in fp32."""
     tensors = DECODER_TENSORS_22 if isinstance(vae, WanVAE22Config) else DECODER_TENSORS
+    tensors = min(tensors, CPU_TENSORS) if on_cpu else tensors
     return math.ceil(frames * pixels * vae.widest * 4 * tensors)
 
 
