@@ -16,7 +16,7 @@ import mmap
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -344,9 +344,6 @@ def host_memory(size: int, pin: bool = False) -> Tensor:
     """
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     pages = mmap.mmap(-1, max(1, size), **private)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)  # touching small pages for the first time takes longer than a disk
     memory = torch.frombuffer(pages, dtype=torch.uint8, count=size) if size else torch.empty(0, dtype=torch.uint8)
     if pin and size:
         runtime = torch.cuda.cudart()

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
-from fastvid.offload import host_memory
 
 SUFFIX = ".safetensors"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -32,7 +31,6 @@ BITS |= {"U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 MAX_HEADER = 100_000_000  # what the safetensors library itself allows
 SHOWN = 10  # names in a message
 PIECE = 2**24  # bytes that are asked of the system at once
-LARGE = 2**22  # bytes from which on a tensor gets pages of its own, which may be huge ones
 
 
 @dataclass(frozen=True)
@@ -272,13 +270,8 @@ class Scratch:
     def take(self, size: int) -> Tensor:
         """uint8 [size]; what was taken before is overwritten."""
         if len(self._memory) < size:
-            self._memory = _new(size)
+            self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._memory[:size]
-
-
-def _new(size: int) -> Tensor:
-    """uint8 [size] in host memory."""
-    return host_memory(size) if size >= LARGE else torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def _open(stack: ExitStack, files: Iterable[Path]) -> dict[Path, Any]:
@@ -301,7 +294,7 @@ def _read(file: Any, entry: Entry, scratch: Scratch | None) -> Tensor:
     """The tensor of an entry from its open file, in new memory or in the scratch."""
     dtype = FLOATS[entry.dtype]
     size = math.prod(entry.shape) * dtype.itemsize
-    memory = (_new if scratch is None else scratch.take)(size)
+    memory = torch.empty(size, dtype=torch.uint8, device="cpu") if scratch is None else scratch.take(size)
     rest = memoryview(memory.numpy()) if size else b""
     try:
         file.seek(entry.offset)

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": BASE | {"kernels", "_C"},
     "layers": OPS | {"distributed"},
     "sampling": OPS,
-    "weights": BASE | {"offload"},
+    "weights": BASE,
     "offload": {"errors"},
     "models": PARTS | {"offload", "weights"},
     "media": BASE | {"env", "requests"},
