@@ -157,6 +157,7 @@ def _load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[s
     here = env.read()
     chosen = {name: getattr(flags, name) or made_with.get(name) or getattr(here, name) for name in LOAD_FLAGS}
     chosen["loras"] = settings.get("loras") if flags.lora is None else flags.lora
+    chosen["offload"] = flags.offload  # of this machine alone: the video is the same
     return {name: value for name, value in chosen.items() if value is not None}
 
 

@@ -181,6 +181,11 @@ def _add_model(parser: Parser) -> None:
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: what suits the device)")
     add("--backend", metavar="NAME", help="of the operations: auto, reference, triton, cuda (default: auto)")
     add("--attention", metavar="NAME", help="auto, reference, sdpa, flash, triton, cuda (default: auto)")
+    add(
+        "--offload",
+        metavar="NAME",
+        help="weights in host memory while they are not used: auto, none, text (encoders), blocks (default: auto)",
+    )
     _add_lora(parser)
 
 

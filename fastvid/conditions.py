@@ -166,4 +166,4 @@ def _look(parts: Parts, pictures: list[np.ndarray]) -> Tensor:
     """CLIP's tokens of all pictures, one after the other: [1, L, d]."""
     size = parts.image_encoder.config.image_size
     seen = [clip.preprocess(torch.from_numpy(picture)[None], size).to(parts.device) for picture in pictures]
-    return parts.image_encoder(torch.cat(seen)).flatten(0, 1)[None]
+    return parts.look(torch.cat(seen)).flatten(0, 1)[None]

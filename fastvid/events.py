@@ -49,12 +49,13 @@ class Frames:
 
 @dataclass(frozen=True)
 class Finished:
-    """All frames are out. `latents` are the clean, normalised ones, [1, C, T, h, w]; `seconds` are a stage's."""
+    """All frames are out. `latents` are the clean, normalised ones that were made,
+    [1, C, T, h, w], or None if they were not kept; `seconds` are a stage's."""
 
     seed: int
     num_frames: int
     fps: float
-    latents: torch.Tensor = field(repr=False)
+    latents: torch.Tensor | None = field(repr=False)
     recipe: dict[str, Any] = field(repr=False)
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid import hub
-from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid import hub, plan
+from fastvid.errors import CheckpointError, InvalidRequest, OutOfMemory
 from fastvid.models import (
     Checkpoint,
     Experts,
@@ -25,12 +25,18 @@ from fastvid.models import (
     load_part,
     open_checkpoint,
 )
-from fastvid.models.checkpoint import check_fill, fill
+from fastvid.models.checkpoint import Part, check_fill, fill, part_dtype
 from fastvid.models.clip import CLIPVisionEncoder
 from fastvid.models.lora import Lora, read_lora, touched
+from fastvid.offload import MODES, Staying, Turns, weigh
 from fastvid.ops import Ops, bind
+from fastvid.plan_memory import Sizes
+from fastvid.requests import Request
 
 EMBEDDED = "embedded"
+AUTO = "auto"
+ENCODERS = ("text_encoder", "image_encoder")
+FIT = ("transformer", "vae", *ENCODERS)  # what plan.fit takes, in this order
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,6 +46,8 @@ class Parts:
 
     experts: the transformers, one or two; `experts.use` brings the one that is needed to the device.
     loras: the files, with their scales, that are merged into every expert; merged: the weights that they changed.
+    offload: "none", "text" or "blocks" (see `fastvid.offload`); encoders: how the text encoder and the image encoder,
+    in this order, come to the device; sizes: bytes of all weights as loaded.
     """
 
     model: str
@@ -57,6 +65,9 @@ class Parts:
     loras: tuple[tuple[str, float], ...] = ()
     merged: frozenset[str] = frozenset()
     image_encoder: CLIPVisionEncoder | None = None
+    offload: str = "none"
+    encoders: Staying | Turns | None = None
+    sizes: Sizes | None = None
 
     @property
     def transformer(self) -> WanTransformer:
@@ -81,15 +92,21 @@ class Parts:
         return torch.float32
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights as loaded."""
-        modules = [self.text_encoder, *self.experts.modules, self.vae]
-        modules += [self.image_encoder] if self.image_encoder is not None else []
-        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    def bytes_held(self) -> int:
+        """Bytes of weights that are on the device now."""
+        modules = [*self.experts.modules, self.text_encoder, self.vae, *filter(None, [self.image_encoder])]
+        held = [p.nbytes for module in modules for p in module.parameters() if p.device.type == self.device.type]
+        return sum(held)
 
     def embed(self, prompt: str) -> Tensor:
         """Text embeddings [1, L, text_dim] of one prompt."""
-        return encode_prompt(self.text_encoder, self.tokenizer, [prompt]).to(self.device, self.dtype)
+        with self.encoders.use(0) as encoder:
+            return encode_prompt(encoder, self.tokenizer, [prompt]).to(self.device, self.dtype)
+
+    def look(self, pixels: Tensor) -> Tensor:
+        """What the image encoder makes of pictures [B, 3, S, S] -> [B, M, d]."""
+        with self.encoders.use(1) as encoder:
+            return encoder(pixels)
 
 
 def load_parts(
@@ -100,22 +117,56 @@ def load_parts(
     backend: str = "auto",
     attention: str = "auto",
     loras: Sequence[Any] = (),
+    offload: str = "auto",
 ) -> Parts:
     """Load everything of a model; see `fastvid.load`. What was asked for is checked before any weight is read."""
     where = _device(device)
     kind = _dtype(dtype, where)
     ops = bind(backend, attention, where)
-    merging = read_loras(loras)
+    merging, asked = read_loras(loras), check_offload(offload)
     checkpoint = read_checkpoint(model, download=True).check()
-    experts = load_experts(checkpoint, ops, where, kind, merging)
-    text_encoder = load_part(checkpoint, "text_encoder", ops, where, kind)
-    vae = load_part(checkpoint, "vae", ops, where, torch.float32)
+    mode = choose_offload(checkpoint, where, kind) if asked == AUTO else asked
+    experts = load_experts(checkpoint, ops, where, kind, merging, mode)
+    # An I2V model without an image encoder (A14B) sees its picture in the latents alone.
+    names = [name for name in ENCODERS if name in [part.name for part in checkpoint.parts]]
+    at = where if mode == "none" else torch.device("cpu")
+    loaded = [load_part(checkpoint, name, ops, at, part_dtype(name, kind)) for name in names]
+    encoders = Staying(loaded) if mode == "none" else Turns(loaded, where, stream=mode == "blocks")
+    vae = load_part(checkpoint, "vae", ops, where, part_dtype("vae", kind))
     tokenizer = TextTokenizer.from_folder(checkpoint.tokenizer)
-    parts = Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, text_encoder, experts, vae, ops, where, kind)
-    # In fp32, as published; an I2V model without it (A14B) sees its picture in the latents alone.
-    sees = "image_encoder" in [part.name for part in checkpoint.parts]
-    image_encoder = load_part(checkpoint, "image_encoder", ops, where, torch.float32) if sees else None
-    return replace(parts, loras=named(merging), merged=touched(merging), image_encoder=image_encoder)
+    parts = Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, loaded[0], experts, vae, ops, where, kind)
+    image_encoder = loaded[1] if len(loaded) > 1 else None
+    image_bytes = weigh(image_encoder).total if image_encoder is not None else 0
+    sizes = Sizes(tuple(map(weigh, experts.modules)), weigh(loaded[0]), weigh(vae).total, image_bytes)
+    parts = replace(parts, image_encoder=image_encoder, offload=mode, encoders=encoders, sizes=sizes)
+    return replace(parts, loras=named(merging), merged=touched(merging))
+
+
+def check_offload(offload: Any) -> str:
+    """The way of offloading that was asked for; InvalidRequest if there is no such way."""
+    if not isinstance(offload, str) or offload not in (AUTO, *MODES):
+        near = difflib.get_close_matches(str(offload).lower(), (AUTO, *MODES), 1, 0)[0]
+        raise InvalidRequest(f"offload={offload!r:.40}: allowed is {', '.join((AUTO, *MODES))}; the nearest is {near}")
+    return offload
+
+
+def choose_offload(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> str:
+    """The least offloading with which what the model's recipe makes fits into the device's free memory; without a GPU,
+    none: host and device are one memory there."""
+    if device.type == "cpu":
+        return "none"
+    configs = [part.config if part else None for part in map(dict(_named(checkpoint)).get, FIT)]
+    pictures = 1 + bool(configs[0].pos_embed_seq_len) if configs[0].in_channels > configs[0].out_channels else 0
+    request = Request.make(prompt="").resolve(checkpoint.recipe)
+    given = {"experts": len(checkpoint.experts), "dtype": dtype, "pictures": pictures}
+    try:
+        return plan.fit(request, *configs, capacity=plan.available_bytes(device), **given)[0].offload
+    except OutOfMemory:
+        return MODES[-1]  # for requests smaller than the recipe's; the others are refused when they are planned
+
+
+def _named(checkpoint: Checkpoint) -> list[tuple[str, Part]]:
+    return [(part.name, part) for part in checkpoint.parts]
 
 
 def read_loras(loras: Any) -> tuple[Lora, ...]:
@@ -145,18 +196,26 @@ def change_loras(parts: Parts, loras: Any) -> Parts:
     experts = list(zip(parts.experts.modules, map(parts.checkpoint.part, parts.checkpoint.experts), strict=True))
     for module, part in experts:
         check_fill(module, part, merging)
-    for module, part in experts:
-        fill(module, part, next(module.parameters()).device, parts.dtype, merging, only=stale)
+    with parts.experts.turns.change():
+        for module, part in experts:
+            fill(module, part, next(module.parameters()).device, parts.dtype, merging, only=stale)
     return replace(parts, loras=named(merging), merged=touched(merging))
 
 
 def load_experts(
-    checkpoint: Checkpoint, ops: Ops, device: torch.device, dtype: torch.dtype, loras: Sequence[Lora] = ()
+    checkpoint: Checkpoint,
+    ops: Ops,
+    device: torch.device,
+    dtype: torch.dtype,
+    loras: Sequence[Lora] = (),
+    offload: str = "none",
 ) -> Experts:
-    """The transformers, LoRAs merged into each: the first on the device, a second in host memory until its turn."""
-    places = zip(checkpoint.experts, [device, torch.device("cpu")], strict=False)
-    modules = [load_part(checkpoint, name, ops, where, dtype, loras) for name, where in places]
-    return Experts(modules, checkpoint.recipe.boundary_ratio, device)
+    """The transformers, LoRAs merged into each, on the device or in host memory until their turn."""
+    stay = offload == "none" or (offload == "text" and len(checkpoint.experts) == 1)
+    at = device if stay else torch.device("cpu")
+    modules = [load_part(checkpoint, name, ops, at, dtype, loras) for name in checkpoint.experts]
+    turns = Staying(modules) if stay else Turns(modules, device, stream=offload == "blocks", linger=True)
+    return Experts(modules, checkpoint.recipe.boundary_ratio, turns)
 
 
 def read_checkpoint(model: str | Path, download: bool = False) -> Checkpoint:

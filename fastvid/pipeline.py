@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 import fastvid
-from fastvid import control, inputs, pieces, plan, verbs
+from fastvid import control, inputs, pieces, planning, verbs
 from fastvid.errors import InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
 from fastvid.loading import Parts, change_loras, load_parts, read_checkpoint, read_loras
 from fastvid.plan import Plan
 from fastvid.requests import Request, Resolved
 from fastvid.sampling import check_sigmas, make_sigmas
-from fastvid.session import Job, Session, count_calls, spans, window_columns
+from fastvid.session import Job, Session
 from fastvid.timeline import Timeline
 from fastvid.video import Video
 
@@ -139,25 +139,33 @@ class Pipeline:
 
     def _video(self, verb: str, **options: Any) -> Video:
         frames: list[np.ndarray] = []
-        for event in self.stream(verb=verb, **options):
+        for event in self._start(verb, options, keep_frames=True, keep_latents=True):
             if isinstance(event, Frames):
                 frames.append(event.frames)
         # The loop only ends after Finished: everything else raises.
         return Video(np.concatenate(frames), event.fps, event.seed, event.latents, event.recipe)
 
-    def stream(self, prompt: Any = None, *, verb: str = "generate", **options: Any) -> Stream:
+    def stream(
+        self, prompt: Any = None, *, verb: str = "generate", keep_latents: bool = True, **options: Any
+    ) -> Stream:
         """Any verb, as events: Started, Step, Frames, Finished. Frames come out while later ones are still made.
 
         The request is checked and planned before this returns; nothing is computed until the first event is asked for.
+        verb: "generate", "image", "extend", "loop", "blend", "edit", "storyboard" or "finalize", with its options.
+        keep_latents: whether Finished has them; without, memory does not grow with the video.
         """
-        prepared, cancelled = self._prepare(verb, {"prompt": prompt, **options}), threading.Event()
-        return Stream(self._run(prepared, cancelled), cancelled)
+        options = options if prompt is None else {"prompt": prompt, **options}
+        return self._start(verb, options, keep_frames=False, keep_latents=keep_latents)
+
+    def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
+        prepared, cancelled = self._prepare(verb, options, keep_frames), threading.Event()
+        return Stream(self._run(prepared, cancelled, keep_latents), cancelled)
 
     def plan(self, prompt: str | None = None, *, verb: str = "generate", **options: Any) -> Plan:
         """What a request would cost, without running it. The prompt may be left out."""
         if "prompt_embeds" not in options and verb != "storyboard":
             options["prompt"] = prompt or ""
-        return self._prepare(verb, options).plan
+        return self._prepare(verb, options, keep_frames=True).plan
 
     def embed(self, prompt: str) -> Tensor:
         """Text embeddings [1, L, text_dim] of a prompt, as `prompt_embeds=` takes them."""
@@ -185,6 +193,7 @@ class Pipeline:
             "backends": dict(parts.ops.bound),
             "reasons": dict(parts.ops.reasons),
             "loras": [list(pair) for pair in parts.loras],
+            "offload": parts.offload,
         }
 
     def inspect(self) -> dict[str, Any]:
@@ -201,7 +210,7 @@ class Pipeline:
 
     # ------------------------------------------------------------ before running
 
-    def _prepare(self, verb: str, options: dict[str, Any]) -> Prepared:
+    def _prepare(self, verb: str, options: dict[str, Any], keep_frames: bool = False) -> Prepared:
         parts = self._parts
         request = inputs.read(Request.make(verb, **options)).resolve(parts.recipe)
         control.check(parts, request)
@@ -210,57 +219,8 @@ class Pipeline:
         self._check_tensors(request, timeline)
         sigmas = _sigmas_of(request)
         recipe = request.to_recipe(model=parts.model, version=fastvid.__version__, **parts.settings)
-        made = self._plan(request, timeline, sigmas)
+        made = planning.plan_request(parts, request, timeline, sigmas, keep_frames)
         return Prepared(Job(request, timeline, sigmas, made.decode_chunk), made, recipe)
-
-    def _plan(self, request: Resolved, timeline: Timeline, sigmas: np.ndarray) -> Plan:
-        parts, config = self._parts, self._parts.transformer.config
-        segments = timeline.segments
-        largest = max(segments, key=lambda s: window_columns(parts, s))
-        window = plan.window_of(largest, window_columns(parts, largest))
-
-        def need(frames: int) -> plan.Cost:
-            shorter = window if frames >= window.made_frames else plan.window_of(window, frames // window.temporal + 1)
-            itemsize = parts.dtype.itemsize
-            return plan.cost(
-                shorter, config, parts.vae.config, itemsize, control_layers=parts.control_layers, frames=frames
-            )
-
-        free, cost = plan.available_bytes(parts.device), need(timeline.num_frames)
-        if cost.total > free:
-            most = plan.most_frames(timeline.num_frames, window.temporal, lambda n: need(n).total <= free)
-            plan.refuse(cost, free, window, timeline.num_frames, most)
-        calls = [count_calls(parts, s, sigmas, request) for s in segments]
-        tokens, rows = plan.count_tokens(window, config), parts.tokenizer.text_length
-        keys = tokens if parts.recipe.rollout is None else plan.count_tokens(largest, config)
-        each = plan.denoise_flops(tokens, rows, config, parts.control_layers, keys)
-        return Plan(
-            height=largest.height,
-            width=largest.width,
-            num_frames=timeline.num_frames,
-            model_height=largest.made_height,
-            model_width=largest.made_width,
-            model_frames=sum(s.made_frames - s.left - s.right for s in segments),
-            fps=request.fps,
-            latent_shape=largest.latent_shape(config.out_channels),
-            segments=len(segments),
-            windows=sum(len(spans(parts, s)) for s in segments),
-            tokens=tokens,
-            steps=len(sigmas),
-            model_calls=sum(calls),
-            decode_chunk=plan.decode_chunk(window),
-            flops_denoise=sum(calls) * each,
-            bytes_weights=parts.weight_bytes,
-            bytes_activations=cost.activations,
-            bytes_encoder=cost.encoder,
-            bytes_decoder=cost.decoder,
-            bytes_latents=cost.latents,
-            bytes_frames=cost.frames,
-            bytes_free=free,
-            device=str(parts.device),
-            dtype=str(parts.dtype).removeprefix("torch."),
-            backends=parts.ops.bound,
-        )
 
     def _check_tensors(self, request: Resolved, timeline: Timeline) -> None:
         config, segments = self._parts.transformer.config, timeline.segments
@@ -278,8 +238,8 @@ class Pipeline:
 
     # ------------------------------------------------------------ running
 
-    def _run(self, prepared: Prepared, cancelled: threading.Event) -> Iterator[Event]:
-        job, session = prepared.job, Session(self._parts, prepared.job, cancelled)
+    def _run(self, prepared: Prepared, cancelled: threading.Event, keep_latents: bool) -> Iterator[Event]:
+        job, session = prepared.job, Session(self._parts, prepared.job, cancelled, keep_latents)
         request, timeline = job.request, job.timeline
         yield Started(
             plan=prepared.plan,
@@ -292,7 +252,7 @@ class Pipeline:
             recipe=prepared.recipe,
         )
         yield from session.run()
-        clean = torch.cat(session.latents, dim=2)
+        clean = torch.cat(session.latents, dim=2) if keep_latents else None
         yield Finished(request.seed, timeline.num_frames, request.fps, clean, prepared.recipe, session.seconds)
 
 
@@ -325,6 +285,7 @@ def load(
     backend: str = "auto",
     attention: str = "auto",
     loras: Sequence[Any] = (),
+    offload: str = "auto",
 ) -> Pipeline:
     """Load a model.
 
@@ -336,13 +297,18 @@ def load(
             GPU and float32 on the CPU.
         backend, attention: what runs the operations (see `fastvid doctor`).
         loras: LoRA files, or (file, scale), merged into the transformer; see `Pipeline.set_loras`.
+        offload: which weights are in host memory while they are not used. "none"; "text": those of the encoders, and of
+            two experts the other one; "blocks": those, and the blocks of transformer and text encoder, two of which are
+            on the device at a time; "auto": the least with which what the model makes by default fits. On the CPU,
+            which has but one memory, "auto" is "none", and the others cost memory instead.
 
     Raises:
         CheckpointError: the model is missing, broken or of an unsupported kind, or a LoRA does not fit it.
         InvalidRequest: an option that does not exist.
         BackendUnavailable: a back end or device asked for by name cannot run here.
     """
-    return Pipeline(load_parts(model, device=device, dtype=dtype, backend=backend, attention=attention, loras=loras))
+    given = {"device": device, "dtype": dtype, "backend": backend, "attention": attention}
+    return Pipeline(load_parts(model, **given, loras=loras, offload=offload))
 
 
 def inspect(model: str, loras: Sequence[Any] = ()) -> dict[str, Any]:

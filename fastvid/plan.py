@@ -2,7 +2,7 @@
 
 A request that does not fit is refused here, with the number that does not fit and the nearest request that does.
 Formulas for arithmetic: N tokens, width d, ffn f, L text rows; linear 2N(6d^2 + 2df), self-attention 4 N^2 d,
-cross-attention 4 N L d, a layer and call each; the layers of a control branch cost the same, and 2N d^2 for a hint.
+cross-attention 4 N L d, a layer and call each.
 """
 
 from __future__ import annotations
@@ -11,34 +11,31 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from fastvid.errors import OutOfMemory
+from fastvid import plan_memory
+from fastvid.models.checkpoint import weigh_part
+from fastvid.models.clip import CLIPVisionConfig
+from fastvid.models.umt5 import UMT5Config
 from fastvid.models.wan import WanTransformerConfig
 from fastvid.models.wan_vae22 import VAEConfig
+from fastvid.offload import MODES
+from fastvid.plan_memory import Cost, Memory, Sizes
+from fastvid.requests import Resolved
 from fastvid.timeline import Segment
 
-
-@dataclass(frozen=True)
-class Cost:
-    """Bytes at the peak of each part; `total` is what must fit beside the loaded weights."""
-
-    activations: int
-    decoder: int
-    latents: int
-    frames: int
-    encoder: int = 0
-
-    @property
-    def total(self) -> int:
-        return max(self.activations, self.decoder, self.encoder) + self.latents + self.frames
+CLIP_TOKENS = 257
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What running a request takes. Sizes in pixels, bytes, and floating point operations."""
+    """What running a request takes. Sizes in pixels, bytes, and floating point operations.
+
+    offload: how weights share the device, choices: the same in sentences. bytes_device: on the device at the peak,
+    weights included; bytes_host: of weights at home in host memory. bytes_free: what can still be taken there now.
+    """
 
     height: int
     width: int
@@ -57,18 +54,39 @@ class Plan:
     flops_denoise: float
     bytes_weights: int
     bytes_activations: int
-    bytes_encoder: int
     bytes_decoder: int
     bytes_latents: int
     bytes_frames: int
     bytes_free: int
+    bytes_encoder: int
+    bytes_context: int
+    bytes_device: int
+    bytes_host: int
+    offload: str
+    choices: tuple[str, ...]
     device: str
     dtype: str
     backends: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
-        return {**asdict(self), "latent_shape": list(self.latent_shape), "backends": dict(self.backends)}
+        lists = {"latent_shape": list(self.latent_shape), "choices": list(self.choices)}
+        return {**asdict(self), **lists, "backends": dict(self.backends)}
+
+
+def whole_clip(request: Resolved, vae: VAEConfig) -> Segment:
+    """A request as one segment that the model makes at once."""
+    return Segment(
+        num_frames=request.num_frames,
+        height=request.height,
+        width=request.width,
+        made_frames=request.model_frames,
+        made_height=request.model_height,
+        made_width=request.model_width,
+        spatial=vae.spatial_scale,
+        temporal=vae.temporal_scale,
+        lead=len(request.reference_images or ()),
+    )
 
 
 def window_of(segment: Segment, columns: int) -> Segment:
@@ -107,35 +125,85 @@ def cost(
     vae: VAEConfig,
     itemsize: int,
     solver_copies: int = 6,
+    *,
+    text: UMT5Config | None = None,
+    rows: int = 512,
+    texts: int = 2,
+    experts: int = 1,
+    pictures: int = 0,
+    encoded: int = 0,
     control_layers: int = 0,
     frames: int = 0,
+    cache: int = 0,
+    on_cpu: bool = False,
 ) -> Cost:
-    """Peak bytes of a request, of which `segment` is what the model makes at once, and `frames` are kept.
+    """Peak bytes of a request, weights left out; see `plan_memory.Cost`. segment: what the model makes at once.
 
-    Activations: residual, norm, q, k, v, output and the wider of two feed-forward tensors, counted in the compute type
-    and fp32; with control_layers, two more: the control, and the residual that waits for its hint. Decoder: about ten
-    of its widest tensors for one chunk. Encoder, of models that see whole videos: as much, and the frames that it
-    takes. Latents: the solver's history, and what the control branch sees.
+    rows: of text that the transformer sees; texts: 2 with guidance; pictures: how many CLIP looks at; encoded: frames
+    that are encoded at once beside them; frames: those that are kept; cache: tokens in a KV cache.
     """
-    tokens, pixels = count_tokens(segment, config), segment.made_height * segment.made_width
-    residuals = 8 if control_layers else 6
-    decoder = segment.temporal * decode_chunk(segment) * pixels * vae.widest * 4 * 10
-    seen = 2 * vae.z_dim + segment.spatial**2 if control_layers else 0
-    # Of every pixel: the video and what of it stays or changes (3 each), the mask and the rounded mask; or the video.
-    values = 8 if control_layers else 3 if config.in_channels > config.out_channels else 0
+    pixels, chunk = segment.made_height * segment.made_width, segment.temporal * decode_chunk(segment)
+    concatenated = config.in_channels > config.out_channels
+    given = segment.made_frames if control_layers or (concatenated and pictures) else max(encoded, min(pictures, 1))
+    seen = pictures * CLIP_TOKENS if config.image_dim else 0
+    seen_by_control = 2 * vae.z_dim + segment.spatial**2 if control_layers else 0
+    masks = 2 if control_layers else 0  # as given and rounded
     return Cost(
-        activations=tokens * (config.dim * (4 + residuals * itemsize) + 2 * config.ffn_dim * itemsize),
-        decoder=decoder,
-        latents=math.prod(segment.latent_shape(vae.z_dim * solver_copies + seen)) * 4,
+        activations=plan_memory.activation_bytes(count_tokens(segment, config), config, itemsize, control_layers),
+        decoder=plan_memory.decoder_bytes(pixels, vae, chunk, on_cpu),
+        latents=math.prod(segment.latent_shape(vae.z_dim * solver_copies + seen_by_control)) * 4,
         frames=frames * segment.height * segment.width * 3,
-        encoder=values and decoder + segment.made_frames * pixels * values * 4,
+        encoder=plan_memory.encoder_bytes(pixels, vae, min(chunk, given), given, masks) if given else 0,
+        context=plan_memory.context_bytes(rows + seen, texts, experts, config, itemsize)
+        + plan_memory.context_bytes(cache, texts, 1, config, itemsize),
+        text=plan_memory.text_bytes(rows, text, itemsize) if text else 0,
     )
+
+
+def fit(
+    request: Resolved,
+    transformer: WanTransformerConfig,
+    vae: VAEConfig,
+    text_encoder: UMT5Config,
+    image_encoder: CLIPVisionConfig | None = None,
+    *,
+    capacity: int,
+    experts: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    pictures: int = 0,
+) -> tuple[Memory, dict[str, Memory]]:
+    """Whether and how a model that need not be loaded, nor be here, makes a request in `capacity` bytes of a device.
+
+    dtype: of transformer and text encoder; the VAE and the image encoder are in fp32. Returns the choice, and every
+    way of offloading by its name. Raises OutOfMemory if none of them fits.
+    """
+    one, text = weigh_part("transformer", transformer, dtype), weigh_part("text_encoder", text_encoder, dtype)
+    image = weigh_part("image_encoder", image_encoder, dtype).total if image_encoder else 0
+    sizes = Sizes((one,) * experts, text, weigh_part("vae", vae, dtype).total, image)
+    segment = whole_clip(request, vae)
+    guided = any(scale != 1 for scale in request.guidance_scales(experts))
+    options = {"text": text_encoder, "texts": 1 + guided, "experts": experts, "pictures": pictures}
+
+    def chosen(t: Segment) -> Memory:
+        return plan_memory.choose(sizes, cost(t, transformer, vae, dtype.itemsize, **options), capacity)
+
+    found = chosen(segment)
+    if found.device > capacity:
+        hint = nearest(
+            segment.num_frames,
+            segment.temporal,
+            lambda n: chosen(replace(segment, num_frames=n, made_frames=n)).device <= capacity,
+        )
+        plan_memory.refuse(found, found.device, capacity, segment, hint)
+    need = cost(segment, transformer, vae, dtype.itemsize, **options)
+    return found, {mode: plan_memory.memory(sizes, need, mode) for mode in MODES}
 
 
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be taken on a device."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for reuse
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return min(int(line.split()[1]) * 1024, _cgroup_free())
@@ -155,16 +223,10 @@ def _read(path: str) -> str:
         return ""
 
 
-def refuse(need: Cost, free: int, segment: Segment, frames: int, largest_that_fits: int) -> NoReturn:
-    """Raises OutOfMemory for a request of so many frames that does not fit, naming the nearest that does."""
-    parts = {name: getattr(need, name) for name in ("activations", "encoder", "decoder", "latents", "frames")}
-    worst = max(parts, key=parts.get)
-    hint = f"the nearest that fits is num_frames={largest_that_fits}" if largest_that_fits else "ask for a smaller size"
-    raise OutOfMemory(
-        f"{segment.width}x{segment.height} with {frames} frames takes about "
-        f"{need.total / 2**30:.1f} GiB beside the weights ({worst}: {parts[worst] / 2**30:.1f} GiB), "
-        f"and {free / 2**30:.1f} GiB are free; {hint}"
-    )
+def nearest(frames: int, temporal: int, fits: Callable[[int], bool]) -> str:
+    """The end of a sentence that says how many frames, up to these, would fit."""
+    most = most_frames(frames, temporal, fits)
+    return f"the nearest that fits is num_frames={most}" if most else "ask for a smaller size"
 
 
 def most_frames(frames: int, temporal: int, fits: Callable[[int], bool]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +18,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
@@ -30,6 +30,7 @@ BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16"
 BITS |= {"U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 MAX_HEADER = 100_000_000  # what the safetensors library itself allows
 SHOWN = 10  # names in a message
+PIECE = 2**24  # bytes that are asked of the system at once
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,14 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         header = json.loads(text, object_pairs_hook=_once)
         entries = {name: _entry(value, path, 8 + length) for name, value in header.items() if name != "__metadata__"}
-        end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
+        spans = sorted(value["data_offsets"] for name, value in header.items() if name != "__metadata__")
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path} has a broken safetensors header ({error}); download it again") from None
+    end = spans[-1][1] if spans else 0
+    if any(begin != before for (begin, _), (_, before) in zip(spans, [(0, 0), *spans], strict=False)):
+        raise CheckpointError(
+            f"{path} is not a valid safetensors file (gaps or overlaps of tensors); download it again"
+        )
     if 8 + length + end != size:
         raise CheckpointError(f"{path} has {size} bytes where its header needs {8 + length + end}; download it again")
     return entries
@@ -191,25 +197,50 @@ def load_into(
     ends in eval mode, without gradients.
     origins: what each weight is made of, where the files name them otherwise. merge: called with every weight's name
     and the tensor as stored; what it returns is taken instead. only: these weights, of a module that has its others.
-    Host memory beyond the module itself: one tensor, and the pages of files that the system keeps.
+    Host memory beyond the module itself: one tensor as stored and as it becomes. On the meta device everything is read,
+    checked and let go: what a load costs beside its memory.
     Raises CheckpointError, before anything is read, if the files are broken or do not fit.
     """
     files = tuple(files)
     entries = read_fitting(module, files, origins)
-    read_one = {name: (lambda read, name=name: read(name)) for name in entries}
-    made = read_one if origins is None else {name: origin.make for name, origin in origins.items()}
-    keep, aliases = frozenset(getattr(module, "FP32_PARTS", ())), getattr(module, "ALIASES", {})
+    aliases, scratch, device = getattr(module, "ALIASES", {}), Scratch(), torch.device(device)
     with ExitStack() as stack:
-        read = _reader(stack, files, entries)
-        for stored, make in made.items():
+        opened = _open(stack, files)
+        for stored in _in_file_order(entries, origins):
             name = aliases.get(stored, stored)
             if _unused(module, stored) or (only is not None and name not in only):
                 continue
-            target = torch.float32 if keep.intersection(name.split(".")) else dtype
-            tensor = make(read) if merge is None else merge(name, make(read))
-            # A copy even where nothing changes: a mapped file may be cut or overwritten while we run.
-            _assign(module, name, tensor.to(device=device, dtype=target, copy=True).contiguous())
+            names = (stored,) if origins is None else origins[stored].names
+            target = target_dtype(module, name, dtype)
+            # What is copied to another device or dtype anyway goes through memory that the next tensor uses again.
+            copied = device.type != "cpu" or FLOATS[entries[names[0]].dtype] != target
+            reused = scratch if copied and len(names) == 1 else None
+
+            def read(one: str, reused: Scratch | None = reused) -> Tensor:
+                return _read(opened[entries[one].file], entries[one], reused)
+
+            tensor = read(stored) if origins is None else origins[stored].make(read)
+            tensor = tensor if merge is None else merge(name, tensor)
+            tensor = tensor.to(device=device, dtype=target).contiguous()
+            _assign(module, name, tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone())
     module.eval().requires_grad_(False)
+
+
+def target_dtype(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a weight becomes in a module that is loaded as dtype: fp32 if a part of its name is in FP32_PARTS."""
+    kept = getattr(module, "FP32_PARTS", ())
+    return dtype if frozenset(kept).isdisjoint(name.split(".")) else torch.float32
+
+
+def _in_file_order(entries: Mapping[str, Entry], origins: Mapping[str, Origin] | None) -> list[str]:
+    """Weights in the order in which files hold (the first tensor of) them, so that they are read from front to back."""
+    files = {file: number for number, file in enumerate(dict.fromkeys(entry.file for entry in entries.values()))}
+
+    def place(name: str) -> tuple[int, int]:
+        entry = entries[name if origins is None else origins[name].names[0]]
+        return files[entry.file], entry.offset
+
+    return sorted(entries if origins is None else origins, key=place)
 
 
 def read_fitting(
@@ -230,17 +261,51 @@ def made_of(origins: Mapping[str, Origin], entries: Mapping[str, Entry]) -> dict
     return {name: Entry(first[name].dtype, origin.shape(shapes), first[name].file) for name, origin in origins.items()}
 
 
-def _reader(stack: ExitStack, files: Iterable[Path], entries: Mapping[str, Entry]) -> Callable[[str], Tensor]:
-    """A function that reads one tensor, as long as the stack is open."""
+class Scratch:
+    """Memory for one tensor at a time: touching new pages for each takes as long as reading it."""
 
-    def attempt(file: Path, act: Callable[[], Any]) -> Any:
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """uint8 [size]; what was taken before is overwritten."""
+        if len(self._memory) < size:
+            self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return self._memory[:size]
+
+
+def _open(stack: ExitStack, files: Iterable[Path]) -> dict[Path, Any]:
+    """The files, as long as the stack is open, for reading from front to back.
+
+    By the system's read in large pieces: pages of a map come in smaller ones, and count as this process's memory.
+    """
+    opened = {}
+    for file in files:
         try:
-            return act()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is not a valid safetensors file ({error}); download it again") from None
+            opened[file] = stack.enter_context(file.open("rb", buffering=0))
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(opened[file].fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # twice the readahead
+    return opened
 
-    opened = {file: attempt(file, lambda file=file: stack.enter_context(safe_open(file, "pt"))) for file in files}
-    return lambda name: attempt(file := entries[name].file, lambda: opened[file].get_tensor(name))
+
+def _read(file: Any, entry: Entry, scratch: Scratch | None) -> Tensor:
+    """The tensor of an entry from its open file, in new memory or in the scratch."""
+    dtype = FLOATS[entry.dtype]
+    size = math.prod(entry.shape) * dtype.itemsize
+    memory = torch.empty(size, dtype=torch.uint8, device="cpu") if scratch is None else scratch.take(size)
+    rest = memoryview(memory.numpy()) if size else b""
+    try:
+        file.seek(entry.offset)
+        while rest:
+            count = file.readinto(rest[:PIECE])
+            if not count:
+                raise CheckpointError(f"{entry.file} ended while it was read; download it again")
+            rest = rest[count:]
+    except OSError as error:
+        raise CheckpointError(f"{entry.file} cannot be read: {error.strerror or error}") from None
+    return memory.view(dtype).view(entry.shape)
 
 
 def _unused(module: nn.Module, name: str) -> bool:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 BASE = {"errors", "limits"}
 OPS = BASE | {"ops"}
 PARTS = OPS | {"layers", "sampling", "distributed", "precision"}
-MODELS = PARTS | {"models", "weights"}
+MODELS = PARTS | {"models", "offload", "weights"}
 MIDDLE = MODELS | {"env", "requests", "timeline"}
 SURFACE = MIDDLE | {"convert", "doctor", "engine", "events", "loading", "media", "plan", "video", "__init__"}
 ALLOWED: dict[str, set[str]] = {
@@ -33,14 +33,15 @@ ALLOWED: dict[str, set[str]] = {
     "layers": OPS | {"distributed"},
     "sampling": OPS,
     "weights": BASE,
-    "models": PARTS | {"weights"},
+    "offload": {"errors"},
+    "models": PARTS | {"offload", "weights"},
     "media": BASE | {"env", "requests"},
     "timeline": BASE | {"requests"},
     "engine": MIDDLE - {"models", "weights"},
     "plan": MIDDLE,
     "events": {"plan"},
     "hub": {"errors"},
-    "loading": MIDDLE | {"hub"},
+    "loading": MIDDLE | {"hub", "plan"},
     "convert": MODELS,
     "video": BASE | {"events", "media", "requests"},
     "progress": BASE | {"env", "events", "requests"},
@@ -55,7 +56,8 @@ ALLOWED: dict[str, set[str]] = {
     "session": SURFACE | {"conditions", "given", "source", "spool", "tables"},
     "inputs": SURFACE | {"clips", "control", "given"},
     "verbs": SURFACE | {"conditions"},
-    "pipeline": SURFACE | {"control", "inputs", "pieces", "session", "verbs"},
+    "planning": SURFACE | {"conditions", "plan_memory", "session"},
+    "pipeline": SURFACE | {"control", "inputs", "pieces", "planning", "session", "verbs"},
     "cli": SURFACE | {"pipeline", "progress"},
     "__init__": {"errors", "events", "pipeline", "requests", "video"},
     "__main__": {"cli"},

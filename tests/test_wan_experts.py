@@ -113,7 +113,7 @@ def test_each_expert_sees_its_own_timesteps(pipe: fastvid.Pipeline, solver: str)
 
 @pytest.mark.parametrize(("steps", "shift", "ratio", "high"), [(40, 12.0, 0.875, 26), (40, 5.0, 0.9, 15)])
 def test_published_tables_are_split_as_published(steps: int, shift: float, ratio: float, high: int) -> None:
-    experts = Experts([nn.Linear(1, 1), nn.Linear(1, 1)], ratio, "cpu")  # type: ignore[list-item]
+    experts = Experts([nn.Linear(1, 1), nn.Linear(1, 1)], ratio)  # type: ignore[list-item]
     chosen = [experts.choose(t) for t in timesteps(make_sigmas(steps, shift, "unipc"), "unipc")]
     assert chosen == [0] * high + [1] * (steps - high)
 
@@ -141,44 +141,20 @@ def test_interleaved_requests_equal_each_alone(pipe: fastvid.Pipeline) -> None:
 # ---------------------------------------------------------------- Experts
 
 
-class Fake:
-    """Stands for a transformer on a GPU: where it is, and where it was moved."""
-
-    def __init__(self, place: str, moves: list[tuple[str, str]], name: str) -> None:
-        self.place, self.moves, self.name = place, moves, name
-
-    def parameters(self) -> Any:
-        yield type("Parameter", (), {"device": torch.device(self.place)})
-
-    def to(self, device: Any) -> None:
-        self.place = torch.device(device).type
-        self.moves.append((self.name, self.place))
-
-
-def test_only_the_expert_in_use_is_on_the_device() -> None:
-    moves: list[tuple[str, str]] = []
-    experts = Experts([Fake("cuda", moves, "high"), Fake("cpu", moves, "low")], 0.5, "cuda")  # type: ignore[list-item]
-    for number in (0, 0, 1, 1, 0):
-        with experts.use(number) as module:
-            assert [m.place for m in experts.modules] == (["cuda", "cpu"] if number == 0 else ["cpu", "cuda"])
-            assert module is experts.modules[number]
-    # The one that leaves goes first, so that the two are never there together.
-    assert moves == [("high", "cpu"), ("low", "cuda"), ("low", "cpu"), ("high", "cuda")]
-
-
-def test_on_a_cpu_nothing_is_moved() -> None:
-    moves: list[tuple[str, str]] = []
-    experts = Experts([Fake("cpu", moves, "high"), Fake("cpu", moves, "low")], 0.5, "cpu")  # type: ignore[list-item]
-    with experts.use(0), experts.use(1):
-        assert moves == []
+def test_without_turns_nothing_is_moved() -> None:
+    two = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    experts = Experts(two, 0.5)  # type: ignore[arg-type]
+    before = [module.weight.data_ptr() for module in two]
+    with experts.use(0) as first, experts.use(1) as second:
+        assert [first, second] == two and [module.weight.data_ptr() for module in two] == before
 
 
 def test_a_boundary_belongs_to_the_first() -> None:
     two = [nn.Linear(1, 1), nn.Linear(1, 1)]
-    assert [Experts(two, 0.9, "cpu").choose(t) for t in (1000, 900, 899.999, 0)] == [0, 0, 1, 1]  # type: ignore[arg-type]
-    assert [Experts(two[:1], None, "cpu").choose(t) for t in (1000, 0)] == [0, 0]  # type: ignore[arg-type]
+    assert [Experts(two, 0.9).choose(t) for t in (1000, 900, 899.999, 0)] == [0, 0, 1, 1]  # type: ignore[arg-type]
+    assert [Experts(two[:1], None).choose(t) for t in (1000, 0)] == [0, 0]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="boundary_ratio"):
-        Experts(two, None, "cpu")  # type: ignore[arg-type]
+        Experts(two, None)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- LoRAs and original folders

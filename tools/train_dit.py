@@ -4,9 +4,9 @@
 
 Flow matching: x = (1 - sigma) clean + sigma noise, the target is noise - clean. Every sample draws one *pattern* of
 noise levels over its latent frames, so that all verbs work natively: all free; known frames at level 0 (first, last,
-both, prefix, suffix, prefix and suffix, random, a held still); independent or rising levels per frame; a known region around a free
-box. Text-only samples begin their motion; samples with known frames also come from mid-stream, where windows
-start with a body latent.
+both, prefix, suffix, prefix and suffix, random, a held still); independent or rising levels per frame; a known region
+around a free box. Text-only samples begin their motion; samples with known frames also come from mid-stream, where
+windows start with a body latent.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def random_level(n: int, g: torch.Generator) -> Tensor:
 
 
 def known_frames(frames: int, g: torch.Generator) -> Tensor:
-    """Which of the latent frames are known [T]: first, last, both, prefix, suffix, both of these or random; never all."""
+    """Which of the latent frames are known [T]: first, last, both, prefix, suffix, both of those, random; never all."""
     known = torch.zeros(frames, dtype=torch.bool)
     kind = int(torch.randint(8, (), generator=g))
     some = 1 + int(torch.randint(max(1, frames - 1), (), generator=g))

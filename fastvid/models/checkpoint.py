@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvid import weights
+from fastvid import offload, weights
 from fastvid.errors import CheckpointError
 from fastvid.models import layout_rules, layouts, lora, original
 from fastvid.models.clip import CLIPVisionConfig, CLIPVisionEncoder
@@ -88,6 +88,7 @@ KINDS: Mapping[str, PartKind] = {
     ),
 }
 OPTIONAL = ("image_encoder",)
+FP32 = ("vae", "image_encoder")  # as published, whatever the rest is loaded as
 
 
 EXPERTS = ("transformer", "transformer_2")  # high noise, low noise; most models have the first alone
@@ -203,6 +204,17 @@ def load_part(
     module = _on_meta(kind_of(name), part.config, ops)
     fill(module, part, device, dtype, loras)
     return module
+
+
+def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a part is loaded as in a model that is loaded as dtype."""
+    return torch.float32 if name in FP32 else dtype
+
+
+def weigh_part(name: str, config: Config, dtype: torch.dtype) -> offload.Weights:
+    """Bytes of a part's weights in a model that is loaded as dtype, from its configuration."""
+    module, dtype = _on_meta(kind_of(name), config, reference), part_dtype(name, dtype)
+    return offload.weigh(module, lambda weight: weights.target_dtype(module, weight, dtype).itemsize)
 
 
 def fill(

@@ -8,7 +8,7 @@ a relative position bias of its own in every layer, RMS norms, no scaling of the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,10 +148,13 @@ class UMT5Encoder(nn.Module):
 
     # A file written from an untied copy of the model holds the embedding twice.
     ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
+    # What `walk` goes through (see fastvid.offload).
+    STREAMED = ("encoder.block",)
 
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.config = config
+        self.walk: Callable[[Iterable[nn.Module]], Iterator[Any]] = iter
         self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config)
 
@@ -161,7 +164,7 @@ class UMT5Encoder(nn.Module):
         buckets = self._buckets(input_ids.shape[1], input_ids.device)
         mask = torch.zeros(attention_mask.shape, dtype=x.dtype, device=x.device)
         mask = mask.masked_fill(attention_mask == 0, torch.finfo(x.dtype).min)[:, None, None]
-        for block in self.encoder.block:
+        for block in self.walk(self.encoder.block):
             x = block(x, buckets, mask)
         return self.encoder.final_layer_norm(x)
 

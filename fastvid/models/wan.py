@@ -9,7 +9,7 @@ Maths: Wan2.1 `wan/modules/model.py` (Apache-2.0).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -260,10 +260,13 @@ class WanTransformer(nn.Module):
     FP32_PARTS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     # Some files of models that see pictures have a norm that nothing uses.
     UNUSED = ("norm_added_q",)
+    # What `walk` goes through (see fastvid.offload): lists of blocks that need not be on the device all at once.
+    STREAMED: tuple[str, ...] = ("blocks",)
 
     def __init__(self, config: WanTransformerConfig, ops: Any = reference) -> None:
         super().__init__()
         self.config, self.ops = config, ops
+        self.walk: Callable[[Iterable[nn.Module]], Iterator[Any]] = iter
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, config.patch_size, config.patch_size)
         self.condition_embedder = ConditionEmbedder(config, ops)
         self.blocks = nn.ModuleList([Block(config, ops) for _ in range(config.num_layers)])
@@ -283,7 +286,8 @@ class WanTransformer(nn.Module):
         other: needed by models with an image_dim, and by no others.
         """
         text, pictures = self._embed(text_embeds, image_embeds)
-        return Context(tuple(block.attn2.project_context(text, pictures) for block in self.blocks))
+        attentions = self.walk([block.attn2 for block in self.blocks])
+        return Context(tuple(attention.project_context(text, pictures) for attention in attentions))
 
     def _embed(self, text_embeds: Tensor, image_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Text [B, L, d] and pictures [B, M, d], checked."""
@@ -344,7 +348,7 @@ class WanTransformer(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         caches = (None,) * len(self.blocks) if cache is None else cache.layers
-        for block, layer, kept in zip(self.blocks, context.layers, caches, strict=True):
+        for block, layer, kept in zip(self.walk(self.blocks), context.layers, caches, strict=True):
             x = block(x, modulation, layer, rotary, kept)
         return x
 

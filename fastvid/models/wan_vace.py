@@ -84,6 +84,8 @@ class WanVACETransformer(WanTransformer):
     `forward` is that of WanTransformer with a context from `prepare_context`.
     """
 
+    STREAMED = ("blocks", "vace_blocks")
+
     def __init__(self, config: WanVACEConfig, ops: Any = reference) -> None:
         super().__init__(config.transformer, ops)
         self.vace_config = config
@@ -111,7 +113,7 @@ class WanVACETransformer(WanTransformer):
             raise InvalidRequest(f"scales are one number, or {wanted} (one for each of vace_layers), not {len(scales)}")
         embedded = self._embed(text_embeds, image_embeds)
         main, vace = (
-            tuple(block.attn2.project_context(*embedded) for block in blocks)
+            tuple(attention.project_context(*embedded) for attention in self.walk([block.attn2 for block in blocks]))
             for blocks in (self.blocks, self.vace_blocks)
         )
         return VACEContext(main, vace, control, scales)
@@ -141,21 +143,30 @@ class WanVACETransformer(WanTransformer):
         self, x: Tensor, modulation: Modulation, context: VACEContext, rotary: tuple[Tensor, Tensor], cache: Any = None
     ) -> Tensor:
         """A control block runs when its hint is due, so that there is one hint at a time."""
-        control = self._embed_control(context.control, x)
-        due = iter(zip(self.vace_blocks, context.vace_layers, context.scales, strict=True))
-        for number, (block, layer) in enumerate(zip(self.blocks, context.layers, strict=True)):
-            x = block(x, modulation, layer, rotary)
+        control, start = self._embed_control(context.control, x), x
+        walk = self.walk(self._due())
+        due = iter(zip(context.vace_layers, context.scales, strict=True))
+        for number, layer in enumerate(context.layers):
+            x = next(walk)(x, modulation, layer, rotary)
             if number in self.vace_config.vace_layers:
-                vace, seen, scale = next(due)
-                control = vace(control, modulation, seen, rotary)
+                vace, (seen, scale) = next(walk), next(due)
+                # The first goes on from the control's tokens and, on top, the video's.
+                control = control if vace.proj_in is None else vace.proj_in(control) + start
+                control, start = vace(control, modulation, seen, rotary), None
                 x = x.add(vace.proj_out(control), alpha=scale)
+        next(walk, None)
         return x
 
+    def _due(self) -> list[Block]:
+        """The blocks of both stacks in the order in which they run."""
+        hints = dict(zip(self.vace_config.vace_layers, self.vace_blocks, strict=True))
+        return [b for number, block in enumerate(self.blocks) for b in (block, hints.get(number)) if b is not None]
+
     def _embed_control(self, control: Tensor, x: Tensor) -> Tensor:
-        """What the first control block starts from [B, N, d]: the control's tokens and, on top, the video's x."""
+        """The control's tokens, with zeros behind them up to the video's number [B, N, d]."""
         embedding = self.vace_patch_embedding
         tokens = self.ops.patch_embed(control.to(self.dtype), embedding.weight, embedding.bias)
-        return self.vace_blocks[0].proj_in(F.pad(tokens, (0, 0, 0, x.shape[1] - tokens.shape[1]))) + x
+        return F.pad(tokens, (0, 0, 0, x.shape[1] - tokens.shape[1]))
 
     def _check_control(self, control: Tensor | None, batch: int) -> None:
         wanted, patch = (batch, self.vace_config.vace_in_channels), self.config.patch_size

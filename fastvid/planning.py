@@ -1,0 +1,133 @@
+"""The plan of a request on a loaded model: what it will cost, or why it does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fastvid import plan, plan_memory
+from fastvid.conditions import CHANNELS, CONTROL, way_of
+from fastvid.loading import Parts
+from fastvid.plan import Plan
+from fastvid.plan_memory import Cost, Memory
+from fastvid.requests import Resolved
+from fastvid.session import count_calls, spans, window_columns
+from fastvid.timeline import Segment, Timeline
+
+
+def plan_request(parts: Parts, request: Resolved, timeline: Timeline, sigmas: np.ndarray, keep: bool = False) -> Plan:
+    """What a request takes. keep: all of its frames stay in memory. Raises OutOfMemory if it does not fit."""
+    needs = Needs(parts, request, timeline, keep)
+    cost, free = needs.cost(timeline.num_frames), plan.available_bytes(parts.device)
+    memory, capacity = needs.memory(cost), free + parts.bytes_held
+    if (taken := needs.taken(timeline.num_frames)) > capacity:
+        hint = plan.nearest(timeline.num_frames, needs.window.temporal, lambda n: needs.taken(n) <= capacity)
+        shown = replace(needs.window, num_frames=timeline.num_frames)
+        plan_memory.refuse(memory, taken, capacity, shown, hint)
+    config, segments, window = parts.transformer.config, timeline.segments, needs.window
+    calls = sum(count_calls(parts, segment, sigmas, request) for segment in segments)
+    tokens, rows = plan.count_tokens(window, config), parts.tokenizer.text_length
+    each = plan.denoise_flops(tokens, rows, config, parts.control_layers, max(tokens, needs.cached))
+    return Plan(
+        height=window.height,
+        width=window.width,
+        num_frames=timeline.num_frames,
+        model_height=window.made_height,
+        model_width=window.made_width,
+        model_frames=sum(segment.made_frames - segment.left - segment.right for segment in segments),
+        fps=request.fps,
+        latent_shape=needs.largest.latent_shape(config.out_channels),
+        segments=len(segments),
+        windows=sum(len(spans(parts, segment)) for segment in segments),
+        tokens=tokens,
+        steps=len(sigmas),
+        model_calls=calls,
+        decode_chunk=plan.decode_chunk(window),
+        flops_denoise=calls * each,
+        bytes_weights=parts.sizes.total,
+        bytes_activations=cost.activations,
+        bytes_decoder=cost.decoder,
+        bytes_latents=cost.latents,
+        bytes_frames=cost.frames,
+        bytes_free=free,
+        bytes_encoder=cost.encoder,
+        bytes_context=cost.context,
+        bytes_device=memory.device,
+        bytes_host=memory.host,
+        offload=memory.offload,
+        choices=memory.choices,
+        device=str(parts.device),
+        dtype=str(parts.dtype).removeprefix("torch."),
+        backends=parts.ops.bound,
+    )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The memory that a request takes, as it is or with fewer frames."""
+
+    parts: Parts
+    request: Resolved
+    timeline: Timeline
+    keep: bool
+
+    @property
+    def largest(self) -> Segment:
+        return max(self.timeline.segments, key=lambda segment: window_columns(self.parts, segment))
+
+    @property
+    def window(self) -> Segment:
+        """What is with the model at once."""
+        return plan.window_of(self.largest, window_columns(self.parts, self.largest))
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the KV cache of a causal model when it is full."""
+        if (rollout := self.parts.recipe.rollout) is None:
+            return 0
+        columns = min(rollout.window or self.largest.columns, self.largest.columns)
+        return plan.count_tokens(plan.window_of(self.largest, columns), self.parts.transformer.config)
+
+    def cost(self, frames: int) -> Cost:
+        """Beside weights, for so many frames."""
+        parts, request, window = self.parts, self.request, self.window
+        shorter = window if frames >= window.made_frames else plan.window_of(window, frames // window.temporal + 1)
+        scales = request.guidance_scales(len(parts.experts))
+        return plan.cost(
+            shorter,
+            parts.transformer.config,
+            parts.vae.config,
+            parts.dtype.itemsize,
+            text=parts.text_encoder.config,
+            rows=parts.tokenizer.text_length,
+            texts=1 + any(scale != 1 for scale in scales) + (request.source_prompt is not None),
+            experts=len(scales),
+            pictures=self._pictures(),
+            encoded=self._encoded(),
+            control_layers=parts.control_layers,
+            frames=frames if self.keep else 0,
+            cache=self.cached,
+            on_cpu=parts.device.type == "cpu",
+        )
+
+    def memory(self, cost: Cost) -> Memory:
+        return plan_memory.memory(self.parts.sizes, cost, self.parts.offload)
+
+    def taken(self, frames: int) -> int:
+        """Of the device; where that is the host, also what is there twice, and the frames."""
+        cost = self.cost(frames)
+        memory = self.memory(cost)
+        return memory.device + (memory.host + cost.frames if self.parts.device.type == "cpu" else 0)
+
+    def _pictures(self) -> int:
+        """How many CLIP looks at, or are known at all."""
+        shown = max(
+            len(segment.pictures) + bool(segment.left) + bool(segment.right) for segment in self.timeline.segments
+        )
+        return min(shown, 2) if way_of(self.parts) in (CHANNELS, CONTROL) else min(shown, 1)
+
+    def _encoded(self) -> int:
+        """The most frames that are encoded together."""
+        known = max(max(segment.left, segment.right + bool(segment.right)) for segment in self.timeline.segments)
+        return max(known, self.window.temporal if any(s.source is not None for s in self.timeline.segments) else 0)
