@@ -42,6 +42,7 @@ REQUEST_FLAGS = (
     ),
     *("last_image", "num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "sigmas", "solver"),
 )
+PROMPT_FLAGS = ("expand_prompt", "prompt_endpoint", "prompt_model")
 LOAD_FLAGS = ("device", "dtype", "backend", "attention")
 
 
@@ -134,7 +135,8 @@ def _run(flags: argparse.Namespace, request: Request, recipe: dict[str, Any], pr
 
     pipe = pipeline.load(model, **_load_arguments(flags, recipe))
     watch.mark("load")
-    with contextlib.closing(pipe.stream(**request.arguments())) as stream:
+    expanding = {name: getattr(flags, name) for name in PROMPT_FLAGS}
+    with contextlib.closing(pipe.stream(**request.arguments(), **expanding)) as stream:
         made = _write(stream, flags.output, progress, watch)
     progress.close()
     size = f"{made['num_frames']} frames, {made['width']}x{made['height']}, {made['fps']:g} fps, seed {made['seed']}"
@@ -250,7 +252,7 @@ def _with_flags(message: str) -> str:
     def flag(found: re.Match[str]) -> str:
         return found[1] + "--" + found[2].replace("num_inference_steps", "steps").replace("_", "-")
 
-    return re.sub(rf"(^|is |and |but )({'|'.join(REQUEST_FLAGS)})(?=[=\[ ])", flag, message)
+    return re.sub(rf"(^|is |and |but )({'|'.join((*PROMPT_FLAGS, *REQUEST_FLAGS))})(?=[=\[ ])", flag, message)
 
 
 def _drop_stdout() -> None:

@@ -7,7 +7,6 @@ latent clean at timestep 0; the others take none. See `fastvid.models.conditioni
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -17,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvid.clips import open_clip
 from fastvid.errors import InvalidRequest
 from fastvid.loading import Parts
-from fastvid.media_read import read_video
 from fastvid.models import clip, conditioning
 from fastvid.precision import ieee_fp32
 from fastvid.requests import Request, Resolved
@@ -71,15 +70,11 @@ def read(request: Request) -> Request:
 
 
 def _picture(name: str, value: Any) -> np.ndarray:
-    if isinstance(value, str | os.PathLike):
-        return read_video(value)[0][0]
-    if hasattr(value, "convert"):  # Pillow's
-        value = value.convert("RGB")
-    array = value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
-        raise InvalidRequest(f"{name} is {array.dtype} {list(array.shape)}; it must be uint8 RGB [H, W, 3]")
-    # A copy: what the caller does to the picture later is not seen, and torch wants memory that can be written to.
-    return np.array(array)
+    """A picture of its own, uint8 RGB [H, W, 3]: what the caller does to an array later is not seen."""
+    if len(getattr(value, "shape", (0, 0, 0))) != 3:
+        raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [H, W, 3]")
+    with open_clip(value, name=name) as clip:
+        return clip.read(0, 1)[0]
 
 
 def check(parts: Parts, request: Resolved) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastvid
-from fastvid import engine, pictures, pieces, plan
+from fastvid import engine, pictures, pieces, plan, prompts
 from fastvid.errors import Cancelled, InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
 from fastvid.loading import Parts, change_loras, load_parts, read_checkpoint, read_loras
@@ -93,10 +93,13 @@ class Pipeline:
                 "dpm++"), image, last_image (the first and the last frame, in models that take them: a file, a uint8
                 array [H, W, 3] or a Pillow image), latents (initial noise [1, C, T, h, w]), prompt_embeds and
                 negative_prompt_embeds ([1, L, text_dim]). What is left out is as the model's recipe says.
+                expand_prompt=True has the prompt written out first (`fastvid.prompts`; prompt_endpoint, prompt_model
+                and prompt_key say by whom); the recipe holds both, as prompt and original_prompt.
 
         Raises:
             InvalidRequest: an option is out of range; the message names the nearest valid one.
             OutOfMemory: the request does not fit.
+            PromptError: the prompt could not be expanded.
         """
         frames: list[np.ndarray] = []
         for event in self.stream(prompt, **options):
@@ -110,11 +113,13 @@ class Pipeline:
 
         The request is checked and planned before this returns; nothing is computed until the first event is asked for.
         """
-        prepared, cancelled = self._prepare(prompt, options), threading.Event()
+        options = prompts.expanded({"prompt": prompt, **options}, self._parts.recipe.name)
+        prepared, cancelled = self._prepare(options.pop("prompt"), options), threading.Event()
         return Stream(self._run(prepared, cancelled), cancelled)
 
     def plan(self, prompt: str | None = None, **options: Any) -> Plan:
         """What the request would cost, without running it. The prompt may be left out."""
+        options = {name: value for name, value in options.items() if name not in prompts.OPTIONS}
         return self._prepare("" if prompt is None and "prompt_embeds" not in options else prompt, options).plan
 
     def embed(self, prompt: str) -> Tensor:

@@ -66,6 +66,7 @@ class Request:
     """
 
     prompt: str | None = asked(limits.text)
+    original_prompt: str | None = asked(limits.text)  # what `prompt` was expanded from, if it was; only recorded
     negative_prompt: str | None = asked(limits.text)
     height: int | None = asked(whole(limits.MIN_SIDE, limits.MAX_SIDE, " pixels"))
     width: int | None = asked(whole(limits.MIN_SIDE, limits.MAX_SIDE, " pixels"))
@@ -185,8 +186,8 @@ _DISPLACES = {
     "sigmas": ("num_inference_steps", "flow_shift"),
     "num_inference_steps": ("sigmas",),
     "flow_shift": ("sigmas",),
-    "prompt": ("prompt_embeds",),
-    "prompt_embeds": ("prompt",),
+    "prompt": ("prompt_embeds", "original_prompt"),
+    "prompt_embeds": ("prompt", "original_prompt"),
     "negative_prompt": ("negative_prompt_embeds",),
     "negative_prompt_embeds": ("negative_prompt",),
 }
@@ -233,6 +234,7 @@ class Resolved:
     first num_frames and the top left width x height come out."""
 
     prompt: str | None
+    original_prompt: str | None
     negative_prompt: str | None
     height: int
     width: int

@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": BASE,
     "models": PARTS | {"weights"},
     "media": BASE | {"env", "requests"},
+    "clips": OPS | {"media"},
     "timeline": BASE | {"requests"},
     "engine": MIDDLE - {"models", "weights"},
     "plan": MIDDLE,
@@ -46,10 +47,11 @@ ALLOWED: dict[str, set[str]] = {
     "progress": BASE | {"env", "events", "requests"},
     "doctor": MIDDLE | {"media", "__init__"},
     "pieces": SURFACE,
-    "pictures": SURFACE,
-    "pipeline": SURFACE | {"pictures", "pieces"},
+    "pictures": SURFACE | {"clips"},
+    "prompts": BASE | {"env", "requests"},
+    "pipeline": SURFACE | {"pictures", "pieces", "prompts"},
     "cli": SURFACE | {"pipeline", "progress"},
-    "__init__": {"errors", "events", "pipeline", "requests", "video"},
+    "__init__": {"clips", "errors", "events", "pipeline", "requests", "video"},
     "__main__": {"cli"},
 }
 
