@@ -135,7 +135,7 @@ def _run(flags: argparse.Namespace, request: Request, recipe: dict[str, Any], pr
 
     pipe = pipeline.load(model, **_load_arguments(flags, recipe))
     watch.mark("load")
-    expanding = {name: getattr(flags, name) for name in PROMPT_FLAGS}
+    expanding = {name: value for name in PROMPT_FLAGS if (value := getattr(flags, name))}
     with contextlib.closing(pipe.stream(**request.arguments(), **expanding)) as stream:
         made = _write(stream, flags.output, progress, watch)
     progress.close()
