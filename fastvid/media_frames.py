@@ -228,7 +228,8 @@ class VideoSource:
             return None, None
         check_rate(self._name, fps)
         usual = float(np.median(np.diff(times))) if index.count > 1 else 1 / fps
-        end = times[-1] + (index.last_duration * float(self._time_base) or usual)
+        # Some files state one tick for the last frame, which would then not be seen at all.
+        end = times[-1] + max(index.last_duration * float(self._time_base), usual)
         return fps, np.append(times, end)
 
     # ------------------------------------------------------------ decoding
