@@ -17,9 +17,11 @@ from fastvid.errors import (
     InvalidRequest,
     MediaError,
     OutOfMemory,
+    PromptError,
 )
 
 if TYPE_CHECKING:
+    from fastvid.clips import open_clip
     from fastvid.events import Finished, Frames, Started, Step
     from fastvid.pipeline import Pipeline, load
     from fastvid.requests import Request
@@ -38,11 +40,13 @@ __all__ = [
     "MediaError",
     "OutOfMemory",
     "Pipeline",
+    "PromptError",
     "Request",
     "Started",
     "Step",
     "Video",
     "load",
+    "open_clip",
 ]
 
 _LAZY = {
@@ -54,6 +58,7 @@ _LAZY = {
     "Step": "fastvid.events",
     "Video": "fastvid.video",
     "load": "fastvid.pipeline",
+    "open_clip": "fastvid.clips",
 }
 
 

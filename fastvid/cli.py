@@ -47,6 +47,7 @@ REQUEST_FLAGS = (
     ),
     *("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "sigmas", "solver"),
 )
+PROMPT_FLAGS = ("expand_prompt", "prompt_endpoint", "prompt_model")
 LOAD_FLAGS = ("device", "dtype", "backend", "attention")
 
 
@@ -139,7 +140,8 @@ def _run(flags: argparse.Namespace, request: Request, recipe: dict[str, Any], pr
 
     pipe = pipeline.load(model, **_load_arguments(flags, recipe))
     watch.mark("load")
-    with contextlib.closing(pipe.stream(**request.arguments())) as stream:
+    expanding = {name: value for name in PROMPT_FLAGS if (value := getattr(flags, name))}
+    with contextlib.closing(pipe.stream(**request.arguments(), **expanding)) as stream:
         made = _write(stream, flags.output, progress, watch)
     progress.close()
     size = f"{made['num_frames']} frames, {made['width']}x{made['height']}, {made['fps']:g} fps, seed {made['seed']}"
@@ -257,7 +259,8 @@ def _with_flags(message: str) -> str:
         name = {"num_inference_steps": "steps", "reference_images": "reference_image"}.get(found[2], found[2])
         return found[1] + "--" + name.replace("_", "-")
 
-    return re.sub(rf"(^|is |and |but |with |give |leave )({'|'.join(REQUEST_FLAGS)})(?=[=\[ ])", flag, message)
+    names = "|".join((*PROMPT_FLAGS, *REQUEST_FLAGS))
+    return re.sub(rf"(^|is |and |but |with |give |leave )({names})(?=[=\[ ])", flag, message)
 
 
 def _drop_stdout() -> None:

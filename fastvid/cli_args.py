@@ -17,6 +17,7 @@ EPILOG = """exit status:
 
 environment:
   FASTVID_MODEL, FASTVID_DEVICE, FASTVID_DTYPE, FASTVID_BACKEND, FASTVID_ATTENTION are defaults for the flags;
+  FASTVID_PROMPT_ENDPOINT, FASTVID_PROMPT_MODEL, FASTVID_PROMPT_KEY are for --expand-prompt;
   FASTVID_DEBUG=1 shows the traceback of an error"""
 
 GENERATE = """examples:
@@ -128,6 +129,9 @@ def _add_request(parser: Parser) -> None:
     )
     add = group.add_argument
     add("--negative-prompt", metavar="TEXT", help="what not to show")
+    add("--expand-prompt", action="store_true", help="have the prompt written out first; the recipe keeps both")
+    add("--prompt-endpoint", metavar="URL", help="who writes it: OpenAI's chat protocol (not for the embedded model)")
+    add("--prompt-model", metavar="NAME", help="the language model's name there; its key is FASTVID_PROMPT_KEY")
     add("--width", type=number, metavar="N", help="pixels, 64 to 2048 (video: within 1920x1080 or 1080x1920)")
     add("--height", type=number, metavar="N", help="pixels, as --width")
     add("--size", metavar="WxH", help="both at once, such as 832x480")

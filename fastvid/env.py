@@ -6,6 +6,9 @@ FASTVID_CUDA_ARCHS when it builds). They are defaults: what the caller gives win
     FASTVID_DTYPE      "float32", "bfloat16", "float16"
     FASTVID_BACKEND    as in fastvid.ops.bind: "auto", "reference", "triton", "cuda", or "to_rgb=cuda"
     FASTVID_ATTENTION  the same for attention, also "sdpa" and "flash"
+    FASTVID_PROMPT_ENDPOINT  who writes long prompts (fastvid.prompts), such as "http://localhost:8000/v1"
+    FASTVID_PROMPT_MODEL     the language model's name there
+    FASTVID_PROMPT_KEY       its key; in no error, no report and no recipe
     FASTVID_DEBUG      anything: the command line shows the traceback of an error
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 PREFIX = "FASTVID_"
 BUILD_TIME = ("FASTVID_BUILD_CUDA", "FASTVID_CUDA_ARCHS")
@@ -28,6 +31,9 @@ class Settings:
     dtype: str | None = None
     backend: str = "auto"
     attention: str = "auto"
+    prompt_endpoint: str | None = None
+    prompt_model: str | None = None
+    prompt_key: str | None = field(default=None, repr=False)
     debug: str | None = None
 
 
@@ -44,5 +50,6 @@ def unknown(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def given(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """All variables with fastvid's prefix, known or not."""
-    return {name: value for name, value in sorted(environ.items()) if name.startswith(PREFIX)}
+    """All variables with fastvid's prefix, known or not; of a key only that it is set."""
+    found = {name: value for name, value in sorted(environ.items()) if name.startswith(PREFIX)}
+    return {name: "(hidden)" if name.endswith("_KEY") and value else value for name, value in found.items()}

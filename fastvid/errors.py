@@ -29,3 +29,7 @@ class BackendUnavailable(Error):
 
 class MediaError(Error):
     """A picture or video file cannot be read or written."""
+
+
+class PromptError(Error):
+    """A prompt could not be expanded: the endpoint is unreachable, refuses, or does not answer with a prompt."""

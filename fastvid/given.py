@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid import plan
+from fastvid.clips import open_clip
 from fastvid.errors import InvalidRequest
 from fastvid.loading import Parts
-from fastvid.media_read import read_video
 from fastvid.models import conditioning
 from fastvid.ops import resample
 from fastvid.timeline import Segment
@@ -46,27 +46,22 @@ class Known:
 def picture(name: str, value: Any) -> np.ndarray:
     """A picture, uint8 RGB [H, W, 3]: a file (of a video its first frame), an array, a tensor or a Pillow image.
 
-    Raises MediaError for a file that can't be read, InvalidRequest for something that is no picture.
+    Raises MediaError for a file that can't be read, InvalidRequest for something that is no picture. An array is copied:
+    what the caller does to it later is not seen.
     """
-    if isinstance(value, str | os.PathLike):
-        return read_video(value)[0][0]
-    array = _array(value)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
-        raise InvalidRequest(f"{name} is {array.dtype} {list(array.shape)}; it must be uint8 RGB [H, W, 3]")
-    return array
+    if len(getattr(value, "shape", (0, 0, 0))) != 3:
+        raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [H, W, 3]")
+    with open_clip(value, name=name) as found:
+        return found.read(0, 1)[0]
 
 
 def clip(name: str, value: Any) -> np.ndarray:
     """A clip, uint8 RGB [F, H, W, 3]: a file, an array, a tensor, a `Video`, or pictures of one size. Raises as
     `picture` does."""
-    if isinstance(value, str | os.PathLike):
-        return read_video(value)[0]
-    if isinstance(value, list | tuple):
-        return _stacked(name, [picture(f"{name}[{i}]", one) for i, one in enumerate(value)])
-    array = _array(getattr(value, "frames", value))
-    if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or 0 in array.shape:
-        raise InvalidRequest(f"{name} is {array.dtype} {list(array.shape)}; it must be uint8 RGB [F, H, W, 3]")
-    return array
+    if len(getattr(value, "shape", (0, 0, 0, 0))) != 4:
+        raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [F, H, W, 3]")
+    with open_clip(value, name=name) as found:
+        return found.read()
 
 
 def mask(name: str, value: Any) -> np.ndarray:
@@ -77,7 +72,7 @@ def mask(name: str, value: Any) -> np.ndarray:
     """
     if isinstance(value, list | tuple):
         return _stacked(name, [mask(f"{name}[{i}]", one)[0] for i, one in enumerate(value)])
-    array = read_video(value)[0] if isinstance(value, str | os.PathLike) else _array(value)
+    array = clip(name, value) if isinstance(value, str | os.PathLike) else _array(value)
     kind, shape = array.dtype, list(array.shape)
     if array.ndim > 2 and array.shape[-1] in (1, 3):
         array = array[..., 0]

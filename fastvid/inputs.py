@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from fastvid import control, given
+from fastvid.clips import open_clip
 from fastvid.errors import InvalidRequest
 from fastvid.limits import MAX_SIDE, MIN_SIDE
 from fastvid.requests import CLIPS, Request
@@ -37,8 +38,6 @@ def read(request: Request) -> Request:
 
 
 def _with_clips(request: Request) -> Request:
-    from fastvid.clips import open_clip
-
     clips = {name: open_clip(getattr(request, name), name=name) for name in CLIPS[request.verb]}
     first = clips["video"]
     if not all(MIN_SIDE <= side <= MAX_SIDE for side in (first.height, first.width)):

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from fastvid.errors import Error, MediaError
+from fastvid.media_frames import Source, VideoSource, open_source
+from fastvid.media_open import MAX_FPS, MIN_FPS, kind_of, open_container, open_regular
 
 SYSTEM = (OSError, ValueError, RuntimeError, ArithmeticError, LookupError, EOFError)
 MAX_RECIPE = 1 << 24  # bytes; what is longer was not written here
-MAGIC = {b"\x89PNG": "png", b"GIF8": "gif", b"\x93NUM": "npy"}
 
 
 @contextlib.contextmanager
@@ -36,39 +37,23 @@ def media_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float | None]:
     """All frames, uint8 RGB [T, H, W, 3], and frames a second (None where the file does not say).
 
-    Reads what `FrameSink` writes and whatever PyAV decodes. Raises MediaError.
+    Reads what `FrameSink` writes and whatever PyAV decodes, see `fastvid.clips`. Raises MediaError.
     """
     with media_errors(path):
-        kind = _kind(Path(path))
-        if kind == "npy":
-            frames = np.load(path, allow_pickle=False)
-        elif kind == "folder":
-            files = sorted(Path(path).glob("[0-9][0-9][0-9][0-9][0-9][0-9].png"))
-            frames = np.concatenate([_decode(file)[0] for file in files])
-        else:
-            frames, rate = _decode(Path(path))
-            if kind == "video":
-                return frames, rate
-        return frames, _recipe_fps(path)
+        source = open_source(path)
+        frames = np.stack([source.frame(number) for number in range(source.num_frames)])
+    return frames, stated_fps(path, source)
 
 
-def _recipe_fps(path: str | os.PathLike[str]) -> float | None:
-    try:
-        return read_recipe(path).get("fps")
-    except MediaError:
-        return None
-
-
-def _decode(path: Path) -> tuple[np.ndarray, float | None]:
-    import av
-
-    with path.open("rb") as file, av.open(file) as container:
-        stream = container.streams.video[0]
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-        rate = stream.average_rate
-    if not frames:
-        raise MediaError(f"{path}: there are no frames in it")
-    return np.stack(frames), None if rate is None else float(rate)
+def stated_fps(path: str | os.PathLike[str], source: Source) -> float | None:
+    """Frames a second: as the recipe says where the kind of file can't or not exactly (.gif), else as the file does."""
+    if isinstance(source, VideoSource) and source.kind != "gif":
+        return source.fps
+    with contextlib.suppress(MediaError):
+        fps = read_recipe(path).get("fps")
+        if isinstance(fps, (int, float)) and MIN_FPS <= fps <= MAX_FPS:
+            return float(fps)
+    return source.fps
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -76,13 +61,13 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises MediaError for a file that cannot be read or has none.
     """
-    readers = {"png": _from_png, "gif": _from_gif, "npy": _from_npy, "json": _from_json, "video": _from_tags}
+    readers = {"png": _from_png, "gif": _from_gif, "npy": _from_npy, "json": _from_json}
     with media_errors(path):
         file = Path(path)
         kind = _kind(file)
         if kind == "folder":
             file, kind = file / "000000.png", "png"
-        text = readers[kind](file)
+        text = readers[kind](file) if kind in readers else _from_tags(file, kind)
     with contextlib.suppress(ValueError, RecursionError):
         recipe = json.loads(text) if text else None
         if isinstance(recipe, dict):
@@ -93,9 +78,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _kind(path: Path) -> str:
     if path.is_dir():
         return "folder"
-    with path.open("rb") as file:
-        start = file.read(4)
-    return MAGIC.get(start) or ("json" if start.lstrip()[:1] == b"{" else "video")
+    with open_regular(path) as file:
+        return kind_of(file)
 
 
 def _from_json(path: Path) -> str:
@@ -103,10 +87,10 @@ def _from_json(path: Path) -> str:
         return file.read(MAX_RECIPE).decode()
 
 
-def _from_tags(path: Path) -> str | None:
-    import av
-
-    with path.open("rb") as file, av.open(file) as container:
+def _from_tags(path: Path, kind: str) -> str | None:
+    if kind not in ("mov", "matroska"):
+        return None
+    with open_regular(path) as file, open_container(file, kind, str(path)) as container:
         return {name.lower(): value for name, value in container.metadata.items()}.get("comment")
 
 

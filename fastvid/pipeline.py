@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fastvid
-from fastvid import control, inputs, pieces, planning, verbs
+from fastvid import control, inputs, pieces, planning, prompts, verbs
 from fastvid.errors import InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
 from fastvid.loading import Parts, change_loras, load_parts, read_checkpoint, read_loras
@@ -84,10 +84,13 @@ class Pipeline:
                 bool or uint8 0 and 255 [F, H, W], or one picture for all frames; white is made by the model, black
                 stays), reference_images (pictures of what the video shows; latents then have one frame more for each,
                 in front), conditioning_scale (how much all of this counts: a number, or one for each control layer).
+                expand_prompt=True has the prompt written out first (`fastvid.prompts`; prompt_endpoint, prompt_model
+                and prompt_key say by whom); the recipe holds both, as prompt and original_prompt.
 
         Raises:
             InvalidRequest: an option is out of range; the message names the nearest valid one.
             OutOfMemory: the request does not fit.
+            PromptError: the prompt could not be expanded.
         """
         return self._video("generate", prompt=prompt, **options)
 
@@ -158,11 +161,13 @@ class Pipeline:
         return self._start(verb, options, keep_frames=False, keep_latents=keep_latents)
 
     def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
+        options = prompts.expanded(options, self._parts.recipe.name, verb)
         prepared, cancelled = self._prepare(verb, options, keep_frames), threading.Event()
         return Stream(self._run(prepared, cancelled, keep_latents), cancelled)
 
     def plan(self, prompt: str | None = None, *, verb: str = "generate", **options: Any) -> Plan:
         """What a request would cost, without running it. The prompt may be left out."""
+        options = {name: value for name, value in options.items() if name not in prompts.OPTIONS}
         if "prompt_embeds" not in options and verb != "storyboard":
             options["prompt"] = prompt or ""
         return self._prepare(verb, options, keep_frames=True).plan

@@ -20,6 +20,7 @@ from fastvid.limits import check_frames, check_size, nearest_name, nearest_size,
 SAMPLING = (
     *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift"),
     *("sigmas", "solver", "latents", "prompt_embeds", "negative_prompt_embeds", "conditioning_scale"),
+    "original_prompt",
 )
 SIZE = ("height", "width", "aspect", "budget")
 LENGTH = ("num_frames", "seconds")
@@ -96,6 +97,7 @@ class Request:
 
     verb: str = "generate"
     prompt: str | None = asked(limits.text)
+    original_prompt: str | None = asked(limits.text)  # what `prompt` was expanded from, if it was; only recorded
     negative_prompt: str | None = asked(limits.text)
     height: int | None = asked(whole(limits.MIN_SIDE, limits.MAX_SIDE, " pixels"))
     width: int | None = asked(whole(limits.MIN_SIDE, limits.MAX_SIDE, " pixels"))
@@ -259,8 +261,8 @@ _DISPLACES = {
     "sigmas": ("num_inference_steps", "flow_shift"),
     "num_inference_steps": ("sigmas",),
     "flow_shift": ("sigmas",),
-    "prompt": ("prompt_embeds",),
-    "prompt_embeds": ("prompt",),
+    "prompt": ("prompt_embeds", "original_prompt"),
+    "prompt_embeds": ("prompt", "original_prompt"),
     "negative_prompt": ("negative_prompt_embeds",),
     "negative_prompt_embeds": ("negative_prompt",),
 }
@@ -315,6 +317,7 @@ class Resolved:
     first num_frames and the top left width x height come out."""
 
     prompt: str | None
+    original_prompt: str | None
     negative_prompt: str | None
     height: int
     width: int

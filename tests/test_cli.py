@@ -405,7 +405,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_argument_of_a_request_has_a_flag() -> None:
     flags = {action.dest for action in cli_args.build()["generate"]._actions}
-    only_in_python = {"keyframes", "latents", "prompt_embeds", "negative_prompt_embeds"}
+    only_in_python = {"keyframes", "latents", "prompt_embeds", "negative_prompt_embeds", "original_prompt"}
     assert set(Request.__dataclass_fields__) - only_in_python <= flags
     assert set(cli.REQUEST_FLAGS) <= flags and set(cli.LOAD_FLAGS) <= flags
 
