@@ -367,6 +367,8 @@ def _check_index(index: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _not_a_folder(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return f"{path} is quantized (GGUF), which is not supported; take the fp16 or bf16 {weights.SUFFIX} file"
     if path.exists():
         return f"{path} is a file; give the folder that holds {INDEX}" + _nearest_folder(path.parent)
     around = path.parent.iterdir() if path.parent.is_dir() else ()
