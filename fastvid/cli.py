@@ -160,6 +160,8 @@ def _load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[s
     chosen = {name: getattr(flags, name) or made_with.get(name) or getattr(here, name) for name in LOAD_FLAGS}
     chosen["loras"] = settings.get("loras") if flags.lora is None else flags.lora
     chosen["offload"] = flags.offload  # of this machine alone: the video is the same
+    # Of another model, what the recipe's was made of says nothing.
+    chosen["parts"] = dict(flags.part) if flags.part else None if flags.model else settings.get("parts")
     return {name: value for name, value in chosen.items() if value is not None}
 
 
@@ -204,7 +206,7 @@ def _summary(path: Path, started: Any, finished: Any, watch: Stopwatch) -> dict[
 def _inspect(flags: argparse.Namespace) -> None:
     from fastvid import pipeline
 
-    found = pipeline.inspect(flags.model, flags.lora or ())
+    found = pipeline.inspect(flags.model, flags.lora or (), dict(flags.part) if flags.part else None)
     print(json.dumps(found) if flags.json else "\n".join(_lines(found)))
 
 
@@ -213,7 +215,8 @@ def _convert(flags: argparse.Namespace) -> None:
 
     progress = Progress(quiet=flags.quiet)
     try:
-        made = convert(flags.source, flags.destination, flags.to, say=progress.say)
+        options = {"key": flags.key, "base": flags.base, "say": progress.say}
+        made = convert(flags.source, flags.destination, flags.to, **options)
     finally:
         progress.close()
     if flags.json:

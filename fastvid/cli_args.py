@@ -73,13 +73,24 @@ def scale(text: str) -> int | float | list[int | float]:
     return found[0] if len(found := numbers(text)) == 1 else found
 
 
-def lora(text: str) -> tuple[str, float]:
-    """FILE:SCALE, or FILE alone with a scale of 1; a colon may be in the file's name."""
+def lora(text: str) -> tuple[str, float] | tuple[str, float, str]:
+    """FILE:SCALE, or FILE alone with a scale of 1; behind either :high or :low. A colon may be in the file's name."""
+    path, colon, expert = text.rpartition(":")
+    if colon and path and expert in ("high", "low"):
+        return (*lora(path)[:2], expert)
     path, colon, scale = text.rpartition(":")
     try:
         return (path, float(scale)) if colon and path else (text, 1.0)
     except ValueError:
         return text, 1.0
+
+
+def part(text: str) -> tuple[str, str]:
+    """NAME=PATH."""
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not NAME=PATH, such as vae=wan_2.1_vae.safetensors")
+    return name, path
 
 
 def build() -> dict[str, Parser]:
@@ -180,7 +191,7 @@ def _add_request(parser: Parser) -> None:
 
 def _add_model(parser: Parser) -> None:
     add = parser.add_argument_group("the model and where it runs").add_argument
-    add("--model", metavar="MODEL", help="embedded, a folder, or a hub id (default: embedded)")
+    add("--model", metavar="MODEL", help="embedded, a folder, a file, or a hub id (default: embedded)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: what suits the device)")
     add("--backend", metavar="NAME", help="of the operations: auto, reference, triton, cuda (default: auto)")
@@ -190,16 +201,25 @@ def _add_model(parser: Parser) -> None:
         metavar="NAME",
         help="weights in host memory while they are not used: auto, none, text (encoders), blocks (default: auto)",
     )
-    _add_lora(parser)
+    _add_files(parser)
 
 
-def _add_lora(parser: Any) -> None:
+def _add_files(parser: Any) -> None:
+    parser.add_argument(
+        "--part",
+        type=part,
+        action="append",
+        metavar="NAME=PATH",
+        help="where a part of the model comes from: vae, text_encoder, image_encoder, tokenizer, transformer_2, or "
+        "base (a whole folder, for all that is missing beside a single file); may be repeated",
+    )
     parser.add_argument(
         "--lora",
         type=lora,
         action="append",
         metavar="FILE:SCALE",
-        help="a LoRA merged into the model, with a scale of 1 if none is given; may be repeated",
+        help="a LoRA merged into the model, with a scale of 1 if none is given; FILE:SCALE:high or :low for one of two "
+        "experts; may be repeated",
     )
 
 
@@ -209,8 +229,8 @@ def _inspect() -> Parser:
         description="Show what a model is, from its configurations and file headers, without loading it.",
         epilog=f"example:\n  fastvid inspect embedded\n\n{EPILOG}",
     )
-    parser.add_argument("model", help="embedded, a folder, or a hub id")
-    _add_lora(parser)
+    parser.add_argument("model", help="embedded, a folder, a file, or a hub id")
+    _add_files(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -224,13 +244,21 @@ def _convert() -> Parser:
         "  fastvid convert Wan2.1-T2V-1.3B wan-diffusers                (a whole folder)\n"
         "  fastvid convert wan-diffusers wan-original --to original\n"
         "  fastvid convert wan2.1_t2v_1.3B_bf16.safetensors transformer  (ComfyUI's single file)\n"
-        f"  fastvid convert Wan2.1_VAE.pth vae\n\n{EPILOG}",
+        "  fastvid convert Wan2.1_VAE.pth vae\n"
+        "  fastvid convert self_forcing_dmd.pt self-forcing --base Wan2.1-T2V-1.3B-Diffusers  (a whole folder)\n"
+        f"  fastvid convert longlive_lora.pt longlive_lora.safetensors\n\n{EPILOG}",
     )
     parser.add_argument(
         "source", metavar="SRC", help="a model folder in either layout, or a file or folder of one part"
     )
     parser.add_argument("destination", metavar="DST", help="a new folder, or for one part a new .safetensors file")
     parser.add_argument("--to", default="diffusers", metavar="LAYOUT", help="diffusers (default) or original")
+    parser.add_argument("--base", metavar="FOLDER", help="a whole model: everything but the transformer in SRC")
+    parser.add_argument(
+        "--key",
+        metavar="NAME",
+        help="which weights of a training checkpoint (default: generator_ema, then generator, ...)",
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--json", action="store_true", help="print one JSON object about what was written")
     return parser

@@ -8,6 +8,7 @@ the weights of a transformer, VAE, text or picture encoder, in either layout, wi
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,12 +25,15 @@ from fastvid.models import layouts, original
 from fastvid.models.layout_rules import DIFFUSERS, LAYOUTS, ORIGINAL
 from fastvid.models.layouts import Origin
 from fastvid.models.original import CONFIG, EXPERTS, EXTRAS, TOKENIZER, FoundPart
+from fastvid.models.variants import Identity
 
 INDEX = "model_index.json"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 PROCESSOR = Path("image_processor", "preprocessor_config.json")
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # model for the encoders
 MODEL_PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
+UNSHOWN = ("num_attention_heads", "eps", "rope_max_seq_len", "vace_layers")
+LORA = re.compile(r"\.(lora_(A|B|down|up|embedding_A|embedding_B)\b|alpha$|diff(_b|_m)?$)")
 Say = Callable[[str], None]
 
 
@@ -62,6 +66,8 @@ def convert(
     to: str = DIFFUSERS,
     *,
     shard_bytes: int = SHARD_BYTES,
+    key: str | None = None,
+    base: str | Path | None = None,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Convert a model, or a part of one, into a new file or folder; returns what was written, as plain JSON values.
@@ -72,6 +78,10 @@ def convert(
         destination: must not exist. A name that ends in .safetensors becomes one file, any other a folder.
         to: "diffusers" or "original".
         shard_bytes: how large a file may become.
+        key: which weights to take of a pickle with several state dicts; the default is the first there is of
+            generator_ema, ema, params_ema, generator, generator_lora, state_dict, model_state_dict, model, module.
+        base: a whole model's folder, for a source that is a transformer alone: the destination becomes a whole model
+            with everything else from there.
         say: called with a line for every set of weights.
 
     Raises:
@@ -81,8 +91,8 @@ def convert(
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     _check(source, destination, to, shard_bytes)
     single = destination.name.endswith(weights.SUFFIX)
-    with Tensors() as tensors:
-        work = _plan(source, to, tensors, single)
+    with Tensors({source: key} if key else {}) as tensors:
+        work = _plan(source, to, tensors, single) if base is None else _onto(Path(base), source, to, tensors, single)
         _check_space(destination.absolute().parent, sum(job.bytes for job in work.jobs))
         with _fresh(destination) as folder:
             for job in work.jobs:
@@ -127,12 +137,37 @@ def _plan(source: Path, to: str, tensors: Tensors, single: bool) -> Work:
     elif original.is_original(source):
         work = _from_original(source, to, tensors)
     else:
+        if lora := _read_lora(source, tensors, single):
+            return lora
         part = _read_part(source, tensors)
         return Work((_job(part, to, alone=True),), {}, {})
     if single:
         names = ", ".join(job.part.name for job in work.jobs)
         raise InvalidRequest(f"{source} is a whole model ({names}), which needs a folder as destination, not one file")
     return work
+
+
+def _onto(base: Path, source: Path, to: str, tensors: Tensors, single: bool) -> Work:
+    """A transformer with everything else of a whole model."""
+    base = base.expanduser()
+    if single:
+        raise InvalidRequest(f"base {base} makes a whole model, which needs a folder as destination, not one file")
+    if not ((base / INDEX).is_file() or original.is_original(base)):
+        raise InvalidRequest(f"base {base} is no folder of a whole model, in diffusers' or in the original layout")
+    whole = _plan(base, to, tensors, False)
+    old = [job for job in whole.jobs if job.part.name in EXPERTS]
+    if len(old) != 1:
+        raise InvalidRequest(f"base {base} has two transformers, {source} is one; a base with one is needed")
+    # What shapes do not show, such as the number of heads, is as in the base.
+    part = _read_part(source, tensors, "transformer", {key: old[0].part.config.get(key) for key in UNSHOWN})
+    texts = {name: _renamed_class(value, part) if name == Path(INDEX) else value for name, value in whole.texts.items()}
+    texts = {name: value for name, value in texts.items() if name != Path(EXTRAS)}
+    return Work((_job(part, to), *(job for job in whole.jobs if job not in old)), texts, whole.copies)
+
+
+def _renamed_class(index: Mapping[str, Any], part: FoundPart) -> dict[str, Any]:
+    kind = ["diffusers", part.config["_class_name"]]
+    return {**index, "transformer": kind, "_class_name": original.pipeline_of(part.identity)}
 
 
 def _from_original(source: Path, to: str, tensors: Tensors) -> Work:
@@ -169,8 +204,24 @@ def _from_diffusers(source: Path, to: str, tensors: Tensors) -> Work:
     return Work(jobs, {Path(EXTRAS): extras}, {Path(TOKENIZER): source / "tokenizer"})
 
 
-def _read_part(source: Path, tensors: Tensors, name: str | None = None) -> FoundPart:
-    """The weights of one part: a file, or a folder with config.json or without."""
+def _read_lora(source: Path, tensors: Tensors, single: bool) -> Work | None:
+    """A LoRA, such as LongLive's generator_lora: its tensors under the names that they have. None if it is none."""
+    if source.is_dir() or source.suffix not in original.FILES:
+        return None
+    entries = tensors.entries((source,))
+    if not entries or not all(LORA.search(name) for name in entries):
+        return None
+    if not single:
+        raise InvalidRequest(f"{source} is a LoRA; a destination that ends in {weights.SUFFIX} is needed")
+    part = FoundPart("lora", (source,), entries, Identity("lora", "", "", "wan", "", None, {}), {})
+    return Work((Job(part, Path("lora" + weights.SUFFIX), {name: Origin((name,)) for name in entries}, None),), {}, {})
+
+
+def _read_part(
+    source: Path, tensors: Tensors, name: str | None = None, unshown: Mapping[str, Any] | None = None
+) -> FoundPart:
+    """The weights of one part: a file, or a folder with config.json or without. unshown: what its config says if it has
+    none."""
     files = (source,) if source.is_file() else _files(source)
     if files[0].suffix not in original.FILES:
         raise InvalidRequest(
@@ -178,6 +229,7 @@ def _read_part(source: Path, tensors: Tensors, name: str | None = None) -> Found
         )
     config = source / CONFIG if source.is_dir() else None
     given = original.to_diffusers_words(weights.read_json(config)) if config and config.is_file() else {}
+    given = given or {key: value for key, value in (unshown or {}).items() if value is not None}
     part = original.read_part(name or "", files, tensors.entries(files), given)
     wanted = "transformer" if name in EXPERTS else name
     if wanted and part.identity.part != wanted:

@@ -27,9 +27,11 @@ SHARD_BYTES = 5 * 10**9
 
 
 class Tensors:
-    """Reads the bytes of tensors. A context manager: it owns the child processes that hold pickles open."""
+    """Reads the bytes of tensors. A context manager: it owns the child processes that hold pickles open. keys:
+    of pickles that hold several state dicts, which to take."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Mapping[Path, str] | None = None) -> None:
+        self._keys = keys or {}
         self._stack = ExitStack()
         self._pickles: dict[Path, PickleReader] = {}
 
@@ -45,7 +47,7 @@ class Tensors:
         found = weights.read_headers(file for file in files if file.suffix not in weights.PICKLES)
         for file in (file for file in files if file.suffix in weights.PICKLES):
             if file not in self._pickles:
-                self._pickles[file] = self._stack.enter_context(PickleReader(file))
+                self._pickles[file] = self._stack.enter_context(PickleReader(file, self._keys.get(file, "")))
             if twice := found.keys() & self._pickles[file].entries.keys():
                 raise CheckpointError(f"{some(twice)} in {file} and in another file beside it")
             found |= self._pickles[file].entries
@@ -56,6 +58,8 @@ class Tensors:
         if entry.file in self._pickles:
             yield from self._pickles[entry.file].chunks(name, begin, end)
             return
+        if entry.file.suffix in weights.PICKLES:
+            raise ValueError(f"{entry.file} is a pickle that was not opened")  # its bytes are not where it begins
         try:
             with entry.file.open("rb") as file:
                 file.seek(entry.offset + begin)
@@ -67,13 +71,13 @@ class Tensors:
 class PickleReader:
     """A child process that has a pickle open, and hands out its tensors. Nothing is unpickled in this process."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+    def __init__(self, path: Path, key: str = "") -> None:
+        self.path = path
         # The child finds what this process finds, and starts where no file of the user's can stand for a module.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "fastvid.convert_pickle", str(self.path)],
+            [sys.executable, "-m", "fastvid.convert_pickle", str(path.resolve()), key],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -1,7 +1,7 @@
 """The child process of `fastvid convert` that opens a pickle: torch.load with weights_only, which makes nothing but
 tensors. The file is mapped, so that no more than a tensor of it is in memory.
 
-    python -m fastvid.convert_pickle FILE
+    python -m fastvid.convert_pickle FILE [KEY]
 
 First line out: {"tensors": {name: [dtype, shape]}} or {"error": text}. Then for every line in, a name as a JSON string,
 the tensor's bytes go out.
@@ -32,18 +32,23 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 # Where checkpoints of training code keep the weights; averaged ones first.
-INSIDE = ("generator_ema", "ema", "params_ema", "generator", "state_dict", "model_state_dict", "model", "module")
+INSIDE = (
+    *("generator_ema", "ema", "params_ema", "generator", "generator_lora"),
+    *("state_dict", "model_state_dict", "model", "module"),
+)
+# What wrappers of modules (FSDP, activation checkpointing, torch.compile) put into names, wherever they stand.
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 class Refused(Exception):
     """The file is not what can be read; the text ends a sentence that begins with its name."""
 
 
-def main(path: str) -> int:
-    """Serve one file on standard input and output."""
+def main(path: str, key: str = "") -> int:
+    """Serve one file, or what stands in it under `key`, on standard input and output."""
     out, sys.stdout = sys.stdout.buffer, sys.stderr
     try:
-        tensors = read(path)
+        tensors = read(path, key)
         told = {name: [DTYPES[tensor.dtype], list(tensor.shape)] for name, tensor in tensors.items()}
         out.write(json.dumps({"tensors": told}).encode() + b"\n")
     except Refused as error:
@@ -57,8 +62,8 @@ def main(path: str) -> int:
     return 0
 
 
-def read(path: str) -> dict[str, Tensor]:
-    """The tensors of a file, mapped. Raises Refused."""
+def read(path: str, key: str = "") -> dict[str, Tensor]:
+    """The tensors of a file, mapped, by their names without those of wrappers. Raises Refused."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -75,7 +80,31 @@ def read(path: str) -> dict[str, Tensor]:
                 "piece by piece; it was not opened. Download it again or, if you trust it, load and save it with torch"
             ) from None
         raise Refused(f"cannot be read as a torch file ({' '.join(str(error).split())[:200]})") from None
-    return check(inside(state))
+    return check(unwrapped(inside(chosen(state, key))))
+
+
+def chosen(state: Any, key: str) -> Any:
+    """What stands under `key`, or all of it if that is empty."""
+    if not key:
+        return state
+    entries = state if isinstance(state, dict) else {}
+    if not isinstance(entries.get(key), dict):
+        names = ", ".join(str(name) for name, value in list(entries.items())[:10] if isinstance(value, dict))
+        raise Refused(f"has no weights under {key!r}; it has {names or 'none that are sorted under names'}")
+    return state[key]
+
+
+def unwrapped(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
+    """The same without the names of wrappers, unless two would become one."""
+    made = {}
+    for name, tensor in tensors.items():
+        plain = name
+        for wrapper in WRAPPERS if isinstance(name, str) else ():
+            plain = plain.replace(wrapper, "")
+        if plain in made:
+            raise Refused(f"holds {plain} twice, once in a wrapper")
+        made[plain] = tensor
+    return made
 
 
 def inside(state: Any) -> dict[str, Tensor]:
@@ -104,4 +133,4 @@ def check(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -46,8 +46,8 @@ class Known:
 def picture(name: str, value: Any) -> np.ndarray:
     """A picture, uint8 RGB [H, W, 3]: a file (of a video its first frame), an array, a tensor or a Pillow image.
 
-    Raises MediaError for a file that can't be read, InvalidRequest for something that is no picture. An array is copied:
-    what the caller does to it later is not seen.
+    Raises MediaError for a file that can't be read, InvalidRequest for something that is no picture. An array is
+    copied: what the caller does to it later is not seen.
     """
     if len(getattr(value, "shape", (0, 0, 0))) != 3:
         raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [H, W, 3]")

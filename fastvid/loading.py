@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from fastvid.models import (
     load_part,
     open_checkpoint,
 )
+from fastvid.models.assembled import check_parts
 from fastvid.models.checkpoint import Part, check_fill, fill, part_dtype
 from fastvid.models.clip import CLIPVisionEncoder
-from fastvid.models.lora import Lora, read_lora, touched
+from fastvid.models.lora import Lora, for_expert, read_lora, touched
 from fastvid.offload import MODES, Staying, Turns, weigh
 from fastvid.ops import Ops, bind
 from fastvid.plan_memory import Sizes
@@ -45,7 +46,8 @@ class Parts:
     """A loaded model: modules on their device, and how they are to be used. `model` is the name it was loaded by.
 
     experts: the transformers, one or two; `experts.use` brings the one that is needed to the device.
-    loras: the files, with their scales, that are merged into every expert; merged: the weights that they changed.
+    loras: the files that are merged, with their scales and where it is one the expert they are for; merged: the weights
+    that they changed. sources: the parts that came from elsewhere, as they were given.
     offload: "none", "text" or "blocks" (see `fastvid.offload`); encoders: how the text encoder and the image encoder,
     in this order, come to the device; sizes: bytes of all weights as loaded.
     """
@@ -62,12 +64,13 @@ class Parts:
     dtype: torch.dtype
     backend: str = "auto"
     attention: str = "auto"
-    loras: tuple[tuple[str, float], ...] = ()
+    loras: tuple[tuple[Any, ...], ...] = ()
     merged: frozenset[str] = frozenset()
     image_encoder: CLIPVisionEncoder | None = None
     offload: str = "none"
     encoders: Staying | Turns | None = None
     sizes: Sizes | None = None
+    sources: tuple[tuple[str, str], ...] = ()
 
     @property
     def transformer(self) -> WanTransformer:
@@ -84,6 +87,7 @@ class Parts:
         """What `load` was asked for and made of it, as a recipe records it: what else decides the bytes."""
         dtype = str(self.dtype).removeprefix("torch.")
         made = {"dtype": dtype, "device": self.device.type, "backend": self.backend, "attention": self.attention}
+        made |= {"parts": dict(self.sources)} if self.sources else {}
         return made | ({"loras": [list(pair) for pair in self.loras]} if self.loras else {})
 
     @property
@@ -118,13 +122,14 @@ def load_parts(
     attention: str = "auto",
     loras: Sequence[Any] = (),
     offload: str = "auto",
+    parts: Mapping[str, str | Path] | None = None,
 ) -> Parts:
     """Load everything of a model; see `fastvid.load`. What was asked for is checked before any weight is read."""
     where = _device(device)
     kind = _dtype(dtype, where)
     ops = bind(backend, attention, where)
     merging, asked = read_loras(loras), check_offload(offload)
-    checkpoint = read_checkpoint(model, download=True).check()
+    checkpoint = read_checkpoint(model, parts, download=True).check()
     mode = choose_offload(checkpoint, where, kind) if asked == AUTO else asked
     experts = load_experts(checkpoint, ops, where, kind, merging, mode)
     # An I2V model without an image encoder (A14B) sees its picture in the latents alone.
@@ -133,13 +138,14 @@ def load_parts(
     loaded = [load_part(checkpoint, name, ops, at, part_dtype(name, kind)) for name in names]
     encoders = Staying(loaded) if mode == "none" else Turns(loaded, where, stream=mode == "blocks")
     vae = load_part(checkpoint, "vae", ops, where, part_dtype("vae", kind))
-    tokenizer = TextTokenizer.from_folder(checkpoint.tokenizer)
-    parts = Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, loaded[0], experts, vae, ops, where, kind)
+    tokenizer = TextTokenizer.read(checkpoint.tokenizer)
+    made = Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, loaded[0], experts, vae, ops, where, kind)
     image_encoder = loaded[1] if len(loaded) > 1 else None
     image_bytes = weigh(image_encoder).total if image_encoder is not None else 0
     sizes = Sizes(tuple(map(weigh, experts.modules)), weigh(loaded[0]), weigh(vae).total, image_bytes)
-    parts = replace(parts, image_encoder=image_encoder, offload=mode, encoders=encoders, sizes=sizes)
-    return replace(parts, loras=named(merging), merged=touched(merging))
+    made = replace(made, image_encoder=image_encoder, offload=mode, encoders=encoders, sizes=sizes)
+    made = replace(made, loras=named(merging), merged=touched(merging))
+    return replace(made, sources=tuple((name, str(path)) for name, path in (parts or {}).items()))
 
 
 def check_offload(offload: Any) -> str:
@@ -170,21 +176,29 @@ def _named(checkpoint: Checkpoint) -> list[tuple[str, Part]]:
 
 
 def read_loras(loras: Any) -> tuple[Lora, ...]:
-    """LoRAs as they are given to `load`: files, or (file, scale). Raises InvalidRequest, CheckpointError."""
-    pairs = []
+    """LoRAs as they are given to `load`: files, (file, scale), or (file, scale, expert). Raises InvalidRequest,
+    CheckpointError."""
+    entries = []
     for entry in (loras,) if isinstance(loras, str | Path) else loras or ():
-        pair = (entry, 1.0) if isinstance(entry, str | Path) else entry
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str | Path) or not pair[0]:
+        made = (entry,) if isinstance(entry, str | Path) else entry
+        if not isinstance(made, list | tuple) or not _is_lora(made) or (len(made) < 2 and made is entry):
             raise InvalidRequest(
-                f'loras: {entry!r:.60} is no LoRA; give a file, or (file, scale) such as ("a.safetensors", 0.8)'
+                f'loras: {entry!r:.60} is no LoRA; give a file, or (file, scale) such as ("a.safetensors", 0.8), or '
+                '("a.safetensors", 0.8, "high") for one of two experts'
             )
-        pairs.append(pair)
-    return tuple(read_lora(path, scale) for path, scale in pairs)
+        entries.append(made)
+    return tuple(read_lora(*entry) for entry in entries)
 
 
-def named(loras: Sequence[Lora]) -> tuple[tuple[str, float], ...]:
-    """The files and scales of LoRAs."""
-    return tuple((str(lora.path), lora.scale) for lora in loras)
+def _is_lora(entry: Sequence[Any]) -> bool:
+    expert = entry[2] if len(entry) == 3 else "high"
+    named = 1 <= len(entry) <= 3 and isinstance(entry[0], str | Path) and bool(entry[0])
+    return named and isinstance(expert, str) and bool(expert)
+
+
+def named(loras: Sequence[Lora]) -> tuple[tuple[Any, ...], ...]:
+    """The files and scales of LoRAs, and the expert of those that are for one."""
+    return tuple((str(lora.path), lora.scale, *([lora.expert] if lora.expert else [])) for lora in loras)
 
 
 def change_loras(parts: Parts, loras: Any) -> Parts:
@@ -193,12 +207,14 @@ def change_loras(parts: Parts, loras: Any) -> Parts:
     """
     merging = read_loras(loras)
     stale = parts.merged | touched(merging)
-    experts = list(zip(parts.experts.modules, map(parts.checkpoint.part, parts.checkpoint.experts), strict=True))
-    for module, part in experts:
-        check_fill(module, part, merging)
+    names = parts.checkpoint.experts
+    mine = [for_expert(merging, number, len(names)) for number in range(len(names))]
+    experts = list(zip(parts.experts.modules, map(parts.checkpoint.part, names), mine, strict=True))
+    for module, part, loras in experts:
+        check_fill(module, part, loras)
     with parts.experts.turns.change():
-        for module, part in experts:
-            fill(module, part, next(module.parameters()).device, parts.dtype, merging, only=stale)
+        for module, part, loras in experts:
+            fill(module, part, next(module.parameters()).device, parts.dtype, loras, only=stale)
     return replace(parts, loras=named(merging), merged=touched(merging))
 
 
@@ -213,23 +229,40 @@ def load_experts(
     """The transformers, LoRAs merged into each, on the device or in host memory until their turn."""
     stay = offload == "none" or (offload == "text" and len(checkpoint.experts) == 1)
     at = device if stay else torch.device("cpu")
-    modules = [load_part(checkpoint, name, ops, at, dtype, loras) for name in checkpoint.experts]
+    names = checkpoint.experts
+    mine = [for_expert(loras, number, len(names)) for number in range(len(names))]
+    modules = [load_part(checkpoint, name, ops, at, dtype, own) for name, own in zip(names, mine, strict=True)]
     turns = Staying(modules) if stay else Turns(modules, device, stream=offload == "blocks", linger=True)
     return Experts(modules, checkpoint.recipe.boundary_ratio, turns)
 
 
-def read_checkpoint(model: str | Path, download: bool = False) -> Checkpoint:
-    """What a model is, from its name or folder, without reading weights. Raises CheckpointError."""
-    return open_checkpoint(find_folder(model, download))
+def read_checkpoint(
+    model: str | Path, parts: Mapping[str, str | Path] | None = None, download: bool = False
+) -> Checkpoint:
+    """What a model is, from its name, folder or file, without reading weights; see `fastvid.load` for `parts`. Raises
+    CheckpointError."""
+    given = {name: _find_part(name, path, download) for name, path in check_parts(parts).items()}
+    return open_checkpoint(find_folder(model, download), given)
+
+
+def _find_part(name: str, path: Path, download: bool) -> Path:
+    """Where a part that was given is: the package's model, a path, or a hub name."""
+    if path.exists() or str(path) == EMBEDDED or hub.is_hub_name(str(path)):
+        return find_folder(path if path.exists() else str(path), download)
+    raise InvalidRequest(
+        f"parts: {name}: {path} does not exist; a file, a folder or a file of a hub repository is needed"
+    )
 
 
 def find_folder(model: str | Path, download: bool = False) -> Path:
-    """The folder of a model: the one that ships with the package, a path, or a hub id.
+    """The folder or file of a model: the folder that ships with the package, a path, or a hub name.
 
-    A hub id is taken from the local cache; with `download`, what is missing there is fetched.
+    What is on the hub is taken from the local cache; with `download`, what is missing there is fetched.
     """
     if not isinstance(model, str | Path) or not str(model) or "\0" in str(model):
-        raise InvalidRequest(f"model={model!r:.80}: allowed is {EMBEDDED!r}, a folder, or a hub id such as org/name")
+        raise InvalidRequest(
+            f"model={model!r:.80}: allowed is {EMBEDDED!r}, a folder, a file, or a hub id such as org/name"
+        )
     if str(model) == EMBEDDED:
         return Path(__file__).parent / EMBEDDED
     try:
@@ -238,7 +271,7 @@ def find_folder(model: str | Path, download: bool = False) -> Path:
         raise CheckpointError(f"model={str(model):.80}: {error}") from None
     if exists or isinstance(model, Path):
         return Path(model)
-    if hub.HUB_ID.fullmatch(model):
+    if hub.is_hub_name(model):
         return _from_hub(model, download)
     return Path(model) if "/" in model or "\\" in model else _unknown(model)
 
@@ -247,8 +280,8 @@ def _from_hub(model: str, download: bool) -> Path:
     folder = hub.find(model)
     if folder is None and not download:
         raise CheckpointError(
-            f"model={model!r} is neither a folder nor (all) in the local hub cache; loading it downloads it, and so "
-            f"does `hf download {model}`; or give {EMBEDDED!r} or a folder"
+            f"model={model!r} is neither a folder or file nor (all) in the local hub cache; loading it downloads it, "
+            f"and so does `hf download {' '.join(hub.split(model)).strip()}`; or give {EMBEDDED!r}, a folder or a file"
         )
     return folder or hub.download(model)
 

@@ -8,8 +8,9 @@ video.save("out.mp4")
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -199,6 +200,7 @@ class Pipeline:
             "reasons": dict(parts.ops.reasons),
             "loras": [list(pair) for pair in parts.loras],
             "offload": parts.offload,
+            "parts": dict(parts.sources),
         }
 
     def inspect(self) -> dict[str, Any]:
@@ -206,7 +208,7 @@ class Pipeline:
         return self._parts.checkpoint.to_dict()
 
     def set_loras(self, loras: Sequence[Any] = ()) -> None:
-        """Use these LoRAs, files or (file, scale), in place of those that were loaded; none takes all away.
+        """Use these LoRAs, as `fastvid.load` takes them, in place of those that were loaded; none takes all away.
 
         What they change is read again from the model's files, so nothing of former ones is left. Finish running
         streams first: they go on with the new weights. Raises as `fastvid.load` does, and then nothing is changed.
@@ -291,21 +293,28 @@ def load(
     attention: str = "auto",
     loras: Sequence[Any] = (),
     offload: str = "auto",
+    parts: Mapping[str, str | Path] | None = None,
 ) -> Pipeline:
     """Load a model.
 
     Args:
         model: "embedded" (the small model that comes with the package), or a folder in diffusers' or in the original
-            layout, or a hub id, which is downloaded once into huggingface_hub's cache.
+            layout, or a transformer's single file, whose other parts are found in the folders beside it as ComfyUI has
+            them, or a hub id (org/name, or org/name/path/to/file.safetensors), which is downloaded once into
+            huggingface_hub's cache.
         device: "cuda", "cuda:1", "cpu"; the default is a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16" for the transformer and the text encoder; the default is bfloat16 on a
             GPU and float32 on the CPU.
         backend, attention: what runs the operations (see `fastvid doctor`).
-        loras: LoRA files, or (file, scale), merged into the transformer; see `Pipeline.set_loras`.
+        loras: LoRA files, or (file, scale), merged into the transformer; in models with two into both, or with (file,
+            scale, "high") or (file, scale, "low") into one; see `Pipeline.set_loras`.
         offload: which weights are in host memory while they are not used. "none"; "text": those of the encoders, and of
             two experts the other one; "blocks": those, and the blocks of transformer and text encoder, two of which are
             on the device at a time; "auto": the least with which what the model makes by default fits. On the CPU,
             which has but one memory, "auto" is "none", and the others cost memory instead.
+        parts: where parts come from that the model does not have or that are to be others: names (transformer_2, vae,
+            text_encoder, image_encoder, tokenizer) to files, folders or hub files; "base" names a whole folder that a
+            single file takes everything else from.
 
     Raises:
         CheckpointError: the model is missing, broken or of an unsupported kind, or a LoRA does not fit it.
@@ -313,11 +322,11 @@ def load(
         BackendUnavailable: a back end or device asked for by name cannot run here.
     """
     given = {"device": device, "dtype": dtype, "backend": backend, "attention": attention}
-    return Pipeline(load_parts(model, **given, loras=loras, offload=offload))
+    return Pipeline(load_parts(model, **given, loras=loras, offload=offload, parts=parts))
 
 
-def inspect(model: str, loras: Sequence[Any] = ()) -> dict[str, Any]:
+def inspect(model: str, loras: Sequence[Any] = (), parts: Mapping[str, str | Path] | None = None) -> dict[str, Any]:
     """What a checkpoint is, read from its configurations and file headers, without loading it; whether LoRAs fit it."""
-    checkpoint = read_checkpoint(model)
+    checkpoint = read_checkpoint(model, parts)
     described = [{**lora.to_dict(), "problems": checkpoint.lora_problems(lora)} for lora in read_loras(loras)]
     return checkpoint.to_dict() | ({"loras": described} if described else {})

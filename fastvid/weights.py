@@ -145,6 +145,11 @@ def count_parameters(entries: Mapping[str, Entry]) -> int:
     return sum(math.prod(entry.shape) for entry in entries.values())
 
 
+def nbytes(entry: Entry) -> int:
+    """Bytes of a tensor; 0 for a dtype of unknown size."""
+    return math.prod(entry.shape) * BITS.get(entry.dtype, 0) // 8
+
+
 def dtypes(entries: Mapping[str, Entry]) -> tuple[str, ...]:
     """The dtypes of the tensors, the one with most numbers first."""
     counts: Counter[str] = Counter()

@@ -220,6 +220,107 @@ def test_training_checkpoints(tmp_path: Path) -> None:
     assert_same(load_file(tmp_path / "dmd.safetensors"), state)
 
 
+def test_pickles_by_relative_paths_and_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = wide_transformer()
+    (tmp_path / "there").mkdir()
+    torch.save(state, tmp_path / "there" / "a.pth")
+    (tmp_path / "link.pth").symlink_to(tmp_path / "there" / "a.pth")
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("there/a.pth", "link.pth")):
+        convert(name, f"{number}.safetensors", "original")
+        assert_same(load_file(f"{number}.safetensors"), state)
+
+
+@pytest.fixture(scope="module")
+def training(published: Path) -> Path:
+    """A checkpoint as Self-Forcing, CausVid and LongLive train it: two state dicts of a wrapped original model."""
+    state = load_file(weights.find_files(published / "transformer")[0])
+    plain = {name: origin.make(state.__getitem__) for name, origin in origins(state, ORIGINAL).items()}
+
+    def wrapped(name: str) -> str:
+        return "model._fsdp_wrapped_module." + name.replace(".self_attn", "._fsdp_wrapped_module.self_attn")
+
+    ema = {wrapped(name): -tensor for name, tensor in plain.items()}
+    file = published.parent / "causal.pt"
+    critic = {"x": torch.zeros(1)}
+    torch.save({"generator": {f"model.{k}": t for k, t in plain.items()}, "critic": critic, "generator_ema": ema}, file)
+    return file
+
+
+@pytest.mark.parametrize(("base", "key"), [("published", None), ("original", None), ("pickled", "generator")])
+def test_a_training_checkpoint_onto_a_base(
+    request: Any, published: Path, training: Path, tmp_path: Path, base: str, key: str | None
+) -> None:
+    made = convert(training, tmp_path / "whole", key=key, base=request.getfixturevalue(base))
+    assert made["parts"].keys() == {"transformer", "vae", "text_encoder"}
+    sign = -1 if key is None else 1
+    truth = tensors_of(published / "transformer")
+    assert_same(tensors_of(tmp_path / "whole/transformer"), {name: sign * tensor for name, tensor in truth.items()})
+    theirs, ours = open_checkpoint(published), open_checkpoint(tmp_path / "whole").check()
+    assert ours.part("transformer").config == theirs.part("transformer").config
+    for part in ("vae", "text_encoder"):
+        assert_same(tensors_of(tmp_path / "whole" / part), tensors_of(published / part))
+    asked = {"prompt": "a red circle", "height": 64, "width": 64, "num_frames": 5, "seed": 1, "num_inference_steps": 1}
+    frames = fastvid.load(tmp_path / "whole", device="cpu").generate(**asked).frames
+    plain = fastvid.load(published, device="cpu").generate(**asked).frames
+    assert (frames == plain).all() == (key == "generator")
+
+
+def test_what_is_wrong_with_training_checkpoints(
+    published: Path, training: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CheckpointError, match="no weights under 'ema'; it has generator, critic, generator_ema"):
+        convert(training, tmp_path / "x", key="ema", base=published)
+    with pytest.raises(CheckpointError, match=r"no part of a Wan model"):
+        convert(training, tmp_path / "x.safetensors", key="critic")
+    with pytest.raises(CheckpointError, match="should hold a transformer, but it is a vae"):
+        convert(published / "vae", tmp_path / "x", base=published)
+    with pytest.raises(InvalidRequest, match="base .*vae is no folder of a whole model"):
+        convert(training, tmp_path / "x", base=published / "vae")
+    with pytest.raises(InvalidRequest, match="needs a folder as destination, not one file"):
+        convert(training, tmp_path / "x.safetensors", base=published)
+    both = {"model.head.weight": torch.zeros(1), "model._fsdp_wrapped_module.head.weight": torch.zeros(1)}
+    torch.save(both, tmp_path / "both.pt")
+    with pytest.raises(CheckpointError, match="holds model.head.weight twice, once in a wrapper"):
+        convert(tmp_path / "both.pt", tmp_path / "x")
+    command = [
+        "convert",
+        str(training),
+        str(tmp_path / "cli"),
+        "--base",
+        str(published),
+        "--key",
+        "generator",
+        "--quiet",
+    ]
+    assert main(command) == 0
+    assert_same(tensors_of(tmp_path / "cli" / "transformer"), tensors_of(published / "transformer"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both.pt", "cli"]
+
+
+def test_a_lora_out_of_a_pickle(tmp_path: Path) -> None:
+    """LongLive's: {"generator_lora": ...} with peft's names."""
+    torch.manual_seed(0)
+    stem = "base_model.model.blocks.2.self_attn.q"
+    a, b = torch.randn(4, 256) / 16, torch.randn(256, 4) / 16
+    names = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+    torch.save({"generator_lora": names, "critic_lora": {"x": a}}, tmp_path / "lora.pt")
+    with pytest.raises(CheckpointError, match=r"is a pickle, .*`fastvid convert .*lora.pt .*lora.safetensors`"):
+        fastvid.load("embedded", device="cpu", loras=[tmp_path / "lora.pt"])
+    with pytest.raises(InvalidRequest, match=r"is a LoRA; a destination that ends in .safetensors is needed"):
+        convert(tmp_path / "lora.pt", tmp_path / "x")
+    made = convert(tmp_path / "lora.pt", tmp_path / "lora.safetensors")
+    assert made["parts"] == {"lora": "wan-lora"}
+    assert_same(load_file(tmp_path / "lora.safetensors"), names)
+    plain, merged = (
+        fastvid.load("embedded", device="cpu", loras=loras)._parts.transformer.state_dict()
+        for loras in ((), [tmp_path / "lora.safetensors"])
+    )
+    changed = "blocks.2.attn1.to_q.weight"
+    assert {name for name in plain if not torch.equal(plain[name], merged[name])} == {changed}
+    torch.testing.assert_close(merged[changed], plain[changed] + b @ a)
+
+
 KINDS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 

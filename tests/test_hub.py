@@ -14,6 +14,7 @@ import pytest
 from hub_server import COMMIT, serve
 
 from fastvid import hub
+from fastvid.convert import convert
 from fastvid.errors import CheckpointError
 from fastvid.loading import find_folder
 
@@ -130,3 +131,120 @@ def test_a_snapshot_is_complete_with_all_of_its_shards(tmp_path: Path) -> None:
 def test_a_broken_snapshot_is_not_complete(text: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(text)
     assert not hub.complete(tmp_path)
+
+
+# ---------------------------------------------------------------- repositories that are not in diffusers' layout
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    """The embedded model as an original repository with safetensors encoders, and with what else those hold."""
+    folder = tmp_path / "original"
+    convert(EMBEDDED, folder, "original")
+    (folder / "assets").mkdir()
+    (folder / "assets" / "logo.png").write_bytes(b"picture")
+    (folder / "README.md").write_text("read me")
+    (folder / "Wan2.1_VAE.pth").write_bytes(b"the same as a pickle")
+    return folder
+
+
+def fetched(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_original_repository(original: Path, tmp_path: Path) -> None:
+    with serve("org/name", original) as (address, seen):
+        done = load(address, tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        folder = Path(done.stdout.split()[1])
+        left = {"assets/logo.png", "README.md", "Wan2.1_VAE.pth"}
+        assert fetched(folder) == fetched(original) - left
+        seen.clear()
+        assert load(address, tmp_path / "home").stdout.split() == [str(folder), str(folder)]
+        assert not [request for request in seen if "org/name" in request]
+        (folder / "models_t5_umt5-xxl-enc-bf16.safetensors").unlink()
+        again = load(address, tmp_path / "home")
+        assert again.stdout.split()[0] == "None" and fetched(folder) == fetched(original) - left
+
+
+def test_an_original_repository_with_pickles(original: Path, tmp_path: Path) -> None:
+    (original / "Wan2.1_VAE.safetensors").unlink()
+    with serve("org/name", original) as (address, seen):
+        done = load(address, tmp_path / "home")
+        assert done.returncode == 1 and not [request for request in seen if "/resolve/" in request], (
+            "nothing is fetched"
+        )
+    for told in ("pickles (Wan2.1_VAE.pth)", "org/name-Diffusers", "`hf download org/name --local-dir FOLDER`"):
+        assert told in done.stderr
+    assert "`fastvid convert FOLDER NEW-FOLDER`" in done.stderr
+
+
+def test_one_file_of_a_repository(tmp_path: Path) -> None:
+    """As ComfyUI's: only the file is fetched; the others are named, or fetched before."""
+    folder, inner = tmp_path / "files", "split_files/diffusion_models/wan_high.safetensors"
+    for part, place in {"transformer": inner, "vae": "split_files/vae/v.safetensors"}.items():
+        (folder / place).parent.mkdir(parents=True)
+        shutil.copy(EMBEDDED / part / "diffusion_pytorch_model.safetensors", folder / place)
+    shutil.copytree(EMBEDDED / "text_encoder", folder / "split_files" / "text_encoders")
+    with serve("org/name", folder) as (address, seen):
+        done = load(address, tmp_path / "home", "org/name")
+        assert done.returncode == 1 and f"give one of its files, such as org/name/{inner}" in done.stderr
+        done = load(address, tmp_path / "home", "org/name/split_files/nowhere.safetensors")
+        assert f"no such file; it has {inner}" in done.stderr
+        done = load(address, tmp_path / "home", f"org/name/{inner}")
+        assert done.returncode == 1 and "low noise one is not in" in done.stderr and "vae (z_dim 16)" in done.stderr
+        snapshot = tmp_path / "home" / "hub" / "models--org--name" / "snapshots" / COMMIT
+        assert fetched(snapshot) == {inner}
+        seen.clear()
+        code = LOAD.replace("read_checkpoint(sys.argv[1], download=True)", "read_checkpoint(*eval(sys.argv[2]), True)")
+        parts = {
+            "vae": "org/name/split_files/vae/v.safetensors",
+            "base": "embedded",
+            "transformer_2": f"org/name/{inner}",
+        }
+        env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        words = [sys.executable, "-c", code, f"org/name/{inner}", repr((f"org/name/{inner}", parts))]
+        done = subprocess.run(words, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert fetched(snapshot) == {inner, "split_files/vae/v.safetensors"}
+        assert done.stdout.split() == [str(snapshot / inner)] * 2, "it was in the cache"
+
+
+NAMES = [
+    "config.json",
+    "Wan2.1_VAE.safetensors",
+    "models_t5_umt5-xxl-enc-bf16.safetensors",
+    "google/umt5-xxl/spiece.model",
+]
+
+
+def test_what_is_selected() -> None:
+    big = ["high_noise_model/diffusion_pytorch_model-00001-of-00006.safetensors", "high_noise_model/config.json"]
+    index = ["low_noise_model/diffusion_pytorch_model.safetensors.index.json"]
+    others = ["a.png", "nested/Wan2.1_VAE.safetensors", "xlm-roberta-large/tokenizer.json", "models_clip_x.pth.txt"]
+    assert hub.select("a/b", NAMES + big + index + others) == sorted(NAMES + big + index)
+    with pytest.raises(CheckpointError, match="without VAE and text encoder; .*--part base=FOLDER"):
+        hub.select("a/b", ["diffusion_pytorch_model.safetensors", "config.json"])
+    with pytest.raises(CheckpointError, match="it has no weights"):
+        hub.select("a/b", ["README.md"])
+
+
+def test_shards_belong_together(tmp_path: Path) -> None:
+    names = [f"x/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    rest = ["x/diffusion_pytorch_model.safetensors.index.json", "x/config.json"]
+    chosen = hub._with_shards(f"a/b/{names[0]}", names[0], [*names, *rest, "x/other.safetensors", "config.json"])
+    assert chosen == sorted([*names, *rest])
+    (tmp_path / "x").mkdir()
+    (tmp_path / names[0]).touch()
+    assert not hub._has_file(tmp_path, names[0])
+    (tmp_path / names[1]).touch()
+    assert hub._has_file(tmp_path, names[0])
+
+
+def test_a_local_file_that_is_missing_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    monkeypatch.setattr(hub, "find", lambda model: pytest.fail("looked for"))
+    assert find_folder("models/vae/x.safetensors") == Path("models/vae/x.safetensors")

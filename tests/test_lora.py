@@ -296,9 +296,14 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("C:\\a.safetensors", ("C:\\a.safetensors", 1.0)),
         ("C:\\a.safetensors:-1", ("C:\\a.safetensors", -1.0)),
         (":1", (":1", 1.0)),
+        ("a.safetensors:high", ("a.safetensors", 1.0, "high")),
+        ("a.safetensors:0.5:low", ("a.safetensors", 0.5, "low")),
+        ("C:\\a.safetensors:low", ("C:\\a.safetensors", 1.0, "low")),
+        ("low", ("low", 1.0)),
+        ("a:middle", ("a:middle", 1.0)),
     ],
 )
-def test_the_flag(text: str, pair: tuple[str, float]) -> None:
+def test_the_flag(text: str, pair: tuple[Any, ...]) -> None:
     assert cli_args.lora(text) == pair
 
 
@@ -357,6 +362,21 @@ def test_wrong_scales(tmp_path: Path, scale: Any) -> None:
     path = write(tmp_path / "a.safetensors", styled("comfy", None))
     with pytest.raises(InvalidRequest, match=r"lora a.safetensors: scale is .*; allowed is -100 to 100"):
         read_lora(path, scale)
+
+
+def test_an_expert_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "one.safetensors"
+    embedded_lora(file)
+    with pytest.raises(InvalidRequest, match=r"one.safetensors is for the high noise expert, but .* one transformer"):
+        fastvid.load("embedded", device="cpu", loras=[(file, 1.0, "high")])
+    pipe = fastvid.load("embedded", device="cpu")
+    with pytest.raises(InvalidRequest, match="leave out 'low'"):
+        pipe.set_loras([(file, 1.0, "low")])
+    with pytest.raises(InvalidRequest, match="expert is 'hihg'; allowed is high or low; the nearest is high"):
+        pipe.set_loras([(file, 1.0, "hihg")])
+    assert main(["inspect", "embedded", "--lora", f"{file}:high", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["loras"]
+    assert told["expert"] == "high" and "one transformer for all levels" in told["problems"][0]
 
 
 @pytest.mark.parametrize("loras", [[3], [("a",)], [("a", 1.0, 2)], [("", 1.0)], [None]])

@@ -44,6 +44,12 @@ def test_other_tables_start_from_pure_noise(solver: str) -> None:
     assert timesteps(sigmas, solver)[0] == 1000
 
 
+def test_four_steps_as_distilled() -> None:
+    """lightx2v's steps 1000, 750, 500, 250 on the table that is shifted by 5, as Self-Forcing's."""
+    table = timesteps(make_sigmas(4, 5, "euler"), "euler")
+    assert table.tolist() == pytest.approx([1000, 937.5, 2500 / 3, 625], rel=1e-15)
+
+
 def test_dpmpp_timesteps_are_cut_and_eulers_are_not() -> None:
     sigmas = np.array([[1.0, 0.9876], [0.5, 0.0]])
     assert timesteps(sigmas, "dpm++").tolist() == [[1000, 987], [500, 0]]

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastvid
+from fastvid.cli import main
 from fastvid.convert import convert
 from fastvid.errors import CheckpointError
 from fastvid.models import Experts, WanVAE22
@@ -192,6 +193,38 @@ def test_a_lora_goes_into_both_experts(two: tuple[Path, Any], pipe: fastvid.Pipe
     assert_same_states(states(set_later), states(loaded))
     set_later.set_loras()
     assert_same_states(states(set_later), base)
+
+
+def test_loras_for_one_expert_each(
+    two: tuple[Path, Any], pipe: fastvid.Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, (file, delta) = states(pipe), write_lora(tmp_path / "a.safetensors")
+    other = write_lora(tmp_path / "b.safetensors")[0]
+    given = [(file, 1.0, "high"), (str(other), -0.25, "low"), (file, 0.5)]
+    loaded = fastvid.load(str(two[0]), device="cpu", loras=given)
+    for plain, merged, scale in zip(base, states(loaded), (1.5, 0.25), strict=True):
+        assert {name for name in plain if not torch.equal(plain[name], merged[name])} == {CHANGED}
+        torch.testing.assert_close(merged[CHANGED], plain[CHANGED] + scale * delta)
+    told = [[str(file), 1.0, "high"], [str(other), -0.25, "low"], [str(file), 0.5]]
+    assert loaded.describe()["loras"] == told
+    changed = fastvid.load(str(two[0]), device="cpu", loras=[(file, 2.0, "low")])
+    assert torch.equal(states(changed)[0][CHANGED], base[0][CHANGED]), "the other expert is as it was"
+    changed.set_loras(given)
+    assert_same_states(states(changed), states(loaded))
+    changed.set_loras([(file, 1.0, "high")])
+    assert_same_states(states(changed)[1:], base[1:])
+    changed.set_loras()
+    assert_same_states(states(changed), base)
+    asked = ["--num-frames", "1", "--steps", "2", "--seed", "3", "--size", "64x64", "--quiet", "--json"]
+    flags = ["--lora", f"{file}:high", "--lora", f"{other}:-0.25:low", "--lora", f"{file}:0.5"]
+    assert main(["generate", "a", "-o", str(tmp_path / "a.npy"), "--model", str(two[0]), *asked, *flags]) == 0
+    recipe = json.loads(capsys.readouterr().out)["recipe"]
+    assert recipe["settings"]["loras"] == told
+    assert main(["generate", "a", "-o", str(tmp_path / "a.mp4"), "--model", str(two[0]), *asked, *flags]) == 0
+    assert main(["generate", "--recipe", str(tmp_path / "a.mp4"), "-o", str(tmp_path / "b.npy"), "--quiet"]) == 0
+    assert (np.load(tmp_path / "a.npy") == np.load(tmp_path / "b.npy")).all()
+    plain = pipe.generate("a", num_frames=1, num_inference_steps=2, seed=3, size="64x64").frames
+    assert (plain != np.load(tmp_path / "b.npy")).any(), "the LoRAs change the video"
 
 
 def test_a_lora_that_fits_not_both_changes_neither(two: tuple[Path, Any], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastvid import offload, weights
 from fastvid.errors import CheckpointError
-from fastvid.models import layout_rules, layouts, lora, original
+from fastvid.models import assembled, layout_rules, layouts, lora, original
 from fastvid.models.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.lora import Lora
 from fastvid.models.recipes import Recipe, find_recipe, find_variants, read_signature
@@ -112,7 +112,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder. recipe and text_length are None where what they follow from could not be read.
+    """A model: a folder, or the file of its transformer. recipe and text_length are None where what they follow from
+    could not be read.
 
     pipeline: the class that model_index.json names. alternatives: other variants with the very same shapes.
     """
@@ -146,7 +147,7 @@ class Checkpoint:
     def lora_problems(self, merging: Lora) -> list[str]:
         """What keeps a LoRA from being merged into this model's transformers; empty if nothing does."""
         problems: list[str] = []
-        for part in map(self.part, self.experts):
+        for part in map(self.part, lora.experts_of(merging, self.experts, problems)):
             if part.config is None:
                 problems.append(f"the {part.name} cannot be read")
                 continue
@@ -157,32 +158,49 @@ class Checkpoint:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
-        parts = {part.name: _describe(part) for part in self.parts}
+        parts = {part.name: _describe(part, self.folder) for part in self.parts}
         recipe = asdict(self.recipe) if self.recipe else None
-        rest = {"text_length": self.text_length, "problems": list(self.problems)}
+        rest = {"text_length": self.text_length, "tokenizer": _short(self.tokenizer, self.folder)}
+        rest |= {"problems": list(self.problems)}
         named = {"recipe": recipe, "alternatives": list(self.alternatives)}
         return {"folder": str(self.folder), "pipeline": self.pipeline, **named, "parts": parts, **rest}
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read everything of a model folder but its weights.
+def open_checkpoint(folder: str | Path, given: Mapping[str, str | Path] | None = None) -> Checkpoint:
+    """Read everything of a model but its weights. folder: that of a model, or the single file of a transformer. given:
+    parts that come from elsewhere, see `fastvid.load`.
 
-    What is missing or wrong inside goes into `problems`. Raises CheckpointError for a path that is no folder of this
-    kind of model at all, saying what was expected and what is nearest.
+    What is missing or wrong inside goes into `problems`. Raises CheckpointError for a path that is no model of this
+    kind at all, saying what was expected and what is nearest; InvalidRequest for parts that do not exist.
     """
-    folder = Path(folder).expanduser()
-    whole = original.read_original(folder) if _is_original(folder) else None
+    folder, paths = Path(folder).expanduser(), assembled.check_parts(given)
+    whole = _describe_whole(folder, paths)
     index = _check_index(whole.index, folder) if whole else _read_index(folder)
     tokenizer = whole.tokenizer if whole else folder / "tokenizer"
     found = {part.name: part for part in whole.parts} if whole else {}
-    parts = {name: _open_part(folder, name, index, found.get(name)) for name in _part_names(index)}
+    missing = whole.missing if whole else {}
+    parts = {name: _open_part(folder, name, index, found.get(name), missing) for name in _part_names(index)}
     problems = [text for part in parts.values() for text in part.problems]
-    text_length = _note(problems, lambda: TextTokenizer.from_folder(tokenizer).text_length)
+    text_length = None
+    if "tokenizer" in missing:
+        problems.append(missing["tokenizer"])
+    else:
+        text_length = _note(problems, lambda: TextTokenizer.read(tokenizer).text_length)
     scheduler = whole and whole.scheduler
     recipe, alternatives = _note(problems, lambda: _recipe(folder, index, parts, scheduler)) or (None, ())
     problems += _disagreements(parts)
     rest = (recipe, alternatives, text_length, tuple(problems), tokenizer)
     return Checkpoint(folder, index["_class_name"], tuple(parts.values()), *rest)
+
+
+def _describe_whole(folder: Path, given: Mapping[str, Path]) -> original.Whole | None:
+    """What is not simply a diffusers folder, described as one; None for one that is."""
+    if folder.is_file() and folder.suffix in original.FILES:
+        return assembled.describe_file(folder, given)
+    if _is_original(folder):
+        described = original.read_original(folder) if not given else None
+        return described or assembled.describe_file(assembled.transformer_file(folder), given)
+    return assembled.replace_parts(folder, _read_index(folder), given) if given else None
 
 
 def load_part(
@@ -252,9 +270,17 @@ def _part_names(index: Mapping[str, Any]) -> list[str]:
     return [*experts, *(n for n in KINDS if n not in EXPERTS and (n not in OPTIONAL or _class_of(index, n)))]
 
 
-def _open_part(folder: Path, name: str, index: Mapping[str, Any], found: original.FoundPart | None) -> Part:
-    """A part of a diffusers folder, or one that was `found` in an original folder."""
+def _open_part(
+    folder: Path,
+    name: str,
+    index: Mapping[str, Any],
+    found: original.FoundPart | None,
+    missing: Mapping[str, str],
+) -> Part:
+    """A part of a diffusers folder, or one that was `found` elsewhere, or is known to be `missing`."""
     kind, problems = kind_of(name), []
+    if name in missing:
+        return Part(name, None, problems=(missing[name],))
     given, path = _class_of(index, name), folder / name / "config.json"
     if given is None:
         return Part(name, None, problems=(f"{INDEX}: {name} is a None; only {kind.class_name} is supported",))
@@ -267,13 +293,15 @@ def _open_part(folder: Path, name: str, index: Mapping[str, Any], found: origina
         if config is not None and given == CONTROLLED != stated.get("_class_name", given):
             problems.append(f"{INDEX}: {name} is a {given}, but {path} is of a {stated['_class_name']}")
     files = found.files if found else _note(problems, lambda: weights.find_files(folder / name)) or ()
-    entries = _note(problems, lambda: weights.read_headers(files)) or {}
+    entries = found.entries if found else _note(problems, lambda: weights.read_headers(files)) or {}
     origins = layouts.origins(entries, layout_rules.DIFFUSERS) if found else None
     entries = entries if origins is None else weights.made_of(origins, entries)
     if module is not None and entries:
-        problems += [f"{folder / name}: {text}" for text in weights.mismatches(module, entries)]
+        where = files[0] if found else folder / name
+        problems += [f"{where}: {text}" for text in weights.mismatches(module, entries)]
         entries = weights.renamed(module, entries)
-    sizes = sum(file.stat().st_size for file in files)
+    held = sum(weights.nbytes(entry) for entry in found.entries.values()) if found else 0
+    sizes = held or sum(file.stat().st_size for file in files)
     counts = (weights.count_parameters(entries), weights.dtypes(entries), sizes)
     return Part(name, config, stated, files, *counts, tuple(problems), origins)
 
@@ -307,10 +335,13 @@ def _recipe(
     return recipe, tuple(other.recipe.name for other in same if other.recipe.name != recipe.name)
 
 
-def _model_name(folder: Path) -> str:
-    """What a folder is called; one in the hub's cache (models--org--name/snapshots/revision) by the name there."""
-    folder = folder.resolve()
-    return folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
+def _model_name(path: Path) -> str:
+    """What a folder or file is called; in the hub's cache (models--org--name/snapshots/revision) also by the name
+    there. A file there is a link to one without a name."""
+    whole = path.absolute() if path.is_file() else path.resolve()
+    snapshots = next((parent for parent in whole.parents if parent.name == "snapshots"), None)
+    names = [snapshots.parent.name] if snapshots else []
+    return " ".join(names + ([whole.name] if path.is_file() or not snapshots else []))
 
 
 def _disagreements(parts: Mapping[str, Part]) -> list[str]:
@@ -366,9 +397,12 @@ def _check_index(index: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _not_a_folder(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return f"{path} is quantized (GGUF), which is not supported; take the fp16 or bf16 {weights.SUFFIX} file"
     if path.exists():
         return f"{path} is a file; give the folder that holds {INDEX}" + _nearest_folder(path.parent)
-    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    around = path.parent.iterdir() if path.parent.is_dir() else ()
+    siblings = [entry.name for entry in around if entry.is_dir() or path.suffix == entry.suffix == weights.SUFFIX]
     near = difflib.get_close_matches(path.name, siblings, n=1)
     hint = f"; did you mean {path.parent / near[0]}?" if near else f"; a folder that holds {INDEX} is expected"
     return f"{path} does not exist{hint}"
@@ -392,8 +426,15 @@ def _class_of(index: Mapping[str, Any], name: str) -> str | None:
     return value[1] if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) else None
 
 
-def _describe(part: Part) -> dict[str, Any]:
-    files = [file.name for file in part.files]
+def _short(file: Path, folder: Path) -> str:
+    """A path as it is shown: within the model's folder from there on; nothing for one that is missing."""
+    if file == Path():
+        return ""
+    return str(file.relative_to(folder)) if file != folder and file.is_relative_to(folder) else str(file)
+
+
+def _describe(part: Part, folder: Path) -> dict[str, Any]:
+    files = [_short(file, folder) for file in part.files]
     config = _flat(part.config) if part.config else part.stated and dict(part.stated)
     kind = {"class": (part.stated or {}).get("_class_name", kind_of(part.name).class_name), "config": config}
     size = {"parameters": part.parameters, "dtypes": list(part.dtypes), "bytes": part.bytes}

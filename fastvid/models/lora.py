@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fastvid import weights
 from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid.limits import nearest_name
 from fastvid.models.layout_rules import DIFFUSERS, rules
 from fastvid.models.layouts import Shape, some
 
@@ -57,6 +58,8 @@ OTHER_KINDS = {
     "oft_": "OFT",
 }
 MAX_SCALE = 100.0
+NOISE_LEVELS = ("high", "low")  # the experts of a model with two, in the order of its transformers
+T = TypeVar("T")
 METADATA = "lora_adapter_metadata"  # diffusers' name for peft's configuration, in the header
 
 
@@ -76,11 +79,13 @@ class Term:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, read. terms: parameter in diffusers' names -> its changes, before `scale`."""
+    """A LoRA file, read. terms: parameter in diffusers' names -> its changes, before `scale`. expert: "high" or "low",
+    the one of two transformers that it is for; "" for all there are."""
 
     path: Path
     scale: float
     terms: Mapping[str, tuple[Term, ...]]
+    expert: str = ""
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -89,20 +94,29 @@ class Lora:
 
     def to_dict(self) -> dict[str, Any]:
         """What it is, as plain JSON values."""
-        return {"file": str(self.path), "scale": self.scale, "ranks": list(self.ranks), "parameters": len(self.terms)}
+        made = {"file": str(self.path), "scale": self.scale, "ranks": list(self.ranks), "parameters": len(self.terms)}
+        return made | ({"expert": self.expert} if self.expert else {})
 
 
-def read_lora(path: str | Path, scale: float = 1.0) -> Lora:
+def read_lora(path: str | Path, scale: float = 1.0, expert: str = "") -> Lora:
     """Read a LoRA file (safetensors). Nothing is said yet of whether it fits a model: see `check`.
 
-    Raises InvalidRequest for a scale that is no number in [-100, 100], CheckpointError for a file that is missing,
-    broken, of another kind (DoRA, LoHa, ...), or has names that say nothing.
+    Raises InvalidRequest for a scale that is no number in [-100, 100] or an expert that is none, CheckpointError for a
+    file that is missing, broken, of another kind (DoRA, LoHa, ...), or has names that say nothing.
     """
     path = Path(path).expanduser()
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not -MAX_SCALE <= scale <= MAX_SCALE:
         raise InvalidRequest(f"lora {path.name}: scale is {scale!r:.40}; allowed is {-MAX_SCALE:g} to {MAX_SCALE:g}")
+    if expert and expert not in NOISE_LEVELS:
+        near = nearest_name(str(expert), NOISE_LEVELS)
+        raise InvalidRequest(
+            f"lora {path.name}: expert is {expert!r:.40}; allowed is {' or '.join(NOISE_LEVELS)}; the nearest is {near}"
+        )
     if path.suffix in weights.PICKLES:
-        raise CheckpointError(f"{path} is a pickle, which fastvid does not open; a {weights.SUFFIX} file is expected")
+        raise CheckpointError(
+            f"{path} is a pickle, which fastvid does not open; a {weights.SUFFIX} file is expected, such as `fastvid "
+            f"convert {path} {path.with_suffix(weights.SUFFIX)}` makes of it"
+        )
     tensors, metadata = _read_file(path)
     groups, unknown = _group(tensors)
     if unknown:
@@ -114,7 +128,31 @@ def read_lora(path: str | Path, scale: float = 1.0) -> Lora:
     for module, found in groups.items():
         for name, term in _terms(path, module, found, alphas):
             terms.setdefault(name, []).append(term)
-    return Lora(path, float(scale), {name: tuple(made) for name, made in terms.items()})
+    return Lora(path, float(scale), {name: tuple(made) for name, made in terms.items()}, expert)
+
+
+def experts_of(lora: Lora, transformers: Sequence[T], problems: list[str]) -> Sequence[T]:
+    """Those of a model's transformers, high noise first, that a LoRA goes into: all, or the one that it names. None,
+    and a sentence in `problems`, if it names one of a model that has a single transformer."""
+    if not lora.expert:
+        return transformers
+    if len(transformers) == 1:
+        problems.append(
+            f"lora {lora.path.name} is for the {lora.expert} noise expert, but this model has one transformer for all "
+            f"levels; leave out {lora.expert!r}"
+        )
+        return ()
+    return (transformers[NOISE_LEVELS.index(lora.expert)],)
+
+
+def for_expert(loras: Sequence[Lora], number: int, count: int) -> tuple[Lora, ...]:
+    """The LoRAs that go into transformer `number` of `count`. Raises InvalidRequest where one names an expert that a
+    model with one transformer does not have."""
+    problems: list[str] = []
+    mine = tuple(lora for lora in loras if number in experts_of(lora, range(count), problems))
+    if problems:
+        raise InvalidRequest(problems[0])
+    return mine
 
 
 def merge(name: str, tensor: Tensor, loras: Iterable[Lora]) -> Tensor:

@@ -12,7 +12,7 @@ variant, or stands in EXTRAS, which `fastvid convert --to original` writes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,20 @@ class FoundPart:
 
 
 @dataclass(frozen=True)
-class OriginalFolder:
-    """The folder's parts, the model_index.json and scheduler_config.json that describe them, and its tokenizer."""
+class Whole:
+    """A model's parts, the model_index.json and scheduler_config.json that describe them, and its tokenizer.
+
+    folder: it, or the file of its transformer. scheduler: None where the folder has one. missing: parts that could not
+    be found -> why.
+    """
 
     folder: Path
     parts: tuple[FoundPart, ...]
     index: Config
-    scheduler: Config
+    scheduler: Config | None
     image_processor: Config | None
     tokenizer: Path
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def is_original(folder: Path) -> bool:
@@ -82,13 +87,13 @@ def is_original(folder: Path) -> bool:
 
 def read_original(
     folder: Path, read_entries: Callable[[Iterable[Path]], Mapping[str, Entry]] = weights.read_headers
-) -> OriginalFolder:
+) -> Whole:
     """Describe an original folder. Raises CheckpointError that names what is missing, broken or a pickle."""
     if read_entries is weights.read_headers:
         _refuse_pickles(folder)
     extras = weights.read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
     configs = extras.get("configs") if isinstance(extras.get("configs"), dict) else {}
-    files = {**_transformers(folder), **{part: _single(folder, part) for part in ("vae", "text_encoder")}}
+    files = {**transformer_files(folder), **{part: _single(folder, part) for part in ("vae", "text_encoder")}}
     if image := _find(folder, "image_encoder"):
         files["image_encoder"] = (image,)
     parts = tuple(_part(folder, name, found, configs, read_entries) for name, found in files.items())
@@ -98,7 +103,7 @@ def read_original(
     if not (folder / TOKENIZER / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder / TOKENIZER} has no tokenizer.json; it comes with the original model")
     processor = extras.get("image_processor") or IMAGE_PROCESSOR
-    return OriginalFolder(
+    return Whole(
         folder,
         parts,
         extras.get("model_index") or make_index({part.name: part for part in parts}),
@@ -139,10 +144,15 @@ def to_original_words(config: Mapping[str, Any], task: str | None) -> Config:
     return dict(sorted({**names, "dim": dim, "text_len": 512, **made}.items()))
 
 
-def make_index(parts: Mapping[str, FoundPart]) -> Config:
-    """model_index.json for these parts."""
+def pipeline_of(identity: Identity) -> str:
+    """The class of diffusers that a transformer belongs to."""
+    return PIPELINES.get(identity.task or "t2v", "WanImageToVideoPipeline")
+
+
+def make_index(parts: Mapping[str, FoundPart], experts: bool | None = None) -> Config:
+    """model_index.json for these parts. experts: whether there are two transformers, if not as `parts` says."""
     task = parts["transformer"].identity.task or "t2v"
-    pipeline = PIPELINES.get(task, "WanImageToVideoPipeline")
+    pipeline = pipeline_of(parts["transformer"].identity)
     transformer = ["diffusers", parts["transformer"].config["_class_name"]]
     index: Config = {
         "_class_name": pipeline,
@@ -157,7 +167,7 @@ def make_index(parts: Mapping[str, FoundPart]) -> Config:
         image = parts.get("image_encoder")
         index["image_encoder"] = ["transformers", image.config["architectures"][0]] if image else [None, None]
         index["image_processor"] = ["transformers", "CLIPImageProcessor"] if image else [None, None]
-    if "transformer_2" in parts:
+    if "transformer_2" in parts if experts is None else experts:
         index |= {"transformer_2": transformer, "boundary_ratio": BOUNDARY.get(task, 0.9)}
     else:
         index |= {"transformer_2": [None, None], "boundary_ratio": None}
@@ -198,7 +208,7 @@ def single_name(part: str, identity: Identity) -> str:
     return SINGLE[part][0].format(version="2.2" if identity.family == "wan2.2" else "2.1")
 
 
-def _transformers(folder: Path) -> dict[str, tuple[Path, ...]]:
+def transformer_files(folder: Path) -> dict[str, tuple[Path, ...]]:
     """Files of the transformer, or of both experts."""
     inner = {name: folder / inside for name, inside in EXPERTS.items() if (folder / inside).is_dir()}
     if len(inner) == 1:
