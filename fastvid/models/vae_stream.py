@@ -1,10 +1,9 @@
 """What a layer of the video compression networks has to know of earlier frames and of the rows above its own.
 
 A chunk of frames goes through the network as a whole, or in stripes of rows from the top to the bottom, which takes
-memory for a stripe instead of a frame. Rows are streamed as time is: a convolution makes the rows whose neighbours have
-come and holds on to the last ones for the next stripe. So nothing is computed twice, the rows that are done lag behind
-those that came by what the layers before see below themselves, and the last stripe, where the frame ends, brings up
-the rest. A stripe of a few rows may give a layer nothing to do; then no rows come out.
+memory for a stripe instead of a frame. Rows are streamed as time is: a layer makes the rows that the layers after it
+need for the stripe's result, and holds on to those of its input that the next stripe sees too. So nothing is computed
+twice, and early layers run ahead by what later ones see below them; a stripe may leave nothing for them to do.
 
 A decoder over several devices would hand the same layers the same `Window`s, its edges filled by neighbours.
 
@@ -13,7 +12,7 @@ Shapes: B batch, C channels, T frames, R rows, W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from fastvid.errors import InvalidRequest
 
 Cache = tuple[Tensor, ...]
+Layers = Callable[[Tensor, "Stream"], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ class _Place:
     """What one layer holds between two stripes of a chunk."""
 
     def __init__(self) -> None:
-        self.came = 0  # rows given to the layer
-        self.done = 0  # rows worked on
         self.held: Tensor | None = None  # rows that came and that a row yet to be done sees
         self.above: Tensor | None = None  # the past of the row above the next one to be done
+        self.done = 0  # rows worked on
+        self.goal: int | None = None  # rows to be done by the end of the stripe, None for all
+        self.sees: tuple[int, int, int] | None = None  # rows of the frame, rows seen below, grain; None for a delay
 
 
 class Stream:
@@ -67,18 +68,27 @@ class Stream:
         self._next: list[Tensor | None] = []
         self._places: list[_Place] = []
         self._layer = self._place = 0
-        self._top = self._bottom = True
         self._rows = slice(None), slice(None)
+        self._planning = False
 
-    def stripes(self, x: Tensor, count: int) -> Iterator[Tensor]:
-        """The rows of x [B, C, T, R, W] in `count` parts; all layers up to the next part see this one."""
-        layer, place, height = self._layer, self._place, x.shape[3]
-        parts = x.tensor_split(count, dim=3)
-        for i, part in enumerate(parts):
-            self._layer, self._place, self.height = layer, place, height
-            self._top, self._bottom = i == 0, i == len(parts) - 1
-            yield part
-        self._top = self._bottom = True
+    def in_stripes(self, layers: Layers, x: Tensor, count: int) -> Tensor:
+        """layers(x, self) for x [B, C, T, R, W], its result made in `count` parts of as many rows."""
+        self.height = x.shape[3]
+        if count == 1:
+            return layers(x, self)
+        start = self._layer, self._place, self.height
+        # A walk without rows, in which the layers say what they see.
+        self._planning = True
+        layers(x[:, :, :, :0], self)
+        self._planning = False
+        places, height = self._places[start[1] :], self.height
+        parts, came = [], 0
+        for i in range(count):
+            need = _set_goals(places, height * (i + 1) // count, height)
+            self._layer, self._place, self.height = start
+            parts.append(layers(x[:, :, :, came:need], self))
+            came = need
+        return torch.cat(parts, dim=3)
 
     def window(self, x: Tensor, above: int = 0, below: int = 0, grain: int = 1, cached: bool = False) -> Window | None:
         """The next rows of all that have come, for a layer that sees `above` and `below` rows; None if there are none.
@@ -86,15 +96,14 @@ class Stream:
         They end at a multiple of `grain`, or where the frame does. A cached layer has to `keep` its new past at once.
         """
         place = self._next_place()
-        place.came += x.shape[3]
-        start = place.done
-        end = self.height if self._bottom else max(start, (place.came - below) // grain * grain)
-        x = _joined(place.held, x)
-        first = start - min(start, above)
-        after = min(end + below, self.height)
-        place.done = end
-        place.held = None if self._bottom else x[:, :, :, end - min(end, above) - first :].clone()
+        if self._planning:
+            place.sees = self.height, below, grain
+        start, end = place.done, self._goal(place)
+        first, after = start - min(start, above), min(end + below, self.height)
         past = self._take(place, slice(first, after), start, end) if cached else None
+        x = _joined(place.held, x)
+        place.done = end
+        place.held = None if end == self.height else x[:, :, :, end - min(end, above) - first :].clone()
         if start == end:
             return None
         return Window(x[:, :, :, : after - first], past, (start - first, after - end))
@@ -103,25 +112,30 @@ class Stream:
         """The next `rows` rows of all x that have come; the others are held."""
         place = self._next_place()
         x = _joined(place.held, x)
-        place.held = None if self._bottom else x[:, :, :, rows:].clone()
+        place.held = x[:, :, :, rows:].clone() if rows < x.shape[3] else None
         return x[:, :, :, :rows]
 
     def keep(self, frames: Tensor) -> None:
         """The new past of the layer whose window was given last, with the rows of that window."""
         layer = self._layer - 1
         old = self._past[layer] if self._reuse else None
-        if self._top and self._bottom and old is None:
+        window, whole = self._rows
+        if old is None and whole == slice(0, self.height):
             # A view would keep the whole chunk's activation alive.
-            whole = frames.untyped_storage().nbytes() == frames.nbytes
-            self._next[layer] = frames if whole or frames.requires_grad else frames.clone()
+            alone = frames.untyped_storage().nbytes() == frames.nbytes
+            self._next[layer] = frames if alone or frames.requires_grad else frames.clone()
             return
         if self._next[layer] is None:
             self._next[layer] = _like(frames, self.height) if old is None else old
-        window, whole = self._rows
         self._next[layer][:, :, :, whole] = frames[:, :, :, window]
 
     def cache(self) -> Cache:
         return tuple(self._next)
+
+    def _goal(self, place: _Place) -> int:
+        if self._planning:
+            return 0
+        return self.height if place.goal is None else place.goal
 
     def _next_place(self) -> _Place:
         if self._place == len(self._places):
@@ -135,20 +149,30 @@ class Stream:
         if layer == len(self._next):
             self._next.append(None)
         self._rows = slice(start - rows.start, end - rows.start), slice(start, end)
-        if self.first:
+        if self.first or start == end:
             return None
-        if self._top and self._bottom:
-            past = self._past[layer]
+        past = self._past[layer]
+        if end - start == self.height:
             if not self._reuse:
                 self._past[layer] = None  # so that a past that nobody else holds is freed as soon as it has been used
             return past
-        past = self._past[layer][:, :, :, start : rows.stop]
+        rows_past = past[:, :, :, start : rows.stop]
         if rows.start < start:
-            past = torch.cat((place.above, past), dim=3)
-        if end > start:
-            # Of its own, since the rows done may be overwritten by their new past.
-            place.above = self._past[layer][:, :, :, end - 1 : end].clone()
-        return past
+            rows_past = torch.cat((place.above, rows_past), dim=3)
+        # Of its own, since the rows done may be overwritten by their new past.
+        place.above = past[:, :, :, end - 1 : end].clone()
+        return rows_past
+
+
+def _set_goals(places: list[_Place], rows: int, height: int) -> int:
+    """Sets how far every layer has to come for `rows` of `height` rows of the result; how far the input has to."""
+    for place in reversed(places):
+        if place.sees is not None:
+            whole, below, grain = place.sees
+            rows = -(-rows * whole // height)
+            place.goal, height = min(-(-rows // grain) * grain, whole), whole
+            rows = min(place.goal + below, whole)
+    return rows
 
 
 def check_stripes(stripes: int, rows: int) -> None:

@@ -252,11 +252,6 @@ class Upsample(nn.Module):
         return torch.cat([frame for pair in pairs for frame in pair], dim=2)
 
 
-def rows_of(stripes: list[Tensor]) -> Tensor:
-    """Stripes [B, C, T, R, W] as one tensor."""
-    return stripes[0] if len(stripes) == 1 else torch.cat(stripes, dim=3)
-
-
 class Encoder(nn.Module):
     """Frames to the means and variances of their latents, 2 * z_dim channels."""
 
@@ -279,7 +274,7 @@ class Encoder(nn.Module):
                 yield Downsample(c_out, config.temperal_downsample[i])
 
     def forward(self, x: Tensor, stream: Stream, stripes: int = 1) -> Tensor:
-        x = rows_of([self._down(rows, stream) for rows in stream.stripes(x, stripes)])
+        x = stream.in_stripes(self._down, x, stripes)
         x = self.mid_block(x, stream)
         return self.conv_out.after(self.norm_out, x, stream)
 
@@ -330,7 +325,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, stream: Stream, stripes: int = 1) -> Tensor:
         stream.height = x.shape[3]
         x = self.mid_block(self.conv_in(x, stream), stream)
-        return rows_of([self._up(rows, stream) for rows in stream.stripes(x, stripes)])
+        return stream.in_stripes(self._up, x, stripes)
 
     def _up(self, x: Tensor, stream: Stream) -> Tensor:
         for block in self.up_blocks:
