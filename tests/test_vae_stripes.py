@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from test_wan_vae import error
 from torch import Tensor
 
-from fastvid.errors import InvalidRequest
+from fastvid.errors import InvalidRequest, OutOfMemory
 from fastvid.models import WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
-from fastvid.models.vae_memory import cache_bytes
+from fastvid.models.vae_memory import cache_bytes, choose_stripes, decode_bytes
 from fastvid.models.vae_stream import Cache, Stream
 
 NETWORKS = {
@@ -82,7 +82,7 @@ def test_with_winograd(networks: dict[str, WanVAE], verb: str, stripes: int) -> 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("verb", ["decode", "encode"])
 def test_no_more_rows_are_taken_than_are_seen(networks: dict[str, WanVAE], verb: str, name: str) -> None:
-    """Of the input, the first stripe takes what its result depends on by the gradient, and what rounding to pairs adds."""
+    """Of the input, the first stripe takes what its result depends on by the gradient, and what pairs add."""
     vae, config = networks[name], networks[name].config
     layers, channels, height = vae.decoder._up, config.decoder_base_dim * config.dim_mult[-1], 24
     if verb == "encode":
@@ -166,3 +166,24 @@ def test_cache_bytes_are_those_of_a_cache(network: type[WanVAE], config: Any) ->
     vae, scale = network(config).eval().requires_grad_(False), config.spatial_scale
     _, cache = vae.decode(torch.randn(1, config.z_dim, 1, 3, 2))
     assert sum(t.nbytes for t in cache) == cache_bytes(config, 3 * scale, 2 * scale)
+
+
+@given(st.integers(1, 12), st.integers(0, 40 * 10**9))
+def test_the_fewest_stripes_that_fit_are_chosen(rows: int, free: int) -> None:
+    config, height = WanVAEConfig(), 8 * rows
+    needs = [decode_bytes(config, height, 1920, 1, n) for n in range(1, rows + 1)]
+    if min(needs) > free:
+        with pytest.raises(OutOfMemory, match=f"decoding 1920x{height} takes .* are free; the cache alone"):
+            choose_stripes(config, height, 1920, free)
+    else:
+        n = choose_stripes(config, height, 1920, free)
+        assert needs[n - 1] <= free and all(need > free for need in needs[: n - 1])
+
+
+@pytest.mark.parametrize(("stripes", "alive"), [(1, 401.77), (2, 450.97), (4, 350.35)])
+def test_decode_bytes_are_near_what_was_measured(stripes: int, alive: float) -> None:
+    """MiB beside the cache that torch had allocated at most, base_dim 96, 240x416, one latent frame in mid-stream; see
+    benchmarks/bench_vae_stripes.py."""
+    config = WanVAEConfig()
+    activations = decode_bytes(config, 240, 416, 1, stripes) - cache_bytes(config, 240, 416)
+    assert abs(activations / (alive * 2**20) - 1) < 0.25

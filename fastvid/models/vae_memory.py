@@ -13,7 +13,7 @@ from fastvid.models.wan_vae22 import VAEConfig
 
 # Rows that a residual block leaves to the next stripe: of each convolution's input 5, with Winograd's tiles of 4 rows,
 # and of the residual 8.
-HELD = 18
+HELD, TILE = 18, 4
 
 
 def stages(config: VAEConfig) -> list[tuple[int, int, int, int]]:
@@ -89,10 +89,22 @@ def _block(
     """Values alive in a stage's widest residual block: its input, what its first convolution makes, and the new past of
     the second; in stripes also a copy of each of both with the rows held, and of the residual."""
     scale, times, c_in, c_out = stage
-    pixels = -(-height * scale // (config.spatial_scale * stripes)) * width * scale // config.spatial_scale
+    whole = height * scale // config.spatial_scale
+    rows = whole if stripes == 1 else min(whole, -(-whole // stripes) + _ahead(config, scale))
+    pixels = rows * width * scale // config.spatial_scale
     copies = 2 if stripes > 1 else 1
     alive = frames * times * (c_in + c_out) * copies + 2 * c_out
     return pixels * (alive + (frames * times * c_out if stripes > 1 else 0))
+
+
+def _ahead(config: VAEConfig, scale: int) -> int:
+    """Rows that a stage's input is ahead of the result: a tile for every 3x3x3 convolution, one for the others."""
+    rows, at = 1, 2 ** (len(config.dim_mult) - 1)
+    while True:
+        rows += TILE * 2 * (config.num_res_blocks + 1)
+        if at == scale:
+            return rows
+        rows, at = -(-rows // 2) + 1, at // 2
 
 
 def _held(stage: tuple[int, int, int, int], config: VAEConfig, width: int, frames: int, stripes: int) -> int:
