@@ -2,9 +2,11 @@
 
 `WanVAE.encode` and `WanVAE.decode` are each one function over chunks: they take what came before as a cache and
 return the cache for what comes next, so a stream is decoded in constant memory and a whole sequence is just one
-chunk. All chunk lengths give the same result. Parameter names are those of diffusers' AutoencoderKLWan. What is fast
-on a CPU is in fastvid/ops/vae.py; here is only how the parts connect. The 2.2 network (wan_vae22.py) puts other blocks
-into the same Encoder and Decoder.
+chunk. All chunk lengths give the same result. Where a frame is too large for memory, the stages that work at its full
+size take it in stripes of rows (vae_stream.py), again with the same result; the middle, whose attention sees the whole
+frame, is small and never divided. Parameter names are those of diffusers' AutoencoderKLWan. What is fast on a CPU is in
+fastvid/ops/vae.py; here is only how the parts connect. The 2.2 network (wan_vae22.py) puts other blocks into the same
+Encoder and Decoder.
 
 Shapes: B batch, C channels, F pixel frames, T latent frames, H/W height and width at the stage in question.
 Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network.
@@ -12,7 +14,7 @@ Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +24,11 @@ from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
 from fastvid.models.configs import read_vae_config
+from fastvid.models.vae_stream import Cache, Stream, check_stripes, nothing
 from fastvid.ops import vae as ops
 
 if TYPE_CHECKING:
     from fastvid.models.wan_vae22 import VAEConfig
-
-Cache = tuple[Tensor, ...]
 
 # Values of the widest activation that one step on a CPU may make: 64 MB, or one latent frame if that is more.
 CPU_CHUNK = 2**24
@@ -83,30 +84,6 @@ class WanVAEConfig:
         return 2 ** sum(self.temperal_downsample)
 
 
-class Stream:
-    """Walks one chunk through the network: hands every causal layer its past and collects its new past.
-
-    The layers run in a fixed order, so the cache is a plain tuple in that order; None means nothing came before.
-    """
-
-    def __init__(self, cache: Cache | None) -> None:
-        self.first = cache is None
-        self._past = list(reversed(cache or ()))
-        self._next: list[Tensor] = []
-
-    def past(self) -> Tensor | None:
-        # Popped, so that a past that nobody else holds is freed as soon as it has been used.
-        return None if self.first else self._past.pop()
-
-    def keep(self, frames: Tensor) -> None:
-        # A view would keep the whole chunk's activation alive.
-        whole = frames.untyped_storage().nbytes() == frames.nbytes
-        self._next.append(frames if whole or frames.requires_grad else frames.clone())
-
-    def cache(self) -> Cache:
-        return tuple(self._next)
-
-
 class RMSNorm(nn.Module):
     """ops.rms_norm with its gamma [C, 1, ...]."""
 
@@ -126,14 +103,27 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.kernel_size[0] == 1:
-            return ops.conv3d(x, self.weight, self.bias)
-        out, kept = ops.causal_conv3d(x, stream.past(), self.weight, self.bias, self.padding[1:])
+            return ops.conv3d(x, self.weight, self.bias) if x.shape[3] else nothing(x, self.out_channels)
+        pad = self.padding[1]
+        window = stream.window(x, above=pad, below=pad, cached=True)
+        if window is None:
+            return nothing(x, self.out_channels)
+        out, kept = ops.causal_conv3d(window.x, window.past, self.weight, self.bias, self.padding[1:], window.edges)
         stream.keep(kept)
         return out
 
     def after(self, norm: RMSNorm, x: Tensor, stream: Stream, residual: Tensor | None = None) -> Tensor:
         """residual + self(silu(norm(x))), for a 3x3x3 kernel; may overwrite the residual."""
-        out, kept = ops.norm_silu_conv3d(x, stream.past(), norm.gamma, self.weight, self.bias, residual)
+        pixels = x.shape[2] * stream.height * x.shape[4]
+        grain = ops.row_grain(x, norm.gamma, self.weight, pixels)
+        window = stream.window(x, above=1, below=1, grain=grain, cached=True)
+        if residual is not None:
+            residual = stream.delay(residual, window.rows if window else 0)
+        if window is None:
+            return nothing(x, self.out_channels)
+        out, kept = ops.norm_silu_conv3d(
+            window.x, window.past, norm.gamma, self.weight, self.bias, residual, window.edges, pixels
+        )
         stream.keep(kept)
         return out
 
@@ -184,7 +174,7 @@ class MidBlock(nn.Module):
         return self.resnets[1](x, stream)
 
 
-def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
+def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Applies a 2D layer to every frame of x [B, C, T, H, W]."""
     b, c, t, h, w = x.shape
     out = layer(x.transpose(1, 2).reshape(b * t, c, h, w))
@@ -200,17 +190,31 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = per_frame(self.resample, x)
+        x = self._halve_rows(x, stream)
         if self.time_conv is None:
             return x
-        past = stream.past()
+        window = stream.window(x, cached=True)
+        if window is None:
+            return x[:, :, : (x.shape[2] + 1) // 2]
         # A copy in any case: the block that takes x next may overwrite it.
-        stream.keep(x[:, :, -1:].clone())
-        if past is not None:
-            return self._halve(torch.cat((past, x), dim=2))
-        return x if x.shape[2] == 1 else torch.cat((x[:, :, :1], self._halve(x)), dim=2)
+        last = x[:, :, -1:].clone()
+        if window.past is not None:
+            x = self._halve_frames(torch.cat((window.past, x), dim=2))
+        elif x.shape[2] > 1:
+            x = torch.cat((x[:, :, :1], self._halve_frames(x)), dim=2)
+        stream.keep(last)
+        return x
 
-    def _halve(self, x: Tensor) -> Tensor:
+    def _halve_rows(self, x: Tensor, stream: Stream) -> Tensor:
+        # A row sees two rows from its own on and the one below them; zeros are put below and to the right.
+        window = stream.window(x, below=1, grain=2)
+        stream.height //= 2
+        if window is None:
+            return nothing(x, x.shape[1])[..., : x.shape[4] // 2]
+        pad = (0, 1, 0, 1 - window.edges[1])
+        return per_frame(lambda frames: self.resample[1](F.pad(frames, pad)), window.x)
+
+    def _halve_frames(self, x: Tensor) -> Tensor:
         return ops.conv3d(x, self.time_conv.weight, self.time_conv.bias, stride_t=2)
 
 
@@ -226,12 +230,18 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None:
             x = self._double_after_first(x, stream) if stream.first else self._double(x, stream)
-        return ops.upsample_conv2d(x, self.resample[1].weight, self.resample[1].bias)
+        window = stream.window(x, above=1, below=1)
+        stream.height *= 2
+        conv = self.resample[1]
+        if window is None:
+            return nothing(x, conv.out_channels, scale=2)
+        return ops.upsample_conv2d(window.x, conv.weight, conv.bias, window.edges)
 
     def _double_after_first(self, x: Tensor, stream: Stream) -> Tensor:
         # The stream's first frame bypasses the temporal convolution and is not in its history either.
         if x.shape[2] == 1:
-            stream.keep(torch.zeros_like(x).repeat(1, 1, 2, 1, 1))
+            if stream.window(x, cached=True) is not None:
+                stream.keep(torch.zeros_like(x).repeat(1, 1, 2, 1, 1))
             return x
         return torch.cat((x[:, :, :1], self._double(x[:, :, 1:], stream)), dim=2)
 
@@ -263,12 +273,16 @@ class Encoder(nn.Module):
             if i < len(config.temperal_downsample):
                 yield Downsample(c_out, config.temperal_downsample[i])
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, stripes: int = 1) -> Tensor:
+        x = stream.in_stripes(self._down, x, stripes)
+        x = self.mid_block(x, stream)
+        return self.conv_out.after(self.norm_out, x, stream)
+
+    def _down(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.conv_in(x, stream)
         for block in self.down_blocks:
             x = block(x, stream)
-        x = self.mid_block(x, stream)
-        return self.conv_out.after(self.norm_out, x, stream)
+        return x
 
 
 class UpBlock(nn.Module):
@@ -308,8 +322,12 @@ class Decoder(nn.Module):
             up = Upsample(c_out, c_out // 2, temporal[i]) if i < len(temporal) else None
             yield UpBlock(c_in if i == 0 else c_in // 2, c_out, config.num_res_blocks, up)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, stripes: int = 1) -> Tensor:
+        stream.height = x.shape[3]
         x = self.mid_block(self.conv_in(x, stream), stream)
+        return stream.in_stripes(self._up, x, stripes)
+
+    def _up(self, x: Tensor, stream: Stream) -> Tensor:
         for block in self.up_blocks:
             x = block(x, stream)
         return self.conv_out.after(self.norm_out, x, stream)
@@ -333,53 +351,70 @@ class WanVAE(nn.Module):
         std = torch.tensor(self.config.latents_std, device=like.device, dtype=like.dtype)
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
-    def encode(self, frames: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+    def encode(
+        self, frames: Tensor, cache: Cache | None = None, stripes: int = 1, reuse_cache: bool = False
+    ) -> tuple[Tensor, Cache]:
         """Encodes the next frames of a stream to the mean of their latents.
 
         Args:
             frames: [B, 3, F, H, W] in [-1, 1]; H and W multiples of the spatial scale (8). F is 4k + 1 where a stream
                 starts (cache None) and 4k afterwards.
             cache: what the previous call returned, None at the start of a stream.
+            stripes: in how many parts the rows are worked on, 1 to H/8: memory falls, the result and the cache do not
+                change. Any number for any chunk of a stream.
+            reuse_cache: the given cache's memory becomes that of the new cache, so that there is only one; the given
+                one is worthless then.
 
         Returns:
             Normalised latents [B, C, T, H/8, W/8] and the cache for the next chunk.
 
         Raises:
-            ValueError: a size or a number of frames that the network cannot take.
+            ValueError: a size, a number of frames or of stripes that the network cannot take.
         """
         self._check_frames(frames, first=cache is None)
+        check_stripes(stripes, frames.shape[3] // self.config.spatial_scale)
         latents = []
         for part in self._steps(frames, first=cache is None):
-            stream, cache = Stream(cache), None
-            moments = self.quant_conv(self.encoder(part, stream), stream)
+            stream, cache = Stream(cache, reuse_cache), None
+            moments = self.quant_conv(self.encoder(part, stream, stripes), stream)
             latents.append(moments[:, : self.config.z_dim])
-            cache = stream.cache()
+            cache, reuse_cache = stream.cache(), True
         mean, std = self._statistics(frames)
         return (torch.cat(latents, dim=2) - mean) / std, cache
 
-    def decode(self, latents: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+    def decode(
+        self, latents: Tensor, cache: Cache | None = None, stripes: int = 1, reuse_cache: bool = False
+    ) -> tuple[Tensor, Cache]:
         """Decodes the next latents of a stream.
 
         Args:
             latents: normalised, [B, C, T, h, w], any T >= 1.
             cache: what the previous call returned, None at the start of a stream.
+            stripes: in how many parts the rows are worked on, 1 to h; see encode.
+            reuse_cache: see encode.
 
         Returns:
             Frames [B, 3, F, 8h, 8w] clamped to [-1, 1], F = 4T - 3 at the start of a stream and 4T afterwards,
             and the cache for the next chunk.
+
+        Raises:
+            ValueError: a number of stripes that the network cannot take.
         """
-        frames, cache = self.decode_raw(latents, cache)
+        frames, cache = self.decode_raw(latents, cache, stripes, reuse_cache)
         return frames.clamp(-1.0, 1.0), cache
 
-    def decode_raw(self, latents: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+    def decode_raw(
+        self, latents: Tensor, cache: Cache | None = None, stripes: int = 1, reuse_cache: bool = False
+    ) -> tuple[Tensor, Cache]:
         """`decode` before the clamp: what training needs, since a clamp has no gradient outside."""
+        check_stripes(stripes, latents.shape[3])
         mean, std = self._statistics(latents)
         pixels = latents[:, 0, 0].numel() * self.config.spatial_scale**2
         frames = []
         for part in latents.split(self._latents_at_once(latents, pixels), dim=2):
-            stream, cache = Stream(cache), None
-            frames.append(self.decoder(self.post_quant_conv(part * std + mean, stream), stream))
-            cache = stream.cache()
+            stream, cache = Stream(cache, reuse_cache), None
+            frames.append(self.decoder(self.post_quant_conv(part * std + mean, stream), stream, stripes))
+            cache, reuse_cache = stream.cache(), True
         return torch.cat(frames, dim=2), cache
 
     def _steps(self, frames: Tensor, first: bool) -> list[Tensor]:

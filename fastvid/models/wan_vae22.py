@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
 from fastvid.models.configs import read_vae_config
+from fastvid.models.vae_stream import Stream
 from fastvid.models.wan_vae import (
     Decoder,
     Downsample,
     Encoder,
     ResidualBlock,
-    Stream,
     Upsample,
     WanVAE,
     WanVAEConfig,
@@ -168,12 +168,19 @@ class ResidualDownBlock(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         # First, because the residual blocks may overwrite x.
-        shortcut = average_down(x, self.channels, self.factor_t, self.factor_s)
+        shortcut = self._shortcut(x, stream)
         for resnet in self.resnets:
             x = resnet(x, stream)
         if self.downsampler is not None:
             x = self.downsampler(x, stream)
-        return x + shortcut
+        return x + stream.delay(shortcut, x.shape[3])
+
+    def _shortcut(self, x: Tensor, stream: Stream) -> Tensor:
+        window = stream.window(x, grain=self.factor_s)
+        if window is None:
+            b, _, t, _, w = x.shape
+            return x.new_empty(b, self.channels, -(-t // self.factor_t), 0, w // self.factor_s)
+        return average_down(window.x, self.channels, self.factor_t, self.factor_s)
 
 
 class ResidualUpBlock(nn.Module):
@@ -195,7 +202,8 @@ class ResidualUpBlock(nn.Module):
             x = resnet(x, stream)
         if self.upsampler is None:
             return x
-        return add_spread(self.upsampler(x, stream), kept, self.factor_t, stream.first)
+        out = self.upsampler(x, stream)
+        return add_spread(out, stream.delay(kept, out.shape[3] // 2), self.factor_t, stream.first)
 
 
 class PatchEncoder(Encoder):
@@ -212,8 +220,8 @@ class PatchEncoder(Encoder):
             spatial = i < len(config.temperal_downsample)
             yield ResidualDownBlock(dims[i], dims[i + 1], config.num_res_blocks, temporal, spatial)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return super().forward(patchify(x, self.patch_size), stream)
+    def forward(self, x: Tensor, stream: Stream, stripes: int = 1) -> Tensor:
+        return super().forward(patchify(x, self.patch_size), stream, stripes)
 
 
 class PatchDecoder(Decoder):
@@ -231,8 +239,8 @@ class PatchDecoder(Decoder):
             spatial = i < len(config.temperal_downsample)
             yield ResidualUpBlock(dims[i], dims[i + 1], config.num_res_blocks, temporal, spatial)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return unpatchify(super().forward(x, stream), self.patch_size)
+    def forward(self, x: Tensor, stream: Stream, stripes: int = 1) -> Tensor:
+        return unpatchify(super().forward(x, stream, stripes), self.patch_size)
 
 
 class WanVAE22(WanVAE):

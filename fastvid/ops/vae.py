@@ -5,6 +5,9 @@ and a form for fp32 on the CPU where no gradient is taken, which holds tensors c
 that stay in the cache, and calls oneDNN itself: F.conv3d takes a loop of its own, 5 to 10 times slower, for all
 tensors of less than 20,480 rows. `channels_last` is the one place that decides between the two.
 
+A convolution may be done in parts of a frame's rows. `edges` are then the rows at the top and at the bottom of x, 0 or
+1 of each, that are there to be seen and get no result; without one the frame ends there, and zeros follow.
+
 Shapes: B batch, C and N channels in and out, T frames, H and W height and width.
 """
 
@@ -39,20 +42,32 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int] = (
 
 
 def causal_conv3d(
-    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, padding: tuple[int, int]
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    padding: tuple[int, int],
+    edges: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
     """A convolution over `past` [B, C, kt - 1, H, W], or zeros if None, and then x [B, C, T, H, W]; kt is at least 2.
 
-    Returns [B, N, T, H, W], which keeps the number of frames, and the past of the next call, perhaps as a view of more.
+    Returns [B, N, T, H - sum(edges), W], which keeps the number of frames, and the past of the next call, of all of x's
+    rows, [B, C, kt - 1, H, W], perhaps as a view of more.
     """
     history = weight.shape[2] - 1
     if past is None and x.shape[2] == 1:
         # A lone first frame: its history is zeros, so only the last tap counts.
-        return conv3d(x, weight[:, :, -1:], bias, padding), F.pad(x, (0, 0, 0, 0, history - 1, 0))
+        out = conv3d(x, weight[:, :, -1:], bias, padding)
+        return _without(out, edges), F.pad(x, (0, 0, 0, 0, history - 1, 0))
     if past is None:
         past = torch.zeros_like(x[:, :, :1]).expand(-1, -1, history, -1, -1)
     x = torch.cat((past, x), dim=2)
-    return conv3d(x, weight, bias, padding), x[:, :, -history:]
+    return _without(conv3d(x, weight, bias, padding), edges), x[:, :, -history:]
+
+
+def _without(out: Tensor, edges: tuple[int, int]) -> Tensor:
+    """The results of an edge's rows were computed with zeros beyond it: they are dropped."""
+    return out[:, :, :, edges[0] : out.shape[3] - edges[1]]
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
@@ -63,61 +78,92 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def norm_silu_conv3d(
-    x: Tensor, past: Tensor | None, gamma: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None
+    x: Tensor,
+    past: Tensor | None,
+    gamma: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    edges: tuple[int, int] = (0, 0),
+    pixels: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """causal_conv3d(silu(rms_norm(x))), 3x3x3 with a border of one, plus a residual that may be overwritten.
 
-    Returns [B, N, T, H, W] and the past of the next call: the last two frames after norm and SiLU, [B, C, 2, H, W].
+    `pixels` of the whole chunk choose the form, so that its parts are computed as the whole is; None if x is whole.
+
+    Returns [B, N, T, H - sum(edges), W] and the past of the next call: the last two frames of x after norm and SiLU,
+    [B, C, 2, H, W].
     """
     if not channels_last(x, weight, gamma):
-        out, kept = causal_conv3d(F.silu(rms_norm(x, gamma)), past, weight, bias, (1, 1))
+        out, kept = causal_conv3d(F.silu(rms_norm(x, gamma)), past, weight, bias, (1, 1), edges)
         return out if residual is None else out + residual, kept
-    x = x.contiguous(memory_format=torch.channels_last_3d)
+    x = _channels_last(x)
     if residual is None:
-        out = _empty(x, x.shape[0], weight.shape[0], *x.shape[2:])
+        B, _, T, H, W = x.shape
+        out = _empty(x, B, weight.shape[0], T, H - sum(edges), W)
     else:
-        out = residual.contiguous(memory_format=torch.channels_last_3d)
-    run = winograd.norm_silu_conv3d if winograd.worthwhile(x, weight) else _direct
-    return out, run(x, past, gamma, weight, bias, out, residual is not None)
+        out = _channels_last(residual)
+    tiled = winograd.worthwhile(x[0, 0].numel() if pixels is None else pixels, weight)
+    run = winograd.norm_silu_conv3d if tiled else _direct
+    return out, run(x, past, gamma, weight, bias, out, residual is not None, edges)
+
+
+def row_grain(x: Tensor, gamma: Tensor, weight: Tensor, pixels: int) -> int:
+    """In parts of how many rows norm_silu_conv3d gives the very values of the whole: those of a tile, or any."""
+    return winograd.TILE if channels_last(x, weight, gamma) and winograd.worthwhile(pixels, weight) else 1
 
 
 def _direct(
-    x: Tensor, past: Tensor | None, gamma: Tensor, weight: Tensor, bias: Tensor, out: Tensor, add: bool
+    x: Tensor,
+    past: Tensor | None,
+    gamma: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    add: bool,
+    edges: tuple[int, int],
 ) -> Tensor:
     """norm_silu_conv3d into `out`, or added to it, by stripes of rows: no normalised copy of the whole chunk."""
     H = x.shape[3]
     rows = max(8, STRIPE * H // x.numel())
     kept = _empty(x, *x.shape[:2], 2, *x.shape[3:])
-    for top in range(0, H, rows):
-        a, b = max(top - 1, 0), min(top + rows + 1, H)
+    for top in range(edges[0], H - edges[1], rows):
+        bottom = min(top + rows, H - edges[1])
+        a, b = max(top - 1, 0), min(bottom + 1, H)
         stripe = winograd.norm_silu(x[:, :, :, a:b].permute(0, 2, 3, 4, 1), gamma).permute(0, 4, 1, 2, 3)
         before = None if past is None else past[:, :, :, a:b]
-        done, kept[:, :, :, a:b] = causal_conv3d(stripe, before, weight, bias, (1, 1))
-        # The border of a stripe inside the picture was computed with zeros beyond it: it is dropped.
-        done = done[:, :, :, top - a :][:, :, :, :rows]
-        target = out[:, :, :, top : top + rows]
+        done, kept[:, :, :, a:b] = causal_conv3d(stripe, before, weight, bias, (1, 1), (top - a, b - bottom))
+        target = out[:, :, :, top - edges[0] : bottom - edges[0]]
         target.add_(done) if add else target.copy_(done)
     return kept
 
 
-def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, int] = (0, 0)) -> Tensor:
     """Double height and width to the nearest pixel, then convolve 3x3 with a border of one.
 
-    [B, C, T, H, W] -> [B, N, T, 2H, 2W], frame by frame.
+    [B, C, T, H, W] -> [B, N, T, 2 * (H - sum(edges)), 2W], frame by frame.
     """
     B, C, T, H, W = x.shape
     N = weight.shape[0]
     if not channels_last(x, weight):
         frames = x.transpose(1, 2).reshape(B * T, C, H, W)
         frames = F.conv2d(F.interpolate(frames, scale_factor=2.0, mode="nearest-exact"), weight, bias, padding=1)
-        return frames.reshape(B, T, N, 2 * H, 2 * W).transpose(1, 2)
+        frames = frames.reshape(B, T, N, 2 * H, 2 * W).transpose(1, 2)
+        return _without(frames, (2 * edges[0], 2 * edges[1]))
     phases = _phase_weights(weight)
-    out = _empty(x, B, N, T, 2 * H, 2 * W)
+    rows = H - sum(edges)
+    out = _empty(x, B, N, T, 2 * rows, 2 * W)
     for b, t in ((b, t) for b in range(B) for t in range(T)):
         frame = F.conv2d(x[b : b + 1, :, t], phases, bias.repeat(4), padding=1)[0].view(2, 2, N, H + 1, W + 1)
+        frame = frame[:, :, :, edges[0] :]
         for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            out[b, :, t, i::2, j::2] = frame[i, j, :, i : i + H, j : j + W]
+            out[b, :, t, i::2, j::2] = frame[i, j, :, i : i + rows, j : j + W]
     return out
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x [B, C, T, H, W] with its channels side by side: itself, also if it is a part of something larger, or a copy."""
+    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:

@@ -39,9 +39,9 @@ _KERNEL = [
 ]
 
 
-def worthwhile(x: Tensor, weight: Tensor) -> bool:
-    """Whether x [B, C, T, H, W] is big enough: transforming the kernels costs what 2,000 pixels save."""
-    return min(weight.shape[:2]) >= 64 and x[0, 0].numel() >= 8192
+def worthwhile(pixels: int, weight: Tensor) -> bool:
+    """Whether T * H * W pixels are enough: transforming the kernels costs what 2,000 pixels save."""
+    return min(weight.shape[:2]) >= 64 and pixels >= 8192
 
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
@@ -52,9 +52,19 @@ def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def norm_silu_conv3d(
-    x: Tensor, past: Tensor | None, gamma: Tensor, weight: Tensor, bias: Tensor, out: Tensor, add: bool
+    x: Tensor,
+    past: Tensor | None,
+    gamma: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    add: bool,
+    edges: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """ops.vae.norm_silu_conv3d into `out` [B, N, T, H, W], or added to it; returns the past of the next call."""
+    """ops.vae.norm_silu_conv3d into `out` [B, N, T, H, W], or added to it; returns the past of the next call.
+
+    x has as many rows more than `out` as `edges` says, at its top and at its bottom.
+    """
     if past is None and x.shape[2] > 1:
         past = torch.zeros_like(x[:, :, :1]).expand(-1, -1, 2, -1, -1)
     B, C, _, H, W = x.shape
@@ -62,7 +72,7 @@ def norm_silu_conv3d(
     conv = _Rows(weight if past is not None else weight[:, :, -1:], bias, frames=x.shape[2], width=x.shape[4])
     for b in range(x.shape[0]):
         before = None if past is None else _pixels(past[b])
-        _run(conv, _pixels(x[b]), before, gamma, _pixels(out[b]), _pixels(kept[b]), add)
+        _run(conv, _pixels(x[b]), before, gamma, _pixels(out[b]), _pixels(kept[b]), add, edges[0])
     return kept
 
 
@@ -71,9 +81,14 @@ def _pixels(x: Tensor) -> Tensor:
     return x.permute(1, 2, 3, 0)
 
 
-def _run(conv: _Rows, x: Tensor, past: Tensor | None, gamma: Tensor, out: Tensor, kept: Tensor, add: bool) -> None:
-    """One picture, a row of tiles at a time: x [T, H, W, C] -> out [T, H, W, N], last frames -> kept [2, H, W, C]."""
-    H = x.shape[1]
+def _run(
+    conv: _Rows, x: Tensor, past: Tensor | None, gamma: Tensor, out: Tensor, kept: Tensor, add: bool, above: int
+) -> None:
+    """One picture, a row of tiles at a time: x [T, h, W, C] -> out [T, H, W, N], last frames -> kept [2, h, W, C].
+
+    The first row of `out` is that of x's row `above`; after the last row that x has are zeros.
+    """
+    h, H = x.shape[1], out.shape[1]
     new = min(2, x.shape[0])
     if past is not None and new == 1:
         kept[:1] = past[1:]
@@ -84,10 +99,11 @@ def _run(conv: _Rows, x: Tensor, past: Tensor | None, gamma: Tensor, out: Tensor
         conv.fill(row, rows, None if past is None else past[:, top:bottom])
 
     conv.clear()
-    fill(WINDOW - 1, 0, 1)
+    fill(WINDOW - 1 - above, 0, 1 + above)
     for top in range(0, H, TILE):
         conv.advance()
-        fill(WINDOW - TILE, min(top + 1, H), min(top + 1 + TILE, H))
+        first = top + above + 1
+        fill(WINDOW - TILE, min(first, h), min(first + TILE, h))
         done = conv.rows()[:, : H - top]
         target = out[:, top : top + TILE]
         target.add_(done) if add else target.copy_(done)
