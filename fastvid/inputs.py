@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+
 from fastvid import control, given
-from fastvid.clips import open_clip
-from fastvid.errors import InvalidRequest
+from fastvid.clips import Clip, open_clip
+from fastvid.errors import InvalidRequest, MediaError
 from fastvid.limits import MAX_SIDE, MIN_SIDE
-from fastvid.requests import CLIPS, Request
+from fastvid.media import read_recipe
+from fastvid.requests import CLIPS, SIZE, TOLD, Request
 
 PICTURES = ("image", "last_image")
 
@@ -44,17 +48,119 @@ def _with_clips(request: Request) -> Request:
         raise InvalidRequest(
             f"video is {first.width}x{first.height}; {request.verb} takes sides of {MIN_SIDE} to {MAX_SIDE} pixels"
         )
-    found: dict[str, Any] = dict(clips)
+    found: dict[str, Any] = {**clips, **_told(request)}
+    found |= {"fps": first.fps} if request.fps is None and first.fps else {}
     if "video_2" in clips:
         second = clips["video_2"].resized(first.height, first.width)
         found["video_2"] = second.resampled(first.fps) if first.fps else second
-    if request.mask is not None:
-        found["mask"] = given.mask("mask", request.mask)
-    found |= {"fps": first.fps} if request.fps is None and first.fps else {}
-    if request.verb in ("extend", "loop", "blend"):
-        found |= {"height": first.height, "width": first.width}
-    elif request.verb in ("edit", "finalize"):
-        found["num_frames"] = first.num_frames
-        if (request.height or request.width or request.aspect or request.budget) is None:
-            found |= {"height": first.height, "width": first.width}
-    return replace(request, **found)
+    if request.verb in ("edit", "finalize"):
+        return _on_canvas(replace(request, **found, num_frames=first.num_frames), first)
+    return replace(request, **found, height=first.height, width=first.width)
+
+
+def _told(request: Request) -> dict[str, Any]:
+    """What the clip's own recipe says where nothing else does: the prompt; of a draft also seed and full size."""
+    recipe = _recipe_of(request.video)
+    found: dict[str, Any] = {}
+    if request.verb in TOLD and request.prompt is None and request.prompt_embeds is None:
+        found["prompt"] = recipe.get("prompt") or ""
+    if request.verb != "finalize":
+        return found
+    if request.seed is None and isinstance(recipe.get("seed"), int):
+        found["seed"] = recipe["seed"]
+    if not _is_sized(request):
+        full = recipe.get("full_size")
+        if not isinstance(full, list | tuple) or len(full) != 2 or not all(type(side) is int for side in full):
+            raise InvalidRequest("finalize: the video is no draft that says its full size; give width and height")
+        found["width"], found["height"] = full
+    return found
+
+
+def _recipe_of(video: Any) -> dict[str, Any]:
+    """The recipe of a Video, or in a file; empty if there is none."""
+    if isinstance(video, str | os.PathLike):
+        try:
+            return read_recipe(video)
+        except MediaError:
+            return {}
+    recipe = getattr(video, "recipe", None)
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _is_sized(request: Request) -> bool:
+    return any(getattr(request, name) is not None for name in SIZE)
+
+
+def _on_canvas(request: Request, clip: Clip) -> Request:
+    """The clip at the size that was asked for. An edit that grows the frame has the clip in the middle, and makes what
+    is around it (outpainting); any other is scaled."""
+    found: dict[str, Any] = {"mask": given.mask("mask", request.mask)} if request.mask is not None else {}
+    if not _is_sized(request):
+        found |= {"height": clip.height, "width": clip.width}
+    request = replace(request, **found)
+    width, height = request.width or clip.width, request.height or clip.height
+    if request.aspect is not None or request.budget is not None:
+        ratio = request.aspect or Fraction(clip.width, clip.height)
+        width, height = around(clip.width, clip.height, ratio)
+        request = replace(request, aspect=None, budget=None)
+    request = replace(request, width=width, height=height)
+    if (width, height) == (clip.width, clip.height):
+        return _with_mask(request, clip)
+    if request.verb == "edit" and request.mask is None and width >= clip.width and height >= clip.height:
+        canvas = Canvas(clip, height, width)
+        return replace(request, video=canvas, mask=canvas.mask())
+    return _with_mask(replace(request, video=clip.resized(height, width)), clip)
+
+
+def around(width: int, height: int, ratio: Fraction) -> tuple[int, int]:
+    """The smallest (width, height) of an aspect ratio that holds these sides."""
+    return max(width, round(height * ratio)), max(height, round(width / ratio))
+
+
+def _with_mask(request: Request, clip: Clip) -> Request:
+    if request.mask is None:
+        return request
+    frames, height, width = request.mask.shape
+    if frames not in (1, clip.num_frames):
+        raise InvalidRequest(f"mask has {frames} frames; allowed is 1, or {clip.num_frames} as video has")
+    if (height, width) == (request.height, request.width):
+        return request
+    if (height, width) != (clip.height, clip.width):
+        raise InvalidRequest(
+            f"mask is {width}x{height}; video is {clip.width}x{clip.height}, and so should the mask be"
+        )
+    rows, columns = (np.arange(n) * old // n for n, old in ((request.height, height), (request.width, width)))
+    return replace(request, mask=np.ascontiguousarray(request.mask[:, rows][:, :, columns]))
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """A clip in the middle of larger frames; around it, its edge goes on."""
+
+    clip: Clip
+    height: int
+    width: int
+
+    @property
+    def num_frames(self) -> int:
+        return self.clip.num_frames
+
+    @property
+    def fps(self) -> float | None:
+        return self.clip.fps
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return (self.height - self.clip.height) // 2, (self.width - self.clip.width) // 2
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Frames start to stop - 1, uint8 [n, height, width, 3]."""
+        top, left = self._place
+        bottom, right = self.height - self.clip.height - top, self.width - self.clip.width - left
+        return np.pad(self.clip.read(start, stop), ((0, 0), (top, bottom), (left, right), (0, 0)), "edge")
+
+    def mask(self) -> np.ndarray:
+        """What is to be made: uint8 [1, height, width], 255 around the clip."""
+        made, (top, left) = np.full((1, self.height, self.width), 255, np.uint8), self._place
+        made[:, top : top + self.clip.height, left : left + self.clip.width] = 0
+        return made

@@ -44,6 +44,8 @@ CLIPS = {
     "finalize": ("video",),
 }
 """The clips that a verb works on: it cannot do without."""
+TOLD = ("extend", "loop", "blend", "finalize")
+"""Verbs whose prompt, where none is given, is that which the clip was made with."""
 DIRECTIONS = ("after", "before", "both")
 
 ALIASES = {
@@ -155,7 +157,8 @@ class Request:
         """Fill in what was not given and count. Raises InvalidRequest where the whole breaks a limit."""
         fps = float(self.fps if self.fps is not None else recipe.fps)
         num_frames = self._count_frames(fps, recipe.num_frames)
-        width, height = self._choose_size(recipe, num_frames)
+        full = self._full_size(recipe, num_frames)
+        width, height = self._draft_size(full, recipe.spatial_multiple) if self.draft else full
         check_size(width, height, num_frames)
         experts = 1 if getattr(recipe, "guidance_scale_2", None) is None else 2
         if self.guidance_scale_2 is not None and experts == 1:
@@ -165,7 +168,14 @@ class Request:
             for f in fields(Resolved)
             if f.name in Request.__dataclass_fields__
         }
-        filled |= {"width": width, "height": height, "num_frames": num_frames, "fps": fps, "verb": self.verb}
+        filled |= {
+            "full_size": full if self.draft else None,
+            "width": width,
+            "height": height,
+            "num_frames": num_frames,
+            "fps": fps,
+            "verb": self.verb,
+        }
         filled["seed"] = secrets.randbelow(2**32) if self.seed is None else self.seed
         if experts > 1 and self.guidance_scale is not None and self.guidance_scale_2 is None:
             filled["guidance_scale_2"] = self.guidance_scale
@@ -199,13 +209,9 @@ class Request:
             return max(1, round(fps))  # a second
         return default if self.num_frames is None else self.num_frames
 
-    def _choose_size(self, recipe: RecipeLike, num_frames: int) -> tuple[int, int]:
-        width, height = self._full_size(recipe, num_frames)
-        if not self.draft:
-            return width, height
-        multiple, least = recipe.spatial_multiple, limits.MIN_SIDE
-        half = [max(least, round(side * DRAFT_SIDE / multiple) * multiple) for side in (width, height)]
-        return min(half[0], width), min(half[1], height)
+    def _draft_size(self, full: tuple[int, int], multiple: int) -> tuple[int, int]:
+        half = [max(limits.MIN_SIDE, round(side * DRAFT_SIDE / multiple) * multiple) for side in full]
+        return min(half[0], full[0]), min(half[1], full[1])
 
     def _full_size(self, recipe: RecipeLike, num_frames: int) -> tuple[int, int]:
         if self.aspect is None and self.budget is None:
@@ -300,7 +306,7 @@ def _check_together(request: Request) -> None:
         return
     if request.mask is not None and request.video is None:
         raise InvalidRequest("mask says what of a video stays; give video too, or leave mask out")
-    if request.prompt is None and request.prompt_embeds is None:
+    if request.prompt is None and request.prompt_embeds is None and request.verb not in TOLD:
         raise InvalidRequest("prompt is missing: give one string (an empty one is allowed)")
     steps, levels = request.num_inference_steps, request.sigmas
     if levels is not None and steps is not None and steps != len(levels):
@@ -335,7 +341,7 @@ class Resolved:
     strength: float | None
     source_prompt: str | None
     shots: tuple[tuple[str, float], ...] | None
-    draft: bool | None
+    full_size: tuple[int, int] | None
     image: Any = field(compare=False, repr=False)
     keyframes: Any = field(compare=False, repr=False)
     video_2: Any = field(compare=False, repr=False)
@@ -375,6 +381,11 @@ class Resolved:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
         if self.sigmas is not None:
             values |= {"num_inference_steps": None, "flow_shift": None, "sigmas": list(self.sigmas)}
+        if self.verb != "generate":  # counted from the clip, the shots, or always one
+            counted = {"extend": (), "loop": (), "blend": ()}.get(self.verb, ("num_frames",))
+            sized = ("width", "height", "fps") if self.verb in ("extend", "loop", "blend") else ()
+            values |= dict.fromkeys((*counted, *sized))
+            values |= {"fps": None} if "fps" not in VERBS[self.verb] else {}
         recipe = {"fastvid": version, "verb": self.verb, "model": model, "settings": settings}
         return recipe | {name: _recordable(value) for name, value in values.items() if value is not None}
 
