@@ -70,7 +70,7 @@ def test_known_gives_the_known_latents(mask: Tensor) -> None:
 def test_known_columns_end_on_the_known_latents(name: str) -> None:
     latents = torch.randn_like(X)
     denoise = known(lambda x, sigma: torch.tanh(x), latents, torch.tensor([False, True, False]))
-    x, state = X, SOLVERS[name].init()
+    x, state = X, SOLVERS[name].init(lambda draws: torch.randn_like(X))
     for row, row_next in [(1.0, 0.6), (0.6, 0.2), (0.2, 0.0)]:
         sigma, sigma_next = torch.full_like(SIGMA, row), torch.full_like(SIGMA, row_next)
         x, state = SOLVERS[name].step(x, denoise(x, sigma), sigma, sigma_next, state)
