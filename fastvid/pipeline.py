@@ -227,7 +227,7 @@ class Pipeline:
         sigmas = _sigmas_of(request)
         recipe = request.to_recipe(model=parts.model, version=fastvid.__version__, **parts.settings)
         made = planning.plan_request(parts, request, timeline, sigmas, keep_frames)
-        return Prepared(Job(request, timeline, sigmas, made.decode_chunk), made, recipe)
+        return Prepared(Job(request, timeline, sigmas, made.decode_chunk, made.decode_stripes), made, recipe)
 
     def _check_tensors(self, request: Resolved, timeline: Timeline) -> None:
         config, segments = self._parts.transformer.config, timeline.segments

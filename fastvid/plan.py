@@ -27,6 +27,7 @@ from fastvid.requests import Resolved
 from fastvid.timeline import Segment
 
 CLIP_TOKENS = 257
+STRIPES = (1, 2, 4, 8)  # in which frames may be decoded: the fewest that fit
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Plan:
     steps: int
     model_calls: int
     decode_chunk: int
+    decode_stripes: int
     flops_denoise: float
     bytes_weights: int
     bytes_activations: int
@@ -135,12 +137,13 @@ def cost(
     control_layers: int = 0,
     frames: int = 0,
     cache: int = 0,
-    on_cpu: bool = False,
+    stripes: int = 1,
 ) -> Cost:
     """Peak bytes of a request, weights left out; see `plan_memory.Cost`. segment: what the model makes at once.
 
     rows: of text that the transformer sees; texts: 2 with guidance; pictures: how many CLIP looks at; encoded: frames
-    that are encoded at once beside them; frames: those that are kept; cache: tokens in a KV cache.
+    that are encoded at once beside them; frames: those that are kept; cache: tokens in a KV cache; stripes: of rows in
+    which frames are decoded.
     """
     pixels, chunk = segment.made_height * segment.made_width, segment.temporal * decode_chunk(segment)
     concatenated = config.in_channels > config.out_channels
@@ -150,7 +153,7 @@ def cost(
     masks = 2 if control_layers else 0  # as given and rounded
     return Cost(
         activations=plan_memory.activation_bytes(count_tokens(segment, config), config, itemsize, control_layers),
-        decoder=plan_memory.decoder_bytes(pixels, vae, chunk, on_cpu),
+        decoder=plan_memory.decoder_bytes(vae, segment.made_height, segment.made_width, chunk, stripes),
         latents=math.prod(segment.latent_shape(vae.z_dim * solver_copies + seen_by_control)) * 4,
         frames=frames * segment.height * segment.width * 3,
         encoder=plan_memory.encoder_bytes(pixels, vae, min(chunk, given), given, masks) if given else 0,
@@ -185,7 +188,11 @@ def fit(
     options = {"text": text_encoder, "texts": 1 + guided, "experts": experts, "pictures": pictures}
 
     def chosen(t: Segment) -> Memory:
-        return plan_memory.choose(sizes, cost(t, transformer, vae, dtype.itemsize, **options), capacity)
+        made = plan_memory.choose(sizes, cost(t, transformer, vae, dtype.itemsize, **options), capacity)
+        if made.device > capacity:  # nothing more to put away: frames in stripes
+            striped = cost(t, transformer, vae, dtype.itemsize, stripes=STRIPES[-1], **options)
+            made = plan_memory.choose(sizes, striped, capacity)
+        return made
 
     found = chosen(segment)
     if found.device > capacity:

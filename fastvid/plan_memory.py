@@ -12,18 +12,20 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from fastvid.errors import OutOfMemory
+from fastvid.models import vae_memory
 from fastvid.models.umt5 import UMT5Config
 from fastvid.models.wan import WanTransformerConfig
 from fastvid.models.wan_vae22 import VAEConfig, WanVAE22Config
 from fastvid.offload import MODES, SLOTS, Weights
 from fastvid.timeline import Segment
 
-# Tensors as large as the widest activation that one step of the VAE holds at its peak, the caches of the step before
-# and of this one among them; measured on its operations (tests/test_plan_memory.py).
-DECODER_TENSORS, ENCODER_TENSORS = 18.25, 11.5
-DECODER_TENSORS_22, ENCODER_TENSORS_22 = 10.75, 13.5
-# The forms for CPUs make no copies of whole chunks (benchmarks/results/vae-decode-cpu-*.json: 10.3).
-CPU_TENSORS = 10.5
+# Tensors as large as the widest activation that one step of the VAE holds at its peak: of the decoder beside its cache,
+# of the encoder the caches of the step before and of this one among them; measured on its operations
+# (tests/test_plan_memory.py).
+DECODER_TENSORS, ENCODER_TENSORS = 6.9, 11.5
+DECODER_TENSORS_22, ENCODER_TENSORS_22 = 5.4, 13.5
+# Of a decoder's activations, what a stripe of rows holds for the next one and in copies; measured as above.
+STRIPE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,13 @@ def text_bytes(rows: int, config: UMT5Config, itemsize: int) -> int:
     return rows * (max(scores, 3 * config.d_ff * itemsize) + config.d_model * (8 + 4 * itemsize))
 
 
-def decoder_bytes(pixels: int, vae: VAEConfig, frames: int, on_cpu: bool = False) -> int:
-    """Peak of decoding `frames` pixel frames at once, in fp32."""
+def decoder_bytes(vae: VAEConfig, height: int, width: int, frames: int, stripes: int = 1) -> int:
+    """Peak of decoding `frames` pixel frames of a stream at once, in fp32: the feature cache, which does not grow with
+    them, and activations, of which `stripes` hold a part at a time."""
     tensors = DECODER_TENSORS_22 if isinstance(vae, WanVAE22Config) else DECODER_TENSORS
-    tensors = min(tensors, CPU_TENSORS) if on_cpu else tensors
-    return math.ceil(frames * pixels * vae.widest * 4 * tensors)
+    share = 1 / stripes + (STRIPE_SHARE if stripes > 1 else 0)
+    activations = frames * height * width * vae.widest * 4 * tensors * share
+    return vae_memory.cache_bytes(vae, height, width) + math.ceil(activations)
 
 
 def encoder_bytes(pixels: int, vae: VAEConfig, frames: int, given: int, masks: int = 0) -> int:

@@ -18,9 +18,15 @@ from fastvid.timeline import Segment, Timeline
 
 def plan_request(parts: Parts, request: Resolved, timeline: Timeline, sigmas: np.ndarray, keep: bool = False) -> Plan:
     """What a request takes. keep: all of its frames stay in memory. Raises OutOfMemory if it does not fit."""
+    free = plan.available_bytes(parts.device)
+    capacity = free + parts.bytes_held
     needs = Needs(parts, request, timeline, keep)
-    cost, free = needs.cost(timeline.num_frames), plan.available_bytes(parts.device)
-    memory, capacity = needs.memory(cost), free + parts.bytes_held
+    for stripes in (n for n in plan.STRIPES if n <= needs.window.made_height // needs.window.spatial):
+        needs = replace(needs, stripes=stripes)
+        if needs.taken(timeline.num_frames) <= capacity:
+            break
+    cost = needs.cost(timeline.num_frames)
+    memory = needs.memory(cost)
     if (taken := needs.taken(timeline.num_frames)) > capacity:
         hint = plan.nearest(timeline.num_frames, needs.window.temporal, lambda n: needs.taken(n) <= capacity)
         shown = replace(needs.window, num_frames=timeline.num_frames)
@@ -44,6 +50,7 @@ def plan_request(parts: Parts, request: Resolved, timeline: Timeline, sigmas: np
         steps=len(sigmas),
         model_calls=calls,
         decode_chunk=plan.decode_chunk(window),
+        decode_stripes=needs.stripes,
         flops_denoise=calls * each,
         bytes_weights=parts.sizes.total,
         bytes_activations=cost.activations,
@@ -71,6 +78,7 @@ class Needs:
     request: Resolved
     timeline: Timeline
     keep: bool
+    stripes: int = 1
 
     @property
     def largest(self) -> Segment:
@@ -108,7 +116,7 @@ class Needs:
             control_layers=parts.control_layers,
             frames=frames if self.keep else 0,
             cache=self.cached,
-            on_cpu=parts.device.type == "cpu",
+            stripes=self.stripes,
         )
 
     def memory(self, cost: Cost) -> Memory:

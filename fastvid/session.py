@@ -48,12 +48,14 @@ NEGATIVE, SOURCE = -1, -2  # numbers of the prompts that are not the request's o
 
 @dataclass(frozen=True)
 class Job:
-    """A request that was checked and planned, with everything that belongs to it alone. sigmas [N] without the zero."""
+    """A request that was checked and planned, with everything that belongs to it alone. sigmas [N] without the zero.
+    decode_chunk: latent frames that are decoded at a time, in decode_stripes stripes of rows."""
 
     request: Resolved
     timeline: Timeline
     sigmas: np.ndarray
     decode_chunk: int
+    decode_stripes: int = 1
 
 
 def rows(parts: Parts, segment: Segment, sigmas: np.ndarray, known_columns: Tensor) -> Iterator[Row]:
@@ -267,7 +269,9 @@ class SegmentMaker:
         """The next latents to cropped uint8 frames, the decoder's new cache, and the stream's next frame."""
         parts = self.parts
         with ieee_fp32():
-            frames, cache = parts.vae.decode(latents.to(parts.vae_dtype), cache)
+            stripes = self.session.job.decode_stripes
+            # The cache is this segment's own, so its memory may be used again.
+            frames, cache = parts.vae.decode(latents.to(parts.vae_dtype), cache, stripes, cache is not None)
         rgb = parts.ops.to_rgb(frames[0])
         cropped = self.segment.crop(rgb, start).contiguous().cpu().numpy()
         if self.clip is not None and self.request.mask is not None and len(cropped):

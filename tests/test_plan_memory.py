@@ -59,7 +59,7 @@ def test_14b_runs_in_24_gb() -> None:
 
 
 def test_more_memory_means_less_offloading() -> None:
-    chosen = [fit("wan2.1-t2v-14b", LARGE, card)[0].offload for card in (24, 48, 80)]
+    chosen = [fit("wan2.1-t2v-14b", LARGE, card)[0].offload for card in (24, 40, 80)]
     assert chosen == ["blocks", "text", "none"]
 
 
@@ -82,10 +82,10 @@ def test_i2v_14b_counts_clip_and_the_vae_encoder() -> None:
 
 
 def test_1_3b_in_8_gb() -> None:
-    found, ways = fit("wan2.1-t2v-1.3b", SMALL, 8, size="640x352")
+    found, ways = fit("wan2.1-t2v-1.3b", SMALL, 8, size="832x480")
     assert found.offload != "none" and found.device <= 7 * GIB < ways["none"].device
     assert ways["blocks"].phases["text"] < 7 * GIB < ways["text"].phases["text"], "the text encoder alone takes 10.6"
-    assert ways["blocks"].phases["denoising"] < 2 * GIB
+    assert ways["blocks"].phases["denoising"] < 3 * GIB
 
 
 def test_what_does_not_fit_is_refused_with_what_is_too_much() -> None:
@@ -157,11 +157,14 @@ def test_text() -> None:
 @pytest.mark.parametrize(
     "config", [WanVAEConfig(base_dim=16), WanVAE22Config(base_dim=16, decoder_base_dim=16)], ids=["2.1", "2.2"]
 )
+@pytest.mark.parametrize("on_cpu", [False, True])
 @torch.no_grad()
-def test_vae(config: WanVAEConfig | WanVAE22Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: without the forms that are for CPUs."""
-    monkeypatch.setattr(vae_ops, "channels_last", lambda *tensors: False)
+def test_vae(config: WanVAEConfig | WanVAE22Config, on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also as on a GPU: without the forms that are for CPUs."""
+    if not on_cpu:
+        monkeypatch.setattr(vae_ops, "channels_last", lambda *tensors: False)
     vae, side = build_vae(config).eval(), 4 * config.spatial_scale
+    height = 32 * config.spatial_scale  # stripes are for large frames
 
     def peak(run: object, chunks: list[Tensor]) -> int:
         cache = None
@@ -170,8 +173,12 @@ def test_vae(config: WanVAEConfig | WanVAE22Config, monkeypatch: pytest.MonkeyPa
                 _, cache = run(chunk, cache)  # type: ignore[operator]
         return seen.peak
 
-    decoding = peak(vae.decode, [torch.randn(1, config.z_dim, 1, 4, 4) for _ in range(3)])
-    assert 0.8 <= decoding / plan_memory.decoder_bytes(side**2, config, 4) <= 1
+    for stripes in (1, 2, 4):
+        chunks = [torch.randn(1, config.z_dim, 1, 32, 8) for _ in range(3)]
+        decoding = peak(lambda x, cache, n=stripes: vae.decode(x, cache, n, cache is not None), chunks)
+        assert 0.8 <= decoding / plan_memory.decoder_bytes(config, height, 2 * side, 4, stripes) <= 1.01, stripes
+    if on_cpu:
+        return
     frames = torch.randn(1, 3, 9, side, side)
     encoding = peak(vae.encode, [frames[:, :, :1], frames[:, :, 1:5], frames[:, :, 5:]]) + 2 * frames.nbytes
     assert 0.8 <= encoding / plan_memory.encoder_bytes(side**2, config, 4, 9) <= 1

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import fastvid
 from fastvid import plan
 from fastvid.errors import CheckpointError
-from fastvid.models import KINDS, WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig, wan_vae22
+from fastvid.models import KINDS, WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig, vae_memory, wan_vae22
 from fastvid.models.wan_vae22 import add_spread, average_down, patchify, unpatchify
 from fastvid.ops import reference, winograd
 from fastvid.ops import vae as ops
@@ -423,11 +423,12 @@ def test_the_file_says_which_network_it_is() -> None:
 
 
 def test_the_plan_counts_its_width() -> None:
-    """10.75 times the last upsampler's output: 512 channels at half the height and width of a frame."""
+    """5.4 times the last upsampler's output, 512 channels at half the height and width of a frame, beside the cache."""
     transformer = fastvid.models.WanTransformerConfig(in_channels=48, out_channels=48)
-    segment = Segment(9, 704, 1280, 9, 704, 1280, spatial=16, temporal=4)
-    cost = plan.cost(segment, transformer, WanVAE22Config(), itemsize=2)
-    assert cost.decoder == 10.75 * 4 * (512 * 4 * 352 * 640)
+    segment, config = Segment(9, 704, 1280, 9, 704, 1280, spatial=16, temporal=4), WanVAE22Config()
+    cost = plan.cost(segment, transformer, config, itemsize=2)
+    cache = vae_memory.cache_bytes(config, 704, 1280)
+    assert cost.decoder - cache == pytest.approx(5.4 * 4 * (512 * 4 * 352 * 640))
     assert cost.latents == 6 * 4 * (48 * 3 * 44 * 80)
 
 
