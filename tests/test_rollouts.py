@@ -35,7 +35,7 @@ PROMPT, NEGATIVE = "a red circle moving right", "blue square"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
-    tiny.write_checkpoint(path)
+    tiny.write_checkpoint(path, num_layers=3)  # so that keys show what other frames' keys were made of
     return path
 
 

@@ -35,6 +35,7 @@ def make_pipeline(
     vae_config: dict[str, Any] | None = None,
     boundary_ratio: float | None = None,
     expand_timesteps: bool = False,
+    num_layers: int = 2,
 ):
     """A diffusers WanPipeline with random weights: 2 layers of width 48, VAE of base width 8 if not said; a second
     expert if there is a boundary."""
@@ -51,7 +52,7 @@ def make_pipeline(
         "text_dim": 32,
         "freq_dim": 256,
         "ffn_dim": 80,
-        "num_layers": 2,
+        "num_layers": num_layers,
     }
     transformer = WanTransformer3DModel(**sizes).eval()
     vae = AutoencoderKLWan(**vae_config).eval()
