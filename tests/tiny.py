@@ -35,10 +35,11 @@ def make_pipeline(
     vae_config: dict[str, Any] | None = None,
     boundary_ratio: float | None = None,
     expand_timesteps: bool = False,
-    num_layers: int = 2,
+    vocab_size: int = len(WORDS),
+    **changed: Any,
 ):
     """A diffusers WanPipeline with random weights: 2 layers of width 48, VAE of base width 8 if not said; a second
-    expert if there is a boundary."""
+    expert if there is a boundary. changed: sizes of the transformer."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -52,12 +53,13 @@ def make_pipeline(
         "text_dim": 32,
         "freq_dim": 256,
         "ffn_dim": 80,
-        "num_layers": num_layers,
+        "num_layers": 2,
+        **changed,
     }
     transformer = WanTransformer3DModel(**sizes).eval()
     vae = AutoencoderKLWan(**vae_config).eval()
     config = UMT5Config(
-        vocab_size=len(WORDS),
+        vocab_size=vocab_size,
         d_model=32,
         d_kv=8,
         d_ff=64,
