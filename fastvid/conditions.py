@@ -38,9 +38,9 @@ def way_of(parts: Parts) -> str:
         return CONTROL
     if config.in_channels > config.out_channels:
         return CHANNELS
-    if parts.recipe.rollout is not None:
-        return CACHE
-    return TIMESTEPS if parts.recipe.per_token_timesteps else REIMPOSED
+    if parts.recipe.per_token_timesteps:
+        return TIMESTEPS  # of causal models too: what their KV cache holds is no part of a window
+    return REIMPOSED if parts.recipe.rollout is None else CACHE
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,15 @@ class Row:
     """One step of a table: the levels [T] (float64) of a window's columns before and after it.
 
     start: the window's first column. A row that changes no level is a call of the model for what it keeps, such as a
-    KV cache (write_cache).
+    KV cache (write_cache); for columns that were handed out before, so that it keeps them as the next column's prompt
+    makes them (refill).
     """
 
     sigma: Tensor
     sigma_next: Tensor
     start: int = 0
     write_cache: bool = False
+    refill: bool = False
 
     @property
     def stop(self) -> int:
@@ -49,7 +51,7 @@ class Position:
     """Where a walk stands between two rows: all that it needs to go on.
 
     row: the next one's number. start: the window's first column. latents: the window's. done: the columns before this
-    one have been handed out.
+    one have been handed out. kept: the latest of those, for rows that come back to them.
     """
 
     row: int
@@ -57,6 +59,7 @@ class Position:
     latents: Tensor
     state: SolverState
     done: int
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,13 @@ def walk(
     *,
     fresh: Fresh | None = None,
     position: Position | None = None,
+    keep: int = 0,
 ) -> Iterator[Walked]:
     """Denoise columns along a table.
 
     source: where columns come from that a window takes in; a tensor of all of them will do. denoise: the denoiser for a
-    row. position: to go on from; the table is the same, from its first row on.
+    row. position: to go on from; the table is the same, from its first row on. keep: the most columns that a row of the
+    table comes back to.
 
     Yields once a row. Windows move to the right, over columns that are clean, and columns must become clean from the
     left; each is handed out once, in order.
@@ -97,24 +102,37 @@ def walk(
         latents, state = _step(row, at.latents, solver, denoise(row), state)
         clean = row.start + int((row.sigma_next == 0).long().cumprod(0).sum())
         ready = latents[:, :, at.done - row.start : clean - row.start] if clean > at.done else None
-        done, at = at.done, Position(number + 1, row.start, latents, state, max(at.done, clean))
+        kept = _kept(at.kept, ready, keep)
+        done, at = at.done, Position(number + 1, row.start, latents, state, max(at.done, clean), kept)
         yield Walked(number, float(row.sigma.max()), ready, done, at)
+
+
+def _kept(kept: Tensor | None, ready: Tensor | None, keep: int) -> Tensor | None:
+    """The latest `keep` columns that were handed out, once `ready` are too."""
+    if keep == 0 or ready is None:
+        return kept
+    both = ready if kept is None else torch.cat((kept, ready), dim=2)
+    return both[:, :, -keep:]
 
 
 def _moved(at: Position | None, row: Row, take: Source, solver: Solver) -> Position:
     """The position with the row's window: what it has left dropped, what is new in it taken in."""
     if at is None:
         return Position(0, row.start, take(row.start, row.stop), solver.init(), row.start)
+    if row.refill:
+        count = row.stop - row.start
+        assert at.kept is not None and row.stop == at.done and count <= at.kept.shape[2], (row.start, row.stop, at.done)
+        return replace(at, start=row.start, latents=at.kept[:, :, -count:], state=solver.init())
     stop = at.start + at.latents.shape[2]
     drop, add = row.start - at.start, row.stop - stop
     if drop == 0 and add == 0:
         return at
     assert drop >= 0 and add >= 0 and row.start <= at.done, (at.start, stop, at.done, row.start, row.stop)
     if row.start >= stop:  # nothing in common, as blocks of a causal model have
-        return Position(at.row, row.start, take(row.start, row.stop), solver.init(), at.done)
-    kept = at.latents[:, :, drop:]
-    latents = torch.cat((kept, take(stop, row.stop).to(kept)), dim=2) if add else kept
-    return Position(at.row, row.start, latents, at.state.moved(drop, add), at.done)
+        return replace(at, start=row.start, latents=take(row.start, row.stop), state=solver.init())
+    rest = at.latents[:, :, drop:]
+    latents = torch.cat((rest, take(stop, row.stop).to(rest)), dim=2) if add else rest
+    return replace(at, start=row.start, latents=latents, state=at.state.moved(drop, add))
 
 
 # The grad mode is set inside the call and never across a yield, where it would leak into the caller's code.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvid import conditions, engine, tables
+from fastvid import conditions, engine, rollouts, tables
 from fastvid.conditions import CACHE, REIMPOSED, TIMESTEPS, Conditions, Region
 from fastvid.engine import Row
 from fastvid.errors import Cancelled
@@ -60,33 +60,42 @@ class Job:
 
 def rows(parts: Parts, segment: Segment, sigmas: np.ndarray, known_columns: Tensor) -> Iterator[Row]:
     """The noise table of a segment."""
-    recipe, columns = parts.recipe, segment.columns
-    if recipe.rollout is not None:
-        return tables.rollout(sigmas, columns, recipe.rollout.frames_per_block, segment.left_columns)
+    if parts.recipe.rollout is not None:
+        return rollouts.rows(parts.recipe.rollout, segment, sigmas)
     return tables.windows(sigmas, spans(parts, segment), known_columns)
 
 
 def spans(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
-    """The windows of a segment: all of it, but where the model carries latents on from one to the next."""
+    """The windows of a segment: all of it, but where the model carries latents on from one to the next; a causal
+    model's blocks."""
     recipe = parts.recipe
+    if recipe.rollout is not None:
+        return rollouts.spans(recipe.rollout, segment)
     size = recipe.window + segment.lead if recipe.carries else segment.columns
-    cuts = [segment.column_of(segment.skip + frame) for frame, _ in segment.prompts[1:]]
+    cuts = [column for column, _ in turns(parts, segment)[1:]]
     return tables.window_spans(segment.columns, size, min(recipe.overlap, size - 1), cuts)
+
+
+def turns(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
+    """(column, prompt) from where on which is meant."""
+    if parts.recipe.rollout is not None:
+        return rollouts.turns(parts.recipe.rollout, segment)
+    later = [(segment.column_of(segment.skip + frame), prompt) for frame, prompt in segment.prompts[1:]]
+    return [(0, segment.prompts[0][1]), *later]
 
 
 def count_rows(parts: Parts, segment: Segment, steps: int) -> int:
     """How many rows the table of a segment has."""
     if (rollout := parts.recipe.rollout) is None:
         return steps * len(spans(parts, segment))
-    lead, block = segment.left_columns, rollout.frames_per_block
-    return -(-lead // block) + -(-(segment.columns - lead) // block) * (steps + 1)
+    made, passed, refilled = rollouts.count_passes(rollout, segment)
+    return made * steps + passed + refilled
 
 
 def window_columns(parts: Parts, segment: Segment) -> int:
     """The most columns of a segment that are with the model at once."""
-    if (rollout := parts.recipe.rollout) is not None:
-        return min(rollout.frames_per_block, segment.columns)
-    return max(stop - start for start, stop in spans(parts, segment))
+    refilled = 0 if parts.recipe.rollout is None else rollouts.most_refilled(parts.recipe.rollout, segment)
+    return max(refilled, *(stop - start for start, stop in spans(parts, segment)))
 
 
 def count_calls(parts: Parts, segment: Segment, sigmas: np.ndarray, request: Resolved) -> int:
@@ -96,9 +105,8 @@ def count_calls(parts: Parts, segment: Segment, sigmas: np.ndarray, request: Res
     each = [calls + (request.source_prompt is not None) for calls in each]
     if parts.recipe.rollout is None:
         return sum(each) * len(spans(parts, segment))
-    passes = count_rows(parts, segment, len(sigmas))
-    blocks = (passes - -(-segment.left_columns // parts.recipe.rollout.frames_per_block)) // (len(sigmas) + 1)
-    return blocks * sum(each) + (passes - blocks * len(sigmas)) * each[-1]
+    made, passed, refilled = rollouts.count_passes(parts.recipe.rollout, segment)
+    return made * sum(each) + passed * each[-1] + refilled
 
 
 @dataclass
@@ -233,7 +241,10 @@ class SegmentMaker:
     def run(self) -> Iterator[Any]:
         """(sigma, seconds) after every row, and uint8 frames [n, height, width, 3] as they are decoded."""
         session, table = self.session, rows(self.parts, self.segment, self.sigmas, self.conditions.columns)
-        walked = engine.walk(table, self.source, find_solver(self.request.solver), self.denoiser, fresh=self.fresh)
+        rollout = self.parts.recipe.rollout
+        keep = 0 if rollout is None else rollouts.most_refilled(rollout, self.segment)
+        solver = find_solver(self.request.solver)
+        walked = engine.walk(table, self.source, solver, self.denoiser, fresh=self.fresh, keep=keep)
         cache, start, mark = None, 0, time.perf_counter()
         while True:
             session._check()
@@ -318,7 +329,8 @@ class SegmentMaker:
         """Guidance over the velocity for the row's prompt and for the negative one, of the expert that its level is
         for, with what is known of the video in its place."""
         experts, request = self.parts.experts, self.request
-        scales = request.guidance_scales(len(experts))
+        # What the negative prompt made of the frames stays true when the other one changes.
+        scales = (1.0,) * len(experts) if row.refill else request.guidance_scales(len(experts))
         region = self.region(row)
         velocities = [
             guided(
@@ -351,12 +363,10 @@ class SegmentMaker:
         return Region(self.clip.places(row.start, row.stop), self.clip.latents(row.start, row.stop))
 
     def prompt_of(self, row: Row) -> int:
-        """The number of the prompt that a window's first free column belongs to."""
+        """The number of the prompt that a window's first free column belongs to, or the column that a refill is for."""
         free = row.start + int((row.sigma > 0).long().argmax()) if bool((row.sigma > 0).any()) else row.start
-        prompts = self.segment.prompts
-        return [p for frame, p in prompts if frame == 0 or self.segment.column_of(self.segment.skip + frame) <= free][
-            -1
-        ]
+        free = row.stop if row.refill else free
+        return [prompt for column, prompt in turns(self.parts, self.segment) if column <= free][-1]
 
     def _velocity(self, row: Row, region: Region | None, expert: int, text: int, x: Tensor, sigma: Tensor) -> Tensor:
         """One expert's velocity for a text. What it makes of the text is made in its first call, when it has to be on
@@ -368,6 +378,8 @@ class SegmentMaker:
         offset, cache = self._cache(row, text)
         if row.write_cache and cache is not None:
             times = torch.full_like(times, parts.recipe.rollout.context_noise, dtype=torch.float64)
+        elif parts.recipe.whole_timesteps:
+            times = times.round()
         with parts.experts.use(expert) as transformer, ieee_fp32():
             if key not in self._contexts:
                 self._contexts[key] = self.conditions.context(transformer, embeds)
@@ -381,9 +393,9 @@ class SegmentMaker:
         rollout = self.parts.recipe.rollout
         if rollout is None:
             return 0, None
-        if text not in self._caches:
-            capacity = min(rollout.window or self.segment.columns, self.segment.columns)
+        kind = min(text, 0)  # one cache for all of the request's own prompts
+        if kind not in self._caches:
             layers = self.parts.transformer.config.num_layers
-            self._caches[text] = KVCache(layers, capacity, min(rollout.sink, capacity - 1))
-        self._caches[text].begin(row.start, len(row.sigma))
-        return row.start, self._caches[text]
+            self._caches[kind] = rollouts.new_cache(rollout, self.segment, layers)
+        self._caches[kind].begin(row.start, len(row.sigma))
+        return row.start, self._caches[kind]

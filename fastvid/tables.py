@@ -2,7 +2,8 @@
 
     whole_clip   every column at once, all at one level
     windows      one stretch of columns after another, the overlap known to the next one
-    rollout      block after block of a causal model, each finished one passed once more to fill the KV cache
+    rollout      block after block of a causal model, each finished one passed once more to fill the KV cache, and what
+                 is in the cache once more for a new prompt
     staggered    levels that rise from left to right, one column finished and one begun every few rows
 
 Known columns stand at level 0 from the first row on. All levels are float64; sigmas [N] come without the final zero.
@@ -10,7 +11,9 @@ Known columns stand at level 0 from the first row on. All levels are float64; si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -54,42 +57,63 @@ def windows(sigmas: np.ndarray, spans: Sequence[tuple[int, int]], known: Tensor)
         if not bool(settled.all()):
             yield from whole_clip(sigmas, stop - start, settled, start)
         else:  # nothing to make here: the columns are handed out all the same
-            zero = torch.zeros(stop - start, dtype=torch.float64)
-            yield Row(zero, zero, start, write_cache=True)
+            yield _clean(start, stop)
         made = stop
 
 
-def rollout(sigmas: np.ndarray, columns: int, block: int, known: int = 0) -> Iterator[Row]:
-    """A causal model, `block` columns at a time: each block down to zero, then once more, clean, for the KV cache.
+def block_spans(columns: int, block: int, known: int = 0, cuts: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """(start, stop) of blocks of at most `block` columns over all of them: the first `known` ones have their own, and
+    no block has columns on both sides of a cut."""
+    edges = sorted({0, known, columns, *(cut for cut in cuts if known < cut < columns)})
+    return [(at, min(at + block, end)) for begin, end in pairwise(edges) for at in range(begin, end, block)]
 
-    known: the first columns, which only fill the cache. The last block may be shorter.
+
+def rollout(
+    sigmas: np.ndarray,
+    spans: Sequence[tuple[int, int]],
+    known: int = 0,
+    refills: Mapping[int, int] = MappingProxyType({}),
+) -> Iterator[Row]:
+    """A causal model, block after block: each down to zero, then once more, clean, for the KV cache.
+
+    spans: of the blocks. known: the first columns: those of a block that is all known only fill the cache, those at the
+    start of another one stand at level 0 in it. refills: {the column where a block begins: the first of those that are
+    passed once more before it}.
     """
-    levels = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
-    for begin, limit in ((0, known), (known, columns)):
-        for start in range(begin, limit, block):
-            count = min(block, limit - start)
-            if start >= known:
-                for sigma, after in zip(levels[:-1], levels[1:], strict=True):
-                    yield Row(sigma.expand(count), after.expand(count), start)
-            clean = torch.zeros(count, dtype=torch.float64)
-            yield Row(clean, clean, start, write_cache=True)
+    for start, stop in spans:
+        if start in refills:
+            yield _clean(refills[start], start, refill=True)
+        settled = torch.arange(start, stop) < known
+        if not bool(settled.all()):
+            yield from whole_clip(sigmas, stop - start, settled, start)
+        yield _clean(start, stop)
+
+
+def _clean(start: int, stop: int, refill: bool = False) -> Row:
+    """A row that changes no level, for columns that are clean."""
+    zero = torch.zeros(stop - start, dtype=torch.float64)
+    return Row(zero, zero, start, write_cache=True, refill=refill)
 
 
 def staggered(sigmas: np.ndarray, columns: int, size: int, stride: int, known: int = 0) -> Iterator[Row]:
     """Diffusion forcing (arXiv 2407.01392): column i begins `stride` rows after column i - 1, in a window of at most
     `size` columns whose left end is clean.
 
-    known: the first columns. A column waits at the first level until it is its turn.
+    known: the first columns, of which the window shows as many as fit. A column waits at the first level until it is
+    its turn; all that are begun must fit into the window.
     """
     levels = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
     steps, free = len(sigmas), columns - known
+    assert size * stride >= steps, (size, stride, steps)
 
     def at(row: int) -> Tensor:
         begun = row - stride * (torch.arange(columns) - known)
         level = levels[begun.clamp(0, steps)]
         return torch.where(torch.arange(columns) < known, 0.0, level)
 
-    start = 0
+    start = max(0, known + 1 - size)
+    for begin in range(0, start, size):  # what no window has room for is handed out all the same
+        yield _clean(begin, min(begin + size, start))
     for row in range(stride * (free - 1) + steps):
         now, after = at(row), at(row + 1)
         clean = int((now == 0).long().cumprod(0).sum())

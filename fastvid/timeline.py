@@ -23,9 +23,10 @@ class Rules:
     """What a model can make, in latent frames (columns) where nothing else is said.
 
     multiple: of sides, in pixels. window: columns at once. overlap: of one window with the next. context: how many
-    columns of a clip it is shown. block: columns are made in multiples of it, past those that are known. carries: what
-    one window has made goes on as latents into the next; else it is decoded and encoded again. pixels: what is known
-    reaches the model by frames (channels, control) instead of by latents.
+    columns of a clip it is shown. block: columns are made in multiples of it, past those that are known;
+    picture_in_block: a first picture is one of these. carries: what one window has made goes on as latents into the
+    next; else it is decoded and encoded again. pixels: what is known reaches the model by frames (channels, control)
+    instead of by latents.
     """
 
     spatial: int = 8
@@ -35,6 +36,7 @@ class Rules:
     overlap: int = 1
     context: int = 1
     block: int = 1
+    picture_in_block: bool = False
     carries: bool = False
     pixels: bool = False
 
@@ -265,7 +267,7 @@ def _segment(stretch: Stretch, rules: Rules, origin: int) -> Segment:
     left = _left(stretch.before_frames, rules) if stretch.before else 0
     has_right = stretch.after is not None
     free = math.ceil(stretch.num_frames / t) if left else 1 + math.ceil((stretch.num_frames - 1) / t)
-    first = int(not left and 0 in stretch.pictures)  # known, and so no part of a block
+    first = int(not left and 0 in stretch.pictures and not rules.picture_in_block)
     free = first + math.ceil((free - first) / rules.block) * rules.block
     made = left + free * t if left else 1 + (free - 1) * t
     surplus = made - left - stretch.num_frames

@@ -24,6 +24,7 @@ def rules_of(parts: Parts) -> Rules:
         overlap=recipe.overlap,
         context=recipe.context,
         block=recipe.rollout.frames_per_block if recipe.rollout else 1,
+        picture_in_block=recipe.rollout is not None and recipe.rollout.picture_in_block,
         carries=recipe.carries,
     )
 

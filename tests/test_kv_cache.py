@@ -123,7 +123,7 @@ def test_slots_hold_the_sink_and_the_latest(recent, sink, block, frames):
 def test_frames_that_do_not_follow_or_do_not_fit_are_refused():
     cache = KVCache(1, 6, 2)
     with pytest.raises(ValueError, match="do not fit"):
-        cache.begin(0, 5)
+        cache.begin(0, 7)
     cache.begin(0, 3)
     cache.begin(0, 3)
     cache.begin(3, 3)

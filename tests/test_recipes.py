@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,9 +216,10 @@ PUBLISHED_RECIPES = {
     "fastwan2.2-ti2v-5b": (3, 5, 1, None, None, 121, 24, "1280x704"),
     "self-forcing-1.3b": (4, 5, 1, None, None, 81, 16, "832x480"),
     "causal-forcing-1.3b": (4, 5, 1, None, None, 81, 16, "832x480"),
+    "causal-forcing-framewise-1.3b": (4, 5, 1, None, None, 81, 16, "832x480"),
     "causvid-1.3b": (3, 8, 1, None, None, 81, 16, "832x480"),
     "longlive-1.3b": (4, 5, 1, None, None, 477, 16, "832x480"),
-    "longlive2-5b": (4, 5, 1, None, None, 121, 24, "1280x704"),
+    "longlive2-5b": (4, 5, 1, None, None, 509, 24, "1280x704"),
     "embedded": (20, 3, 3, None, None, 17, 16, "64x64"),
 }
 
@@ -233,7 +234,27 @@ def test_recipes_are_as_published() -> None:
         assert r.sigmas is None or len(r.sigmas) == r.num_inference_steps
         assert r.solver != "redraw" or r.guidance_scale == 1
     assert RECIPES.keys() == PUBLISHED_RECIPES.keys() and len(VARIANTS) == len(RECIPES)
-    assert (RECIPES["longlive-1.3b"].num_frames - 1) // 4 + 1 == 120  # latents
+    latents = {name: (RECIPES[name].num_frames - 1) // 4 + 1 for name in RECIPES}
+    assert (latents["self-forcing-1.3b"], latents["longlive-1.3b"], latents["longlive2-5b"]) == (21, 120, 128)
+
+
+# Frames a block, attention window, sink (latent frames), timestep of the pass for the cache, cache made again for a new
+# prompt, a first picture in the first block. Self-Forcing, CausVid: 32760 tokens of 1560 a frame.
+PUBLISHED_ROLLOUTS = {
+    "self-forcing-1.3b": (3, 21, 0, 0, False, False),
+    "causal-forcing-1.3b": (3, 21, 0, 0, False, False),
+    "causal-forcing-framewise-1.3b": (1, 21, 0, 0, False, False),
+    "causvid-1.3b": (3, 21, 0, 0, False, False),
+    "longlive-1.3b": (3, 12, 3, 0, True, False),
+    "longlive2-5b": (8, 32, 8, 0, False, True),
+}
+
+
+def test_rollouts_are_as_published() -> None:
+    assert {n: astuple(r.rollout) for n, r in RECIPES.items() if r.rollout is not None} == PUBLISHED_ROLLOUTS
+    for name, (block, *_) in PUBLISHED_ROLLOUTS.items():
+        r = RECIPES[name]
+        assert ((r.num_frames - 1) // 4 + 1) % block == 0 and r.carries and r.context % block == 0 or block == 1
 
 
 def test_negative_prompts() -> None:
@@ -253,12 +274,25 @@ def test_tables_are_as_published() -> None:
         r = RECIPES[name]
         told = timesteps(make_sigmas(r.num_inference_steps, r.flow_shift, r.solver), r.solver)
         assert (told >= r.boundary_ratio * 1000).sum() == high
+    r = RECIPES["longlive2-5b"]
+    told = timesteps(make_sigmas(r.num_inference_steps, r.flow_shift, r.solver), r.solver)
+    assert told.tolist() == [999, 937, 833, 624]  # from 0.999, so not quite Self-Forcing's
     warped = shift_sigmas(np.array([1000, 750, 500, 250]) / 1000, RECIPES["self-forcing-1.3b"].flow_shift)
-    for name in ("self-forcing-1.3b", "causal-forcing-1.3b", "longlive-1.3b"):
-        assert np.allclose(RECIPES[name].sigmas, warped, rtol=0, atol=1e-15)
+    for name in ("self-forcing-1.3b", "causal-forcing-1.3b", "causal-forcing-framewise-1.3b", "longlive-1.3b"):
+        r = RECIPES[name]
+        assert np.allclose(r.sigmas, warped, rtol=0, atol=1e-15) and not r.whole_timesteps and r.solver == "redraw"
     assert np.allclose(1000 * warped, [1000, 937.5, 833.33, 625], atol=0.005)
-    for name in ("causvid-1.3b", "fastwan2.1-t2v-1.3b", "fastwan2.1-t2v-14b", "fastwan2.2-ti2v-5b"):
-        assert [1000 * sigma for sigma in RECIPES[name].sigmas] == [1000, 757, 522]
+
+
+@pytest.mark.parametrize("name", ["causvid-1.3b", "fastwan2.1-t2v-1.3b", "fastwan2.1-t2v-14b", "fastwan2.2-ti2v-5b"])
+def test_dmd_levels_are_the_nearest_ones_of_the_shifted_table(name: str) -> None:
+    """FastVideo's scheduler: 1000 steps, shifted by 8, in float32; x0 and noise take the nearest to what is told."""
+    recipe, steps = RECIPES[name], np.arange(1000, 0, -1, dtype=np.float32) / 1000
+    table = 8 * steps / (1 + 7 * steps)
+    nearest = [table[np.abs(1000 * table - told).argmin()] for told in (1000, 757, 522)]
+    assert np.allclose(recipe.sigmas, nearest, rtol=0, atol=1e-7)
+    assert recipe.whole_timesteps and recipe.solver == "redraw" and recipe.num_inference_steps == 3
+    assert timesteps(recipe.sigmas, "redraw").round().tolist() == [1000, 757, 522]
 
 
 def test_patterns_are_declared() -> None:
@@ -273,7 +307,9 @@ def test_patterns_are_declared() -> None:
         "wan2.2-i2v-a14b": {"first"},
         "wan2.2-ti2v-5b": {"first"},
         "wan2.1-flf2v-14b": {"both_ends"},
-        "self-forcing-1.3b": {"first", "prefix"},
+        "self-forcing-1.3b": {"prefix"},
+        "causal-forcing-framewise-1.3b": {"first", "prefix"},
+        "longlive2-5b": {"first", "prefix"},
     }
     for name, expected in native.items():
         assert {key for key, word in asdict(RECIPES[name].patterns).items() if word == NATIVE} == expected
@@ -290,6 +326,7 @@ def test_patterns_are_declared() -> None:
         (SMALL, "x WanDMDPipeline", "fastwan2.1-t2v-1.3b"),
         (SMALL, "self_forcing", "self-forcing-1.3b"),
         (SMALL, "Causal-Forcing-chunkwise", "causal-forcing-1.3b"),
+        (SMALL, "causal_forcing_framewise", "causal-forcing-framewise-1.3b"),
         (SMALL, "CausVid", "causvid-1.3b"),
         (SMALL, "LongLive-1.3B", "longlive-1.3b"),
         (MIDDLE, "LongLive-2.0-5B", "longlive2-5b"),

@@ -31,14 +31,19 @@ class KVCache:
 
         Their keys and values take the place of what was there, in every layer, as the call gets to it.
         """
-        if frames > self.capacity - self.sink:
+        stop = start + frames
+        if start < self.remade_from(stop):
             raise ValueError(f"{frames} frames at once do not fit into {self.capacity} with {self.sink} kept")
-        again = bool(self.slots) and start == self._next - len(self.slots) and frames == len(self.slots)
-        if start != self._next and not again:
+        if start != self._next and (stop != self._next or start < 0):
             raise ValueError(f"frames from {start} on do not follow those up to {self._next}")
-        self.slots = [self._slot(frame) for frame in range(start, start + frames)]
-        self._next = start + frames
+        self.slots = [self._slot(frame) for frame in range(start, stop)]
+        self._next = stop
         self.filled = min(self._next, self.capacity)
+
+    def remade_from(self, stop: int) -> int:
+        """The first frame of those before `stop` that one call can put into it anew: all while they fit, and then the
+        latest, but not the sink."""
+        return 0 if stop <= self.capacity else stop - (self.capacity - self.sink)
 
     def _slot(self, frame: int) -> int:
         return frame if frame < self.sink else self.sink + (frame - self.sink) % (self.capacity - self.sink)

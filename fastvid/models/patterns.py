@@ -42,8 +42,9 @@ FIRST_FRAME = replace(_all(EXPERIMENTAL), first=NATIVE)
 PICTURE = replace(FIRST_FRAME, spatial_mask=REFUSED, staggered=REFUSED)
 TWO_PICTURES = replace(_all(EXPERIMENTAL), both_ends=NATIVE, spatial_mask=REFUSED, staggered=REFUSED)
 CONTROL = replace(_all(NATIVE), staggered=EXPERIMENTAL)
-# What comes later is not seen, and a model of few steps knows no levels but its own.
-CAUSAL = replace(_all(REFUSED), first=NATIVE, prefix=NATIVE, spatial_mask=REIMPOSED)
+# What comes later is not seen, and a model of few steps knows no levels but its own. A picture is a block of one frame,
+# and training began with whole blocks.
+CAUSAL = replace(_all(REFUSED), first=EXPERIMENTAL, prefix=NATIVE, spatial_mask=REIMPOSED)
 FEW_STEPS = replace(_all(REIMPOSED), staggered=REFUSED)
 
 

@@ -34,12 +34,16 @@ SIZES_14B = (*SIZES_720P, *SIZES_480P)
 class Rollout:
     """How a causal model goes through a video, in latent frames: blocks of frames_per_block; attention to `window` of
     them (None: to all so far), the first `sink` of the video and the latest. context_noise: the timestep of the pass
-    that fills the KV cache with a finished block."""
+    that fills the KV cache with a finished block. recache: before a block with another prompt, what is in the cache is
+    passed once more with that. picture_in_block: a first picture is the first frame of the first block, at timestep 0;
+    else it only fills the cache."""
 
     frames_per_block: int = 3
     window: int | None = None
     sink: int = 0
     context_noise: float = 0.0
+    recache: bool = False
+    picture_in_block: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Recipe:
     one to the next by x0 and new noise. guidance_scale_2, boundary_ratio: of models with two experts. sizes: what it
     was trained at, width x height. spatial_multiple: what height and width must divide by. temporal: frames a latent
     frame, so that the model makes temporal * k + 1 frames. per_token_timesteps: it was trained with known tokens at
-    timestep 0.
+    timestep 0. whole_timesteps: what it is told of the levels is rounded.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Recipe:
     negative_prompt: str = ""
     solver: str = "unipc"
     per_token_timesteps: bool = False
+    whole_timesteps: bool = False
     spatial_multiple: int = 16
     temporal: int = 4
     rollout: Rollout | None = None
@@ -186,9 +191,12 @@ WAN_TI2V_5B = replace(
 
 # ---------------------------------------------------------------- distilled from them
 
-# FastVideo tells the model these timesteps and takes the nearest sigma of its shifted table of 1000: within 5e-4.
-DMD_SIGMAS = (1.0, 0.757, 0.522)
-# 1000, 750, 500, 250 on the table that is shifted by 5.
+# The model is told 1000, 757, 522; x0 and new noise are reckoned with the nearest levels of a table of 1000 steps that
+# is shifted by 8, which are its steps 1000, 280 and 120: FastVideo `fastvideo/pipelines/stages/denoising.py`,
+# DmdDenoisingStage (by 8 for the 5B too), and CausVid `causvid/models/wan/wan_wrapper.py` with `flow_match.py`.
+DMD_SIGMAS = (1.0, 28 / 37, 12 / 23)
+# 1000, 750, 500, 250 on the table that is shifted by 5, which the model is told as they are: Self-Forcing
+# `configs/self_forcing_dmd.yaml` (warp_denoising_step), `pipeline/causal_inference.py`.
 SELF_FORCING_SIGMAS = (1.0, 0.9375, 5 / 6, 0.625)
 
 FASTWAN_1_3B = replace(
@@ -197,6 +205,7 @@ FASTWAN_1_3B = replace(
     num_inference_steps=3,
     flow_shift=8.0,
     sigmas=DMD_SIGMAS,
+    whole_timesteps=True,
     guidance_scale=1.0,
     num_frames=61,
     height=448,
@@ -210,37 +219,63 @@ FASTWAN_5B = replace(
     name="fastwan2.2-ti2v-5b",
     num_inference_steps=3,
     sigmas=DMD_SIGMAS,
+    whole_timesteps=True,
     guidance_scale=1.0,
     solver="redraw",
     patterns=replace(patterns.FIRST_FRAME, first=patterns.EXPERIMENTAL, staggered=patterns.REFUSED),
 )
+# The KV cache of `pipeline/causal_inference.py` holds 32760 tokens, which are 21 latent frames, all that it makes at
+# once; longer videos go on with the latest 21. Its first picture needs independent_first_frame, which its released
+# configuration has not.
 SELF_FORCING = replace(
     FASTWAN_1_3B,
     name="self-forcing-1.3b",
     num_inference_steps=4,
     flow_shift=5.0,
     sigmas=SELF_FORCING_SIGMAS,
+    whole_timesteps=False,
     num_frames=81,
     height=480,
     sizes=("832x480",),
-    rollout=Rollout(),
+    rollout=Rollout(window=21),
     context=3,
     carries=True,
     patterns=patterns.CAUSAL,
 )
+# thu-ml/Causal-Forcing `configs/causal_forcing_dmd_chunkwise.yaml` and `_framewise.yaml`.
 CAUSAL_FORCING = replace(SELF_FORCING, name="causal-forcing-1.3b")
-CAUSVID = replace(SELF_FORCING, name="causvid-1.3b", num_inference_steps=3, flow_shift=8.0, sigmas=DMD_SIGMAS)
-LONGLIVE = replace(SELF_FORCING, name="longlive-1.3b", num_frames=477, rollout=Rollout(window=12, sink=3))
+CAUSAL_FORCING_FRAMEWISE = replace(
+    CAUSAL_FORCING,
+    name="causal-forcing-framewise-1.3b",
+    rollout=Rollout(frames_per_block=1, window=21),
+    patterns=replace(patterns.CAUSAL, first=patterns.NATIVE),
+)
+# `configs/wan_causal_dmd.yaml` (no warp), `causvid/models/wan/causal_inference.py` (32760 tokens).
+CAUSVID = replace(
+    SELF_FORCING,
+    name="causvid-1.3b",
+    num_inference_steps=3,
+    flow_shift=8.0,
+    sigmas=DMD_SIGMAS,
+    whole_timesteps=True,
+)
+# Branch v1.0: `configs/longlive_inference.yaml` (120 latent frames), `pipeline/interactive_causal_inference.py`.
+LONGLIVE = replace(SELF_FORCING, name="longlive-1.3b", num_frames=477, rollout=Rollout(window=12, sink=3, recache=True))
+# Branch main: `configs/inference.yaml` (128 latent frames), `pipeline/causal_diffusion_inference.py`,
+# `utils/i2v_conditioning.py`. A new prompt leaves its cache as it is. What it does beside that at a cut between shots,
+# a second sink and a leap of the positions by 8, is not done here.
 LONGLIVE_2 = replace(
     FASTWAN_5B,
     name="longlive2-5b",
     num_inference_steps=4,
     sigmas=None,
+    whole_timesteps=False,
     solver="unipc",
-    rollout=Rollout(frames_per_block=8, window=32, sink=8),
+    num_frames=509,
+    rollout=Rollout(frames_per_block=8, window=32, sink=8, picture_in_block=True),
     context=8,
     carries=True,
-    patterns=patterns.CAUSAL,
+    patterns=replace(patterns.CAUSAL, first=patterns.NATIVE),
 )
 
 VARIANTS: tuple[Variant, ...] = (
@@ -259,6 +294,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant(FASTWAN_14B, LARGE, ("FastWan", "WanDMDPipeline")),
     Variant(FASTWAN_5B, MIDDLE, ("FastWan", "WanDMDPipeline")),
     Variant(SELF_FORCING, SMALL, ("Self-Forcing", "SFWan", "WanCausalDMDPipeline")),
+    Variant(CAUSAL_FORCING_FRAMEWISE, SMALL, ("Causal-Forcing-framewise",)),
     Variant(CAUSAL_FORCING, SMALL, ("Causal-Forcing",)),
     Variant(CAUSVID, SMALL, ("CausVid",)),
     Variant(LONGLIVE, SMALL, ("LongLive",)),
