@@ -25,6 +25,7 @@ MAX_SEED = 2**63 - 1
 MIN_FPS, MAX_FPS = 0.1, 240.0
 MAX_PROMPT = 100_000  # characters
 SOLVERS = ("unipc", "euler", "dpm++", "redraw")
+SCHEDULES = ("windows", "staggered")
 BUDGETS = {"240p": (416, 240), "360p": (640, 360), "480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1080)}
 
 Check = Callable[[str, Any], Any]

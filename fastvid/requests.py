@@ -20,7 +20,7 @@ from fastvid.limits import check_frames, check_size, nearest_name, nearest_size,
 SAMPLING = (
     *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift"),
     *("sigmas", "solver", "latents", "prompt_embeds", "negative_prompt_embeds", "conditioning_scale"),
-    "original_prompt",
+    *("original_prompt", "schedule"),
 )
 SIZE = ("height", "width", "aspect", "budget")
 LENGTH = ("num_frames", "seconds")
@@ -115,6 +115,7 @@ class Request:
     flow_shift: float | None = asked(number(0.01, 100.0))
     sigmas: tuple[float, ...] | None = asked(limits.sigmas)
     solver: str | None = asked(limits.one_of(limits.SOLVERS))
+    schedule: str | None = asked(limits.one_of(limits.SCHEDULES))
     image: Any = asked(limits.picture, data=True)
     last_image: Any = asked(limits.picture, data=True)
     keyframes: Any = asked(limits.keyframes, data=True)
@@ -336,6 +337,7 @@ class Resolved:
     flow_shift: float
     sigmas: tuple[float, ...] | None
     solver: str
+    schedule: str | None
     verb: str
     direction: str | None
     strength: float | None

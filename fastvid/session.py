@@ -58,10 +58,15 @@ class Job:
     decode_stripes: int = 1
 
 
-def rows(parts: Parts, segment: Segment, sigmas: np.ndarray, known_columns: Tensor) -> Iterator[Row]:
+def rows(
+    parts: Parts, segment: Segment, sigmas: np.ndarray, known_columns: Tensor, schedule: str | None = None
+) -> Iterator[Row]:
     """The noise table of a segment."""
     if parts.recipe.rollout is not None:
         return rollouts.rows(parts.recipe.rollout, segment, sigmas)
+    if schedule == "staggered":
+        size, stride = stagger(parts, segment, len(sigmas))
+        return tables.staggered(sigmas, segment.columns, size, stride, rollouts.known_columns(segment))
     return tables.windows(sigmas, spans(parts, segment), known_columns)
 
 
@@ -76,6 +81,12 @@ def spans(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
     return tables.window_spans(segment.columns, size, min(recipe.overlap, size - 1), cuts)
 
 
+def stagger(parts: Parts, segment: Segment, steps: int) -> tuple[int, int]:
+    """(columns of the window, rows between the beginnings of two columns) of a staggered table."""
+    size = min(parts.recipe.window, segment.columns)
+    return size, -(-steps // max(1, size - parts.recipe.overlap))
+
+
 def turns(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
     """(column, prompt) from where on which is meant."""
     if parts.recipe.rollout is not None:
@@ -84,8 +95,11 @@ def turns(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
     return [(0, segment.prompts[0][1]), *later]
 
 
-def count_rows(parts: Parts, segment: Segment, steps: int) -> int:
+def count_rows(parts: Parts, segment: Segment, steps: int, schedule: str | None = None) -> int:
     """How many rows the table of a segment has."""
+    if schedule == "staggered":
+        (size, stride), known = stagger(parts, segment, steps), rollouts.known_columns(segment)
+        return -(-max(0, known + 1 - size) // size) + stride * (segment.columns - known - 1) + steps
     if (rollout := parts.recipe.rollout) is None:
         return steps * len(spans(parts, segment))
     made, passed, refilled = rollouts.count_passes(rollout, segment)
@@ -103,6 +117,8 @@ def count_calls(parts: Parts, segment: Segment, sigmas: np.ndarray, request: Res
     scales, times = request.guidance_scales(len(parts.experts)), timesteps(sigmas, request.solver)
     each = [1 if scales[parts.experts.choose(t)] == 1 else 2 for t in times]
     each = [calls + (request.source_prompt is not None) for calls in each]
+    if request.schedule == "staggered":
+        return count_rows(parts, segment, len(sigmas), request.schedule) * max(each)
     if parts.recipe.rollout is None:
         return sum(each) * len(spans(parts, segment))
     made, passed, refilled = rollouts.count_passes(parts.recipe.rollout, segment)
@@ -125,7 +141,8 @@ class Session:
 
     @property
     def total_steps(self) -> int:
-        return sum(count_rows(self.parts, s, len(self.job.sigmas)) for s in self.job.timeline.segments)
+        steps, schedule = len(self.job.sigmas), self.job.request.schedule
+        return sum(count_rows(self.parts, s, steps, schedule) for s in self.job.timeline.segments)
 
     def run(self) -> Iterator[Event]:
         """Step and Frames events, frames in order. Raises Cancelled."""
@@ -240,7 +257,8 @@ class SegmentMaker:
 
     def run(self) -> Iterator[Any]:
         """(sigma, seconds) after every row, and uint8 frames [n, height, width, 3] as they are decoded."""
-        session, table = self.session, rows(self.parts, self.segment, self.sigmas, self.conditions.columns)
+        session, schedule = self.session, self.request.schedule
+        table = rows(self.parts, self.segment, self.sigmas, self.conditions.columns, schedule)
         rollout = self.parts.recipe.rollout
         keep = 0 if rollout is None else rollouts.most_refilled(rollout, self.segment)
         solver = find_solver(self.request.solver)

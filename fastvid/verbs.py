@@ -120,6 +120,8 @@ def check(parts: Parts, request: Resolved, laid: Timeline) -> None:
                     f"{request.verb}: {name} cannot take {_WORDS[pattern]}; it can take "
                     + (", ".join(_WORDS[p] for p in allowed) or "text alone")
                 )
+    if request.schedule == "staggered":
+        _check_staggered(parts, request, laid)
     if way_of(parts) == CHANNELS:
         _check_channels(parts, request, laid.segments[0])
 
@@ -132,6 +134,16 @@ _WORDS = {
     "keyframe": "pictures in between",
     "spatial_mask": "a region to keep (mask=)",
 }
+
+
+def _check_staggered(parts: Parts, request: Resolved, laid: Timeline) -> None:
+    """Levels that rise from left to right: only what stands on the left may be known."""
+    if parts.recipe.patterns.staggered == REFUSED or parts.recipe.rollout is not None:
+        raise InvalidRequest(f"schedule='staggered': {parts.recipe.name} has one level in all frames; leave it out")
+    if len(laid.segments) > 1 or any(s.right or s.source is not None or set(s.pictures) - {0} for s in laid.segments):
+        raise InvalidRequest(
+            "schedule='staggered': only a first picture or a clip to go on from may be known; leave it out"
+        )
 
 
 def _check_channels(parts: Parts, request: Resolved, first: Segment) -> None:
