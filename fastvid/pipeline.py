@@ -79,7 +79,7 @@ class Pipeline:
                 "dpm++", "redraw"), image, last_image, keyframes (the first and the last frame, and {frame: picture}: a
                 file, a uint8 array [H, W, 3] or a Pillow image), latents (initial noise [1, C, T, h, w]), prompt_embeds
                 and negative_prompt_embeds ([1, L, text_dim]), schedule ("windows", one stretch of frames after another;
-                or "staggered", diffusion forcing: first frames come early), draft (True: half the size, fewer steps; see
+                or "staggered", diffusion forcing: frames come early), draft (True: half the size, fewer steps; see
                 `finalize`).
                 What is left out is as the model's recipe says.
                 For VACE: video (depth, pose, or frames to keep: a file, uint8 [F, H, W, 3], or pictures; frames are
