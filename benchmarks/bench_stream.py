@@ -97,12 +97,10 @@ def first(args: argparse.Namespace) -> None:
     made = [alone(seconds=60, num_inference_steps=4, seed=1) for _ in range(args.rounds)]
     made.sort(key=lambda m: m["total"])
     middle = made[len(made) // 2]
-    share = middle["first_frame"] / middle["total"]
-    print(
-        f"{middle['frames']} frames: {middle['first_frame']:.2f} s to the first, {middle['total']:.1f} in all: {share:.1%}"
-    )
+    early, total = middle["first_frame"], middle["total"]
+    print(f"{middle['frames']} frames: the first after {early:.2f} s of {total:.1f}, {early / total:.1%}")
     rows = [row("first frame", [m["first_frame"] for m in made]), row("all frames", [m["total"] for m in made])]
-    print(save("stream-first", rows, "cpu", share=share, request=middle["request"]))
+    print(save("stream-first", rows, "cpu", share=early / total, request=middle["request"]))
 
 
 def memory(args: argparse.Namespace) -> None:
