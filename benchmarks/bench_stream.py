@@ -124,7 +124,7 @@ def beside(args: argparse.Namespace) -> None:
             (
                 "embedded 96x160",
                 fastvid.load("embedded", device="cpu"),
-                {"width": 160, "height": 96, "num_frames": 161},
+                {"width": 160, "height": 96, "num_frames": 81},
             ),
             ("384 wide, 256x256", middling(Path(folder) / "model"), {"width": 256, "height": 256, "num_frames": 41}),
         ):
