@@ -169,6 +169,7 @@ def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> di
     """Frames go into the file as they come, so that memory does not grow with the video. Whatever happens, the file is
     whole or not there."""
     from fastvid.media import FrameSink
+    from fastvid.media_beside import Beside
 
     with contextlib.ExitStack() as stack:
         for event in stream:
@@ -179,18 +180,21 @@ def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> di
                 started = event
                 sink = FrameSink(output, width=event.width, height=event.height, fps=event.fps, recipe=event.recipe)
                 stack.enter_context(sink)
+                beside = stack.enter_context(Beside(sink))
             elif kind == "Frames":
-                sink.write(event.frames)
+                beside.write(event.frames)
             elif kind == "Finished":
+                beside.finish()
+                watch.mark("wait")
                 path = sink.close(event.recipe)
-                watch.mark("write")
-                return _summary(path, started, event, watch)
-            watch.mark("write")
+                watch.mark("close")
+                return _summary(path, started, event, watch, beside.seconds + watch.seconds["close"])
+            watch.mark("wait")
         raise Error("the stream ended before the video was finished")
 
 
-def _summary(path: Path, started: Any, finished: Any, watch: Stopwatch) -> dict[str, Any]:
-    seconds = {"load": watch.seconds["load"], **finished.seconds, "write": watch.seconds["write"], "total": watch.total}
+def _summary(path: Path, started: Any, finished: Any, watch: Stopwatch, written: float) -> dict[str, Any]:
+    seconds = {"load": watch.seconds["load"], **finished.seconds, "write": written, "total": watch.total}
     return {
         "output": str(path),
         "seed": finished.seed,

@@ -7,8 +7,10 @@ video.save("out.mp4")
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import copy
+import functools
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ import torch
 from torch import Tensor
 
 import fastvid
-from fastvid import control, inputs, pieces, planning, prompts, verbs
+from fastvid import asynchronous, control, inputs, limits, pieces, planning, prompts, verbs
 from fastvid.errors import InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
 from fastvid.loading import Parts, change_loras, load_parts, read_checkpoint, read_loras
 from fastvid.plan import Plan
+from fastvid.queueing import RUNNING, Place, Queue
 from fastvid.requests import Request, Resolved
 from fastvid.sampling import check_sigmas, make_sigmas
 from fastvid.session import Job, Session
@@ -31,25 +34,28 @@ from fastvid.video import Video
 
 __all__ = ["Finished", "Frames", "Pipeline", "Started", "Step", "Stream", "Video", "inspect", "load"]
 
+MAX_RUNNING = limits.whole(1, 1000)
+
 
 class Stream:
     """The events of one running request. Iterate over it; `cancel()`, from any thread, ends it with Cancelled."""
 
-    def __init__(self, events: Iterator[Event], cancelled: threading.Event) -> None:
-        self._events, self._cancelled = events, cancelled
+    def __init__(self, events: Iterator[Event], place: Place) -> None:
+        self._events, self._place = events, place
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Event:
-        return next(self._events)
+        with self._place.pulled():
+            return next(self._events)
 
     def cancel(self) -> None:
-        """Stop before the next step or chunk; the iteration then raises fastvid.Cancelled."""
-        self._cancelled.set()
+        """Stop before the next step or chunk, or while it waits; the iteration then raises fastvid.Cancelled."""
+        self._place.stop()
 
     def close(self) -> None:
-        """Stop at once and free what the request holds."""
+        """Free what the request holds, once what it is at in other threads has ended. Not while it is iterated over."""
         self._events.close()
 
 
@@ -63,10 +69,16 @@ class Prepared:
 
 
 class Pipeline:
-    """A model ready to run. Make one with `fastvid.load`. It keeps no state between requests."""
+    """A model ready to run. Make one with `fastvid.load`. It keeps no state between requests.
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    Requests may be made from many threads and tasks: they begin in the order in which they came, at most `max_running`
+    at once, and take turns step by step (see `fastvid.queueing`). Every verb has an async twin: `await
+    pipe.agenerate(...)`, `async for event in pipe.astream(...)`.
+    """
+
+    def __init__(self, parts: Parts, max_running: int = RUNNING) -> None:
+        self._parts, self._place = parts, None
+        self._queue = Queue(MAX_RUNNING("max_running", max_running))
 
     def generate(self, prompt: str | None = None, **options: Any) -> Video:
         """Make a video from a prompt, and perhaps from pictures.
@@ -145,9 +157,11 @@ class Pipeline:
 
     def _video(self, verb: str, **options: Any) -> Video:
         frames: list[np.ndarray] = []
-        for event in self._start(verb, options, keep_frames=True, keep_latents=True):
-            if isinstance(event, Frames):
-                frames.append(event.frames)
+        # Closed also where an exception's traceback keeps the stream: others wait for its place.
+        with contextlib.closing(self._start(verb, options, keep_frames=True, keep_latents=True)) as stream:
+            for event in stream:
+                if isinstance(event, Frames):
+                    frames.append(event.frames)
         # The loop only ends after Finished: everything else raises.
         return Video(np.concatenate(frames), event.fps, event.seed, event.latents, event.recipe)
 
@@ -157,6 +171,8 @@ class Pipeline:
         """Any verb, as events: Started, Step, Frames, Finished. Frames come out while later ones are still made.
 
         The request is checked and planned before this returns; nothing is computed until the first event is asked for.
+        After Started it may have to wait for others. On a GPU decoding runs beside denoising, if both fit: frames then
+        come out with the step after that in which they were decoded.
         verb: "generate", "image", "extend", "loop", "blend", "edit", "storyboard" or "finalize", with its options.
         keep_latents: whether Finished has them; without, memory does not grow with the video.
         """
@@ -165,8 +181,43 @@ class Pipeline:
 
     def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
         options = prompts.expanded(options, self._parts.recipe.name, verb)
-        prepared, cancelled = self._prepare(verb, options, keep_frames), threading.Event()
-        return Stream(self._run(prepared, cancelled, keep_latents), cancelled)
+        prepared, place = self._prepare(verb, options, keep_frames), self._place or self.new_place()
+        return Stream(self._run(prepared, place, keep_latents), place)
+
+    # ------------------------------------------------------------ for services
+
+    async def astream(self, prompt: Any = None, **options: Any) -> AsyncIterator[Event]:
+        """`stream` as an async generator: the same options and events, made in a thread as they are asked for.
+
+        What is wrong with the request is raised with the first event. Cancelling the task, or `aclose()`, stops the
+        request before its next step; when that is done, all that it held is free.
+        """
+        place = self.new_place()
+        run = functools.partial(self.at(place).stream, prompt, **options)
+        async with contextlib.aclosing(asynchronous.events(place, run)) as events:
+            async for event in events:
+                yield event
+
+    agenerate = asynchronous.twin(generate)
+    aimage = asynchronous.twin(image)
+    aextend = asynchronous.twin(extend)
+    aloop = asynchronous.twin(loop)
+    ablend = asynchronous.twin(blend)
+    aedit = asynchronous.twin(edit)
+    astoryboard = asynchronous.twin(storyboard)
+    afinalize = asynchronous.twin(finalize)
+
+    def new_place(self) -> Place:
+        """A place for one more request, with which it can be stopped (see `fastvid.queueing`)."""
+        return Place(self._queue)
+
+    def at(self, place: Place) -> Pipeline:
+        """This pipeline, for the one request that has this place."""
+        other = copy.copy(self)
+        other._place = place
+        return other
+
+    # ------------------------------------------------------------ without running
 
     def plan(self, prompt: str | None = None, *, verb: str = "generate", **options: Any) -> Plan:
         """What a request would cost, without running it. The prompt may be left out."""
@@ -229,7 +280,8 @@ class Pipeline:
         sigmas = _sigmas_of(request)
         recipe = request.to_recipe(model=parts.model, version=fastvid.__version__, **parts.settings)
         made = planning.plan_request(parts, request, timeline, sigmas, keep_frames)
-        return Prepared(Job(request, timeline, sigmas, made.decode_chunk, made.decode_stripes), made, recipe)
+        job = Job(request, timeline, sigmas, made.decode_chunk, made.decode_stripes, made.decode_beside)
+        return Prepared(job, made, recipe)
 
     def _check_tensors(self, request: Resolved, timeline: Timeline) -> None:
         config, segments = self._parts.transformer.config, timeline.segments
@@ -247,8 +299,8 @@ class Pipeline:
 
     # ------------------------------------------------------------ running
 
-    def _run(self, prepared: Prepared, cancelled: threading.Event, keep_latents: bool) -> Iterator[Event]:
-        job, session = prepared.job, Session(self._parts, prepared.job, cancelled, keep_latents)
+    def _run(self, prepared: Prepared, place: Place, keep_latents: bool) -> Iterator[Event]:
+        job, session = prepared.job, Session(self._parts, prepared.job, place, keep_latents)
         request, timeline = job.request, job.timeline
         yield Started(
             plan=prepared.plan,
@@ -260,7 +312,8 @@ class Pipeline:
             total_steps=session.total_steps,
             recipe=prepared.recipe,
         )
-        yield from session.run()
+        with place.begun():
+            yield from session.run()
         clean = torch.cat(session.latents, dim=2) if keep_latents else None
         yield Finished(request.seed, timeline.num_frames, request.fps, clean, prepared.recipe, session.seconds)
 
@@ -296,6 +349,7 @@ def load(
     loras: Sequence[Any] = (),
     offload: str = "auto",
     parts: Mapping[str, str | Path] | None = None,
+    max_running: int = RUNNING,
 ) -> Pipeline:
     """Load a model.
 
@@ -317,6 +371,7 @@ def load(
         parts: where parts come from that the model does not have or that are to be others: names (transformer_2, vae,
             text_encoder, image_encoder, tokenizer) to files, folders or hub files; "base" names a whole folder that a
             single file takes everything else from.
+        max_running: how many requests may have begun at once; others wait, first come first served.
 
     Raises:
         CheckpointError: the model is missing, broken or of an unsupported kind, or a LoRA does not fit it.
@@ -324,7 +379,8 @@ def load(
         BackendUnavailable: a back end or device asked for by name cannot run here.
     """
     given = {"device": device, "dtype": dtype, "backend": backend, "attention": attention}
-    return Pipeline(load_parts(model, **given, loras=loras, offload=offload, parts=parts))
+    MAX_RUNNING("max_running", max_running)
+    return Pipeline(load_parts(model, **given, loras=loras, offload=offload, parts=parts), max_running)
 
 
 def inspect(model: str, loras: Sequence[Any] = (), parts: Mapping[str, str | Path] | None = None) -> dict[str, Any]:

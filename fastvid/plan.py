@@ -36,6 +36,7 @@ class Plan:
 
     offload: how weights share the device, choices: the same in sentences. bytes_device: on the device at the peak,
     weights included; bytes_host: of weights at home in host memory. bytes_free: what can still be taken there now.
+    decode_chunk: latent frames decoded at a time; decode_beside: while later ones are denoised.
     """
 
     height: int
@@ -69,6 +70,7 @@ class Plan:
     device: str
     dtype: str
     backends: Mapping[str, str]
+    decode_beside: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

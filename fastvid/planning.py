@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastvid import plan, plan_memory
+from fastvid import decoding, plan, plan_memory
 from fastvid.conditions import CHANNELS, CONTROL, way_of
 from fastvid.loading import Parts
 from fastvid.plan import Plan
@@ -31,6 +31,9 @@ def plan_request(parts: Parts, request: Resolved, timeline: Timeline, sigmas: np
         hint = plan.nearest(timeline.num_frames, needs.window.temporal, lambda n: needs.taken(n) <= capacity)
         shown = replace(needs.window, num_frames=timeline.num_frames)
         plan_memory.refuse(memory, taken, capacity, shown, hint)
+    # Beside each other the two take the most together, so only where that fits.
+    both = memory.phases["denoising"] + cost.decoder
+    beside = decoding.worth_it(parts.device) and both <= capacity
     config, segments, window = parts.transformer.config, timeline.segments, needs.window
     calls = sum(count_calls(parts, segment, sigmas, request) for segment in segments)
     tokens, rows = plan.count_tokens(window, config), parts.tokenizer.text_length
@@ -60,13 +63,14 @@ def plan_request(parts: Parts, request: Resolved, timeline: Timeline, sigmas: np
         bytes_free=free,
         bytes_encoder=cost.encoder,
         bytes_context=cost.context,
-        bytes_device=memory.device,
+        bytes_device=max(memory.device, both) if beside else memory.device,
         bytes_host=memory.host,
         offload=memory.offload,
-        choices=memory.choices,
+        choices=(*memory.choices, *(("decoding runs beside denoising, on a stream of its own",) if beside else ())),
         device=str(parts.device),
         dtype=str(parts.dtype).removeprefix("torch."),
         backends=parts.ops.bound,
+        decode_beside=beside,
     )
 
 

@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+KINDS = (
+    torch.backends.mkldnn.matmul,
+    torch.backends.mkldnn.conv,
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,
+)
+
+
+class _Setting:
+    """torch's settings belong to the process, so those who compute at once share one change of them: the first in saves
+    the caller's, the last out puts them back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, []
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = [kind.fp32_precision for kind in KINDS]
+                for kind in KINDS:
+                    kind.fp32_precision = "ieee"
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for kind, precision in zip(KINDS, self._before, strict=True):
+                    kind.fp32_precision = precision
+
+
+_SETTING = _Setting()
 
 
 @contextmanager
 def ieee_fp32() -> Iterator[None]:
     """Full-precision fp32 matrix products and convolutions inside; the caller's settings come back after.
 
-    Never held across a yield of ours, so that the caller never sees it.
+    Never held across a yield of ours, so that a caller with one thread never sees it. With several, it lasts until the
+    last one of them that computes is done.
     """
-    kinds = (
-        torch.backends.mkldnn.matmul,
-        torch.backends.mkldnn.conv,
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,
-    )
-    before = [kind.fp32_precision for kind in kinds]
+    _SETTING.enter()
     try:
-        for kind in kinds:
-            kind.fp32_precision = "ieee"
         yield
     finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
+        _SETTING.leave()

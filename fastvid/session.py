@@ -4,7 +4,6 @@ order in which they come out. All state of a request is here, and nowhere else.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvid import conditions, engine, rollouts, tables
+from fastvid import conditions, decoding, engine, rollouts, tables
 from fastvid.conditions import CACHE, REIMPOSED, TIMESTEPS, Conditions, Region
 from fastvid.engine import Row
-from fastvid.errors import Cancelled
 from fastvid.events import Event, Frames, Step
 from fastvid.given import Known
 from fastvid.layers.kv_cache import KVCache
 from fastvid.loading import Parts
 from fastvid.precision import ieee_fp32
+from fastvid.queueing import Place
 from fastvid.requests import Resolved
 from fastvid.sampling import (
     Denoise,
@@ -49,13 +48,17 @@ NEGATIVE, SOURCE = -1, -2  # numbers of the prompts that are not the request's o
 @dataclass(frozen=True)
 class Job:
     """A request that was checked and planned, with everything that belongs to it alone. sigmas [N] without the zero.
-    decode_chunk: latent frames that are decoded at a time, in decode_stripes stripes of rows."""
+
+    decode_chunk: latent frames that are decoded at a time, in decode_stripes stripes of rows; beside: while the
+    denoiser goes on.
+    """
 
     request: Resolved
     timeline: Timeline
     sigmas: np.ndarray
     decode_chunk: int
     decode_stripes: int = 1
+    beside: bool = False
 
 
 def rows(
@@ -131,7 +134,7 @@ class Session:
 
     parts: Parts
     job: Job
-    cancelled: threading.Event
+    place: Place
     keep_latents: bool = True
     latents: list[Tensor] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"text": 0.0, "denoise": 0.0, "decode": 0.0})
@@ -167,23 +170,20 @@ class Session:
         finally:
             spool.close()
 
-    def _check(self) -> None:
-        if self.cancelled.is_set():
-            raise Cancelled("the request was cancelled")
-
     def _kept(self, part: Kept) -> Iterator[np.ndarray]:
         for start in range(part.start, part.stop, KEPT_AT_ONCE):
-            self._check()
+            self.place.check()
             yield part.clip.read(start, min(start + KEPT_AT_ONCE, part.stop))
 
     def _made(self, number: int, segment: Segment) -> Iterator[Any]:
         """Step events and uint8 frames of a segment."""
-        self._check()
-        mark, total = time.perf_counter(), self.total_steps
-        for prompt in self._prompts(segment):
-            self.text(prompt)
-        maker = SegmentMaker(self, segment, self._known(segment))
-        self.seconds["text"] += time.perf_counter() - mark
+        total = self.total_steps
+        with self.place.step():
+            mark = time.perf_counter()
+            for prompt in self._prompts(segment):
+                self.text(prompt)
+            maker = SegmentMaker(self, segment, self._known(segment))
+            self.seconds["text"] += time.perf_counter() - mark
         for item in maker.run():
             if isinstance(item, np.ndarray):
                 self._remember(number, item)
@@ -257,55 +257,55 @@ class SegmentMaker:
 
     def run(self) -> Iterator[Any]:
         """(sigma, seconds) after every row, and uint8 frames [n, height, width, 3] as they are decoded."""
-        session, schedule = self.session, self.request.schedule
+        session, schedule, rollout = self.session, self.request.schedule, self.parts.recipe.rollout
         table = rows(self.parts, self.segment, self.sigmas, self.conditions.columns, schedule)
-        rollout = self.parts.recipe.rollout
         keep = 0 if rollout is None else rollouts.most_refilled(rollout, self.segment)
         solver = find_solver(self.request.solver)
         walked = engine.walk(table, self.source, solver, self.denoiser, fresh=self.fresh, keep=keep)
-        cache, start, mark = None, 0, time.perf_counter()
-        while True:
-            session._check()
-            if (row := next(walked, None)) is None:
-                return
-            spent = time.perf_counter() - mark
-            session.seconds["denoise"] += spent
-            yield row.sigma, spent
-            for chunk in self._to_decode(row):
-                session._check()
-                mark = time.perf_counter()
-                frames, cache, start = self._decode(chunk, cache, start)
-                session.seconds["decode"] += time.perf_counter() - mark
-                if len(frames):
-                    yield frames
-            mark = time.perf_counter()
+        decoder = decoding.open_decoder(
+            self.parts, self.segment, session.place, session.job.beside, session.job.decode_stripes
+        )
+        try:
+            while (stepped := self._next(walked)) is not None:
+                row, seconds = stepped
+                yield row.sigma, seconds
+                yield from self._frames(decoder.put(self._to_decode(row)))
+            # Only now: another segment may begin with these frames.
+            yield from self._frames(decoder.finish())
+        finally:
+            decoder.close()
 
-    def _to_decode(self, row: engine.Walked) -> Iterator[Tensor]:
+    def _next(self, walked: Iterator[engine.Walked]) -> tuple[engine.Walked, float] | None:
+        """The next row and the seconds it took, in this request's turn; None after the last one."""
+        with self.session.place.step():
+            mark = time.perf_counter()
+            row = next(walked, None)
+            decoding.settle(self.parts.device)
+            spent = time.perf_counter() - mark
+            self.session.seconds["denoise"] += spent
+            return None if row is None else (row, spent)
+
+    def _frames(self, decoded: Iterator[decoding.Decoded]) -> Iterator[np.ndarray]:
+        """Those that come out of what is decoded, with the clip's own pixels where it stays."""
+        for frames, start, seconds in decoded:
+            self.session.seconds["decode"] += seconds
+            if self.clip is not None and self.request.mask is not None and len(frames):
+                frames = self.clip.keep(frames, max(0, start - self.segment.skip))
+            if len(frames):
+                yield frames
+
+    def _to_decode(self, row: engine.Walked) -> tuple[Tensor, ...]:
         """What became clean, in the decoder's chunks: without what stands in front, or behind all that comes out."""
         if row.ready is None:
-            return
+            return ()
         segment, last = self.segment, self.segment.column_of(self.segment.skip + self.segment.num_frames - 1)
         ready = row.ready[:, :, max(0, segment.lead - row.start) : last + 1 - row.start]
         if ready.shape[2] == 0:
-            return
+            return ()
         if self.session.keep_latents:
             known = segment.lead + segment.left_columns - max(row.start, segment.lead)
             self.session.latents.append(ready[:, :, max(0, known) :])
-        yield from ready.split(self.session.job.decode_chunk, dim=2)
-
-    @torch.no_grad()
-    def _decode(self, latents: Tensor, cache: Any, start: int) -> tuple[np.ndarray, Any, int]:
-        """The next latents to cropped uint8 frames, the decoder's new cache, and the stream's next frame."""
-        parts = self.parts
-        with ieee_fp32():
-            stripes = self.session.job.decode_stripes
-            # The cache is this segment's own, so its memory may be used again.
-            frames, cache = parts.vae.decode(latents.to(parts.vae_dtype), cache, stripes, cache is not None)
-        rgb = parts.ops.to_rgb(frames[0])
-        cropped = self.segment.crop(rgb, start).contiguous().cpu().numpy()
-        if self.clip is not None and self.request.mask is not None and len(cropped):
-            cropped = self.clip.keep(cropped, max(0, start - self.segment.skip))
-        return cropped, cache, start + len(rgb)
+        return ready.split(self.session.job.decode_chunk, dim=2)
 
     # ------------------------------------------------------------ noise
 

@@ -21,6 +21,12 @@ try:
 except KeyError:
     pass
 assert torch.get_float32_matmul_precision() == "medium", torch.get_float32_matmul_precision()
+first, second = ieee_fp32(), ieee_fp32()  # of two threads, which end in the order in which they began
+first.__enter__()
+second.__enter__()
+first.__exit__(None, None, None)
+assert torch.backends.mkldnn.matmul.fp32_precision == "ieee" and error() < 1e-6
+second.__exit__(None, None, None)
 print(torch.backends.mkldnn.matmul.fp32_precision)
 """
 

@@ -4,7 +4,6 @@ the whole video so far under a dense mask; and, where prompts change, against on
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -17,15 +16,13 @@ import torch
 from torch import Tensor
 
 import fastvid
-from fastvid import rollouts, timeline
+from fastvid import rollouts
 from fastvid.events import Finished, Frames, Step
 from fastvid.models import recipes
 from fastvid.models.recipes import Recipe, Rollout
 from fastvid.models.wan import WanTransformer
 from fastvid.ops import reference
-from fastvid.requests import Request
 from fastvid.sampling import combine, find_solver, latent_noise, make_sigmas
-from fastvid.session import Job, Session
 
 HEIGHT, WIDTH, TOKENS = 64, 96, 24  # TOKENS: of a latent frame
 SIZE = {"height": HEIGHT, "width": WIDTH}
@@ -232,17 +229,10 @@ def test_a_pipeline_is_the_explicit_rollout(plain, case):
 def test_a_clip_goes_on_from_its_last_frames(plain):
     """The last nine are three latents in the cache; noise of what is new begins at index 0."""
     pipe, frames = with_recipe(plain, SELF_FORCING), clip(20)
-    given = SimpleNamespace(num_frames=20, read=lambda start, stop: frames[start:stop])
-    request = Request.make("generate", prompt=PROMPT, num_frames=14, seed=3, **SIZE).resolve(pipe._parts.recipe)
-    stretch = timeline.Stretch(14, HEIGHT, WIDTH)
-    rules = timeline.Rules(context=3, block=3, carries=True)
-    laid = timeline.extend(given, 14, "after", stretch, rules)
-    session = Session(pipe._parts, Job(request, laid, np.array(pipe._parts.recipe.sigmas), 1), threading.Event())
-    events = list(session.run())
-    out = np.concatenate([event.frames for event in events if isinstance(event, Frames)])
+    made = pipe.extend(frames, PROMPT, num_frames=14, seed=3)
     wanted = explicit(pipe, blocks_of(9, 3, 3), known=pipe.encode(frames[-9:]), seed=3, origin=-3)
-    made = torch.cat(session.latents, dim=2)
-    assert error(made, wanted[:, :, 3 : 3 + made.shape[2]]) < 1e-5
+    out, latents = made.frames, made.latents
+    assert error(latents, wanted[:, :, 3 : 3 + latents.shape[2]]) < 1e-5
     assert len(out) == 34 and np.array_equal(out[:20], frames)
     difference = np.abs(out[20:].astype(int) - pipe.decode(wanted)[9:23])
     assert (difference <= 1).mean() >= 0.999

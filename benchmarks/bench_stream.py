@@ -1,0 +1,186 @@
+"""Streaming on the CPU with the embedded model: time to the first frame, memory against length, and whether decoding or
+writing beside denoising is worth it.
+
+python benchmarks/bench_stream.py [first] [memory] [beside] [--size 160x96] [--seconds 10 60] [--rounds 5]
+
+first: a video of 60 s (960 frames, 64x64, 4 steps): seconds to its first frame and in all, from the stream's beginning,
+the model loaded. memory: peak resident bytes (VmHWM) of a process of its own that makes a file, 2 steps, guidance off,
+for each length. beside: the same request decoded in place and in a thread, and written in place and in a thread,
+interleaved, for the embedded model and for one with random weights, 384 wide.
+
+Every file is written as the command line does it: a stream without its latents into a FrameSink.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness import Case, Row, measure, save, table
+
+import fastvid
+from fastvid import decoding
+from fastvid.media import FrameSink
+from fastvid.media_beside import Beside
+
+PROMPT = "a red circle moving right on a white background"
+PARTS = ("first", "memory", "beside")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure (default: all)")
+    parser.add_argument("--size", default="160x96", help="of memory's videos")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[10, 60], help="lengths of memory's videos")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a request, in a process of its own
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(json.loads(args.one))))
+        return
+    for part in args.parts or PARTS:
+        {"first": first, "memory": memory, "beside": beside}[part](args)
+
+
+# ---------------------------------------------------------------- one video
+
+
+def write(pipe: Any, path: Path, in_thread: bool = True, **request: Any) -> dict[str, float]:
+    """Makes a file. Seconds from the beginning: to the first frame, and in all."""
+    start, first = time.perf_counter(), 0.0
+    stream = pipe.stream(PROMPT, keep_latents=False, **request)
+    started = next(stream)
+    with FrameSink(path, width=started.width, height=started.height, fps=started.fps) as sink, Beside(sink) as writing:
+        for event in stream:
+            if isinstance(event, fastvid.Frames):
+                first = first or time.perf_counter() - start
+                (writing if in_thread else sink).write(event.frames)
+        writing.finish()
+        sink.close()
+    return {"first_frame": first, "total": time.perf_counter() - start, "frames": started.num_frames}
+
+
+def one(request: dict[str, Any]) -> dict[str, Any]:
+    """One video in this process, with its memory."""
+    pipe = fastvid.load("embedded", device="cpu")
+    loaded = peak()
+    with tempfile.TemporaryDirectory() as folder:
+        made = write(pipe, Path(folder) / "out.mp4", **request)
+    return {**made, "vm_hwm": peak(), "vm_hwm_loaded": loaded, "request": request}
+
+
+def peak() -> int:
+    """The most memory that was resident in this process, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def alone(**request: Any) -> dict[str, Any]:
+    """`one` in a new process."""
+    command = [sys.executable, __file__, "--one", json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def first(args: argparse.Namespace) -> None:
+    """Time to the first frame of a minute."""
+    made = [alone(seconds=60, num_inference_steps=4, seed=1) for _ in range(args.rounds)]
+    made.sort(key=lambda m: m["total"])
+    middle = made[len(made) // 2]
+    early, total = middle["first_frame"], middle["total"]
+    print(f"{middle['frames']} frames: the first after {early:.2f} s of {total:.1f}, {early / total:.1%}")
+    rows = [row("first frame", [m["first_frame"] for m in made]), row("all frames", [m["total"] for m in made])]
+    print(save("stream-first", rows, "cpu", share=early / total, request=middle["request"]))
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Peak memory against length."""
+    width, height = map(int, args.size.split("x"))
+    request = {"width": width, "height": height, "num_inference_steps": 2, "guidance_scale": 1.0, "seed": 1}
+    made = [alone(seconds=seconds, **request) for seconds in args.seconds]
+    for m in made:
+        print(f"{args.size}, {m['frames']} frames: {m['vm_hwm'] / 2**20:.0f} MiB, {m['total']:.0f} s")
+    grown = made[-1]["vm_hwm"] / made[0]["vm_hwm"]
+    print(f"{grown:.3f} x")
+    rows = [row(f"{m['frames']} frames", [m["total"]]) for m in made]
+    print(save(f"stream-memory-{args.size}", rows, "cpu", videos=made, grown=grown))
+
+
+def beside(args: argparse.Namespace) -> None:
+    """In place against beside."""
+    results: dict[str, list[Row]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, pipe, request in (
+            (
+                "embedded 96x160",
+                fastvid.load("embedded", device="cpu"),
+                {"width": 160, "height": 96, "num_frames": 81},
+            ),
+            ("384 wide, 256x256", middling(Path(folder) / "model"), {"width": 256, "height": 256, "num_frames": 41}),
+        ):
+            options = {"num_inference_steps": 2, "guidance_scale": 1.0, "seed": 1, **request}
+            cases = [
+                Case(label, timed(pipe, Path(folder) / "out.mp4", decodes, writes, options))
+                for label, decodes, writes in (
+                    ("decode and write in place", False, False),
+                    ("write in a thread", False, True),
+                    ("decode and write in threads", True, True),
+                )
+            ]
+            results[name] = measure(cases, "cpu", args.rounds, warm_up=1)
+            print(table(results[name], name))
+    print(save("stream-beside", results, "cpu"))
+
+
+def timed(pipe: Any, path: Path, decodes: bool, writes: bool, options: dict[str, Any]) -> Callable[[], Any]:
+    """Makes the file with each of the two in place or in a thread."""
+
+    def run() -> None:
+        chosen, decoding.worth_it = decoding.worth_it, lambda device: decodes
+        try:
+            write(pipe, path, writes, **options)
+        finally:
+            decoding.worth_it = chosen
+
+    return run
+
+
+def middling(folder: Path) -> Any:
+    """A model with random weights: 8 layers 384 wide, a VAE 32 wide; windows of 5 columns, latents carried on."""
+    from dataclasses import replace
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import tiny
+
+    tiny.write_checkpoint(
+        folder,
+        vae_config={"base_dim": 32, "num_res_blocks": 1, "z_dim": 16},
+        num_attention_heads=6,
+        attention_head_dim=64,
+        ffn_dim=1536,
+        num_layers=8,
+    )
+    pipe = fastvid.load(str(folder), device="cpu")
+    recipe = replace(pipe._parts.recipe, window=5, carries=True)
+    pipe._parts = replace(pipe._parts, recipe=recipe)
+    return pipe
+
+
+def row(name: str, seconds: list[float]) -> Row:
+    """Times in the harness's form."""
+    times = sorted(s * 1e6 for s in seconds)
+    return Row(name, times[len(times) // 2], times[0], times[-1], len(times), 0.0, 0.0, 1.0)
+
+
+if __name__ == "__main__":
+    main()
