@@ -229,14 +229,15 @@ def test_a_pipeline_is_the_explicit_rollout(plain, case):
 def test_a_clip_goes_on_from_its_last_frames(plain):
     """The last nine are three latents in the cache; noise of what is new begins at index 0."""
     pipe, frames = with_recipe(plain, SELF_FORCING), clip(20)
-    made = pipe.extend(frames, PROMPT, num_frames=14, seed=3)
+    events = list(pipe.stream(PROMPT, verb="extend", video=frames, num_frames=14, seed=3))
     wanted = explicit(pipe, blocks_of(9, 3, 3), known=pipe.encode(frames[-9:]), seed=3, origin=-3)
-    out, latents = made.frames, made.latents
+    out = np.concatenate([event.frames for event in events if isinstance(event, Frames)])
+    latents = events[-1].latents
     assert error(latents, wanted[:, :, 3 : 3 + latents.shape[2]]) < 1e-5
     assert len(out) == 34 and np.array_equal(out[:20], frames)
     difference = np.abs(out[20:].astype(int) - pipe.decode(wanted)[9:23])
     assert (difference <= 1).mean() >= 0.999
-    assert sum(isinstance(event, Step) for event in events) == session.total_steps == 1 + 2 * 5
+    assert sum(isinstance(event, Step) for event in events) == events[0].total_steps == 1 + 2 * 5
 
 
 # ---------------------------------------------------------------- few steps
