@@ -7,9 +7,10 @@ video.save("out.mp4")
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fastvid
-from fastvid import control, inputs, pieces, planning, prompts, verbs
+from fastvid import checkpoints, control, inputs, pieces, planning, prompts, verbs
 from fastvid.errors import InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
 from fastvid.loading import Parts, change_loras, load_parts, read_checkpoint, read_loras
@@ -87,6 +88,10 @@ class Pipeline:
                 in front), conditioning_scale (how much all of this counts: a number, or one for each control layer).
                 expand_prompt=True has the prompt written out first (`fastvid.prompts`; prompt_endpoint, prompt_model
                 and prompt_key say by whom); the recipe holds both, as prompt and original_prompt.
+                checkpoint="job.ckpt" (all verbs take it) keeps a folder from which `resume` goes on if the process ends
+                before the video is done: after every step, but not more often than every checkpoint_every seconds
+                (default 1). It is removed when the request is done (keep_checkpoint=True: not); one that failed or was
+                cancelled keeps it.
 
         Raises:
             InvalidRequest: an option is out of range; the message names the nearest valid one.
@@ -157,18 +162,60 @@ class Pipeline:
         The request is checked and planned before this returns; nothing is computed until the first event is asked for.
         verb: "generate", "image", "extend", "loop", "blend", "edit", "storyboard" or "finalize", with its options.
         keep_latents: whether Finished has them; without, memory does not grow with the video.
+        A checkpoint goes once what comes after Finished was asked for, that is when a loop over the stream ends: what
+        the caller does with Finished may fail, and is safe.
         """
         options = options if prompt is None else {"prompt": prompt, **options}
         return self._start(verb, options, keep_frames=False, keep_latents=keep_latents)
 
+    def resume(
+        self,
+        path: Any,
+        *,
+        keep_latents: bool = True,
+        checkpoint_every: float | None = None,
+        keep_checkpoint: bool = False,
+        **given: Any,
+    ) -> Stream:
+        """Go on with the request whose checkpoint is at `path` (see `generate`), after its process is gone.
+
+        All frames come out, from the first on, as they would have without the interruption: those that were made are
+        decoded again, then the next step is done. Steps are counted on; Finished.seconds are those of this process.
+
+        Args:
+            given: pictures, clips and tensors that were not given as files, once more, by the same names. Files are
+                found where they were.
+            keep_latents: see `stream`. checkpoint_every, keep_checkpoint: see `generate`.
+
+        Raises:
+            CheckpointError: there is no checkpoint there, or it is damaged, or the request is still running.
+            InvalidRequest: it was made with other weights, another version of fastvid or torch, on another kind of
+                device or in another precision, or what is given is not what was given then; the message says which.
+        """
+        saved = checkpoints.read(path)
+        checkpoints.check(saved, self._parts)
+        prepared = self._prepare(*checkpoints.options(saved, given))
+        checkpoints.check_request(saved, prepared.recipe)
+        prepared = replace(prepared, recipe=saved.about["recipe"])
+        said = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
+        return self._stream(prepared, keep_latents, checkpoints.go_on(saved, self._parts, said))
+
     def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
+        said, options = checkpoints.split(options)
         options = prompts.expanded(options, self._parts.recipe.name, verb)
-        prepared, cancelled = self._prepare(verb, options, keep_frames), threading.Event()
-        return Stream(self._run(prepared, cancelled, keep_latents), cancelled)
+        prepared = self._prepare(verb, options, keep_frames)
+        return self._stream(
+            prepared, keep_latents, checkpoints.begin(self._parts, verb, options, prepared.recipe, said)
+        )
+
+    def _stream(self, prepared: Prepared, keep_latents: bool, keeper: checkpoints.Keeper | None) -> Stream:
+        cancelled = threading.Event()
+        return Stream(self._run(prepared, cancelled, keep_latents, keeper), cancelled)
 
     def plan(self, prompt: str | None = None, *, verb: str = "generate", **options: Any) -> Plan:
         """What a request would cost, without running it. The prompt may be left out."""
-        options = {name: value for name, value in options.items() if name not in prompts.OPTIONS}
+        others = (*prompts.OPTIONS, *checkpoints.OPTIONS)
+        options = {name: value for name, value in options.items() if name not in others}
         if "prompt_embeds" not in options and verb != "storyboard":
             options["prompt"] = prompt or ""
         return self._prepare(verb, options, keep_frames=True).plan
@@ -245,9 +292,19 @@ class Pipeline:
 
     # ------------------------------------------------------------ running
 
-    def _run(self, prepared: Prepared, cancelled: threading.Event, keep_latents: bool) -> Iterator[Event]:
-        job, session = prepared.job, Session(self._parts, prepared.job, cancelled, keep_latents)
-        request, timeline = job.request, job.timeline
+    def _run(
+        self,
+        prepared: Prepared,
+        cancelled: threading.Event,
+        keep_latents: bool,
+        keeper: checkpoints.Keeper | None = None,
+    ) -> Iterator[Event]:
+        with keeper or contextlib.nullcontext():
+            session = Session(self._parts, prepared.job, cancelled, keep_latents, keeper)
+            yield from self._events(prepared, session)
+
+    def _events(self, prepared: Prepared, session: Session) -> Iterator[Event]:
+        request, timeline = prepared.job.request, prepared.job.timeline
         yield Started(
             plan=prepared.plan,
             seed=request.seed,
@@ -259,7 +316,7 @@ class Pipeline:
             recipe=prepared.recipe,
         )
         yield from session.run()
-        clean = torch.cat(session.latents, dim=2) if keep_latents else None
+        clean = torch.cat(session.latents, dim=2) if session.keep_latents else None
         yield Finished(request.seed, timeline.num_frames, request.fps, clean, prepared.recipe, session.seconds)
 
 

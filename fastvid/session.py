@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastvid import conditions, engine, tables
+from fastvid.checkpoints import Keeper
 from fastvid.conditions import CACHE, REIMPOSED, TIMESTEPS, Conditions, Region
 from fastvid.engine import Row
 from fastvid.errors import Cancelled
@@ -101,12 +102,14 @@ def count_calls(parts: Parts, segment: Segment, sigmas: np.ndarray, request: Res
 
 @dataclass
 class Session:
-    """Runs a job. `latents` are the clean ones of all segments so far, if they are kept."""
+    """Runs a job. `latents` are the clean ones of all segments so far, if they are kept; `keeper` saves how far it is,
+    and knows what an earlier process has made."""
 
     parts: Parts
     job: Job
     cancelled: threading.Event
     keep_latents: bool = True
+    keeper: Keeper | None = None
     latents: list[Tensor] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"text": 0.0, "denoise": 0.0, "decode": 0.0})
     _ends: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # of segments: first, last frames
@@ -120,6 +123,7 @@ class Session:
     def run(self) -> Iterator[Event]:
         """Step and Frames events, frames in order. Raises Cancelled."""
         timeline, spool, start, due = self.job.timeline, Spool(), 0, 0
+        self._step = 0 if self.keeper is None else self.keeper.rows
         try:
             for number in timeline.order():
                 part = timeline.parts[number]
@@ -155,7 +159,7 @@ class Session:
         mark, total = time.perf_counter(), self.total_steps
         for prompt in self._prompts(segment):
             self.text(prompt)
-        maker = SegmentMaker(self, segment, self._known(segment))
+        maker = SegmentMaker(self, segment, self._known(segment), number)
         self.seconds["text"] += time.perf_counter() - mark
         for item in maker.run():
             if isinstance(item, np.ndarray):
@@ -216,8 +220,8 @@ class Session:
 class SegmentMaker:
     """One segment from its noise to its frames."""
 
-    def __init__(self, session: Session, segment: Segment, known: Known) -> None:
-        self.session, self.segment, self.parts = session, segment, session.parts
+    def __init__(self, session: Session, segment: Segment, known: Known, number: int = 0) -> None:
+        self.session, self.segment, self.parts, self.number = session, segment, session.parts, number
         self.request, self.sigmas = session.job.request, session.job.sigmas
         self._noise_kept: tuple[tuple[int, int], Tensor] | None = None
         self._contexts: dict[tuple[int, int], Any] = {}
@@ -230,8 +234,8 @@ class SegmentMaker:
 
     def run(self) -> Iterator[Any]:
         """(sigma, seconds) after every row, and uint8 frames [n, height, width, 3] as they are decoded."""
-        session, table = self.session, rows(self.parts, self.segment, self.sigmas, self.conditions.columns)
-        walked = engine.walk(table, self.source, find_solver(self.request.solver), self.denoiser, fresh=self.fresh)
+        session, keeper = self.session, self.session.keeper
+        walked = self._walk(None) if keeper is None else keeper.walk(self.number, self._caches, self._walk)
         cache, start, mark = None, 0, time.perf_counter()
         while True:
             session._check()
@@ -239,7 +243,8 @@ class SegmentMaker:
                 return
             spent = time.perf_counter() - mark
             session.seconds["denoise"] += spent
-            yield row.sigma, spent
+            if row.position is not None:
+                yield row.sigma, spent
             for chunk in self._to_decode(row):
                 session._check()
                 mark = time.perf_counter()
@@ -248,6 +253,12 @@ class SegmentMaker:
                 if len(frames):
                     yield frames
             mark = time.perf_counter()
+
+    def _walk(self, position: engine.Position | None) -> Iterator[engine.Walked]:
+        """The rows from a position on, or all."""
+        table = rows(self.parts, self.segment, self.sigmas, self.conditions.columns)
+        solver = find_solver(self.request.solver)
+        return engine.walk(table, self.source, solver, self.denoiser, fresh=self.fresh, position=position)
 
     def _to_decode(self, row: engine.Walked) -> Iterator[Tensor]:
         """What became clean, in the decoder's chunks: without what stands in front, or behind all that comes out."""
