@@ -61,9 +61,12 @@ def get_about(path: Any) -> dict[str, Any]:
 
 
 def put_json(folder: Path, name: str, value: Mapping[str, Any]) -> None:
-    """An object, with the digest of all else in it."""
+    """An object, with the digest of all else in it. Everything that was put before is on the disk before it is, and it
+    is when this returns."""
     with _errors(folder):
-        _put(folder / name, json.dumps({**value, "sha256": _digest_of(value)}, indent=1).encode())
+        sync(folder)
+        _put(folder / name, json.dumps({**value, "sha256": _digest_of(value)}, separators=(",", ":")).encode())
+        sync(folder)
 
 
 def get_json(folder: Path, name: str) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def get_json(folder: Path, name: str) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
         if value.pop("sha256") == _digest_of(value):
             return value
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         pass
@@ -155,10 +158,9 @@ def _put(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(stage, path)
-    _sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """A name is on the disk when its folder is. Where folders can't be opened (Windows) they need not be."""
     with contextlib.suppress(PermissionError):
         number = os.open(folder, os.O_RDONLY)

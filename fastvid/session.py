@@ -292,7 +292,7 @@ class SegmentMaker:
         latents, at = self.noise(start, stop), self.conditions
         if self.clip is not None:
             level = 0.0 if self.request.source_prompt is not None else float(self.sigmas[0])
-            latents = (1 - level) * self.clip.latents(start, stop) + level * latents
+            latents = (1 - level) * self.clip.latents(start, stop, forget=False) + level * latents
         if at.clean is None:
             return latents
         return torch.where(
