@@ -57,12 +57,14 @@ class Head:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was read and found whole. clean: the names of its files of clean latents, in order."""
+    """A checkpoint that was read and found whole, or a fresh one, of which nothing is written yet. clean: the names of
+    its files of clean latents, in order."""
 
     folder: Path
     about: dict[str, Any]
     head: Head
-    clean: tuple[str, ...]
+    clean: tuple[str, ...] = ()
+    fresh: bool = False
 
 
 # ---------------------------------------------------------------- before running
@@ -90,7 +92,7 @@ def begin(
         "recipe": recipe,
         "model": identity.identity(parts),
     }
-    return Keeper(Saved(folder, about, Head(), ()), parts.device, **_how(said))
+    return Keeper(Saved(folder, about, Head(), fresh=True), parts.device, **_how(said))
 
 
 def go_on(saved: Saved, parts: Parts, said: Mapping[str, Any]) -> Keeper:
@@ -110,16 +112,20 @@ def read(path: Any) -> Saved:
     """A checkpoint, all of its files checked. Raises CheckpointError if it is missing, damaged or of a later format."""
     folder = files.folder_of(path)
     about = files.get_about(folder)
-    try:
-        head = Head(**files.get_json(folder, "head.json"))
-    except FileNotFoundError:  # it ended before its first row did
-        head = Head()
-    except TypeError:
-        raise files.damaged(folder / "head.json") from None
+    head = _head(folder)
     clean = tuple(_clean_files(folder, head.clean))
     for name in (*clean, *filter(None, [head.state]), *(name for name, _ in head.caches)):
         files.get_tensors(folder, name)
     return Saved(folder, about, head, clean)
+
+
+def _head(folder: Path) -> Head:
+    try:
+        return Head(**files.get_json(folder, "head.json"))
+    except FileNotFoundError:  # it ended before its first row did
+        return Head()
+    except TypeError:
+        raise files.damaged(folder / "head.json") from None
 
 
 def _clean_files(folder: Path, count: int) -> Iterator[str]:
@@ -170,9 +176,11 @@ class Keeper:
         except OSError as error:
             raise CheckpointError(f"{self.folder}: no checkpoint can be made: {error.strerror}") from error
         self._lock = files.Lock(self.folder)
-        if not (self.folder / "request.json").exists():
-            files.put_json(self.folder, "request.json", self._saved.about)
-        self._sweep()
+        try:
+            self._claim()
+        except BaseException:
+            self._lock.release()
+            raise
         self._at = time.monotonic()
         return self
 
@@ -181,8 +189,13 @@ class Keeper:
         if kind is None and not self._keep:
             files.remove(self.folder)
 
-    def _sweep(self) -> None:
-        """Remove what was written after the last head: it is made again."""
+    def _claim(self) -> None:
+        """Makes it this request's, and removes what was written after the last head: that is made again."""
+        taken = (self.folder / "request.json").exists()
+        if taken if self._saved.fresh else not taken or _head(self.folder) != self._saved.head:
+            raise CheckpointError(f"{self.folder}: another request has been here since this one was asked for")
+        if self._saved.fresh:
+            files.put_json(self.folder, "request.json", self._saved.about)
         head = self._head
         live = {"request.json", "head.json", "lock", head.state, *self._saved.clean, *(name for name, _ in head.caches)}
         for path in self.folder.iterdir():

@@ -31,16 +31,22 @@ DATA = tuple(f.name for f in dataclasses.fields(Request) if not f.compare)  # pi
 
 def identity(parts: Parts) -> dict[str, Any]:
     """All that decides the bytes of a video beside the request, as JSON. Reads a few blocks of every weights file."""
-    device = parts.device.type
     return {
         "fastvid": fastvid.__version__,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(parts.device) if device == "cuda" else device,
+        "device": _device(parts.device),
         "dtype": str(parts.dtype).removeprefix("torch."),
         "backends": dict(parts.ops.bound),
         "recipe of the model": hashlib.sha256(repr(parts.recipe).encode()).hexdigest(),
         "weights": dict(_weights(parts)),
     }
+
+
+def _device(device: torch.device) -> str:
+    """What sums are added up on, and so in which order: on a CPU its vectors and threads too."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def _weights(parts: Parts) -> Iterator[tuple[str, str]]:

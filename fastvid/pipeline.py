@@ -190,7 +190,8 @@ class Pipeline:
         Raises:
             CheckpointError: there is no checkpoint there, or it is damaged, or the request is still running.
             InvalidRequest: it was made with other weights, another version of fastvid or torch, on another kind of
-                device or in another precision, or what is given is not what was given then; the message says which.
+                device (on a CPU: with another number of threads) or in another precision, or what is given is not what
+                was given then; the message says which.
         """
         saved = checkpoints.read(path)
         checkpoints.check(saved, self._parts)

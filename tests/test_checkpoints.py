@@ -243,6 +243,24 @@ def test_a_failure_keeps_it_and_a_request_that_was_not_begun_makes_none(pipes, t
     assert same(run(pipes[1].resume(path)), run(pipes[0].stream(PROMPT, **ONE)))
 
 
+def test_two_requests_cannot_have_one_folder(pipes, tmp_path):
+    path = tmp_path / "job.ckpt"
+    how = {"checkpoint": path, "checkpoint_every": 0, "keep_checkpoint": True}
+    first, second = (pipes[0].stream(PROMPT, **{**ONE, "seed": seed}, **how) for seed in (1, 2))
+    next(first)
+    with pytest.raises(fastvid.CheckpointError, match="of a request that is running"):
+        next(second)
+    next(first)
+    first.close()
+    again, third = pipes[1].resume(path), pipes[0].stream(PROMPT, **ONE, checkpoint=tmp_path / "other")
+    run(pipes[1].resume(path, checkpoint_every=0, keep_checkpoint=True))
+    with pytest.raises(fastvid.CheckpointError, match="another request has been here"):
+        next(again)
+    run(pipes[0].stream(PROMPT, **ONE, checkpoint=tmp_path / "other", keep_checkpoint=True))
+    with pytest.raises(fastvid.CheckpointError, match="another request has been here"):
+        next(third)
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -281,6 +299,10 @@ def test_another_model_or_request_is_refused_by_name(pipes, folder, kept, tmp_pa
     data[-3] ^= 1
     weights.write_bytes(data)
     refused(r"other weights \(transformer\)", pipe=changed(fastvid.load(str(tmp_path / "model")), rollout=ROLLOUT))
+    threads = torch.get_num_threads()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads + 1)
+        refused(rf"other device \(.*, {threads} threads then, .*, {threads + 1} threads now\)")
     monkeypatch.setattr(fastvid, "__version__", "0.0.9")
     refused(r"other fastvid \(\S+ then, 0.0.9 now\)")
 
