@@ -1,4 +1,4 @@
-"""The command line: `fastvid generate | inspect | convert | doctor`.
+"""The command line: `fastvid generate | resume | inspect | convert | doctor`.
 
 What can be checked without the model (flags, request, output path) is checked before torch is imported.
 """
@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ REQUEST_FLAGS = (
     *("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "sigmas", "solver"),
 )
 PROMPT_FLAGS = ("expand_prompt", "prompt_endpoint", "prompt_model")
+CHECKPOINT_FLAGS = ("checkpoint", "checkpoint_every", "keep_checkpoint")
+RESUME_FLAGS = ("image", "last_image", "video", "mask", "reference_images")
 LOAD_FLAGS = ("device", "dtype", "backend", "attention")
 
 
@@ -56,7 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _sigterm_interrupts():
             command, flags = cli_args.parse(sys.argv[1:] if argv is None else argv)
-            run = {"": _version, "generate": _generate, "inspect": _inspect, "convert": _convert, "doctor": _doctor}
+            run = {
+                **{"": _version, "generate": _generate, "resume": _resume},
+                **{"inspect": _inspect, "convert": _convert, "doctor": _doctor},
+            }
             run[command](flags)
             sys.stdout.flush()
         return OK
@@ -87,6 +92,7 @@ def _version(flags: argparse.Namespace) -> None:
 
 
 def _generate(flags: argparse.Namespace) -> None:
+    from fastvid import checkpoints_files
     from fastvid.media import check_writable
 
     recipe = _read_recipe(flags.recipe)
@@ -94,9 +100,29 @@ def _generate(flags: argparse.Namespace) -> None:
     check_writable(
         flags.output, num_frames=request.num_frames, width=request.width, height=request.height, fps=request.fps
     )
+    if flags.checkpoint is not None:
+        checkpoints_files.free_place(flags.checkpoint)
+    asked = {name: value for name in PROMPT_FLAGS if (value := getattr(flags, name))}
+    asked |= {name: value for name in CHECKPOINT_FLAGS if (value := getattr(flags, name)) is not None}
+    _show(flags, recipe or {}, lambda pipe: pipe.stream(**request.arguments(), **asked))
+
+
+def _resume(flags: argparse.Namespace) -> None:
+    from fastvid import checkpoints_files
+    from fastvid.media import check_writable
+
+    recipe = checkpoints_files.get_about(flags.folder)["recipe"]
+    check_writable(flags.output, num_frames=recipe.get("num_frames"), fps=recipe.get("fps"))
+    names = (*RESUME_FLAGS, *CHECKPOINT_FLAGS[1:])
+    given = {name: value for name in names if (value := getattr(flags, name)) is not None}
+    _show(flags, recipe, lambda pipe: pipe.resume(flags.folder, **given))
+
+
+def _show(flags: argparse.Namespace, recipe: dict[str, Any], start: Callable[[Any], Any]) -> None:
+    """Run, with progress, and print what --json asks for."""
     progress = Progress(quiet=flags.quiet)
     try:
-        result = _run(flags, request, recipe or {}, progress)
+        result = _run(flags, recipe, progress, start)
     finally:
         progress.close()
     if flags.json:
@@ -131,8 +157,10 @@ def _read_recipe(path: str | None) -> dict[str, Any] | None:
     return None if path is None else read_recipe(path)
 
 
-def _run(flags: argparse.Namespace, request: Request, recipe: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Load, stream, write. Returns what --json prints."""
+def _run(
+    flags: argparse.Namespace, recipe: dict[str, Any], progress: Progress, start: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """Load, stream, write. Returns what --json prints. start: from the pipeline to the stream."""
     watch = Stopwatch()
     model = flags.model or recipe.get("model") or env.read().model
     progress.say(f"loading {model}")
@@ -140,8 +168,7 @@ def _run(flags: argparse.Namespace, request: Request, recipe: dict[str, Any], pr
 
     pipe = pipeline.load(model, **_load_arguments(flags, recipe))
     watch.mark("load")
-    expanding = {name: value for name in PROMPT_FLAGS if (value := getattr(flags, name))}
-    with contextlib.closing(pipe.stream(**request.arguments(), **expanding)) as stream:
+    with contextlib.closing(start(pipe)) as stream:
         made = _write(stream, flags.output, progress, watch)
     progress.close()
     size = f"{made['num_frames']} frames, {made['width']}x{made['height']}, {made['fps']:g} fps, seed {made['seed']}"
@@ -171,6 +198,7 @@ def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> di
     from fastvid.media import FrameSink
     from fastvid.media_beside import Beside
 
+    made = None
     with contextlib.ExitStack() as stack:
         for event in stream:
             watch.mark("model")
@@ -188,9 +216,12 @@ def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> di
                 watch.mark("wait")
                 path = sink.close(event.recipe)
                 watch.mark("close")
-                return _summary(path, started, event, watch, beside.seconds + watch.seconds["close"])
+                written = beside.seconds + watch.seconds["close"]
+                made = _summary(path, started, event, watch, written)  # the stream goes on: now its checkpoint may go
             watch.mark("wait")
+    if made is None:
         raise Error("the stream ended before the video was finished")
+    return made
 
 
 def _summary(path: Path, started: Any, finished: Any, watch: Stopwatch, written: float) -> dict[str, Any]:
@@ -266,8 +297,8 @@ def _with_flags(message: str) -> str:
         name = {"num_inference_steps": "steps", "reference_images": "reference_image"}.get(found[2], found[2])
         return found[1] + "--" + name.replace("_", "-")
 
-    names = "|".join((*PROMPT_FLAGS, *REQUEST_FLAGS))
-    return re.sub(rf"(^|is |and |but |with |give |leave )({names})(?=[=\[ ])", flag, message)
+    names = "|".join((*PROMPT_FLAGS, *sorted(CHECKPOINT_FLAGS, key=len, reverse=True), *REQUEST_FLAGS))
+    return re.sub(rf"(^|is |and |but |with |give |leave )({names})(?=[=:\[ ])", flag, message)
 
 
 def _drop_stdout() -> None:

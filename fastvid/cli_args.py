@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from fastvid.errors import InvalidRequest
 from fastvid.limits import BUDGETS, SOLVERS, nearest_name
 
-COMMANDS = ("generate", "inspect", "convert", "doctor")
+COMMANDS = ("generate", "resume", "inspect", "convert", "doctor")
 
 EPILOG = """exit status:
   0 done, 1 failed, 2 bad usage or request, 130 interrupted (nothing is left under the output's name)
@@ -100,6 +100,7 @@ def build() -> dict[str, Parser]:
         usage="fastvid COMMAND ...",
         description="Video diffusion: text in, video out.\n\ncommands:\n"
         "  generate    make a video from a prompt\n"
+        "  resume      go on with a request whose process ended, from its --checkpoint\n"
         "  inspect     what a model is, without loading it\n"
         "  convert     turn pickles and original Wan files into what fastvid loads, and back\n"
         "  doctor      what this machine has, and what every operation would run on\n\n"
@@ -107,7 +108,10 @@ def build() -> dict[str, Parser]:
         epilog='example:\n  fastvid generate "a red circle moving right on a white background" -o out.mp4\n\n' + EPILOG,
     )
     main.add_argument("--version", action="store_true", help="print the version and exit")
-    parsers = {"": main, "generate": _generate(), "inspect": _inspect(), "convert": _convert(), "doctor": _doctor()}
+    parsers = {
+        **{"": main, "generate": _generate(), "resume": _resume()},
+        **{"inspect": _inspect(), "convert": _convert(), "doctor": _doctor()},
+    }
     assert tuple(parsers)[1:] == COMMANDS
     return parsers
 
@@ -117,6 +121,21 @@ def _generate() -> Parser:
         prog="fastvid generate", description="Make a video from a prompt.", epilog=f"{GENERATE}\n\n{EPILOG}"
     )
     parser.add_argument("prompt", nargs="?", help="what to show; - reads it from standard input")
+    _add_output(parser)
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="make the video in FILE again; what is given beside it is changed"
+    )
+    _add_request(parser)
+    _add_model(parser)
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument(
+        "--checkpoint", metavar="FOLDER", help="what `fastvid resume FOLDER` goes on from, kept up to date"
+    )
+    _add_checkpoint(group)
+    return parser
+
+
+def _add_output(parser: Parser) -> None:
     parser.add_argument(
         "-o",
         "--output",
@@ -124,13 +143,42 @@ def _generate() -> Parser:
         metavar="PATH",
         help=".mp4, .webm, .gif, .npy, .png (one frame), or FOLDER/ for PNGs",
     )
-    parser.add_argument(
-        "--recipe", metavar="FILE", help="make the video in FILE again; what is given beside it is changed"
-    )
-    _add_request(parser)
-    _add_model(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the video on standard output")
+
+
+def _add_checkpoint(group: Any) -> None:
+    group.add_argument(
+        "--checkpoint-every",
+        type=number,
+        metavar="S",
+        help="the least seconds from one to the next (default: 1; 0: after every step)",
+    )
+    group.add_argument(
+        "--keep-checkpoint",
+        action="store_true",
+        default=None,
+        help="do not remove it when the video is done",
+    )
+
+
+def _resume() -> Parser:
+    parser = Parser(
+        prog="fastvid resume",
+        description="Go on with a request whose process ended, from the folder that --checkpoint named.\n"
+        "The video is the same, to the last bit, as without the interruption.",
+        epilog="example:\n"
+        '  fastvid generate "a red circle moving right" --seconds 20 --checkpoint job.ckpt -o out.mp4   (interrupted)\n'
+        f"  fastvid resume job.ckpt -o out.mp4\n\n{EPILOG}",
+    )
+    parser.add_argument("folder", help="the checkpoint")
+    _add_output(parser)
+    _add_checkpoint(parser)
+    group = parser.add_argument_group("files that are not where they were")
+    for name in ("image", "last-image", "video", "mask"):
+        group.add_argument(f"--{name}", metavar="FILE", help="the same file as then")
+    group.add_argument("--reference-image", action="append", dest="reference_images", metavar="FILE", help="the same")
+    _add_model(parser)
     return parser
 
 

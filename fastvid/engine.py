@@ -64,13 +64,16 @@ class Position:
 
 @dataclass(frozen=True)
 class Walked:
-    """One row is done. `ready` are the latents [1, C, n, h, w] that became clean in it, from column `start` on."""
+    """One row is done. `ready` are the latents [1, C, n, h, w] that became clean in it, from column `start` on.
+
+    position: after it; None for one of an earlier process, of which only what became clean was saved.
+    """
 
     row: int
     sigma: float
     ready: Tensor | None
     start: int
-    position: Position
+    position: Position | None
 
 
 def walk(

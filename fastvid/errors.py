@@ -20,7 +20,7 @@ class Cancelled(Error):
 
 
 class CheckpointError(Error, ValueError):
-    """A model folder or file is missing, broken, or does not hold what its configuration says."""
+    """A model's files, or a request's checkpoint, are missing, broken, or do not hold what they say they do."""
 
 
 class BackendUnavailable(Error):

@@ -88,7 +88,8 @@ def _graph(spec: Spec) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How one kind of file is encoded. `encoders` are tried in order; `whole` is None where no remux is needed."""
+    """How one kind of file is encoded. `encoders` are tried in order; `whole` is None where no remux is needed. ahead:
+    the first encoder's option for how many frames it looks at before it writes one."""
 
     container: str
     encoders: tuple[str, ...]
@@ -98,6 +99,7 @@ class Encoding:
     stage: dict[str, str]
     whole: dict[str, str] | None
     even: bool = False
+    ahead: str = ""
 
 
 MP4 = Encoding(
@@ -109,6 +111,7 @@ MP4 = Encoding(
     stage={"movflags": "frag_keyframe+empty_moov+default_base_moof"},
     whole={"movflags": "+faststart"},
     even=True,
+    ahead="rc-lookahead",
 )
 WEBM = Encoding(
     container="webm",
@@ -213,7 +216,8 @@ def _add_stream(container: Any, encoding: Encoding, spec: Spec) -> Any:
     codec.colorspace = codec.color_primaries = codec.color_trc = BT709
     codec.color_range = LIMITED_RANGE
     if name == encoding.encoders[0]:
-        codec.options = encoding.options
+        # What is killed loses a group of pictures, which half a second is, and what the encoder looks ahead.
+        codec.options = encoding.options | ({encoding.ahead: str(codec.gop_size // 2)} if encoding.ahead else {})
     else:  # others know no constant quality: about the bits that it takes
         codec.bit_rate = int(spec.width * spec.height * spec.fps / 4)
     return stream

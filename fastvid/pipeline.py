@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import fastvid
-from fastvid import asynchronous, control, inputs, limits, pieces, planning, prompts, verbs
+from fastvid import asynchronous, checkpoints, control, inputs, limits, pieces, planning, prompts, verbs
 from fastvid.errors import InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
 from fastvid.loading import Parts, change_loras, load_parts, read_checkpoint, read_loras
@@ -101,6 +101,10 @@ class Pipeline:
                 in front), conditioning_scale (how much all of this counts: a number, or one for each control layer).
                 expand_prompt=True has the prompt written out first (`fastvid.prompts`; prompt_endpoint, prompt_model
                 and prompt_key say by whom); the recipe holds both, as prompt and original_prompt.
+                checkpoint="job.ckpt" (all verbs take it) keeps a folder from which `resume` goes on if the process ends
+                before the video is done: after every step, but not more often than every checkpoint_every seconds
+                (default 1). It is removed when the request is done (keep_checkpoint=True: not); one that failed or was
+                cancelled keeps it.
 
         Raises:
             InvalidRequest: an option is out of range; the message names the nearest valid one.
@@ -175,14 +179,56 @@ class Pipeline:
         come out with the step after that in which they were decoded.
         verb: "generate", "image", "extend", "loop", "blend", "edit", "storyboard" or "finalize", with its options.
         keep_latents: whether Finished has them; without, memory does not grow with the video.
+        A checkpoint goes once what comes after Finished was asked for, that is when a loop over the stream ends: what
+        the caller does with Finished may fail, and is safe.
         """
         options = options if prompt is None else {"prompt": prompt, **options}
         return self._start(verb, options, keep_frames=False, keep_latents=keep_latents)
 
+    def resume(
+        self,
+        path: Any,
+        *,
+        keep_latents: bool = True,
+        checkpoint_every: float | None = None,
+        keep_checkpoint: bool = False,
+        **given: Any,
+    ) -> Stream:
+        """Go on with the request whose checkpoint is at `path` (see `generate`), after its process is gone.
+
+        All frames come out, from the first on, as they would have without the interruption: those that were made are
+        decoded again, then the next step is done. Steps are counted on; Finished.seconds are those of this process.
+
+        Args:
+            given: pictures, clips and tensors that were not given as files, once more, by the same names. Files are
+                found where they were.
+            keep_latents: see `stream`. checkpoint_every, keep_checkpoint: see `generate`.
+
+        Raises:
+            CheckpointError: there is no checkpoint there, or it is damaged, or the request is still running.
+            InvalidRequest: it was made with other weights, another version of fastvid or torch, on another kind of
+                device (on a CPU: with another number of threads) or in another precision, or what is given is not what
+                was given then; the message says which.
+        """
+        saved = checkpoints.read(path)
+        checkpoints.check(saved, self._parts)
+        prepared = self._prepare(*checkpoints.options(saved, given))
+        checkpoints.check_request(saved, prepared.recipe)
+        prepared = replace(prepared, recipe=saved.about["recipe"])
+        said = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
+        return self._stream(prepared, keep_latents, checkpoints.go_on(saved, self._parts, said))
+
     def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
+        said, options = checkpoints.split(options)
         options = prompts.expanded(options, self._parts.recipe.name, verb)
-        prepared, place = self._prepare(verb, options, keep_frames), self._place or self.new_place()
-        return Stream(self._run(prepared, place, keep_latents), place)
+        prepared = self._prepare(verb, options, keep_frames)
+        return self._stream(
+            prepared, keep_latents, checkpoints.begin(self._parts, verb, options, prepared.recipe, said)
+        )
+
+    def _stream(self, prepared: Prepared, keep_latents: bool, keeper: checkpoints.Keeper | None) -> Stream:
+        place = self._place or self.new_place()
+        return Stream(self._run(prepared, place, keep_latents, keeper), place)
 
     # ------------------------------------------------------------ for services
 
@@ -221,7 +267,8 @@ class Pipeline:
 
     def plan(self, prompt: str | None = None, *, verb: str = "generate", **options: Any) -> Plan:
         """What a request would cost, without running it. The prompt may be left out."""
-        options = {name: value for name, value in options.items() if name not in prompts.OPTIONS}
+        others = (*prompts.OPTIONS, *checkpoints.OPTIONS)
+        options = {name: value for name, value in options.items() if name not in others}
         if "prompt_embeds" not in options and verb != "storyboard":
             options["prompt"] = prompt or ""
         return self._prepare(verb, options, keep_frames=True).plan
@@ -299,9 +346,14 @@ class Pipeline:
 
     # ------------------------------------------------------------ running
 
-    def _run(self, prepared: Prepared, place: Place, keep_latents: bool) -> Iterator[Event]:
-        job, session = prepared.job, Session(self._parts, prepared.job, place, keep_latents)
-        request, timeline = job.request, job.timeline
+    def _run(
+        self, prepared: Prepared, place: Place, keep_latents: bool, keeper: checkpoints.Keeper | None
+    ) -> Iterator[Event]:
+        with keeper or contextlib.nullcontext():
+            yield from self._events(prepared, Session(self._parts, prepared.job, place, keep_latents, keeper))
+
+    def _events(self, prepared: Prepared, session: Session) -> Iterator[Event]:
+        request, timeline = prepared.job.request, prepared.job.timeline
         yield Started(
             plan=prepared.plan,
             seed=request.seed,
@@ -312,9 +364,9 @@ class Pipeline:
             total_steps=session.total_steps,
             recipe=prepared.recipe,
         )
-        with place.begun():
+        with session.place.begun():
             yield from session.run()
-        clean = torch.cat(session.latents, dim=2) if keep_latents else None
+        clean = torch.cat(session.latents, dim=2) if session.keep_latents else None
         yield Finished(request.seed, timeline.num_frames, request.fps, clean, prepared.recipe, session.seconds)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvid import conditions, decoding, engine, rollouts, tables
+from fastvid.checkpoints import Keeper
 from fastvid.conditions import CACHE, REIMPOSED, TIMESTEPS, Conditions, Region
 from fastvid.engine import Row
 from fastvid.events import Event, Frames, Step
@@ -130,12 +131,14 @@ def count_calls(parts: Parts, segment: Segment, sigmas: np.ndarray, request: Res
 
 @dataclass
 class Session:
-    """Runs a job. `latents` are the clean ones of all segments so far, if they are kept."""
+    """Runs a job. `latents` are the clean ones of all segments so far, if they are kept; `keeper` saves how far it is,
+    and knows what an earlier process has made."""
 
     parts: Parts
     job: Job
     place: Place
     keep_latents: bool = True
+    keeper: Keeper | None = None
     latents: list[Tensor] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"text": 0.0, "denoise": 0.0, "decode": 0.0})
     _ends: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # of segments: first, last frames
@@ -150,6 +153,7 @@ class Session:
     def run(self) -> Iterator[Event]:
         """Step and Frames events, frames in order. Raises Cancelled."""
         timeline, spool, start, due = self.job.timeline, Spool(), 0, 0
+        self._step = 0 if self.keeper is None else self.keeper.rows
         try:
             for number in timeline.order():
                 part = timeline.parts[number]
@@ -182,7 +186,7 @@ class Session:
             mark = time.perf_counter()
             for prompt in self._prompts(segment):
                 self.text(prompt)
-            maker = SegmentMaker(self, segment, self._known(segment))
+            maker = SegmentMaker(self, segment, self._known(segment), number)
             self.seconds["text"] += time.perf_counter() - mark
         for item in maker.run():
             if isinstance(item, np.ndarray):
@@ -243,8 +247,8 @@ class Session:
 class SegmentMaker:
     """One segment from its noise to its frames."""
 
-    def __init__(self, session: Session, segment: Segment, known: Known) -> None:
-        self.session, self.segment, self.parts = session, segment, session.parts
+    def __init__(self, session: Session, segment: Segment, known: Known, number: int = 0) -> None:
+        self.session, self.segment, self.parts, self.number = session, segment, session.parts, number
         self.request, self.sigmas = session.job.request, session.job.sigmas
         self._noise_kept: tuple[tuple[int, int], Tensor] | None = None
         self._contexts: dict[tuple[int, int], Any] = {}
@@ -257,23 +261,35 @@ class SegmentMaker:
 
     def run(self) -> Iterator[Any]:
         """(sigma, seconds) after every row, and uint8 frames [n, height, width, 3] as they are decoded."""
-        session, schedule, rollout = self.session, self.request.schedule, self.parts.recipe.rollout
-        table = rows(self.parts, self.segment, self.sigmas, self.conditions.columns, schedule)
-        keep = 0 if rollout is None else rollouts.most_refilled(rollout, self.segment)
-        solver = find_solver(self.request.solver)
-        walked = engine.walk(table, self.source, solver, self.denoiser, fresh=self.fresh, keep=keep)
+        session, keeper = self.session, self.session.keeper
+        walked = self._walk(None) if keeper is None else keeper.walk(self.number, self._caches, self._walk)
         decoder = decoding.open_decoder(
             self.parts, self.segment, session.place, session.job.beside, session.job.decode_stripes
         )
         try:
             while (stepped := self._next(walked)) is not None:
                 row, seconds = stepped
-                yield row.sigma, seconds
+                if row.position is not None:  # else it was made by an earlier process
+                    yield row.sigma, seconds
                 yield from self._frames(decoder.put(self._to_decode(row)))
             # Only now: another segment may begin with these frames.
             yield from self._frames(decoder.finish())
         finally:
             decoder.close()
+
+    def _walk(self, position: engine.Position | None) -> Iterator[engine.Walked]:
+        """The rows from a position on, or all."""
+        rollout = self.parts.recipe.rollout
+        table = rows(self.parts, self.segment, self.sigmas, self.conditions.columns, self.request.schedule)
+        return engine.walk(
+            table,
+            self.source,
+            find_solver(self.request.solver),
+            self.denoiser,
+            fresh=self.fresh,
+            position=position,
+            keep=0 if rollout is None else rollouts.most_refilled(rollout, self.segment),
+        )
 
     def _next(self, walked: Iterator[engine.Walked]) -> tuple[engine.Walked, float] | None:
         """The next row and the seconds it took, in this request's turn; None after the last one."""
@@ -314,7 +330,7 @@ class SegmentMaker:
         latents, at = self.noise(start, stop), self.conditions
         if self.clip is not None:
             level = 0.0 if self.request.source_prompt is not None else float(self.sigmas[0])
-            latents = (1 - level) * self.clip.latents(start, stop) + level * latents
+            latents = (1 - level) * self.clip.latents(start, stop, forget=False) + level * latents
         if at.clean is None:
             return latents
         return torch.where(

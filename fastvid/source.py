@@ -29,8 +29,8 @@ class SourceClip:
         self._first, self._cache = 0, None
 
     @torch.no_grad()
-    def latents(self, start: int, stop: int) -> Tensor:
-        """The clean latents [1, C, t, h, w] of these columns. Those before `start` are forgotten."""
+    def latents(self, start: int, stop: int, forget: bool = True) -> Tensor:
+        """The clean latents [1, C, t, h, w] of these columns. forget: those before `start`, which a window has left."""
         end = self._first + (0 if self._encoded is None else self._encoded.shape[2])
         with ieee_fp32():
             while end < stop:
@@ -40,7 +40,7 @@ class SourceClip:
                 )
                 self._encoded = made if self._encoded is None else torch.cat((self._encoded, made), dim=2)
                 end += made.shape[2]
-        if self._encoded is not None and start > self._first:
+        if forget and self._encoded is not None and start > self._first:
             self._encoded, self._first = self._encoded[:, :, start - self._first :], start
         return self._encoded[:, :, start - self._first : stop - self._first]
 

@@ -137,6 +137,57 @@ def failed(capsys: pytest.CaptureFixture[str], status: int, *words: str) -> str:
     return err
 
 
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_flags_reach_the_pipeline(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
+    said: list[dict[str, Any]] = []
+    stream = pipe.stream
+
+    def streamed(prompt: str | None = None, **options: Any) -> Iterator[Any]:
+        names = ("checkpoint", "checkpoint_every", "keep_checkpoint")
+        said.append({name: options.pop(name) for name in names if name in options})
+        return stream(prompt, **options)
+
+    pipe.stream = streamed  # type: ignore[method-assign]
+    words = ["--checkpoint", "job", "--checkpoint-every", "2.5", "--keep-checkpoint"]
+    assert run(capsys, "generate", "p", "-o", "out.npy", *words)[0] == 0
+    assert run(capsys, "generate", "p", "-o", "out.npy")[0] == 0
+    assert said == [{"checkpoint": "job", "checkpoint_every": 2.5, "keep_checkpoint": True}, {}]
+    Path("file").touch()
+    assert "--checkpoint: file is there already" in failed(
+        capsys, 2, "generate", "p", "-o", "o.npy", "--checkpoint", "file"
+    )
+
+
+def test_resume_loads_the_model_as_it_was(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
+    from fastvid import checkpoints_files
+
+    recipe = Request.make(prompt="p", seed=3).resolve(Recipe()).to_recipe(model="folder", version="0", dtype="float16")
+    Path("job").mkdir()
+    checkpoints_files.put_json(Path("job"), "request.json", {"format": 1, "recipe": recipe})
+    asked = []
+
+    def resumed(path: str, **given: Any) -> Iterator[Any]:
+        asked.append((path, given))
+        return pipe._events(Request.make(prompt="p", seed=3).resolve(Recipe()))
+
+    pipe.resume = resumed  # type: ignore[attr-defined]
+    words = ("resume", "job", "-o", "out.npy", "--json", "--quiet", "--image", "moved.png", "--keep-checkpoint")
+    status, out, _ = run(capsys, *words)
+    assert status == 0 and json.loads(out)["seed"] == 3 and np.load("out.npy").shape == (5, 64, 64, 3)
+    assert asked == [("job", {"image": "moved.png", "keep_checkpoint": True})]
+    assert pipe.loaded == [("folder", {"dtype": "float16", "backend": "auto", "attention": "auto"})]
+
+
+def test_resume_refuses_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
+    assert "none holds no checkpoint" in failed(capsys, 1, "resume", "none", "-o", "out.npy")
+    Path("job").mkdir()
+    Path("job/request.json").write_text("{")
+    assert "request.json is damaged" in failed(capsys, 1, "resume", "job", "-o", "out.npy")
+    assert "--output" in failed(capsys, 2, "resume", "job") and pipe.loaded == []
+
+
 # ---------------------------------------------------------------- generate
 
 

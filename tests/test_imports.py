@@ -58,14 +58,17 @@ ALLOWED: dict[str, set[str]] = {
     "queueing": {"errors"},
     "asynchronous": {"events", "queueing"},
     "decoding": SURFACE | {"queueing"},
-    "session": SURFACE | {"conditions", "decoding", "given", "queueing", "rollouts", "source", "spool", "tables"},
+    "checkpoints": SURFACE,
+    "session": SURFACE
+    | {"checkpoints", "conditions", "decoding", "given", "queueing", "rollouts", "source", "spool", "tables"},
     "inputs": SURFACE | {"clips", "control", "given"},
     "verbs": SURFACE | {"conditions"},
     "planning": SURFACE | {"conditions", "decoding", "plan_memory", "session"},
     "prompts": BASE | {"env", "requests"},
     "pipeline": SURFACE
-    | {"asynchronous", "control", "inputs", "pieces", "planning", "prompts", "queueing", "session", "verbs"},
-    "cli": SURFACE | {"pipeline", "progress"},
+    | {"asynchronous", "checkpoints", "control", "inputs", "pieces", "planning", "prompts", "queueing", "session"}
+    | {"verbs"},
+    "cli": SURFACE | {"checkpoints", "pipeline", "progress"},
     "__init__": {"clips", "errors", "events", "pipeline", "requests", "video"},
     "__main__": {"cli"},
 }

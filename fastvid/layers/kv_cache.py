@@ -10,12 +10,15 @@ Source: Self-Forcing `wan/modules/causal_model.py` (rolls its buffer), LongLive 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
 class KVCache:
-    """capacity: frames that are attended to in all, the current ones among them. sink: the first so many always."""
+    """capacity: frames that are attended to in all, the current ones among them. sink: the first so many always.
+    changed: the slots that were filled since it was last emptied; a saved cache grows by those alone."""
 
     def __init__(self, layers: int, capacity: int, sink: int = 0) -> None:
         if not 0 <= sink < capacity:
@@ -23,6 +26,7 @@ class KVCache:
         self.layers = tuple(LayerCache(self) for _ in range(layers))
         self.capacity, self.sink = capacity, sink
         self.slots: list[int] = []
+        self.changed: set[int] = set()
         self.filled = 0
         self._next = 0
 
@@ -39,6 +43,26 @@ class KVCache:
         self.slots = [self._slot(frame) for frame in range(start, stop)]
         self._next = stop
         self.filled = min(self._next, self.capacity)
+        self.changed.update(self.slots)
+
+    @property
+    def place(self) -> dict[str, int | list[int]]:
+        """Where it stands, beside its keys and values: what `restored` takes."""
+        return {
+            "layers": len(self.layers),
+            "capacity": self.capacity,
+            "sink": self.sink,
+            "slots": self.slots,
+            "next": self._next,
+        }
+
+    @classmethod
+    def restored(cls, place: dict[str, int | list[int]]) -> KVCache:
+        """An empty one that stands there; every layer's slots are then put back with `LayerCache.put`."""
+        made = cls(place["layers"], place["capacity"], place["sink"])
+        made.slots, made._next = list(place["slots"]), place["next"]
+        made.filled = min(made._next, made.capacity)
+        return made
 
     def remade_from(self, stop: int) -> int:
         """The first frame of those before `stop` that one call can put into it anew: all while they fit, and then the
@@ -60,10 +84,18 @@ class LayerCache:
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keeps k, v [B, N, H, D] of the frames that were begun; returns all that they attend to [B, M, H, D]."""
         cache = self._cache
-        if self._keys is None or self._values is None:
-            shape = (k.shape[0], cache.capacity, k.shape[1] // len(cache.slots), *k.shape[2:])
-            self._keys, self._values = k.new_empty(shape), v.new_empty(shape)
-        slots = torch.tensor(cache.slots, device=k.device)
-        for buffer, new in ((self._keys, k), (self._values, v)):
-            buffer.index_copy_(1, slots, new.unflatten(1, (len(cache.slots), -1)))
+        self.put(cache.slots, k.unflatten(1, (len(cache.slots), -1)), v.unflatten(1, (len(cache.slots), -1)))
         return self._keys[:, : cache.filled].flatten(1, 2), self._values[:, : cache.filled].flatten(1, 2)
+
+    def put(self, slots: Sequence[int], k: Tensor, v: Tensor) -> None:
+        """Keys and values [B, slots, N of a frame, H, D] into these slots."""
+        if self._keys is None or self._values is None:
+            shape = (k.shape[0], self._cache.capacity, *k.shape[2:])
+            self._keys, self._values = k.new_empty(shape), v.new_empty(shape)
+        where = torch.tensor(slots, device=k.device)
+        for buffer, new in ((self._keys, k), (self._values, v)):
+            buffer.index_copy_(1, where, new)
+
+    def get(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, slots, N of a frame, H, D] of these slots."""
+        return self._keys[:, list(slots)], self._values[:, list(slots)]
