@@ -110,7 +110,6 @@ def test_a_killed_file_plays_and_its_request_goes_on(runner, whole, tmp_path, po
     assert len(left) == 1
     made = handed(log)
     shown = played(left[0]) if made > FPS else 0
-    print(f"killed after {made} frames; {shown} play")
     assert goal < made < FRAMES and made - shown <= FPS
     runner.start(log, "resume", str(job), "-o", str(out), "--quiet")
     assert runner.wait() == 0 and not job.exists()
