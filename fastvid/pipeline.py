@@ -29,6 +29,7 @@ from fastvid.queueing import RUNNING, Place, Queue
 from fastvid.requests import Request, Resolved
 from fastvid.sampling import check_sigmas, make_sigmas
 from fastvid.session import Job, Session
+from fastvid.switching import Switch
 from fastvid.timeline import Timeline
 from fastvid.video import Video
 
@@ -40,8 +41,8 @@ MAX_RUNNING = limits.whole(1, 1000)
 class Stream:
     """The events of one running request. Iterate over it; `cancel()`, from any thread, ends it with Cancelled."""
 
-    def __init__(self, events: Iterator[Event], place: Place) -> None:
-        self._events, self._place = events, place
+    def __init__(self, events: Iterator[Event], place: Place, switch: Switch | None = None) -> None:
+        self._events, self._place, self._switch = events, place, switch
 
     def __iter__(self) -> Stream:
         return self
@@ -49,6 +50,17 @@ class Stream:
     def __next__(self) -> Event:
         with self._place.pulled():
             return next(self._events)
+
+    def change_prompt(self, prompt: str) -> None:
+        """Show this from the next window, block or segment of frames on; from any thread. Frames that are begun, and a
+        video of one window, stay as they are; a storyboard's next shot has its own prompt again. What was changed, and
+        from which frame on, is in Finished.recipe as "changed_prompts".
+
+        Raises InvalidRequest for what is no prompt, and for a request with a checkpoint, which could not be resumed.
+        """
+        if self._switch is None:
+            raise InvalidRequest("a request with a checkpoint keeps its prompts; leave checkpoint out")
+        self._switch.want(limits.text("prompt", prompt))
 
     def cancel(self) -> None:
         """Stop before the next step or chunk, or while it waits; the iteration then raises fastvid.Cancelled."""
@@ -227,8 +239,9 @@ class Pipeline:
         )
 
     def _stream(self, prepared: Prepared, keep_latents: bool, keeper: checkpoints.Keeper | None) -> Stream:
-        place = self._place or self.new_place()
-        return Stream(self._run(prepared, place, keep_latents, keeper), place)
+        place, switch = self._place or self.new_place(), Switch()
+        events = self._run(prepared, place, keep_latents, keeper, switch)
+        return Stream(events, place, switch if keeper is None else None)
 
     # ------------------------------------------------------------ for services
 
@@ -347,10 +360,15 @@ class Pipeline:
     # ------------------------------------------------------------ running
 
     def _run(
-        self, prepared: Prepared, place: Place, keep_latents: bool, keeper: checkpoints.Keeper | None
+        self,
+        prepared: Prepared,
+        place: Place,
+        keep_latents: bool,
+        keeper: checkpoints.Keeper | None,
+        switch: Switch,
     ) -> Iterator[Event]:
         with keeper or contextlib.nullcontext():
-            yield from self._events(prepared, Session(self._parts, prepared.job, place, keep_latents, keeper))
+            yield from self._events(prepared, Session(self._parts, prepared.job, place, keep_latents, keeper, switch))
 
     def _events(self, prepared: Prepared, session: Session) -> Iterator[Event]:
         request, timeline = prepared.job.request, prepared.job.timeline
@@ -367,7 +385,9 @@ class Pipeline:
         with session.place.begun():
             yield from session.run()
         clean = torch.cat(session.latents, dim=2) if session.keep_latents else None
-        yield Finished(request.seed, timeline.num_frames, request.fps, clean, prepared.recipe, session.seconds)
+        changed = {"changed_prompts": [list(pair) for pair in session.switch.taken]} if session.switch.taken else {}
+        recipe = prepared.recipe | changed
+        yield Finished(request.seed, timeline.num_frames, request.fps, clean, recipe, session.seconds)
 
 
 def _sigmas_of(request: Resolved) -> np.ndarray:

@@ -233,6 +233,10 @@ class Request:
         verb = recipe.get("verb", "generate")
         if verb not in VERBS:
             raise InvalidRequest(f"this recipe is of {shown(verb)}; this version knows {', '.join(VERBS)}")
+        if recipe.get("changed_prompts"):
+            raise InvalidRequest(
+                "this video's prompt was changed while it was made, which a recipe cannot repeat; make a storyboard"
+            )
         overrides = {name: value for name, value in overrides.items() if value is not None}
         dropped = {name for given in overrides for name in _DISPLACES.get(given, ())}
         kept = {k: v for k, v in recipe.items() if k not in RECIPE_CONTEXT and k not in dropped and k not in overrides}

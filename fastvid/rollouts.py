@@ -10,7 +10,7 @@ with `global_sink` of `configs/longlive_interactive_inference.yaml`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -54,9 +54,18 @@ def spans(rollout: Rollout, segment: Segment) -> list[tuple[int, int]]:
     )
 
 
-def rows(rollout: Rollout, segment: Segment, sigmas: np.ndarray) -> Iterator[Row]:
-    """The noise table."""
-    return tables.rollout(sigmas, spans(rollout, segment), known_columns(segment), refills(rollout, segment))
+def rows(
+    rollout: Rollout, segment: Segment, sigmas: np.ndarray, changes: Callable[[int], bool] = lambda column: False
+) -> Iterator[Row]:
+    """The noise table. changes: asked, when it gets to a block, whether another prompt begins there after all."""
+    cache, planned = new_cache(rollout, segment, 0), refills(rollout, segment)
+
+    def refill(column: int) -> int | None:
+        """The first of the columns that are passed once more before this one."""
+        changed = changes(column)
+        return cache.remade_from(column) if changed and rollout.recache and column > 0 else planned.get(column)
+
+    return tables.rollout(sigmas, spans(rollout, segment), known_columns(segment), refill)
 
 
 def count_passes(rollout: Rollout, segment: Segment) -> tuple[int, int, int]:
@@ -73,8 +82,10 @@ def refills(rollout: Rollout, segment: Segment) -> dict[int, int]:
     return {cut: cache.remade_from(cut) for cut in _cuts(rollout, segment)}
 
 
-def most_refilled(rollout: Rollout, segment: Segment) -> int:
-    """The most columns that are passed once more."""
+def most_refilled(rollout: Rollout, segment: Segment, at_any: bool = False) -> int:
+    """The most columns that are passed once more; at_any: if another prompt may begin with any block."""
+    if at_any and rollout.recache:
+        return new_cache(rollout, segment, 0).capacity
     return max((cut - first for cut, first in refills(rollout, segment).items()), default=0)
 
 

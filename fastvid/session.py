@@ -40,6 +40,7 @@ from fastvid.sampling import (
 )
 from fastvid.source import SourceClip
 from fastvid.spool import Spool
+from fastvid.switching import Switch
 from fastvid.timeline import Edge, Kept, Segment, Timeline
 
 KEPT_AT_ONCE = 16  # frames of a clip that are handed on at a time
@@ -132,17 +133,20 @@ def count_calls(parts: Parts, segment: Segment, sigmas: np.ndarray, request: Res
 @dataclass
 class Session:
     """Runs a job. `latents` are the clean ones of all segments so far, if they are kept; `keeper` saves how far it is,
-    and knows what an earlier process has made."""
+    and knows what an earlier process has made; `switch` is where prompts come from that are changed while it runs."""
 
     parts: Parts
     job: Job
     place: Place
     keep_latents: bool = True
     keeper: Keeper | None = None
+    switch: Switch = field(default_factory=Switch)
     latents: list[Tensor] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"text": 0.0, "denoise": 0.0, "decode": 0.0})
     _ends: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # of segments: first, last frames
     _texts: dict[Any, Tensor] = field(default_factory=dict)
+    _prompts_in_use: dict[int, int] = field(default_factory=dict)  # numbers of prompts that others stand for now
+    _refilled: int = 0
     _step: int = 0
 
     @property
@@ -194,7 +198,7 @@ class Session:
                 yield item
             else:
                 self._step += 1
-                yield Step(self._step, total, *item)
+                yield Step(self._step, total + self._refilled, *item)
 
     def _prompts(self, segment: Segment) -> set[int]:
         guided = any(scale != 1 for scale in self.job.request.guidance_scales(len(self.parts.experts)))
@@ -227,6 +231,21 @@ class Session:
         held = [frames[-1:]] * (count - len(frames))
         return np.concatenate((frames, *held)) if held else frames
 
+    def change_prompt(self, number: int, frame: int) -> bool:
+        """Has another prompt stand for the one of this number from a frame on, if the caller wants that; whether it
+        does."""
+        if (wanted := self.switch.take(frame)) is None:
+            return False
+        new = len(self.job.request.prompts) + len(self.switch.taken) - 1
+        with torch.no_grad(), ieee_fp32():
+            self._texts[new] = self.parts.embed(wanted)
+        self._prompts_in_use[number] = new
+        return True
+
+    def in_use(self, number: int) -> int:
+        """The prompt that is meant by this number now."""
+        return self._prompts_in_use.get(number, number)
+
     def text(self, number: int) -> Tensor:
         """Embeddings [1, L, text_dim] of a prompt by number, made when first asked for."""
         if number not in self._texts:
@@ -253,6 +272,7 @@ class SegmentMaker:
         self._noise_kept: tuple[tuple[int, int], Tensor] | None = None
         self._contexts: dict[tuple[int, int], Any] = {}
         self._caches: dict[int, KVCache] = {}
+        self._window: tuple[int, int] | None = None
         self.clip = None if segment.source is None else SourceClip(session.parts, segment, known, self.request.mask)
         with ieee_fp32():
             self.conditions: Conditions = conditions.prepare(session.parts, self.request, segment, known)
@@ -280,7 +300,10 @@ class SegmentMaker:
     def _walk(self, position: engine.Position | None) -> Iterator[engine.Walked]:
         """The rows from a position on, or all."""
         rollout = self.parts.recipe.rollout
-        table = rows(self.parts, self.segment, self.sigmas, self.conditions.columns, self.request.schedule)
+        if rollout is None:
+            table = rows(self.parts, self.segment, self.sigmas, self.conditions.columns, self.request.schedule)
+        else:
+            table = rollouts.rows(rollout, self.segment, self.sigmas, self._change_prompt)
         return engine.walk(
             table,
             self.source,
@@ -288,7 +311,7 @@ class SegmentMaker:
             self.denoiser,
             fresh=self.fresh,
             position=position,
-            keep=0 if rollout is None else rollouts.most_refilled(rollout, self.segment),
+            keep=0 if rollout is None else rollouts.most_refilled(rollout, self.segment, at_any=True),
         )
 
     def _next(self, walked: Iterator[engine.Walked]) -> tuple[engine.Walked, float] | None:
@@ -363,6 +386,7 @@ class SegmentMaker:
         """Guidance over the velocity for the row's prompt and for the negative one, of the expert that its level is
         for, with what is known of the video in its place."""
         experts, request = self.parts.experts, self.request
+        self._enter(row)
         # What the negative prompt made of the frames stays true when the other one changes.
         scales = (1.0,) * len(experts) if row.refill else request.guidance_scales(len(experts))
         region = self.region(row)
@@ -396,11 +420,29 @@ class SegmentMaker:
             return None
         return Region(self.clip.places(row.start, row.stop), self.clip.latents(row.start, row.stop))
 
+    def _enter(self, row: Row) -> None:
+        """Where a window begins another prompt may; a causal model's blocks ask when their table gets to them."""
+        window, known = (row.start, row.stop), self._window
+        self._window = window
+        if window != known and self.parts.recipe.rollout is None:
+            free = row.start + int((row.sigma > 0).long().argmax())
+            self._change_prompt(free)
+
+    def _change_prompt(self, column: int) -> bool:
+        """Whether another prompt begins with this column, since the caller wants it."""
+        segment = self.segment
+        prompt = [number for begin, number in turns(self.parts, segment) if begin <= column][-1]
+        frame = max(0, (column - segment.lead - 1) * segment.temporal + 1 - segment.skip)
+        changed = self.session.change_prompt(prompt, self.session.job.timeline.starts()[self.number] + frame)
+        rollout = self.parts.recipe.rollout
+        self.session._refilled += changed and rollout is not None and rollout.recache and column > 0
+        return changed
+
     def prompt_of(self, row: Row) -> int:
         """The number of the prompt that a window's first free column belongs to, or the column that a refill is for."""
         free = row.start + int((row.sigma > 0).long().argmax()) if bool((row.sigma > 0).any()) else row.start
         free = row.stop if row.refill else free
-        return [prompt for column, prompt in turns(self.parts, self.segment) if column <= free][-1]
+        return self.session.in_use([prompt for column, prompt in turns(self.parts, self.segment) if column <= free][-1])
 
     def _velocity(self, row: Row, region: Region | None, expert: int, text: int, x: Tensor, sigma: Tensor) -> Tensor:
         """One expert's velocity for a text. What it makes of the text is made in its first call, when it has to be on

@@ -11,9 +11,8 @@ Known columns stand at level 0 from the first row on. All levels are float64; si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -72,17 +71,17 @@ def rollout(
     sigmas: np.ndarray,
     spans: Sequence[tuple[int, int]],
     known: int = 0,
-    refills: Mapping[int, int] = MappingProxyType({}),
+    refill: Callable[[int], int | None] = lambda column: None,
 ) -> Iterator[Row]:
     """A causal model, block after block: each down to zero, then once more, clean, for the KV cache.
 
     spans: of the blocks. known: the first columns: those of a block that is all known only fill the cache, those at the
-    start of another one stand at level 0 in it. refills: {the column where a block begins: the first of those that are
-    passed once more before it}.
+    start of another one stand at level 0 in it. refill: from the column where a block begins to the first of those that
+    are passed once more before it, None if none are; asked when the block's turn comes.
     """
     for start, stop in spans:
-        if start in refills:
-            yield _clean(refills[start], start, refill=True)
+        if (first := refill(start)) is not None:
+            yield _clean(first, start, refill=True)
         settled = torch.arange(start, stop) < known
         if not bool(settled.all()):
             yield from whole_clip(sigmas, stop - start, settled, start)

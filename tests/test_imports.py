@@ -52,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "control": SURFACE | {"given"},
     "tables": MIDDLE - {"models", "weights"} | {"engine"},
     "spool": set(),
+    "switching": set(),
     "conditions": SURFACE | {"control", "given"},
     "source": SURFACE | {"given"},
     "rollouts": SURFACE | {"tables"},
@@ -60,14 +61,15 @@ ALLOWED: dict[str, set[str]] = {
     "decoding": SURFACE | {"queueing"},
     "checkpoints": SURFACE,
     "session": SURFACE
-    | {"checkpoints", "conditions", "decoding", "given", "queueing", "rollouts", "source", "spool", "tables"},
+    | {"checkpoints", "conditions", "decoding", "given", "queueing", "rollouts", "source", "spool"}
+    | {"switching", "tables"},
     "inputs": SURFACE | {"clips", "control", "given"},
     "verbs": SURFACE | {"conditions"},
     "planning": SURFACE | {"conditions", "decoding", "plan_memory", "session"},
     "prompts": BASE | {"env", "requests"},
     "pipeline": SURFACE
     | {"asynchronous", "checkpoints", "control", "inputs", "pieces", "planning", "prompts", "queueing", "session"}
-    | {"verbs"},
+    | {"switching", "verbs"},
     "cli": SURFACE | {"checkpoints", "pipeline", "progress"},
     "__init__": {"clips", "errors", "events", "pipeline", "requests", "video"},
     "__main__": {"cli"},

@@ -121,7 +121,7 @@ def test_rollouts_visit_block_after_block(sigmas, columns, block, known, alone, 
     known, recent = min(known, columns), 4
     spans = tables.block_spans(columns, block, known if alone else 0, cuts)
     refills = {cut: max(0, cut - recent) for cut in cuts if 0 < cut < columns and cut in dict(spans)}
-    table = list(tables.rollout(sigmas, spans, known, refills))
+    table = list(tables.rollout(sigmas, spans, known, refills.get))
     check(table, sigmas, torch.arange(columns) < known, max(block, recent))
     assert handed_out(table, columns, keep=recent + 2) == list(range(columns))
     # One clean pass each, after all else of the block; before a new prompt what came last, once more.
@@ -140,7 +140,7 @@ def test_a_known_column_in_a_block_stays_at_zero() -> None:
 
 def test_a_walk_goes_on_from_a_position_before_a_refill() -> None:
     spans = tables.block_spans(6, 2)
-    table = list(tables.rollout(np.array([1.0, 0.5]), spans, 0, {4: 1}))
+    table = list(tables.rollout(np.array([1.0, 0.5]), spans, 0, {4: 1}.get))
     noise, seen = torch.randn(1, 2, 6, 2, 2), []
 
     def denoise(row: Row):
