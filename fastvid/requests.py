@@ -186,6 +186,8 @@ class Request:
             filled["num_inference_steps"] = len(filled["sigmas"])
         elif self.draft and self.num_inference_steps is None:
             filled["num_inference_steps"] = max(1, round(recipe.num_inference_steps * DRAFT_STEPS))
+        if self.source_prompt is not None and self.solver is None:
+            filled["solver"] = "euler"  # FlowEdit's path is not one that a multistep solver's history is of
         if self.verb in STRENGTH and self.strength is None:
             filled["strength"] = STRENGTH[self.verb]
         return Resolved(

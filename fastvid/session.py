@@ -82,8 +82,11 @@ def spans(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
     if recipe.rollout is not None:
         return rollouts.spans(recipe.rollout, segment)
     size = recipe.window + segment.lead if recipe.carries else segment.columns
+    overlap = min(recipe.overlap, size - 1)
     cuts = [column for column, _ in turns(parts, segment)[1:]]
-    return tables.window_spans(segment.columns, size, min(recipe.overlap, size - 1), cuts)
+    if segment.right_columns and segment.columns > size:  # the window that sees both sides has as much as it can to bring them together
+        cuts.append(segment.columns - size + overlap)
+    return tables.window_spans(segment.columns, size, overlap, cuts)
 
 
 def stagger(parts: Parts, segment: Segment, steps: int) -> tuple[int, int]:
@@ -96,7 +99,7 @@ def turns(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
     """(column, prompt) from where on which is meant."""
     if parts.recipe.rollout is not None:
         return rollouts.turns(parts.recipe.rollout, segment)
-    later = [(segment.column_of(segment.skip + frame), prompt) for frame, prompt in segment.prompts[1:]]
+    later = [(segment.turn_column(frame), prompt) for frame, prompt in segment.prompts[1:]]
     return [(0, segment.prompts[0][1]), *later]
 
 

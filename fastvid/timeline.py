@@ -116,6 +116,11 @@ class Segment:
         """The column that holds a frame of the stream."""
         return self.lead + (frame + self.temporal - 1) // self.temporal
 
+    def turn_column(self, frame: int) -> int:
+        """The column from which on something is meant that begins with a frame that comes out: the nearest one."""
+        nearest = self.column_of(self.skip + frame + self.temporal // 2)
+        return min(nearest, self.column_of(self.skip + self.num_frames - 1))
+
     def crop(self, frames: Tensor, start: int) -> Tensor:
         """Frames [n, H, W, 3] of the stream from frame `start` on, without what does not come out."""
         first, last = max(0, self.skip - start), max(0, self.skip + self.num_frames - start)
@@ -185,15 +190,14 @@ class Stretch:
 def lay(stretch: Stretch, rules: Rules, number: int = 0, origin: int = 0) -> list[Segment]:
     """The segments of a stretch, in the order in which they come out; the first will be part `number` of the timeline.
 
-    One is enough where it fits the model's window, or where windows carry latents on. origin: its first
-    column's index.
+    One is enough where it fits the model's window, or where windows carry latents on: from left to right alone, so what
+    leads up to a clip is made from right to left in several. origin: its first column's index.
     """
-    whole = _segment(stretch, rules, origin)
-    if rules.carries or whole.columns - whole.lead <= max(rules.window, whole.left_columns + whole.right_columns + 1):
+    whole, backward = _segment(stretch, rules, origin), stretch.before is None and stretch.after is not None
+    least = whole.left_columns + whole.right_columns + 1
+    if (rules.carries and not backward) or whole.columns - whole.lead <= max(rules.window, least):
         return [whole]
-    cuts = (
-        _backward(stretch, rules) if stretch.before is None and stretch.after is not None else _forward(stretch, rules)
-    )
+    cuts = _backward(stretch, rules) if backward else _forward(stretch, rules)
     return _chain(stretch, cuts, rules, number, origin)
 
 
@@ -202,12 +206,20 @@ def _forward(stretch: Stretch, rules: Rules) -> list[int]:
     counts, done, known = [], 0, stretch.before is not None
     while done < stretch.num_frames:
         rest, most = stretch.num_frames - done, _most(rules, known, False)
-        if stretch.after is not None and rest <= most:  # the last one, or the last but one where that is too long
-            most = _most(rules, known, True)
+        if stretch.after is not None:  # the last one sees both sides, and has as much to bring together as it can
+            last = _most(rules, known or rest > most, True)
+            most = _share(rest - last, most, rules.temporal) if rest > last else rest
         turn = min((frame for frame, _ in stretch.prompts if frame > done), default=stretch.num_frames) - done
         counts.append(min(rest, most, turn))
         done, known = done + counts[-1], True
     return counts
+
+
+def _share(frames: int, most: int, temporal: int) -> int:
+    """The first of the fewest parts of at most so many frames, about as long as the others: each is shown the one
+    before, of which there should be enough."""
+    each = math.ceil(frames / math.ceil(frames / most))
+    return min(frames, most, math.ceil(each / temporal) * temporal)
 
 
 def _backward(stretch: Stretch, rules: Rules) -> list[int]:

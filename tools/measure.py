@@ -77,7 +77,7 @@ def fit_shape(mask: np.ndarray, spins: bool = True) -> tuple[str, dict[str, floa
     return max(scores, key=scores.get), scores
 
 
-def _turned(masks: list[np.ndarray], shape: str) -> float:
+def turned(masks: list[np.ndarray], shape: str) -> float:
     """How far the outline turned between neighbouring frames, in radians, by the phase of its n-fold moment."""
     n = SYMMETRY.get(shape, 0)
     if not n:
@@ -125,7 +125,7 @@ def measure(frames: np.ndarray, fps: float = 16) -> Measured:
         background=nearest(np.median([b for b, _, _ in parts], axis=0), BACKGROUNDS),
         colour=nearest(np.median([c for _, c, _ in parts], axis=0), COLOURS),
         shape=shape,
-        motion=classify_motion(path[second], area[second], _turned(masks[second], shape)),
+        motion=classify_motion(path[second], area[second], turned(masks[second], shape)),
         path=path,
         area=area,
     )
