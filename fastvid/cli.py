@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import fastvid
-from fastvid import cli_args, cli_request, env
+from fastvid import cli_args, cli_plan, cli_request, env
 from fastvid.cli_flags import with_flags
 from fastvid.errors import Cancelled, Error, InvalidRequest
 from fastvid.progress import Progress, Stopwatch, duration
@@ -156,7 +156,7 @@ def _plan(flags: argparse.Namespace) -> None:
     model, memory = cli_request.model_of(flags, recipe or {}), flags.device_memory
     blueprint = pipeline.blueprint(model, **loaded, device_memory=memory)
     estimate = "again" if flags.measure else memory is None
-    plan = blueprint.plan(**request.arguments(), verb=request.verb, estimate=estimate)
+    plan = blueprint.plan(**request.arguments(), verb=request.verb, estimate=estimate, keep_frames=False)
     print(json.dumps(plan.to_dict()) if flags.json else "\n".join(cli_plan.lines(plan, model)))
 
 

@@ -179,7 +179,7 @@ def _add_recipe(parser: Parser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="FILE",
-        help="as the video in FILE was made; clips and pictures, which it does not hold, are given again, and what else "
+        help="as the video in FILE was made; clips and pictures, which it does not hold, are given again; what else "
         "is given beside it is changed",
     )
 
@@ -284,7 +284,7 @@ def _doctor() -> Parser:
 
 
 def parse(words: list[str]) -> tuple[str, argparse.Namespace]:
-    """(command, its flags); the command is "" for fastvid itself. flags.verb: of a video, or of the one that is planned.
+    """(command, its flags); the command is "" for fastvid itself. flags.verb: of a video, made or planned.
 
     Raises UsageError; --help raises SystemExit.
     """

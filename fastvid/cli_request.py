@@ -86,7 +86,7 @@ def _by_frame(pairs: list[tuple[int | float, str]]) -> dict[int | float, str]:
 
 
 def _read_shots(path: str, given: Any) -> list[Any]:
-    """[[prompt, seconds], ...] of a JSON file, each also as {"prompt": ..., "seconds": ...}; the request checks them."""
+    """[[prompt, seconds], ...] of a JSON file, each also as {"prompt": ..., "seconds": ...}; the request checks it."""
     if given is not None:
         raise UsageError("--shot and --shots are both given; give one of them")
     try:

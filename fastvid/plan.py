@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Plan:
 
     offload: how weights share the device, choices: the same in sentences. bytes_device: on the device at the peak,
     weights included; bytes_host: of weights at home in host memory. bytes_free: what can still be taken there now.
+    flops_attention: of flops_denoise. seconds, seconds_parts: how long it takes, estimated, and what of it; None and
+    empty where no estimate was asked for.
     """
 
     height: int
@@ -69,11 +71,14 @@ class Plan:
     device: str
     dtype: str
     backends: Mapping[str, str]
+    flops_attention: float = 0.0
+    seconds: float | None = None
+    seconds_parts: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
         lists = {"latent_shape": list(self.latent_shape), "choices": list(self.choices)}
-        return {**asdict(self), **lists, "backends": dict(self.backends)}
+        return {**asdict(self), **lists, **{name: dict(getattr(self, name)) for name in ("backends", "seconds_parts")}}
 
 
 def whole_clip(request: Resolved, vae: VAEConfig) -> Segment:
@@ -113,6 +118,13 @@ def denoise_flops(
     # What goes into the control branch is projected once, what comes out in every layer.
     control = control_layers * layer + (control_layers + 1) * 2 * tokens * d * d if control_layers else 0
     return float(config.num_layers * layer + control)
+
+
+def attention_flops(
+    tokens: int, text_rows: int, config: WanTransformerConfig, control_layers: int = 0, keys: int | None = None
+) -> float:
+    """Of these, those of attention."""
+    return (config.num_layers + control_layers) * 4.0 * tokens * ((keys or tokens) + text_rows) * config.dim
 
 
 def decode_chunk(segment: Segment) -> int:

@@ -22,7 +22,7 @@ import pytest
 from fastvid import cli, cli_args, cli_flags, cli_request, errors, inputs
 from fastvid.media import read_recipe, read_video
 from fastvid.progress import Progress, Stopwatch, duration
-from fastvid.requests import CLIPS, VERBS, Request
+from fastvid.requests import VERBS, Request
 
 
 @dataclass(frozen=True)
