@@ -100,7 +100,8 @@ def _run(flags: argparse.Namespace, request: Request, recipe: dict[str, Any], pr
     with contextlib.closing(pipe.stream(**options, keep_latents=False)) as stream:
         made = _write(stream, flags.output, progress, watch)
     progress.close()
-    size = f"{made['num_frames']} frames, {made['width']}x{made['height']}, {made['fps']:g} fps, seed {made['seed']}"
+    count = f"{made['num_frames']} frames, {made['fps']:g} fps" if made["num_frames"] > 1 else "1 frame"
+    size = f"{count}, {made['width']}x{made['height']}, seed {made['seed']}"
     progress.say(f"{made['output']}: {size}, in {duration(watch.total)}")
     return made
 

@@ -95,7 +95,7 @@ def _read_shots(path: str, given: Any) -> list[Any]:
     except OSError as error:
         raise MediaError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f'{path} is no JSON ({error:.100}); needed is [["a red circle", 2], ...]') from None
+        raise InvalidRequest(f'{path} is no JSON ({str(error):.100}); needed is [["a red circle", 2], ...]') from None
     if not isinstance(found, list):
         raise InvalidRequest(f'{path} holds no list; needed is [["a red circle", 2], ...]')
     return [_shot(path, number, shot) for number, shot in enumerate(found)]

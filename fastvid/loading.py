@@ -165,7 +165,8 @@ def choose_offload(
     if device.type == "cpu":
         return "none"
     made = [configs.get(name) for name in FIT]
-    pictures = 1 + bool(made[0].pos_embed_seq_len) if made[0].in_channels > made[0].out_channels else 0
+    seen = getattr(made[0], "transformer", made[0])  # of one with a control branch
+    pictures = 1 + bool(seen.pos_embed_seq_len) if seen.in_channels > seen.out_channels else 0
     request = Request.make(prompt="").resolve(recipe)
     given = {"experts": sum(name in EXPERTS for name in configs), "dtype": dtype, "pictures": pictures}
     try:

@@ -20,6 +20,7 @@ from fastvid.models.checkpoint import weigh_part
 from fastvid.models.clip import CLIPVisionConfig
 from fastvid.models.umt5 import UMT5Config
 from fastvid.models.wan import WanTransformerConfig
+from fastvid.models.wan_vace import WanVACEConfig
 from fastvid.models.wan_vae22 import VAEConfig
 from fastvid.offload import MODES
 from fastvid.plan_memory import Cost, Memory, Sizes
@@ -177,7 +178,7 @@ def cost(
 
 def fit(
     request: Resolved,
-    transformer: WanTransformerConfig,
+    transformer: WanTransformerConfig | WanVACEConfig,
     vae: VAEConfig,
     text_encoder: UMT5Config,
     image_encoder: CLIPVisionConfig | None = None,
@@ -193,11 +194,14 @@ def fit(
     way of offloading by its name. Raises OutOfMemory if none of them fits.
     """
     one, text = weigh_part("transformer", transformer, dtype), weigh_part("text_encoder", text_encoder, dtype)
+    control = len(transformer.vace_layers) if isinstance(transformer, WanVACEConfig) else 0
+    transformer = transformer.transformer if isinstance(transformer, WanVACEConfig) else transformer
     image = weigh_part("image_encoder", image_encoder, dtype).total if image_encoder else 0
     sizes = Sizes((one,) * experts, text, weigh_part("vae", vae, dtype).total, image)
     segment = whole_clip(request, vae)
     guided = any(scale != 1 for scale in request.guidance_scales(experts))
     options = {"text": text_encoder, "texts": 1 + guided, "experts": experts, "pictures": pictures}
+    options |= {"control_layers": control}
 
     def chosen(t: Segment) -> Memory:
         made = plan_memory.choose(sizes, cost(t, transformer, vae, dtype.itemsize, **options), capacity)

@@ -151,7 +151,7 @@ def test_makes_a_video(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> No
     assert (status, out) == (0, "") and os.listdir() == ["out.mp4"]
     assert read_video("out.mp4")[0].shape == (5, 64, 64, 3) and read_recipe("out.mp4")["seed"] == 7
     assert pipe.loaded == [("embedded", {"backend": "auto", "attention": "auto"})] and pipe.closed == 1
-    assert "5 frames of 64x64 at 16 fps, 4 steps, seed 7" in err and "out.mp4: 5 frames, 64x64, 16 fps, seed 7" in err
+    assert "5 frames of 64x64 at 16 fps, 4 steps, seed 7" in err and "out.mp4: 5 frames, 16 fps, 64x64, seed 7" in err
 
 
 def test_every_flag_reaches_the_request(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
