@@ -23,7 +23,7 @@ from fastvid.errors import (
 if TYPE_CHECKING:
     from fastvid.clips import open_clip
     from fastvid.events import Finished, Frames, Started, Step
-    from fastvid.pipeline import Pipeline, load
+    from fastvid.pipeline import Pipeline, blueprint, load
     from fastvid.requests import Request
     from fastvid.video import Video
 
@@ -45,6 +45,7 @@ __all__ = [
     "Started",
     "Step",
     "Video",
+    "blueprint",
     "load",
     "open_clip",
 ]
@@ -57,6 +58,7 @@ _LAZY = {
     "Started": "fastvid.events",
     "Step": "fastvid.events",
     "Video": "fastvid.video",
+    "blueprint": "fastvid.pipeline",
     "load": "fastvid.pipeline",
     "open_clip": "fastvid.clips",
 }

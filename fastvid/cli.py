@@ -1,4 +1,5 @@
-"""The command line: `fastvid generate | resume | inspect | convert | doctor`.
+"""The command line: `fastvid generate | image | extend | loop | blend | edit | storyboard | finalize`, `resume`, and
+`plan`, `inspect`, `convert`, `doctor`.
 
 What can be checked without the model (flags, request, output path) is checked before torch is imported.
 """
@@ -9,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 import traceback
@@ -18,51 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import fastvid
-from fastvid import cli_args, env
+from fastvid import cli_args, cli_plan, cli_request, env
+from fastvid.cli_flags import RESUMED, with_flags
 from fastvid.errors import Cancelled, Error, InvalidRequest
-from fastvid.limits import MAX_PROMPT
 from fastvid.progress import Progress, Stopwatch, duration
-from fastvid.requests import Request
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-
-REQUEST_FLAGS = (
-    *(
-        "negative_prompt",
-        "width",
-        "height",
-        "size",
-        "aspect",
-        "budget",
-        "num_frames",
-        "seconds",
-        "fps",
-        "seed",
-        "image",
-        "last_image",
-        "video",
-        "mask",
-        "reference_images",
-        "conditioning_scale",
-    ),
-    *("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "sigmas", "solver"),
-)
-PROMPT_FLAGS = ("expand_prompt", "prompt_endpoint", "prompt_model")
-CHECKPOINT_FLAGS = ("checkpoint", "checkpoint_every", "keep_checkpoint")
-RESUME_FLAGS = ("image", "last_image", "video", "mask", "reference_images")
-LOAD_FLAGS = ("device", "dtype", "backend", "attention")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors are one line on standard error."""
+    verb = "generate"
     try:
         with _sigterm_interrupts():
             command, flags = cli_args.parse(sys.argv[1:] if argv is None else argv)
-            run = {
-                **{"": _version, "generate": _generate, "resume": _resume},
-                **{"inspect": _inspect, "convert": _convert, "doctor": _doctor},
-            }
-            run[command](flags)
+            verb = flags.verb
+            run = {"": _version, "resume": _resume, "plan": _plan, "inspect": _inspect, "convert": _convert}
+            run.get(command, _doctor if command == "doctor" else _make)(flags)
             sys.stdout.flush()
         return OK
     except SystemExit as done:  # argparse, after --help
@@ -72,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     except Cancelled as error:
         return _report(str(error) or "cancelled", INTERRUPTED)
     except InvalidRequest as error:
-        return _report(_with_flags(str(error)), USAGE)
+        return _report(with_flags(str(error), verb), USAGE)
     except BrokenPipeError:
         _drop_stdout()
         return FAILED
@@ -91,20 +63,30 @@ def _version(flags: argparse.Namespace) -> None:
     print(f"fastvid {fastvid.__version__}")
 
 
-def _generate(flags: argparse.Namespace) -> None:
+def _make(flags: argparse.Namespace) -> None:
+    """Any verb."""
     from fastvid import checkpoints_files
     from fastvid.media import check_writable
 
-    recipe = _read_recipe(flags.recipe)
-    request = _make_request(flags, recipe)
+    recipe = cli_request.read_recipe(flags)
+    request = cli_request.make(flags, recipe)
     check_writable(
-        flags.output, num_frames=request.num_frames, width=request.width, height=request.height, fps=request.fps
+        flags.output,
+        num_frames=1 if flags.verb == "image" else request.num_frames,
+        width=request.width,
+        height=request.height,
+        fps=request.fps,
     )
     if flags.checkpoint is not None:
         checkpoints_files.free_place(flags.checkpoint)
-    asked = {name: value for name in PROMPT_FLAGS if (value := getattr(flags, name))}
-    asked |= {name: value for name in CHECKPOINT_FLAGS if (value := getattr(flags, name)) is not None}
-    _show(flags, recipe or {}, lambda pipe: pipe.stream(**request.arguments(), **asked))
+    cli_request.check_same(request, recipe or {})
+    options = {
+        **request.arguments(),
+        **cli_request.expanding(flags),
+        **cli_request.keeping(flags),
+        "verb": request.verb,
+    }
+    _show(flags, recipe or {}, lambda pipe: pipe.stream(**options, keep_latents=False))
 
 
 def _resume(flags: argparse.Namespace) -> None:
@@ -113,9 +95,9 @@ def _resume(flags: argparse.Namespace) -> None:
 
     recipe = checkpoints_files.get_about(flags.folder)["recipe"]
     check_writable(flags.output, num_frames=recipe.get("num_frames"), fps=recipe.get("fps"))
-    names = (*RESUME_FLAGS, *CHECKPOINT_FLAGS[1:])
-    given = {name: value for name in names if (value := getattr(flags, name)) is not None}
-    _show(flags, recipe, lambda pipe: pipe.resume(flags.folder, **given))
+    given = {name: value for name in RESUMED if (value := getattr(flags, name)) is not None}
+    given |= cli_request.keeping(flags)
+    _show(flags, recipe, lambda pipe: pipe.resume(flags.folder, **given, keep_latents=False))
 
 
 def _show(flags: argparse.Namespace, recipe: dict[str, Any], start: Callable[[Any], Any]) -> None:
@@ -129,73 +111,30 @@ def _show(flags: argparse.Namespace, recipe: dict[str, Any], start: Callable[[An
         print(json.dumps(result))
 
 
-def _make_request(flags: argparse.Namespace, recipe: dict[str, Any] | None) -> Request:
-    given = {name: getattr(flags, name) for name in REQUEST_FLAGS if getattr(flags, name) is not None}
-    if flags.prompt is not None:
-        given["prompt"] = _read_prompt() if flags.prompt == "-" else flags.prompt
-    if recipe is not None:
-        return Request.from_recipe(recipe, **given)
-    if "prompt" not in given:
-        raise cli_args.UsageError("no prompt given; give one in quotes, or --recipe FILE (see fastvid generate --help)")
-    return Request.make(**given)
-
-
-def _read_prompt() -> str:
-    """From standard input, without the line end. Reads no more than a prompt may have."""
-    data = sys.stdin.buffer.read(4 * MAX_PROMPT + 8)
-    try:
-        return data.decode("utf-8", errors="ignore" if len(data) > 4 * MAX_PROMPT else "strict").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(
-            f"the prompt on standard input is not UTF-8: {error.reason} at byte {error.start}"
-        ) from error
-
-
-def _read_recipe(path: str | None) -> dict[str, Any] | None:
-    from fastvid.media import read_recipe
-
-    return None if path is None else read_recipe(path)
-
-
 def _run(
     flags: argparse.Namespace, recipe: dict[str, Any], progress: Progress, start: Callable[[Any], Any]
 ) -> dict[str, Any]:
     """Load, stream, write. Returns what --json prints. start: from the pipeline to the stream."""
     watch = Stopwatch()
-    model = flags.model or recipe.get("model") or env.read().model
+    model = cli_request.model_of(flags, recipe)
     progress.say(f"loading {model}")
     from fastvid import pipeline
 
-    pipe = pipeline.load(model, **_load_arguments(flags, recipe))
+    pipe = pipeline.load(model, **cli_request.load_arguments(flags, recipe))
     watch.mark("load")
     with contextlib.closing(start(pipe)) as stream:
         made = _write(stream, flags.output, progress, watch)
     progress.close()
-    size = f"{made['num_frames']} frames, {made['width']}x{made['height']}, {made['fps']:g} fps, seed {made['seed']}"
+    count = f"{made['num_frames']} frames, {made['fps']:g} fps" if made["num_frames"] > 1 else "1 frame"
+    size = f"{count}, {made['width']}x{made['height']}, seed {made['seed']}"
     progress.say(f"{made['output']}: {size}, in {duration(watch.total)}")
     return made
-
-
-def _load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
-    """A flag wins over what the recipe was made with, that over the environment. Its device may not be here, so that
-    is not taken."""
-    settings = recipe.get("settings") if isinstance(recipe.get("settings"), dict) else {}
-    made_with = {
-        name: settings[name] for name in LOAD_FLAGS if isinstance(settings.get(name), str) and name != "device"
-    }
-    here = env.read()
-    chosen = {name: getattr(flags, name) or made_with.get(name) or getattr(here, name) for name in LOAD_FLAGS}
-    chosen["loras"] = settings.get("loras") if flags.lora is None else flags.lora
-    chosen["offload"] = flags.offload  # of this machine alone: the video is the same
-    # Of another model, what the recipe's was made of says nothing.
-    chosen["parts"] = dict(flags.part) if flags.part else None if flags.model else settings.get("parts")
-    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> dict[str, Any]:
     """Frames go into the file as they come, so that memory does not grow with the video. Whatever happens, the file is
     whole or not there."""
-    from fastvid.media import FrameSink
+    from fastvid.media import FrameSink, check_writable
     from fastvid.media_beside import Beside
 
     made = None
@@ -206,6 +145,9 @@ def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> di
             kind = type(event).__name__
             if kind == "Started":
                 started = event
+                check_writable(  # now with the frames and the rate that follow from clips and the model
+                    output, num_frames=event.num_frames, width=event.width, height=event.height, fps=event.fps
+                )
                 sink = FrameSink(output, width=event.width, height=event.height, fps=event.fps, recipe=event.recipe)
                 stack.enter_context(sink)
                 beside = stack.enter_context(Beside(sink))
@@ -236,6 +178,20 @@ def _summary(path: Path, started: Any, finished: Any, watch: Stopwatch, written:
         "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
         "recipe": finished.recipe,
     }
+
+
+def _plan(flags: argparse.Namespace) -> None:
+    recipe = cli_request.read_recipe(flags)
+    request = cli_request.make(flags, recipe)
+    cli_request.check_same(request, recipe or {})
+    from fastvid import pipeline
+
+    loaded = cli_request.load_arguments(flags, recipe or {})
+    model, memory = cli_request.model_of(flags, recipe or {}), flags.device_memory
+    blueprint = pipeline.blueprint(model, **loaded, device_memory=memory)
+    estimate = "again" if flags.measure else memory is None
+    plan = blueprint.plan(**request.arguments(), verb=request.verb, estimate=estimate, keep_frames=False)
+    print(json.dumps(plan.to_dict()) if flags.json else "\n".join(cli_plan.lines(plan, model)))
 
 
 def _inspect(flags: argparse.Namespace) -> None:
@@ -288,17 +244,6 @@ def _report(message: str, status: int) -> int:
     with contextlib.suppress(OSError):
         print("fastvid: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return status
-
-
-def _with_flags(message: str) -> str:
-    """Arguments that a message opens with or offers, as the command line spells them."""
-
-    def flag(found: re.Match[str]) -> str:
-        name = {"num_inference_steps": "steps", "reference_images": "reference_image"}.get(found[2], found[2])
-        return found[1] + "--" + name.replace("_", "-")
-
-    names = "|".join((*PROMPT_FLAGS, *sorted(CHECKPOINT_FLAGS, key=len, reverse=True), *REQUEST_FLAGS))
-    return re.sub(rf"(^|is |and |but |with |give |leave )({names})(?=[=:\[ ])", flag, message)
 
 
 def _drop_stdout() -> None:

@@ -1,16 +1,28 @@
-"""The command line's words: its commands, flags, and what to say when one is not known."""
+"""The command line's words: its commands, their parsers, and what to say when a word is not known.
+
+The flags of verbs are in `fastvid.cli_flags`; here are those that are of no request.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from fractions import Fraction
 from typing import Any, NoReturn
 
+from fastvid import cli_flags
+from fastvid.cli_flags import FLAGS, SAMPLING, flags_of, has_prompt, number, usage_of, verbs_with, words_of
 from fastvid.errors import InvalidRequest
-from fastvid.limits import BUDGETS, SOLVERS, nearest_name
+from fastvid.limits import nearest_name
+from fastvid.requests import TOLD, VERBS
 
-COMMANDS = ("generate", "resume", "inspect", "convert", "doctor")
+OTHERS = {
+    "resume": "go on with a request whose process ended, from its --checkpoint",
+    "plan": "what a request of any verb would cost, without running it",
+    "inspect": "what a model is, without loading it",
+    "convert": "turn pickles and original Wan files into what fastvid loads, and back",
+    "doctor": "what this machine has, and what every operation would run on",
+}
+COMMANDS = (*VERBS, *OTHERS)
 
 EPILOG = """exit status:
   0 done, 1 failed, 2 bad usage or request, 130 interrupted (nothing is left under the output's name)
@@ -20,12 +32,11 @@ environment:
   FASTVID_PROMPT_ENDPOINT, FASTVID_PROMPT_MODEL, FASTVID_PROMPT_KEY are for --expand-prompt;
   FASTVID_DEBUG=1 shows the traceback of an error"""
 
-GENERATE = """examples:
-  fastvid generate "a red circle moving right on a white background" -o out.mp4
-  fastvid generate "a red circle moving right" -o out.webm --aspect 16:9 --budget 480p --seconds 2 --seed 7
-  echo "a blue square" | fastvid generate - -o frames/
-  fastvid generate --recipe out.mp4 -o again.mp4              (the same video)
-  fastvid generate --recipe out.mp4 -o other.mp4 --seed 8     (the same but for the seed)"""
+PLAN = """examples:
+  fastvid plan "a red circle moving right" --seconds 5
+  fastvid plan extend clip.mp4 --seconds 2
+  fastvid plan --model wan2.1-t2v-14b --size 832x480 --device-memory 24GB     (no files, no GPU needed)
+  fastvid plan storyboard --shots shots.json --model FOLDER --json"""
 
 
 class UsageError(InvalidRequest):
@@ -49,28 +60,10 @@ class Parser(argparse.ArgumentParser):
             if word == "--":
                 return
             if flag.startswith("--") and flag not in known:
+                if verbs := verbs_with(flag):
+                    command = self.prog.removeprefix("fastvid ")
+                    self.error(f"{flag}: {command} does not take it; these do: {', '.join(verbs)}")
                 self.error(f"unknown flag {flag:.60}; the nearest is {nearest_name(flag, tuple(known))}")
-
-
-def number(text: str) -> int | float:
-    """A number as it is written, 24000/1001 too; the request says whether it may be one."""
-    for convert in (int, float, Fraction):
-        try:
-            value = convert(text)
-        except (ValueError, ZeroDivisionError):
-            continue
-        return float(value) if isinstance(value, Fraction) else value
-    raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number")
-
-
-def numbers(text: str) -> list[int | float]:
-    """Numbers with commas or spaces between them."""
-    return [number(part) for part in text.replace(",", " ").split()]
-
-
-def scale(text: str) -> int | float | list[int | float]:
-    """A number, or several."""
-    return found[0] if len(found := numbers(text)) == 1 else found
 
 
 def lora(text: str) -> tuple[str, float] | tuple[str, float, str]:
@@ -93,56 +86,69 @@ def part(text: str) -> tuple[str, str]:
     return name, path
 
 
+def size_in_bytes(text: str) -> int:
+    """24GB, 16.5GiB, 80: memory of a card, as cards are labelled, in 2^30 bytes."""
+    value = number(text.upper().removesuffix("B").removesuffix("I").removesuffix("G").strip())
+    if not 0 < value < 2**20:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no size of a card's memory such as 24GB")
+    return int(value * 2**30)
+
+
 def build() -> dict[str, Parser]:
     """A parser a command, and the main one under ""."""
+    return {
+        "": _main(),
+        **{verb: _verb(verb) for verb in VERBS},
+        "resume": _resume(),
+        "plan": _plan("generate"),
+        "inspect": _inspect(),
+        "convert": _convert(),
+        "doctor": _doctor(),
+    }
+
+
+def _main() -> Parser:
+    told = {verb: command.summary for verb, command in cli_flags.COMMANDS.items()} | OTHERS
     main = Parser(
         prog="fastvid",
         usage="fastvid COMMAND ...",
-        description="Video diffusion: text in, video out.\n\ncommands:\n"
-        "  generate    make a video from a prompt\n"
-        "  resume      go on with a request whose process ended, from its --checkpoint\n"
-        "  inspect     what a model is, without loading it\n"
-        "  convert     turn pickles and original Wan files into what fastvid loads, and back\n"
-        "  doctor      what this machine has, and what every operation would run on\n\n"
-        "Each has its own --help.",
+        description="Video diffusion: text, pictures and clips in, video out.\n\ncommands:\n"
+        + "\n".join(f"  {name:<11} {summary}" for name, summary in told.items())
+        + "\n\nEach has its own --help.",
         epilog='example:\n  fastvid generate "a red circle moving right on a white background" -o out.mp4\n\n' + EPILOG,
     )
     main.add_argument("--version", action="store_true", help="print the version and exit")
-    parsers = {
-        **{"": main, "generate": _generate(), "resume": _resume()},
-        **{"inspect": _inspect(), "convert": _convert(), "doctor": _doctor()},
-    }
-    assert tuple(parsers)[1:] == COMMANDS
-    return parsers
+    return main
 
 
-def _generate() -> Parser:
+# ---------------------------------------------------------------- verbs, and what they would cost
+
+
+def _verb(verb: str) -> Parser:
+    command = cli_flags.COMMANDS[verb]
     parser = Parser(
-        prog="fastvid generate", description="Make a video from a prompt.", epilog=f"{GENERATE}\n\n{EPILOG}"
+        prog=f"fastvid {verb}",
+        usage=f"{usage_of(verb)} -o PATH [flags]",
+        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+        epilog="\n  ".join(("examples:", *command.examples)) + f"\n\n{EPILOG}",
     )
-    parser.add_argument("prompt", nargs="?", help="what to show; - reads it from standard input")
-    _add_output(parser)
-    parser.add_argument(
-        "--recipe", metavar="FILE", help="make the video in FILE again; what is given beside it is changed"
-    )
-    _add_request(parser)
+    _add_words(parser, verb)
+    one = ".png, or what holds videos: " if verb == "image" else ""
+    kinds = f"{one}.mp4, .webm, .gif, .npy, {'' if one else '.png (one frame), '}or FOLDER/ for PNGs"
+    parser.add_argument("-o", "--output", required=True, metavar="PATH", help=kinds)
+    _add_recipe(parser)
+    _add_request(parser, verb)
     _add_model(parser)
     group = parser.add_argument_group("checkpoints")
     group.add_argument(
         "--checkpoint", metavar="FOLDER", help="what `fastvid resume FOLDER` goes on from, kept up to date"
     )
     _add_checkpoint(group)
+    _add_shown(parser)
     return parser
 
 
-def _add_output(parser: Parser) -> None:
-    parser.add_argument(
-        "-o",
-        "--output",
-        required=True,
-        metavar="PATH",
-        help=".mp4, .webm, .gif, .npy, .png (one frame), or FOLDER/ for PNGs",
-    )
+def _add_shown(parser: Parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the video on standard output")
 
@@ -172,74 +178,75 @@ def _resume() -> Parser:
         f"  fastvid resume job.ckpt -o out.mp4\n\n{EPILOG}",
     )
     parser.add_argument("folder", help="the checkpoint")
-    _add_output(parser)
+    parser.add_argument("-o", "--output", required=True, metavar="PATH", help="as of the verb that is gone on with")
     _add_checkpoint(parser)
     group = parser.add_argument_group("files that are not where they were")
-    for name in ("image", "last-image", "video", "mask"):
+    for name in ("image", "last-image", "video", "video-2", "mask"):
         group.add_argument(f"--{name}", metavar="FILE", help="the same file as then")
     group.add_argument("--reference-image", action="append", dest="reference_images", metavar="FILE", help="the same")
     _add_model(parser)
+    _add_shown(parser)
     return parser
 
 
-def _add_request(parser: Parser) -> None:
-    group = parser.add_argument_group(
-        "the video (default: as the model's recipe says; embedded: 64x64, 17 frames at 16 fps)"
+def _plan(verb: str) -> Parser:
+    parser = Parser(
+        prog="fastvid plan" if verb == "generate" else f"fastvid plan {verb}",
+        usage=f"{usage_of(verb, 'fastvid plan')} [flags]   (any verb's words and flags; without one: generate)",
+        description="What a request would cost, without running it, and without reading weights.",
+        epilog=f"{PLAN}\n\n{EPILOG}",
     )
-    add = group.add_argument
-    add("--negative-prompt", metavar="TEXT", help="what not to show")
-    add("--expand-prompt", action="store_true", help="have the prompt written out first; the recipe keeps both")
-    add("--prompt-endpoint", metavar="URL", help="who writes it: OpenAI's chat protocol (not for the embedded model)")
-    add("--prompt-model", metavar="NAME", help="the language model's name there; its key is FASTVID_PROMPT_KEY")
-    add("--width", type=number, metavar="N", help="pixels, 64 to 2048 (video: within 1920x1080 or 1080x1920)")
-    add("--height", type=number, metavar="N", help="pixels, as --width")
-    add("--size", metavar="WxH", help="both at once, such as 832x480")
-    add("--aspect", metavar="W:H", help="aspect ratio, such as 16:9: the nearest size within --budget")
-    add("--budget", metavar="AREA", help=f"{', '.join(BUDGETS)} or a number of pixels (default: the model's own size)")
-    add("--num-frames", type=number, metavar="N", help="frames, 1 to 131072")
-    add("--seconds", type=number, metavar="S", help="length in seconds instead of --num-frames: round(seconds x fps)")
-    add("--fps", type=number, metavar="N", help="frames a second, 0.1 to 240")
-    add("--seed", type=number, metavar="N", help="0 to 2^63-1 (default: a random one, which is shown)")
-    add("--image", metavar="FILE", help="a picture: the first frame (I2V, TI2V, VACE, embedded)")
-    add("--last-image", metavar="FILE", help="a picture: the last frame (FLF2V, I2V-A14B, VACE)")
-    add("--video", metavar="FILE", help="a control video: depth, pose, or frames to keep (VACE)")
-    add("--mask", metavar="FILE", help="of that video: white is made, black stays; a picture counts for all frames")
-    add(
-        "--reference-image",
-        action="append",
-        dest="reference_images",
+    _add_words(parser, verb)
+    parser.add_argument("-o", "--output", metavar="PATH", help="left alone: a command can be planned as it is")
+    _add_recipe(parser)
+    group = parser.add_argument_group("the plan")
+    group.add_argument(
+        "--device-memory",
+        type=size_in_bytes,
+        metavar="SIZE",
+        help="plan for another card, of so much memory, such as 24GB; no estimate of time then",
+    )
+    group.add_argument("--measure", action="store_true", help="measure this machine's rates again (about 2 s)")
+    _add_request(parser, verb)
+    _add_model(parser, "; or a published model by name, such as wan2.1-t2v-14b")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _add_words(parser: Parser, verb: str) -> None:
+    kind = "a clip: a video, a .gif, a .npy, a picture, or a folder of PNGs"
+    for name, word in words_of(verb).items():
+        told = " (default: what the clip was made with)" if verb in TOLD else ""
+        text = f"what to show; - reads it from standard input{told}" if name == "prompt" else kind
+        parser.add_argument(name, nargs="?", metavar=word, help=text)
+
+
+def _add_recipe(parser: Parser) -> None:
+    parser.add_argument(
+        "--recipe",
         metavar="FILE",
-        help="a picture of what the video shows (VACE); may be repeated",
+        help="as the video in FILE was made; clips and pictures, which it does not hold, are given again; what else "
+        "is given beside it is changed",
     )
-    add(
-        "--conditioning-scale",
-        type=scale,
-        metavar="X",
-        help="how much these count (default: 1); A,B,... for each control layer",
-    )
-    group = parser.add_argument_group("sampling (default: as the model's recipe says; embedded: 20 steps)")
-    add = group.add_argument
-    add("--steps", type=number, dest="num_inference_steps", metavar="N", help="denoising steps, 1 to 1000")
-    add("--guidance-scale", type=number, metavar="X", help="weight of the prompt, 0 to 1000; 1: no guidance")
-    add(
-        "--guidance-scale-2",
-        type=number,
-        metavar="X",
-        help="the same at low noise, for models with two experts (default: as --guidance-scale if that is given)",
-    )
-    add("--flow-shift", type=number, metavar="X", help="shift of the noise levels, 0.01 to 100")
-    add(
-        "--sigmas",
-        type=numbers,
-        metavar="A,B,...",
-        help="noise levels instead of --steps and --flow-shift: descending, in (0, 1]",
-    )
-    add("--solver", metavar="NAME", help=f"one of {', '.join(SOLVERS)}")
 
 
-def _add_model(parser: Parser) -> None:
+def _add_request(parser: Parser, verb: str) -> None:
+    takes = flags_of(verb)
+    recipe = "default: as the model's recipe says; embedded:"
+    for title, names in (
+        (f"the video ({recipe} 64x64, 17 frames at 16 fps)", [name for name in takes if name not in SAMPLING]),
+        (f"sampling ({recipe} 20 steps)", [name for name in takes if name in SAMPLING]),
+    ):
+        group = parser.add_argument_group(title)
+        for name in names:
+            flag = FLAGS[name]
+            group.add_argument(flag.name, dest=name, help=flag.verbs.get(verb, flag.help), **flag.options)
+
+
+def _add_model(parser: Parser, also: str = "") -> None:
     add = parser.add_argument_group("the model and where it runs").add_argument
-    add("--model", metavar="MODEL", help="embedded, a folder, a file, or a hub id (default: embedded)")
+    add("--model", metavar="MODEL", help=f"embedded, a folder, a file, or a hub id (default: embedded){also}")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: what suits the device)")
     add("--backend", metavar="NAME", help="of the operations: auto, reference, triton, cuda (default: auto)")
@@ -324,19 +331,26 @@ def _doctor() -> Parser:
 
 
 def parse(words: list[str]) -> tuple[str, argparse.Namespace]:
-    """(command, its flags); the command is "" for fastvid itself. Raises UsageError; --help raises SystemExit."""
-    parsers = build()
+    """(command, its flags); the command is "" for fastvid itself. flags.verb: of a video, made or planned.
+
+    Raises UsageError; --help raises SystemExit.
+    """
     command = words[0] if words else ""
     if command and not command.startswith("-") and command not in COMMANDS:
         near = nearest_name(command, COMMANDS)
         raise UsageError(f"unknown command {command[:60]!r}; the nearest is {near} (see fastvid --help)")
     command, words = (command, words[1:]) if command in COMMANDS else ("", words)
-    parser = parsers[command]
+    named = command if command in VERBS else next(iter(words), "") if command == "plan" else None
+    verb = named if named in VERBS else "generate"
+    words = words[1:] if command == "plan" and named in VERBS else words
+    parser = _plan(verb) if command == "plan" else build()[command]
     parser.check_flags(words)
-    flags, rest = parser.parse_known_args(words)
+    # Words may stand before and behind flags alike.
+    flags, rest = parser.parse_known_intermixed_args(words)
+    flags.verb, flags.planned = verb, command == "plan"
     if rest:
-        hint = "; put a prompt of several words in quotes" if command == "generate" else ""
-        parser.error(f"unexpected {rest[0][:60]!r}{hint}")
+        prompted = (command in VERBS or command == "plan") and has_prompt(verb)
+        parser.error(f"unexpected {rest[0][:60]!r}{'; put a prompt of several words in quotes' if prompted else ''}")
     if command == "" and not flags.version:
         parser.print_help(sys.stderr)
         raise UsageError("no command given (see fastvid --help)")

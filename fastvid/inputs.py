@@ -14,9 +14,10 @@ from fastvid.clips import Clip, open_clip
 from fastvid.errors import InvalidRequest, MediaError
 from fastvid.limits import MAX_SIDE, MIN_SIDE
 from fastvid.media import read_recipe
-from fastvid.requests import CLIPS, SIZE, TOLD, Request
+from fastvid.requests import CLIPS, SIZE, TOLD, Request, prints_of, recordable
 
 PICTURES = ("image", "last_image")
+DATA = (*PICTURES, "keyframes", "video", "video_2", "mask", "reference_images")
 
 
 def read(request: Request) -> Request:
@@ -39,6 +40,29 @@ def read(request: Request) -> Request:
         height, width = shapes[0]
         found["aspect"] = Fraction(width, height)
     return replace(request, **found)
+
+
+def check_same(recipe: dict[str, Any], given: dict[str, Any]) -> None:
+    """Whether the clips and pictures that are given beside a recipe are those that it was made with: a recipe holds
+    nothing but their prints. given: arguments by name. Raises InvalidRequest for one that is another.
+    """
+    known = {name: prints for name in DATA if (prints := prints_of(recipe.get(name)))}
+    again = {name: given[name] for name in known if given.get(name) is not None}
+    if not again:
+        return
+    request = read(Request.from_recipe(recipe, **again))
+    for name in again:
+        wanted, found = known[name], prints_of(recordable(getattr(request, name)))
+        if [one["sha256"] for one in wanted] != [one["sha256"] for one in found]:
+            raise InvalidRequest(
+                f"{name} is not what this recipe was made with ({_difference(wanted, found)}); give the same again, or "
+                "ask without the recipe"
+            )
+
+
+def _difference(wanted: list[dict[str, Any]], found: list[dict[str, Any]]) -> str:
+    shapes = [" and ".join("x".join(map(str, one.get("shape", ()))) for one in prints) for prints in (wanted, found)]
+    return f"{shapes[0]} against {shapes[1]}" if shapes[0] != shapes[1] else f"{shapes[0]} both, but other pixels"
 
 
 def _with_clips(request: Request) -> Request:

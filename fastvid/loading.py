@@ -24,9 +24,10 @@ from fastvid.models import (
     encode_prompt,
     load_part,
     open_checkpoint,
+    published,
 )
 from fastvid.models.assembled import check_parts
-from fastvid.models.checkpoint import Part, check_fill, fill, part_dtype
+from fastvid.models.checkpoint import EXPERTS, build_empty, check_fill, fill, part_dtype, weigh_module
 from fastvid.models.clip import CLIPVisionEncoder
 from fastvid.models.lora import Lora, for_expert, read_lora, touched
 from fastvid.offload import MODES, Staying, Turns, weigh
@@ -53,9 +54,9 @@ class Parts:
     """
 
     model: str
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
     recipe: Recipe
-    tokenizer: TextTokenizer
+    tokenizer: TextTokenizer | Untold
     text_encoder: UMT5Encoder
     experts: Experts
     vae: WanVAE
@@ -130,7 +131,7 @@ def load_parts(
     ops = bind(backend, attention, where)
     merging, asked = read_loras(loras), check_offload(offload)
     checkpoint = read_checkpoint(model, parts, download=True).check()
-    mode = choose_offload(checkpoint, where, kind) if asked == AUTO else asked
+    mode = asked if asked != AUTO else choose_offload(configs_of(checkpoint), checkpoint.recipe, where, kind)
     experts = load_experts(checkpoint, ops, where, kind, merging, mode)
     # An I2V model without an image encoder (A14B) sees its picture in the latents alone.
     names = [name for name in ENCODERS if name in [part.name for part in checkpoint.parts]]
@@ -156,23 +157,99 @@ def check_offload(offload: Any) -> str:
     return offload
 
 
-def choose_offload(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> str:
+def choose_offload(
+    configs: Mapping[str, Any], recipe: Recipe, device: torch.device, dtype: torch.dtype, free: int | None = None
+) -> str:
     """The least offloading with which what the model's recipe makes fits into the device's free memory; without a GPU,
-    none: host and device are one memory there."""
+    none: host and device are one memory there. free: bytes, of a device that is not here."""
     if device.type == "cpu":
         return "none"
-    configs = [part.config if part else None for part in map(dict(_named(checkpoint)).get, FIT)]
-    pictures = 1 + bool(configs[0].pos_embed_seq_len) if configs[0].in_channels > configs[0].out_channels else 0
-    request = Request.make(prompt="").resolve(checkpoint.recipe)
-    given = {"experts": len(checkpoint.experts), "dtype": dtype, "pictures": pictures}
+    made = [configs.get(name) for name in FIT]
+    seen = getattr(made[0], "transformer", made[0])  # of one with a control branch
+    pictures = 1 + bool(seen.pos_embed_seq_len) if seen.in_channels > seen.out_channels else 0
+    request = Request.make(prompt="").resolve(recipe)
+    given = {"experts": sum(name in EXPERTS for name in configs), "dtype": dtype, "pictures": pictures}
     try:
-        return plan.fit(request, *configs, capacity=plan.available_bytes(device), **given)[0].offload
+        return plan.fit(request, *made, capacity=plan.available_bytes(device) if free is None else free, **given)[
+            0
+        ].offload
     except OutOfMemory:
         return MODES[-1]  # for requests smaller than the recipe's; the others are refused when they are planned
 
 
-def _named(checkpoint: Checkpoint) -> list[tuple[str, Part]]:
-    return [(part.name, part) for part in checkpoint.parts]
+def configs_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration of each part."""
+    return {part.name: part.config for part in checkpoint.parts}
+
+
+# ---------------------------------------------------------------- without weights
+
+
+@dataclass(frozen=True)
+class Untold:
+    """What a plan asks of a tokenizer."""
+
+    text_length: int
+
+
+def outline(
+    model: str | Path = EMBEDDED,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: str = "auto",
+    attention: str = "auto",
+    loras: Sequence[Any] = (),
+    offload: str = "auto",
+    parts: Mapping[str, str | Path] | None = None,
+    free: int | None = None,
+) -> Parts:
+    """What `load_parts` would make, with modules that have no weights: enough to plan with, and for nothing else.
+
+    model: also the name of a published model, see `models.published`. free: bytes that can be taken of a device that is
+    not here; "cuda" unless said otherwise, and nothing is known of its back ends.
+    """
+    where = torch.device("cuda") if free is not None and device is None else _device(device)
+    kind, asked, merging = _dtype(dtype, where), check_offload(offload), read_loras(loras)
+    ops = bind(backend, attention, where) if free is None else Ops({}, {}, {})
+    recipe, configs, rows, checkpoint = _describe(model, parts)
+    mode = asked if asked != AUTO else choose_offload(configs, recipe, where, kind, free)
+    empty = {name: build_empty(name, config) for name, config in configs.items()}
+    weighed = {name: weigh_module(name, module, kind) for name, module in empty.items()}
+    names = [name for name in EXPERTS if name in empty]
+    image = weighed["image_encoder"].total if "image_encoder" in empty else 0
+    made = Parts(
+        model=str(model),
+        checkpoint=checkpoint,
+        recipe=recipe,
+        tokenizer=Untold(rows),
+        text_encoder=empty["text_encoder"],
+        experts=Experts([empty[name] for name in names], recipe.boundary_ratio),
+        vae=empty["vae"],
+        ops=ops,
+        device=where,
+        dtype=kind,
+        image_encoder=empty.get("image_encoder"),
+        offload=mode,
+        sizes=Sizes(tuple(weighed[name] for name in names), weighed["text_encoder"], weighed["vae"].total, image),
+    )
+    return replace(made, loras=named(merging))
+
+
+def _describe(
+    model: str | Path, parts: Mapping[str, str | Path] | None
+) -> tuple[Recipe, dict[str, Any], int, Checkpoint | None]:
+    """Recipe, configurations by part, rows of text, and the checkpoint where there is one."""
+    if (name := str(model).lower()) in published.NAMES and not Path(model).exists():
+        return *published.describe(name), published.TEXT_LENGTH, None
+    try:
+        checkpoint = read_checkpoint(model, parts).check()
+    except CheckpointError as error:
+        if Path(model).exists() or "/" in str(model):
+            raise
+        near = difflib.get_close_matches(name, published.NAMES, 1, 0)[0]
+        raise CheckpointError(f"{error}; published models are planned by name, the nearest is {near}") from None
+    return checkpoint.recipe, configs_of(checkpoint), checkpoint.text_length, checkpoint
 
 
 def read_loras(loras: Any) -> tuple[Lora, ...]:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import fastvid
-from fastvid import asynchronous, checkpoints, control, inputs, limits, pieces, planning, prompts, verbs
+from fastvid import asynchronous, checkpoints, limits, pieces, prompts
 from fastvid.errors import InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
-from fastvid.loading import Parts, change_loras, load_parts, read_checkpoint, read_loras
+from fastvid.loading import Parts, change_loras, load_parts, outline, read_checkpoint, read_loras
 from fastvid.plan import Plan
+from fastvid.preparing import Prepared, prepare
 from fastvid.queueing import RUNNING, Place, Queue
-from fastvid.requests import Request, Resolved
-from fastvid.sampling import check_sigmas, make_sigmas
-from fastvid.session import Job, Session
+from fastvid.rates import find as find_rates
+from fastvid.session import Session
 from fastvid.switching import Switch
-from fastvid.timeline import Timeline
 from fastvid.video import Video
 
-__all__ = ["Finished", "Frames", "Pipeline", "Started", "Step", "Stream", "Video", "inspect", "load"]
+AGAIN = "again"
+CUDA_TAKES = 2**30  # bytes of a card: an allowance for its context and libraries
+
+__all__ = [
+    "Blueprint",
+    "Finished",
+    "Frames",
+    "Pipeline",
+    "Started",
+    "Step",
+    "Stream",
+    "Video",
+    "blueprint",
+    "inspect",
+    "load",
+]
 
 MAX_RUNNING = limits.whole(1, 1000)
 
@@ -69,15 +82,6 @@ class Stream:
     def close(self) -> None:
         """Free what the request holds, once what it is at in other threads has ended. Not while it is iterated over."""
         self._events.close()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request that was checked and planned, and its recipe."""
-
-    job: Job
-    plan: Plan
-    recipe: dict[str, Any]
 
 
 class Pipeline:
@@ -278,13 +282,12 @@ class Pipeline:
 
     # ------------------------------------------------------------ without running
 
-    def plan(self, prompt: str | None = None, *, verb: str = "generate", **options: Any) -> Plan:
-        """What a request would cost, without running it. The prompt may be left out."""
-        others = (*prompts.OPTIONS, *checkpoints.OPTIONS)
-        options = {name: value for name, value in options.items() if name not in others}
-        if "prompt_embeds" not in options and verb != "storyboard":
-            options["prompt"] = prompt or ""
-        return self._prepare(verb, options, keep_frames=True).plan
+    def plan(
+        self, prompt: str | None = None, *, verb: str = "generate", estimate: bool = False, **options: Any
+    ) -> Plan:
+        """What a request would cost, without running it. The prompt may be left out. estimate: also how long it takes,
+        by this machine's rates, which are measured (2 s) if that was not done before."""
+        return _plan(self._parts, prompt, verb, options, estimate=estimate)
 
     def embed(self, prompt: str) -> Tensor:
         """Text embeddings [1, L, text_dim] of a prompt, as `prompt_embeds=` takes them."""
@@ -331,31 +334,7 @@ class Pipeline:
     # ------------------------------------------------------------ before running
 
     def _prepare(self, verb: str, options: dict[str, Any], keep_frames: bool = False) -> Prepared:
-        parts = self._parts
-        request = inputs.read(Request.make(verb, **options)).resolve(parts.recipe)
-        control.check(parts, request)
-        timeline = verbs.lay_out(request, verbs.rules_of(parts))
-        verbs.check(parts, request, timeline)
-        self._check_tensors(request, timeline)
-        sigmas = _sigmas_of(request)
-        recipe = request.to_recipe(model=parts.model, version=fastvid.__version__, **parts.settings)
-        made = planning.plan_request(parts, request, timeline, sigmas, keep_frames)
-        job = Job(request, timeline, sigmas, made.decode_chunk, made.decode_stripes, made.decode_beside)
-        return Prepared(job, made, recipe)
-
-    def _check_tensors(self, request: Resolved, timeline: Timeline) -> None:
-        config, segments = self._parts.transformer.config, timeline.segments
-        if request.latents is not None:
-            if len(segments) > 1:
-                raise InvalidRequest(
-                    f"latents: this request is made in {len(segments)} parts, whose noise is seed's; leave it out"
-                )
-            _check_tensor("latents", request.latents, (1, *segments[0].latent_shape(config.out_channels)))
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            value = getattr(request, name)
-            if value is not None:
-                rows = value.shape[1] if len(value.shape) == 3 else self._parts.tokenizer.text_length
-                _check_tensor(name, value, (1, max(1, int(rows)), config.text_dim))
+        return prepare(self._parts, verb, options, keep_frames)
 
     # ------------------------------------------------------------ running
 
@@ -390,25 +369,69 @@ class Pipeline:
         yield Finished(request.seed, timeline.num_frames, request.fps, clean, recipe, session.seconds)
 
 
-def _sigmas_of(request: Resolved) -> np.ndarray:
-    """The noise levels [N] of a request: of a work on a clip, the share of the steps that its strength says."""
-    if request.sigmas is not None:
-        sigmas = check_sigmas(request.sigmas)
-    else:
-        sigmas = make_sigmas(request.num_inference_steps, request.flow_shift, request.solver)
-    if request.strength is None:
-        return sigmas
-    return sigmas[len(sigmas) - max(1, int(len(sigmas) * request.strength)) :]
+def _plan(
+    parts: Parts,
+    prompt: str | None,
+    verb: str,
+    options: dict[str, Any],
+    *,
+    estimate: bool | str,
+    free: int | None = None,
+    keep_frames: bool = True,
+) -> Plan:
+    others = (*prompts.OPTIONS, *checkpoints.OPTIONS)
+    options = {name: value for name, value in options.items() if name not in others}
+    if "prompt_embeds" not in options and verb != "storyboard":
+        options["prompt"] = prompt or ""
+    rates = find_rates(parts.ops, parts.device, parts.dtype, again=estimate == AGAIN) if estimate else None
+    return prepare(parts, verb, options, keep_frames, free=free, rates=rates).plan
 
 
-def _check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
-    if tuple(value.shape) != shape:
-        raise InvalidRequest(f"{name} has shape {list(value.shape)}; for this request it must be {list(shape)}")
-    tensor = torch.as_tensor(value)
-    if not tensor.is_floating_point():
-        raise InvalidRequest(f"{name} is {tensor.dtype}; it must be floating point, such as float32")
-    if not bool(torch.isfinite(tensor).all()):
-        raise InvalidRequest(f"{name} holds NaN or infinity; all values must be finite")
+class Blueprint:
+    """A model without its weights, to plan with. Make one with `fastvid.blueprint`."""
+
+    def __init__(self, parts: Parts, free: int | None = None) -> None:
+        self._parts, self._free = parts, free
+
+    def plan(
+        self,
+        prompt: str | None = None,
+        *,
+        verb: str = "generate",
+        estimate: bool | str = False,
+        keep_frames: bool = True,
+        **options: Any,
+    ) -> Plan:
+        """What a request would cost. The prompt may be left out.
+
+        estimate: also how long it takes, by this machine's rates, which are measured (2 s) if that was not done before;
+        "again": in any case. keep_frames: all frames stay in memory, as with `generate`; False: as with `stream`.
+        Raises InvalidRequest, MediaError, and OutOfMemory if it does not fit.
+        """
+        if estimate and self._free is not None:
+            raise InvalidRequest("estimate: nothing is known of another card's rates; leave device_memory out, or it")
+        given = {"estimate": estimate, "free": self._free, "keep_frames": keep_frames}
+        return _plan(self._parts, prompt, verb, options, **given)
+
+
+def blueprint(
+    model: str = "embedded",
+    *,
+    device_memory: int | None = None,
+    **options: Any,
+) -> Blueprint:
+    """A model to plan with: nothing but configurations and file headers are read.
+
+    Args:
+        model: as `load` takes it, but nothing is downloaded; or the name of a published model, such as
+            "wan2.1-t2v-14b", without any files.
+        device_memory: bytes, of a card that is not here; all but 1 GiB of it, for CUDA itself, can be taken.
+        options: device, dtype, backend, attention, loras, offload and parts, as `load` takes them.
+
+    Raises as `load` does.
+    """
+    free = None if device_memory is None else max(0, device_memory - CUDA_TAKES)
+    return Blueprint(outline(model, **options, free=free), free)
 
 
 def load(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastvid.models.checkpoint import weigh_part
 from fastvid.models.clip import CLIPVisionConfig
 from fastvid.models.umt5 import UMT5Config
 from fastvid.models.wan import WanTransformerConfig
+from fastvid.models.wan_vace import WanVACEConfig
 from fastvid.models.wan_vae22 import VAEConfig
 from fastvid.offload import MODES
 from fastvid.plan_memory import Cost, Memory, Sizes
@@ -37,6 +38,8 @@ class Plan:
     offload: how weights share the device, choices: the same in sentences. bytes_device: on the device at the peak,
     weights included; bytes_host: of weights at home in host memory. bytes_free: what can still be taken there now.
     decode_chunk: latent frames decoded at a time; decode_beside: while later ones are denoised.
+    flops_attention: of flops_denoise. seconds, seconds_parts: how long it takes, estimated, and what of it; None and
+    empty where no estimate was asked for.
     """
 
     height: int
@@ -71,11 +74,14 @@ class Plan:
     dtype: str
     backends: Mapping[str, str]
     decode_beside: bool = False
+    flops_attention: float = 0.0
+    seconds: float | None = None
+    seconds_parts: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
         lists = {"latent_shape": list(self.latent_shape), "choices": list(self.choices)}
-        return {**asdict(self), **lists, "backends": dict(self.backends)}
+        return {**asdict(self), **lists, **{name: dict(getattr(self, name)) for name in ("backends", "seconds_parts")}}
 
 
 def whole_clip(request: Resolved, vae: VAEConfig) -> Segment:
@@ -115,6 +121,13 @@ def denoise_flops(
     # What goes into the control branch is projected once, what comes out in every layer.
     control = control_layers * layer + (control_layers + 1) * 2 * tokens * d * d if control_layers else 0
     return float(config.num_layers * layer + control)
+
+
+def attention_flops(
+    tokens: int, text_rows: int, config: WanTransformerConfig, control_layers: int = 0, keys: int | None = None
+) -> float:
+    """Of these, those of attention."""
+    return (config.num_layers + control_layers) * 4.0 * tokens * ((keys or tokens) + text_rows) * config.dim
 
 
 def decode_chunk(segment: Segment) -> int:
@@ -167,7 +180,7 @@ def cost(
 
 def fit(
     request: Resolved,
-    transformer: WanTransformerConfig,
+    transformer: WanTransformerConfig | WanVACEConfig,
     vae: VAEConfig,
     text_encoder: UMT5Config,
     image_encoder: CLIPVisionConfig | None = None,
@@ -183,11 +196,14 @@ def fit(
     way of offloading by its name. Raises OutOfMemory if none of them fits.
     """
     one, text = weigh_part("transformer", transformer, dtype), weigh_part("text_encoder", text_encoder, dtype)
+    control = len(transformer.vace_layers) if isinstance(transformer, WanVACEConfig) else 0
+    transformer = transformer.transformer if isinstance(transformer, WanVACEConfig) else transformer
     image = weigh_part("image_encoder", image_encoder, dtype).total if image_encoder else 0
     sizes = Sizes((one,) * experts, text, weigh_part("vae", vae, dtype).total, image)
     segment = whole_clip(request, vae)
     guided = any(scale != 1 for scale in request.guidance_scales(experts))
     options = {"text": text_encoder, "texts": 1 + guided, "experts": experts, "pictures": pictures}
+    options |= {"control_layers": control}
 
     def chosen(t: Segment) -> Memory:
         made = plan_memory.choose(sizes, cost(t, transformer, vae, dtype.itemsize, **options), capacity)

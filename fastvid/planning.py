@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fastvid import decoding, plan, plan_memory
 from fastvid.conditions import CHANNELS, CONTROL, way_of
+from fastvid.estimate import Calls, count_vae, denoise_seconds, vae_seconds
 from fastvid.loading import Parts
 from fastvid.plan import Plan
 from fastvid.plan_memory import Cost, Memory
+from fastvid.rates import Rates
 from fastvid.requests import Resolved
 from fastvid.session import count_calls, spans, window_columns
 from fastvid.timeline import Segment, Timeline
 
 
-def plan_request(parts: Parts, request: Resolved, timeline: Timeline, sigmas: np.ndarray, keep: bool = False) -> Plan:
-    """What a request takes. keep: all of its frames stay in memory. Raises OutOfMemory if it does not fit."""
-    free = plan.available_bytes(parts.device)
+def plan_request(
+    parts: Parts,
+    request: Resolved,
+    timeline: Timeline,
+    sigmas: np.ndarray,
+    keep: bool = False,
+    free: int | None = None,
+    rates: Rates | None = None,
+) -> Plan:
+    """What a request takes. keep: all of its frames stay in memory. free: bytes that can be taken of the device, if not
+    those that can now. rates: of this machine, for an estimate of time. Raises OutOfMemory if it does not fit."""
+    free = plan.available_bytes(parts.device) if free is None else free
     capacity = free + parts.bytes_held
     needs = Needs(parts, request, timeline, keep)
     for stripes in (n for n in plan.STRIPES if n <= needs.window.made_height // needs.window.spatial):
@@ -35,9 +47,9 @@ def plan_request(parts: Parts, request: Resolved, timeline: Timeline, sigmas: np
     both = memory.phases["denoising"] + cost.decoder
     beside = decoding.worth_it(parts.device) and both <= capacity
     config, segments, window = parts.transformer.config, timeline.segments, needs.window
-    calls = sum(count_calls(parts, segment, sigmas, request) for segment in segments)
-    tokens, rows = plan.count_tokens(window, config), parts.tokenizer.text_length
-    each = plan.denoise_flops(tokens, rows, config, parts.control_layers, max(tokens, needs.cached))
+    calls = [needs.calls(segment, sigmas) for segment in segments]
+    work = [(each.count, (each.tokens, each.rows, config, parts.control_layers, each.keys)) for each in calls]
+    seconds = needs.seconds(calls, rates) if rates else {}
     return Plan(
         height=window.height,
         width=window.width,
@@ -49,12 +61,12 @@ def plan_request(parts: Parts, request: Resolved, timeline: Timeline, sigmas: np
         latent_shape=needs.largest.latent_shape(config.out_channels),
         segments=len(segments),
         windows=sum(len(spans(parts, segment)) for segment in segments),
-        tokens=tokens,
+        tokens=plan.count_tokens(window, config),
         steps=len(sigmas),
-        model_calls=calls,
+        model_calls=sum(each.count for each in calls),
         decode_chunk=plan.decode_chunk(window),
         decode_stripes=needs.stripes,
-        flops_denoise=calls * each,
+        flops_denoise=sum(count * plan.denoise_flops(*each) for count, each in work),
         bytes_weights=parts.sizes.total,
         bytes_activations=cost.activations,
         bytes_decoder=cost.decoder,
@@ -71,6 +83,9 @@ def plan_request(parts: Parts, request: Resolved, timeline: Timeline, sigmas: np
         dtype=str(parts.dtype).removeprefix("torch."),
         backends=parts.ops.bound,
         decode_beside=beside,
+        flops_attention=sum(count * plan.attention_flops(*each) for count, each in work),
+        seconds=sum(seconds.values()) if seconds else None,
+        seconds_parts=seconds,
     )
 
 
@@ -96,10 +111,39 @@ class Needs:
     @property
     def cached(self) -> int:
         """Tokens in the KV cache of a causal model when it is full."""
+        return self._cached(self.largest)
+
+    def _cached(self, segment: Segment) -> int:
         if (rollout := self.parts.recipe.rollout) is None:
             return 0
-        columns = min(rollout.window or self.largest.columns, self.largest.columns)
-        return plan.count_tokens(plan.window_of(self.largest, columns), self.parts.transformer.config)
+        columns = min(rollout.window or segment.columns, segment.columns)
+        return plan.count_tokens(plan.window_of(segment, columns), self.parts.transformer.config)
+
+    def calls(self, segment: Segment, sigmas: np.ndarray) -> Calls:
+        """How often the model is called for a segment, and with how many tokens."""
+        window = plan.window_of(segment, window_columns(self.parts, segment))
+        tokens = plan.count_tokens(window, self.parts.transformer.config)
+        count = count_calls(self.parts, segment, sigmas, self.request)
+        return Calls(count, tokens, max(tokens, self._cached(segment)), self.parts.tokenizer.text_length)
+
+    def seconds(self, calls: Sequence[Calls], rates: Rates) -> dict[str, float]:
+        """How long it takes, by part."""
+        parts, segments = self.parts, self.timeline.segments
+        config, made = parts.transformer.config, {}
+        made["denoise"] = sum(denoise_seconds(each, config, parts.control_layers, rates) for each in calls)
+        seen = [self._seen(segment) for segment in segments]
+        for name, frames in (("encode", seen), ("decode", [segment.made_frames for segment in segments])):
+            pixels = self.window.made_height * self.window.made_width
+            work = count_vae(parts.vae, decode=name == "decode") if sum(frames) else None
+            chunk = self.window.temporal * plan.decode_chunk(self.window) * pixels
+            made[name] = vae_seconds(work, sum(frames) * pixels, chunk, rates) if work else 0.0
+        return made
+
+    def _seen(self, segment: Segment) -> int:
+        """Frames of a segment that are encoded."""
+        if segment.source is not None or way_of(self.parts) in (CHANNELS, CONTROL):
+            return segment.made_frames
+        return segment.left + segment.right + len(segment.pictures)
 
     def cost(self, frames: int) -> Cost:
         """Beside weights, for so many frames."""

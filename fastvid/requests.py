@@ -241,15 +241,31 @@ class Request:
             )
         overrides = {name: value for name, value in overrides.items() if value is not None}
         dropped = {name for given in overrides for name in _DISPLACES.get(given, ())}
-        kept = {k: v for k, v in recipe.items() if k not in RECIPE_CONTEXT and k not in dropped and k not in overrides}
+        kept = {**recipe, **_draft_again(recipe)}
+        kept = {k: v for k, v in kept.items() if k not in RECIPE_CONTEXT and k not in dropped and k not in overrides}
         for name, value in kept.items():
-            prints = value if isinstance(value, list) else [value]
-            if prints := [one for one in prints if isinstance(one, dict) and "sha256" in one]:
+            if prints := prints_of(value):
                 what = " and ".join(f"of shape {one.get('shape')} (sha256 {one['sha256']})" for one in prints)
                 raise InvalidRequest(
                     f"this recipe was made with {name}= {what}, which a file does not hold; give {name}= again"
                 )
         return cls.make(verb, **kept, **overrides)
+
+
+def prints_of(value: Any) -> list[dict[str, Any]]:
+    """The prints (shape and sha256) that a recipe has in place of a tensor, a clip, or several of them."""
+    ones = value if isinstance(value, list) else [value]
+    if isinstance(value, dict) and "sha256" not in value:
+        ones = list(value.values())  # keyframes
+    return [one for one in ones if isinstance(one, dict) and "sha256" in one]
+
+
+def _draft_again(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A draft is asked for by what it is a draft of."""
+    full = recipe.get("full_size")
+    if not isinstance(full, list | tuple) or len(full) != 2:
+        return {}
+    return {"width": full[0], "height": full[1], "draft": True}
 
 
 RECIPE_CONTEXT = ("fastvid", "verb", "model", "settings", "full_size")
@@ -394,17 +410,20 @@ class Resolved:
             sized = ("width", "height", "fps") if self.verb in ("extend", "loop", "blend") else ()
             values |= dict.fromkeys((*counted, *sized))
             values |= {"fps": None} if "fps" not in VERBS[self.verb] else {}
+        if hasattr(self.video, "mask"):  # that of what is around a clip follows from the size
+            values["mask"] = None
         recipe = {"fastvid": version, "verb": self.verb, "model": model, "settings": settings}
-        return recipe | {name: _recordable(value) for name, value in values.items() if value is not None}
+        return recipe | {name: recordable(value) for name, value in values.items() if value is not None}
 
 
-def _recordable(value: Any) -> Any:
+def recordable(value: Any) -> Any:
+    """A value as a recipe holds it: JSON types, and of arrays and clips a print."""
     if isinstance(value, dict):
-        return {str(frame): _recordable(one) for frame, one in value.items()}
+        return {str(frame): recordable(one) for frame, one in sorted(value.items())}
     if hasattr(value, "num_frames"):
         return _clip_print(value)
     if isinstance(value, tuple):
-        return [_recordable(one) for one in value]
+        return [recordable(one) for one in value]
     return fingerprint(value) if hasattr(value, "shape") else value
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastvid import cli, cli_args, errors
+from fastvid import cli, cli_args, cli_flags, cli_request, errors, inputs
 from fastvid.media import read_recipe, read_video
 from fastvid.progress import Progress, Stopwatch, duration
-from fastvid.requests import Request
+from fastvid.requests import VERBS, Request
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,19 @@ class FakePipe:
     def __init__(self) -> None:
         self.loaded: list[tuple[str, dict[str, Any]]] = []
         self.closed = 0
+        self.streamed: list[Request] = []
 
     def load(self, model: str, **kwargs: Any) -> FakePipe:
         self.loaded.append((model, kwargs))
         return self
 
-    def stream(self, prompt: str | None = None, **kwargs: Any) -> Iterator[Any]:
-        return self._events(Request.make(prompt=prompt, **kwargs).resolve(Recipe()))
+    def stream(
+        self, prompt: str | None = None, *, verb: str = "generate", keep_latents: bool = True, **kwargs: Any
+    ) -> Iterator[Any]:
+        assert not keep_latents, "memory would grow with the video"
+        request = Request.make(verb, prompt=prompt, **kwargs)
+        self.streamed.append(request)
+        return self._events(inputs.read(request).resolve(Recipe()))
 
     def _events(self, made: Any) -> Iterator[Any]:
         try:
@@ -176,7 +182,7 @@ def test_resume_loads_the_model_as_it_was(capsys: pytest.CaptureFixture[str], pi
     words = ("resume", "job", "-o", "out.npy", "--json", "--quiet", "--image", "moved.png", "--keep-checkpoint")
     status, out, _ = run(capsys, *words)
     assert status == 0 and json.loads(out)["seed"] == 3 and np.load("out.npy").shape == (5, 64, 64, 3)
-    assert asked == [("job", {"image": "moved.png", "keep_checkpoint": True})]
+    assert asked == [("job", {"image": "moved.png", "keep_checkpoint": True, "keep_latents": False})]
     assert pipe.loaded == [("folder", {"dtype": "float16", "backend": "auto", "attention": "auto"})]
 
 
@@ -196,7 +202,7 @@ def test_makes_a_video(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> No
     assert (status, out) == (0, "") and os.listdir() == ["out.mp4"]
     assert read_video("out.mp4")[0].shape == (5, 64, 64, 3) and read_recipe("out.mp4")["seed"] == 7
     assert pipe.loaded == [("embedded", {"backend": "auto", "attention": "auto"})] and pipe.closed == 1
-    assert "5 frames of 64x64 at 16 fps, 4 steps, seed 7" in err and "out.mp4: 5 frames, 64x64, 16 fps, seed 7" in err
+    assert "5 frames of 64x64 at 16 fps, 4 steps, seed 7" in err and "out.mp4: 5 frames, 16 fps, 64x64, seed 7" in err
 
 
 def test_every_flag_reaches_the_request(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
@@ -454,11 +460,16 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert action.help, action.option_strings
 
 
-def test_every_argument_of_a_request_has_a_flag() -> None:
-    flags = {action.dest for action in cli_args.build()["generate"]._actions}
-    only_in_python = {"keyframes", "latents", "prompt_embeds", "negative_prompt_embeds", "original_prompt"}
-    assert set(Request.__dataclass_fields__) - only_in_python <= flags
-    assert set(cli.REQUEST_FLAGS) <= flags and set(cli.LOAD_FLAGS) <= flags
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_argument_of_a_request_has_a_flag(verb: str) -> None:
+    found = {action.dest for action in cli_args.build()[verb]._actions}
+    missing = set(VERBS[verb]) - set(cli_flags.ONLY_IN_PYTHON) - found
+    assert missing == ({"prompt"} if verb == "storyboard" else set()), "a storyboard's prompts are those of its shots"
+    assert set(cli_request.LOAD_FLAGS) <= found and {"recipe", "output", "quiet", "json", "loras", "model"} - found == {
+        "loras"
+    }
+    others = {name for other in VERBS for name in VERBS[other]} - set(VERBS[verb])
+    assert not others & found, "flags of other verbs"
 
 
 def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,12 +65,14 @@ ALLOWED: dict[str, set[str]] = {
     | {"switching", "tables"},
     "inputs": SURFACE | {"clips", "control", "given"},
     "verbs": SURFACE | {"conditions"},
-    "planning": SURFACE | {"conditions", "decoding", "plan_memory", "session"},
+    "rates": MIDDLE | {"doctor"},
+    "estimate": MIDDLE | {"rates"},
+    "planning": SURFACE | {"conditions", "decoding", "estimate", "plan_memory", "rates", "session"},
     "prompts": BASE | {"env", "requests"},
+    "preparing": SURFACE | {"control", "inputs", "planning", "rates", "session", "verbs"},
     "pipeline": SURFACE
-    | {"asynchronous", "checkpoints", "control", "inputs", "pieces", "planning", "prompts", "queueing", "session"}
-    | {"switching", "verbs"},
-    "cli": SURFACE | {"checkpoints", "pipeline", "progress"},
+    | {"asynchronous", "checkpoints", "pieces", "preparing", "prompts", "queueing", "rates", "session", "switching"},
+    "cli": SURFACE | {"checkpoints", "inputs", "pipeline", "progress"},
     "__init__": {"clips", "errors", "events", "pipeline", "requests", "video"},
     "__main__": {"cli"},
 }

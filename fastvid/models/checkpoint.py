@@ -231,8 +231,18 @@ def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 def weigh_part(name: str, config: Config, dtype: torch.dtype) -> offload.Weights:
     """Bytes of a part's weights in a model that is loaded as dtype, from its configuration."""
-    module, dtype = _on_meta(kind_of(name), config, reference), part_dtype(name, dtype)
-    return offload.weigh(module, lambda weight: weights.target_dtype(module, weight, dtype).itemsize)
+    return weigh_module(name, build_empty(name, config), dtype)
+
+
+def weigh_module(name: str, module: nn.Module, dtype: torch.dtype) -> offload.Weights:
+    """The same of a module that has no weights yet."""
+    kind = part_dtype(name, dtype)
+    return offload.weigh(module, lambda weight: weights.target_dtype(module, weight, kind).itemsize)
+
+
+def build_empty(name: str, config: Config, ops: Any = reference) -> nn.Module:
+    """A part without weights, on the meta device."""
+    return _on_meta(kind_of(name), config, ops)
 
 
 def fill(
