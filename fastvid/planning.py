@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastvid import plan, plan_memory
-from fastvid.conditions import CHANNELS, CONTROL, way_of
+from fastvid.conditions import CHANNELS, CONTROL, lead_in, way_of
 from fastvid.loading import Parts
 from fastvid.plan import Plan
 from fastvid.plan_memory import Cost, Memory
@@ -137,5 +137,7 @@ class Needs:
 
     def _encoded(self) -> int:
         """The most frames that are encoded together."""
-        known = max(max(segment.left, segment.right + bool(segment.right)) for segment in self.timeline.segments)
+        known = max(
+            max(segment.left, segment.right and segment.right + lead_in(segment)) for segment in self.timeline.segments
+        )
         return max(known, self.window.temporal if any(s.source is not None for s in self.timeline.segments) else 0)
