@@ -79,7 +79,9 @@ def spans(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
     size = recipe.window + segment.lead if recipe.carries else segment.columns
     overlap = min(recipe.overlap, size - 1)
     cuts = [column for column, _ in turns(parts, segment)[1:]]
-    if segment.right_columns:  # the window that sees both sides has as much as it can to bring them together
+    if (
+        segment.right_columns and segment.columns > size
+    ):  # the window that sees both sides has as much as it can to bring them together
         cuts.append(segment.columns - size + overlap)
     return tables.window_spans(segment.columns, size, overlap, cuts)
 

@@ -217,6 +217,8 @@ def test_the_window_that_joins_has_as_much_to_make_as_it_can(pipe):
     (segment,) = lay_out(read(request).resolve(pipe._parts.recipe), rules_of(pipe._parts)).segments
     found = spans(pipe._parts, segment)
     assert found[-1] == (segment.columns - 7, segment.columns) and found[-2][1] == segment.columns - 5
+    short = replace(segment, num_frames=4, made_frames=segment.left + 4 + segment.right)
+    assert spans(pipe._parts, short) == [(0, short.columns)]  # what fits is one window
 
 
 def test_a_shot_begins_with_the_nearest_column():
