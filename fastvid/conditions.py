@@ -31,6 +31,17 @@ CHANNELS, CONTROL, TIMESTEPS, CACHE, REIMPOSED = "channels", "control", "timeste
 Noise = Callable[[int, int], Tensor]  # (start, stop), columns of the segment -> what their sampling starts from
 
 
+LEAD_IN = 4
+"""Latents of stills in front of a clip that is encoded as body. With one, the embedded model's VAE makes the clip's
+first latent 29 % (of its norm) different from what it is in the middle of a stream, with four 12 %, and not less with
+more."""
+
+
+def lead_in(segment: Segment) -> int:
+    """Frames of them."""
+    return 1 + (LEAD_IN - 1) * segment.temporal
+
+
 def way_of(parts: Parts) -> str:
     """How a model is told of known frames."""
     config = parts.transformer.config
@@ -126,10 +137,10 @@ def _known_latents(parts: Parts, segment: Segment, known: Known) -> Iterator[tup
     if known.left is not None:
         yield segment.lead, given.encode_stream(parts, given.pad(known.left, segment), segment)
     if known.right is not None:
-        # As the body of a stream: a causal VAE treats its first latent differently, so that is made of a lead-in.
-        body = np.concatenate((known.right[:1], known.right))
-        latents = given.encode_stream(parts, given.pad(body, segment), segment)
-        yield segment.columns - segment.right_columns, latents[:, :, 1:]
+        # As the body of a stream: a causal VAE treats its first latents differently, so those are made of a lead-in.
+        lead = np.repeat(known.right[:1], lead_in(segment), axis=0)
+        latents = given.encode_stream(parts, given.pad(np.concatenate((lead, known.right)), segment), segment)
+        yield segment.columns - segment.right_columns, latents[:, :, LEAD_IN:]
     grouped: dict[int, list[tuple[int, np.ndarray]]] = {}
     for frame, picture in sorted(known.pictures.items()):
         grouped.setdefault(segment.column_of(segment.skip + frame), []).append((segment.skip + frame, picture))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastvid import decoding, plan, plan_memory
-from fastvid.conditions import CHANNELS, CONTROL, way_of
+from fastvid.conditions import CHANNELS, CONTROL, lead_in, way_of
 from fastvid.estimate import Calls, count_vae, denoise_seconds, vae_seconds
 from fastvid.loading import Parts
 from fastvid.plan import Plan
@@ -185,5 +185,7 @@ class Needs:
 
     def _encoded(self) -> int:
         """The most frames that are encoded together."""
-        known = max(max(segment.left, segment.right + bool(segment.right)) for segment in self.timeline.segments)
+        known = max(
+            max(segment.left, segment.right and segment.right + lead_in(segment)) for segment in self.timeline.segments
+        )
         return max(known, self.window.temporal if any(s.source is not None for s in self.timeline.segments) else 0)

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastvid
-from fastvid import timeline
+from fastvid import conditions, timeline
+from fastvid.given import Known
+from fastvid.inputs import read
 from fastvid.requests import Request
 from fastvid.sampling import latent_noise
 from fastvid.session import spans
@@ -20,11 +22,10 @@ from fastvid.timeline import Kept, Rules, Stretch, lay
 from fastvid.verbs import lay_out, rules_of
 from tests.tiny import write_checkpoint
 from tools.clips import Scene, draw
-from tools.measure import measure
-from tools.verb_cases import changes, to_uint8
+from tools.verb_cases import to_uint8
 
 SCENE = Scene("red", "circle", "moving right", "white", across=0.4)
-FAST = {"num_inference_steps": 2, "seed": 3}
+FAST = {"num_inference_steps": 1, "seed": 3}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +53,7 @@ def clip(frames: int = 9, height: int = 64, width: int = 64, scene: Scene = SCEN
 
 
 @pytest.mark.parametrize("carries", [True, False])
-@pytest.mark.parametrize("frames, size, added", [(9, (64, 64), 5), (1, (66, 71), 3), (6, (64, 80), 40)])
+@pytest.mark.parametrize("frames, size, added", [(9, (64, 64), 5), (1, (66, 71), 3), (6, (64, 80), 24)])
 def test_extend_keeps_the_clip_byte_for_byte(pipe, carries, frames, size, added):
     pipe, given_clip = with_recipe(pipe, carries=carries, window=5), clip(frames, *size)
     both = pipe.extend(given_clip, "a red circle", num_frames=added, direction="both", **FAST).frames
@@ -65,7 +66,7 @@ def test_extend_keeps_the_clip_byte_for_byte(pipe, carries, frames, size, added)
 
 
 @pytest.mark.parametrize("carries", [True, False])
-@pytest.mark.parametrize("added", [1, 4, 7, 30])
+@pytest.mark.parametrize("added", [1, 7, 22])
 def test_loop_and_blend_keep_their_clips(pipe, carries, added):
     pipe, a, b = with_recipe(pipe, carries=carries, window=5, context=2, overlap=1), clip(9), clip(7, 80, 96)
     looped = pipe.loop(fastvid.Video(a, 8.0, 0), "a red circle", num_frames=added, **FAST)
@@ -128,8 +129,6 @@ def test_known_latents_come_out_as_the_vae_has_them(pipe):
 def test_noise_of_what_comes_before_has_indices_below_zero(pipe):
     rules = rules_of(pipe._parts)
     request = Request.make("extend", video=clip(9), prompt="", num_frames=100, direction="both", seed=3)
-    from fastvid.inputs import read
-
     laid = lay_out(read(request).resolve(pipe._parts.recipe), rules)
     kept = next(i for i, part in enumerate(laid.parts) if isinstance(part, Kept))
     indices = [
@@ -147,13 +146,25 @@ def test_noise_of_what_comes_before_has_indices_below_zero(pipe):
 
 
 def test_what_leads_up_to_a_clip_is_made_from_right_to_left(pipe):
-    """Windows from left to right would not know of the clip until the last one: the colour and place would not join."""
-    given_clip = clip(9, scene=replace(SCENE, motion="standing still"))
-    made = pipe.extend(given_clip, SCENE.caption.replace("moving right", "standing still"), num_frames=48,
-                       direction="before", seed=2, num_inference_steps=8)  # fmt: skip
-    start, end = measure(made.frames[:8]), measure(given_clip)
-    assert (start.colour, start.background) == (end.colour, end.background)
-    assert changes(made.frames).max() < 5 and np.array_equal(made.frames[48:], given_clip)
+    """Windows from left to right would not know of the clip until the last one: nothing would join."""
+    pipe, given_clip = with_recipe(pipe, window=5, context=2), clip(9)
+    stretch = Stretch(40, 64, 64, after=timeline.Edge(given_clip), after_frames=9)
+    laid = timeline.Timeline(tuple(lay(stretch, rules_of(pipe._parts))))
+    assert len(laid.parts) > 2 and laid.order() == list(range(len(laid.parts)))[::-1]
+    near = pipe.extend(given_clip, "a red circle", num_frames=12, direction="before", **FAST).frames
+    assert near.shape == (21, 64, 64, 3) and np.array_equal(near[12:], given_clip)
+
+
+def test_a_clip_that_comes_later_is_encoded_as_in_mid_stream(pipe):
+    """Its latents are near those that it has in a stream where it is not the first."""
+    whole = clip(29)
+    known = Known(right=whole[17:])
+    segment = replace(lay(Stretch(17, 64, 64), Rules())[0], made_frames=29, right=12)
+    ((column, latents),) = conditions._known_latents(pipe._parts, segment, known)
+    there = pipe.encode(whole)[:, :, 5:]
+    assert column == 5 and latents.shape == there.shape
+    away = (latents - there).flatten(3).norm(dim=(1, 3)) / there.flatten(3).norm(dim=(1, 3))
+    assert float(away[0, 0]) < 0.2 and float(away[0, 2]) < 0.05
 
 
 @pytest.mark.parametrize("carries", [True, False])
@@ -161,7 +172,7 @@ def test_a_long_video_is_its_windows(pipe, carries):
     pipe = with_recipe(pipe, carries=carries, window=5, overlap=2, context=2)
     made = pipe.generate("a red circle", num_frames=50, **FAST)
     assert made.frames.shape == (50, 64, 64, 3)
-    plan = pipe.plan("a red circle", num_frames=50, num_inference_steps=2)
+    plan = pipe.plan("a red circle", num_frames=50, num_inference_steps=1)
     assert plan.windows == 4 if carries else plan.segments == 4
     short = pipe.generate("a red circle", num_frames=17, **FAST).frames
     assert np.array_equal(made.frames[:17], short)  # the first window knows of nothing else
@@ -203,11 +214,11 @@ def test_every_stretch_is_laid_whole(frames, before, after, window, context, car
 def test_the_window_that_joins_has_as_much_to_make_as_it_can(pipe):
     pipe = with_recipe(pipe, window=7, overlap=2, context=2)
     request = Request.make("loop", video=clip(9), prompt="", num_frames=33, seed=1)
-    from fastvid.inputs import read
-
     (segment,) = lay_out(read(request).resolve(pipe._parts.recipe), rules_of(pipe._parts)).segments
     found = spans(pipe._parts, segment)
     assert found[-1] == (segment.columns - 7, segment.columns) and found[-2][1] == segment.columns - 5
+    short = replace(segment, num_frames=4, made_frames=segment.left + 4 + segment.right)
+    assert spans(pipe._parts, short) == [(0, short.columns)]  # what fits is one window
 
 
 def test_a_shot_begins_with_the_nearest_column():
