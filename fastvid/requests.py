@@ -278,7 +278,7 @@ DRAFT_SIDE, DRAFT_STEPS = 0.5, 0.4
 SAMPLED = 5
 """Frames of a clip that a recipe knows it by."""
 
-STRENGTH = {"edit": 0.8, "finalize": 0.6}
+STRENGTH = {"edit": 0.6, "finalize": 0.6}
 """The share of the steps that are run, where it is not said."""
 
 _DISPLACES = {

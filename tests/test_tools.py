@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from tools.clips import BACKGROUNDS, COLOURS, DIRECTIONS, MOTIONS, SHAPES, Scene, bounce, draw, path, random_scene
 from tools.measure import classify_motion, measure, same_motion
+from tools.plot_strength import plot
+from tools.verb_cases import BRIDGE, changes, drawn, kind, loop_lengths, named_kind
 
 
 def to_uint8(clip: torch.Tensor) -> np.ndarray:
@@ -60,3 +62,30 @@ def test_motion_is_read_from_the_path():
     assert classify_motion(still, np.linspace(1, 3, 17), 0.0) == "growing"
     assert classify_motion(still - np.linspace(0, 0.3, 17)[:, None] * [1, 0], area, 0.0) == "moving left"
     assert classify_motion(still, np.zeros(17), 0.0) == "lost"
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10_000), st.sampled_from([(0, 17), (17, 33), (17, 25)]))
+def test_a_stretch_of_a_drawn_clip_has_the_kind_of_motion_that_it_is_named_after(seed, part):
+    scene = random_scene(torch.Generator().manual_seed(seed), mid_stream=seed % 2 == 1)
+    assert kind(drawn(scene, 33)[slice(*part)], scene.shape) == named_kind(scene)
+
+
+@given(st.integers(0, 10_000))
+def test_a_loop_s_bridge_leads_back_to_where_the_clip_begins(seed):
+    scene = random_scene(torch.Generator().manual_seed(seed), mid_stream=True)
+    frames, bridge = loop_lengths(scene)
+    assert BRIDGE[0] <= bridge <= BRIDGE[1]
+    whole = drawn(scene, frames + bridge + 1)
+    assert changes(whole[[0, -1]])[0] <= max(1.0, 0.6 * changes(whole).max())
+
+
+def test_strengths_are_plotted():
+    from xml.etree import ElementTree
+
+    row = {"cases": 4, "changed_0.5": 0.25, "changed_1": 1.0, "path_0.5": 1.0, "path_1": 0.5}
+    drawing = ElementTree.fromstring(plot(row))
+    lines = [e for e in drawing.iter() if e.tag.endswith("polyline")]
+    assert len(lines) == 2 and all(len(line.get("points").split()) == 2 for line in lines)
+    with pytest.raises(ValueError, match="no curve"):
+        plot({"cases": 4})
