@@ -70,14 +70,14 @@ def damaged(draw: st.DrawFn, whole: dict[str, Any]) -> bytes:
 
 def quick(act: Any) -> bool:
     """Whether it was refused. Anything but a ValueError of ours, or more than a second, fails."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         act()
         refused = False
     except CheckpointError as error:
         assert isinstance(error, ValueError) and str(error)
         refused = True
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     return refused
 
 
