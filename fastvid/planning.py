@@ -15,8 +15,8 @@ from fastvid.plan import Plan
 from fastvid.plan_memory import Cost, Memory
 from fastvid.rates import Rates
 from fastvid.requests import Resolved
-from fastvid.session import count_calls, spans, window_columns
 from fastvid.timeline import Segment, Timeline
+from fastvid.windows import count_calls, spans, window_columns
 
 
 def plan_request(

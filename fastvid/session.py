@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvid import conditions, decoding, engine, rollouts, tables
+from fastvid import conditions, decoding, engine, rollouts
 from fastvid.checkpoints import Keeper
 from fastvid.conditions import CACHE, REIMPOSED, TIMESTEPS, Conditions, Region
 from fastvid.engine import Row
@@ -42,6 +42,7 @@ from fastvid.source import SourceClip
 from fastvid.spool import Spool
 from fastvid.switching import Switch
 from fastvid.timeline import Edge, Kept, Segment, Timeline
+from fastvid.windows import count_rows, rows, turns
 
 KEPT_AT_ONCE = 16  # frames of a clip that are handed on at a time
 NEGATIVE, SOURCE = -1, -2  # numbers of the prompts that are not the request's own
@@ -61,78 +62,6 @@ class Job:
     decode_chunk: int
     decode_stripes: int = 1
     beside: bool = False
-
-
-def rows(
-    parts: Parts, segment: Segment, sigmas: np.ndarray, known_columns: Tensor, schedule: str | None = None
-) -> Iterator[Row]:
-    """The noise table of a segment."""
-    if parts.recipe.rollout is not None:
-        return rollouts.rows(parts.recipe.rollout, segment, sigmas)
-    if schedule == "staggered":
-        size, stride = stagger(parts, segment, len(sigmas))
-        return tables.staggered(sigmas, segment.columns, size, stride, rollouts.known_columns(segment))
-    return tables.windows(sigmas, spans(parts, segment), known_columns)
-
-
-def spans(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
-    """The windows of a segment: all of it, but where the model carries latents on from one to the next; a causal
-    model's blocks."""
-    recipe = parts.recipe
-    if recipe.rollout is not None:
-        return rollouts.spans(recipe.rollout, segment)
-    size = recipe.window + segment.lead if recipe.carries else segment.columns
-    overlap = min(recipe.overlap, size - 1)
-    cuts = [column for column, _ in turns(parts, segment)[1:]]
-    if (
-        segment.right_columns and segment.columns > size
-    ):  # the window that sees both sides has as much as it can to bring them together
-        cuts.append(segment.columns - size + overlap)
-    return tables.window_spans(segment.columns, size, overlap, cuts)
-
-
-def stagger(parts: Parts, segment: Segment, steps: int) -> tuple[int, int]:
-    """(columns of the window, rows between the beginnings of two columns) of a staggered table."""
-    size = min(parts.recipe.window, segment.columns)
-    return size, -(-steps // max(1, size - parts.recipe.overlap))
-
-
-def turns(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
-    """(column, prompt) from where on which is meant."""
-    if parts.recipe.rollout is not None:
-        return rollouts.turns(parts.recipe.rollout, segment)
-    later = [(segment.turn_column(frame), prompt) for frame, prompt in segment.prompts[1:]]
-    return [(0, segment.prompts[0][1]), *later]
-
-
-def count_rows(parts: Parts, segment: Segment, steps: int, schedule: str | None = None) -> int:
-    """How many rows the table of a segment has."""
-    if schedule == "staggered":
-        (size, stride), known = stagger(parts, segment, steps), rollouts.known_columns(segment)
-        return -(-max(0, known + 1 - size) // size) + stride * (segment.columns - known - 1) + steps
-    if (rollout := parts.recipe.rollout) is None:
-        return steps * len(spans(parts, segment))
-    made, passed, refilled = rollouts.count_passes(rollout, segment)
-    return made * steps + passed + refilled
-
-
-def window_columns(parts: Parts, segment: Segment) -> int:
-    """The most columns of a segment that are with the model at once."""
-    refilled = 0 if parts.recipe.rollout is None else rollouts.most_refilled(parts.recipe.rollout, segment)
-    return max(refilled, *(stop - start for start, stop in spans(parts, segment)))
-
-
-def count_calls(parts: Parts, segment: Segment, sigmas: np.ndarray, request: Resolved) -> int:
-    """How often the model is called for a segment."""
-    scales, times = request.guidance_scales(len(parts.experts)), timesteps(sigmas, request.solver)
-    each = [1 if scales[parts.experts.choose(t)] == 1 else 2 for t in times]
-    each = [calls + (request.source_prompt is not None) for calls in each]
-    if request.schedule == "staggered":
-        return count_rows(parts, segment, len(sigmas), request.schedule) * max(each)
-    if parts.recipe.rollout is None:
-        return sum(each) * len(spans(parts, segment))
-    made, passed, refilled = rollouts.count_passes(parts.recipe.rollout, segment)
-    return made * sum(each) + passed * each[-1] + refilled
 
 
 @dataclass

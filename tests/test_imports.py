@@ -56,18 +56,19 @@ ALLOWED: dict[str, set[str]] = {
     "conditions": SURFACE | {"control", "given"},
     "source": SURFACE | {"given"},
     "rollouts": SURFACE | {"tables"},
+    "windows": SURFACE | {"rollouts", "tables"},
     "queueing": {"errors"},
     "asynchronous": {"events", "queueing"},
     "decoding": SURFACE | {"queueing"},
     "checkpoints": SURFACE,
     "session": SURFACE
     | {"checkpoints", "conditions", "decoding", "given", "queueing", "rollouts", "source", "spool"}
-    | {"switching", "tables"},
+    | {"switching", "windows"},
     "inputs": SURFACE | {"clips", "control", "given"},
     "verbs": SURFACE | {"conditions"},
     "rates": MIDDLE | {"doctor"},
     "estimate": MIDDLE | {"rates"},
-    "planning": SURFACE | {"conditions", "decoding", "estimate", "plan_memory", "rates", "session"},
+    "planning": SURFACE | {"conditions", "decoding", "estimate", "plan_memory", "rates", "windows"},
     "prompts": BASE | {"env", "requests"},
     "preparing": SURFACE | {"control", "inputs", "planning", "rates", "session", "verbs"},
     "pipeline": SURFACE

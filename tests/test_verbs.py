@@ -17,9 +17,9 @@ from fastvid.given import Known
 from fastvid.inputs import read
 from fastvid.requests import Request
 from fastvid.sampling import latent_noise
-from fastvid.session import spans
 from fastvid.timeline import Kept, Rules, Stretch, lay
 from fastvid.verbs import lay_out, rules_of
+from fastvid.windows import spans
 from tests.tiny import write_checkpoint
 from tools.clips import Scene, draw
 from tools.verb_cases import to_uint8
