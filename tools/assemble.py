@@ -69,9 +69,10 @@ A thing that moves crosses {speed:.0%} of the frame in a second and turns at the
 Weights are stored in fp16, those of the text encoder in fp32.
 
 Defaults: 64x64, 17 frames, 16 fps, 20 UniPC steps, flow shift 3, guidance 3, text length
-16, per-token timesteps. Trained on sizes from 64x64 to 160x96, 17, 33 and 49 frames and shorter, stills, with known frames
-(first, last, both, prefix, suffix, prefix and suffix, random, held stills; in half of the samples a little off), independent and rising noise levels per frame, a known region
-around a free box, windows that begin in mid-stream, and dropped captions.
+16, per-token timesteps. Trained on sizes from 64x64 to 160x96, 17, 33 and 49 frames and shorter, stills, with known
+frames (first, last, both, prefix, suffix, prefix and suffix, random, held stills; in half of the samples a little off),
+independent and rising noise levels per frame, a known region around a free box, windows that begin in mid-stream, and
+dropped captions.
 
 ## Scores
 
