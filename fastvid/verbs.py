@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fastvid import timeline
-from fastvid.conditions import CHANNELS, way_of
+from fastvid.conditions import CHANNELS, CONTROL, way_of
 from fastvid.errors import InvalidRequest
 from fastvid.loading import Parts
 from fastvid.models.patterns import REFUSED
@@ -122,6 +122,12 @@ def check(parts: Parts, request: Resolved, laid: Timeline) -> None:
                 )
     if request.schedule == "staggered":
         _check_staggered(parts, request, laid)
+    if way_of(parts) == CONTROL and request.verb == "edit" and request.mask is not None:
+        # Else its control branch would know nothing of the region, and what is made there would not join.
+        raise InvalidRequest(
+            f"mask: {name} keeps a region of a clip through its control branch, which edit does not fill yet; use "
+            "generate with video= and mask="
+        )
     if way_of(parts) == CHANNELS:
         _check_channels(parts, request, laid.segments[0])
 
