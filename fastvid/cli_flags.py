@@ -161,6 +161,12 @@ FLAGS: Mapping[str, Flag] = {
         "X",
         "the same at low noise, for models with two experts (default: as --guidance-scale if that is given)",
     ),
+    "known_guidance_scale": _number(
+        "--known-guidance-scale",
+        "X",
+        "the same where some frames are known: pictures, clips, what an earlier window has made (default: as "
+        "--guidance-scale if that is given)",
+    ),
     "flow_shift": _number("--flow-shift", "X", "shift of the noise levels, 0.01 to 100"),
     "sigmas": Flag(
         "--sigmas",
@@ -175,7 +181,7 @@ FLAGS: Mapping[str, Flag] = {
 """Every argument that can be given as a flag, in the order in which help shows them."""
 
 SAMPLING = ("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "sigmas", "solver")
-SAMPLING += ("schedule",)
+SAMPLING += ("schedule", "known_guidance_scale")
 
 
 # ---------------------------------------------------------------- the verbs

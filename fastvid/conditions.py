@@ -99,6 +99,12 @@ class Conditions:
         return x, levels
 
 
+def anchored(x: Tensor, levels: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+    """What the transformer is called with, behind one more column, clean [1, C, 1, h, w]; levels [t] or [N]."""
+    each = 1 if len(levels) == x.shape[2] else len(levels) // x.shape[2]
+    return torch.cat((anchor.to(x), x), dim=2), torch.cat((levels.new_zeros(each), levels))
+
+
 @dataclass(frozen=True)
 class Region:
     """A region that is known in a window's frames: places bool [1, 1, t, h, w], clean latents [1, C, t, h, w]."""

@@ -51,7 +51,8 @@ class Position:
     """Where a walk stands between two rows: all that it needs to go on.
 
     row: the next one's number. start: the window's first column. latents: the window's. done: the columns before this
-    one have been handed out. kept: the latest of those, for rows that come back to them.
+    one have been handed out. kept: the latest of those, for rows that come back to them. first: the very first, where
+    it is wanted.
     """
 
     row: int
@@ -60,6 +61,7 @@ class Position:
     state: SolverState
     done: int
     kept: Tensor | None = None
+    first: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,13 @@ def walk(
     fresh: Fresh | None = None,
     position: Position | None = None,
     keep: int = 0,
+    anchor: bool = False,
 ) -> Iterator[Walked]:
     """Denoise columns along a table.
 
     source: where columns come from that a window takes in; a tensor of all of them will do. denoise: the denoiser for a
     row. position: to go on from; the table is the same, from its first row on. keep: the most columns that a row of the
-    table comes back to.
+    table comes back to. anchor: whether positions hold the first column too.
 
     Yields once a row. Windows move to the right, over columns that are clean, and columns must become clean from the
     left; each is handed out once, in order.
@@ -105,8 +108,10 @@ def walk(
         latents, state = _step(row, at.latents, solver, denoise(row), state)
         clean = row.start + int((row.sigma_next == 0).long().cumprod(0).sum())
         ready = latents[:, :, at.done - row.start : clean - row.start] if clean > at.done else None
-        kept = _kept(at.kept, ready, keep)
-        done, at = at.done, Position(number + 1, row.start, latents, state, max(at.done, clean), kept)
+        kept, first = _kept(at.kept, ready, keep), at.first
+        if anchor and first is None and ready is not None:
+            first = ready[:, :, :1].clone()  # not the window that it came from
+        done, at = at.done, Position(number + 1, row.start, latents, state, max(at.done, clean), kept, first)
         yield Walked(number, float(row.sigma.max()), ready, done, at)
 
 

@@ -201,8 +201,7 @@ def fit(
     image = weigh_part("image_encoder", image_encoder, dtype).total if image_encoder else 0
     sizes = Sizes((one,) * experts, text, weigh_part("vae", vae, dtype).total, image)
     segment = whole_clip(request, vae)
-    guided = any(scale != 1 for scale in request.guidance_scales(experts))
-    options = {"text": text_encoder, "texts": 1 + guided, "experts": experts, "pictures": pictures}
+    options = {"text": text_encoder, "texts": 1 + request.guided(experts), "experts": experts, "pictures": pictures}
     options |= {"control_layers": control}
 
     def chosen(t: Segment) -> Memory:

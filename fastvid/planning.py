@@ -149,7 +149,6 @@ class Needs:
         """Beside weights, for so many frames."""
         parts, request, window = self.parts, self.request, self.window
         shorter = window if frames >= window.made_frames else plan.window_of(window, frames // window.temporal + 1)
-        scales = request.guidance_scales(len(parts.experts))
         return plan.cost(
             shorter,
             parts.transformer.config,
@@ -157,8 +156,8 @@ class Needs:
             parts.dtype.itemsize,
             text=parts.text_encoder.config,
             rows=parts.tokenizer.text_length,
-            texts=1 + any(scale != 1 for scale in scales) + (request.source_prompt is not None),
-            experts=len(scales),
+            texts=1 + request.guided(len(parts.experts)) + (request.source_prompt is not None),
+            experts=len(parts.experts),
             pictures=self._pictures(),
             encoded=self._encoded(),
             control_layers=parts.control_layers,

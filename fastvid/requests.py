@@ -20,7 +20,7 @@ from fastvid.limits import check_frames, check_size, nearest_name, nearest_size,
 SAMPLING = (
     *("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift"),
     *("sigmas", "solver", "latents", "prompt_embeds", "negative_prompt_embeds", "conditioning_scale"),
-    *("original_prompt", "schedule"),
+    *("original_prompt", "schedule", "known_guidance_scale"),
 )
 SIZE = ("height", "width", "aspect", "budget")
 LENGTH = ("num_frames", "seconds")
@@ -72,7 +72,8 @@ class RecipeLike(Protocol):
     num_inference_steps: int
     flow_shift: float
     guidance_scale: float
-    # guidance_scale_2: float | None, of models with two experts, and sigmas, of models with few steps, may be left out
+    # guidance_scale_2 (float | None) of models with two experts, known_guidance_scale (the same), and sigmas, of models
+    # with few steps, may be left out
     fps: float
     num_frames: int
     height: int
@@ -112,6 +113,7 @@ class Request:
     num_inference_steps: int | None = asked(whole(1, limits.MAX_STEPS))
     guidance_scale: float | None = asked(number(0.0, 1000.0))
     guidance_scale_2: float | None = asked(number(0.0, 1000.0))
+    known_guidance_scale: float | None = asked(number(0.0, 1000.0))
     flow_shift: float | None = asked(number(0.01, 100.0))
     sigmas: tuple[float, ...] | None = asked(limits.sigmas)
     solver: str | None = asked(limits.one_of(limits.SOLVERS))
@@ -180,6 +182,8 @@ class Request:
         filled["seed"] = secrets.randbelow(2**32) if self.seed is None else self.seed
         if experts > 1 and self.guidance_scale is not None and self.guidance_scale_2 is None:
             filled["guidance_scale_2"] = self.guidance_scale
+        if self.guidance_scale is not None:
+            filled["known_guidance_scale"] = self.known_guidance_scale  # the recipe's goes with the recipe's other one
         if self.num_inference_steps is not None or self.flow_shift is not None:
             filled["sigmas"] = self.sigmas  # a recipe's own levels are for its own number of steps
         if filled["sigmas"] is not None:
@@ -356,6 +360,7 @@ class Resolved:
     num_inference_steps: int
     guidance_scale: float
     guidance_scale_2: float | None
+    known_guidance_scale: float | None
     flow_shift: float
     sigmas: tuple[float, ...] | None
     solver: str
@@ -381,9 +386,15 @@ class Resolved:
     model_width: int
     model_frames: int
 
-    def guidance_scales(self, experts: int) -> tuple[float, ...]:
-        """The scale of each of so many experts, high noise first."""
+    def guidance_scales(self, experts: int, known: bool = False) -> tuple[float, ...]:
+        """The scale of each of so many experts, high noise first. known: in a window in which some frames are."""
+        if known and self.known_guidance_scale is not None:
+            return (self.known_guidance_scale,) * experts
         return (self.guidance_scale,) if experts == 1 else (self.guidance_scale, float(self.guidance_scale_2))
+
+    def guided(self, experts: int) -> bool:
+        """Whether the negative prompt has a say anywhere."""
+        return any(scale != 1 for known in (False, True) for scale in self.guidance_scales(experts, known))
 
     @property
     def prompts(self) -> tuple[str | None, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvid import conditions, decoding, engine, rollouts
 from fastvid.checkpoints import Keeper
-from fastvid.conditions import CACHE, REIMPOSED, TIMESTEPS, Conditions, Region
+from fastvid.conditions import CACHE, REIMPOSED, TIMESTEPS, Conditions, Region, anchored
 from fastvid.engine import Row
 from fastvid.events import Event, Frames, Step
 from fastvid.given import Known
@@ -135,8 +135,9 @@ class Session:
                 yield Step(self._step, total + self._refilled, *item)
 
     def _prompts(self, segment: Segment) -> set[int]:
-        guided = any(scale != 1 for scale in self.job.request.guidance_scales(len(self.parts.experts)))
-        others = {NEGATIVE: guided, SOURCE: self.job.request.source_prompt is not None}
+        request = self.job.request
+        guided = request.guided(len(self.parts.experts))
+        others = {NEGATIVE: guided, SOURCE: request.source_prompt is not None}
         return {prompt for _, prompt in segment.prompts} | {number for number, used in others.items() if used}
 
     def _remember(self, number: int, frames: np.ndarray) -> None:
@@ -207,6 +208,7 @@ class SegmentMaker:
         self._contexts: dict[tuple[int, int], Any] = {}
         self._caches: dict[int, KVCache] = {}
         self._window: tuple[int, int] | None = None
+        self._first: Tensor | None = None  # the segment's first column, for models that keep it in view
         self.clip = None if segment.source is None else SourceClip(session.parts, segment, known, self.request.mask)
         with ieee_fp32():
             self.conditions: Conditions = conditions.prepare(session.parts, self.request, segment, known)
@@ -224,6 +226,7 @@ class SegmentMaker:
             while (stepped := self._next(walked)) is not None:
                 row, seconds = stepped
                 if row.position is not None:  # else it was made by an earlier process
+                    self._first = row.position.first
                     yield row.sigma, seconds
                 yield from self._frames(decoder.put(self._to_decode(row)))
             # Only now: another segment may begin with these frames.
@@ -234,6 +237,7 @@ class SegmentMaker:
     def _walk(self, position: engine.Position | None) -> Iterator[engine.Walked]:
         """The rows from a position on, or all."""
         rollout = self.parts.recipe.rollout
+        self._first = None if position is None else position.first
         if rollout is None:
             table = rows(self.parts, self.segment, self.sigmas, self.conditions.columns, self.request.schedule)
         else:
@@ -246,6 +250,7 @@ class SegmentMaker:
             fresh=self.fresh,
             position=position,
             keep=0 if rollout is None else rollouts.most_refilled(rollout, self.segment, at_any=True),
+            anchor=self.parts.recipe.anchor is not None,
         )
 
     def _next(self, walked: Iterator[engine.Walked]) -> tuple[engine.Walked, float] | None:
@@ -322,7 +327,8 @@ class SegmentMaker:
         experts, request = self.parts.experts, self.request
         self._enter(row)
         # What the negative prompt made of the frames stays true when the other one changes.
-        scales = (1.0,) * len(experts) if row.refill else request.guidance_scales(len(experts))
+        some = bool((row.sigma == 0).any())
+        scales = (1.0,) * len(experts) if row.refill else request.guidance_scales(len(experts), some)
         region = self.region(row)
         velocities = [
             guided(
@@ -384,8 +390,12 @@ class SegmentMaker:
         parts, key = self.parts, (expert, text)
         embeds = self.session.text(text)
         given, levels = self.conditions.input(x, row, self.noise, region)
+        if (anchor := self._anchor(row, text)) is not None:
+            given, levels = anchored(given, levels, anchor)
         times = torch.from_numpy(timesteps(levels.numpy(), self.request.solver)).to(x.device)
         offset, cache = self._cache(row, text)
+        if anchor is not None:
+            offset = (-parts.recipe.anchor, *range(len(row.sigma)))
         if row.write_cache and cache is not None:
             times = torch.full_like(times, parts.recipe.rollout.context_noise, dtype=torch.float64)
         elif parts.recipe.whole_timesteps:
@@ -393,7 +403,15 @@ class SegmentMaker:
         with parts.experts.use(expert) as transformer, ieee_fp32():
             if key not in self._contexts:
                 self._contexts[key] = self.conditions.context(transformer, embeds)
-            return transformer(given, times[None], self._contexts[key], rope_offset=offset, cache=cache)
+            made = transformer(given, times[None], self._contexts[key], rope_offset=offset, cache=cache)
+        return made if anchor is None else made[:, :, 1:]
+
+    def _anchor(self, row: Row, text: int) -> Tensor | None:
+        """The segment's first column, where a model keeps it in view of windows that begin behind it: what a thing
+        looks like is lost over many windows otherwise, each of which is shown just the one before."""
+        if self.parts.recipe.anchor is None or row.start == 0:
+            return None
+        return self.clip.head if text == SOURCE else self._first
 
     def _cache(self, row: Row, text: int) -> tuple[int, KVCache | None]:
         """Where the window's positions begin, and what a causal model remembers of the frames before it.

@@ -27,6 +27,7 @@ class SourceClip:
         self.parts, self.segment, self.known, self.mask = parts, segment, known, mask
         self._encoded: Tensor | None = None  # columns from _first on
         self._first, self._cache = 0, None
+        self.head: Tensor | None = None  # the first column
 
     @torch.no_grad()
     def latents(self, start: int, stop: int, forget: bool = True) -> Tensor:
@@ -38,6 +39,7 @@ class SourceClip:
                 made, self._cache = self.parts.vae.encode(
                     frames.to(self.parts.device, self.parts.vae_dtype), self._cache
                 )
+                self.head = made[:, :, :1] if self.head is None else self.head
                 self._encoded = made if self._encoded is None else torch.cat((self._encoded, made), dim=2)
                 end += made.shape[2]
         if forget and self._encoded is not None and start > self._first:

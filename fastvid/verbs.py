@@ -122,6 +122,10 @@ def check(parts: Parts, request: Resolved, laid: Timeline) -> None:
                 )
     if request.schedule == "staggered":
         _check_staggered(parts, request, laid)
+    if request.known_guidance_scale is not None and parts.recipe.rollout is not None:
+        raise InvalidRequest(
+            f"known_guidance_scale: {name} has known frames in its cache, beside every block; use guidance_scale"
+        )
     if way_of(parts) == CONTROL and request.verb == "edit" and request.mask is not None:
         # Else its control branch would know nothing of the region, and what is made there would not join.
         raise InvalidRequest(

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fastvid import rollouts, tables
+from fastvid.conditions import CHANNELS, CONTROL, way_of
 from fastvid.engine import Row
 from fastvid.loading import Parts
 from fastvid.requests import Resolved
@@ -72,17 +73,33 @@ def count_rows(parts: Parts, segment: Segment, steps: int, schedule: str | None 
 def window_columns(parts: Parts, segment: Segment) -> int:
     """The most columns of a segment that are with the model at once."""
     refilled = 0 if parts.recipe.rollout is None else rollouts.most_refilled(parts.recipe.rollout, segment)
-    return max(refilled, *(stop - start for start, stop in spans(parts, segment)))
+    at_once = [stop - start + (parts.recipe.anchor is not None and start > 0) for start, stop in spans(parts, segment)]
+    return max(refilled, *at_once)
 
 
 def count_calls(parts: Parts, segment: Segment, sigmas: np.ndarray, request: Resolved) -> int:
     """How often the model is called for a segment."""
-    scales, times = request.guidance_scales(len(parts.experts)), timesteps(sigmas, request.solver)
-    each = [1 if scales[parts.experts.choose(t)] == 1 else 2 for t in times]
-    each = [calls + (request.source_prompt is not None) for calls in each]
+    free, some = (_calls(parts, sigmas, request, known) for known in (False, True))
     if request.schedule == "staggered":
-        return count_rows(parts, segment, len(sigmas), request.schedule) * max(each)
+        return count_rows(parts, segment, len(sigmas), request.schedule) * max(free + some)
     if parts.recipe.rollout is None:
-        return sum(each) * len(spans(parts, segment))
+        return sum(sum(some if _shown(parts, segment, *span) else free) for span in spans(parts, segment))
     made, passed, refilled = rollouts.count_passes(parts.recipe.rollout, segment)
-    return made * sum(each) + passed * each[-1] + refilled
+    return made * sum(free) + passed * free[-1] + refilled
+
+
+def _calls(parts: Parts, sigmas: np.ndarray, request: Resolved, known: bool) -> list[int]:
+    """Calls in each step of a window in which some columns are known, or none."""
+    scales = request.guidance_scales(len(parts.experts), known)
+    chosen = [scales[parts.experts.choose(t)] for t in timesteps(sigmas, request.solver)]
+    return [1 + (scale != 1) + (request.source_prompt is not None) for scale in chosen]
+
+
+def _shown(parts: Parts, segment: Segment, start: int, stop: int) -> bool:
+    """Whether columns of a window are known: to the model as latents, that is."""
+    if start > 0:
+        return True  # what the window before has made
+    if way_of(parts) in (CHANNELS, CONTROL):
+        return False
+    pictures = any(segment.column_of(segment.skip + frame) < stop for frame in segment.pictures)
+    return bool(segment.left) or pictures or stop > segment.columns - segment.right_columns

@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "conditions": SURFACE | {"control", "given"},
     "source": SURFACE | {"given"},
     "rollouts": SURFACE | {"tables"},
-    "windows": SURFACE | {"rollouts", "tables"},
+    "windows": SURFACE | {"conditions", "rollouts", "tables"},
     "queueing": {"errors"},
     "asynchronous": {"events", "queueing"},
     "decoding": SURFACE | {"queueing"},

@@ -169,6 +169,9 @@ def test_rotary_table(head_dim: int) -> None:
     part = rotary_table((4, 3, 5), head_dim, offset=5, device=torch.device("cpu"))
     for a, b in zip(whole, part, strict=True):
         assert b.shape == (4 * 3 * 5, head_dim // 2) and torch.equal(a[5 * 15 :], b)
+    apart = rotary_table((3, 3, 5), head_dim, offset=(0, 5, 8), device=torch.device("cpu"))
+    for a, b in zip(whole, apart, strict=True):
+        assert torch.equal(a.view(9, 15, -1)[[0, 5, 8]].flatten(0, 1), b)
     cos, sin = whole
     torch.testing.assert_close(cos.square() + sin.square(), torch.ones_like(cos))
     theirs = WanTransformer3DModel(**{**SMALL, "attention_head_dim": head_dim, "num_layers": 1}).rope

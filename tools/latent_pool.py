@@ -3,7 +3,8 @@
     python -m tools.latent_pool --vae runs/vae/vae --out runs/pool --clips 6000
 
 Each shard is one file of clips of one size and length, half of them from their motion's beginning, half from
-mid-stream. A still is kept with every clip: what the VAE makes of one of its frames held for a group of four.
+mid-stream. Stills are kept with every clip: what the VAE makes of two of its frames, each held for a group of four, and
+of a frame from any time of the same motion as the head of a stream, which is what windows far into a video are shown.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,23 +26,26 @@ from tools.clips import draw, random_scene
 
 # (frames, height, width) and how often; the default size and length come most.
 KINDS = {
-    (17, 64, 64): 10,
+    (17, 64, 64): 8,
     (33, 64, 64): 5,
-    (49, 64, 64): 6,
-    (49, 96, 160): 2,
+    (49, 64, 64): 7,
+    (49, 96, 160): 4,
     (17, 64, 96): 2,
-    (17, 96, 64): 2,
-    (17, 80, 80): 2,
+    (17, 96, 64): 1,
+    (17, 80, 80): 1,
     (17, 96, 160): 3,
     (17, 160, 96): 1,
 }
+
+HARD = {"spinning": 2.0, "growing": 1.4, "shrinking": 1.4}
 
 
 @dataclass
 class Shard:
     """Clips of one size: latents [n, C, T, h, w], captions, whether each begins its motion, and the stills.
 
-    still [n, C, h, w] is the body latent of one held frame, still_at [n] the latent frame that it belongs to.
+    still [n, 2, C, h, w] are the body latents of two held frames, still_at [n, 2] the latent frames that they belong
+    to, in short clips the second of them the last; anchor [n, C, h, w] is the head latent of a frame from any time.
     """
 
     latents: Tensor
@@ -48,6 +53,14 @@ class Shard:
     begins: Tensor
     still: Tensor
     still_at: Tensor
+    anchor: Tensor
+
+    @cached_property
+    def hard(self) -> Tensor:
+        """How much each clip counts [n]: what spins or changes its size is learned last."""
+        return torch.tensor(
+            [max([w for m, w in HARD.items() if m in caption], default=1.0) for caption in self.captions]
+        )
 
 
 def load_vae(folder: Path) -> WanVAE:
@@ -68,19 +81,31 @@ def encode(vae: WanVAE, clips: Tensor) -> Tensor:
 def make_shard(vae: WanVAE, kind: tuple[int, int, int], count: int, generator: torch.Generator) -> Shard:
     """Draws and encodes `count` clips of one kind."""
     frames, height, width = kind
-    latents, captions, begins, still, still_at = [], [], [], [], []
+    latents, captions, begins, still, still_at, anchor = [], [], [], [], [], []
     for i in range(count):
         scene = random_scene(generator, mid_stream=i % 2 == 1)
         clip = draw(scene, frames, height, width).movedim(0, 1)[None]
-        at = int(torch.randint(1, (frames - 1) // 4 + 1, (), generator=generator))
-        inside = int(torch.randint(4, (), generator=generator))
-        held = clip[:, :, 4 * at - 3 + inside, None].expand(-1, -1, 5, -1, -1)
+        at = torch.randint(1, (frames - 1) // 4 + 1, (2,), generator=generator)
+        inside = torch.randint(4, (2,), generator=generator)
+        if frames == 17:  # a last picture
+            at[1], inside[1] = (frames - 1) // 4, 3
+        held = clip[0, :, 4 * at - 3 + inside].transpose(0, 1)[:, :, None].expand(-1, -1, 5, -1, -1)
+        elsewhere = replace(scene, phase=8.0 * float(torch.rand((), generator=generator)))
+        once = draw(elsewhere, 1, height, width).movedim(0, 1)[None]
         latents.append(encode(vae, clip)[0])
-        still.append(encode(vae, held)[0, :, 1])
+        anchor.append(encode(vae, once)[0, :, 0])
+        still.append(encode(vae, held)[:, :, 1])
         captions.append(scene.caption)
         begins.append(i % 2 == 0)
         still_at.append(at)
-    return Shard(torch.stack(latents), captions, torch.tensor(begins), torch.stack(still), torch.tensor(still_at))
+    return Shard(
+        torch.stack(latents),
+        captions,
+        torch.tensor(begins),
+        torch.stack(still),
+        torch.stack(still_at),
+        torch.stack(anchor),
+    )
 
 
 def save(shard: Shard, path: Path) -> None:
@@ -90,6 +115,7 @@ def save(shard: Shard, path: Path) -> None:
         "begins": shard.begins,
         "still": shard.still.half().contiguous(),
         "still_at": shard.still_at,
+        "anchor": shard.anchor.half().contiguous(),
     }
     save_file(tensors, path.with_suffix(".part"), metadata={"captions": json.dumps(shard.captions)})
     path.with_suffix(".part").rename(path)
@@ -100,7 +126,7 @@ def load(path: Path) -> Shard:
     with safe_open(path, "pt") as file:
         captions = json.loads(file.metadata()["captions"])
         t = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
-    return Shard(t["latents"].float(), captions, t["begins"], t["still"].float(), t["still_at"])
+    return Shard(t["latents"].float(), captions, t["begins"], t["still"].float(), t["still_at"], t["anchor"].float())
 
 
 def plan(clips: int, per_shard: int = 50) -> Iterator[tuple[int, int, int]]:

@@ -5,8 +5,10 @@
 Flow matching: x = (1 - sigma) clean + sigma noise, the target is noise - clean. Every sample draws one *pattern* of
 noise levels over its latent frames, so that all verbs work natively: all free; known frames at level 0 (first, last,
 both, prefix, suffix, prefix and suffix, random, a held still); independent or rising levels per frame; a known region
-around a free box. Text-only samples begin their motion; samples with known frames also come from mid-stream, where
-windows start with a body latent.
+around a free box. Text-only samples begin their motion, but at the lower levels, where their place shows through, also
+come from mid-stream, as clips that are edited do; so do samples with known frames, where windows start with a body
+latent. Some of those are shown an *anchor* too, a still of the same thing at any other time,
+as windows far into a video are shown its first frame.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastvid.models.recipes import EMBEDDED
 from fastvid.models.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.wan import WanTransformer, WanTransformerConfig
 from fastvid.ops import reference
@@ -34,8 +37,11 @@ TRANSFORMER = WanTransformerConfig(
 TEXT = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
 SHIFT = 3.0
 BEGINNINGS = 0.7  # share of clips that begin their motion; the rest are from mid-stream
-WINDOW = 9  # latent frames that the model makes at once
+SHOWS = 0.85  # the highest level at which a clip shows where its motion is
+WINDOW, CONTEXT = EMBEDDED.window, EMBEDDED.overlap  # latent frames that the model makes at once, and is shown
 DRIFT = (0.12, 0.06)  # how far known latents are off, at most: all of a channel, each value alone
+ANCHORED = 0.35  # share of batches with one, among those whose clips are longer than what is drawn from them
+ANCHOR = -EMBEDDED.anchor  # where it stands, in latent frames from the first of the window
 TOKENS = 1536  # tokens in a batch: small batches, many steps
 
 
@@ -43,12 +49,13 @@ TOKENS = 1536  # tokens in a batch: small batches, many steps
 class Sample:
     """One training sample: clean latents [C, T, h, w], their levels [T, h/2, w/2], and a caption.
 
-    Where a level is 0 the latents are known and carry no loss.
+    Where a level is 0 the latents are known and carry no loss. anchor [C, h, w]: as known as those, far to the left.
     """
 
     clean: Tensor
     sigma: Tensor
     caption: str
+    anchor: Tensor | None = None
 
 
 class Pool:
@@ -84,7 +91,7 @@ def random_level(n: int, g: torch.Generator) -> Tensor:
 def known_frames(frames: int, g: torch.Generator) -> Tensor:
     """Which of the latent frames are known [T]: first, last, both, prefix, suffix, both of those, random; never all."""
     known = torch.zeros(frames, dtype=torch.bool)
-    kind = int(torch.randint(8, (), generator=g))
+    kind = int(torch.randint(10, (), generator=g))
     some = 1 + int(torch.randint(max(1, frames - 1), (), generator=g))
     if kind in (0, 2):
         known[0] = True
@@ -95,8 +102,12 @@ def known_frames(frames: int, g: torch.Generator) -> Tensor:
     if kind == 4:
         known[max(1, frames - some) :] = True
     if kind == 7:  # a clip's end, a bridge, a clip's start
-        known[: min(3, some)] = True
-        known[max(1, frames - 3) :] = True
+        known[: min(CONTEXT, some)] = True
+        known[max(1, frames - CONTEXT) :] = True
+    if kind == 8:  # as much of a clip as the model is shown
+        known[: min(CONTEXT, frames - 1)] = True
+    if kind == 9:
+        known[max(1, frames - CONTEXT) :] = True
     if kind == 5:
         known = torch.rand(frames, generator=g) < 0.4
     if known.all():
@@ -123,24 +134,60 @@ def levels(frames: int, h: int, w: int, free: bool, g: torch.Generator) -> Tenso
     return one
 
 
+def window_levels(frames: int, h: int, w: int, g: torch.Generator) -> Tensor:
+    """Levels [T, h, w] of a window in a long video: what the one before has made is known; sometimes something else."""
+    r = float(torch.rand((), generator=g))
+    if r < 0.15:
+        return levels(frames, h, w, free=False, g=g)
+    one = random_level(1, g).view(1, 1, 1).expand(frames, h, w).clone()
+    one[: min(CONTEXT, frames - 1) if r < 0.8 else 1 + int(torch.randint(frames - 1, (), generator=g))] = 0
+    return one
+
+
+def draw_anchored(shard: latent_pool.Shard, frames: int, length: int, g: torch.Generator) -> Sample:
+    """A sample from behind the head of a shard's clip, with an anchor."""
+    i = int(torch.multinomial(shard.hard, 1, generator=g))
+    start = 1 + int(torch.randint(frames - length, (), generator=g))
+    clean = shard.latents[i, :, start : start + length].clone()
+    sigma = window_levels(length, clean.shape[2] // 2, clean.shape[3] // 2, g)
+    return Sample(clean, sigma, shard.captions[i], shard.anchor[i])
+
+
+def hold_stills(shard: latent_pool.Shard, i: int, start: int, clean: Tensor, sigma: Tensor, g: torch.Generator) -> None:
+    """Makes pictures of some frames known, in place: those that stand for a whole group are stills. Mostly nothing else
+    is known but, at times, the first frame."""
+    length, pictures = sigma.shape[0], []
+    for at, still in zip((shard.still_at[i] - start).tolist(), shard.still[i], strict=True):
+        if (0 if start else 1) <= at < length and float(torch.rand((), generator=g)) < 0.75:
+            pictures.append((at, still))
+    if not pictures:
+        return
+    if float(torch.rand((), generator=g)) < 0.75:
+        sigma[:] = random_level(1, g)
+        if float(torch.rand((), generator=g)) < 0.6 and start == 0:
+            sigma[0] = 0
+    for at, still in pictures:
+        clean[:, at], sigma[at] = still, 0
+    if not (sigma > 0).any():
+        sigma[int(torch.randint(length, (), generator=g))] = random_level(1, g)
+
+
 def draw_sample(shard: latent_pool.Shard, frames: int, length: int, g: torch.Generator) -> Sample:
     """One sample of `length` latent frames from a shard whose clips have `frames`."""
     # Windows in mid-stream are as long as others only in clips that are longer still.
     begins = float(torch.rand((), generator=g)) < (BEGINNINGS if frames <= WINDOW else 0.15)
-    of_kind = (shard.begins == begins).nonzero().flatten()
-    i = int(of_kind[int(torch.randint(len(of_kind), (), generator=g))])
+    i = int(torch.multinomial(shard.hard * (shard.begins == begins), 1, generator=g))
     start = 0 if begins else int(torch.randint(frames - length + 1, (), generator=g))
     clean = shard.latents[i, :, start : start + length].clone()
-    # Without known frames a clip from mid-stream would teach that motions begin anywhere.
-    sigma = levels(length, clean.shape[2] // 2, clean.shape[3] // 2, free=begins, g=g)
-    if not begins and length > 1 and bool((sigma > 0).all()) and bool((sigma == sigma[0, 0, 0]).all()):
+    shape = (length, clean.shape[2] // 2, clean.shape[3] // 2)
+    sigma = levels(*shape, free=begins, g=g)
+    if not begins and length > 1 and start == 0 and float(torch.rand((), generator=g)) < 0.4:
+        # Above that a clip from mid-stream without known frames would teach that motions begin anywhere.
+        sigma = (random_level(1, g) * SHOWS).view(1, 1, 1).expand(shape).clone()
+    elif not begins and length > 1 and bool((sigma > 0).all()) and bool((sigma == sigma[0, 0, 0]).all()):
         sigma[0] = 0
-    at = int(shard.still_at[i]) - start
-    if length > 1 and 0 <= at < length and not (at == 0 and start == 0) and float(torch.rand((), generator=g)) < 0.12:
-        clean[:, at] = shard.still[i]
-        sigma[at] = 0
-        if not (sigma > 0).any():
-            sigma[(at + 1) % length] = random_level(1, g)
+    if length > 1 and float(torch.rand((), generator=g)) < 0.2:
+        hold_stills(shard, i, start, clean, sigma, g)
     return Sample(clean, sigma, shard.captions[i])
 
 
@@ -150,10 +197,12 @@ def batch(pool: Pool, g: torch.Generator) -> list[Sample]:
     frames, h, w = kinds[int(torch.multinomial(weights, 1, generator=g))]
     r = float(torch.rand((), generator=g))
     most = min(frames, WINDOW)
+    anchored = frames > 2 and float(torch.rand((), generator=g)) < ANCHORED
     length = most if r < 0.72 else 1 if r < 0.78 else 1 + int(torch.randint(most, (), generator=g))
-    n = max(3, min(48, TOKENS // (length * h * w // 4)))
-    shards = pool.shards[frames, h, w]
-    return [draw_sample(shards[int(torch.randint(len(shards), (), generator=g))], frames, length, g) for _ in range(n)]
+    length = min(max(length, 2), frames - 1) if anchored else length
+    n = max(3, min(48, TOKENS // ((length + anchored) * h * w // 4)))
+    shards, draw = pool.shards[frames, h, w], draw_anchored if anchored else draw_sample
+    return [draw(shards[int(torch.randint(len(shards), (), generator=g))], frames, length, g) for _ in range(n)]
 
 
 def rough_caption(caption: str, g: torch.Generator) -> str:
@@ -196,7 +245,14 @@ class Trainer(nn.Module):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             text = self.text_encoder(ids, mask) * mask[..., None]
             seen = torch.where(wide > 0, (1 - wide) * clean + wide * noise, clean + drift(clean, g))
-            out = self.transformer(seen, 1000 * sigma.flatten(1), text)
+            times, places = 1000 * sigma.flatten(1), list(range(clean.shape[2]))
+            if samples[0].anchor is None:
+                out = self.transformer(seen, times, text)
+            else:
+                anchor = torch.stack([s.anchor for s in samples])[:, :, None]
+                seen = torch.cat((anchor + drift(anchor, g), seen), dim=2)
+                times = torch.cat((times.new_zeros(len(samples), sigma[0, 0].numel()), times), dim=1)
+                out = self.transformer(seen, times, text, rope_offset=[ANCHOR, *places])[:, :, 1:]
         free = (wide > 0).expand_as(clean)
         return (out.float() - (noise - clean)).square()[free].mean()
 

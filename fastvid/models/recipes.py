@@ -51,10 +51,13 @@ class Recipe:
     """A model's defaults. Sizes in pixels, fps in frames a second.
 
     sigmas: the levels of a model of few steps, used as they are in place of steps and shift. solver "redraw" goes from
-    one to the next by x0 and new noise. guidance_scale_2, boundary_ratio: of models with two experts. sizes: what it
-    was trained at, width x height. spatial_multiple: what height and width must divide by. temporal: frames a latent
-    frame, so that the model makes temporal * k + 1 frames. per_token_timesteps: it was trained with known tokens at
-    timestep 0. whole_timesteps: what it is told of the levels is rounded.
+    one to the next by x0 and new noise. guidance_scale_2, boundary_ratio: of models with two experts.
+    known_guidance_scale: in windows in which some latents are known, which say much of what the text does; None: as
+    elsewhere. sizes: what it was trained at, width x height. spatial_multiple: what height and width must divide by.
+    temporal: frames a latent frame, so that the model makes temporal * k + 1 frames. per_token_timesteps: it was
+    trained with known tokens at timestep 0. whole_timesteps: what it is told of the levels is rounded. anchor: it was
+    trained with the first latent frame of a video in view of every window, known, as if it stood so many before the
+    window's first; None: it was not.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Recipe:
     sigmas: tuple[float, ...] | None = None
     guidance_scale: float = 5.0
     guidance_scale_2: float | None = None
+    known_guidance_scale: float | None = None
     boundary_ratio: float | None = None
     fps: float = 16.0
     num_frames: int = 81
@@ -80,6 +84,7 @@ class Recipe:
     overlap: int = 2
     context: int = 2
     carries: bool = False
+    anchor: int | None = None
     patterns: Patterns = patterns.TEXT_ONLY
 
 
@@ -118,6 +123,7 @@ EMBEDDED = Recipe(
     num_inference_steps=20,
     flow_shift=3.0,
     guidance_scale=3.0,
+    known_guidance_scale=1.5,
     num_frames=17,
     height=64,
     width=64,
@@ -127,6 +133,7 @@ EMBEDDED = Recipe(
     overlap=3,
     context=3,
     carries=True,
+    anchor=16,
     patterns=patterns.EVERYTHING,
 )
 # The 1.3B's scheduler file says flow_shift 3; the original code takes 5.

@@ -9,7 +9,7 @@ Maths: Wan2.1 `wan/modules/model.py` (Apache-2.0).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -318,14 +318,14 @@ class WanTransformer(nn.Module):
         timestep: Tensor,
         text: Tensor | Context,
         *,
-        rope_offset: int = 0,
+        rope_offset: int | Sequence[int] = 0,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Predict the velocity of latents [B, C, T, H, W]; same shape (with out_channels) and dtype.
 
         timestep, on 0..1000: [B], [B, T / pt] (one a latent frame) or [B, N] (one a token).
         text: embeddings [B, L, text_dim], or what prepare_context made of them.
-        rope_offset: absolute index of the first latent frame, for windows of a longer video.
+        rope_offset: the time of the first latent frame, for windows of a longer video; or that of every one.
         cache: of a causal model. The frames attend to themselves and to those in it, and are put into it in place of
         what it holds of them; `cache.begin` was told of them.
         """

@@ -124,7 +124,7 @@ class WanVACETransformer(WanTransformer):
         timestep: Tensor,
         text: Tensor | VACEContext,
         *,
-        rope_offset: int = 0,
+        rope_offset: int | Sequence[int] = 0,
         cache: KVCache | None = None,
     ) -> Tensor:
         """See WanTransformer.forward; the control has the latents' height and width, and may end before them."""
