@@ -1,12 +1,13 @@
 """Streaming on the CPU with the embedded model: time to the first frame, memory against length, and whether decoding or
 writing beside denoising is worth it.
 
-python benchmarks/bench_stream.py [first] [memory] [beside] [--size 160x96] [--seconds 10 60] [--rounds 5]
+python benchmarks/bench_stream.py [first] [memory] [beside] [full] [--size 160x96] [--seconds 10 60] [--rounds 5]
 
 first: a video of 60 s (960 frames, 64x64, 4 steps): seconds to its first frame and in all, from the stream's beginning,
 the model loaded. memory: peak resident bytes (VmHWM) of a process of its own that makes a file, 2 steps, guidance off,
 for each length. beside: the same request decoded in place and in a thread, and written in place and in a thread,
-interleaved, for the embedded model and for one with random weights, 384 wide.
+interleaved, for the embedded model and for one with random weights, 384 wide. full: one window (33 frames) of 1920x1080
+in 1 step, guidance off, and what a minute of it would take, by frames.
 
 Every file is written as the command line does it: a stream without its latents into a FrameSink.
 """
@@ -32,7 +33,7 @@ from fastvid.media import FrameSink
 from fastvid.media_beside import Beside
 
 PROMPT = "a red circle moving right on a white background"
-PARTS = ("first", "memory", "beside")
+PARTS = ("first", "memory", "beside", "full")
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
         print(json.dumps(one(json.loads(args.one))))
         return
     for part in args.parts or PARTS:
-        {"first": first, "memory": memory, "beside": beside}[part](args)
+        {"first": first, "memory": memory, "beside": beside, "full": full}[part](args)
 
 
 # ---------------------------------------------------------------- one video
@@ -115,6 +116,16 @@ def memory(args: argparse.Namespace) -> None:
     print(f"{grown:.3f} x")
     rows = [row(f"{m['frames']} frames", [m["total"]]) for m in made]
     print(save(f"stream-memory-{args.size}", rows, "cpu", videos=made, grown=grown))
+
+
+def full(args: argparse.Namespace) -> None:
+    """A minute of 1920x1080, extrapolated from a window of it."""
+    made = alone(width=1920, height=1080, num_frames=33, num_inference_steps=1, guidance_scale=1.0, seed=1)
+    minute = made["total"] * 960 / made["frames"]
+    print(f"1920x1080, {made['frames']} frames, 1 step: {made['total']:.0f} s, {made['vm_hwm'] / 2**20:.0f} MiB")
+    print(f"extrapolated by frames to 960 of them: {minute:.0f} s")
+    rows = [row(f"{made['frames']} frames", [made["total"]])]
+    print(save("stream-full-1920x1080", rows, "cpu", video=made, extrapolated_seconds_for_960_frames=minute))
 
 
 CASES = (

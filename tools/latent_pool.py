@@ -5,13 +5,15 @@
 Each shard is one file of clips of one size and length, half of them from their motion's beginning, half from
 mid-stream. Stills are kept with every clip: what the VAE makes of two of its frames, each held for a group of four, and
 of a frame from any time of the same motion as the head of a stream, which is what windows far into a video are shown.
+So is a stretch of it encoded as a clip is that comes later: behind stills of its first frame, its past being unknown.
+Short clips have a twin, which differs in one word of the caption and moves alike: what an edit would make of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastvid.conditions import LEAD_IN
+from fastvid.models.recipes import EMBEDDED
 from fastvid.models.wan_vae import WanVAE, WanVAEConfig
-from tools.clips import draw, random_scene
+from tools.clips import BACKGROUNDS, COLOURS, SHAPES, Scene, draw, random_scene
 
 # (frames, height, width) and how often; the default size and length come most.
 KINDS = {
@@ -37,6 +41,7 @@ KINDS = {
     (17, 160, 96): 1,
 }
 
+SUFFIX = EMBEDDED.context
 HARD = {"spinning": 2.0, "growing": 1.4, "shrinking": 1.4}
 
 
@@ -46,6 +51,8 @@ class Shard:
 
     still [n, 2, C, h, w] are the body latents of two held frames, still_at [n, 2] the latent frames that they belong
     to, in short clips the second of them the last; anchor [n, C, h, w] is the head latent of a frame from any time.
+    suffix [n, C, SUFFIX, h, w] are latents from suffix_at [n] on, encoded behind stills. twin [n, C, T, h, w] and
+    twin_captions are empty for long clips.
     """
 
     latents: Tensor
@@ -54,6 +61,10 @@ class Shard:
     still: Tensor
     still_at: Tensor
     anchor: Tensor
+    suffix: Tensor
+    suffix_at: Tensor
+    twin: Tensor
+    twin_captions: list[str]
 
     @cached_property
     def hard(self) -> Tensor:
@@ -81,7 +92,8 @@ def encode(vae: WanVAE, clips: Tensor) -> Tensor:
 def make_shard(vae: WanVAE, kind: tuple[int, int, int], count: int, generator: torch.Generator) -> Shard:
     """Draws and encodes `count` clips of one kind."""
     frames, height, width = kind
-    latents, captions, begins, still, still_at, anchor = [], [], [], [], [], []
+    latents, captions, begins, still, still_at, anchor, suffix, suffix_at, twins = ([] for _ in range(9))
+    twin_captions = []
     for i in range(count):
         scene = random_scene(generator, mid_stream=i % 2 == 1)
         clip = draw(scene, frames, height, width).movedim(0, 1)[None]
@@ -95,7 +107,18 @@ def make_shard(vae: WanVAE, kind: tuple[int, int, int], count: int, generator: t
         latents.append(encode(vae, clip)[0])
         anchor.append(encode(vae, once)[0, :, 0])
         still.append(encode(vae, held)[:, :, 1])
+        latest = min((frames - 1) // 4 + 1, EMBEDDED.window) - SUFFIX
+        place = int(torch.randint(1, latest + 1, (), generator=generator))
+        first = 4 * place - 3
+        lead = clip[:, :, first, None].expand(-1, -1, 4 * LEAD_IN - 3, -1, -1)
+        behind = torch.cat((lead, clip[:, :, first : first + 4 * SUFFIX]), dim=2)
+        suffix.append(encode(vae, behind)[0, :, LEAD_IN:])
+        suffix_at.append(place)
         captions.append(scene.caption)
+        if frames == 17:
+            twin = twin_of(scene, generator)
+            twins.append(encode(vae, draw(twin, frames, height, width).movedim(0, 1)[None])[0])
+            twin_captions.append(twin.caption)
         begins.append(i % 2 == 0)
         still_at.append(at)
     return Shard(
@@ -105,7 +128,26 @@ def make_shard(vae: WanVAE, kind: tuple[int, int, int], count: int, generator: t
         torch.stack(still),
         torch.stack(still_at),
         torch.stack(anchor),
+        torch.stack(suffix),
+        torch.tensor(suffix_at),
+        torch.stack(twins) if twins else torch.empty(0),
+        twin_captions,
     )
+
+
+def twin_of(scene: Scene, generator: torch.Generator) -> Scene:
+    """The scene with another colour (half of the time), shape or background."""
+
+    def other(names: Iterable[str], own: str) -> str:
+        rest = [name for name in names if name != own]
+        return rest[int(torch.randint(len(rest), (), generator=generator))]
+
+    what = int(torch.randint(4, (), generator=generator))
+    if what == 0:
+        return replace(scene, shape=other(SHAPES, scene.shape))
+    if what == 1:
+        return replace(scene, background=other(BACKGROUNDS, scene.background))
+    return replace(scene, colour=other(COLOURS, scene.colour))
 
 
 def save(shard: Shard, path: Path) -> None:
@@ -116,17 +158,22 @@ def save(shard: Shard, path: Path) -> None:
         "still": shard.still.half().contiguous(),
         "still_at": shard.still_at,
         "anchor": shard.anchor.half().contiguous(),
+        "suffix": shard.suffix.half().contiguous(),
+        "suffix_at": shard.suffix_at,
+        "twin": shard.twin.half().contiguous(),
     }
-    save_file(tensors, path.with_suffix(".part"), metadata={"captions": json.dumps(shard.captions)})
+    said = {"captions": json.dumps(shard.captions), "twin_captions": json.dumps(shard.twin_captions)}
+    save_file(tensors, path.with_suffix(".part"), metadata=said)
     path.with_suffix(".part").rename(path)
 
 
 def load(path: Path) -> Shard:
     """Reads one shard."""
     with safe_open(path, "pt") as file:
-        captions = json.loads(file.metadata()["captions"])
+        said = {name: json.loads(value) for name, value in file.metadata().items()}
         t = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
-    return Shard(t["latents"].float(), captions, t["begins"], t["still"].float(), t["still_at"], t["anchor"].float())
+    whole = ("begins", "still_at", "suffix_at")
+    return Shard(**said, **{name: one if name in whole else one.float() for name, one in t.items()})
 
 
 def plan(clips: int, per_shard: int = 50) -> Iterator[tuple[int, int, int]]:

@@ -15,6 +15,7 @@ import torch
 
 from tools.clips import BACKGROUNDS, COLOURS, SHAPES, shape_distance
 
+FARTHEST = 1.25  # radii from a shape's centre to its farthest corner
 SYMMETRY = {"circle": 0, "square": 4, "triangle": 3, "star": 5}
 
 
@@ -50,16 +51,22 @@ def cover(frame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return background, colour, share
 
 
-def _overlap(mask: np.ndarray, cx: float, cy: float, shape: str, angle: float, area: float) -> float:
-    """Intersection over union of a mask [H, W] with a drawn shape of the same centre and area."""
+def _overlap(mask: np.ndarray, cx: float, cy: float, shape: str, angles: list[float], area: float) -> float:
+    """Intersection over union of a mask [H, W] with a drawn shape of the same centre and area, at the best angle."""
     unit = {"circle": math.pi, "square": 4 * 0.88**2, "triangle": 1.299 * 1.18**2, "star": 1.836 * 1.0}[shape]
     radius = math.sqrt(area / unit)
-    h, w = mask.shape
-    y = (torch.arange(h).view(-1, 1) + 0.5 - cy) / radius
-    x = (torch.arange(w).view(1, -1) + 0.5 - cx) / radius
-    cos, sin = math.cos(angle), math.sin(angle)
-    drawn = (0.5 - shape_distance(shape, x * cos + y * sin, y * cos - x * sin) * radius).clamp(0, 1).numpy()
-    return float(np.minimum(mask, drawn).sum() / np.maximum(mask, drawn).sum())
+    reach = FARTHEST * radius + 1  # nothing is drawn farther from the centre
+    top, bottom = max(0, math.floor(cy - reach)), math.ceil(cy + reach) + 1
+    left, right = max(0, math.floor(cx - reach)), math.ceil(cx + reach) + 1
+    near = mask[top:bottom, left:right]
+    h, w = near.shape
+    y = (torch.arange(h).view(1, -1, 1) + top + 0.5 - cy) / radius
+    x = (torch.arange(w).view(1, 1, -1) + left + 0.5 - cx) / radius
+    turn = torch.tensor(angles).view(-1, 1, 1)
+    distance = shape_distance(shape, x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin())
+    drawn = (0.5 - distance * radius).clamp(0, 1).numpy()
+    unions = np.maximum(near, drawn).sum((1, 2)) + mask.sum() - near.sum()
+    return float((np.minimum(near, drawn).sum((1, 2)) / unions).max())
 
 
 def fit_shape(mask: np.ndarray, spins: bool = True) -> tuple[str, dict[str, float]]:
@@ -73,7 +80,7 @@ def fit_shape(mask: np.ndarray, spins: bool = True) -> tuple[str, dict[str, floa
     for shape in SHAPES:
         n = SYMMETRY[shape]
         angles = [2 * math.pi / n * k / 8 for k in range(8)] if n and spins else [0.0]
-        scores[shape] = max(_overlap(mask, cx, cy, shape, a, area) for a in angles)
+        scores[shape] = _overlap(mask, cx, cy, shape, angles, area)
     return max(scores, key=scores.get), scores
 
 
@@ -107,23 +114,39 @@ def classify_motion(path: np.ndarray, area: np.ndarray, turned: float) -> str:
     return "spinning" if abs(turned) > 0.6 else "standing still"
 
 
-def measure(frames: np.ndarray, fps: float = 16) -> Measured:
-    """Measures a clip: uint8 frames [F, H, W, 3]."""
-    parts = [cover(frame) for frame in frames]
-    masks = [share for _, _, share in parts]
-    area = np.array([m.mean() for m in masks])
+@dataclass(frozen=True)
+class Trace:
+    """Of every frame: background and colour, the thing's share of every pixel, its centroid [F, 2] and area [F]."""
+
+    backgrounds: list[np.ndarray]
+    colours: list[np.ndarray]
+    masks: list[np.ndarray]
+    path: np.ndarray
+    area: np.ndarray
+
+
+def traced(frames: np.ndarray) -> Trace:
+    """Where the thing is: uint8 frames [F, H, W, 3]."""
+    backgrounds, colours, masks = zip(*map(cover, frames), strict=True)
     size = np.array(frames.shape[2:0:-1])
     path = np.full((len(frames), 2), 0.5)
     for i, m in enumerate(masks):
         if m.sum() > 0:
             y, x = np.mgrid[: m.shape[0], : m.shape[1]] + 0.5
             path[i] = np.array([(x * m).sum(), (y * m).sum()]) / m.sum() / size
+    return Trace(list(backgrounds), list(colours), list(masks), path, np.array([m.mean() for m in masks]))
+
+
+def measure(frames: np.ndarray, fps: float = 16) -> Measured:
+    """Measures a clip: uint8 frames [F, H, W, 3]."""
+    trace = traced(frames)
+    masks, area, path = trace.masks, trace.area, trace.path
     votes = [fit_shape(m)[0] for m in masks[:: max(1, len(masks) // 6)]]
     shape = max(set(votes), key=votes.count)
     second = slice(0, round(fps) + 1)
     return Measured(
-        background=nearest(np.median([b for b, _, _ in parts], axis=0), BACKGROUNDS),
-        colour=nearest(np.median([c for _, c, _ in parts], axis=0), COLOURS),
+        background=nearest(np.median(trace.backgrounds, axis=0), BACKGROUNDS),
+        colour=nearest(np.median(trace.colours, axis=0), COLOURS),
         shape=shape,
         motion=classify_motion(path[second], area[second], turned(masks[second], shape)),
         path=path,

@@ -23,7 +23,7 @@ import torch
 
 import fastvid
 from tools.clips import random_scene
-from tools.measure import cover, measure, same_motion
+from tools.measure import cover, measure, same_motion, traced
 from tools.verb_cases import (
     PATH,
     SEAM,
@@ -127,7 +127,7 @@ class Scorer:
         right |= {name: all(side[name] for side in sides) for name in sides[0]}
         numbers = {"seam_ratio": max(seams)}
         if at.truth is not None:
-            numbers["path_error"] = path_error(measure(made), measure(at.truth))
+            numbers["path_error"] = path_error(traced(made), traced(at.truth))
         return Scored(right | {"seam": max(seams) <= SEAM}, numbers, made)
 
     def extend_after(self, number: int) -> Scored:
@@ -181,7 +181,7 @@ class Scorer:
             "kept": np.array_equal(made[:start], at.clip),
             "seam": max(seams) <= SEAM,
         }
-        error = path_error(measure(made), measure(at.truth))
+        error = path_error(traced(made), traced(at.truth))
         return Scored(right, {"seam_ratio": max(seams), "inside": inside, "path_error": error}, made)
 
     # ------------------------------------------------------------ edits
@@ -191,7 +191,7 @@ class Scorer:
         return at, another(at.scene, number, kinds)
 
     def _judge(self, at: Case, new: Any, made: np.ndarray) -> Scored:
-        word, shown, before = changed_word(at.scene, new), measure(made), measure(at.clip)
+        word, shown, before = changed_word(at.scene, new), measure(made), traced(at.clip)
         error = path_error(shown, before)
         others = [t for t in ("colour", "background") if t != word]
         right = {
@@ -258,7 +258,7 @@ class Scorer:
         final = self.pipe.finalize(made)
         right = {f"draft_{name}": ok for name, ok in holds(scene, made.frames, None).items()}
         right |= holds(scene, final.frames, None) | {"size": final.frames.shape == (17, 96, 96, 3)}
-        error = path_error(measure(made.frames), measure(final.frames))
+        error = path_error(traced(made.frames), traced(final.frames))
         return Scored(right | {"path": error <= PATH}, {"path_error": error}, final.frames)
 
     def generate(self, number: int) -> Scored:

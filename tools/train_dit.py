@@ -40,6 +40,9 @@ BEGINNINGS = 0.7  # share of clips that begin their motion; the rest are from mi
 SHOWS = 0.85  # the highest level at which a clip shows where its motion is
 WINDOW, CONTEXT = EMBEDDED.window, EMBEDDED.overlap  # latent frames that the model makes at once, and is shown
 DRIFT = (0.12, 0.06)  # how far known latents are off, at most: all of a channel, each value alone
+EDITS = 0.4  # share of batches of clips with twins that are edits
+EDITED = (0.2, 0.92)  # their levels
+BEFORE = 0.2  # share of batches that lead up to a clip, encoded as such a clip is
 ANCHORED = 0.35  # share of batches with one, among those whose clips are longer than what is drawn from them
 ANCHOR = -EMBEDDED.anchor  # where it stands, in latent frames from the first of the window
 TOKENS = 1536  # tokens in a batch: small batches, many steps
@@ -49,13 +52,15 @@ TOKENS = 1536  # tokens in a batch: small batches, many steps
 class Sample:
     """One training sample: clean latents [C, T, h, w], their levels [T, h/2, w/2], and a caption.
 
-    Where a level is 0 the latents are known and carry no loss. anchor [C, h, w]: as known as those, far to the left.
+    Where a level is 0 the latents are known and carry no loss. source: what is noised in place of clean ones, in an
+    edit. anchor [C, h, w]: as known as those, far to the left.
     """
 
     clean: Tensor
     sigma: Tensor
     caption: str
     anchor: Tensor | None = None
+    source: Tensor | None = None
 
 
 class Pool:
@@ -172,6 +177,29 @@ def hold_stills(shard: latent_pool.Shard, i: int, start: int, clean: Tensor, sig
         sigma[int(torch.randint(length, (), generator=g))] = random_level(1, g)
 
 
+def draw_edit(shard: latent_pool.Shard, g: torch.Generator) -> Sample:
+    """A clip's noise and the caption of its twin, which is what shall come of it: otherwise a model takes what the
+    caption does not name for noise, and puts what it does name anywhere."""
+    i = int(torch.randint(len(shard.captions), (), generator=g))
+    pair = [(shard.latents[i], shard.captions[i]), (shard.twin[i], shard.twin_captions[i])]
+    (source, _), (clean, caption) = pair if float(torch.rand((), generator=g)) < 0.5 else pair[::-1]
+    level = EDITED[0] + (EDITED[1] - EDITED[0]) * torch.rand(1, generator=g)
+    sigma = level.view(1, 1, 1).expand(clean.shape[1], clean.shape[2] // 2, clean.shape[3] // 2)
+    return Sample(clean, sigma.clone(), caption, source=source)
+
+
+def draw_before(shard: latent_pool.Shard, known_from: int, g: torch.Generator) -> Sample:
+    """A sample that leads up to a clip whose latents begin there, from nothing or (half of the time) another clip."""
+    here = shard.hard * (shard.suffix_at == known_from)
+    i = int(torch.multinomial(here, 1, generator=g))
+    clean = torch.cat((shard.latents[i, :, :known_from], shard.suffix[i]), dim=1)
+    sigma = random_level(1, g).view(1, 1, 1).expand(clean.shape[1], clean.shape[2] // 2, clean.shape[3] // 2).clone()
+    sigma[known_from:] = 0
+    if float(torch.rand((), generator=g)) < 0.5:
+        sigma[: min(CONTEXT, known_from - 1)] = 0
+    return Sample(clean, sigma, shard.captions[i])
+
+
 def draw_sample(shard: latent_pool.Shard, frames: int, length: int, g: torch.Generator) -> Sample:
     """One sample of `length` latent frames from a shard whose clips have `frames`."""
     # Windows in mid-stream are as long as others only in clips that are longer still.
@@ -197,11 +225,20 @@ def batch(pool: Pool, g: torch.Generator) -> list[Sample]:
     frames, h, w = kinds[int(torch.multinomial(weights, 1, generator=g))]
     r = float(torch.rand((), generator=g))
     most = min(frames, WINDOW)
+    shards = pool.shards[frames, h, w]
+    if (twins := [shard for shard in shards if shard.twin_captions]) and float(torch.rand((), generator=g)) < EDITS:
+        shard = twins[int(torch.randint(len(twins), (), generator=g))]
+        return [draw_edit(shard, g) for _ in range(max(3, TOKENS // (frames * h * w // 4)))]
+    if float(torch.rand((), generator=g)) < BEFORE:
+        shard = shards[int(torch.randint(len(shards), (), generator=g))]
+        known_from = int(shard.suffix_at[int(torch.randint(len(shard.captions), (), generator=g))])
+        count = max(3, TOKENS // ((known_from + shard.suffix.shape[2]) * h * w // 4))
+        return [draw_before(shard, known_from, g) for _ in range(count)]
     anchored = frames > 2 and float(torch.rand((), generator=g)) < ANCHORED
     length = most if r < 0.72 else 1 if r < 0.78 else 1 + int(torch.randint(most, (), generator=g))
     length = min(max(length, 2), frames - 1) if anchored else length
     n = max(3, min(48, TOKENS // ((length + anchored) * h * w // 4)))
-    shards, draw = pool.shards[frames, h, w], draw_anchored if anchored else draw_sample
+    draw = draw_anchored if anchored else draw_sample
     return [draw(shards[int(torch.randint(len(shards), (), generator=g))], frames, length, g) for _ in range(n)]
 
 
@@ -244,17 +281,21 @@ class Trainer(nn.Module):
         noise = torch.randn(clean.shape, generator=g)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             text = self.text_encoder(ids, mask) * mask[..., None]
-            seen = torch.where(wide > 0, (1 - wide) * clean + wide * noise, clean + drift(clean, g))
+            source = clean if samples[0].source is None else torch.stack([s.source for s in samples])
+            seen = torch.where(wide > 0, (1 - wide) * source + wide * noise, clean + drift(clean, g))
             times, places = 1000 * sigma.flatten(1), list(range(clean.shape[2]))
             if samples[0].anchor is None:
                 out = self.transformer(seen, times, text)
             else:
                 anchor = torch.stack([s.anchor for s in samples])[:, :, None]
-                seen = torch.cat((anchor + drift(anchor, g), seen), dim=2)
+                shown = torch.cat((anchor + drift(anchor, g), seen), dim=2)
                 times = torch.cat((times.new_zeros(len(samples), sigma[0, 0].numel()), times), dim=1)
-                out = self.transformer(seen, times, text, rope_offset=[ANCHOR, *places])[:, :, 1:]
+                out = self.transformer(shown, times, text, rope_offset=[ANCHOR, *places])[:, :, 1:]
         free = (wide > 0).expand_as(clean)
-        return (out.float() - (noise - clean)).square()[free].mean()
+        if samples[0].source is None:
+            return (out.float() - (noise - clean)).square()[free].mean()
+        # Of clean latents: on the way to another clip velocities grow without limit as the level falls.
+        return (seen - wide * out.float() - clean).square()[free].mean()
 
 
 def drift(clean: Tensor, g: torch.Generator) -> Tensor:

@@ -28,6 +28,7 @@ from tools.clips import draw, path, random_scene
 
 CONFIG = WanVAEConfig(base_dim=16, z_dim=16, num_res_blocks=1)
 EDGES = 0.5  # weight of the loss on differences of neighbouring pixels
+OFF = 0.25  # how much noise there is in the latents beside stills, at most
 STILLS = 0.35  # share of the groups of four frames that are stills, in the last stage
 HARD = 0.25  # share of samples made stars: their corners are the last thing that is learned
 
@@ -122,7 +123,8 @@ def difference(out: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def loss_of_stills(vae: WanVAE, generator: torch.Generator, noise: float) -> tuple[Tensor, Tensor]:
-    """The same for the decoder, of clips in which some groups of four frames are stills."""
+    """The same for the decoder, of clips in which some groups of four frames are stills, and the others a little off,
+    as a model makes them."""
     frames = batch(3, 13, 64, generator)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         latents = vae.encode(frames)[0].float()
@@ -134,7 +136,9 @@ def loss_of_stills(vae: WanVAE, generator: torch.Generator, noise: float) -> tup
             latents[clip, :, 1 + group] = vae.encode(still)[0][0, :, 1].float()
             frames[clip, :, 4 * group + 1 : 4 * group + 5] = still[0, :, :4]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, _ = vae.decode_raw(latents + noise * torch.randn_like(latents))
+        off = OFF * torch.rand(len(frames), 1, 1, 1, 1, generator=generator).square()
+        known = torch.nn.functional.pad(held, (1, 0))[:, None, :, None, None]
+        out, _ = vae.decode_raw(latents + torch.where(known, noise, noise + off) * torch.randn_like(latents))
     return difference(out.float(), frames)
 
 

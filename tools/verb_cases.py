@@ -25,7 +25,7 @@ from torch import Tensor
 
 import fastvid
 from tools.clips import DIRECTIONS, FPS, GROWTH, RADIUS, RADIUS_RANGE, SPEED, TURN, Scene, draw, random_scene
-from tools.measure import Measured, cover, measure, turned
+from tools.measure import Measured, Trace, cover, measure, traced, turned
 
 CLIP, SIDE = 17, 64  # frames and pixels of an input clip
 BRIDGE = (8, 20)  # frames of a loop's bridge
@@ -98,12 +98,11 @@ def kind(frames: np.ndarray, shape: str) -> str:
     resizing, spinning, still; or lost. Thresholds grow with the stretch up to a second, and are under what is left of a
     motion that turns in its middle."""
     share = min(1.0, len(frames) / CLIP)
-    masks = [share_of for _, _, share_of in map(cover, frames)]
-    area = np.array([m.mean() for m in masks])
+    trace = traced(frames)
+    masks, area = trace.masks, trace.area
     if area.min() <= 0.003:
         return "lost"
-    path = measure(frames).path
-    spans = np.ptp(path, axis=0)
+    spans = np.ptp(trace.path, axis=0)
     growth = abs(np.log(area.max() / area.min()))
     if growth > 0.3 * share and spans.max() < 0.25 * share + 0.05 and growth > 3 * spans.max():
         return "resizing"
@@ -144,7 +143,7 @@ def single(frame: np.ndarray) -> bool:
     return bool(mask[far].sum() < 0.1 * area)
 
 
-def path_error(a: Measured, b: Measured) -> float:
+def path_error(a: Measured | Trace, b: Measured | Trace) -> float:
     """The largest distance of two centroids at one time, in shares of the frame."""
     return float(np.abs(a.path - b.path).max())
 
