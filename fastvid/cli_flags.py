@@ -164,8 +164,8 @@ FLAGS: Mapping[str, Flag] = {
     "known_guidance_scale": _number(
         "--known-guidance-scale",
         "X",
-        "the same where some frames are known: pictures, clips, what an earlier window has made (default: as "
-        "--guidance-scale if that is given)",
+        "the same in edits and where some frames are known: pictures, clips, what an earlier window has made (default: "
+        "as --guidance-scale if that is given)",
     ),
     "flow_shift": _number("--flow-shift", "X", "shift of the noise levels, 0.01 to 100"),
     "sigmas": Flag(

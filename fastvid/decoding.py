@@ -8,7 +8,8 @@ Where: beside on a GPU, if both fit at once. In place on a CPU: torch's threads 
 saves no work (2.36 against 2.30 processor seconds for 49 frames of 160x96, embedded model, one torch thread); whether
 it gains time on many cores has not been measured. `benchmarks/bench_stream.py beside` does.
 
-Shapes: C channels, T latent frames of a chunk, n frames, H/W height and width that come out.
+Shapes: C channels, T latent frames of a chunk, n frames of it (`fastvid.seams` says which come out), H/W the height and
+width that come out.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fastvid.queueing import Line, Place
 from fastvid.timeline import Segment
 
 Decoded = tuple[np.ndarray, int, float]
-"""uint8 frames [n, H, W, 3] that come out of a chunk, the stream's frame that it began with, seconds it took."""
+"""uint8 frames [n, H, W, 3] of a chunk, the stream's frame that it began with, seconds it took."""
 
 
 def worth_it(device: torch.device) -> bool:
@@ -63,7 +64,7 @@ class Decoder:
             frames, self.cache = self.parts.vae.decode(latents, self.cache, self.stripes, again)
         rgb = self.parts.ops.to_rgb(frames[0])
         self.start = start + len(rgb)
-        cropped = self.segment.crop(rgb, start).contiguous().cpu().numpy()
+        cropped = self.segment.crop(rgb).contiguous().cpu().numpy()
         return cropped, start, time.perf_counter() - mark
 
 

@@ -28,11 +28,13 @@ from fastvid.timeline import Segment
 @dataclass(frozen=True)
 class Known:
     """The known frames of a segment: uint8 [n, H, W, 3] at its left and right end, and pictures [H, W, 3] by the number
-    of their frame among those that come out."""
+    of their frame among those that come out. after: the frame [H, W, 3] that follows what comes out: the first of
+    `right`, where nothing is made between the two."""
 
     left: np.ndarray | None = None
     right: np.ndarray | None = None
     pictures: Mapping[int, np.ndarray] = field(default_factory=dict)
+    after: np.ndarray | None = None
 
     def __bool__(self) -> bool:
         return self.left is not None or self.right is not None or bool(self.pictures)

@@ -103,13 +103,14 @@ class Pipeline:
             prompt: what to show. An empty one is allowed.
             options: negative_prompt, height, width (pixels) or size="832x480" or aspect and budget, num_frames or
                 seconds, fps, seed, num_inference_steps, guidance_scale, guidance_scale_2 (low noise, in models with two
-                experts; default: guidance_scale if that is given), known_guidance_scale (in windows in which some
-                latents are known, from pictures, clips or the window before; the same default), flow_shift or sigmas,
-                solver ("unipc", "euler", "dpm++", "redraw"), image, last_image, keyframes (the first and the last
-                frame, and {frame: picture}: a file, a uint8 array [H, W, 3] or a Pillow image), latents (initial noise
-                [1, C, T, h, w]), prompt_embeds and negative_prompt_embeds ([1, L, text_dim]), schedule ("windows", one
-                stretch of frames after another; or "staggered", diffusion forcing: frames come early), draft (True:
-                half the size, fewer steps; see `finalize`).
+                experts; default: guidance_scale if that is given), known_guidance_scale (in edits, and in windows in
+                which some latents are known, from pictures, clips or the window before; the same default), flow_shift
+                or sigmas, solver ("unipc", "euler", "dpm++", "redraw"), image, last_image, keyframes (the first and the
+                last frame, and {frame: picture}: a file, a uint8 array [H, W, 3] or a Pillow image; those behind the
+                first frame come out as they are), latents (initial noise [1, C, T, h, w]), prompt_embeds and
+                negative_prompt_embeds ([1, L, text_dim]), schedule ("windows", one stretch of frames after another; or
+                "staggered", diffusion forcing: frames come early), draft (True: half the size, fewer steps; see
+                `finalize`).
                 What is left out is as the model's recipe says.
                 For VACE: video (depth, pose, or frames to keep: a file, uint8 [F, H, W, 3], or pictures; frames are
                 taken one for one, and are as many as come out if num_frames is left out), mask (of the video: a file,

@@ -387,7 +387,7 @@ class Resolved:
     model_frames: int
 
     def guidance_scales(self, experts: int, known: bool = False) -> tuple[float, ...]:
-        """The scale of each of so many experts, high noise first. known: in a window in which some frames are."""
+        """The scale of each of so many experts, high noise first. known: where frames are, or a clip is edited."""
         if known and self.known_guidance_scale is not None:
             return (self.known_guidance_scale,) * experts
         return (self.guidance_scale,) if experts == 1 else (self.guidance_scale, float(self.guidance_scale_2))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ from fastvid.sampling import (
     switched,
     timesteps,
 )
+from fastvid.seams import Seams, known_beside
 from fastvid.source import SourceClip
 from fastvid.spool import Spool
 from fastvid.switching import Switch
@@ -150,7 +151,10 @@ class Session:
     def _known(self, segment: Segment) -> Known:
         left = self._edge(segment.before, segment.left, before=True) if segment.left else None
         right = self._edge(segment.after, segment.right, before=False) if segment.right else None
-        return Known(left, right, segment.pictures)
+        if right is None or segment.over == 0:
+            return Known(left, right, segment.pictures, None if right is None else right[0])
+        follows = replace(segment.after, start=segment.after.start - segment.over)
+        return Known(left, right, segment.pictures, self._edge(follows, 1, before=False)[0])
 
     def _edge(self, edge: Edge, count: int, before: bool) -> np.ndarray:
         """So many frames before or after an edge; where a clip ends, its last one is held."""
@@ -212,6 +216,10 @@ class SegmentMaker:
         self.clip = None if segment.source is None else SourceClip(session.parts, segment, known, self.request.mask)
         with ieee_fp32():
             self.conditions: Conditions = conditions.prepare(session.parts, self.request, segment, known)
+        # Pictures that reach a model by latents fill a group of frames, of which decoding gives back one less exactly.
+        pictures = known.pictures if self.conditions.way in (TIMESTEPS, REIMPOSED, CACHE) else {}
+        left = None if known.left is None else known.left[-1]
+        self.seams = Seams(segment, known_beside(segment, left, known.after, pictures))
 
     # ------------------------------------------------------------ the loop
 
@@ -265,24 +273,24 @@ class SegmentMaker:
 
     def _frames(self, decoded: Iterator[decoding.Decoded]) -> Iterator[np.ndarray]:
         """Those that come out of what is decoded, with the clip's own pixels where it stays."""
-        for frames, start, seconds in decoded:
+        for chunk, begin, seconds in decoded:
             self.session.seconds["decode"] += seconds
-            if self.clip is not None and self.request.mask is not None and len(frames):
-                frames = self.clip.keep(frames, max(0, start - self.segment.skip))
-            if len(frames):
-                yield frames
+            for frames, start in self.seams.put(chunk, begin):
+                kept = self.clip is not None and self.request.mask is not None
+                yield self.clip.keep(frames, start - self.segment.skip) if kept else frames
 
     def _to_decode(self, row: engine.Walked) -> tuple[Tensor, ...]:
         """What became clean, in the decoder's chunks: without what stands in front, or behind all that comes out."""
         if row.ready is None:
             return ()
-        segment, last = self.segment, self.segment.column_of(self.segment.skip + self.segment.num_frames - 1)
-        ready = row.ready[:, :, max(0, segment.lead - row.start) : last + 1 - row.start]
+        segment, first = self.segment, max(row.start, self.segment.lead)
+        ready = row.ready[:, :, first - row.start : max(0, segment.column_of(self.seams.last) + 1 - row.start)]
         if ready.shape[2] == 0:
             return ()
         if self.session.keep_latents:
-            known = segment.lead + segment.left_columns - max(row.start, segment.lead)
-            self.session.latents.append(ready[:, :, max(0, known) :])
+            end = segment.column_of(segment.skip + segment.num_frames - 1) + 1
+            own = ready[:, :, max(0, segment.lead + segment.left_columns - first) : max(0, end - first)]
+            self.session.latents.extend([own] if own.shape[2] else [])
         return ready.split(self.session.job.decode_chunk, dim=2)
 
     # ------------------------------------------------------------ noise
@@ -327,7 +335,7 @@ class SegmentMaker:
         experts, request = self.parts.experts, self.request
         self._enter(row)
         # What the negative prompt made of the frames stays true when the other one changes.
-        some = bool((row.sigma == 0).any())
+        some = self.clip is not None or bool((row.sigma == 0).any())
         scales = (1.0,) * len(experts) if row.refill else request.guidance_scales(len(experts), some)
         region = self.region(row)
         velocities = [

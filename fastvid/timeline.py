@@ -99,6 +99,11 @@ class Segment:
         return self.lead + (self.made_frames - 1) // self.temporal + 1
 
     @property
+    def over(self) -> int:
+        """Frames that are made past those that come out, before the known ones on the right."""
+        return self.made_frames - self.right - self.skip - self.num_frames
+
+    @property
     def left_columns(self) -> int:
         """Columns of the known frames on the left."""
         return (self.left - 1) // self.temporal + 1 if self.left else 0
@@ -121,10 +126,9 @@ class Segment:
         nearest = self.column_of(self.skip + frame + self.temporal // 2)
         return min(nearest, self.column_of(self.skip + self.num_frames - 1))
 
-    def crop(self, frames: Tensor, start: int) -> Tensor:
-        """Frames [n, H, W, 3] of the stream from frame `start` on, without what does not come out."""
-        first, last = max(0, self.skip - start), max(0, self.skip + self.num_frames - start)
-        return frames[first:last, : self.height, : self.width]
+    def crop(self, frames: Tensor) -> Tensor:
+        """Frames [n, H, W, 3] of the stream without the edges that do not come out."""
+        return frames[:, : self.height, : self.width]
 
 
 Part = Kept | Segment

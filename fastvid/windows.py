@@ -96,9 +96,9 @@ def _calls(parts: Parts, sigmas: np.ndarray, request: Resolved, known: bool) -> 
 
 
 def _shown(parts: Parts, segment: Segment, start: int, stop: int) -> bool:
-    """Whether columns of a window are known: to the model as latents, that is."""
-    if start > 0:
-        return True  # what the window before has made
+    """Whether columns of a window are known (to the model as latents, that is), or a clip is what it starts from."""
+    if start > 0 or segment.source is not None:
+        return True
     if way_of(parts) in (CHANNELS, CONTROL):
         return False
     pictures = any(segment.column_of(segment.skip + frame) < stop for frame in segment.pictures)

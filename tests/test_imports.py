@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "spool": set(),
     "switching": set(),
     "conditions": SURFACE | {"control", "given"},
+    "seams": {"timeline"},
     "source": SURFACE | {"given"},
     "rollouts": SURFACE | {"tables"},
     "windows": SURFACE | {"conditions", "rollouts", "tables"},
@@ -62,8 +63,8 @@ ALLOWED: dict[str, set[str]] = {
     "decoding": SURFACE | {"queueing"},
     "checkpoints": SURFACE,
     "session": SURFACE
-    | {"checkpoints", "conditions", "decoding", "given", "queueing", "rollouts", "source", "spool"}
-    | {"switching", "windows"},
+    | {"checkpoints", "conditions", "decoding", "given", "queueing", "rollouts", "seams", "source"}
+    | {"spool", "switching", "windows"},
     "inputs": SURFACE | {"clips", "control", "given"},
     "verbs": SURFACE | {"conditions"},
     "rates": MIDDLE | {"doctor"},

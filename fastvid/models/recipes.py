@@ -52,11 +52,11 @@ class Recipe:
 
     sigmas: the levels of a model of few steps, used as they are in place of steps and shift. solver "redraw" goes from
     one to the next by x0 and new noise. guidance_scale_2, boundary_ratio: of models with two experts.
-    known_guidance_scale: in windows in which some latents are known, which say much of what the text does; None: as
-    elsewhere. sizes: what it was trained at, width x height. spatial_multiple: what height and width must divide by.
-    temporal: frames a latent frame, so that the model makes temporal * k + 1 frames. per_token_timesteps: it was
-    trained with known tokens at timestep 0. whole_timesteps: what it is told of the levels is rounded. anchor: it was
-    trained with the first latent frame of a video in view of every window, known, as if it stood so many before the
+    known_guidance_scale: in edits, and windows in which some latents are known, which say much of what the text does;
+    None: as elsewhere. sizes: what it was trained at, width x height. spatial_multiple: what height and width must
+    divide by. temporal: frames a latent frame, so that the model makes temporal * k + 1 frames. per_token_timesteps: it
+    was trained with known tokens at timestep 0. whole_timesteps: what it is told of the levels is rounded. anchor: it
+    was trained with the first latent frame of a video in view of every window, known, as if it stood so many before the
     window's first; None: it was not.
     """
 
