@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from fastvid.models.recipes import EMBEDDED
 from tools.clips import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
 
 LIMIT = 32_000_000  # bytes that the package may grow by
@@ -68,11 +69,12 @@ A thing that moves crosses {speed:.0%} of the frame in a second and turns at the
 
 Weights are stored in fp16, those of the text encoder in fp32.
 
-Defaults: 64x64, 17 frames, 16 fps, 20 UniPC steps, flow shift 3, guidance 3, text length
-16, per-token timesteps. Trained on sizes from 64x64 to 160x96, 17, 33 and 49 frames and shorter, stills, with known
-frames (first, last, both, prefix, suffix, prefix and suffix, random, held stills; in half of the samples a little off),
-independent and rising noise levels per frame, a known region around a free box, windows that begin in mid-stream, and
-dropped captions.
+Defaults: 64x64, 17 frames, 16 fps, 20 UniPC steps, flow shift 3, guidance 3 ({known:g} in edits and where frames are
+known), text length 16, per-token timesteps. Trained on sizes from 64x64 to 160x96, 17, 33 and 49 frames and shorter,
+stills, with known frames (first, last, both, prefix, suffix, prefix and suffix, random, held stills; in half of the
+samples a little off), independent and rising noise levels per frame, a known region around a free box, windows that
+begin in mid-stream with a still of the same thing far before them, clips to lead up to, another thing's noise to make
+the caption's of, and dropped captions.
 
 ## Scores
 
@@ -120,6 +122,7 @@ def write_card(folder: Path, scores: dict[str, Any], faults: str) -> None:
         motions=", ".join(MOTIONS),
         backgrounds=", ".join(BACKGROUNDS),
         speed=SPEED,
+        known=EMBEDDED.known_guidance_scale,
         parts=describe(folder),
         vae_line=f"VAE, {vae['clips']} clips: {vae['mean_db']:.1f} dB mean, {vae['worst_db']:.1f} dB worst.",
         scores="\n".join(row + " |" for row in rows),

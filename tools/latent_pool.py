@@ -42,7 +42,7 @@ KINDS = {
 }
 
 SUFFIX = EMBEDDED.context
-HARD = {"spinning": 2.0, "growing": 1.4, "shrinking": 1.4}
+HARD = {"spinning": 4.0, "growing": 2.0, "shrinking": 2.0}
 
 
 @dataclass

@@ -1,11 +1,9 @@
-"""Trains the embedded model's VAE on drawn clips: images, then clips, then the decoder alone on clips with stills.
+"""Trains the embedded model's VAE on drawn clips: images first, clips after.
 
-    python -m tools.train_vae --out runs/vae --image-minutes 8 --clip-minutes 20 --still-minutes 20
+    python -m tools.train_vae --out runs/vae --image-minutes 8 --clip-minutes 20
 
 The temporal resampling starts as duplication (and picking), so that what was learned on images carries over to
 clips. Most samples are 32x32 crops around the thing's outline, because that is where reconstruction is hard.
-A given picture stands for a group of four frames among moving ones: the last stage teaches the decoder to show it so.
-The encoder stays, so that a transformer trained on its latents does too.
 Writes a diffusers-layout `vae/` folder with the latents' statistics measured on clips.
 """
 
@@ -15,7 +13,6 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +25,6 @@ from tools.clips import draw, path, random_scene
 
 CONFIG = WanVAEConfig(base_dim=16, z_dim=16, num_res_blocks=1)
 EDGES = 0.5  # weight of the loss on differences of neighbouring pixels
-OFF = 0.25  # how much noise there is in the latents beside stills, at most
-STILLS = 0.35  # share of the groups of four frames that are stills, in the last stage
 HARD = 0.25  # share of samples made stars: their corners are the last thing that is learned
 
 
@@ -109,59 +104,31 @@ def loss_of(vae: WanVAE, frames: Tensor, noise: float) -> tuple[Tensor, Tensor]:
         latents, _ = vae.encode(frames)
         latents = latents.float()
         out, _ = vae.decode_raw(latents + noise * torch.randn_like(latents))
-    loss, mse = difference(out.float(), frames)
-    return loss + 1e-4 * latents.square().mean(), mse
-
-
-def difference(out: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of decoded frames, and the mean squared error of pixels in [0, 1]."""
-    error = out - frames
+    error = out.float() - frames
     mse = error.square().mean()
     # Outlines decide what a shape is; the differences of neighbours weigh them more than areas do.
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean() + 2.0 * mse + EDGES * edges, mse / 4
-
-
-def loss_of_stills(vae: WanVAE, generator: torch.Generator, noise: float) -> tuple[Tensor, Tensor]:
-    """The same for the decoder, of clips in which some groups of four frames are stills, and the others a little off,
-    as a model makes them."""
-    frames = batch(3, 13, 64, generator)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        latents = vae.encode(frames)[0].float()
-        groups = latents.shape[2] - 1
-        held = torch.rand(len(frames), groups, generator=generator) < STILLS
-        for clip, group in held.nonzero().tolist():
-            inside = 4 * group + 1 + int(torch.randint(4, (), generator=generator))
-            still = frames[clip : clip + 1, :, inside : inside + 1].expand(-1, -1, 5, -1, -1)
-            latents[clip, :, 1 + group] = vae.encode(still)[0][0, :, 1].float()
-            frames[clip, :, 4 * group + 1 : 4 * group + 5] = still[0, :, :4]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        off = OFF * torch.rand(len(frames), 1, 1, 1, 1, generator=generator).square()
-        known = torch.nn.functional.pad(held, (1, 0))[:, None, :, None, None]
-        out, _ = vae.decode_raw(latents + torch.where(known, noise, noise + off) * torch.randn_like(latents))
-    return difference(out.float(), frames)
+    return error.abs().mean() + 2.0 * mse + EDGES * edges + 1e-4 * latents.square().mean(), mse / 4
 
 
 def stage(
-    vae: WanVAE,
-    ema: WanVAE,
-    minutes: float,
-    parameters: list[torch.nn.Parameter],
-    loss_at: Callable[[], tuple[Tensor, Tensor]],
-    lr: float,
-    out: Path,
+    vae: WanVAE, ema: WanVAE, minutes: float, clips: bool, lr: float, out: Path, generator: torch.Generator
 ) -> None:
     """One stage of training, with a learning rate that warms up and falls to nothing over its time."""
-    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     start, step, seen = time.time(), 0, []
     while (share := (time.time() - start) / (60 * minutes)) < 1:
         warm = min(1.0, (step + 1) / 100)
         for group in optimiser.param_groups:
             group["lr"] = lr * warm * max(0.02, 0.5 * (1 + math.cos(math.pi * share)))
-        loss, mse = loss_at()
+        whole = bool(torch.rand((), generator=generator) < 0.2)
+        size = 64 if whole else 32
+        n = (2 if whole else 8) if clips else (16 if whole else 48)
+        frames = (13 if whole else 9) if clips else 1
+        loss, mse = loss_of(vae, batch(n, frames, size, generator), noise=0.03)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step()
         decay = min(0.995, (step + 1) / (step + 20))
         with torch.no_grad():
@@ -170,16 +137,11 @@ def stage(
         step += 1
         if step % 50 == 0:
             psnr = -10 * math.log10(sum(seen[-50:]) / 50)
-            print(f"{step} {share:.2f} loss {loss.item():.4f} psnr {psnr:.2f}", flush=True)
+            print(
+                f"{'clips' if clips else 'images'} {step} {share:.2f} loss {loss.item():.4f} psnr {psnr:.2f}",
+                flush=True,
+            )
             save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, out / "ema.safetensors")
-
-
-def drawn(vae: WanVAE, clips: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The losses of a batch of clips or images, most of them crops."""
-    whole = bool(torch.rand((), generator=generator) < 0.2)
-    n = (2 if whole else 8) if clips else (16 if whole else 48)
-    frames = (13 if whole else 9) if clips else 1
-    return loss_of(vae, batch(n, frames, 64 if whole else 32, generator), noise=0.03)
 
 
 @torch.no_grad()
@@ -223,7 +185,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--image-minutes", type=float, default=8)
     parser.add_argument("--clip-minutes", type=float, default=20)
-    parser.add_argument("--still-minutes", type=float, default=20)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--init", type=Path, help="a vae/ folder to start from; a narrower one is widened")
     parser.add_argument("--seed", type=int, default=0)
@@ -236,22 +197,14 @@ def main() -> None:
         duplicate_in_time(vae)
     ema = WanVAE(vae.config)
     ema.load_state_dict(vae.state_dict())
-    decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    stages = (
-        (args.image_minutes, list(vae.parameters()), lambda: drawn(vae, False, generator)),
-        (args.clip_minutes, list(vae.parameters()), lambda: drawn(vae, True, generator)),
-        (args.still_minutes, decoder, lambda: loss_of_stills(vae, generator, noise=0.03)),
-    )
-    for minutes, parameters, loss_at in stages:
+    for minutes, clips in ((args.image_minutes, False), (args.clip_minutes, True)):
         if minutes > 0:
-            stage(vae, ema, minutes, parameters, loss_at, args.lr, args.out)
+            stage(vae, ema, minutes, clips, args.lr, args.out, generator)
         vae.load_state_dict(ema.state_dict())
     plain = WanVAE(CONFIG)
     plain.load_state_dict(ema.state_dict())
-    # Latents were trained in the units of the starting point's statistics; measure the plain ones. A decoder that was
-    # trained alone keeps the encoder's.
-    alone = args.init and not args.image_minutes and not args.clip_minutes
-    mean, std = (vae.config.latents_mean, vae.config.latents_std) if alone else statistics(plain, generator)
+    # Latents were trained in the units of the starting point's statistics; measure the plain ones.
+    mean, std = statistics(plain, generator)
     write(plain, mean, std, args.out / "vae")
 
 
