@@ -235,8 +235,11 @@ def test_a_clip_goes_on_from_its_last_frames(plain):
     latents = events[-1].latents
     assert error(latents, wanted[:, :, 3 : 3 + latents.shape[2]]) < 1e-5
     assert len(out) == 34 and np.array_equal(out[:20], frames)
-    difference = np.abs(out[20:].astype(int) - pipe.decode(wanted)[9:23])
-    assert (difference <= 1).mean() >= 0.999
+    decoded = pipe.decode(wanted).astype(float)
+    lost = frames[-1] - decoded[8]  # given back to the next four frames, less and less (`fastvid.seams`)
+    back = np.array([0.8, 0.6, 0.4, 0.2] + 10 * [0])[:, None, None, None] * lost
+    difference = np.abs(out[20:] - (decoded[9:23] + back).clip(0, 255))
+    assert (difference <= 1.5).mean() >= 0.999
     assert sum(isinstance(event, Step) for event in events) == events[0].total_steps == 1 + 2 * 5
 
 

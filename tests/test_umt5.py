@@ -66,7 +66,7 @@ def tokens(lengths: list[int], width: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def test_equals_transformers(theirs: UMT5EncoderModel, lengths: list[int], width: int) -> None:
     ids, mask = tokens(lengths, width)
-    assert error(ours(theirs)(ids, mask), theirs(ids, mask).last_hidden_state) < 1e-6
+    assert error(ours(theirs)(ids, mask), theirs(ids, mask).last_hidden_state) < 3e-6
 
 
 @torch.no_grad()
