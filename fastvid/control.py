@@ -130,10 +130,15 @@ def lay_out(
         if request.mask is not None:
             # Where edges are soft, to the last bit as the pipeline has it, which treats a mask like a picture first.
             picks = picks.clip(0, len(request.mask) - 1)
-            mask = ((given.fit(request.mask[picks][..., None], segment) + 1) / 2).clamp(0, 1)
+            mask = _shares(given.fit(request.mask[picks][..., None], segment))
     elif source is not None and source.mask is not None:
-        mask = source.changed_pixels(0, count)
-        frames = given.pad(source.frames(0, count), segment) * (1 - mask)
+        mask = _shares(given.pad(source.masks(0, count)[..., None], segment))
+        frames = given.pad(source.frames(0, count), segment).masked_fill(mask > 0.5, 0)
     for frame, picture in given.place(known, segment).items():
         frames[frame], mask[frame] = picture, 0
     return frames, mask
+
+
+def _shares(masks: Tensor) -> Tensor:
+    """Masks in [-1, 1], as pictures are, in 0..1."""
+    return ((masks + 1) / 2).clamp(0, 1)

@@ -363,7 +363,7 @@ class SegmentMaker:
         return flow_edit(target, source, self.clip.latents(row.start, row.stop), noise)
 
     def region(self, row: Row) -> Region | None:
-        """The places that are known in the window's frames."""
+        """The places that are known in the window's frames; a control branch has been shown them."""
         if self.clip is None or self.request.mask is None or self.conditions.way not in (TIMESTEPS, REIMPOSED, CACHE):
             return None
         return Region(self.clip.places(row.start, row.stop), self.clip.latents(row.start, row.stop))

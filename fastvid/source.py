@@ -78,8 +78,12 @@ class SourceClip:
 
     def changed(self, start: int, stop: int) -> np.ndarray:
         """What shall change in the stream's frames: bool [n, H, W]."""
+        return self.masks(start, stop) > 127
+
+    def masks(self, start: int, stop: int) -> np.ndarray:
+        """The mask of the stream's frames, uint8 [n, H, W]; the clip's last one held, as its frame is."""
         picks = np.arange(start, stop) - self.segment.skip + self.segment.source_start
-        return self.mask[picks.clip(0, len(self.mask) - 1)] > 127
+        return self.mask[picks.clip(0, len(self.mask) - 1)]
 
     def changed_pixels(self, start: int, stop: int) -> Tensor:
         """The same on frames as the model makes them: fp32 [n, 1, made_height, made_width], 1 where it changes."""
