@@ -125,7 +125,11 @@ FLAGS: Mapping[str, Flag] = {
         "--strength",
         "X",
         "0 to 1: how far it goes from the clip",
-        **{verb: f"0 to 1: how far it goes from the clip (default: {share})" for verb, share in STRENGTH.items()},
+        **{
+            "edit": f"0 to 1: how far it goes from the clip (default: {STRENGTH['edit']}; embedded: 0.4; 1 around a "
+            "clip on a larger frame)",
+            "finalize": f"0 to 1: how far it goes from the draft (default: {STRENGTH['finalize']})",
+        },
     ),
     "source_prompt": _text(
         "--source-prompt", "TEXT", "what the clip shows now: keeps motion and layout better (FlowEdit)"

@@ -117,7 +117,7 @@ def _is_sized(request: Request) -> bool:
 
 def _on_canvas(request: Request, clip: Clip) -> Request:
     """The clip at the size that was asked for. An edit that grows the frame has the clip in the middle, and makes what
-    is around it (outpainting); any other is scaled."""
+    is around it (outpainting), of nothing but noise if no strength says otherwise; any other is scaled."""
     found: dict[str, Any] = {"mask": given.mask("mask", request.mask)} if request.mask is not None else {}
     if not _is_sized(request):
         found |= {"height": clip.height, "width": clip.width}
@@ -131,8 +131,8 @@ def _on_canvas(request: Request, clip: Clip) -> Request:
     if (width, height) == (clip.width, clip.height):
         return _with_mask(request, clip)
     if request.verb == "edit" and request.mask is None and width >= clip.width and height >= clip.height:
-        canvas = Canvas(clip, height, width)
-        return replace(request, video=canvas, mask=canvas.mask())
+        canvas, strength = Canvas(clip, height, width), 1.0 if request.strength is None else request.strength
+        return replace(request, video=canvas, mask=canvas.mask(), strength=strength)
     return _with_mask(replace(request, video=clip.resized(height, width)), clip)
 
 

@@ -161,11 +161,11 @@ class Pipeline:
         Args:
             video: a file, uint8 frames [T, H, W, 3], or a Video.
             prompt: what it shall show.
-            options: strength (0 to 1, the share of the steps that are run: how far it goes from the clip),
-                mask (white, or True, where it may change; a file, [T, H, W] or [H, W]; the other pixels stay as they
-                are), source_prompt (what the clip shows now: the edit then follows the difference, FlowEdit, which
-                keeps motion and layout), width and height (larger than the clip's: what is around it is made), and how
-                to sample, as in `generate`.
+            options: strength (0 to 1, the share of the steps that are run: how far it goes from the clip; default: as
+                the model's recipe says, or 0.6), mask (white, or True, where it may change; a file, [T, H, W] or
+                [H, W]; the other pixels stay as they are), source_prompt (what the clip shows now: the edit then
+                follows the difference, FlowEdit, which keeps motion and layout), width and height (larger than the
+                clip's: what is around it is made, with a strength of 1), and how to sample, as in `generate`.
         """
         return self._video("edit", video=video, prompt=prompt, **options)
 

@@ -193,7 +193,8 @@ class Request:
         if self.source_prompt is not None and self.solver is None:
             filled["solver"] = "euler"  # FlowEdit's path is not one that a multistep solver's history is of
         if self.verb in STRENGTH and self.strength is None:
-            filled["strength"] = STRENGTH[self.verb]
+            own = recipe.edit_strength if self.verb == "edit" and self.source_prompt is None else None
+            filled["strength"] = STRENGTH[self.verb] if own is None else own
         return Resolved(
             **filled,
             model_width=round_up(width, recipe.spatial_multiple),
@@ -283,6 +284,7 @@ SAMPLED = 5
 """Frames of a clip that a recipe knows it by."""
 
 STRENGTH = {"edit": 0.6, "finalize": 0.6}
+"""The defaults. A model's recipe may say another for edits; what is around a clip on a larger frame is made whole."""
 """The share of the steps that are run, where it is not said."""
 
 _DISPLACES = {

@@ -79,6 +79,19 @@ def test_loop_and_blend_keep_their_clips(pipe, carries, added):
     assert np.array_equal(joined.frames[9 + added :], second.read())
 
 
+def test_the_strength_of_an_edit_that_says_none(pipe):
+    frames, mask = clip(5), np.ones((64, 64), bool)
+    own, other = pipe._parts.recipe, with_recipe(pipe, edit_strength=None)
+
+    def strength(at, **options):
+        return at._prepare("edit", {"video": frames, "prompt": "a", **FAST, **options}).job.request.strength
+
+    assert strength(pipe) == strength(pipe, mask=mask) == own.edit_strength == 0.4
+    assert strength(other) == strength(other, mask=mask) == strength(pipe, source_prompt="b") == 0.6
+    assert strength(pipe, width=96, height=64) == strength(other, width=96, height=64) == 1.0
+    assert strength(pipe, width=96, height=64, strength=0.5) == strength(pipe, strength=0.5) == 0.5
+
+
 def test_a_mask_is_cut_as_its_clip_is(pipe):
     """A picture of the mask as the clip shows where it is: of another shape both are cut in the middle."""
     mask = np.zeros((80, 160), bool)

@@ -1,6 +1,6 @@
 """Puts trained parts together as a checkpoint in the published diffusers layout, with its model card.
 
-python -m tools.assemble --vae runs/vae/vae --dit runs/dit --out fastvid/embedded --scores scores.json
+python -m tools.assemble --vae runs/vae/vae --dit runs/dit --out fastvid/embedded --scores a.json --verbs b.json
 """
 
 from __future__ import annotations
@@ -85,8 +85,24 @@ options but for the size or length named. {vae_line}
 | --- | --- | --- | --- | --- | --- |
 {scores}
 
+Verbs, measured by `python -m tools.score_verbs`: in how many cases each thing is right. Seams: at most 1.5 times the
+largest of what the clip changes anyhow, the VAE's error there and one level; beside it the median. Path: the centroid
+stays within 10 % of the frame.
+
+{verbs}
+
 Known faults: {faults}
 """
+VERB_COLUMNS = {
+    "colour": ("colour",),
+    "background": ("background",),
+    "motion": ("motion",),
+    "shown": ("changed",),
+    "path": ("path", "both"),
+    "frames kept": ("kept",),
+    "pictures": ("pictures",),
+    "seams": ("seam",),
+}
 
 
 def describe(folder: Path) -> str:
@@ -105,7 +121,19 @@ def describe(folder: Path) -> str:
     return "\n".join(rows)
 
 
-def write_card(folder: Path, scores: dict[str, Any], faults: str) -> None:
+def verb_table(rows: dict[str, Any]) -> str:
+    """What tools.score_verbs wrote, as a table; of the long video "kept" is one thing of one colour and shape."""
+    lines = [f"| verb | cases | {' | '.join(VERB_COLUMNS)} | median seam |", f"|{' --- |' * (len(VERB_COLUMNS) + 3)}"]
+    for verb, row in rows.items():
+        if verb not in ("settings", "size"):
+            found = [next((row[name] for name in names if name in row), None) for names in VERB_COLUMNS.values()]
+            shares = ["" if share is None else f"{share:.1%}".replace(".0%", "%") for share in found]
+            seam = f"{row['seam_ratio']['median']:.2f}" if "seam_ratio" in row else ""
+            lines.append(f"| {verb} | {row['cases']} | {' | '.join(shares)} | {seam} |")
+    return "\n".join(lines)
+
+
+def write_card(folder: Path, scores: dict[str, Any], verbs: dict[str, Any], faults: str) -> None:
     """README.md beside the weights: what the model is and how well it does."""
     from tools.clips import SPEED
 
@@ -126,6 +154,7 @@ def write_card(folder: Path, scores: dict[str, Any], faults: str) -> None:
         parts=describe(folder),
         vae_line=f"VAE, {vae['clips']} clips: {vae['mean_db']:.1f} dB mean, {vae['worst_db']:.1f} dB worst.",
         scores="\n".join(row + " |" for row in rows),
+        verbs=verb_table(verbs),
         faults=faults,
     )
     (folder / "README.md").write_text(text)
@@ -154,11 +183,13 @@ def main() -> None:
     parser.add_argument("--dit", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scores", type=Path, help="what tools.score wrote; makes the model card")
+    parser.add_argument("--verbs", type=Path, help="what tools.score_verbs wrote, for the card")
     parser.add_argument("--faults", default="see the scores.")
     args = parser.parse_args()
     assemble(args.vae, args.dit, args.out)
     if args.scores:
-        write_card(args.out, json.loads(args.scores.read_text()), args.faults)
+        verbs = json.loads(args.verbs.read_text()) if args.verbs else {}
+        write_card(args.out, json.loads(args.scores.read_text()), verbs, args.faults)
 
 
 if __name__ == "__main__":

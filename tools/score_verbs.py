@@ -132,7 +132,7 @@ class Scorer:
             seams.append(seam(self.pipe, made, stop, at.clip, len(at.clip) - 1))
             sides.append(holds(at.scene, made[stop:], None if at.truth is None else at.truth[stop:]))
         right |= {name: all(side[name] for side in sides) for name in sides[0]}
-        numbers = {"seam_ratio": max(seams)}
+        numbers = {"seam_ratio": max(seams), "motion_of_sides": float(np.mean([side["motion"] for side in sides]))}
         if at.truth is not None:
             numbers["path_error"] = path_error(traced(made), traced(at.truth))
         return Scored(right | {"seam": max(seams) <= SEAM}, numbers, made)
@@ -232,14 +232,14 @@ class Scorer:
     def edit_mask(self, number: int) -> Scored:
         at, new = self._edited(number, ("colour", "shape", "colour"))
         mask = np.stack([_box(frame) for frame in at.clip])
-        made = self.pipe.edit(at.clip, new.caption, mask=mask, strength=1.0, seed=at.seed).frames
+        made = self.pipe.edit(at.clip, new.caption, mask=mask, seed=at.seed).frames
         scored = self._judge(at, new, made)
         kept = np.array_equal(made[~mask], at.clip[~mask])
         return replace(scored, right=scored.right | {"kept": kept})
 
     def outpaint(self, number: int) -> Scored:
         at = case(self.pipe, number, self.seed)
-        made = self.pipe.edit(at.clip, at.scene.caption, width=96, height=64, strength=1.0, seed=at.seed).frames
+        made = self.pipe.edit(at.clip, at.scene.caption, width=96, height=64, seed=at.seed).frames
         kept = np.array_equal(made[:, :, 16:80], at.clip)
         right = holds(at.scene, made, None)
         wide = kind(made, at.scene.shape) == kind(np.pad(at.clip, ((0, 0), (0, 0), (16, 16), (0, 0)), "edge"), "")
@@ -257,7 +257,8 @@ class Scorer:
         steps = changes(video.frames)
         jump = float(steps[15] / max(np.percentile(np.delete(steps, 15), 95), 1.0))
         right = {name: all(shot[name] for shot in shots) for name in shots[0]} | {"seam": jump <= SEAM}
-        return Scored(right | {"frames": len(video.frames) == 32}, {"seam_ratio": jump}, video.frames)
+        numbers = {"seam_ratio": jump, "motion_of_shots": float(np.mean([shot["motion"] for shot in shots]))}
+        return Scored(right | {"frames": len(video.frames) == 32}, numbers, video.frames)
 
     def draft(self, number: int) -> Scored:
         scene = random_scene(torch.Generator().manual_seed(self.seed + number))
@@ -338,7 +339,7 @@ def summary(scored: Sequence[Scored]) -> dict[str, Any]:
         row[name] = float(np.mean([one.right[name] for one in scored]))
     for name in dict.fromkeys(name for one in scored for name in one.numbers):
         values = [one.numbers[name] for one in scored if name in one.numbers]
-        if name.startswith(("changed_", "path_")) and name != "path_error":
+        if name.startswith(("changed_", "path_", "motion_of_")) and name != "path_error":
             row[name] = float(np.mean(values))
         else:
             row[name] = {"median": float(np.median(values)), "worst": float(np.max(values))}

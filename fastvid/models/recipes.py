@@ -53,11 +53,11 @@ class Recipe:
     sigmas: the levels of a model of few steps, used as they are in place of steps and shift. solver "redraw" goes from
     one to the next by x0 and new noise. guidance_scale_2, boundary_ratio: of models with two experts.
     known_guidance_scale: in edits, and windows in which some latents are known, which say much of what the text does;
-    None: as elsewhere. sizes: what it was trained at, width x height. spatial_multiple: what height and width must
-    divide by. temporal: frames a latent frame, so that the model makes temporal * k + 1 frames. per_token_timesteps: it
-    was trained with known tokens at timestep 0. whole_timesteps: what it is told of the levels is rounded. anchor: it
-    was trained with the first latent frame of a video in view of every window, known, as if it stood so many before the
-    window's first; None: it was not.
+    None: as elsewhere. edit_strength: of an edit that is given none and no source_prompt; None: 0.6. sizes: what it was
+    trained at, width x height. spatial_multiple: what height and width must divide by. temporal: frames a latent frame,
+    so that the model makes temporal * k + 1 frames. per_token_timesteps: it was trained with known tokens at timestep
+    0. whole_timesteps: what it is told of the levels is rounded. anchor: it was trained with the first latent frame of
+    a video in view of every window, known, as if it stood so many before the window's first; None: it was not.
     """
 
     name: str
@@ -67,6 +67,7 @@ class Recipe:
     guidance_scale: float = 5.0
     guidance_scale_2: float | None = None
     known_guidance_scale: float | None = None
+    edit_strength: float | None = None
     boundary_ratio: float | None = None
     fps: float = 16.0
     num_frames: int = 81
@@ -124,6 +125,7 @@ EMBEDDED = Recipe(
     flow_shift=3.0,
     guidance_scale=3.0,
     known_guidance_scale=1.5,
+    edit_strength=0.4,  # most edits show what they shall from 0.2 on, and things leave their path from 0.6 on
     num_frames=17,
     height=64,
     width=64,
