@@ -99,6 +99,26 @@ def test_auto_takes_a_verified_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bound.reasons["to_rgb"] == "verified: benchmarks/results/rgb.json"
 
 
+def frames_class(frames: torch.Tensor) -> str:
+    return "many frames" if frames.shape[1] > 2 else "few frames"
+
+
+def test_auto_takes_a_kernel_for_the_shapes_it_is_verified_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(backends, "why_not", lambda backend, device: None)
+    monkeypatch.setattr(ops, "shape_classes", lambda: {"to_rgb": frames_class})
+    monkeypatch.setitem(rgb.BACKENDS, "triton", lambda frames: called.append(frames.shape) or rgb.reference(frames))
+    bound = ops.bind(verified=[row(shape_class="many frames"), row(shape_class="huge frames")])
+    assert bound.bound["to_rgb"] == "triton for huge frames, triton for many frames, else reference"
+    assert bound.reasons["to_rgb"] == "verified: benchmarks/results/rgb.json"
+    few, many = torch.rand(3, 2, 4, 4), torch.rand(3, 5, 4, 4)
+    assert torch.equal(bound.to_rgb(few), rgb.reference(few)) and not called
+    assert torch.equal(bound.to_rgb(many), rgb.reference(many)) and called == [many.shape]
+    # Without the operation's classes nobody could tell which kernel is meant.
+    monkeypatch.setattr(ops, "shape_classes", lambda: {})
+    assert ops.bind(verified=[row(shape_class="many frames")]).bound["to_rgb"] == "reference"
+
+
 @pytest.mark.parametrize("change", [{"op": "rms_norm"}, {"arch": "sm_90"}, {"source": "0"}, {"file": "gone.py"}])
 def test_auto_leaves_a_kernel_that_was_verified_as_something_else(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, str]

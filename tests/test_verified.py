@@ -66,7 +66,17 @@ def test_a_kernel_that_is_right_and_faster_is_taken() -> None:
     ],
 )
 def test_any_other_is_not(changes: dict) -> None:
-    assert not list(verified.rows(records(**changes)))
+    assert not verified.rows(records(**changes))
+
+
+def test_every_size_of_a_class_has_to_be_faster() -> None:
+    made = records()
+    result = made["benchmarks/results/rgb.json"]
+    result["compared"]["1080p"] = result["compared"]["480p"]
+    result["results"]["1080p"] = [{"name": "reference", "median": 10.0}, {"name": "triton", "median": 11.0}]
+    assert not verified.rows(made)
+    result["compared"]["1080p"] = {**result["compared"]["480p"], "shape_class": "large"}
+    assert [row["shape_class"] for row in verified.rows(made)] == ["any"]
 
 
 def test_the_table_is_what_the_results_say() -> None:
