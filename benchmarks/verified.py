@@ -4,9 +4,9 @@
     python benchmarks/verified.py --check    # says what is not as the results are
 
 A kernel is taken for an operation, an architecture and a shape class if results there show that it was faster than what
-`auto` takes otherwise in every size of that class, and the tests of the kernel's file passed on that architecture from the very same source. A
-benchmark says so itself: `harness.compared` beside its rows. Results of sources that have changed since count for
-nothing.
+`auto` takes otherwise in every size of that class, and the tests of the kernel's file passed on that architecture from
+the very same source. A benchmark says so itself: `harness.compared` beside its rows. Results of sources that have
+changed since count for nothing.
 """
 
 from __future__ import annotations
