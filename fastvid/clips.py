@@ -102,7 +102,7 @@ class Clip:
 
         from fastvid.ops.resample import resize
 
-        box = _covering(*frame.shape[:2], self.height, self.width) if self.fit == "cover" else np.s_[:, :]
+        box = covering(*frame.shape[:2], self.height, self.width) if self.fit == "cover" else np.s_[:, :]
         return resize(torch.from_numpy(frame[box].copy()), self.height, self.width).numpy()
 
     # ------------------------------------------------------------ other rates and sizes
@@ -156,7 +156,7 @@ class Clip:
         self.close()
 
 
-def _covering(height: int, width: int, new_height: int, new_width: int) -> tuple[slice, slice]:
+def covering(height: int, width: int, new_height: int, new_width: int) -> tuple[slice, slice]:
     """The largest part in the middle that has the new shape."""
     cut_height = min(height, max(1, round(width * new_height / new_width)))
     cut_width = min(width, max(1, round(height * new_width / new_height)))

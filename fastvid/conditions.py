@@ -25,6 +25,7 @@ from fastvid.given import Known
 from fastvid.loading import Parts
 from fastvid.models import WanTransformer, clip, conditioning
 from fastvid.requests import Resolved
+from fastvid.source import SourceClip
 from fastvid.timeline import Segment
 
 CHANNELS, CONTROL, TIMESTEPS, CACHE, REIMPOSED = "channels", "control", "timesteps", "cache", "reimposed"
@@ -119,12 +120,14 @@ class Region:
 
 
 @torch.no_grad()
-def prepare(parts: Parts, request: Resolved, segment: Segment, known: Known) -> Conditions:
-    """The known frames of a segment as the model takes them, on its device."""
+def prepare(
+    parts: Parts, request: Resolved, segment: Segment, known: Known, source: SourceClip | None = None
+) -> Conditions:
+    """The known frames of a segment as the model takes them, on its device. source: the clip that is edited."""
     way, none = way_of(parts), torch.zeros(segment.columns, dtype=torch.bool)
     if way == CONTROL:
         scale = 1.0 if request.conditioning_scale is None else request.conditioning_scale
-        seen = control.prepare(parts, request, segment, known)
+        seen = control.prepare(parts, request, segment, known, source)
         return Conditions(way, none, control=seen, scales=scale)
     if not known:
         return Conditions(way, none)

@@ -1,7 +1,8 @@
 """What a request gives the control branch of a VACE model: a control video, a mask, reference pictures, known frames.
 
 A control video is depth, pose, lines, or frames to keep; its mask is white where the model makes pixels and black where
-those of the video stay. image= and last_image= are frames that stay. Reference pictures stand in front in time: the
+those of the video stay. image= and last_image= are frames that stay. Of a clip that is edited with a mask, or put on a
+larger frame, it is what stays, with grey where something shall change. Reference pictures stand in front in time: the
 model makes a latent frame more for each (`Segment.lead`), which is dropped. As diffusers' WanVACEPipeline does it.
 
 Shapes: F pixel frames, H/W height and width, V control channels, R references, T latent frames, h/w of latents.
@@ -22,6 +23,7 @@ from fastvid.limits import check_frames
 from fastvid.loading import Parts
 from fastvid.models import conditioning
 from fastvid.requests import Request, Resolved
+from fastvid.source import SourceClip
 from fastvid.timeline import Segment
 
 NAMES = ("video", "mask", "reference_images", "conditioning_scale")
@@ -89,9 +91,12 @@ def _check_reference(number: int, shape: tuple[int, ...], request: Resolved, spa
 
 
 @torch.no_grad()
-def prepare(parts: Parts, request: Resolved, segment: Segment, known: Known) -> Tensor:
-    """What the control branch sees of a checked request's segment: [1, V, R + T, h, w] on the model's device."""
-    frames, mask = lay_out(request, segment, known)
+def prepare(
+    parts: Parts, request: Resolved, segment: Segment, known: Known, source: SourceClip | None = None
+) -> Tensor:
+    """What the control branch sees of a checked request's segment: [1, V, R + T, h, w] on the model's device. source:
+    the clip that is edited."""
+    frames, mask = lay_out(request, segment, known, source)
     size = segment.made_height, segment.made_width
     references = [
         conditioning.fit_reference(torch.from_numpy(picture), *size, spatial=segment.spatial)[None]
@@ -107,7 +112,9 @@ def prepare(parts: Parts, request: Resolved, segment: Segment, known: Known) -> 
     )
 
 
-def lay_out(request: Resolved, segment: Segment, known: Known) -> tuple[Tensor, Tensor]:
+def lay_out(
+    request: Resolved, segment: Segment, known: Known, source: SourceClip | None = None
+) -> tuple[Tensor, Tensor]:
     """The control video and its mask on all frames of the stream: [F, 3, H, W] in [-1, 1], [F, 1, H, W] in 0..1.
 
     Grey, and all to be made, where nothing is given. Frames behind the end of the video, which the model makes to have
@@ -123,7 +130,15 @@ def lay_out(request: Resolved, segment: Segment, known: Known) -> tuple[Tensor, 
         if request.mask is not None:
             # Where edges are soft, to the last bit as the pipeline has it, which treats a mask like a picture first.
             picks = picks.clip(0, len(request.mask) - 1)
-            mask = ((given.fit(request.mask[picks][..., None], segment) + 1) / 2).clamp(0, 1)
+            mask = _shares(given.fit(request.mask[picks][..., None], segment))
+    elif source is not None and source.mask is not None:
+        mask = _shares(given.pad(source.masks(0, count)[..., None], segment))
+        frames = given.pad(source.frames(0, count), segment).masked_fill(mask > 0.5, 0)
     for frame, picture in given.place(known, segment).items():
         frames[frame], mask[frame] = picture, 0
     return frames, mask
+
+
+def _shares(masks: Tensor) -> Tensor:
+    """Masks in [-1, 1], as pictures are, in 0..1."""
+    return ((masks + 1) / 2).clamp(0, 1)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastvid import control, given
-from fastvid.clips import Clip, open_clip
+from fastvid.clips import Clip, covering, open_clip
 from fastvid.errors import InvalidRequest, MediaError
 from fastvid.limits import MAX_SIDE, MIN_SIDE
 from fastvid.media import read_recipe
@@ -153,8 +153,11 @@ def _with_mask(request: Request, clip: Clip) -> Request:
         raise InvalidRequest(
             f"mask is {width}x{height}; video is {clip.width}x{clip.height}, and so should the mask be"
         )
-    rows, columns = (np.arange(n) * old // n for n, old in ((request.height, height), (request.width, width)))
-    return replace(request, mask=np.ascontiguousarray(request.mask[:, rows][:, :, columns]))
+    # Cut as the clip is, so that it stays where it was drawn.
+    inside = covering(height, width, request.height, request.width)
+    cut = request.mask[(slice(None), *inside)]
+    rows, columns = (np.arange(n) * o // n for n, o in zip((request.height, request.width), cut.shape[1:], strict=True))
+    return replace(request, mask=np.ascontiguousarray(cut[:, rows][:, :, columns]))
 
 
 @dataclass(frozen=True, eq=False)

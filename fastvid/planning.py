@@ -140,8 +140,10 @@ class Needs:
         return made
 
     def _seen(self, segment: Segment) -> int:
-        """Frames of a segment that are encoded."""
-        if segment.source is not None or way_of(self.parts) in (CHANNELS, CONTROL):
+        """Frames of a segment that are encoded: for a control branch what stays and what changes, beside a source."""
+        if way_of(self.parts) == CONTROL:
+            return (2 + (segment.source is not None)) * segment.made_frames + segment.lead
+        if segment.source is not None or way_of(self.parts) == CHANNELS:
             return segment.made_frames
         return segment.left + segment.right + len(segment.pictures)
 

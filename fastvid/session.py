@@ -215,7 +215,7 @@ class SegmentMaker:
         self._first: Tensor | None = None  # the segment's first column, for models that keep it in view
         self.clip = None if segment.source is None else SourceClip(session.parts, segment, known, self.request.mask)
         with ieee_fp32():
-            self.conditions: Conditions = conditions.prepare(session.parts, self.request, segment, known)
+            self.conditions: Conditions = conditions.prepare(session.parts, self.request, segment, known, self.clip)
         # Pictures that reach a model by latents fill a group of frames, of which decoding gives back one less exactly.
         pictures = known.pictures if self.conditions.way in (TIMESTEPS, REIMPOSED, CACHE) else {}
         left = None if known.left is None else known.left[-1]
@@ -363,7 +363,7 @@ class SegmentMaker:
         return flow_edit(target, source, self.clip.latents(row.start, row.stop), noise)
 
     def region(self, row: Row) -> Region | None:
-        """The places that are known in the window's frames."""
+        """The places that are known in the window's frames; a control branch has been shown them."""
         if self.clip is None or self.request.mask is None or self.conditions.way not in (TIMESTEPS, REIMPOSED, CACHE):
             return None
         return Region(self.clip.places(row.start, row.stop), self.clip.latents(row.start, row.stop))

@@ -69,19 +69,27 @@ class SourceClip:
         """Where nothing changes in these columns: bool [1, 1, t, h, w]. A token is known if all of its pixels in all of
         its frames are."""
         side = self.segment.spatial * patch
-        right, bottom = self.segment.made_width - self.segment.width, self.segment.made_height - self.segment.height
         found = []
         for column in range(start, stop):
-            changed = torch.from_numpy(self.changed(*self._frames_of(column)).astype(np.float32))[:, None]
-            changed = F.pad(changed, (0, right, 0, bottom), mode="replicate") if right or bottom else changed
+            changed = self.changed_pixels(*self._frames_of(column))
             found.append(F.max_pool2d(changed, side)[:, 0].amax(0) == 0)
         tokens = torch.stack(found)
         return tokens.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[None, None].to(self.parts.device)
 
     def changed(self, start: int, stop: int) -> np.ndarray:
         """What shall change in the stream's frames: bool [n, H, W]."""
+        return self.masks(start, stop) > 127
+
+    def masks(self, start: int, stop: int) -> np.ndarray:
+        """The mask of the stream's frames, uint8 [n, H, W]; the clip's last one held, as its frame is."""
         picks = np.arange(start, stop) - self.segment.skip + self.segment.source_start
-        return self.mask[picks.clip(0, len(self.mask) - 1)] > 127
+        return self.mask[picks.clip(0, len(self.mask) - 1)]
+
+    def changed_pixels(self, start: int, stop: int) -> Tensor:
+        """The same on frames as the model makes them: fp32 [n, 1, made_height, made_width], 1 where it changes."""
+        changed = torch.from_numpy(self.changed(start, stop).astype(np.float32))[:, None]
+        right, bottom = self.segment.made_width - self.segment.width, self.segment.made_height - self.segment.height
+        return F.pad(changed, (0, right, 0, bottom), mode="replicate") if right or bottom else changed
 
     def keep(self, made: np.ndarray, start: int) -> np.ndarray:
         """Frames that come out [n, H, W, 3], from number `start` on, with the clip's own pixels where it stays."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fastvid import timeline
-from fastvid.conditions import CHANNELS, CONTROL, way_of
+from fastvid.conditions import CHANNELS, way_of
 from fastvid.errors import InvalidRequest
 from fastvid.loading import Parts
 from fastvid.models.patterns import REFUSED
@@ -125,12 +125,6 @@ def check(parts: Parts, request: Resolved, laid: Timeline) -> None:
     if request.known_guidance_scale is not None and parts.recipe.rollout is not None:
         raise InvalidRequest(
             f"known_guidance_scale: {name} has known frames in its cache, beside every block; use guidance_scale"
-        )
-    if way_of(parts) == CONTROL and request.verb == "edit" and request.mask is not None:
-        # Else its control branch would know nothing of the region, and what is made there would not join.
-        raise InvalidRequest(
-            f"mask: {name} keeps a region of a clip through its control branch, which edit does not fill yet; use "
-            "generate with video= and mask="
         )
     if way_of(parts) == CHANNELS:
         _check_channels(parts, request, laid.segments[0])

@@ -405,9 +405,3 @@ def test_from_the_command_line(
         assert main([*again, *left]) == 2
         said = capsys.readouterr().err
         assert f"give {flag}= again" in said and "sha256" in said
-
-
-def test_an_edit_of_a_region_is_sent_to_the_control_branch_s_own_way(pipe: fastvid.Pipeline) -> None:
-    for options in ({"mask": region(5)}, {"width": WIDTH + 32, "height": HEIGHT}):  # larger: what is around it is made
-        with pytest.raises(fastvid.InvalidRequest, match="use generate with video= and mask="):
-            pipe.edit(clip(5), "a", num_inference_steps=1, **options)

@@ -79,6 +79,20 @@ def test_loop_and_blend_keep_their_clips(pipe, carries, added):
     assert np.array_equal(joined.frames[9 + added :], second.read())
 
 
+def test_a_mask_is_cut_as_its_clip_is(pipe):
+    """A picture of the mask as the clip shows where it is: of another shape both are cut in the middle."""
+    mask = np.zeros((80, 160), bool)
+    mask[20:60, 50:110] = True
+    frames = np.repeat(np.where(mask, 255, 0)[None, :, :, None], 5, 0).repeat(3, -1).astype(np.uint8)
+    for width, height in ((64, 64), (160, 64), (80, 80), (128, 100)):
+        job = pipe._prepare(
+            "edit", {"video": frames, "prompt": "a", "mask": mask, "width": width, "height": height, **FAST}
+        ).job
+        shown = job.request.video.read(0, 1)[0, :, :, 0] > 127
+        assert job.request.mask.shape == (1, height, width) and 0.1 < shown.mean() < 0.9
+        assert ((job.request.mask[0] > 127) != shown).mean() < 0.03, (width, height)
+
+
 def test_a_mask_keeps_bytes_and_a_whole_one_keeps_none(pipe):
     given_clip, mask = clip(9, 70, 66), np.zeros((9, 70, 66), bool)
     for frame in range(9):

@@ -42,7 +42,7 @@ KINDS = {
 }
 
 SUFFIX = EMBEDDED.context
-HARD = {"spinning": 4.0, "growing": 2.0, "shrinking": 2.0}
+HARD = {"spinning": 4.0, "growing": 2.5, "shrinking": 2.5}
 
 
 @dataclass
@@ -68,10 +68,11 @@ class Shard:
 
     @cached_property
     def hard(self) -> Tensor:
-        """How much each clip counts [n]: what spins or changes its size is learned last."""
-        return torch.tensor(
-            [max([w for m, w in HARD.items() if m in caption], default=1.0) for caption in self.captions]
-        )
+        """How much each clip counts [n]: what spins (but for circles) or changes its size is learned last."""
+        counts = [
+            [w for m, w in HARD.items() if m in c and not ("circle" in c and m == "spinning")] for c in self.captions
+        ]
+        return torch.tensor([max(count, default=1.0) for count in counts])
 
 
 def load_vae(folder: Path) -> WanVAE:
