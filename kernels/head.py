@@ -3,12 +3,14 @@
     y = LN(x) * (1 + scale) + shift, with the row of scale and shift of each token
     out[b, c, t pt + i, h ph + j, w pw + k] = weight[((i ph + j) pw + k) C + c] . y[b, n] + bias, n = (t, h, w)
 
-head_kernel         for groups of many tokens that share a row. With w' = weight * (1 + scale), rounded to x's type,
+head_kernel         for groups of many tokens that share a row, in 16 bits. With w' = weight * (1 + scale), rounded to x's type,
                         weight . y = rstd * (w' . x - mean * sum(w')) + weight . shift
                     so x is read once and goes into the matrix units as it is, and mean and rstd are made beside the
-                    product. What rounding w' adds is multiplied by x - mean, as with rounding y: a large mean costs
-                    no accuracy. Statistics of blocks of columns are merged (Chan, Golub, LeVeque 1979).
-head_tokens_kernel  for a row a token, or a few: statistics first, then y, made on the way into the product.
+                    product. What rounding w' adds is multiplied by x - mean, as with rounding y, and cancels of the
+                    mean: only fp32 sums lose by it, mean / deviation times their own rounding, far below that of 16
+                    bits. Statistics of blocks of columns are merged (Chan, Golub, LeVeque 1979).
+head_tokens_kernel  for a row a token, or a few, and for fp32: statistics first, then y, made on the way into the
+                    product.
 
 The features are cut into two powers of 2 (192 = 128 + 64). Products are stored with the tokens fastest, which lie side
 by side in the latents.
@@ -39,21 +41,22 @@ class Config:
     stages: int
 
 
-# (architecture, shape class) -> config; not measured yet. "tokens": head_tokens_kernel; "wide": more than 64 features.
+# (architecture, shape class) -> config; not measured yet. "tokens", "fp32": head_tokens_kernel; "wide": more than 64
+# features.
 CONFIGS: Mapping[tuple[int, str], Config] = MappingProxyType(
     {
         (80, "groups"): Config(64, 64, 4, 3),
-        (80, "groups wide"): Config(64, 32, 8, 3),
+        (80, "groups wide"): Config(32, 32, 8, 3),
         (80, "tokens"): Config(32, 64, 4, 3),
-        (80, "fp32"): Config(16, 16, 4, 3),
+        (80, "fp32"): Config(16, 16, 8, 3),
         (90, "groups"): Config(128, 64, 8, 4),
         (90, "groups wide"): Config(64, 32, 8, 4),
         (90, "tokens"): Config(64, 32, 4, 3),
-        (90, "fp32"): Config(16, 16, 4, 3),
+        (90, "fp32"): Config(16, 16, 8, 3),
         (100, "groups"): Config(128, 64, 8, 4),
         (100, "groups wide"): Config(64, 32, 8, 4),
-        (100, "tokens"): Config(64, 32, 4, 3),
-        (100, "fp32"): Config(16, 16, 4, 3),
+        (100, "tokens"): Config(64, 32, 8, 3),
+        (100, "fp32"): Config(16, 16, 8, 3),
     }
 )
 WIDE = 64
@@ -303,7 +306,7 @@ def head(
         return
     B, N, d = x.shape
     groups = 1 if len(shift) == 1 else index.shape[1]
-    shared = groups == 1 or N // groups >= LEAST_GROUP
+    shared = x.dtype != torch.float32 and (groups == 1 or N // groups >= LEAST_GROUP)
     config = config or choose(architecture(x.device), x.dtype, shared, len(weight))
     # One row is everyone's, whatever the index says of groups.
     strides = (*x.stride()[:2], shift.stride(0), scale.stride(0), *index.stride(), *out.stride())
@@ -379,9 +382,8 @@ def variants() -> list[Variant]:
     made = []
     for (arch, shapes), config in CONFIGS.items():
         features = {"groups": (64,), "groups wide": (192,)}.get(shapes, (64, 192))
-        kernels = (head_kernel,) if "groups" in shapes else (head_tokens_kernel,)
-        kernels = (head_kernel, head_tokens_kernel) if shapes == "fp32" else kernels
-        made += [_variant(arch, shapes, config, P, kernel) for P in features for kernel in kernels]
+        kernel = head_kernel if "groups" in shapes else head_tokens_kernel
+        made += [_variant(arch, shapes, config, P, kernel) for P in features]
     return sorted(made, key=lambda variant: (variant.archs[0] != 90, "192" in variant.name, "fp32" in variant.name))
 
 

@@ -5,8 +5,8 @@
 A product of [B N, K] with [K, d], K = (C + C2) pt ph pw, whose first matrix is never in memory: a program gathers the
 patches of BLOCK_M tokens once, from latents and known ones behind them, keeps them on chip, and goes through the tiles
 of d. Neighbouring lanes take neighbouring tokens, hence pixels that lie side by side. K is cut into two powers of 2
-(144 = 128 + 16), so that little of the matrix units' work is on padding. What is made is far more than what is read: the time
-is that of writing out.
+(144 = 128 + 16), so that little of the matrix units' work is on padding. What is made is far more than what is read:
+the time is that of writing out.
 
 In fp32 there is no matrix unit, and a product has to hold all of a block's K in registers: there the patches are
 gathered anew for every tile, BLOCK_K of K at a time.
@@ -238,8 +238,8 @@ def patch_embed(
     strides = (*latents.stride(), *(latents if known is None else known).stride())
     with torch.cuda.device_of(latents):  # the device guard; nothing for the interpreter's CPU tensors
         patch_embed_kernel[(blocks, triton.cdiv(tiles, tiles_each))](
-            latents, known, weight, bias, out, B * tokens_each, tokens_each, *grid[1:], d, K, C, channels - C, tiles_each,
-            *strides, pt, ph, pw, k1, k2, block_k, config.block_m, config.block_n, num_warps=config.warps,
+            latents, known, weight, bias, out, B * tokens_each, tokens_each, *grid[1:], d, K, C, channels - C,
+            tiles_each, *strides, pt, ph, pw, k1, k2, block_k, config.block_m, config.block_n, num_warps=config.warps,
             num_stages=config.stages,
         )  # fmt: skip
 

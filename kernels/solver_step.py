@@ -7,8 +7,8 @@
 
 The outputs of a solver with n tensors of history: the next x; x0; for n = 3 also the second of its history and where
 the next step starts from. A program works within one plane (b, c, t), so everything of a column is a scalar. Sums are
-chains of fused multiply-adds in one order, in fp32, that start at -0: a weight of 1 alone copies its input, a weight of 0
-keeps it out whatever it holds, and a column's bits depend on nothing but the column.
+chains of fused multiply-adds in one order, in fp32, that start at -0: a weight of 1 alone copies its input, a weight of
+0 keeps it out whatever it holds, and a column's bits depend on nothing but the column.
 """
 
 from __future__ import annotations
@@ -204,9 +204,7 @@ def _variant(history: int, guided: bool) -> Variant:
     for name, there in optional.items():
         types |= {name: "*fp32"} if there else {}
         constants |= {} if there else {name: None}
-    for name, there in zip("u123", (guided, history > 0, history > 1, history > 1), strict=True):
-        for axis in "bct":
-            types |= {f"stride_{name}{axis}": "i32"}
+    types |= {f"stride_{name}{axis}": "i32" for name in "u123" for axis in "bct"}
     aligned = [name for name in types if name.endswith("_ptr") or name.startswith("stride_")] + ["plane"]
     solver = {0: "euler", 1: "dpm++", 3: "unipc"}[history]
     name = f"{solver} step{' guided' if guided else ''}"
