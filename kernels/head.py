@@ -3,7 +3,7 @@
     y = LN(x) * (1 + scale) + shift, with the row of scale and shift of each token
     out[b, c, t pt + i, h ph + j, w pw + k] = weight[((i ph + j) pw + k) C + c] . y[b, n] + bias, n = (t, h, w)
 
-head_kernel         for groups of many tokens that share a row, in 16 bits. With w' = weight * (1 + scale), rounded to x's type,
+head_kernel         for groups of many tokens that share a row, in 16 bits. With w' = weight * (1 + scale), rounded,
                         weight . y = rstd * (w' . x - mean * sum(w')) + weight . shift
                     so x is read once and goes into the matrix units as it is, and mean and rstd are made beside the
                     product. What rounding w' adds is multiplied by x - mean, as with rounding y, and cancels of the

@@ -50,7 +50,8 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tenso
 
     out = _empty(x, weight, bias)
     # Rows that cannot be seen as one matrix (a slice of a batch, say) are copied.
-    run(x.reshape(-1, x.shape[-1]), weight, bias, out.view(-1, out.shape[-1]), gelu)
+    rows = out.shape[:-1].numel()
+    run(x.reshape(rows, x.shape[-1]), weight, bias, out.view(rows, out.shape[-1]), gelu)
     return out
 
 

@@ -51,7 +51,7 @@ def solver_step(
     """The outputs of a step, each [B, C, T, h, w] of x's type; see above.
 
     x and history: of one type; cond, uncond: velocities of any type; all [B, C, T, h, w]. sigma float64 [T],
-    moves bool [T] and weights float64 [O, 2 + len(history), T] are on the CPU; weights of columns that rest have no say.
+    moves bool [T] and weights float64 [O, 2 + len(history), T] are on the CPU; weights of resting columns have no say.
     An input whose weight is 0 has none either, whatever it holds.
     """
     _empty(x, cond, uncond, guidance_scale, sigma, moves, weights, history)
@@ -125,8 +125,8 @@ def unipc_weights(
         start  = q start_before + (1 - q) (newest + to_older (older - newest) + to_newer (x0 - newest))
         next x = r start + (1 - r) (x0 + carry (x0 - newest))
 
-    q = sigma / before, r = sigma_next / sigma. newest and older are the x0 of the last two steps. stepped: bool [T]; where a column has made no step, start is x.
-    before: the level of its last step.
+    q = sigma / before, r = sigma_next / sigma. newest and older are the x0 of the last two steps. before: the level
+    of a column's last step. stepped: bool [T]; where a column has made no step, start is x.
     """
     ratio, none = sigma_next / sigma, torch.zeros_like(sigma)
     back = sigma / before
