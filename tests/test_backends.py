@@ -38,7 +38,7 @@ def test_every_function_of_the_reference_is_an_operation() -> None:
 def test_ops_is_a_frozen_value() -> None:
     bound = ops.bind()
     assert pickle.loads(pickle.dumps(bound)) == bound and copy.deepcopy(bound) == bound
-    assert copy.deepcopy(bound).gelu_tanh is reference.gelu_tanh
+    assert copy.deepcopy(bound).rms_norm is reference.rms_norm
     with pytest.raises(dataclasses.FrozenInstanceError):
         bound.to_rgb = rgb.triton
     with pytest.raises(AttributeError):
@@ -86,10 +86,10 @@ def test_a_device_that_is_not_there() -> None:
 
 def test_one_operation_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "why_not", lambda backend, device: None)
-    bound = ops.bind(backend="to_rgb=triton, gelu_tanh=reference", attention="reference")
+    bound = ops.bind(backend="to_rgb=triton, rms_norm=reference", attention="reference")
     assert bound.to_rgb is rgb.triton
-    assert {bound.reasons[op] for op in ("to_rgb", "gelu_tanh", "attention")} == {"asked for"}
-    assert bound.reasons["rms_norm"] == "cpu"
+    assert {bound.reasons[op] for op in ("to_rgb", "rms_norm", "attention")} == {"asked for"}
+    assert bound.reasons["layer_norm"] == "cpu"
 
 
 def test_auto_takes_a_verified_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from interpreted import run_interpreted
 from torch import Tensor
 
-from fastvid.ops import linears, patches
+from fastvid.ops import linears, patches, reference
 
 HALVES = (torch.float32, torch.float16)
 DTYPES = (*HALVES, torch.bfloat16)
@@ -112,8 +112,8 @@ def make_head(
 @pytest.mark.parametrize("bias", [None, random(7, seed=2)])
 def test_linear_is_its_formula(bias: Tensor | None) -> None:
     x, weight = random(2, 3, 5), random(7, 5, seed=1)
-    assert error(linears.linear(x, weight, bias), exact_linear(x, weight, bias, False)) < 1e-6
-    assert error(linears.linear_gelu_tanh(x, weight, bias), exact_linear(x, weight, bias, True)) < 1e-6
+    assert error(reference.linear(x, weight, bias), exact_linear(x, weight, bias, False)) < 1e-6
+    assert error(reference.linear_gelu_tanh(x, weight, bias), exact_linear(x, weight, bias, True)) < 1e-6
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (2, 3, 1)])
@@ -121,20 +121,20 @@ def test_linear_is_its_formula(bias: Tensor | None) -> None:
 def test_patch_embed_is_a_convolution(patch: tuple[int, int, int], behind: int) -> None:
     latents, known = random(2, 4, 4, 6, 6), random(2, behind, 4, 6, 6, seed=1) if behind else None
     weight, bias = random(9, 4 + behind, *patch, seed=2), random(9, seed=3)
-    made = patches.patch_embed(latents, weight, bias, known)
+    made = reference.patch_embed(latents, weight, bias, known)
     assert error(made, exact_patch_embed(latents, weight, bias, known)) < 1e-6
     # Types that differ: all are those of the weight.
-    halves = patches.patch_embed(latents, weight.half(), bias.half(), known)
+    halves = reference.patch_embed(latents, weight.half(), bias.half(), known)
     known = None if known is None else known.half()
-    assert torch.equal(halves, patches.patch_embed(latents.half(), weight.half(), bias.half(), known))
+    assert torch.equal(halves, reference.patch_embed(latents.half(), weight.half(), bias.half(), known))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 24])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_head_is_its_formula(groups: int, rows: int) -> None:
     args = make_head(2, (2, 3, 4), (1, 2, 3), 5, 11, groups, rows=rows)
-    assert error(patches.head(*args), exact_head(*args)) < 1e-6
-    assert patches.head(*args, dtype=torch.float16).dtype == torch.float16
+    assert error(reference.head(*args), exact_head(*args)) < 1e-6
+    assert reference.head(*args, dtype=torch.float16).dtype == torch.float16
 
 
 def refused(run: Callable[..., Tensor], *args: object) -> None:
@@ -182,7 +182,7 @@ def test_linear(M: int, N: int, K: int, dtype: torch.dtype, gelu: bool, bias: bo
     if odd:  # of any strides
         x, weight = x.T.contiguous().T, weight.repeat_interleave(2, 1)[:, ::2]
     added = random(N, dtype=dtype, seed=2) if bias else None
-    eager = (linears.linear_gelu_tanh if gelu else linears.linear)(x, weight, added)
+    eager = (reference.linear_gelu_tanh if gelu else reference.linear)(x, weight, added)
     check(poisoned_linear(x, weight, added, gelu), eager, exact_linear(x, weight, added, gelu))
 
 
@@ -192,7 +192,7 @@ def test_linear(M: int, N: int, K: int, dtype: torch.dtype, gelu: bool, bias: bo
 def test_linear_by_descriptors(M: int, N: int, K: int, dtype: torch.dtype, gelu: bool, parts: int) -> None:
     N, K = math.ceil(N / 8) * 8, math.ceil(K / 8) * 8  # rows start on 16 bytes
     x, weight, added = random(M, K, dtype=dtype), random(N, K, dtype=dtype, seed=1), random(N, dtype=dtype, seed=2)
-    eager = (linears.linear_gelu_tanh if gelu else linears.linear)(x, weight, added)
+    eager = (reference.linear_gelu_tanh if gelu else reference.linear)(x, weight, added)
     made = poisoned_linear(x, weight, added, gelu, tma=True, parts=parts)
     check(made, eager, exact_linear(x, weight, added, gelu))
 
@@ -215,7 +215,7 @@ def test_linear_has_64_bit_offsets(which: str) -> None:
     from fastvid.kernels.linear_gelu import linear
 
     far, x, weight = 2**30 + 8, random(3, 4, dtype=torch.float16), random(5, 4, dtype=torch.float16, seed=1)
-    expected = linears.linear(x, weight, None)
+    expected = reference.linear(x, weight, None)
     if which == "x":
         x = apart((3, 4), (far, 1)).copy_(x)
     elif which == "weight":
@@ -252,7 +252,7 @@ def test_linear_of_nothing_and_of_what_it_does_not_take() -> None:
 @pytest.mark.interpret
 def test_linear_of_a_slice_of_a_batch() -> None:
     x, weight, bias = random(2, 7, 8)[:, 1:5], random(6, 8, seed=1), random(6, seed=2)
-    torch.testing.assert_close(linears.linear_triton(x, weight, bias), linears.linear(x, weight, bias))
+    torch.testing.assert_close(linears.linear_triton(x, weight, bias), reference.linear(x, weight, bias))
 
 
 GRIDS = st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 5))
@@ -292,7 +292,7 @@ def test_patch_embed(
     bias = None if d == 13 else random(d, dtype=dtype, seed=3)
     out = torch.full((B, math.prod(grid), d), NAN, dtype=dtype)
     patch_embed(latents, weight, bias, known, out, Config(16, 16, 4, 2, block_k))
-    check(out, patches.patch_embed(latents, weight, bias, known), exact_patch_embed(latents, weight, bias, known))
+    check(out, reference.patch_embed(latents, weight, bias, known), exact_patch_embed(latents, weight, bias, known))
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -311,14 +311,16 @@ def test_patch_embed_has_64_bit_offsets(which: str) -> None:
     weight = random(8, 6, 1, 2, 2, dtype=torch.float16, seed=1)
     pair = (near, far.copy_(random(1, 3, 2, 2, 4, seed=2))) if which == "known" else (far.copy_(near), near)
     made = patches.patch_embed_triton(pair[0], weight, None, pair[1])
-    check(made, patches.patch_embed(pair[0], weight, None, pair[1]), exact_patch_embed(pair[0], weight, None, pair[1]))
+    check(
+        made, reference.patch_embed(pair[0], weight, None, pair[1]), exact_patch_embed(pair[0], weight, None, pair[1])
+    )
 
 
 @pytest.mark.interpret
 def test_patch_embed_with_more_features_than_are_kept_on_chip() -> None:
     latents, weight = random(1, 200, 1, 4, 4), random(5, 200, 1, 2, 2, dtype=torch.float16, seed=1)
     made = patches.patch_embed_triton(latents, weight, None)
-    check(made, patches.patch_embed(latents, weight, None), exact_patch_embed(latents, weight, None, None))
+    check(made, reference.patch_embed(latents, weight, None), exact_patch_embed(latents, weight, None, None))
 
 
 @pytest.mark.interpret
@@ -363,7 +365,7 @@ def test_head(
 
     count = {"one": 1, "frames": grid[0], "tokens": math.prod(grid)}[groups]
     args = make_head(B, grid, patch, C, d, count, dtype, rows=1 if d == 16 else 3)
-    eager, exact = patches.head(*args, dtype=latents), exact_head(*args)
+    eager, exact = reference.head(*args, dtype=latents), exact_head(*args)
     out = torch.full(exact.shape, NAN, dtype=eager.dtype)
     head(*args, out, Config(16, 16, 4, 2))
     # A type of its own for what comes out does not show in eager, which rounds before.
@@ -379,7 +381,7 @@ def test_head_with_tokens_far_from_a_mean_of_0(groups: int, dtype: torch.dtype) 
     x = (args[0] / 5 + 100).to(dtype)
     x[:, 5] = 7.0
     args = (x, *args[1:4], args[4].to(dtype), args[5].to(dtype), *args[6:])
-    check(patches.head_triton(*args), patches.head(*args), exact_head(*args))
+    check(patches.head_triton(*args), reference.head(*args), exact_head(*args))
 
 
 @pytest.mark.interpret
@@ -392,7 +394,7 @@ def test_head_reads_and_writes_any_strides() -> None:
     args = (x, *pair.unbind(1), index.T.contiguous().T.int(), *rest)
     out = torch.full((2, 2, 6, 8, 4), NAN).permute(0, 4, 1, 2, 3)
     head(*args, out)
-    check(out, patches.head(x, shift, scale, index, *rest), exact_head(x, shift, scale, index, *rest))
+    check(out, reference.head(x, shift, scale, index, *rest), exact_head(x, shift, scale, index, *rest))
 
 
 @pytest.mark.interpret
@@ -402,7 +404,7 @@ def test_head_has_64_bit_offsets(which: str, groups: int) -> None:
     from fastvid.kernels.head import head
 
     args = make_head(1, (1, 2, 2), (1, 1, 1), 3, 20, groups, torch.float16)
-    exact, eager = exact_head(*args), patches.head(*args)
+    exact, eager = exact_head(*args), reference.head(*args)
     x = apart((1, 4, 20), (1, 2**30 + 8, 1)).copy_(args[0]) if which == "x" else args[0]
     out = torch.empty_like(eager) if which == "x" else apart(tuple(eager.shape), (1, 2**30, 64, 8, 1))
     head(x, *args[1:], out.fill_(NAN))
@@ -496,7 +498,7 @@ def test_patch_embed_on_a_gpu(
         made = patches.patch_embed_triton(latents, weight, bias, known)
         rounded = None if known is None else known.to(dtype)
         exact = exact_patch_embed(latents, weight, bias, rounded)
-        check(made, patches.patch_embed(latents, weight, bias, known), exact)
+        check(made, reference.patch_embed(latents, weight, bias, known), exact)
 
 
 @pytest.mark.gpu
@@ -508,9 +510,9 @@ def test_head_on_a_gpu(dtype: torch.dtype, C: int, d: int, groups: str) -> None:
     count = {"one": 1, "frames": 3, "tokens": math.prod(grid)}[groups]
     args = make_head(2, grid, (1, 2, 2), C, d, count, dtype, device="cuda")
     exact = exact_head(*args)
-    check(patches.head_triton(*args), patches.head(*args), exact)
+    check(patches.head_triton(*args), reference.head(*args), exact)
     widened = patches.head_triton(*args, dtype=torch.float32)
-    assert error(widened, exact) <= max(2 * error(patches.head(*args), exact), torch.finfo(dtype).eps)
+    assert error(widened, exact) <= max(2 * error(reference.head(*args), exact), torch.finfo(dtype).eps)
 
 
 @pytest.mark.gpu
@@ -520,4 +522,4 @@ def test_more_than_2_31_elements_on_a_gpu() -> None:
     weight = random(8960, 64, dtype=torch.bfloat16, device="cuda")
     out = linears.linear_triton(x, weight, None)
     for at in (slice(0, 300), slice(rows - 300, rows)):
-        check(out[at], linears.linear(x[at], weight, None), exact_linear(x[at], weight, None, False))
+        check(out[at], reference.linear(x[at], weight, None), exact_linear(x[at], weight, None, False))

@@ -170,7 +170,7 @@ def test_reference_is_the_formula(name: str, N: int, G: int, K: int, d: int, dty
 def test_reference_of_queries_keys_and_values(N: int, H: int, D: int, ordered: bool, dtype: torch.dtype) -> None:
     qkv, weight_q, weight_k, cos, sin = head_arguments(2, N, H, D, dtype)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0)) if ordered else None
-    q, k, v = norms.qkv_norm_rope(qkv, weight_q, weight_k, cos, sin, EPS, order)
+    q, k, v = reference.qkv_norm_rope(qkv, weight_q, weight_k, cos, sin, EPS, order)
     rows = torch.arange(N) if order is None else order
     for out, i, weight in ((q, 0, weight_q), (k, 1, weight_k)):
         truth = turned(qkv[..., i * H * D : (i + 1) * H * D], weight, cos, sin)[:, rows]
@@ -287,7 +287,7 @@ def test_rows_are_written_whole_and_nothing_else(d: int) -> None:
     x, y, gate, shift, scale, index, _ = row_arguments(2, 6, 3, 2, d, torch.float32)["gated_residual_norm"]
     (around, total), (beside, out) = poisoned((2, 6, d), x.dtype), poisoned((2, 6, d), x.dtype)
     row_norm(x, out, eps=EPS, weight=scale, bias=shift, y=y, gate=gate, total=total, index=index.int(), modulated=True)
-    expected = norms.gated_residual_norm(x, y, gate, shift, scale, index, EPS)
+    expected = reference.gated_residual_norm(x, y, gate, shift, scale, index, EPS)
     for buffer, written, truth in ((around, total, expected[0]), (beside, out, expected[1])):
         torch.testing.assert_close(written, truth)
         assert buffer.isnan().sum() == buffer.numel() - written.numel()
@@ -301,7 +301,7 @@ def test_heads_are_written_whole_and_nothing_else(H: int, D: int) -> None:
     args = head_arguments(2, 3, H, D, torch.float32)
     buffers, outs = zip(*(poisoned((2, H, 3, D), torch.float32) for _ in range(3)), strict=True)
     qkv_norm_rope(*args, EPS, None, tuple(out.transpose(1, 2) for out in outs))
-    for buffer, written, truth in zip(buffers, outs, norms.qkv_norm_rope(*args, EPS), strict=True):
+    for buffer, written, truth in zip(buffers, outs, reference.qkv_norm_rope(*args, EPS), strict=True):
         torch.testing.assert_close(written.transpose(1, 2), truth)
         assert buffer.isnan().sum() == buffer.numel() - written.numel()
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastvid.errors import BackendUnavailable, InvalidRequest
-from fastvid.ops import backends, reference, rgb
+from fastvid.ops import backends, linears, norms, patches, reference, rgb, stepping
 
 Function = Callable[..., Any]
 
@@ -71,6 +71,9 @@ def implementations() -> dict[str, dict[str, Function]]:
     table = {name: {"reference": f} for name, f in public.items() if f.__module__ == reference.__name__}
     table["attention"]["sdpa"] = reference.attention
     table["to_rgb"] = dict(rgb.BACKENDS)
+    for family in (norms, patches, linears, stepping):
+        for name, functions in family.BACKENDS.items():
+            table[name] = dict(functions)
     return table
 
 

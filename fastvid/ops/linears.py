@@ -1,6 +1,6 @@
 """Linear layers with their bias, and GELU in its tanh form, in one pass: `linear`, `linear_gelu_tanh`.
 
-`reference` is the meaning; `triton` is kernels/linear_gelu.py, which sums in fp32 and rounds once, after the GELU.
+`reference.py` has the meaning; `triton` is kernels/linear_gelu.py, which sums in fp32 and rounds once, after the GELU.
 """
 
 from __future__ import annotations
@@ -8,23 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastvid.ops.reference import gelu_tanh
+from fastvid.ops import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] @ weight [n, K]^T + bias [n] -> [..., n]."""
-    _check(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """GELU in its tanh form of x [..., K] @ weight [n, K]^T + bias [n] -> [..., n]."""
-    return gelu_tanh(linear(x, weight, bias))
 
 
 @torch.library.custom_op("fastvid::linear_triton", mutates_args=())
@@ -40,8 +28,8 @@ def linear_gelu_tanh_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 
 BACKENDS: Mapping[str, Mapping[str, Callable[..., Tensor]]] = {
-    "linear": {"reference": linear, "triton": linear_triton},
-    "linear_gelu_tanh": {"reference": linear_gelu_tanh, "triton": linear_gelu_tanh_triton},
+    "linear": {"reference": reference.linear, "triton": linear_triton},
+    "linear_gelu_tanh": {"reference": reference.linear_gelu_tanh, "triton": linear_gelu_tanh_triton},
 }
 
 

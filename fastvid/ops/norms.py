@@ -1,6 +1,6 @@
 """Norms, the residual stream in front of them, and queries and keys made ready for attention.
 
-What `reference.py` means by modulated_layer_norm, gated_residual, layer_norm, rms_norm and rms_norm_rope, and four
+The meaning is in `reference.py`: modulated_layer_norm, gated_residual, layer_norm, rms_norm and rms_norm_rope, and four
 operations that do several of these in one pass over memory. `triton` is kernels/row_norms.py and
 kernels/qk_norm_rope.py.
 
@@ -21,51 +21,6 @@ from fastvid.ops import reference
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
-
-
-def gated_residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float
-) -> Pair:
-    """x + y * gate, and the modulated layer norm of it, as it is after rounding to the type of x."""
-    x = reference.gated_residual(x, y, gate, index)
-    return x, reference.modulated_layer_norm(x, shift, scale, index, eps)
-
-
-def gated_residual_layer_norm(
-    x: Tensor, y: Tensor, gate: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> Pair:
-    """x + y * gate, and the layer norm of it, as it is after rounding to the type of x, with a weight and a bias."""
-    x = reference.gated_residual(x, y, gate, index)
-    return x, reference.layer_norm(x, weight, bias, eps)
-
-
-def residual_norm(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float) -> Pair:
-    """x + y, and the modulated layer norm of it, as it is after rounding to the type of x."""
-    x = (x + y).to(x.dtype)
-    return x, reference.modulated_layer_norm(x, shift, scale, index, eps)
-
-
-def qkv_norm_rope(
-    qkv: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    order: Tensor | None = None,
-) -> Triple:
-    """Of a fused projection [B, N, 3 * d]: q and k with RMS norm and rotation, and v, each [B, N, H, D] as a view of
-    memory that is laid out [B, H, N, D].
-
-    order [N], in int32 or int64: position p of all three has token order[p], which is turned by that token's cos and
-    sin. It has to be a permutation (see `tile_order`).
-    """
-    q, k, v = qkv.chunk(3, -1)
-    q = reference.rms_norm_rope(q, weight_q, cos, sin, eps)
-    k = reference.rms_norm_rope(k, weight_k, cos, sin, eps)
-    rows = (x if order is None else x.index_select(1, order) for x in (q, k, v.unflatten(-1, q.shape[2:])))
-    q, k, v = (x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2) for x in rows)
-    return q, k, v
 
 
 def tile_order(
@@ -187,13 +142,16 @@ Backends = Mapping[str, Callable[..., Any]]
 BACKENDS: Mapping[str, Backends] = {
     "modulated_layer_norm": {"reference": reference.modulated_layer_norm, "triton": modulated_layer_norm_triton},
     "gated_residual": {"reference": reference.gated_residual, "triton": gated_residual_triton},
-    "gated_residual_norm": {"reference": gated_residual_norm, "triton": gated_residual_norm_triton},
-    "gated_residual_layer_norm": {"reference": gated_residual_layer_norm, "triton": gated_residual_layer_norm_triton},
-    "residual_norm": {"reference": residual_norm, "triton": residual_norm_triton},
+    "gated_residual_norm": {"reference": reference.gated_residual_norm, "triton": gated_residual_norm_triton},
+    "gated_residual_layer_norm": {
+        "reference": reference.gated_residual_layer_norm,
+        "triton": gated_residual_layer_norm_triton,
+    },
+    "residual_norm": {"reference": reference.residual_norm, "triton": residual_norm_triton},
     "layer_norm": {"reference": reference.layer_norm, "triton": layer_norm_triton},
     "rms_norm": {"reference": reference.rms_norm, "triton": rms_norm_triton},
     "rms_norm_rope": {"reference": reference.rms_norm_rope, "triton": rms_norm_rope_triton},
-    "qkv_norm_rope": {"reference": qkv_norm_rope, "triton": qkv_norm_rope_triton},
+    "qkv_norm_rope": {"reference": reference.qkv_norm_rope, "triton": qkv_norm_rope_triton},
 }
 
 

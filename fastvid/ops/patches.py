@@ -1,8 +1,8 @@
 """Both ends of a video transformer: latents to tokens, `patch_embed`, and tokens to latents, `head`.
 
 Shapes as in `ops.reference`; C2 channels of what is known of a video, T/H/W latent frames, height and width.
-`reference` is the meaning; `triton` is kernels/patch_embed.py and kernels/head.py, one kernel each, which read latents
-and tokens where they lie.
+`reference.py` has the meaning; `triton` is kernels/patch_embed.py and kernels/head.py, one kernel each, which read
+latents and tokens where they lie.
 """
 
 from __future__ import annotations
@@ -10,46 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.ops import reference
-
-
-def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor | None = None) -> Tensor:
-    """Cut [B, C, T, H, W] into patches and project each: -> [B, N, d] in weight's type, N in (t, h, w) order.
-
-    weight [d, C, pt, ph, pw]. known [B, C2, T, H, W]: more channels behind those of the latents (of image-to-video
-    models: mask and known latents); weight is then [d, C + C2, pt, ph, pw]. Latents and known may be of any type.
-    """
-    _tokens_of(latents, weight, bias, known)
-    latents = latents.to(weight.dtype)
-    if known is not None:
-        latents = torch.cat((latents, known.to(weight.dtype)), dim=1)
-    return reference.patch_embed(latents, weight, bias)
-
-
-def head(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    eps: float,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Modulated LayerNorm, projection, and patches back in their places: -> latents [B, C, T, H, W].
-
-    x [B, N, d], shift and scale [K, d], index [B, G] as `reference.modulated_layer_norm` has them; weight
-    [pt ph pw C, d] and bias [pt ph pw C], C fastest; grid (t, h, w) with N = t h w; patch (pt, ph, pw).
-    dtype: of the latents, that of x when None; from what fp32 sums to it there is one rounding in kernels.
-    """
-    _latents_of(x, shift, scale, index, weight, bias, grid, patch, eps, dtype)
-    y = F.linear(reference.modulated_layer_norm(x, shift, scale, index, eps), weight, bias)
-    return reference.unpatchify(y, tuple(grid), tuple(patch)).to(dtype or x.dtype)
 
 
 @torch.library.custom_op("fastvid::patch_embed_triton", mutates_args=())
@@ -86,8 +49,8 @@ def head_triton(
 
 
 BACKENDS: Mapping[str, Mapping[str, Callable[..., Tensor]]] = {
-    "patch_embed": {"reference": patch_embed, "triton": patch_embed_triton},
-    "head": {"reference": head, "triton": head_triton},
+    "patch_embed": {"reference": reference.patch_embed, "triton": patch_embed_triton},
+    "head": {"reference": reference.head, "triton": head_triton},
 }
 
 
