@@ -29,12 +29,20 @@ from fastvid.kernels.row_norms import (
     pieces,
 )
 
-# (architecture, widest row) -> warps a program. Chosen by what the compiler makes of them; not tuned on a GPU yet.
-CONFIGS = {(arch, width): warps for arch in (80, 90, 100) for width, warps in ((2048, 2), (8192, 4), (MAX_WIDTH, 8))}
+# (architecture, widest row) -> how the kernel is launched; as in row_norms.py, and not tuned on a GPU yet either.
+CONFIGS = {
+    (arch, width): options
+    for arch in (80, 90, 100)
+    for width, options in (
+        (2048, {"num_warps": 2, "maxnreg": 128}),
+        (8192, {"num_warps": 4}),
+        (MAX_WIDTH, {"num_warps": 8}),
+    )
+}
 
 
-def choose(arch: int, width: int) -> int:
-    """Warps for rows of a width on sm_<arch>, or what the newest known architecture before it takes."""
+def choose(arch: int, width: int) -> dict[str, int]:
+    """The options for rows of a width on sm_<arch>, or what the newest known architecture before it takes."""
     known = max((a for a, _ in CONFIGS if a <= arch), default=80)
     return CONFIGS[known, min(w for a, w in CONFIGS if a == known and w >= width)]
 
@@ -177,7 +185,7 @@ def _variant(fused: bool, ordered: bool, heads: int, head_dim: int, dtype: str) 
         pointers | dict.fromkeys((*strides, "tokens"), "i32") | {"eps": "fp32"},
         dict.fromkeys(absent) | _blocks(heads, head_dim),
         [*pointers, *strides] if head_dim % 32 == 0 else list(pointers),
-        {"num_warps": choose(90, heads * head_dim), "enable_fp_fusion": True},
+        {"enable_fp_fusion": True, **choose(90, heads * head_dim)},
     )
 
 
@@ -240,6 +248,6 @@ def _launch(
             *(x, *weights, *rotary, order, *out),
             *(N, *x.stride()[:2], *(table.stride(0) for table in rotary), *out[0].stride()[:3], eps),
             **_blocks(H, D),
-            num_warps=choose(architecture(x), H * D),
             enable_fp_fusion=True,
+            **choose(architecture(x), H * D),
         )

@@ -30,13 +30,22 @@ MAX_WIDTH = 16384
 MIN_TAIL = 256  # columns that the 32 lanes of a warp take in accesses of 16 bytes
 
 
-# (architecture, widest row) -> warps a program: up to 48 values a thread at 6144 columns, in accesses of 16 bytes.
+# (architecture, widest row) -> how the kernel is launched. Up to 48 values a thread at 6144 columns, in accesses of 16
+# bytes; without a limit the compiler stays just below 64 or 80 registers in narrow rows, at the price of spilling two.
 # Chosen by what the compiler makes of them; not tuned on a GPU yet.
-CONFIGS = {(arch, width): warps for arch in (80, 90, 100) for width, warps in ((2048, 2), (8192, 4), (MAX_WIDTH, 8))}
+CONFIGS = {
+    (arch, width): options
+    for arch in (80, 90, 100)
+    for width, options in (
+        (2048, {"num_warps": 2, "maxnreg": 128}),
+        (8192, {"num_warps": 4}),
+        (MAX_WIDTH, {"num_warps": 8}),
+    )
+}
 
 
-def choose(arch: int, width: int) -> int:
-    """Warps for rows of a width on sm_<arch>, or what the newest known architecture before it takes."""
+def choose(arch: int, width: int) -> dict[str, int]:
+    """The options for rows of a width on sm_<arch>, or what the newest known architecture before it takes."""
     known = max((a for a, _ in CONFIGS if a <= arch), default=80)
     return CONFIGS[known, min(w for a, w in CONFIGS if a == known and w >= width)]
 
@@ -180,7 +189,7 @@ def variants() -> list[Variant]:
 
 def _variant(norm: str, width: int, dtype: str) -> Variant:
     modulated, absent = "modulated" in norm, ABSENT[norm]
-    (main, tail), warps = pieces(width, MIN_TAIL), choose(90, width)
+    main, tail = pieces(width, MIN_TAIL)
     pointers = dict.fromkeys(("x_ptr", "y_ptr", "sum_ptr", "out_ptr"), f"*{dtype}") | {"gate_ptr": "*fp32"}
     pointers |= dict.fromkeys(("weight_ptr", "bias_ptr"), "*fp32" if modulated else f"*{dtype}")
     pointers = {name: kind for name, kind in pointers.items() if name not in absent}
@@ -196,7 +205,7 @@ def _variant(norm: str, width: int, dtype: str) -> Variant:
         types if "index_ptr" in absent else types | {"index_ptr": "*i64"},
         dict.fromkeys(absent) | constants | {"MAIN": main, "TAIL": tail, "index_group": 1},
         [*pointers, *strides, "width"] if width % 16 == 0 else list(pointers),
-        {"num_warps": warps, "enable_fp_fusion": True},
+        {"enable_fp_fusion": True, **choose(90, width)},
     )
 
 
@@ -240,8 +249,8 @@ def row_norm(
             MASKED=d != main + tail,
             MAIN=main,
             TAIL=tail,
-            num_warps=choose(architecture(x), d),
             enable_fp_fusion=True,
+            **choose(architecture(x), d),
         )
 
 
