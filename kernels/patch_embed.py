@@ -41,8 +41,8 @@ class Config:
 # (architecture, shape class) -> config; not measured yet.
 CONFIGS: Mapping[tuple[int, str], Config] = MappingProxyType(
     {
-        (80, "16 bits"): Config(64, 128, 4, 2),
-        (80, "fp32"): Config(32, 64, 4, 2, 16),
+        (80, "16 bits"): Config(64, 64, 4, 2),
+        (80, "fp32"): Config(32, 32, 4, 2, 16),
         (90, "16 bits"): Config(128, 128, 8, 2),
         (90, "fp32"): Config(32, 64, 4, 2, 16),
         (100, "16 bits"): Config(128, 128, 8, 2),
