@@ -67,8 +67,9 @@ def test_unknown_names_are_refused_with_the_nearest(arguments: dict[str, str], n
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ({"backend": "triton"}, r"there is no triton back end \(.*rms_norm"),
-        ({"attention": "flash"}, r"there is no flash back end \(attention\)"),
+        ({"backend": "triton"}, r"it needs a CUDA device, and the device is cpu \(.*rms_norm"),
+        ({"backend": "cuda"}, r"there is no cuda back end \(.*rms_norm"),
+        ({"attention": "flash"}, r"the package flash-attn is not installed \(attention\)"),
         ({"backend": "to_rgb=triton"}, r"it needs a CUDA device, and the device is cpu \(to_rgb\)"),
         ({"backend": "to_rgb=cuda"}, r"it needs a CUDA device|_C was not built"),
     ],

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastvid.errors import BackendUnavailable, InvalidRequest
+from fastvid.ops import attention as attentions
 from fastvid.ops import backends, linears, norms, patches, reference, rgb, stepping
 
 Function = Callable[..., Any]
@@ -69,7 +70,7 @@ def implementations() -> dict[str, dict[str, Function]]:
     """Operation -> back end -> function."""
     public = {name: f for name, f in vars(reference).items() if inspect.isfunction(f) and not name.startswith("_")}
     table = {name: {"reference": f} for name, f in public.items() if f.__module__ == reference.__name__}
-    table["attention"]["sdpa"] = reference.attention
+    table["attention"] = dict(attentions.BACKENDS)
     table["to_rgb"] = dict(rgb.BACKENDS)
     for family in (norms, patches, linears, stepping):
         for name, functions in family.BACKENDS.items():
