@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 
 import torch
-from harness import Case, Row, measure, save, table
+from harness import Case, Row, compared, measure, save, table
 from torch import Tensor
 
 from fastvid.ops import backends, rgb
 
+OPERATIONS = True  # what `gpu.sh kernels` runs
 SIZES = {"cuda": {"480p": (81, 480, 832), "1080p": (33, 1080, 1920)}, "cpu": {"240p": (17, 240, 416)}}
+
+FILES = {"triton": "rgb.py", "cuda": "csrc"}
 
 
 def main() -> None:
@@ -22,13 +25,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     device = torch.device(args.device)
-    groups = {}
+    groups, told = {}, {}
+    kernels = {name: file for name, file in FILES.items() if backends.why_not(name, device) is None}
     for name, size in SIZES[device.type].items():
         for dtype in rgb.DTYPES:
             title = f"{name} {str(dtype).removeprefix('torch.')}"
+            told[title] = compared("to_rgb", "any", "reference", **kernels)
             groups[title] = bench(size, dtype, device, args.rounds)
             print(table(groups[title], title), end="\n\n", flush=True)
-    print(save("rgb", groups, device))
+    print(save("rgb", groups, device, compared=told))
 
 
 def bench(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, rounds: int) -> list[Row]:

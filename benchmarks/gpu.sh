@@ -1,39 +1,71 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under 10 minutes: build the extension for this GPU, run the tests marked
-# `gpu`, run the benchmarks. It needs the system's Python with torch, Triton, pytest and hypothesis, and nvcc; no package
-# index, no virtual environment, nothing installed. Results go to $OUT, or to benchmarks/results.
+# What needs a GPU, in parts of under 9 minutes each on a bare machine:
 #
-#   benchmarks/gpu.sh [benchmark ...]      # e.g. rgb; all of benchmarks/bench_*.py when none is named
+#   benchmarks/gpu.sh verify                  # build, run the tests marked `gpu`, and the small ones under a sanitizer
+#   benchmarks/gpu.sh kernels [NAME ...]      # measure operations: rgb attention ..., or all that are not in $OUT yet
+#   benchmarks/gpu.sh e2e [NAME ...]          # measure whole models
+#
+# It needs the system's Python with torch, Triton, pytest and hypothesis, and nvcc; no package index, no virtual
+# environment, nothing installed. Results go to $OUT, or to benchmarks/results; a part that was cut off goes on with what
+# has no result yet (ALL=1: everything anew). Then commit them and run benchmarks/verified.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export OUT=${OUT:-$PWD/benchmarks/results}
 mkdir -p "$OUT"
+part=${1:-}
+[ $# -eq 0 ] || shift
+seconds=${SECONDS_A_PART:-500} # of a part, after which nothing new is begun
 
 # 9.0 and later have instructions of their own (the a of sm_90a); older ones do not.
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d ' .')
 if [ "$arch" -ge 90 ]; then arch=${arch}a; fi
 FASTVID_BUILD_CUDA=1 FASTVID_CUDA_ARCHS=$arch "$python" setup.py -q build_ext --inplace
 
-# What an editable install would do: the package, with kernels/ as fastvid.kernels, on the path ahead of the checkout.
+# What an editable install would do: the package, with kernels/ and benchmarks/ in it, on the path ahead of the checkout.
 site=$PWD/build/site
 rm -rf "$site"
 mkdir -p "$site/fastvid"
-ln -s "$PWD"/fastvid/* "$site/fastvid/"
-ln -s "$PWD/kernels" "$site/fastvid/kernels"
+ln -sfn "$PWD"/fastvid/* "$site/fastvid/"
+ln -sfn "$PWD/kernels" "$PWD/benchmarks" "$site/fastvid/"
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 
-"$python" -c 'from fastvid import doctor; print(doctor.render(doctor.doctor()))' | tee "$OUT/doctor.txt"
-
 failed=0
-mapfile -t tests < <(grep -l 'mark\.gpu' tests/test_*.py)
-"$python" -m pytest -q -m gpu -p no:cacheprovider "${tests[@]}" 2>&1 | tee "$OUT/tests.txt" || failed=1
+run() { # NAME: bench_NAME.py, unless it has a result
+    if [ -z "${ALL:-}" ] && compgen -G "$OUT/$1-nvidia*.json" > /dev/null; then return; fi
+    if [ "$SECONDS" -gt "$seconds" ]; then
+        echo "no time is left for $1: call this again"
+        failed=1
+        return
+    fi
+    PYTHONPATH=$PWD/benchmarks:$PYTHONPATH timeout "$((seconds - SECONDS + 40))" \
+        "$python" "benchmarks/bench_$1.py" --device cuda || failed=1
+}
 
-if [ $# -eq 0 ]; then
-    mapfile -t names < <(cd benchmarks && printf '%s\n' bench_*.py | sed 's/^bench_//; s/\.py$//')
-    set -- "${names[@]}"
-fi
-for name in "$@"; do
-    PYTHONPATH=$PWD/benchmarks:$PYTHONPATH "$python" "benchmarks/bench_$name.py" --device cuda || failed=1
-done
+case $part in
+    verify)
+        "$python" -c 'from fastvid import doctor; print(doctor.render(doctor.doctor()))' | tee "$OUT/doctor.txt"
+        PYTHONPATH=$PWD/benchmarks:$PYTHONPATH timeout "$seconds" "$python" benchmarks/gpu_tests.py "$@" || failed=1
+        for tool in memcheck racecheck; do
+            [ "$SECONDS" -lt "$seconds" ] || { echo "no time is left for $tool"; failed=1; break; }
+            PYTHONPATH=$PWD/benchmarks:$PYTHONPATH timeout "$((seconds - SECONDS + 40))" \
+                compute-sanitizer --tool "$tool" --error-exitcode 9 --launch-timeout 0 \
+                "$python" benchmarks/sanitize.py 2>&1 | tee "$OUT/$tool.txt" | tail -n 20 || failed=1
+        done
+        ;;
+    kernels)
+        if [ $# -eq 0 ]; then
+            mapfile -t names < <(grep -l '^OPERATIONS = True' benchmarks/bench_*.py | sed 's/.*bench_//; s/\.py$//')
+            set -- "${names[@]}"
+        fi
+        for name in "$@"; do run "$name"; done
+        ;;
+    e2e)
+        for name in "${@:-e2e}"; do run "$name"; done
+        ;;
+    *)
+        sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+        exit 2
+        ;;
+esac
 exit $failed

@@ -29,6 +29,9 @@ from typing import Any
 
 import torch
 
+from fastvid import ops
+from fastvid.ops import backends
+
 ROOT = Path(__file__).parents[1]
 L2_FLUSH_BYTES = 256 * 2**20  # several times the L2 of any GPU so far
 
@@ -129,11 +132,21 @@ def save(
     return path
 
 
+def compared(op: str, shape_class: str, instead: str, **kernels: str) -> dict[str, Any]:
+    """What rows say of an operation's kernels, for `verified.py`: save(..., compared={title: compared(...)}).
+
+    instead: the row of what `auto` takes without them. kernels: back end, which is also the row's name -> its file.
+    """
+    sources = {name: {"file": file, "source": ops.source_hash(name, file)} for name, file in kernels.items()}
+    return {"op": op, "shape_class": shape_class, "instead": instead, "kernels": sources}
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were taken on."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu {cpu_name()}",
+        "arch": backends.architecture(device),
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -1,5 +1,5 @@
 """The command line: `fastvid generate | image | extend | loop | blend | edit | storyboard | finalize`, `resume`, and
-`plan`, `inspect`, `convert`, `doctor`.
+`plan`, `inspect`, `convert`, `doctor`, `bench`.
 
 What can be checked without the model (flags, request, output path) is checked before torch is imported.
 """
@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
             command, flags = cli_args.parse(sys.argv[1:] if argv is None else argv)
             verb = flags.verb
             run = {"": _version, "resume": _resume, "plan": _plan, "inspect": _inspect, "convert": _convert}
-            run.get(command, _doctor if command == "doctor" else _make)(flags)
+            run |= {"doctor": _doctor, "bench": _bench}
+            run.get(command, _make)(flags)
             sys.stdout.flush()
         return OK
     except SystemExit as done:  # argparse, after --help
@@ -221,6 +222,16 @@ def _doctor(flags: argparse.Namespace) -> None:
 
     report = doctor.doctor(flags.device)
     print(json.dumps(report) if flags.json else doctor.render(report))
+
+
+def _bench(flags: argparse.Namespace) -> None:
+    from fastvid import bench
+
+    if not flags.names:
+        for name, path in bench.scripts().items():
+            print(f"{name:<14} {bench.summary(path)}")
+        return
+    bench.run(flags.names, Path(flags.out), flags.passed_on)
 
 
 def _lines(value: dict[str, Any], indent: str = "") -> Iterator[str]:

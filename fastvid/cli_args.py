@@ -21,6 +21,7 @@ OTHERS = {
     "inspect": "what a model is, without loading it",
     "convert": "turn pickles and original Wan files into what fastvid loads, and back",
     "doctor": "what this machine has, and what every operation would run on",
+    "bench": "measure operations and models on this machine",
 }
 COMMANDS = (*VERBS, *OTHERS)
 
@@ -104,6 +105,7 @@ def build() -> dict[str, Parser]:
         "inspect": _inspect(),
         "convert": _convert(),
         "doctor": _doctor(),
+        "bench": _bench(),
     }
 
 
@@ -330,6 +332,19 @@ def _doctor() -> Parser:
     return parser
 
 
+def _bench() -> Parser:
+    parser = Parser(
+        prog="fastvid bench",
+        usage="fastvid bench [NAME ...] [--out FOLDER] [-- FLAGS OF THE SCRIPT]",
+        description="Measure operations and models on this machine; without a name, list what there is to measure.",
+        epilog="examples:\n  fastvid bench rgb attention --out results\n"
+        f"  fastvid bench rgb -- --device cpu --rounds 5\n  fastvid bench rgb -- --help\n\n{EPILOG}",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a benchmark")
+    parser.add_argument("--out", metavar="FOLDER", default=".", help="where results go, as JSON (default: here)")
+    return parser
+
+
 def parse(words: list[str]) -> tuple[str, argparse.Namespace]:
     """(command, its flags); the command is "" for fastvid itself. flags.verb: of a video, made or planned.
 
@@ -344,10 +359,11 @@ def parse(words: list[str]) -> tuple[str, argparse.Namespace]:
     verb = named if named in VERBS else "generate"
     words = words[1:] if command == "plan" and named in VERBS else words
     parser = _plan(verb) if command == "plan" else build()[command]
+    words, passed_on = _split(words) if command == "bench" else (words, [])
     parser.check_flags(words)
     # Words may stand before and behind flags alike.
     flags, rest = parser.parse_known_intermixed_args(words)
-    flags.verb, flags.planned = verb, command == "plan"
+    flags.verb, flags.planned, flags.passed_on = verb, command == "plan", passed_on
     if rest:
         prompted = (command in VERBS or command == "plan") and has_prompt(verb)
         parser.error(f"unexpected {rest[0][:60]!r}{'; put a prompt of several words in quotes' if prompted else ''}")
@@ -355,3 +371,9 @@ def parse(words: list[str]) -> tuple[str, argparse.Namespace]:
         parser.print_help(sys.stderr)
         raise UsageError("no command given (see fastvid --help)")
     return command, flags
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and behind the first --."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvid.kernels.ahead import Variant
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK = 256
 
@@ -72,6 +74,25 @@ def rgb_kernel(
             x = tl.load(src_ptr + pixels * stride_w, mask=inside, other=0.0)
             tl.store(dst_ptr + (row * width + pixels) * 3 + c, _bytes(x).to(tl.uint8), mask=inside)
             src_ptr += stride_c
+
+
+def variants() -> list[Variant]:
+    """Whole words, then rows that do not start on one."""
+    types = {"src_ptr": "*bf16", "dst_ptr": "*u8", "height": "i32", "width": "i32", "col_blocks": "i32"}
+    types |= dict.fromkeys(("stride_c", "stride_t", "stride_h"), "i64")
+    aligned = ("src_ptr", "dst_ptr", "width", "stride_c", "stride_t", "stride_h")
+    return [
+        Variant(
+            f"rgb {'words' if group == 4 else 'bytes'} {dtype}",
+            rgb_kernel,
+            types | {"src_ptr": f"*{dtype}"},
+            {"stride_w": 1, "BLOCK": BLOCK, "GROUP": group},
+            aligned,
+            {"enable_fp_fusion": False},
+        )
+        for dtype in ("bf16", "fp32")
+        for group in (4, 1)
+    ]
 
 
 def to_rgb(frames: Tensor, out: Tensor) -> None:

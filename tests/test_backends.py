@@ -38,7 +38,7 @@ def test_every_function_of_the_reference_is_an_operation() -> None:
 def test_ops_is_a_frozen_value() -> None:
     bound = ops.bind()
     assert pickle.loads(pickle.dumps(bound)) == bound and copy.deepcopy(bound) == bound
-    assert copy.deepcopy(bound).gelu_tanh is reference.gelu_tanh
+    assert copy.deepcopy(bound).rms_norm is reference.rms_norm
     with pytest.raises(dataclasses.FrozenInstanceError):
         bound.to_rgb = rgb.triton
     with pytest.raises(AttributeError):
@@ -67,8 +67,9 @@ def test_unknown_names_are_refused_with_the_nearest(arguments: dict[str, str], n
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ({"backend": "triton"}, r"there is no triton back end \(.*rms_norm"),
-        ({"attention": "flash"}, r"there is no flash back end \(attention\)"),
+        ({"backend": "triton"}, r"it needs a CUDA device, and the device is cpu \(.*rms_norm"),
+        ({"backend": "cuda"}, r"there is no cuda back end \(.*rms_norm"),
+        ({"attention": "flash"}, r"the package flash-attn is not installed \(attention\)"),
         ({"backend": "to_rgb=triton"}, r"it needs a CUDA device, and the device is cpu \(to_rgb\)"),
         ({"backend": "to_rgb=cuda"}, r"it needs a CUDA device|_C was not built"),
     ],
@@ -86,10 +87,10 @@ def test_a_device_that_is_not_there() -> None:
 
 def test_one_operation_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "why_not", lambda backend, device: None)
-    bound = ops.bind(backend="to_rgb=triton, gelu_tanh=reference", attention="reference")
+    bound = ops.bind(backend="to_rgb=triton, rms_norm=reference", attention="reference")
     assert bound.to_rgb is rgb.triton
-    assert {bound.reasons[op] for op in ("to_rgb", "gelu_tanh", "attention")} == {"asked for"}
-    assert bound.reasons["rms_norm"] == "cpu"
+    assert {bound.reasons[op] for op in ("to_rgb", "rms_norm", "attention")} == {"asked for"}
+    assert bound.reasons["layer_norm"] == "cpu"
 
 
 def test_auto_takes_a_verified_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +98,26 @@ def test_auto_takes_a_verified_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     bound = ops.bind(verified=[row()])
     assert bound.to_rgb is rgb.triton
     assert bound.reasons["to_rgb"] == "verified: benchmarks/results/rgb.json"
+
+
+def frames_class(frames: torch.Tensor) -> str:
+    return "many frames" if frames.shape[1] > 2 else "few frames"
+
+
+def test_auto_takes_a_kernel_for_the_shapes_it_is_verified_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(backends, "why_not", lambda backend, device: None)
+    monkeypatch.setattr(ops, "shape_classes", lambda: {"to_rgb": frames_class})
+    monkeypatch.setitem(rgb.BACKENDS, "triton", lambda frames: called.append(frames.shape) or rgb.reference(frames))
+    bound = ops.bind(verified=[row(shape_class="many frames"), row(shape_class="huge frames")])
+    assert bound.bound["to_rgb"] == "triton for huge frames, triton for many frames, else reference"
+    assert bound.reasons["to_rgb"] == "verified: benchmarks/results/rgb.json"
+    few, many = torch.rand(3, 2, 4, 4), torch.rand(3, 5, 4, 4)
+    assert torch.equal(bound.to_rgb(few), rgb.reference(few)) and not called
+    assert torch.equal(bound.to_rgb(many), rgb.reference(many)) and called == [many.shape]
+    # Without the operation's classes nobody could tell which kernel is meant.
+    monkeypatch.setattr(ops, "shape_classes", lambda: {})
+    assert ops.bind(verified=[row(shape_class="many frames")]).bound["to_rgb"] == "reference"
 
 
 @pytest.mark.parametrize("change", [{"op": "rms_norm"}, {"arch": "sm_90"}, {"source": "0"}, {"file": "gone.py"}])

@@ -494,6 +494,24 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert status == 0 and "host" in out
 
 
+def test_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fastvid import bench
+
+    fine, bad = tmp_path / "bench_fine.py", tmp_path / "bench_bad.py"
+    fine.write_text(
+        '"""What it measures.\n\nMore."""\nimport os, sys\nopen(os.environ["OUT"] + "/made", "w").write(sys.argv[1])\n'
+    )
+    bad.write_text("raise SystemExit(3)\n")
+    assert run(capsys, "bench")[1].startswith("dit_cpu") and "rgb" in bench.scripts()
+    monkeypatch.setattr(bench, "scripts", lambda: {"bad": bad, "fine": fine})
+    assert run(capsys, "bench") == (0, f"{'bad':<14} \n{'fine':<14} What it measures.\n", "")
+    status, _, error = run(capsys, "bench", "bad", "fine", "--out", str(tmp_path / "new"), "--", "--rounds")
+    assert status == 1 and "failed: bad (exit status 3)" in error
+    assert (tmp_path / "new" / "made").read_text() == "--rounds", "one that fails does not keep the next from running"
+    status, _, error = run(capsys, "bench", "fin")
+    assert status == 2 and "nearest is fine" in error
+
+
 # ---------------------------------------------------------------- progress
 
 

@@ -20,7 +20,7 @@ OPS = BASE | {"ops"}
 PARTS = OPS | {"layers", "sampling", "distributed", "precision"}
 MODELS = PARTS | {"models", "offload", "weights"}
 MIDDLE = MODELS | {"env", "requests", "timeline"}
-SURFACE = MIDDLE | {"convert", "doctor", "engine", "events", "loading", "media", "plan", "video", "__init__"}
+SURFACE = MIDDLE | {"bench", "convert", "doctor", "engine", "events", "loading", "media", "plan", "video", "__init__"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "env": set(),
@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "video": BASE | {"events", "media", "requests"},
     "progress": BASE | {"env", "events", "requests"},
     "doctor": MIDDLE | {"media", "__init__"},
+    "bench": BASE,
     "pieces": SURFACE,
     "given": SURFACE | {"clips"},
     "control": SURFACE | {"given", "source"},

@@ -107,7 +107,7 @@ def test_patches_are_cut_and_put_back(patch: tuple[int, int, int]) -> None:
     order = identity.view(4, -1, identity.shape[0]).transpose(0, 1).reshape(-1, 4, *patch)
     tokens = reference.patch_embed(latents, order, torch.zeros(len(identity)))
     grid = (4 // patch[0], 6 // patch[1], 12 // patch[2])
-    assert torch.equal(reference.unpatchify(tokens, grid, patch), latents)
+    assert torch.equal(reference._unpatchify(tokens, grid, patch), latents)
     with pytest.raises(ValueError, match="do not divide"):
         reference.patch_embed(latents[..., :11], conv.weight, conv.bias)
 

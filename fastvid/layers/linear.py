@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvid.ops import onednn
+from fastvid.ops import onednn, reference
 
 # Below this many rows the start-up of a oneDNN call (10 us) costs more than it gains.
 MIN_ROWS = 64
@@ -28,10 +28,10 @@ class Linear(nn.Linear):
 
 
 def linear_gelu_tanh(ops: Any, layer: nn.Linear, x: Tensor) -> Tensor:
-    """ops.gelu_tanh(layer(x)), in one step where oneDNN applies and gelu_tanh is not a kernel of ours."""
-    if onednn_applies(x, layer.weight):
+    """ops.linear_gelu_tanh of a layer; by oneDNN where it applies, unless a kernel is bound."""
+    if ops.linear_gelu_tanh is reference.linear_gelu_tanh and onednn_applies(x, layer.weight):
         return _onednn(x, layer.weight, layer.bias, "gelu", "tanh")
-    return ops.gelu_tanh(layer(x))
+    return ops.linear_gelu_tanh(x, layer.weight, layer.bias)
 
 
 def onednn_applies(x: Tensor, weight: Tensor) -> bool:

@@ -183,13 +183,14 @@ class Block(nn.Module):
         rows, index = self.scale_shift_table + modulation.rows, modulation.index
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
         y = self.ops.modulated_layer_norm(x, shift1, scale1, index, self.eps)
-        x = self.ops.gated_residual(x, self.attn1.self_attend(y, rotary, cache), gate1, index)
-        x = x + self.attn2.cross_attend(self._norm2(x), *context)
-        y = self.ops.modulated_layer_norm(x, shift2, scale2, index, self.eps)
+        y = self.attn1.self_attend(y, rotary, cache)
+        if self.norm2 is None:
+            x = y = self.ops.gated_residual(x, y, gate1, index)
+        else:
+            norm = self.norm2.weight, self.norm2.bias, self.eps
+            x, y = self.ops.gated_residual_layer_norm(x, y, gate1, index, *norm)
+        x, y = self.ops.residual_norm(x, self.attn2.cross_attend(y, *context), shift2, scale2, index, self.eps)
         return self.ops.gated_residual(x, self.ffn(y), gate2, index)
-
-    def _norm2(self, x: Tensor) -> Tensor:
-        return x if self.norm2 is None else self.ops.layer_norm(x, self.norm2.weight, self.norm2.bias, self.eps)
 
 
 class TwoLinears(nn.Module):
@@ -335,7 +336,7 @@ class WanTransformer(nn.Module):
         embedding, rows = self.condition_embedder.embed_time(values)
         modulation = Modulation(rows, index)
         rotary = rotary_table(grid, self.config.attention_head_dim, offset=rope_offset, device=latents.device)
-        x = self.ops.patch_embed(latents.to(self.dtype), self.patch_embedding.weight, self.patch_embedding.bias)
+        x = self.ops.patch_embed(latents, self.patch_embedding.weight, self.patch_embedding.bias)
         x = self._run_blocks(x, modulation, context, rotary, cache)
         return self._head(x, embedding, index, grid).to(latents.dtype)
 
@@ -354,8 +355,8 @@ class WanTransformer(nn.Module):
 
     def _head(self, x: Tensor, embedding: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tensor:
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)
-        x = self.proj_out(self.ops.modulated_layer_norm(x, shift, scale, index, self.config.eps))
-        return self.ops.unpatchify(x, grid, self.config.patch_size)
+        out = self.proj_out.weight, self.proj_out.bias
+        return self.ops.head(x, shift, scale, index, *out, grid, self.config.patch_size, self.config.eps)
 
     def _grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Tokens along t, h, w."""

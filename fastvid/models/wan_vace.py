@@ -165,7 +165,7 @@ class WanVACETransformer(WanTransformer):
     def _embed_control(self, control: Tensor, x: Tensor) -> Tensor:
         """The control's tokens, with zeros behind them up to the video's number [B, N, d]."""
         embedding = self.vace_patch_embedding
-        tokens = self.ops.patch_embed(control.to(self.dtype), embedding.weight, embedding.bias)
+        tokens = self.ops.patch_embed(control, embedding.weight, embedding.bias)
         return F.pad(tokens, (0, 0, 0, x.shape[1] - tokens.shape[1]))
 
     def _check_control(self, control: Tensor | None, batch: int) -> None:

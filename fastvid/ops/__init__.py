@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastvid.errors import BackendUnavailable, InvalidRequest
-from fastvid.ops import backends, reference, rgb
+from fastvid.ops import attention as attentions
+from fastvid.ops import backends, linears, norms, patches, reference, rgb, stepping
 
 Function = Callable[..., Any]
 
@@ -45,12 +46,35 @@ class Ops:
         def __getattr__(self, name: str) -> Function: ...
 
 
+@dataclass(frozen=True)
+class ByClass:
+    """A function that runs a kernel on the classes of shapes that it is verified for, and another one on the rest.
+
+    shape_class: from the function's arguments to the name of their class. kernels: class -> kernel.
+    """
+
+    shape_class: Function
+    kernels: Mapping[str, Function]
+    rest: Function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.kernels.get(self.shape_class(*args, **kwargs), self.rest)(*args, **kwargs)
+
+
+def shape_classes() -> dict[str, Function]:
+    """Operation -> which class its arguments are of, where speed depends on that; "any" of the others."""
+    return {}
+
+
 def implementations() -> dict[str, dict[str, Function]]:
     """Operation -> back end -> function."""
     public = {name: f for name, f in vars(reference).items() if inspect.isfunction(f) and not name.startswith("_")}
     table = {name: {"reference": f} for name, f in public.items() if f.__module__ == reference.__name__}
-    table["attention"]["sdpa"] = reference.attention
+    table["attention"] = dict(attentions.BACKENDS)
     table["to_rgb"] = dict(rgb.BACKENDS)
+    for family in (norms, patches, linears, stepping):
+        for name, functions in family.BACKENDS.items():
+            table[name] = dict(functions)
     return table
 
 
@@ -77,13 +101,11 @@ def bind(
         )
     rows = list(read_verified() if verified is None else verified)
     chosen = {
-        op: _auto(op, table[op], where, rows) if name == "auto" else (name, "asked for") for op, name in asked.items()
+        op: _auto(op, table[op], where, rows) if name == "auto" else (table[op][name], name, "asked for")
+        for op, name in asked.items()
     }
-    return Ops(
-        functions={op: table[op][name] for op, (name, _) in chosen.items()},
-        bound={op: name for op, (name, _) in chosen.items()},
-        reasons={op: reason for op, (_, reason) in chosen.items()},
-    )
+    functions, bound, reasons = ({op: of[i] for op, of in chosen.items()} for i in range(3))
+    return Ops(functions, bound, reasons)
 
 
 def read_verified() -> list[dict[str, str]]:
@@ -103,16 +125,32 @@ def source_hash(backend: str, file: str) -> str | None:
 
 def _auto(
     op: str, functions: Mapping[str, Function], device: torch.device, rows: list[Mapping[str, str]]
-) -> tuple[str, str]:
-    """(back end, reason) that `auto` gives an operation: a verified kernel, or what PyTorch itself has."""
-    arch = backends.architecture(device)
-    for row in rows:
-        fits = (row["op"], row["arch"]) == (op, arch) and row["source"] == source_hash(row["backend"], row["file"])
-        if fits and row["backend"] in functions and not backends.why_not(row["backend"], device):
-            return row["backend"], f"verified: {row['result']}"
+) -> tuple[Function, str, str]:
+    """(function, name, reason) that `auto` gives an operation: verified kernels, or what PyTorch itself has."""
+    name = "sdpa" if op == "attention" else "reference"
+    found = {row["shape_class"]: row for row in rows if _fits(row, op, functions, device)}
+    if every := found.get("any"):
+        return functions[every["backend"]], every["backend"], f"verified: {every['result']}"
+    if found and op in shape_classes():
+        kernels = {shapes: functions[row["backend"]] for shapes, row in found.items()}
+        told = ", ".join(f"{row['backend']} for {shapes}" for shapes, row in sorted(found.items()))
+        results = ", ".join(sorted({row["result"] for row in found.values()}))
+        function = ByClass(shape_classes()[op], kernels, functions[name])
+        return function, f"{told}, else {name}", f"verified: {results}"
     if op == "attention":
-        return "sdpa", "PyTorch's own"
-    return "reference", device.type if device.type == "cpu" else "no committed GPU result"
+        return functions[name], name, "PyTorch's own"
+    return functions[name], name, device.type if device.type == "cpu" else "no committed GPU result"
+
+
+def _fits(row: Mapping[str, str], op: str, functions: Mapping[str, Function], device: torch.device) -> bool:
+    """Whether a row is of this operation, this architecture and the very source that is here, and can run."""
+    same = (row["op"], row["arch"]) == (op, backends.architecture(device))
+    return (
+        same
+        and row["backend"] in functions
+        and row["source"] == source_hash(row["backend"], row["file"])
+        and not backends.why_not(row["backend"], device)
+    )
 
 
 def _missing(asked: Mapping[str, str], table: Mapping[str, Mapping[str, Function]], device: torch.device) -> str:

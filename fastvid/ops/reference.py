@@ -8,6 +8,8 @@ Statistics (means, variances, softmax) are always taken in fp32, the result has 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,11 +26,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = 
     return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale).transpose(1, 2)
 
 
-def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Cut [B, C, T, H, W] into patches and project each: -> [B, N, d], N in (t, h, w) order, w fastest.
+def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor | None = None) -> Tensor:
+    """Cut [B, C, T, H, W] into patches and project each: -> [B, N, d] in weight's type, N in (t, h, w) order.
 
     weight [d, C, pt, ph, pw] is that of a convolution whose stride is its kernel; T, H, W are multiples of the patch.
+    known [B, C2, T, H, W]: more channels behind those of the latents (of image-to-video models: mask and known
+    latents); weight is then [d, C + C2, pt, ph, pw]. Latents and known may be of any type.
     """
+    latents = latents.to(weight.dtype)
+    if known is not None:
+        latents = torch.cat((latents, known.to(weight.dtype)), dim=1)
     B, C, T, H, W = latents.shape
     d, channels, pt, ph, pw = weight.shape
     if channels != C or T % pt or H % ph or W % pw:
@@ -38,7 +45,29 @@ def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(patches, weight.flatten(1), bias)
 
 
-def unpatchify(x: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
+def head(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Modulated LayerNorm, projection, and patches back in their places: -> latents [B, C, T, H, W].
+
+    x [B, N, d], shift and scale [K, d], index [B, G] as modulated_layer_norm has them; weight [pt ph pw C, d] and bias
+    [pt ph pw C], C fastest; grid (t, h, w) with N = t h w; patch (pt, ph, pw). dtype: of the latents, that of x when
+    None; from what fp32 sums to it there is one rounding in kernels.
+    """
+    y = F.linear(modulated_layer_norm(x, shift, scale, index, eps), weight, bias)
+    return _unpatchify(y, tuple(grid), tuple(patch)).to(dtype or x.dtype)
+
+
+def _unpatchify(x: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
     """Put projected patches back: [B, N, pt * ph * pw * C] (C fastest), N = t * h * w of grid -> [B, C, T, H, W]."""
     B = x.shape[0]
     (t, h, w), (pt, ph, pw) = grid, patch
@@ -59,6 +88,30 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, index: Tensor) -> Tensor:
     rows = gate[0] if gate.shape[0] == 1 else _rows(gate, index)
     out = _add_product(_groups(x, index).float(), _groups(y, index).float(), rows)
     return out.view(x.shape).to(x.dtype)
+
+
+def gated_residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + y * gate, and the modulated layer norm of it, as it is after rounding to the type of x."""
+    x = gated_residual(x, y, gate, index)
+    return x, modulated_layer_norm(x, shift, scale, index, eps)
+
+
+def gated_residual_layer_norm(
+    x: Tensor, y: Tensor, gate: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + y * gate, and the layer norm of it, as it is after rounding to the type of x, with a weight and a bias."""
+    x = gated_residual(x, y, gate, index)
+    return x, layer_norm(x, weight, bias, eps)
+
+
+def residual_norm(
+    x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + y, and the modulated layer norm of it, as it is after rounding to the type of x."""
+    x = (x + y).to(x.dtype)
+    return x, modulated_layer_norm(x, shift, scale, index, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -83,9 +136,36 @@ def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
     return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh form."""
-    return F.gelu(x, approximate="tanh")
+def qkv_norm_rope(
+    qkv: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a fused projection [B, N, 3 * d]: q and k with RMS norm and rotation, and v, each [B, N, H, D] as a view of
+    memory that is laid out [B, H, N, D].
+
+    order [N], in int32 or int64: position p of all three has token order[p], which is turned by that token's cos and
+    sin. It has to be a permutation (see `ops.norms.tile_order`).
+    """
+    q, k, v = qkv.chunk(3, -1)
+    q, k = rms_norm_rope(q, weight_q, cos, sin, eps), rms_norm_rope(k, weight_k, cos, sin, eps)
+    rows = (x if order is None else x.index_select(1, order) for x in (q, k, v.unflatten(-1, q.shape[2:])))
+    q, k, v = (x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2) for x in rows)
+    return q, k, v
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] @ weight [n, K]^T + bias [n] -> [..., n]."""
+    return F.linear(x, weight, bias)
+
+
+def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """GELU in its tanh form of x [..., K] @ weight [n, K]^T + bias [n] -> [..., n]."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
 def _groups(x: Tensor, index: Tensor) -> Tensor:

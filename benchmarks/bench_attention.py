@@ -1,0 +1,136 @@
+"""Dense attention of a video's tokens: PyTorch's (what it chooses, and cuDNN, flash and efficient by name), flash-attn
+where it is installed, this package's Triton kernel, and eager scores where they fit.
+
+python benchmarks/bench_attention.py [--device cuda] [--rounds 20] [--configs]
+
+--configs: the Triton kernel with other tile sizes than its table has, to choose the table by.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import torch
+from harness import Case, Row, measure, save, table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastvid.ops import attention, backends, reference
+
+# Tokens of 81 frames at 480p and at 720p, heads of the 1.3B and the 14B model; keys: the tokens themselves, or a text.
+CASES = {
+    "cuda": {
+        "480p, 12 heads": (32760, 32760, 12),
+        "480p, 40 heads": (32760, 32760, 40),
+        "720p, 12 heads": (75600, 75600, 12),
+        "720p, 40 heads": (75600, 75600, 40),
+        "720p, 40 heads, text": (75600, 512, 40),
+    },
+    "cpu": {"1,560 tokens, 2 heads": (1560, 1560, 2), "1,560 tokens, 2 heads, text": (1560, 512, 2)},
+}
+HEAD_DIM = 128
+SDPA = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+EAGER_BYTES = 8 * 2**30  # scores that eager attention may take
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--only", default="", help="cases whose title has this in it")
+    parser.add_argument("--configs", action="store_true")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    groups = {}
+    for title, size in CASES[device.type].items():
+        if args.only in title:
+            groups[title] = bench(*size, device, args.rounds, args.configs)
+            print(table(groups[title], title), end="\n\n", flush=True)
+    print(save("attention-configs" if args.configs else "attention", groups, device, head_dim=HEAD_DIM))
+
+
+def bench(N: int, M: int, heads: int, device: torch.device, rounds: int, configs: bool) -> list[Row]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v = (torch.randn(1, n, heads, HEAD_DIM, device=device, dtype=dtype) for n in (N, M, M))
+    work = {
+        "bytes_moved": 2 * (q.numel() + k.numel()) * q.element_size(),
+        "flops": 4 * N * M * heads * HEAD_DIM,
+    }
+    functions = {"reference": reference.attention}
+    functions |= dict(configurations(q.device)) if configs else dict(others(device, heads * N * M))
+    right = sample(reference.attention(q, k, v))
+    cases = []
+    for name, function in functions.items():
+        try:
+            out = function(q, k, v)
+        except RuntimeError as error:  # of PyTorch: "no available kernel"; of Triton: too much shared memory
+            print(f"{name} is left out: {str(error).splitlines()[0]}")
+            continue
+        wrong = (sample(out) - right).norm() / right.norm()
+        assert wrong < 0.02, f"{name} is off by {wrong:.3f}"
+        cases.append(Case(name, lambda function=function: function(q, k, v), **work))
+    return measure(cases, device, rounds)
+
+
+def others(device: torch.device, scores: int) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """Everything else that can run here."""
+    for name in ("triton", "flash"):
+        if backends.why_not(name, device) is None:
+            yield ("triton" if name == "triton" else "flash-attn"), attention.BACKENDS[name]
+    for name, backend in SDPA.items():
+        if device.type == "cuda":
+            yield f"sdpa {name}", forced(backend)
+    if scores * 4 <= EAGER_BYTES:
+        yield "eager", eager
+        if device.type == "cuda":
+            yield "eager, compiled", torch.compile(eager)
+
+
+def forced(backend: SDPBackend) -> Callable[..., Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return reference.attention(q, k, v)
+
+    return run
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """All scores at once."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) * HEAD_DIM**-0.5).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+def configurations(device: torch.device) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """The kernel by the table, and by hand."""
+    from fastvid.kernels.attention import Config
+    from fastvid.kernels.attention import attention as launch
+
+    specialize = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+    cuts = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 2)]
+    for config in [None, *(Config(*cut, specialize=warps) for cut in cuts for warps in {False, specialize})]:
+
+        def run(q: Tensor, k: Tensor, v: Tensor, config: Config | None = config) -> Tensor:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            launch(q, k, v, out, config=config)
+            return out
+
+        if config is None:
+            yield "triton", run
+        else:
+            cut = f"{config.block_m}x{config.block_n}, {config.warps} warps, {config.stages} stages"
+            yield cut + ", specialized" * config.specialize, run
+
+
+def sample(out: Tensor) -> Tensor:
+    """Some rows, to compare."""
+    return out[:, :: max(out.shape[1] // 64, 1)].float()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Norms, gated residuals and the rotation of queries and keys, at the sizes of a block of Wan, beside eager PyTorch,
+torch.compile, PyTorch's own layer norm, and a copy that moves as many bytes: the bandwidth that there is to be had.
+
+python benchmarks/bench_norms.py [--device cuda] [--rounds 50] [--sweep]
+
+Bytes are those of the tensors of tokens, read and written once; the tables, which stay in the cache, are left out.
+--sweep: the kernels alone, with other numbers of warps than their CONFIGS have.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bench_rgb import copy_of
+from harness import Case, measure, save, table
+from torch import Tensor
+
+from fastvid.ops import backends, norms
+
+# (tokens along t, h, w; heads of 128), groups of tokens that share a timestep
+SIZES = {
+    "cuda": {"1.3B 480p": ((21, 30, 52), 12, 21), "14B 720p": ((21, 45, 80), 40, 1)},
+    "cpu": {"small": ((3, 15, 26), 12, 3)},
+}
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+WARPS = (1, 2, 4, 8)
+TILE = (4, 8, 8)
+EPS = 1e-6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--sweep", action="store_true")
+    args = parser.parse_args()
+    device, groups = torch.device(args.device), {}
+    dtype = DTYPES[device.type]
+    for size, (grid, heads, shared) in SIZES[device.type].items():
+        for name, (function, given, moved) in calls(grid, heads, shared, dtype, device).items():
+            title = f"{name} {size} {str(dtype).removeprefix('torch.')}"
+            with torch.inference_mode():
+                cases = sweep(function, given, moved) if args.sweep else beside(function, given, moved, device)
+                cases.append(Case("copy of as many bytes", copy_of(moved, device), moved))
+                groups[title] = measure(cases, device, args.rounds)
+            print(table(groups[title], title), end="\n\n", flush=True)
+    print(save("norms-sweep" if args.sweep else "norms", groups, device, sizes=SIZES[device.type]))
+
+
+def calls(
+    grid: tuple[int, int, int], heads: int, groups: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[str, tuple[Any, ...], int]]:
+    """What is timed -> (operation, its arguments, bytes moved)."""
+    N, d = grid[0] * grid[1] * grid[2], heads * 128
+    qkv = torch.randn((1, N, 3 * d), device=device, dtype=dtype)
+    x, y = torch.randn((2, 1, N, d), device=device, dtype=dtype).unbind(0)
+    gate, shift, scale = torch.randn((groups, 6, d), device=device)[:, :3].unbind(1)
+    index = torch.arange(groups, device=device)[None]
+    weight, bias = torch.randn((2, d), device=device, dtype=dtype).unbind(0)
+    angles = torch.rand((N, 64), device=device) * 6
+    rotary, order = (angles.cos(), angles.sin()), norms.tile_order(grid, TILE, device)[0].int()
+    row, angle = x.numel() * x.element_size(), 2 * angles.numel() * angles.element_size()
+    return {
+        "modulated_layer_norm": ("modulated_layer_norm", (x, shift, scale, index, EPS), 2 * row),
+        "gated_residual": ("gated_residual", (x, y, gate, index), 3 * row),
+        "gated_residual_norm": ("gated_residual_norm", (x, y, gate, shift, scale, index, EPS), 4 * row),
+        "gated_residual_layer_norm": ("gated_residual_layer_norm", (x, y, gate, index, weight, bias, EPS), 4 * row),
+        "residual_norm": ("residual_norm", (x, y, shift, scale, index, EPS), 4 * row),
+        "layer_norm": ("layer_norm", (x, weight, bias, EPS), 2 * row),
+        "rms_norm": ("rms_norm", (x, weight, EPS), 2 * row),
+        "rms_norm_rope": ("rms_norm_rope", (x, weight, *rotary, EPS), 2 * row + angle),
+        "qkv_norm_rope": ("qkv_norm_rope", (qkv, weight, bias, *rotary, EPS), 6 * row + angle),
+        "qkv_norm_rope in tiles": (
+            "qkv_norm_rope",
+            (qkv, weight, bias, *rotary, EPS, order),
+            6 * row + angle + order.numel() * order.element_size(),
+        ),
+    }
+
+
+def beside(name: str, given: tuple[Any, ...], moved: int, device: torch.device) -> list[Case]:
+    """Every way to run an operation, each checked against the reference."""
+    functions = dict(norms.BACKENDS[name])
+    if backends.why_not("triton", device):
+        del functions["triton"]
+    torch.compiler.reset()  # or the ninth shape of a function would run uncompiled
+    functions["torch.compile"] = torch.compile(functions["reference"], dynamic=False)
+    if name == "layer_norm":
+        functions["PyTorch's own"] = layer_norm
+    truth = flat(functions["reference"](*given))
+    for other, function in functions.items():
+        far = max(error(a, b) for a, b in zip(flat(function(*given)), truth, strict=True))
+        assert far < 2e-2, f"{other} is {far} off"
+    return [Case(other, lambda f=f: f(*given), moved) for other, f in functions.items()]
+
+
+def sweep(name: str, given: tuple[Any, ...], moved: int) -> list[Case]:
+    """The kernel with what CONFIGS has, then with other numbers of warps and no limit to its registers."""
+    from fastvid.kernels import qk_norm_rope, row_norms
+
+    configured = (qk_norm_rope if "rope" in name else row_norms).CONFIGS
+    before, function = dict(configured), norms.BACKENDS[name]["triton"]
+
+    def run(configs: dict[tuple[int, int], dict[str, int]]) -> None:
+        configured.update(configs)
+        function(*given)
+        configured.update(before)
+
+    cases = [Case("as configured", lambda: run(before), moved)]
+    for warps in WARPS:
+        configs = {key: {"num_warps": warps} for key in before}
+        cases.append(Case(f"{warps} warps", lambda configs=configs: run(configs), moved))
+    return cases
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Without the copy in fp32 that the reference makes: the CUDA kernel takes statistics in fp32 anyway."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def flat(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else out
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||"""
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+if __name__ == "__main__":
+    main()

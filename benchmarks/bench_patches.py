@@ -1,0 +1,120 @@
+"""patch_embed and head, every back end that runs on a device, beside a copy that moves as many bytes.
+
+Also beside them: torch.compile of the reference, and for patch_embed the convolution of PyTorch (cuDNN).
+
+python benchmarks/bench_patches.py [--device cuda] [--rounds 50]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from harness import Case, Row, measure, save, table
+from torch import Tensor
+
+from fastvid.ops import backends, patches
+
+# name -> (latent frames, height, width), channels of the latents, known channels behind them, width d
+SIZES = {
+    "cuda": {
+        "1.3B 480p": ((21, 60, 104), 16, 0, 1536),
+        "14B 720p": ((21, 90, 160), 16, 0, 5120),
+        "I2V 14B 720p": ((21, 90, 160), 16, 20, 5120),
+        "5B 720p": ((31, 44, 80), 48, 0, 3072),
+    },
+    "cpu": {"embedded": ((5, 16, 16), 16, 0, 256), "embedded, known": ((5, 16, 16), 16, 20, 256)},
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+PATCH = (1, 2, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    groups = {}
+    for name, (size, channels, behind, d) in SIZES[device.type].items():
+        made = {"patch_embed": bench_embed(size, channels, behind, d, dtype, device, args.rounds)}
+        if not behind:
+            for kind, count in (("one timestep", 1), ("a timestep a frame", size[0])):
+                made[f"head, {kind}"] = bench_head(size, channels, d, count, dtype, device, args.rounds)
+        for op, rows in made.items():
+            title = f"{op} {name} {str(dtype).removeprefix('torch.')}"
+            groups[title] = rows
+            print(table(rows, title), end="\n\n", flush=True)
+    print(save("patches", groups, device))
+
+
+def bench_embed(
+    size: tuple[int, int, int],
+    channels: int,
+    behind: int,
+    d: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+) -> list[Row]:
+    """Latents in fp32, as the engine has them; weights in dtype."""
+    latents = torch.randn(1, channels, *size, device=device)
+    known = torch.randn(1, behind, *size, device=device) if behind else None
+    weight = torch.randn(d, channels + behind, *PATCH, device=device, dtype=dtype) / 8
+    bias = torch.randn(d, device=device, dtype=dtype)
+
+    def convolution() -> Tensor:
+        x = latents if known is None else torch.cat((latents, known), 1)
+        return F.conv3d(x.to(dtype), weight, bias, PATCH).flatten(2).transpose(1, 2)
+
+    tokens = size[0] * size[1] * size[2] // 4
+    K = weight[0].numel()
+    moved = tokens * (K * latents.element_size() + d * weight.element_size())
+    args = (latents, weight, bias, known)
+    return compare("patch_embed", args, {"conv3d": convolution}, moved, 2 * tokens * d * K, rounds)
+
+
+def bench_head(
+    size: tuple[int, int, int], channels: int, d: int, count: int, dtype: torch.dtype, device: torch.device, rounds: int
+) -> list[Row]:
+    """Into fp32 latents. count: groups of tokens that share a timestep, each with one of its own."""
+    grid = (size[0], size[1] // 2, size[2] // 2)
+    tokens, features = grid[0] * grid[1] * grid[2], channels * 4
+    x = torch.randn(1, tokens, d, device=device).to(dtype)
+    shift, scale = torch.randn(2, count, d, device=device)
+    index = torch.arange(count, device=device)[None]
+    weight = (torch.randn(features, d, device=device) / d**0.5).to(dtype)
+    bias = torch.randn(features, device=device).to(dtype)
+    args = (x, shift, scale, index, weight, bias, grid, PATCH, 1e-6, torch.float32)
+    moved = x.numel() * x.element_size() + tokens * features * 4
+    return compare("head", args, {}, moved, 2 * tokens * d * features, rounds)
+
+
+def compare(
+    op: str, args: tuple, more: Mapping[str, Callable[[], Tensor]], moved: int, flops: int, rounds: int
+) -> list[Row]:
+    """All back ends, torch.compile and what else there is, checked against the reference."""
+    device, dtype = args[0].device, args[4].dtype if op == "head" else args[1].dtype
+    functions = {name: f for name, f in patches.BACKENDS[op].items() if backends.why_not(name, device) is None}
+    functions["torch.compile"] = torch.compile(patches.BACKENDS[op]["reference"])
+    runs = {name: (lambda f=f: f(*args)) for name, f in functions.items()} | dict(more)
+    expected = runs["reference"]()
+    for name, run in runs.items():
+        off = (run().float() - expected.float()).norm() / expected.float().norm()
+        assert off < TOLERANCE[dtype], f"{name} is {off:.1e} off"
+    del expected
+    cases = [Case(name, run, moved, flops) for name, run in runs.items()]
+    return measure([*cases, Case("copy of as many bytes", copy_of(moved, device), moved)], device, rounds)
+
+
+def copy_of(moved: int, device: torch.device) -> Callable[[], Tensor]:
+    """A copy that reads half the bytes and writes the other half."""
+    source = torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=device)
+    return lambda: source.clone()
+
+
+if __name__ == "__main__":
+    main()

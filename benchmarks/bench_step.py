@@ -1,0 +1,78 @@
+"""A sampler's step, every back end that runs on a device, beside the solvers of today and a copy of as many bytes.
+
+python benchmarks/bench_step.py [--device cuda] [--rounds 50]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from harness import Case, Row, measure, save, table
+from torch import Tensor
+
+from fastvid.ops import backends, stepping
+from fastvid.sampling import SOLVERS, SolverState, velocity_to_x0
+from fastvid.sampling.guidance import combine
+
+SIZES = {
+    "cuda": {"480p": (1, 16, 21, 60, 104), "720p": (1, 16, 21, 90, 160)},
+    "cpu": {"embedded": (1, 16, 5, 16, 16), "480p": (1, 16, 21, 60, 104)},
+}
+DEPTHS = {"euler": 0, "unipc": 3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    groups = {}
+    for name, size in SIZES[device.type].items():
+        for solver in DEPTHS:
+            title = f"{solver} {name}"
+            groups[title] = bench(solver, size, device, args.rounds)
+            print(table(groups[title], title), end="\n\n", flush=True)
+    print(save("step", groups, device))
+
+
+def bench(solver: str, size: tuple[int, ...], device: torch.device, rounds: int) -> list[Row]:
+    """fp32, guided, all columns at one level, in the middle of a run."""
+    x, cond, uncond = (torch.randn(size, device=device) for _ in range(3))
+    history = [torch.randn(size, device=device) for _ in range(DEPTHS[solver])]
+    T = size[2]
+    before, sigma, sigma_next = (torch.full((T,), level, dtype=torch.float64) for level in (0.8, 0.7, 0.6))
+    older = torch.full((T,), 0.9, dtype=torch.float64)
+    two = torch.full((T,), 2)
+    state = SolverState(two, (before, older), tuple(history[:2]), history[2]) if history else SolverState()
+
+    def today() -> Tensor:
+        x0 = velocity_to_x0(x, combine(cond, uncond, 5.0), sigma)
+        return SOLVERS[solver].step(x, x0, sigma, sigma_next, state)[0]
+
+    # Any weights take as long as the right ones.
+    outputs = 2 if history else 1
+    weights = torch.randn((outputs, 2 + len(history), T), dtype=torch.float64)
+    args = (x, cond, uncond, 5.0, sigma, sigma_next != sigma, weights, history)
+    functions = stepping.BACKENDS["solver_step"]
+    names = [name for name in functions if backends.why_not(name, device) is None]
+    expected = functions["reference"](*args)
+    for name in names:
+        for made, wanted in zip(functions[name](*args), expected, strict=True):
+            torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
+    moved = x.numel() * x.element_size() * (3 + len(history) + len(expected))
+    cases = [Case("solver of today", today, moved)]
+    cases += [Case(name, lambda name=name: functions[name](*args), moved) for name in names]
+    return measure([*cases, Case("copy of as many bytes", copy_of(moved, device), moved)], device, rounds)
+
+
+def copy_of(moved: int, device: torch.device) -> Callable[[], Tensor]:
+    """A copy that reads half the bytes and writes the other half."""
+    source = torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=device)
+    return lambda: source.clone()
+
+
+if __name__ == "__main__":
+    main()

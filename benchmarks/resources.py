@@ -1,0 +1,110 @@
+"""What every kernel takes on every architecture, from binaries compiled here; no GPU is needed.
+
+    python benchmarks/resources.py            # of changed files, into results/kernel-resources.json
+    python benchmarks/resources.py --all      # of all of them
+    python benchmarks/resources.py --check    # what grew or spills; writes nothing
+
+A row: registers a thread, bytes spilled a thread, bytes of shared memory a block, and the units (mma, wgmma, tcgen05,
+tma) that are used. `tests/test_resources.py` holds the table to what the kernels are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from fastvid import kernels
+from fastvid.kernels.ahead import Resources, Variant, compile_ahead
+
+TABLE = Path(__file__).with_name("results") / "kernel-resources.json"
+GROWN = 1.10  # registers or shared memory beyond this share of what is recorded are a growth
+
+
+def files() -> dict[str, list[Variant]]:
+    """File of kernels -> its variants."""
+    names = sorted(path.stem for path in Path(kernels.__path__[0]).glob("*.py"))
+    modules = [importlib.import_module(f"fastvid.kernels.{name}") for name in names if name != "__init__"]
+    return {m.__name__.rpartition(".")[2]: m.variants() for m in modules if hasattr(m, "variants")}
+
+
+def source_hash(file: str) -> str:
+    return hashlib.sha256(Path(kernels.__path__[0], f"{file}.py").read_bytes()).hexdigest()
+
+
+def read() -> dict[str, Any]:
+    """The committed table: {"triton": version, "kernels": {file: {"source": hash, "variants": {name: {arch: row}}}}}"""
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": None, "kernels": {}}
+
+
+def firsts(variants: list[Variant]) -> list[Variant]:
+    """The first variant of each kernel."""
+    return list({id(v.kernel): v for v in reversed(variants)}.values())[::-1]
+
+
+def worse(variant: Variant, arch: int, found: Resources, recorded: dict[str, Any] | None, same: bool) -> Iterator[str]:
+    """What is wrong with it. same: the table was made with this Triton, so that its numbers mean something."""
+    name = f"{variant.name} on sm_{arch}"
+    allowed = recorded["spilled"] if recorded else 0
+    if found.spilled > allowed:
+        yield f"{name} spills {found.spilled} bytes ({allowed} are recorded)"
+    if recorded and same:
+        for what in ("registers", "shared"):
+            if getattr(found, what) > GROWN * recorded[what]:
+                yield f"{name}: {what} grew from {recorded[what]} to {getattr(found, what)}"
+        if lost := set(recorded["units"]) - set(found.units):
+            yield f"{name} no longer uses {', '.join(sorted(lost))}"
+
+
+def check(file: str, variants: list[Variant]) -> list[str]:
+    """Compiles one variant of each kernel, or all if the file has changed since the table was made."""
+    table = read()
+    known = table["kernels"].get(file, {"source": None, "variants": {}})
+    changed = known["source"] != source_hash(file)
+    wrong = [f"{file}.py has changed since its row was made: run benchmarks/resources.py"] if changed else []
+    for variant in variants if changed else firsts(variants):
+        for arch in variant.archs:
+            recorded = known["variants"].get(variant.name, {}).get(str(arch))
+            same = table["triton"] == triton.__version__
+            wrong += worse(variant, arch, compile_ahead(variant, arch), recorded, same)
+    return wrong
+
+
+def record(everything: bool) -> dict[str, Any]:
+    """The table, with rows of files that have changed (or, everything, of all) made anew."""
+    old, rows = read(), {}
+    everything = everything or old["triton"] != triton.__version__
+    for file, variants in files().items():
+        if not everything and old["kernels"].get(file, {}).get("source") == source_hash(file):
+            rows[file] = old["kernels"][file]
+            continue
+        made: dict[str, Any] = {}
+        for variant in variants:
+            made[variant.name] = {str(arch): asdict(compile_ahead(variant, arch)) for arch in variant.archs}
+            print(f"{file:<16} {variant.name:<40} {made[variant.name]}", flush=True)
+        rows[file] = {"source": source_hash(file), "variants": made}
+    return {"triton": triton.__version__, "kernels": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--all", action="store_true")
+    args = parser.parse_args()
+    if args.check:
+        wrong = [line for file, variants in files().items() for line in check(file, variants)]
+        sys.exit("\n".join(wrong) or 0)
+    TABLE.write_text(json.dumps(record(args.all), indent=1) + "\n")
+    print(TABLE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Which kernels `auto` may take: fastvid/ops/verified.json from the results that are committed.
+
+    python benchmarks/verified.py            # writes it
+    python benchmarks/verified.py --check    # says what is not as the results are
+
+A kernel is taken for an operation, an architecture and a shape class if results there show that it was faster than what
+`auto` takes otherwise in every size of that class, and the tests of the kernel's file passed on that architecture from
+the very same source. A benchmark says so itself: `harness.compared` beside its rows. Results of sources that have
+changed since count for nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastvid import ops
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TABLE = ROOT / "fastvid" / "ops" / "verified.json"
+ABOUT = "Kernels that `auto` may choose: each has a committed result from a GPU, faster than what it replaces."
+FASTER = 1.02  # times as fast as what it stands in for, at least
+
+
+def tested(records: Iterable[dict[str, Any]]) -> set[tuple[str, str, str]]:
+    """(architecture, file, hash of its source) of kernels whose tests all passed there (`gpu_tests.py`)."""
+    return {
+        (record["machine"]["arch"], file, source)
+        for record in records
+        if record.get("benchmark") == "gpu-tests" and record["passed"] and not record["failed"]
+        for file, source in record["sources"].items()
+    }
+
+
+def rows(records: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """The rows of verified.json. records: results by their path from the repository's root."""
+    right = tested(records.values())
+    found: dict[tuple[str, ...], list[tuple[bool, dict[str, str]]]] = {}
+    for path, record in records.items():
+        arch = record.get("machine", {}).get("arch")
+        for title, of in record.get("compared", {}).items():
+            medians = {row["name"]: row["median"] for row in record["results"][title]}
+            for backend, kernel in of["kernels"].items():
+                if kernel["source"] != ops.source_hash(backend, kernel["file"]):
+                    continue
+                known = (arch, kernel["file"], kernel["source"]) in right
+                faster = medians[of["instead"]] >= FASTER * medians[backend]
+                row = {"op": of["op"], "backend": backend, "shape_class": of["shape_class"], "arch": arch, **kernel}
+                found.setdefault(tuple(row.values()), []).append((known and faster, row | {"result": path}))
+    # Of a class all sizes that were measured have to be faster.
+    return [measured[-1][1] for measured in found.values() if all(fine for fine, _ in measured)]
+
+
+def read(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Every result, by its path from the repository's root."""
+    return {f"benchmarks/results/{path.name}": json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    made = {"about": ABOUT, "kernels": rows(read())}
+    if args.check:
+        sys.exit(0 if json.loads(TABLE.read_text()) == made else f"{TABLE} is not what the results say: {made}")
+    TABLE.write_text(json.dumps(made, indent=2) + "\n")
+    print(f"{TABLE}: {len(made['kernels'])} kernels")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What the kernels around a matrix product share: the order of tiles, GELU, what a GPU is."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@triton.jit
+def tile_at(number, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of a tile: GROUP_M rows of tiles are gone through column by column, so that what neighbours in
+    time read is still in the L2 cache."""
+    group = number // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    within = number % (GROUP_M * tiles_n)
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def gelu_tanh(x):
+    """x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / 2 (1 + tanh u) with nothing that
+    cancels where x is far below 0."""
+    return x / (1.0 + tl.exp(x * (-1.5957691216057308 - 0.07135481627159729 * x * x)))
+
+
+def architecture(device: torch.device) -> int:
+    """80, 90 or 100: the architecture whose matrix units a device has. Those of 12.x are of the kind of 8.x."""
+    if device.type != "cuda":  # Triton's interpreter
+        return 80
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)
+
+
+def processors(device: torch.device) -> int:
+    """How many programs of a kernel that fills a processor run at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def describe(*tensors: Tensor | None) -> str:
+    """Shapes and types of tensors, for messages."""
+    return ", ".join("None" if x is None else f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in tensors)
+
+
+def power_of_2_parts(size: int, least: int = 16) -> tuple[int, int]:
+    """Two powers of 2, the second perhaps 0, that hold `size` with little left over: 64 -> 64, 0; 144 -> 128, 16."""
+    whole = triton.next_power_of_2(size)
+    first = max(whole if whole == size else whole // 2, least)
+    rest = size - first
+    return (first, max(triton.next_power_of_2(rest), least)) if rest > 0 else (first, 0)

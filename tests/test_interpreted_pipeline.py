@@ -1,0 +1,38 @@
+"""The whole embedded model on the Triton kernels, in the interpreter, beside the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from interpreted import run_interpreted
+
+import fastvid
+from fastvid import ops
+
+OPTIONS = {"seed": 2, "num_frames": 5, "num_inference_steps": 2, "width": 64, "height": 64}
+KERNELS = sorted(op for op, functions in ops.implementations().items() if "triton" in functions)
+
+
+@pytest.mark.interpret
+def test_the_embedded_model() -> None:
+    prompt = "a red circle moving right on a white background"
+    plain = fastvid.load("embedded", device="cpu", backend="reference")
+    wanted = plain.generate(prompt, **OPTIONS)
+    pipe = fastvid.load("embedded", device="cpu", backend=",".join(f"{op}=triton" for op in KERNELS))
+    used: set[str] = set()
+    # What a pipeline binds it has to use: a kernel that nothing calls would prove nothing here.
+    for op, function in pipe._parts.ops.functions.items():
+        vars(pipe._parts.ops)[op] = lambda *x, op=op, function=function, **y: used.add(op) or function(*x, **y)
+    made = pipe.generate(prompt, **OPTIONS)
+    error = (made.latents - wanted.latents).norm() / wanted.latents.norm()
+    assert 0 < error < 1e-4, "other sums round elsewhere, and no more"
+    assert (np.abs(made.frames.astype(int) - wanted.frames) <= 1).mean() > 0.999
+    assert set(KERNELS) - used == UNUSED and torch.isfinite(made.latents).all()
+
+
+UNUSED: set[str] = set()
+
+
+def test_under_the_interpreter() -> None:
+    run_interpreted(__file__)
