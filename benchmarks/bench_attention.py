@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Case, Row, measure, save, table
+from harness import Case, Row, compared, measure, save, table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -29,6 +29,7 @@ CASES = {
     },
     "cpu": {"1,560 tokens, 2 heads": (1560, 1560, 2), "1,560 tokens, 2 heads, text": (1560, 512, 2)},
 }
+OPERATIONS = True  # what `gpu.sh kernels` runs
 HEAD_DIM = 128
 SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -46,12 +47,16 @@ def main() -> None:
     parser.add_argument("--configs", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
-    groups = {}
+    groups, told = {}, {}
     for title, size in CASES[device.type].items():
         if args.only in title:
+            told[title] = compared("attention", "any", "reference", triton="attention.py")
             groups[title] = bench(*size, device, args.rounds, args.configs)
             print(table(groups[title], title), end="\n\n", flush=True)
-    print(save("attention-configs" if args.configs else "attention", groups, device, head_dim=HEAD_DIM))
+    if args.configs:
+        print(save("attention-configs", groups, device, head_dim=HEAD_DIM))
+    else:
+        print(save("attention", groups, device, head_dim=HEAD_DIM, compared=told))
 
 
 def bench(N: int, M: int, heads: int, device: torch.device, rounds: int, configs: bool) -> list[Row]:

@@ -12,7 +12,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from harness import Case, Row, measure, save, table
+from harness import Case, Row, compared, measure, save, table
 
 from fastvid.ops import backends, linears
 
@@ -27,6 +27,7 @@ SIZES = {
     },
     "cpu": {"embedded ffn in": (1280, 256, 1024)},
 }
+OPERATIONS = True  # what `gpu.sh kernels` runs
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -36,14 +37,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     device = torch.device(args.device)
-    groups = {}
+    groups, told = {}, {}
     for name, size in SIZES[device.type].items():
         for op in ("linear_gelu_tanh", "linear"):
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             title = f"{op} {name} {str(dtype).removeprefix('torch.')}"
+            told[title] = compared(op, "any", "reference", triton="linear_gelu.py")
             groups[title] = bench(op, size, dtype, device, args.rounds)
             print(table(groups[title], title), end="\n\n", flush=True)
-    print(save("linears", groups, device))
+    print(save("linears", groups, device, compared=told))
 
 
 def bench(op: str, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, rounds: int) -> list[Row]:

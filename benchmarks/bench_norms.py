@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench_rgb import copy_of
-from harness import Case, measure, save, table
+from harness import Case, compared, measure, save, table
 from torch import Tensor
 
 from fastvid.ops import backends, norms
@@ -26,6 +26,7 @@ SIZES = {
     "cpu": {"small": ((3, 15, 26), 12, 3)},
 }
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+OPERATIONS = True  # what `gpu.sh kernels` runs
 WARPS = (1, 2, 4, 8)
 TILE = (4, 8, 8)
 EPS = 1e-6
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--sweep", action="store_true")
     args = parser.parse_args()
-    device, groups = torch.device(args.device), {}
+    device, groups, told = torch.device(args.device), {}, {}
     dtype = DTYPES[device.type]
     for size, (grid, heads, shared) in SIZES[device.type].items():
         for name, (function, given, moved) in calls(grid, heads, shared, dtype, device).items():
@@ -46,8 +47,17 @@ def main() -> None:
                 cases = sweep(function, given, moved) if args.sweep else beside(function, given, moved, device)
                 cases.append(Case("copy of as many bytes", copy_of(moved, device), moved))
                 groups[title] = measure(cases, device, args.rounds)
+            told[title] = compared(function, "any", "reference", triton=file_of(function))
             print(table(groups[title], title), end="\n\n", flush=True)
-    print(save("norms-sweep" if args.sweep else "norms", groups, device, sizes=SIZES[device.type]))
+    if args.sweep:
+        print(save("norms-sweep", groups, device, sizes=SIZES[device.type]))
+    else:
+        print(save("norms", groups, device, sizes=SIZES[device.type], compared=told))
+
+
+def file_of(name: str) -> str:
+    """The file of an operation's kernel."""
+    return "qk_norm_rope.py" if "rope" in name else "row_norms.py"
 
 
 def calls(

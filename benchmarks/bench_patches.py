@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from harness import Case, Row, measure, save, table
+from bench_rgb import copy_of
+from harness import Case, Row, compared, measure, save, table
 from torch import Tensor
 
 from fastvid.ops import backends, patches
@@ -27,6 +28,7 @@ SIZES = {
     },
     "cpu": {"embedded": ((5, 16, 16), 16, 0, 256), "embedded, known": ((5, 16, 16), 16, 20, 256)},
 }
+OPERATIONS = True  # what `gpu.sh kernels` runs
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 PATCH = (1, 2, 2)
 
@@ -38,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    groups = {}
+    groups, told = {}, {}
     for name, (size, channels, behind, d) in SIZES[device.type].items():
         made = {"patch_embed": bench_embed(size, channels, behind, d, dtype, device, args.rounds)}
         if not behind:
@@ -46,9 +48,10 @@ def main() -> None:
                 made[f"head, {kind}"] = bench_head(size, channels, d, count, dtype, device, args.rounds)
         for op, rows in made.items():
             title = f"{op} {name} {str(dtype).removeprefix('torch.')}"
-            groups[title] = rows
+            groups[title], function = rows, op.partition(",")[0]
+            told[title] = compared(function, "any", "reference", triton=f"{function}.py")
             print(table(rows, title), end="\n\n", flush=True)
-    print(save("patches", groups, device))
+    print(save("patches", groups, device, compared=told))
 
 
 def bench_embed(
@@ -108,12 +111,6 @@ def compare(
     del expected
     cases = [Case(name, run, moved, flops) for name, run in runs.items()]
     return measure([*cases, Case("copy of as many bytes", copy_of(moved, device), moved)], device, rounds)
-
-
-def copy_of(moved: int, device: torch.device) -> Callable[[], Tensor]:
-    """A copy that reads half the bytes and writes the other half."""
-    source = torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=device)
-    return lambda: source.clone()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 python benchmarks/bench_sparse_attention.py [--device cuda] [--rounds 20]
 
-`speed` is against dense attention by the same back end, the first row. A case's share of the full attention's work is in
-its name, and its TFLOP/s count only what is kept.
+`speed` is against dense attention by the same back end, the first row. A case's share of the full attention's work is
+in its name, and its TFLOP/s count only what is kept.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ CASES = {
     "cpu": {"240p, 2 heads": ((5, 15, 26), (2, 4, 4), 2)},
 }
 SHARES = (1.0, 0.5, 0.2, 0.1)
+OPERATIONS = True  # what `gpu.sh kernels` runs
 HEAD_DIM = 128
 
 

@@ -6,10 +6,10 @@ python benchmarks/bench_step.py [--device cuda] [--rounds 50]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import torch
-from harness import Case, Row, measure, save, table
+from bench_rgb import copy_of
+from harness import Case, Row, compared, measure, save, table
 from torch import Tensor
 
 from fastvid.ops import backends, stepping
@@ -20,6 +20,7 @@ SIZES = {
     "cuda": {"480p": (1, 16, 21, 60, 104), "720p": (1, 16, 21, 90, 160)},
     "cpu": {"embedded": (1, 16, 5, 16, 16), "480p": (1, 16, 21, 60, 104)},
 }
+OPERATIONS = True  # what `gpu.sh kernels` runs
 DEPTHS = {"euler": 0, "unipc": 3}
 
 
@@ -29,13 +30,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     device = torch.device(args.device)
-    groups = {}
+    groups, told = {}, {}
     for name, size in SIZES[device.type].items():
         for solver in DEPTHS:
             title = f"{solver} {name}"
+            told[title] = compared("solver_step", "any", "reference", triton="solver_step.py")
             groups[title] = bench(solver, size, device, args.rounds)
             print(table(groups[title], title), end="\n\n", flush=True)
-    print(save("step", groups, device))
+    print(save("step", groups, device, compared=told))
 
 
 def bench(solver: str, size: tuple[int, ...], device: torch.device, rounds: int) -> list[Row]:
@@ -66,12 +68,6 @@ def bench(solver: str, size: tuple[int, ...], device: torch.device, rounds: int)
     cases = [Case("solver of today", today, moved)]
     cases += [Case(name, lambda name=name: functions[name](*args), moved) for name in names]
     return measure([*cases, Case("copy of as many bytes", copy_of(moved, device), moved)], device, rounds)
-
-
-def copy_of(moved: int, device: torch.device) -> Callable[[], Tensor]:
-    """A copy that reads half the bytes and writes the other half."""
-    source = torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=device)
-    return lambda: source.clone()
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def rows(records: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
         for title, of in record.get("compared", {}).items():
             medians = {row["name"]: row["median"] for row in record["results"][title]}
             for backend, kernel in of["kernels"].items():
-                if kernel["source"] != ops.source_hash(backend, kernel["file"]):
-                    continue
+                if backend not in medians or kernel["source"] != ops.source_hash(backend, kernel["file"]):
+                    continue  # it did not run there, or is another kernel by now
                 known = (arch, kernel["file"], kernel["source"]) in right
                 faster = medians[of["instead"]] >= FASTER * medians[backend]
                 row = {"op": of["op"], "backend": backend, "shape_class": of["shape_class"], "arch": arch, **kernel}

@@ -1,0 +1,83 @@
+"""Every kernel once on small and odd shapes, to run under compute-sanitizer; results are compared with the reference.
+
+compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvid import ops
+from fastvid.ops import backends
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def inputs(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(operation, arguments): sizes that fill no block."""
+    torch.manual_seed(0)
+
+    def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=DEVICE).to(kind)
+
+    B, (t, h, w), heads, D = 2, (3, 5, 7), 3, 64
+    N, d, fp32 = t * h * w, heads * D, torch.float32
+    x, y, weight, bias = random(B, N, d), random(B, N, d), random(d), random(d)
+    shift, scale, gate = (random(t, d, kind=fp32) for _ in range(3))
+    index = torch.arange(t, device=DEVICE).expand(B, t).contiguous()
+    angles = random(N, D // 2, kind=fp32)
+    rotary = angles.cos(), angles.sin()
+    yield "modulated_layer_norm", (x, shift, scale, index, 1e-6)
+    yield "gated_residual", (x, y, gate, index)
+    yield "gated_residual_norm", (x, y, gate, shift, scale, index, 1e-6)
+    yield "gated_residual_layer_norm", (x, y, gate, index, weight, bias, 1e-6)
+    yield "residual_norm", (x, y, shift, scale, index, 1e-6)
+    yield "layer_norm", (x, weight, bias, 1e-6)
+    yield "rms_norm", (x, weight, 1e-6)
+    yield "rms_norm_rope", (x, weight, *rotary, 1e-6)
+    yield "qkv_norm_rope", (random(B, N, 3 * d), weight, bias, *rotary, 1e-6)
+    yield "attention", (random(B, N, heads, D), random(B, 77, heads, D), random(B, 77, heads, D))
+    yield "linear", (x, random(130, d), random(130))
+    yield "linear_gelu_tanh", (x, random(130, d), random(130))
+    latents = random(B, 16, t, 2 * h, 2 * w, kind=fp32)
+    yield "patch_embed", (latents, random(d, 16, 1, 2, 2), bias)
+    yield "head", (x, shift, scale, index, random(64, d) / 8, random(64), (t, h, w), (1, 2, 2), 1e-6)
+    if dtype == fp32:
+        sigma = torch.linspace(0.9, 0.5, t, dtype=torch.float64)
+        weights = torch.randn(2, 5, t, dtype=torch.float64)
+        history = [random(*latents.shape) for _ in range(3)]
+        velocities = random(*latents.shape), random(*latents.shape)
+        yield "solver_step", (latents, *velocities, 4.0, sigma, sigma > 0.6, weights, history)
+    yield "to_rgb", (random(3, t, 2 * h, 2 * w + 1),)
+
+
+def compare(name: str, backend: str, made: Any, wanted: Any, dtype: torch.dtype) -> None:
+    pairs = zip(*([one] if isinstance(one, Tensor) else one for one in (made, wanted)), strict=True)
+    for one, right in pairs:
+        off = float((one.double() - right.double()).norm() / right.double().norm())
+        assert off < TOLERANCE[dtype], f"{name} by {backend} in {dtype} is {off:.1e} off"
+
+
+def main() -> None:
+    table: dict[str, dict[str, Callable[..., Any]]] = ops.implementations()
+    covered, ran = set(), 0
+    for dtype in TOLERANCE if DEVICE == "cuda" else (torch.float32, torch.float16):
+        for name, given in inputs(dtype):
+            wanted = table[name]["reference"](*given)
+            for backend in ("triton", "cuda"):
+                if backend in table[name] and backends.why_not(backend, torch.device(DEVICE)) is None:
+                    compare(name, backend, table[name][backend](*given), wanted, dtype)
+                    covered.add(name)
+                    ran += 1
+    left = {name for name, functions in table.items() if "triton" in functions} - covered
+    print(f"{ran} runs of {len(covered)} operations; not run: {', '.join(sorted(left)) or 'none'}")
+    raise SystemExit(1 if left or not ran else 0)
+
+
+if __name__ == "__main__":
+    main()
