@@ -31,7 +31,7 @@ from fastvid.models.checkpoint import EXPERTS, build_empty, check_fill, fill, pa
 from fastvid.models.clip import CLIPVisionEncoder
 from fastvid.models.lora import Lora, for_expert, read_lora, touched
 from fastvid.offload import MODES, Staying, Turns, weigh
-from fastvid.ops import Ops, bind
+from fastvid.ops import Ops, bind, vae_kernels
 from fastvid.plan_memory import Sizes
 from fastvid.requests import Request
 
@@ -139,6 +139,8 @@ def load_parts(
     loaded = [load_part(checkpoint, name, ops, at, part_dtype(name, kind)) for name in names]
     encoders = Staying(loaded) if mode == "none" else Turns(loaded, where, stream=mode == "blocks")
     vae = load_part(checkpoint, "vae", ops, where, part_dtype("vae", kind))
+    if ops.bound["vae_norm_silu_conv3d"] != "reference":
+        vae_kernels.channels_last(vae)  # here once, instead of in every call
     tokenizer = TextTokenizer.read(checkpoint.tokenizer)
     made = Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, loaded[0], experts, vae, ops, where, kind)
     image_encoder = loaded[1] if len(loaded) > 1 else None

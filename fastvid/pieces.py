@@ -45,8 +45,8 @@ def decode(parts: Parts, latents: Any) -> np.ndarray:
     with ieee_fp32():
         # One latent frame at a time: the memory that it takes does not grow with the clip.
         for part in tensor.to(parts.device, parts.vae_dtype).split(1, dim=2):
-            decoded, cache = parts.vae.decode(part, cache)
-            out.append(parts.ops.to_rgb(decoded[0]).cpu().numpy())
+            decoded, cache = parts.vae.decode_rgb(part, cache)
+            out.append(decoded[0].cpu().numpy())
     return np.concatenate(out)
 
 

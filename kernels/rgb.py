@@ -20,20 +20,21 @@ BLOCK = 256
 
 
 @triton.jit
-def _bytes(x):
+def rgb_bytes(x):
     """Frames in [-1, 1] -> integers 0..255. Adding 1.5 * 2^23 rounds to an integer, ties to even, in the low bits:
-    exact only if the product before it is rounded too, so the kernel is compiled without fused multiply-add."""
+    exact only if the product before it is rounded too, so a minimum that changes nothing keeps the two from becoming a
+    fused multiply-add."""
     x = x.to(tl.float32)
     x = tl.where(x == x, x, -1.0)
     unit = tl.minimum(tl.maximum(x, -1.0), 1.0) * 0.5 + 0.5
-    return (unit * 255.0 + 12582912.0).to(tl.int32, bitcast=True) & 255
+    return (tl.minimum(unit * 255.0, 255.0) + 12582912.0).to(tl.int32, bitcast=True) & 255
 
 
 @triton.jit
 def _load_group(src_ptr, pixels, width, stride_w):
     """The four pixels of each group, of one plane: four tensors [BLOCK]."""
     offsets = pixels[:, None] + tl.arange(0, 4)[None, :]
-    plane = _bytes(tl.load(src_ptr + offsets * stride_w, mask=offsets < width, other=0.0))
+    plane = rgb_bytes(tl.load(src_ptr + offsets * stride_w, mask=offsets < width, other=0.0))
     even, odd = tl.split(plane.reshape(plane.shape[0], 2, 2))
     p0, p2 = tl.split(even)
     p1, p3 = tl.split(odd)
@@ -72,7 +73,7 @@ def rgb_kernel(
     else:
         for c in tl.static_range(3):
             x = tl.load(src_ptr + pixels * stride_w, mask=inside, other=0.0)
-            tl.store(dst_ptr + (row * width + pixels) * 3 + c, _bytes(x).to(tl.uint8), mask=inside)
+            tl.store(dst_ptr + (row * width + pixels) * 3 + c, rgb_bytes(x).to(tl.uint8), mask=inside)
             src_ptr += stride_c
 
 
@@ -88,7 +89,6 @@ def variants() -> list[Variant]:
             types | {"src_ptr": f"*{dtype}"},
             {"stride_w": 1, "BLOCK": BLOCK, "GROUP": group},
             aligned,
-            {"enable_fp_fusion": False},
         )
         for dtype in ("bf16", "fp32")
         for group in (4, 1)
@@ -116,5 +116,5 @@ def to_rgb(frames: Tensor, out: Tensor) -> None:
     col_blocks = triton.cdiv(W, BLOCK * group)
     with torch.cuda.device_of(frames):  # the device guard; nothing for the interpreter's CPU tensors
         rgb_kernel[(T * H * col_blocks,)](
-            frames, out, H, W, col_blocks, stride_c, stride_t, stride_h, stride_w, BLOCK, group, enable_fp_fusion=False
+            frames, out, H, W, col_blocks, stride_c, stride_t, stride_h, stride_w, BLOCK, group
         )

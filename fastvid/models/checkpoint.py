@@ -65,7 +65,7 @@ def read_vae(config: Mapping[str, Any]) -> VAEConfig:
 
 def build_vae(config: VAEConfig, ops: Any = reference) -> WanVAE:
     """The encoder and decoder of frames, with weights still to be loaded."""
-    return WanVAE22(config) if isinstance(config, WanVAE22Config) else WanVAE(config)
+    return (WanVAE22 if isinstance(config, WanVAE22Config) else WanVAE)(config, ops)
 
 
 def build_text_encoder(config: UMT5Config, ops: Any = reference) -> UMT5Encoder:

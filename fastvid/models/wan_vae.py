@@ -5,7 +5,7 @@ return the cache for what comes next, so a stream is decoded in constant memory 
 chunk. All chunk lengths give the same result. Where a frame is too large for memory, the stages that work at its full
 size take it in stripes of rows (vae_stream.py), again with the same result; the middle, whose attention sees the whole
 frame, is small and never divided. Parameter names are those of diffusers' AutoencoderKLWan. What is fast on a CPU is in
-fastvid/ops/vae.py; here is only how the parts connect. The 2.2 network (wan_vae22.py) puts other blocks into the same
+fastvid/ops/vae.py, what is on a GPU in kernels/vae_conv.py; here is only how the parts connect. The 2.2 network (wan_vae22.py) puts other blocks into the same
 Encoder and Decoder.
 
 Shapes: B batch, C channels, F pixel frames, T latent frames, H/W height and width at the stage in question.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
 from fastvid.models.configs import read_vae_config
-from fastvid.models.vae_stream import Cache, Stream, check_stripes, nothing
-from fastvid.ops import vae as ops
+from fastvid.models.vae_stream import Cache, Stream, Window, check_stripes, nothing
+from fastvid.ops import reference, vae
 
 if TYPE_CHECKING:
     from fastvid.models.wan_vae22 import VAEConfig
@@ -85,59 +86,75 @@ class WanVAEConfig:
 
 
 class RMSNorm(nn.Module):
-    """ops.rms_norm with its gamma [C, 1, ...]."""
+    """ops.vae_rms_norm with its gamma [C, 1, ...]."""
 
-    def __init__(self, channels: int, spatial_dims: int) -> None:
+    def __init__(self, channels: int, spatial_dims: int, ops: Any) -> None:
         super().__init__()
+        self.ops = ops
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * spatial_dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.gamma)
+        return self.ops.vae_rms_norm(x, self.gamma)
 
 
 class CausalConv3d(nn.Conv3d):
     """3D convolution that sees only the past: kt - 1 frames of history on the left (zeros at the start)."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], pad: int = 0) -> None:
+    def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], ops: Any, pad: int = 0) -> None:
         super().__init__(c_in, c_out, kernel, padding=(0, pad, pad))
+        self.ops = ops
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.kernel_size[0] == 1:
-            return ops.conv3d(x, self.weight, self.bias) if x.shape[3] else nothing(x, self.out_channels)
+            return self.ops.vae_conv3d(x, self.weight, self.bias) if x.shape[3] else nothing(x, self.out_channels)
         pad = self.padding[1]
         window = stream.window(x, above=pad, below=pad, cached=True)
         if window is None:
             return nothing(x, self.out_channels)
-        out, kept = ops.causal_conv3d(window.x, window.past, self.weight, self.bias, self.padding[1:], window.edges)
+        given = (window.x, window.past, self.weight, self.bias)
+        out, kept = self.ops.vae_causal_conv3d(*given, self.padding[1:], window.edges)
         stream.keep(kept)
         return out
 
     def after(self, norm: RMSNorm, x: Tensor, stream: Stream, residual: Tensor | None = None) -> Tensor:
         """residual + self(silu(norm(x))), for a 3x3x3 kernel; may overwrite the residual."""
-        pixels = x.shape[2] * stream.height * x.shape[4]
-        grain = ops.row_grain(x, norm.gamma, self.weight, pixels)
-        window = stream.window(x, above=1, below=1, grain=grain, cached=True)
+        window, pixels = self._normed_window(norm, x, stream)
         if residual is not None:
             residual = stream.delay(residual, window.rows if window else 0)
         if window is None:
             return nothing(x, self.out_channels)
-        out, kept = ops.norm_silu_conv3d(
-            window.x, window.past, norm.gamma, self.weight, self.bias, residual, window.edges, pixels
-        )
+        given = (window.x, window.past, norm.gamma, self.weight, self.bias)
+        out, kept = self.ops.vae_norm_silu_conv3d(*given, residual, window.edges, pixels)
         stream.keep(kept)
         return out
+
+    def rgb_after(self, norm: RMSNorm, x: Tensor, stream: Stream) -> Tensor:
+        """The same as 8-bit values, for 3 channels out."""
+        window, pixels = self._normed_window(norm, x, stream)
+        if window is None:
+            return nothing(x, self.out_channels).byte()
+        given = (window.x, window.past, norm.gamma, self.weight, self.bias)
+        out, kept = self.ops.vae_norm_silu_conv3d_rgb(*given, window.edges, pixels, self.ops.to_rgb)
+        stream.keep(kept)
+        return out
+
+    def _normed_window(self, norm: RMSNorm, x: Tensor, stream: Stream) -> tuple[Window | None, int]:
+        """The rows to be worked on, and pixels of the whole chunk."""
+        pixels = x.shape[2] * stream.height * x.shape[4]
+        grain = vae.row_grain(x, norm.gamma, self.weight, pixels)
+        return stream.window(x, above=1, below=1, grain=grain, cached=True), pixels
 
 
 class ResidualBlock(nn.Module):
     """norm, SiLU, conv, norm, SiLU, conv, plus the input."""
 
-    def __init__(self, c_in: int, c_out: int) -> None:
+    def __init__(self, c_in: int, c_out: int, ops: Any) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(c_in, 3)
-        self.conv1 = CausalConv3d(c_in, c_out, (3, 3, 3), pad=1)
-        self.norm2 = RMSNorm(c_out, 3)
-        self.conv2 = CausalConv3d(c_out, c_out, (3, 3, 3), pad=1)
-        self.conv_shortcut = CausalConv3d(c_in, c_out, (1, 1, 1)) if c_in != c_out else None
+        self.norm1 = RMSNorm(c_in, 3, ops)
+        self.conv1 = CausalConv3d(c_in, c_out, (3, 3, 3), ops, pad=1)
+        self.norm2 = RMSNorm(c_out, 3, ops)
+        self.conv2 = CausalConv3d(c_out, c_out, (3, 3, 3), ops, pad=1)
+        self.conv_shortcut = CausalConv3d(c_in, c_out, (1, 1, 1), ops) if c_in != c_out else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         h = self.conv1.after(self.norm1, x, stream)
@@ -148,9 +165,9 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Single-head attention over the pixels of each frame, residual."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, ops: Any) -> None:
         super().__init__()
-        self.norm = RMSNorm(channels, 2)
+        self.norm = RMSNorm(channels, 2, ops)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -164,28 +181,22 @@ class SpatialAttention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, ops: Any) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([ResidualBlock(channels, channels) for _ in range(2)])
-        self.attentions = nn.ModuleList([SpatialAttention(channels)])
+        self.resnets = nn.ModuleList([ResidualBlock(channels, channels, ops) for _ in range(2)])
+        self.attentions = nn.ModuleList([SpatialAttention(channels, ops)])
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, stream))
         return self.resnets[1](x, stream)
 
 
-def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Applies a 2D layer to every frame of x [B, C, T, H, W]."""
-    b, c, t, h, w = x.shape
-    out = layer(x.transpose(1, 2).reshape(b * t, c, h, w))
-    return out.reshape(b, t, *out.shape[1:]).transpose(1, 2)
-
-
 class Downsample(nn.Module):
     """Halves height and width; with `temporal`, also the frames: the stream's first frame stands alone."""
 
-    def __init__(self, channels: int, temporal: bool) -> None:
+    def __init__(self, channels: int, temporal: bool, ops: Any) -> None:
         super().__init__()
+        self.ops = ops
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
@@ -199,33 +210,34 @@ class Downsample(nn.Module):
         # A copy in any case: the block that takes x next may overwrite it.
         last = x[:, :, -1:].clone()
         if window.past is not None:
-            x = self._halve_frames(torch.cat((window.past, x), dim=2))
+            x = self._halve_frames(x, window.past)
         elif x.shape[2] > 1:
-            x = torch.cat((x[:, :, :1], self._halve_frames(x)), dim=2)
+            x = torch.cat((x[:, :, :1], self._halve_frames(x, None)), dim=2)
         stream.keep(last)
         return x
 
     def _halve_rows(self, x: Tensor, stream: Stream) -> Tensor:
-        # A row sees two rows from its own on and the one below them; zeros are put below and to the right.
+        # A row sees two rows from its own on and the one below them.
         window = stream.window(x, below=1, grain=2)
         stream.height //= 2
         if window is None:
             return nothing(x, x.shape[1])[..., : x.shape[4] // 2]
-        pad = (0, 1, 0, 1 - window.edges[1])
-        return per_frame(lambda frames: self.resample[1](F.pad(frames, pad)), window.x)
+        conv = self.resample[1]
+        return self.ops.vae_downsample_conv2d(window.x, conv.weight, conv.bias, window.edges[1])
 
-    def _halve_frames(self, x: Tensor) -> Tensor:
-        return ops.conv3d(x, self.time_conv.weight, self.time_conv.bias, stride_t=2)
+    def _halve_frames(self, x: Tensor, past: Tensor | None) -> Tensor:
+        return self.ops.vae_halve_frames(x, past, self.time_conv.weight, self.time_conv.bias)
 
 
 class Upsample(nn.Module):
     """Doubles height and width, c_in channels to c_out; with `temporal`, also doubles all but the first frame."""
 
-    def __init__(self, c_in: int, c_out: int, temporal: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, temporal: bool, ops: Any) -> None:
         super().__init__()
+        self.ops = ops
         # An index of its own before the convolution, as in diffusers, whose names have resample.1.
         self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.time_conv = CausalConv3d(c_in, 2 * c_in, (3, 1, 1)) if temporal else None
+        self.time_conv = CausalConv3d(c_in, 2 * c_in, (3, 1, 1), ops) if temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None:
@@ -235,7 +247,7 @@ class Upsample(nn.Module):
         conv = self.resample[1]
         if window is None:
             return nothing(x, conv.out_channels, scale=2)
-        return ops.upsample_conv2d(window.x, conv.weight, conv.bias, window.edges)
+        return self.ops.vae_upsample_conv2d(window.x, conv.weight, conv.bias, window.edges)
 
     def _double_after_first(self, x: Tensor, stream: Stream) -> Tensor:
         # The stream's first frame bypasses the temporal convolution and is not in its history either.
@@ -246,32 +258,36 @@ class Upsample(nn.Module):
         return torch.cat((x[:, :, :1], self._double(x[:, :, 1:], stream)), dim=2)
 
     def _double(self, x: Tensor, stream: Stream) -> Tensor:
-        """[B, C, T, H, W] -> [B, C, 2T, H, W]: the halves of the channels are the even and the odd frames."""
-        even, odd = self.time_conv(x, stream).chunk(2, dim=1)
-        pairs = zip(even.split(1, dim=2), odd.split(1, dim=2), strict=True)
-        return torch.cat([frame for pair in pairs for frame in pair], dim=2)
+        """[B, C, T, H, W] -> [B, C, 2T, H, W]."""
+        window = stream.window(x, cached=True)
+        if window is None:
+            return nothing(x, x.shape[1]).repeat(1, 1, 2, 1, 1)
+        conv = self.time_conv
+        out, kept = self.ops.vae_double_frames(window.x, window.past, conv.weight, conv.bias)
+        stream.keep(kept)
+        return out
 
 
 class Encoder(nn.Module):
     """Frames to the means and variances of their latents, 2 * z_dim channels."""
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, ops: Any) -> None:
         super().__init__()
         first, last = config.base_dim, config.base_dim * config.dim_mult[-1]
-        self.conv_in = CausalConv3d(config.frame_channels, first, (3, 3, 3), pad=1)
-        self.down_blocks = nn.ModuleList(self.make_blocks(config))
-        self.mid_block = MidBlock(last)
-        self.norm_out = RMSNorm(last, 3)
-        self.conv_out = CausalConv3d(last, 2 * config.z_dim, (3, 3, 3), pad=1)
+        self.conv_in = CausalConv3d(config.frame_channels, first, (3, 3, 3), ops, pad=1)
+        self.down_blocks = nn.ModuleList(self.make_blocks(config, ops))
+        self.mid_block = MidBlock(last, ops)
+        self.norm_out = RMSNorm(last, 3, ops)
+        self.conv_out = CausalConv3d(last, 2 * config.z_dim, (3, 3, 3), ops, pad=1)
 
     @staticmethod
-    def make_blocks(config: VAEConfig) -> Iterator[nn.Module]:
+    def make_blocks(config: VAEConfig, ops: Any) -> Iterator[nn.Module]:
         dims = [config.base_dim * m for m in (1, *config.dim_mult)]
         for i, (c_in, c_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
             for j in range(config.num_res_blocks):
-                yield ResidualBlock(c_in if j == 0 else c_out, c_out)
+                yield ResidualBlock(c_in if j == 0 else c_out, c_out, ops)
             if i < len(config.temperal_downsample):
-                yield Downsample(c_out, config.temperal_downsample[i])
+                yield Downsample(c_out, config.temperal_downsample[i], ops)
 
     def forward(self, x: Tensor, stream: Stream, stripes: int = 1) -> Tensor:
         x = stream.in_stripes(self._down, x, stripes)
@@ -286,10 +302,10 @@ class Encoder(nn.Module):
 
 
 class UpBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int, num_res_blocks: int, upsample: Upsample | None) -> None:
+    def __init__(self, c_in: int, c_out: int, num_res_blocks: int, upsample: Upsample | None, ops: Any) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
-            [ResidualBlock(c_in if j == 0 else c_out, c_out) for j in range(num_res_blocks + 1)]
+            [ResidualBlock(c_in if j == 0 else c_out, c_out, ops) for j in range(num_res_blocks + 1)]
         )
         if upsample is not None:
             self.upsamplers = nn.ModuleList([upsample])
@@ -303,48 +319,58 @@ class UpBlock(nn.Module):
 class Decoder(nn.Module):
     """Latents to frames."""
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, ops: Any) -> None:
         super().__init__()
         first, last = (config.decoder_base_dim * config.dim_mult[i] for i in (-1, 0))
-        self.conv_in = CausalConv3d(config.z_dim, first, (3, 3, 3), pad=1)
-        self.mid_block = MidBlock(first)
-        self.up_blocks = nn.ModuleList(self.make_blocks(config))
-        self.norm_out = RMSNorm(last, 3)
-        self.conv_out = CausalConv3d(last, config.frame_channels, (3, 3, 3), pad=1)
+        self.conv_in = CausalConv3d(config.z_dim, first, (3, 3, 3), ops, pad=1)
+        self.mid_block = MidBlock(first, ops)
+        self.up_blocks = nn.ModuleList(self.make_blocks(config, ops))
+        self.norm_out = RMSNorm(last, 3, ops)
+        self.conv_out = CausalConv3d(last, config.frame_channels, (3, 3, 3), ops, pad=1)
 
     @staticmethod
-    def make_blocks(config: VAEConfig) -> Iterator[nn.Module]:
+    def make_blocks(config: VAEConfig, ops: Any) -> Iterator[nn.Module]:
         mults = config.dim_mult[::-1]
         dims = [config.decoder_base_dim * m for m in (mults[0], *mults)]
         temporal = config.temperal_downsample[::-1]
         for i, (c_in, c_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
             # Every upsampler halves the channels, so all stages but the first start from half of the last width.
-            up = Upsample(c_out, c_out // 2, temporal[i]) if i < len(temporal) else None
-            yield UpBlock(c_in if i == 0 else c_in // 2, c_out, config.num_res_blocks, up)
+            up = Upsample(c_out, c_out // 2, temporal[i], ops) if i < len(temporal) else None
+            yield UpBlock(c_in if i == 0 else c_in // 2, c_out, config.num_res_blocks, up, ops)
 
-    def forward(self, x: Tensor, stream: Stream, stripes: int = 1) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, stripes: int = 1, rgb: bool = False) -> Tensor:
+        """Frames, or with `rgb` their 8-bit values."""
         stream.height = x.shape[3]
         x = self.mid_block(self.conv_in(x, stream), stream)
-        return stream.in_stripes(self._up, x, stripes)
+        return stream.in_stripes(self._up_to_rgb if rgb else self._up, x, stripes)
 
     def _up(self, x: Tensor, stream: Stream) -> Tensor:
+        return self.conv_out.after(self.norm_out, self._blocks(x, stream), stream)
+
+    def _up_to_rgb(self, x: Tensor, stream: Stream) -> Tensor:
+        return self.conv_out.rgb_after(self.norm_out, self._blocks(x, stream), stream)
+
+    def _blocks(self, x: Tensor, stream: Stream) -> Tensor:
         for block in self.up_blocks:
             x = block(x, stream)
-        return self.conv_out.after(self.norm_out, x, stream)
+        return x
 
 
 class WanVAE(nn.Module):
-    """Encoder and decoder with the latents' normalisation; see the module docstring."""
+    """Encoder and decoder with the latents' normalisation; see the module docstring.
+
+    ops: an object with the functions `vae_...` and `to_rgb` of `fastvid.ops.reference`.
+    """
 
     encoder_type, decoder_type = Encoder, Decoder
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, ops: Any = reference) -> None:
         super().__init__()
-        self.config = config
-        self.encoder = self.encoder_type(config)
-        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
-        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
-        self.decoder = self.decoder_type(config)
+        self.config, self.ops = config, ops
+        self.encoder = self.encoder_type(config, ops)
+        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), ops)
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1), ops)
+        self.decoder = self.decoder_type(config, ops)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean = torch.tensor(self.config.latents_mean, device=like.device, dtype=like.dtype)
@@ -407,13 +433,26 @@ class WanVAE(nn.Module):
         self, latents: Tensor, cache: Cache | None = None, stripes: int = 1, reuse_cache: bool = False
     ) -> tuple[Tensor, Cache]:
         """`decode` before the clamp: what training needs, since a clamp has no gradient outside."""
+        return self._decode(self.decoder, latents, cache, stripes, reuse_cache)
+
+    def decode_rgb(
+        self, latents: Tensor, cache: Cache | None = None, stripes: int = 1, reuse_cache: bool = False
+    ) -> tuple[Tensor, Cache]:
+        """`decode` to 8-bit RGB, uint8 [B, F, 8h, 8w, 3]: what ops.to_rgb makes of the frames."""
+        make = partial(self.decoder, rgb=True)
+        frames, cache = self._decode(make, latents, cache, stripes, reuse_cache)
+        return frames.permute(0, 2, 3, 4, 1), cache
+
+    def _decode(
+        self, decoder: Callable[..., Tensor], latents: Tensor, cache: Cache | None, stripes: int, reuse_cache: bool
+    ) -> tuple[Tensor, Cache]:
         check_stripes(stripes, latents.shape[3])
         mean, std = self._statistics(latents)
         pixels = latents[:, 0, 0].numel() * self.config.spatial_scale**2
         frames = []
         for part in latents.split(self._latents_at_once(latents, pixels), dim=2):
             stream, cache = Stream(cache, reuse_cache), None
-            frames.append(self.decoder(self.post_quant_conv(part * std + mean, stream), stream, stripes))
+            frames.append(decoder(self.post_quant_conv(part * std + mean, stream), stream, stripes))
             cache, reuse_cache = stream.cache(), True
         return torch.cat(frames, dim=2), cache
 
@@ -427,7 +466,7 @@ class WanVAE(nn.Module):
 
     def _latents_at_once(self, x: Tensor, pixels: int) -> int:
         """How many latent frames one step takes: all that are given, but on a CPU only what its caches like."""
-        if not ops.channels_last(x, self.quant_conv.weight):
+        if not vae.channels_last(x, self.quant_conv.weight):
             return max(1, x.shape[2])
         return max(1, CPU_CHUNK // (pixels * self.config.widest * self.config.temporal_scale))
 

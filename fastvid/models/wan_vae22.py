@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
 from fastvid.models.configs import read_vae_config
-from fastvid.models.vae_stream import Stream
+from fastvid.models.vae_stream import Cache, Stream
 from fastvid.models.wan_vae import (
     Decoder,
     Downsample,
@@ -157,14 +158,15 @@ def add_spread(out: Tensor, x: Tensor, factor_t: int, first: bool) -> Tensor:
 class ResidualDownBlock(nn.Module):
     """A stage on the way down: residual blocks, then half the size (and half the frames), and the shortcut."""
 
-    def __init__(self, c_in: int, c_out: int, num_res_blocks: int, temporal: bool, spatial: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, num_res_blocks: int, temporal: bool, spatial: bool, ops: Any) -> None:
         super().__init__()
         self.channels, self.factor_t, self.factor_s = c_out, 1 + temporal, 1 + spatial
         values = c_in * self.factor_t * self.factor_s**2
         if values % c_out:
             raise CheckpointError(f"vae/config.json: {values} values of a block in the encoder give no {c_out} means")
-        self.resnets = nn.ModuleList([ResidualBlock(c_in if j == 0 else c_out, c_out) for j in range(num_res_blocks)])
-        self.downsampler = Downsample(c_out, temporal) if spatial else None
+        blocks = [ResidualBlock(c_in if j == 0 else c_out, c_out, ops) for j in range(num_res_blocks)]
+        self.resnets = nn.ModuleList(blocks)
+        self.downsampler = Downsample(c_out, temporal, ops) if spatial else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         # First, because the residual blocks may overwrite x.
@@ -186,14 +188,14 @@ class ResidualDownBlock(nn.Module):
 class ResidualUpBlock(nn.Module):
     """A stage on the way up: residual blocks; then, but in the last stage, twice the size, and the shortcut."""
 
-    def __init__(self, c_in: int, c_out: int, num_res_blocks: int, temporal: bool, spatial: bool) -> None:
+    def __init__(self, c_in: int, c_out: int, num_res_blocks: int, temporal: bool, spatial: bool, ops: Any) -> None:
         super().__init__()
         self.factor_t = 1 + temporal
         if spatial and (c_in % c_out or 4 * self.factor_t % (c_in // c_out)):
             raise CheckpointError(f"vae/config.json: {c_in} channels in the decoder cannot be spread to {c_out}")
-        blocks = [ResidualBlock(c_in if j == 0 else c_out, c_out) for j in range(num_res_blocks + 1)]
+        blocks = [ResidualBlock(c_in if j == 0 else c_out, c_out, ops) for j in range(num_res_blocks + 1)]
         self.resnets = nn.ModuleList(blocks)
-        self.upsampler = Upsample(c_out, c_out, temporal) if spatial else None
+        self.upsampler = Upsample(c_out, c_out, temporal, ops) if spatial else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         # A residual block that keeps the width may overwrite x; a copy of x is small beside the shortcut made from it.
@@ -209,16 +211,16 @@ class ResidualUpBlock(nn.Module):
 class PatchEncoder(Encoder):
     """2.1's encoder over patches, with stages of its own."""
 
-    def __init__(self, config: WanVAE22Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: WanVAE22Config, ops: Any) -> None:
+        super().__init__(config, ops)
         self.patch_size = config.patch_size
 
     @staticmethod
-    def make_blocks(config: WanVAE22Config) -> Iterator[nn.Module]:
+    def make_blocks(config: WanVAE22Config, ops: Any) -> Iterator[nn.Module]:
         dims = [config.base_dim * m for m in (1, *config.dim_mult)]
         for i, temporal in enumerate((*config.temperal_downsample, False)):
             spatial = i < len(config.temperal_downsample)
-            yield ResidualDownBlock(dims[i], dims[i + 1], config.num_res_blocks, temporal, spatial)
+            yield ResidualDownBlock(dims[i], dims[i + 1], config.num_res_blocks, temporal, spatial, ops)
 
     def forward(self, x: Tensor, stream: Stream, stripes: int = 1) -> Tensor:
         return super().forward(patchify(x, self.patch_size), stream, stripes)
@@ -227,17 +229,17 @@ class PatchEncoder(Encoder):
 class PatchDecoder(Decoder):
     """2.1's decoder over patches, with stages of its own."""
 
-    def __init__(self, config: WanVAE22Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: WanVAE22Config, ops: Any) -> None:
+        super().__init__(config, ops)
         self.patch_size = config.patch_size
 
     @staticmethod
-    def make_blocks(config: WanVAE22Config) -> Iterator[nn.Module]:
+    def make_blocks(config: WanVAE22Config, ops: Any) -> Iterator[nn.Module]:
         mults = config.dim_mult[::-1]
         dims = [config.decoder_base_dim * m for m in (mults[0], *mults)]
         for i, temporal in enumerate((*config.temperal_downsample[::-1], False)):
             spatial = i < len(config.temperal_downsample)
-            yield ResidualUpBlock(dims[i], dims[i + 1], config.num_res_blocks, temporal, spatial)
+            yield ResidualUpBlock(dims[i], dims[i + 1], config.num_res_blocks, temporal, spatial, ops)
 
     def forward(self, x: Tensor, stream: Stream, stripes: int = 1) -> Tensor:
         return unpatchify(super().forward(x, stream, stripes), self.patch_size)
@@ -247,3 +249,10 @@ class WanVAE22(WanVAE):
     """Encoder and decoder; `encode`, `decode` and `decode_raw` are those of WanVAE, with a spatial scale of 16."""
 
     encoder_type, decoder_type = PatchEncoder, PatchDecoder
+
+    def decode_rgb(
+        self, latents: Tensor, cache: Cache | None = None, stripes: int = 1, reuse_cache: bool = False
+    ) -> tuple[Tensor, Cache]:
+        """See WanVAE.decode_rgb. The last convolution makes patches, whose bytes are not yet in their order."""
+        frames, cache = self.decode(latents, cache, stripes, reuse_cache)
+        return torch.stack([self.ops.to_rgb(one) for one in frames]), cache

@@ -22,7 +22,7 @@ import torch
 
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
-from fastvid.ops import backends, linears, norms, patches, reference, rgb, stepping
+from fastvid.ops import backends, linears, norms, patches, reference, rgb, stepping, vae_kernels
 
 Function = Callable[..., Any]
 
@@ -72,7 +72,7 @@ def implementations() -> dict[str, dict[str, Function]]:
     table = {name: {"reference": f} for name, f in public.items() if f.__module__ == reference.__name__}
     table["attention"] = dict(attentions.BACKENDS)
     table["to_rgb"] = dict(rgb.BACKENDS)
-    for family in (norms, patches, linears, stepping):
+    for family in (norms, patches, linears, stepping, vae_kernels):
         for name, functions in family.BACKENDS.items():
             table[name] = dict(functions)
     return table

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvid.ops import rgb, vae
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> Tensor:
     """softmax(q k^T * softmax_scale) v over all of k, v; q [B, N, H, D], k and v [B, M, H, D] -> [B, N, H, D].
@@ -187,3 +189,16 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
 
 def _shapes(*tensors: Tensor) -> str:
     return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+
+
+# What models call under these names has its meaning in files of its own.
+to_rgb = rgb.reference
+vae_rms_norm = vae.rms_norm
+vae_conv3d = vae.conv3d
+vae_causal_conv3d = vae.causal_conv3d
+vae_norm_silu_conv3d = vae.norm_silu_conv3d
+vae_norm_silu_conv3d_rgb = vae.norm_silu_conv3d_rgb
+vae_upsample_conv2d = vae.upsample_conv2d
+vae_downsample_conv2d = vae.downsample_conv2d
+vae_double_frames = vae.double_frames
+vae_halve_frames = vae.halve_frames

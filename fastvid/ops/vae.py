@@ -13,11 +13,13 @@ Shapes: B batch, C and N channels in and out, T frames, H and W height and width
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvid.ops import onednn, winograd
+from fastvid.ops import onednn, rgb, winograd
 
 STRIPE = 2**21  # values of the input that a stripe of a direct convolution holds: 8 MB
 
@@ -150,7 +152,7 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, i
         frames = F.conv2d(F.interpolate(frames, scale_factor=2.0, mode="nearest-exact"), weight, bias, padding=1)
         frames = frames.reshape(B, T, N, 2 * H, 2 * W).transpose(1, 2)
         return _without(frames, (2 * edges[0], 2 * edges[1]))
-    phases = _phase_weights(weight)
+    phases = phase_weights(weight)
     rows = H - sum(edges)
     out = _empty(x, B, N, T, 2 * rows, 2 * W)
     for b, t in ((b, t) for b in range(B) for t in range(T)):
@@ -159,6 +161,52 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, i
         for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
             out[b, :, t, i::2, j::2] = frame[i, j, :, i : i + rows, j : j + W]
     return out
+
+
+def norm_silu_conv3d_rgb(
+    x: Tensor,
+    past: Tensor | None,
+    gamma: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    edges: tuple[int, int] = (0, 0),
+    pixels: int | None = None,
+    to_rgb: Callable[[Tensor], Tensor] = rgb.reference,
+) -> tuple[Tensor, Tensor]:
+    """to_rgb of norm_silu_conv3d to 3 channels: uint8 [B, 3, T, H - sum(edges), W], channels-last, and the past.
+
+    to_rgb: the operation of that name, [3, T, H, W] -> [T, H, W, 3], for where the convolution does not do its work.
+    """
+    out, kept = norm_silu_conv3d(x, past, gamma, weight, bias, None, edges, pixels)
+    return torch.stack([to_rgb(frames) for frames in out]).permute(0, 4, 1, 2, 3), kept
+
+
+def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, bottom: int = 0) -> Tensor:
+    """Every second row and column of a 3x3 convolution that sees two rows and columns from its own on and one more;
+    zeros follow at the right, and below where `bottom` rows (0 or 1) of x are not there to be seen.
+
+    [B, C, T, H, W] -> [B, N, T, (H - bottom) / 2, W / 2], frame by frame.
+    """
+    B, C, T, H, W = x.shape
+    frames = F.pad(x.transpose(1, 2).reshape(B * T, C, H, W), (0, 1, 0, 1 - bottom))
+    frames = F.conv2d(frames, weight, bias, stride=2)
+    return frames.reshape(B, T, *frames.shape[1:]).transpose(1, 2)
+
+
+def double_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """causal_conv3d, 3x1x1, to twice the channels, whose halves are the even and the odd frames.
+
+    [B, C, T, H, W] -> [B, N / 2, 2T, H, W], and the past of the next call.
+    """
+    out, kept = causal_conv3d(x, past, weight, bias, (0, 0))
+    even, odd = out.chunk(2, dim=1)
+    pairs = zip(even.split(1, dim=2), odd.split(1, dim=2), strict=True)
+    return torch.cat([frame for pair in pairs for frame in pair], dim=2), kept
+
+
+def halve_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+    """conv3d, 3x1x1, of every second frame of `past` [B, C, 1, H, W], if there is one, and then x [B, C, T, H, W]."""
+    return conv3d(x if past is None else torch.cat((past, x), dim=2), weight, bias, stride_t=2)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -171,7 +219,7 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
 
 
-def _phase_weights(weight: Tensor) -> Tensor:
+def phase_weights(weight: Tensor) -> Tensor:
     """Of a 3x3 kernel on doubled pixels, what falls on each real pixel: four 2x2 kernels, [4N, C, 2, 2].
 
     An even row sees the real rows (-1, 0) with weights (w0, w1 + w2), an odd one (0, 1) with (w0 + w1, w2): 4 products

@@ -1,0 +1,301 @@
+"""The VAEs' operations, `vae_...`: `vae.py` has the meaning; `triton` is kernels/vae_conv.py and kernels/vae_norm.py.
+
+The Triton forms read inputs of any strides where they lie and give results whose channels lie side by side, so that a
+network that is bound to them works channels-last from its first layer on. They never copy activations (but a residual
+that is not channels-last). A weight is copied unless its memory is channels-last: `channels_last` lays a module's out.
+They take no gradient.
+
+Shapes as in `vae.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvid.ops import vae
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAST = torch.channels_last_3d
+
+
+def channels_last(module: nn.Module) -> None:
+    """Put the memory of all kernels of convolutions in the order in which the Triton forms read it."""
+    for weight in module.parameters():
+        if weight.ndim == 5:
+            weight.data = weight.data.contiguous(memory_format=LAST)
+
+
+@torch.library.custom_op("fastvid::vae_conv_triton", mutates_args=("out",))
+def conv_triton(
+    x: Tensor,
+    past: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    history: int,
+    pad: Sequence[int],
+    top: int,
+    stride: int,
+    stride_t: int,
+    doubled: bool,
+    interleaved: bool,
+    add: bool,
+) -> None:
+    """The Triton kernel, into `out`; see `conv` and `Form` in kernels/vae_conv.py."""
+    from fastvid.kernels.vae_conv import Form, conv
+
+    form = Form((pad[0], pad[1]), top, stride, stride_t, doubled, interleaved, add)
+    conv(x, past, scale, gamma, weight, bias, out, history, form)
+
+
+@torch.library.custom_op("fastvid::vae_norm_triton", mutates_args=("scale", "out"))
+def norm_triton(x: Tensor, gamma: Tensor, scale: Tensor | None, out: Tensor | None, silu: bool) -> None:
+    """The Triton kernel, into `scale` and `out`; see `norm` in kernels/vae_norm.py."""
+    from fastvid.kernels.vae_norm import norm
+
+    norm(x, gamma, scale, out, silu)
+
+
+@conv_triton.register_fake
+@norm_triton.register_fake
+def _nothing(*args: Any) -> None:
+    """What is written has been made by the caller."""
+
+
+def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """vae.rms_norm of [B, C, H, W] or [B, C, T, H, W]."""
+    if x.ndim not in (4, 5) or gamma.numel() != x.shape[1] or x.dtype not in DTYPES:
+        raise ValueError(f"vae_rms_norm takes x [B, C, (T,) H, W] and gamma [C, 1, ...], not {_shapes(x, gamma)}")
+    whole = x if x.ndim == 5 else x[:, :, None]
+    out = _empty(whole, *whole.shape)
+    norm_triton(whole, gamma.reshape(-1), None, out, False)
+    return out if x.ndim == 5 else out[:, :, 0]
+
+
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int] = (0, 0), stride_t: int = 1) -> Tensor:
+    """vae.conv3d."""
+    _check("vae_conv3d", x, weight, bias)
+    kt, kh, kw = weight.shape[2:]
+    if x.shape[2] < kt or stride_t not in (1, 2):
+        raise ValueError(f"vae_conv3d takes at least {kt} frames and a stride of 1 or 2, not {x.shape[2]}, {stride_t}")
+    size = (x.shape[3] + 2 * padding[0] - kh + 1, x.shape[4] + 2 * padding[1] - kw + 1)
+    out = _empty(x, x.shape[0], weight.shape[0], (x.shape[2] - kt) // stride_t + 1, *size)
+    return _run(x, None, weight, bias, out, pad=padding, stride_t=stride_t)
+
+
+def causal_conv3d(
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    padding: tuple[int, int],
+    edges: tuple[int, int] = (0, 0),
+) -> tuple[Tensor, Tensor]:
+    """vae.causal_conv3d, past read where it lies."""
+    _check("vae_causal_conv3d", x, weight, bias, past)
+    _check_edges("vae_causal_conv3d", x, edges)
+    kt, kh, kw = weight.shape[2:]
+    if kt < 2 or (kh, kw) != (2 * padding[0] + 1, 2 * padding[1] + 1):
+        raise ValueError(f"vae_causal_conv3d takes a kernel that keeps the size, not {(kt, kh, kw)} with {padding}")
+    out = _empty(x, x.shape[0], weight.shape[0], x.shape[2], x.shape[3] - sum(edges), x.shape[4])
+    _run(x, past, weight, bias, out, kt - 1, pad=padding, top=edges[0])
+    return out, _last_frames(x, past, kt - 1)
+
+
+def norm_silu_conv3d(
+    x: Tensor,
+    past: Tensor | None,
+    gamma: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    edges: tuple[int, int] = (0, 0),
+    pixels: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """vae.norm_silu_conv3d: x is normalised as it is loaded, the residual is added to where it lies."""
+    _check_normed("vae_norm_silu_conv3d", x, past, gamma, weight, bias, edges)
+    size = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3] - sum(edges), x.shape[4])
+    if residual is None:
+        return _normed(x, past, gamma, weight, bias, _empty(x, *size), edges)
+    if residual.shape != size or residual.dtype != x.dtype:
+        raise ValueError(f"vae_norm_silu_conv3d takes a residual {x.dtype} {size}, not {_shapes(residual)}")
+    out = residual if residual.stride(1) == 1 else residual.contiguous(memory_format=LAST)
+    return _normed(x, past, gamma, weight, bias, out, edges, add=True)
+
+
+def norm_silu_conv3d_rgb(
+    x: Tensor,
+    past: Tensor | None,
+    gamma: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    edges: tuple[int, int] = (0, 0),
+    pixels: int | None = None,
+    to_rgb: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """vae.norm_silu_conv3d_rgb: bytes are stored by the convolution itself, those of to_rgb."""
+    _check_normed("vae_norm_silu_conv3d_rgb", x, past, gamma, weight, bias, edges)
+    if weight.shape[0] != 3:
+        raise ValueError(f"vae_norm_silu_conv3d_rgb makes 3 channels, not {weight.shape[0]}")
+    out = _empty(x, x.shape[0], 3, x.shape[2], x.shape[3] - sum(edges), x.shape[4], dtype=torch.uint8)
+    return _normed(x, past, gamma, weight, bias, out, edges)
+
+
+def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, int] = (0, 0)) -> Tensor:
+    """vae.upsample_conv2d: four 2x2 kernels, each of which makes every second row and column."""
+    _check("vae_upsample_conv2d", x, weight[:, :, None], bias, kernel=(1, 3, 3))
+    _check_edges("vae_upsample_conv2d", x, edges)
+    # In fp32, so that sums of weights are rounded once.
+    places = vae.phase_weights(weight.float()).to(weight.dtype)[:, :, None]
+    B, _, T, H, W = x.shape
+    out = _empty(x, B, weight.shape[0], T, 2 * (H - sum(edges)), 2 * W)
+    return _run(x, None, places, bias, out, pad=(1, 1), top=edges[0], doubled=True)
+
+
+def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, bottom: int = 0) -> Tensor:
+    """vae.downsample_conv2d, nothing padded."""
+    _check("vae_downsample_conv2d", x, weight[:, :, None], bias, kernel=(1, 3, 3))
+    _check_edges("vae_downsample_conv2d", x, (0, bottom))
+    B, _, T, H, W = x.shape
+    out = _empty(x, B, weight.shape[0], T, (H - bottom) // 2, W // 2)
+    return _run(x, None, weight[:, :, None], bias, out, stride=2)
+
+
+def double_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """vae.double_frames: the frames are stored between each other."""
+    _check("vae_double_frames", x, weight, bias, past, kernel=(3, 1, 1))
+    if weight.shape[0] % 2:
+        raise ValueError(f"vae_double_frames takes an even number of channels out, not {weight.shape[0]}")
+    B, _, T, H, W = x.shape
+    out = _empty(x, B, weight.shape[0] // 2, 2 * T, H, W)
+    return _run(x, past, weight, bias, out, 2, interleaved=True), _last_frames(x, past, 2)
+
+
+def halve_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+    """vae.halve_frames, past read where it lies."""
+    _check("vae_halve_frames", x, weight, bias, past, kernel=(3, 1, 1), history=1)
+    B, _, T, H, W = x.shape
+    before = 0 if past is None else 1
+    if T + before < 3:
+        raise ValueError(f"vae_halve_frames takes 3 frames or more, with the past, not {T + before}")
+    out = _empty(x, B, weight.shape[0], (T + before - 3) // 2 + 1, H, W)
+    return _run(x, past, weight, bias, out, before, stride_t=2)
+
+
+BACKENDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "vae_rms_norm": {"reference": vae.rms_norm, "triton": rms_norm},
+    "vae_conv3d": {"reference": vae.conv3d, "triton": conv3d},
+    "vae_causal_conv3d": {"reference": vae.causal_conv3d, "triton": causal_conv3d},
+    "vae_norm_silu_conv3d": {"reference": vae.norm_silu_conv3d, "triton": norm_silu_conv3d},
+    "vae_norm_silu_conv3d_rgb": {"reference": vae.norm_silu_conv3d_rgb, "triton": norm_silu_conv3d_rgb},
+    "vae_upsample_conv2d": {"reference": vae.upsample_conv2d, "triton": upsample_conv2d},
+    "vae_downsample_conv2d": {"reference": vae.downsample_conv2d, "triton": downsample_conv2d},
+    "vae_double_frames": {"reference": vae.double_frames, "triton": double_frames},
+    "vae_halve_frames": {"reference": vae.halve_frames, "triton": halve_frames},
+}
+
+
+def _run(
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    history: int = 0,
+    norm: tuple[Tensor, Tensor] | None = None,
+    pad: tuple[int, int] = (0, 0),
+    top: int = 0,
+    stride: int = 1,
+    stride_t: int = 1,
+    doubled: bool = False,
+    interleaved: bool = False,
+    add: bool = False,
+) -> Tensor:
+    """The kernel into out, which is returned. norm: statistics and gamma."""
+    weight = weight.contiguous(memory_format=LAST)
+    how = (history, pad, top, stride, stride_t, doubled, interleaved, add)
+    conv_triton(x, past, *(norm or (None, None)), weight, bias, out, *how)
+    return out
+
+
+def _normed(
+    x: Tensor,
+    past: Tensor | None,
+    gamma: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    edges: tuple[int, int],
+    add: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """out, and the past of the next call, which the statistics' kernel makes of the last frames."""
+    B, C, T, H, W = x.shape
+    scale, kept = x.new_empty((B, T, H, W), dtype=torch.float32), _empty(x, B, C, 2, H, W)
+    if T < 2:
+        kept[:, :, :1] = 0 if past is None else past[:, :, -1:]
+    gamma = gamma.reshape(-1)
+    norm_triton(x, gamma, scale, kept[:, :, 2 - min(T, 2) :], True)
+    _run(x, past, weight, bias, out, 2, (scale, gamma), (1, 1), edges[0], add=add)
+    return out, kept
+
+
+def _last_frames(x: Tensor, past: Tensor | None, count: int) -> Tensor:
+    """The last frames of past, or zeros, and then x: a part of x where it has that many."""
+    missing = count - x.shape[2]
+    if missing <= 0:
+        return x[:, :, -count:]
+    before = torch.zeros_like(x[:, :, :1]).expand(-1, -1, missing, -1, -1) if past is None else past[:, :, -missing:]
+    return torch.cat((before, x), dim=2)
+
+
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Channels-last memory for [B, C, T, H, W]."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=LAST)
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    past: Tensor | None = None,
+    kernel: tuple[int, int, int] | None = None,
+    history: int | None = None,
+) -> None:
+    """Raise ValueError unless everything fits; history: frames of the past, one less than the kernel's when None."""
+    given = [tensor for tensor in (x, weight, bias, past) if tensor is not None]
+    fits = x.ndim == weight.ndim == 5 and x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1]
+    fits = fits and x.dtype in DTYPES and len({tensor.dtype for tensor in given}) == 1
+    if fits and past is not None:
+        frames = weight.shape[2] - 1 if history is None else history
+        fits = past.shape == (*x.shape[:2], frames, *x.shape[3:])
+    if not fits or (kernel is not None and weight.shape[2:] != kernel):
+        size = "kt, kh, kw" if kernel is None else ", ".join(map(str, kernel))
+        raise ValueError(
+            f"{op} takes x [B, C, T, H, W], weight [N, C, {size}], bias [N] and a past of x's size with "
+            f"{'kt - 1' if history is None else history} frames, of one type, not {_shapes(*given)}"
+        )
+
+
+def _check_normed(
+    op: str, x: Tensor, past: Tensor | None, gamma: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, int]
+) -> None:
+    _check(op, x, weight, bias, past, kernel=(3, 3, 3))
+    _check_edges(op, x, edges)
+    if gamma.numel() != x.shape[1]:
+        raise ValueError(f"{op} takes gamma [{x.shape[1]}, 1, ...], not {_shapes(gamma)}")
+
+
+def _check_edges(op: str, x: Tensor, edges: tuple[int, int]) -> None:
+    if len(edges) != 2 or any(edge not in (0, 1) for edge in edges) or sum(edges) > x.shape[3]:
+        raise ValueError(f"{op} takes edges of 0 or 1 row each, of {x.shape[3]} rows, not {edges}")
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors)
