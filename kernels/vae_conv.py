@@ -94,11 +94,7 @@ def _finish(
 @triton.jit
 def _weights(ptrs, real, EVEN: tl.constexpr):
     """A step's weights [channels in, channels out]; EVEN: all of its channels are real."""
-    if EVEN:
-        w = tl.load(ptrs)
-    else:
-        w = tl.load(ptrs, mask=real[:, None], other=0.0)
-    return w
+    return tl.load(ptrs) if EVEN else tl.load(ptrs, mask=real[:, None], other=0.0)
 
 
 @triton.jit
@@ -232,9 +228,8 @@ WIDTHS = (192, 160, 128, 96, 64, 48, 32, 16)  # channels of the result that a pr
 
 
 def choose(arch: int, dtype: torch.dtype, C: int, N: int, normalises: bool) -> Config:
-    """The config of a launch from C channels to N; normalises: whether x is made as it is loaded, which takes registers.
-
-    None is measured yet: sizes are what compiles without spills and fills the units.
+    """The config of a launch from C channels to N; none is measured yet: sizes are what compiles without spills and
+    fills the units. normalises: whether x is made as it is loaded, which takes registers.
     """
     if dtype == torch.float32:  # no matrix unit
         return Config(64, _fitting(N, (64, 32, 16)), 16, 4, 3)

@@ -4,9 +4,9 @@
 return the cache for what comes next, so a stream is decoded in constant memory and a whole sequence is just one
 chunk. All chunk lengths give the same result. Where a frame is too large for memory, the stages that work at its full
 size take it in stripes of rows (vae_stream.py), again with the same result; the middle, whose attention sees the whole
-frame, is small and never divided. Parameter names are those of diffusers' AutoencoderKLWan. What is fast on a CPU is in
-fastvid/ops/vae.py, what is on a GPU in kernels/vae_conv.py; here is only how the parts connect. The 2.2 network (wan_vae22.py) puts other blocks into the same
-Encoder and Decoder.
+frame, is small and never divided. Parameter names are those of
+diffusers' AutoencoderKLWan. What is fast is in fastvid/ops/vae.py (on a CPU) and vae_kernels.py (on a GPU); here is
+only how the parts connect. The 2.2 network (wan_vae22.py) puts other blocks into the same Encoder and Decoder.
 
 Shapes: B batch, C channels, F pixel frames, T latent frames, H/W height and width at the stage in question.
 Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network.
@@ -253,7 +253,8 @@ class Upsample(nn.Module):
         # The stream's first frame bypasses the temporal convolution and is not in its history either.
         if x.shape[2] == 1:
             if stream.window(x, cached=True) is not None:
-                stream.keep(torch.zeros_like(x).repeat(1, 1, 2, 1, 1))
+                # By cat, which keeps the order of x's memory.
+                stream.keep(torch.cat([torch.zeros_like(x)] * 2, dim=2))
             return x
         return torch.cat((x[:, :, :1], self._double(x[:, :, 1:], stream)), dim=2)
 
