@@ -54,6 +54,25 @@ def inputs(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
         velocities = random(*latents.shape), random(*latents.shape)
         yield "solver_step", (latents, *velocities, 4.0, sigma, sigma > 0.6, weights, history)
     yield "to_rgb", (random(3, t, 2 * h, 2 * w + 1),)
+    yield from of_the_vae(random)
+
+
+def of_the_vae(random: Callable[..., Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Channels that are no power of 2, frames of 5x7 pixels, and rows that get no result."""
+    C, N, size = 40, 24, (5, 7)
+    x, past, gamma = random(2, C, 3, *size), random(2, C, 2, *size), random(C, 1, 1, 1)
+    cube, square, line = random(N, C, 3, 3, 3) / 33, random(N, C, 3, 3) / 19, random(N, C, 3, 1, 1) / 11
+    bias, residual = random(N), random(2, N, 3, size[0] - 1, size[1])
+    yield "vae_rms_norm", (x, gamma)
+    yield "vae_conv3d", (x, random(N, C, 1, 1, 1) / 6, bias)
+    yield "vae_causal_conv3d", (x, past, cube, bias, (1, 1), (1, 1))
+    yield "vae_norm_silu_conv3d", (x, past, gamma, cube, bias, None, (0, 1))
+    yield "vae_norm_silu_conv3d", (x, None, gamma, cube, bias, residual, (1, 0))
+    yield "vae_norm_silu_conv3d_rgb", (x, past, gamma, cube[:3], bias[:3])
+    yield "vae_upsample_conv2d", (x, square, bias, (1, 0))
+    yield "vae_downsample_conv2d", (x, square, bias, 1)
+    yield "vae_double_frames", (x, past, line, bias)
+    yield "vae_halve_frames", (x, past[:, :, 1:], line, bias)
 
 
 def compare(name: str, backend: str, made: Any, wanted: Any, dtype: torch.dtype) -> None:

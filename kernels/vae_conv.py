@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvid.kernels.ahead import Variant
 from fastvid.kernels.gemm import DTYPES, architecture, describe, power_of_2_parts
 from fastvid.kernels.rgb import rgb_bytes
 from fastvid.kernels.vae_norm import MOST_PIXELS, normalised
@@ -70,8 +71,8 @@ def _finish(
     at,
     inside,
     N,
-    half,
     stride_half,
+    SPLIT: tl.constexpr,
     ADD: tl.constexpr,
     BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -80,7 +81,7 @@ def _finish(
     real = cols < N
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + cols, mask=real, other=0.0).to(tl.float32)[None, :]
-    to = tl.where(cols < half, cols.to(tl.int64), cols - half + stride_half)
+    to = tl.where(cols < N // 2, cols.to(tl.int64), cols - N // 2 + stride_half) if SPLIT else cols
     ptrs = out_ptr + at[:, None] + to[None, :]
     mask = inside[:, None] & real[None, :]
     if ADD:
@@ -117,7 +118,6 @@ def vae_conv_kernel(
     history,
     first_h,
     first_w,
-    half,
     stride_xb,
     stride_xc,
     stride_xt,
@@ -141,6 +141,7 @@ def vae_conv_kernel(
     STRIDE_T: tl.constexpr,
     STRIDE: tl.constexpr,
     PLACES: tl.constexpr,
+    SPLIT: tl.constexpr,
     ADD: tl.constexpr,
     BYTES: tl.constexpr,
     EVEN_C: tl.constexpr,
@@ -219,12 +220,12 @@ def vae_conv_kernel(
     out_ptr += b * stride_ob + t.to(tl.int64) * stride_ot
     out_ptr += (place // 2).to(tl.int64) * stride_down + (place % 2).to(tl.int64) * stride_right
     to = to_h.to(tl.int64) * stride_oh + to_w.to(tl.int64) * stride_ow
-    _finish(acc1, cols1, bias_ptr, out_ptr, to, inside, N, half, stride_half, ADD, BYTES, dtype)
+    _finish(acc1, cols1, bias_ptr, out_ptr, to, inside, N, stride_half, SPLIT, ADD, BYTES, dtype)
     if N2 > 0:
-        _finish(acc2, cols2, bias_ptr, out_ptr, to, inside, N, half, stride_half, ADD, BYTES, dtype)
+        _finish(acc2, cols2, bias_ptr, out_ptr, to, inside, N, stride_half, SPLIT, ADD, BYTES, dtype)
 
 
-WIDTHS = (192, 160, 128, 96, 64, 48, 32, 16)  # channels of the result that a program makes
+WIDTHS = (192, 160, 128, 96, 64, 48, 32)  # channels of the result that a program makes
 
 
 def choose(arch: int, dtype: torch.dtype, C: int, N: int, normalises: bool) -> Config:
@@ -233,11 +234,9 @@ def choose(arch: int, dtype: torch.dtype, C: int, N: int, normalises: bool) -> C
     """
     if dtype == torch.float32:  # no matrix unit
         return Config(64, _fitting(N, (64, 32, 16)), 16, 4, 3)
-    if arch == 80:
-        return Config(128, _fitting(N, WIDTHS[2:]), min(_fitting(C, (64, 32, 16)), 32), 8, 3)
-    width, block_k = _fitting(N, WIDTHS), _fitting(C, (64, 32, 16))
-    if width <= 32:
-        return Config(128, width, block_k, 4, 3)
+    width, block_k = _fitting(N, WIDTHS[2:] if arch == 80 else WIDTHS), _fitting(C, (64, 32, 16))
+    if width == 32 or arch == 80:  # no width below 32: a tile of weights that is deeper than wide spills
+        return Config(128, width, min(block_k, 32), 4 if width == 32 else 8, 3)
     return Config(256 if width <= 96 else 128, width, block_k, 8, 3 if normalises else 4)
 
 
@@ -265,7 +264,7 @@ def conv(
     or 2 N. scale [B, T, H, W] in fp32 and gamma [C] where x is normalised as it is loaded, None where it is not.
     past None: zeros. out in uint8: 8-bit values. config: chosen when None. Raises ValueError for what does not fit.
     """
-    places, halves = 4 if form.doubled else 1, 2 if form.interleaved else 1
+    step, halves, places = 1 + form.doubled, 1 + form.interleaved, 4 if form.doubled else 1
     _check(x, past, scale, gamma, weight, bias, out, history, form)
     if out.numel() == 0:
         return
@@ -277,14 +276,13 @@ def conv(
             config = replace(config, block_m=min(4096, triton.next_power_of_2(max(16, out.shape[3] * out.shape[4]))))
     n1, n2 = power_of_2_parts(config.block_n)
     frames = out.shape[2] // halves
-    step = 2 if form.doubled else 1
     out_h, out_w = out.shape[3] // step, out.shape[4] // step
     stride_b, _, stride_t, stride_h, stride_w = out.stride()
     tiles = triton.cdiv(out_h * out_w, config.block_m) * triton.cdiv(N, config.block_n)
     with torch.cuda.device_of(x):  # the device guard; nothing for the interpreter's CPU tensors
         vae_conv_kernel[(B * frames * tiles * places,)](
             *(x, past, scale, gamma, weight, bias, out, T, frames, H, W, out_h, out_w, C, N, history),
-            *(form.top - form.pad[0], -form.pad[1], N // halves, *x.stride(), *(x if past is None else past).stride()),
+            *(form.top - form.pad[0], -form.pad[1], *x.stride(), *(x if past is None else past).stride()),
             *(stride_b, halves * stride_t, step * stride_h, step * stride_w, stride_t, stride_h, stride_w),
             KT=kt,
             KH=kh,
@@ -292,6 +290,7 @@ def conv(
             STRIDE_T=form.stride_t,
             STRIDE=form.stride,
             PLACES=places,
+            SPLIT=form.interleaved,
             ADD=form.add,
             BYTES=out.dtype == torch.uint8,
             EVEN_C=C % config.block_k == 0,
@@ -344,11 +343,11 @@ def _check(
 
 
 def _check_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, history: int, form: Form) -> None:
-    places, halves, step = 4 if form.doubled else 1, 2 if form.interleaved else 1, 2 if form.doubled else 1
-    N, channels = weight.shape[0] // places, out.shape[1]
+    step, halves, channels = 1 + form.doubled, 1 + form.interleaved, out.shape[1]
+    N = weight.shape[0] // step**2
     last = (out.shape[2] // halves - 1) * form.stride_t + weight.shape[2] - history
-    sizes = out.shape[0] == x.shape[0] and channels * halves * places == weight.shape[0] and last <= x.shape[2]
-    whole = out.shape[2] % halves == 0 and out.shape[3] % step == 0 and out.shape[4] % step == 0
+    sizes = out.shape[0] == x.shape[0] and channels * halves * step**2 == weight.shape[0] and last <= x.shape[2]
+    whole = not (out.shape[2] % halves or out.shape[3] % step or out.shape[4] % step)
     kind = out.dtype == x.dtype or (out.dtype == torch.uint8 and not form.add)
     if not (sizes and whole and kind) or (out.stride(1) != 1 and channels > 1):
         raise ValueError(
@@ -359,3 +358,41 @@ def _check_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, hist
         raise ValueError(f"bias must be contiguous [{N}], not {describe(bias)}")
     if max(x.shape[3] * x.shape[4], out.shape[3] * out.shape[4]) > MOST_PIXELS:
         raise ValueError(f"frames of more than {MOST_PIXELS} pixels: {describe(x, out)}")
+
+
+def variants() -> list[Variant]:
+    """The layers of Wan 2.1: residual blocks, the last one, upsampling, the first one, the encoder's halving."""
+    layers = {
+        "block 96": (96, 96, True, Form(pad=(1, 1), add=True), (3, 3, 3)),
+        "block 192": (192, 192, True, Form(pad=(1, 1)), (3, 3, 3)),
+        "block 384": (384, 384, True, Form(pad=(1, 1)), (3, 3, 3)),
+        "to rgb": (96, 3, True, Form(pad=(1, 1)), (3, 3, 3)),
+        "first": (16, 384, False, Form(pad=(1, 1)), (3, 3, 3)),
+        "double": (192, 96, False, Form(pad=(1, 1), doubled=True), (1, 2, 2)),
+        "double frames": (384, 768, False, Form(interleaved=True), (3, 1, 1)),
+        "halve": (96, 96, False, Form(stride=2), (1, 3, 3)),
+    }
+    chosen = [(name, "bf16") for name in layers] + [("block 96", "fp32"), ("to rgb", "fp32")]
+    return [_variant(arch, dtype, name, *layers[name]) for name, dtype in chosen for arch in (90, 100, 80)]
+
+
+def _variant(
+    arch: int, dtype: str, name: str, C: int, N: int, normed: bool, form: Form, kernel: tuple[int, int, int]
+) -> Variant:
+    """One that knows its past where its kernel looks back, and takes 32-bit strides."""
+    config = choose(arch, torch.float32 if dtype == "fp32" else torch.bfloat16, C, N, normed)
+    there = {"x_ptr": dtype, "w_ptr": dtype, "bias_ptr": dtype, "out_ptr": "u8" if name == "to rgb" else dtype}
+    there |= {"scale_ptr": "fp32", "gamma_ptr": dtype} if normed else {}
+    there |= {"past_ptr": dtype} if kernel[0] > 1 else {}
+    n1, n2 = power_of_2_parts(config.block_n)
+    constants = dict.fromkeys({"past_ptr", "scale_ptr", "gamma_ptr"} - set(there))
+    constants |= {"stride_xc": 1, "stride_pc": 1, **dict(zip(("KT", "KH", "KW"), kernel, strict=True))}
+    constants |= {"STRIDE_T": form.stride_t, "STRIDE": form.stride, "PLACES": 4 if form.doubled else 1}
+    constants |= {"SPLIT": form.interleaved}
+    constants |= {"ADD": form.add, "BYTES": name == "to rgb", "EVEN_C": C % config.block_k == 0}
+    constants |= {"BLOCK_M": config.block_m, "N1": n1, "N2": n2, "BLOCK_K": config.block_k}
+    numbers = [one for one in vae_conv_kernel.arg_names if one not in constants and one not in there]
+    types = {one: f"*{kind}" for one, kind in there.items()} | dict.fromkeys(numbers, "i32")
+    aligned = [*there, "C", *(("N",) if N % 32 == 0 else ()), *(n for n in numbers if n.startswith("stride_"))]
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    return Variant(f"vae {name} {dtype} sm_{arch}", vae_conv_kernel, types, constants, aligned, options, (arch,))

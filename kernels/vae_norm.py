@@ -139,5 +139,5 @@ def variants() -> list[Variant]:
                 constants["scale_ptr"] = None
             aligned = [name for name in types if name.endswith("_ptr")] + ["C", *strides, "stride_ow"]
             name = f"vae norm {'silu' if stats else 'alone'} {C} {dtype}"
-            made.append(Variant(name, vae_norm_kernel, types, constants, aligned))
+            made.append(Variant(name, vae_norm_kernel, types, constants, aligned, {"enable_fp_fusion": True}))
     return made

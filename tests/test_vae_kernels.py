@@ -516,7 +516,7 @@ def test_tiles_fit_the_networks() -> None:
                 config = choose(arch, dtype, C, C, True)
                 assert C % config.block_n == 0 and C % config.block_k == 0, (arch, C, config)
     assert (
-        choose(90, torch.bfloat16, 96, 3, True).block_n == 16 and choose(90, torch.bfloat16, 3, 96, False).block_k == 16
+        choose(90, torch.bfloat16, 96, 3, True).block_n == 32 and choose(90, torch.bfloat16, 3, 96, False).block_k == 16
     )
 
 
