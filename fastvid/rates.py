@@ -26,7 +26,6 @@ from fastvid import doctor
 from fastvid.layers.attention import self_attention
 from fastvid.layers.linear import Linear
 from fastvid.ops import Ops
-from fastvid.ops import vae as vae_ops
 from fastvid.precision import ieee_fp32
 
 BUDGET = 0.6  # seconds for each of the three
@@ -126,7 +125,7 @@ def measure(ops: Ops, device: torch.device, dtype: torch.dtype) -> Rates:
         return Rates(
             _points(_linear(device, dtype), device),
             _points(_attention(ops, device, dtype), device),
-            _points(_convolution(device), device),
+            _points(_convolution(ops, device), device),
         )
 
 
@@ -186,7 +185,7 @@ def _attention(ops: Ops, device: torch.device, dtype: torch.dtype) -> Iterator[C
         yield 4.0 * tokens**2 * heads * width, lambda q=q, k=k, v=v: self_attention(ops, q, k, v)
 
 
-def _convolution(device: torch.device) -> Iterator[Case]:
+def _convolution(ops: Ops, device: torch.device) -> Iterator[Case]:
     """Of the VAE's residual blocks, in fp32 as the VAE is."""
     for channels, frames, height, width in CONVOLUTION:
         x, past = (torch.randn(1, channels, t, height, width, device=device) for t in (frames, 2))
@@ -197,4 +196,4 @@ def _convolution(device: torch.device) -> Iterator[Case]:
         gamma = torch.ones(channels, 1, 1, 1, device=device)
         given = (x, past, gamma, weight, bias)
         work = 2.0 * weight.numel() * frames * height * width
-        yield work, lambda given=given: vae_ops.norm_silu_conv3d(*given)
+        yield work, lambda given=given: ops.vae_norm_silu_conv3d(*given)

@@ -7,6 +7,7 @@ off, with a floor of a rounding. Results are written into the middle of NaN, whi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -518,6 +519,19 @@ def test_tiles_fit_the_networks() -> None:
     assert (
         choose(90, torch.bfloat16, 96, 3, True).block_n == 32 and choose(90, torch.bfloat16, 3, 96, False).block_k == 16
     )
+
+
+def test_loads_from_two_places_stay_asynchronous() -> None:
+    """Shared memory for tiles of x that are on their way: without any, a step waits for what it loads."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton interprets in this process")
+    from fastvid.kernels.ahead import compile_ahead
+    from fastvid.kernels.vae_conv import variants
+
+    variant = next(one for one in variants() if one.name == "vae block 96 bf16 sm_90")
+    tile = 2 * variant.constants["BLOCK_M"] * variant.constants["BLOCK_K"]
+    assert "past_ptr" in variant.types and compile_ahead(variant, 90).shared >= 3 * tile
 
 
 # On a GPU
