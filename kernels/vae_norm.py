@@ -18,7 +18,7 @@ from fastvid.kernels.ahead import Variant
 from fastvid.kernels.gemm import DTYPES, describe
 
 TILE = 4096  # values that a program of 4 warps holds: 32 a thread
-MOST_PIXELS = 2**31 - 1  # of a frame; they are counted in 32 bits, what lies between them in 64
+MOST_PIXELS = 2**31 - 2**16  # of a frame: they are counted in 32 bits, to the end of a tile; offsets have 64
 
 
 @triton.jit
