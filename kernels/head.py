@@ -41,9 +41,8 @@ class Config:
     stages: int
 
 
-# (architecture, shape class) -> config; not measured yet. Those of sm_90 are small enough not to spill under Triton 3.6
-# either, which needs more registers for this than 3.9, but for "groups wide". "tokens", "fp32": head_tokens_kernel; "wide": more than 64
-# features.
+# (architecture, shape class) -> config; not measured yet. "tokens", "fp32": head_tokens_kernel; "wide": more than 64
+# features. Those of sm_90 are so small because Triton 3.6 needs more registers than 3.9; with it only "wide" spills.
 CONFIGS: Mapping[tuple[int, str], Config] = MappingProxyType(
     {
         (80, "groups"): Config(64, 64, 4, 3),
