@@ -30,6 +30,7 @@ from fastvid.models.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.wan import WanTransformer, WanTransformerConfig
 from fastvid.ops import reference
 from tools import latent_pool, vocabulary
+from tools.mixed import mixed_precision
 
 TRANSFORMER = WanTransformerConfig(
     num_attention_heads=4, attention_head_dim=64, text_dim=128, ffn_dim=1024, num_layers=6
@@ -279,7 +280,7 @@ class Trainer(nn.Module):
         sigma = torch.stack([s.sigma for s in samples])
         wide = sigma.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, None]
         noise = torch.randn(clean.shape, generator=g)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision():
             text = self.text_encoder(ids, mask) * mask[..., None]
             source = clean if samples[0].source is None else torch.stack([s.source for s in samples])
             seen = torch.where(wide > 0, (1 - wide) * source + wide * noise, clean + drift(clean, g))

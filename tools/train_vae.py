@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastvid.models.wan_vae import Downsample, Upsample, WanVAE, WanVAEConfig
 from tools.clips import draw, path, random_scene
+from tools.mixed import mixed_precision
 
 CONFIG = WanVAEConfig(base_dim=16, z_dim=16, num_res_blocks=1)
 EDGES = 0.5  # weight of the loss on differences of neighbouring pixels
@@ -100,7 +101,7 @@ def batch(n: int, frames: int, size: int, generator: torch.Generator) -> Tensor:
 
 def loss_of(vae: WanVAE, frames: Tensor, noise: float) -> tuple[Tensor, Tensor]:
     """Reconstruction loss and the mean squared error of pixels in [0, 1]."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with mixed_precision():
         latents, _ = vae.encode(frames)
         latents = latents.float()
         out, _ = vae.decode_raw(latents + noise * torch.randn_like(latents))
