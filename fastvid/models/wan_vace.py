@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.kv_cache import KVCache
-from fastvid.layers.linear import Linear
+from fastvid.layers.linear import Linear, linear
 from fastvid.models.wan import Block, Modulation, WanTransformer, WanTransformerConfig
 from fastvid.ops import reference
 
@@ -124,11 +124,12 @@ class WanVACETransformer(WanTransformer):
         timestep: Tensor,
         text: Tensor | VACEContext,
         *,
+        known: Tensor | None = None,
         rope_offset: int | Sequence[int] = 0,
         cache: KVCache | None = None,
     ) -> Tensor:
         """See WanTransformer.forward; the control has the latents' height and width, and may end before them."""
-        self._grid(latents)
+        self._grid(latents, known)
         if cache is not None:
             raise InvalidRequest("models with a control branch keep no KV cache")
         if isinstance(text, VACEContext):
@@ -137,7 +138,7 @@ class WanVACETransformer(WanTransformer):
                 raise InvalidRequest(
                     f"the control is {[t, *size]} (T, H, W) and does not fit latents of {[latent_t, *latent_size]}"
                 )
-        return super().forward(latents, timestep, text, rope_offset=rope_offset)
+        return super().forward(latents, timestep, text, known=known, rope_offset=rope_offset)
 
     def _run_blocks(
         self, x: Tensor, modulation: Modulation, context: VACEContext, rotary: tuple[Tensor, Tensor], cache: Any = None
@@ -151,9 +152,9 @@ class WanVACETransformer(WanTransformer):
             if number in self.vace_config.vace_layers:
                 vace, (seen, scale) = next(walk), next(due)
                 # The first goes on from the control's tokens and, on top, the video's.
-                control = control if vace.proj_in is None else vace.proj_in(control) + start
+                control = control if vace.proj_in is None else linear(self.ops, vace.proj_in, control) + start
                 control, start = vace(control, modulation, seen, rotary), None
-                x = x.add(vace.proj_out(control), alpha=scale)
+                x = x.add(linear(self.ops, vace.proj_out, control), alpha=scale)
         next(walk, None)
         return x
 
