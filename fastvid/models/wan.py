@@ -249,6 +249,11 @@ class ConditionEmbedder(nn.Module):
         return layers.linear_2(linear_gelu_tanh(self.ops, layers.linear_1, text))
 
 
+def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args)."""
+    return function(*args)
+
+
 class WanTransformer(nn.Module):
     """Velocity (noise - clean) of noisy video latents, given their noise level, a text and perhaps pictures.
 
@@ -268,6 +273,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         self.walk: Callable[[Iterable[nn.Module]], Iterator[Any]] = iter
+        self.run: Callable[..., Tensor] = call  # takes `_velocity` and what that is called with (see fastvid.graphs)
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, config.patch_size, config.patch_size)
         self.condition_embedder = ConditionEmbedder(config, ops)
         self.blocks = nn.ModuleList([Block(config, ops) for _ in range(config.num_layers)])
@@ -337,7 +343,8 @@ class WanTransformer(nn.Module):
         context = self.prepare_context(text) if isinstance(text, Tensor) else text
         values, index = (one.to(latents.device) for one in group_timesteps(timestep, latents.shape[0], grid))
         rotary = rotary_table(grid, self.config.attention_head_dim, offset=rope_offset, device=latents.device)
-        return self._velocity(latents, known, values, index, rotary, context, cache)
+        given = latents, known, values, index, rotary, context
+        return self.run(self._velocity, *given) if cache is None else self._velocity(*given, cache)
 
     def _velocity(
         self,
@@ -347,7 +354,7 @@ class WanTransformer(nn.Module):
         index: Tensor,
         rotary: tuple[Tensor, Tensor],
         context: Context,
-        cache: KVCache | None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """The part of a call that is work for the device alone: distinct timesteps [K], which each group has [B, G]."""
         embedding, rows = self.condition_embedder.embed_time(values)
