@@ -71,3 +71,12 @@ class FeedForward(nn.Module):
         first = self.net[0]["proj"]
         inner = F.gelu(linear(self.ops, first, x)) if self.exact else linear_gelu_tanh(self.ops, first, x)
         return linear(self.ops, self.net[2], inner)
+
+
+class TwoLinears(nn.Module):
+    """Linear, an activation, Linear, under the names that diffusers gives them."""
+
+    def __init__(self, inputs: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear(inputs, dim)
+        self.linear_2 = Linear(dim, dim)

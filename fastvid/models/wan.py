@@ -22,8 +22,9 @@ from fastvid.layers.attention import cross_attention, self_attention
 from fastvid.layers.embeddings import group_timesteps, rotary_table, timestep_sinusoid
 from fastvid.layers.fused import FusedLinear
 from fastvid.layers.kv_cache import KVCache, LayerCache
-from fastvid.layers.linear import FeedForward, Linear, linear, linear_gelu_tanh
+from fastvid.layers.linear import FeedForward, Linear, TwoLinears, linear, linear_gelu_tanh
 from fastvid.layers.parameters import normal_parameter
+from fastvid.layers.residual import Stream
 from fastvid.models.configs import read_fields
 from fastvid.ops import reference
 
@@ -173,16 +174,19 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        stream: Stream,
         modulation: Modulation,
         context: tuple[Tensor, ...],
         rotary: tuple[Tensor, Tensor],
         cache: LayerCache | None = None,
-    ) -> Tensor:
-        """x [B, N, d] -> [B, N, d]."""
+    ) -> Stream:
         rows, index = self.scale_shift_table + modulation.rows, modulation.index
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
-        y = self.ops.modulated_layer_norm(x, shift1, scale1, index, self.eps)
+        x, y, gate = stream.take()
+        if y is None:
+            y = self.ops.modulated_layer_norm(x, shift1, scale1, index, self.eps)
+        else:
+            x, y = self.ops.gated_residual_norm(x, y, gate, shift1, scale1, index, self.eps)
         y = self.attn1(y, rotary, cache)
         if self.norm2 is None:
             x = y = self.ops.gated_residual(x, y, gate1, index)
@@ -190,16 +194,7 @@ class Block(nn.Module):
             norm = self.norm2.weight, self.norm2.bias, self.eps
             x, y = self.ops.gated_residual_layer_norm(x, y, gate1, index, *norm)
         x, y = self.ops.residual_norm(x, self.attn2(y, *context), shift2, scale2, index, self.eps)
-        return self.ops.gated_residual(x, self.ffn(y), gate2, index)
-
-
-class TwoLinears(nn.Module):
-    """Linear, an activation, Linear, under the names that diffusers gives them."""
-
-    def __init__(self, inputs: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = Linear(inputs, dim)
-        self.linear_2 = Linear(dim, dim)
+        return Stream(x, self.ffn(y), gate2)
 
 
 class ImageEmbedder(nn.Module):
@@ -358,8 +353,9 @@ class WanTransformer(nn.Module):
     ) -> Tensor:
         """The part of a call that is work for the device alone: distinct timesteps [K], which each group has [B, G]."""
         embedding, rows = self.condition_embedder.embed_time(values)
-        x = self.ops.patch_embed(latents, self.patch_embedding.weight, self.patch_embedding.bias, known)
-        x = self._run_blocks(x, Modulation(rows, index), context, rotary, cache)
+        embed = self.patch_embedding.weight, self.patch_embedding.bias
+        stream = Stream(self.ops.patch_embed(latents, *embed, known))
+        x = self._run_blocks(stream, Modulation(rows, index), context, rotary, cache)
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)
         out, patch = (self.proj_out.weight, self.proj_out.bias), self.config.patch_size
         grid = [n // p for n, p in zip(latents.shape[2:], patch, strict=True)]
@@ -367,7 +363,7 @@ class WanTransformer(nn.Module):
 
     def _run_blocks(
         self,
-        x: Tensor,
+        stream: Stream,
         modulation: Modulation,
         context: Context,
         rotary: tuple[Tensor, Tensor],
@@ -375,8 +371,13 @@ class WanTransformer(nn.Module):
     ) -> Tensor:
         caches = (None,) * len(self.blocks) if cache is None else cache.layers
         for block, layer, kept in zip(self.walk(self.blocks), context.layers, caches, strict=True):
-            x = block(x, modulation, layer, rotary, kept)
-        return x
+            stream = block(stream, modulation, layer, rotary, kept)
+        return self._added(stream, modulation)
+
+    def _added(self, stream: Stream, modulation: Modulation) -> Tensor:
+        """The residual stream [B, N, d] with nothing left to add."""
+        x, y, gate = stream.take()
+        return x if y is None else self.ops.gated_residual(x, y, gate, modulation.index)
 
     def _grid(self, latents: Tensor, known: Tensor | None = None) -> tuple[int, int, int]:
         """Tokens along t, h, w."""
