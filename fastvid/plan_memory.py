@@ -95,11 +95,11 @@ class Memory:
 def activation_bytes(tokens: int, config: WanTransformerConfig, itemsize: int, control_layers: int = 0) -> int:
     """Peak of one call of the transformer on `tokens` N of width d, attention without a matrix of N x N.
 
-    Attention: residual, norm, the product of queries, keys and values, and two of these made ready, in the compute
-    type (of the one in the making, what it takes in fp32). Feed-forward: residual, norm, hidden tensor before and after
-    GELU. And the rotary table. A control branch has a residual and a hint of its own.
+    Attention: residual, the product of queries, keys and values, and one of these made ready, in the compute type, and
+    what the other takes in fp32 meanwhile. Feed-forward: residual, norm, hidden tensor before and after GELU. And the
+    rotary table. A control branch has a residual and a hint of its own.
     """
-    attention = config.dim * (12 + 6 * itemsize)
+    attention = config.dim * (12 + 5 * itemsize)
     feed_forward = 2 * (config.dim + config.ffn_dim) * itemsize
     control = 2 * config.dim * itemsize if control_layers else 0
     return tokens * (max(attention, feed_forward) + control + 4 * config.attention_head_dim)

@@ -10,7 +10,10 @@ from torch import Tensor
 
 class Stream:
     """The residual stream between blocks: x [B, N, d], and perhaps y [B, N, d] times gate [K, d], which is still to be
-    added: the next block does so in the pass in which it takes the norm."""
+    added: the next block does so in the pass in which it takes the norm.
+
+    A box that is emptied: what calls a module holds on to the arguments until it returns, so tensors would stay.
+    """
 
     def __init__(self, x: Tensor, y: Tensor | None = None, gate: Tensor | None = None) -> None:
         self._parts: list[Any] = [x, y, gate]

@@ -112,10 +112,11 @@ class SelfAttention(nn.Module):
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        """x [B, N, d] -> [B, N, d]; with a cache, attention goes to what is in it too."""
-        norms = self.norm_q.weight, self.norm_k.weight
-        q, k, v = self.ops.qkv_norm_rope(linear(self.ops, self.to_qkv, x), *norms, *rotary, self.eps)
+    def forward(self, tokens: Stream, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+        """[B, N, d], which is freed on the way, -> [B, N, d]; with a cache, attention goes to what is in it too."""
+        qkv, norms = linear(self.ops, self.to_qkv, tokens.take()[0]), (self.norm_q.weight, self.norm_k.weight)
+        q, k, v = self.ops.qkv_norm_rope(qkv, *norms, *rotary, self.eps)
+        del qkv
         k, v = (k, v) if cache is None else cache.update(k, v)
         return linear(self.ops, self.to_out[0], self_attention(self.ops, q, k, v))
 
@@ -187,7 +188,9 @@ class Block(nn.Module):
             y = self.ops.modulated_layer_norm(x, shift1, scale1, index, self.eps)
         else:
             x, y = self.ops.gated_residual_norm(x, y, gate, shift1, scale1, index, self.eps)
-        y = self.attn1(y, rotary, cache)
+        normed = Stream(y)
+        del y
+        y = self.attn1(normed, rotary, cache)
         if self.norm2 is None:
             x = y = self.ops.gated_residual(x, y, gate1, index)
         else:
