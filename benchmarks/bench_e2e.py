@@ -4,8 +4,9 @@
 
 1.3b: Wan 2.1 1.3B, 832x480, 81 frames: one denoising step with guidance (50 of them are *extrapolated* from these, and
 so labelled), and a whole video in 4 steps without guidance, decoded to uint8. 14b: Wan 2.1 14B, 1280x720, 81 frames: a
-denoising step with guidance. Peak memory is that of a run of its own, weights included. diffusers is left out where
-it is not installed, and the result says so. On a CPU everything is small: it shows that the script works, and no more.
+denoising step with guidance. On a GPU fastvid's cases come with CUDA graphs (`fastvid.graphs`) too. Peak memory is that
+of a run of its own, weights and graphs included. diffusers is left out where it is not installed, and the result says
+so. On a CPU everything is small: it shows that the script works, and no more.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from harness import Case, Row, measure, save, table
 from torch import Tensor, nn
 
 from fastvid import ops
+from fastvid.graphs import CudaCapture, Graphs
 from fastvid.models import WanTransformer, WanVAE, WanVAEConfig
 from fastvid.models.published import describe
 from fastvid.ops import rgb
@@ -129,22 +131,30 @@ def build(name: str, device: torch.device, backends: list[str], compiled: bool) 
         state[key] = kept.fill_(1.0) if "norm" in key and key.endswith("weight") else kept.normal_(std=0.02)
     torch.manual_seed(0)
     vae = WanVAE(WanVAEConfig() if on_gpu else WanVAEConfig(base_dim=16, num_res_blocks=1)).to(device, dtype)
-    cases = {}
-    if importlib.util.find_spec("diffusers") is not None:
-        theirs = diffusers_pair(config, state, vae, device, dtype)
-        cases["diffusers"] = theirs[0]
-        if compiled:
-            cases["diffusers, torch.compile"] = theirs[1]
+    cases: dict[str, Model] = {}
     for backend in backends:
         bound = ops.bind(backend, device=device)
         with torch.device("meta"):
             ours = WanTransformer(config, bound)
         ours.load_state_dict(state, assign=True)
-        cases[f"fastvid {backend}"] = Model(
-            lambda x, t, c, ours=ours: ours.eval()(x.to(dtype), t, c),
-            lambda x, bound=bound: bound.to_rgb(vae.decode(x.to(dtype))[0][0]),
-        )
+        state = ours.eval().state_dict()  # each has its own queries, keys and values; diffusers looks at the last one's
+        runs = {"": ours.run} | ({" with graphs": Graphs(CudaCapture(device))} if on_gpu else {})
+        cases |= {f"fastvid {backend}{name}": model(ours, run, bound, vae, dtype) for name, run in runs.items()}
+    if importlib.util.find_spec("diffusers") is not None:
+        theirs = diffusers_pair(config, state, vae, device, dtype)
+        compared = {"diffusers": theirs[0]} | ({"diffusers, torch.compile": theirs[1]} if compiled else {})
+        cases = compared | cases
     return cases
+
+
+def model(ours: WanTransformer, run: Callable[..., Tensor], bound: ops.Ops, vae: WanVAE, dtype: torch.dtype) -> Model:
+    """fastvid's, whose calls go through `run`."""
+
+    def velocity(latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        ours.run = run
+        return ours(latents, timestep, text)
+
+    return Model(velocity, lambda latents: bound.to_rgb(vae.decode(latents.to(dtype))[0][0]))
 
 
 def diffusers_pair(config: Any, state: dict[str, Tensor], vae: WanVAE, device: torch.device, dtype: torch.dtype) -> Any:

@@ -95,9 +95,11 @@ class Conditions:
             known = known if region is None else known | region.places
             noisy = (1 - float(level)) * x + float(level) * noise(row.start, row.stop).to(x)
             x = torch.where(known, noisy, x)
-        if self.channels is not None:
-            x = torch.cat((x, self.channels[:, :, row.start : row.stop].to(x)), dim=1)
         return x, levels
+
+    def behind(self, row: Row) -> Tensor | None:
+        """The channels behind a window's latents [1, M, t, h, w], of models that have them."""
+        return None if self.channels is None else self.channels[:, :, row.start : row.stop]
 
 
 def anchored(x: Tensor, levels: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastvid.sampling import Denoise, Solver, SolverState
+from fastvid.sampling import Denoise, Denoiser, Operation, Solver, SolverState
 
 Source = Callable[[int, int], Tensor]
 """(start, stop) -> the columns that a window takes in, at the level at which the table meets them first."""
@@ -88,12 +88,15 @@ def walk(
     position: Position | None = None,
     keep: int = 0,
     anchor: bool = False,
+    fused: Operation | None = None,
 ) -> Iterator[Walked]:
     """Denoise columns along a table.
 
     source: where columns come from that a window takes in; a tensor of all of them will do. denoise: the denoiser for a
     row. position: to go on from; the table is the same, from its first row on. keep: the most columns that a row of the
-    table comes back to. anchor: whether positions hold the first column too.
+    table comes back to. anchor: whether positions hold the first column too. fused: `ops.solver_step`, for guidance,
+    clean latents and the solver's step in one pass where nothing else is done to the clean latents (a region that is
+    known within columns, an edit along a difference) and the solver is made for it; else all is eager.
 
     Yields once a row. Windows move to the right, over columns that are clean, and columns must become clean from the
     left; each is handed out once, in order.
@@ -105,7 +108,7 @@ def walk(
             continue
         at = _moved(at, row, take, solver)
         state = replace(at.state, fresh=fresh and (lambda draws, row=row: fresh(row.start, draws)))
-        latents, state = _step(row, at.latents, solver, denoise(row), state)
+        latents, state = _step(row, at.latents, solver, denoise(row), state, fused)
         clean = row.start + int((row.sigma_next == 0).long().cumprod(0).sum())
         ready = latents[:, :, at.done - row.start : clean - row.start] if clean > at.done else None
         kept, first = _kept(at.kept, ready, keep), at.first
@@ -146,8 +149,11 @@ def _moved(at: Position | None, row: Row, take: Source, solver: Solver) -> Posit
 # The grad mode is set inside the call and never across a yield, where it would leak into the caller's code.
 @torch.no_grad()
 def _step(
-    row: Row, latents: Tensor, solver: Solver, denoise: Denoise, state: SolverState
+    row: Row, latents: Tensor, solver: Solver, denoise: Denoise, state: SolverState, fused: Operation | None
 ) -> tuple[Tensor, SolverState]:
+    if fused is not None and solver.fused is not None and isinstance(denoise, Denoiser) and not row.write_cache:
+        velocities = denoise.velocities(latents, row.sigma)
+        return solver.fused(fused, latents, velocities, row.sigma, row.sigma_next, state)
     x0 = denoise(latents, row.sigma)
     if row.write_cache:
         return latents, state

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid import hub, plan
+from fastvid import graphs, hub, plan
 from fastvid.errors import CheckpointError, InvalidRequest, OutOfMemory
 from fastvid.models import (
     Checkpoint,
@@ -29,7 +29,7 @@ from fastvid.models import (
 from fastvid.models.assembled import check_parts
 from fastvid.models.checkpoint import EXPERTS, build_empty, check_fill, fill, part_dtype, weigh_module
 from fastvid.models.clip import CLIPVisionEncoder
-from fastvid.models.lora import Lora, for_expert, read_lora, touched
+from fastvid.models.lora import Lora, for_expert, named, read_loras, touched
 from fastvid.offload import MODES, Staying, Turns, weigh
 from fastvid.ops import Ops, bind, vae_kernels
 from fastvid.plan_memory import Sizes
@@ -50,7 +50,8 @@ class Parts:
     loras: the files that are merged, with their scales and where it is one the expert they are for; merged: the weights
     that they changed. sources: the parts that came from elsewhere, as they were given.
     offload: "none", "text" or "blocks" (see `fastvid.offload`); encoders: how the text encoder and the image encoder,
-    in this order, come to the device; sizes: bytes of all weights as loaded.
+    in this order, come to the device; sizes: bytes of all weights as loaded. graphs: what replays the transformers'
+    calls, if anything does; graphs_why: why it does or does not.
     """
 
     model: str
@@ -72,6 +73,8 @@ class Parts:
     encoders: Staying | Turns | None = None
     sizes: Sizes | None = None
     sources: tuple[tuple[str, str], ...] = ()
+    graphs: graphs.Graphs | None = None
+    graphs_why: str = ""
 
     @property
     def transformer(self) -> WanTransformer:
@@ -124,15 +127,20 @@ def load_parts(
     loras: Sequence[Any] = (),
     offload: str = "auto",
     parts: Mapping[str, str | Path] | None = None,
+    cuda_graphs: str | bool = "auto",
 ) -> Parts:
     """Load everything of a model; see `fastvid.load`. What was asked for is checked before any weight is read."""
     where = _device(device)
     kind = _dtype(dtype, where)
     ops = bind(backend, attention, where)
-    merging, asked = read_loras(loras), check_offload(offload)
+    merging, asked, replay = read_loras(loras), check_offload(offload), graphs.check(cuda_graphs)
     checkpoint = read_checkpoint(model, parts, download=True).check()
     mode = asked if asked != AUTO else choose_offload(configs_of(checkpoint), checkpoint.recipe, where, kind)
+    stay, caches = experts_stay(checkpoint, mode), checkpoint.recipe.rollout is not None
+    replaying, why = graphs.choose(replay, where, stay, caches)
     experts = load_experts(checkpoint, ops, where, kind, merging, mode)
+    for module in experts.modules:
+        module.run = replaying or module.run
     # An I2V model without an image encoder (A14B) sees its picture in the latents alone.
     names = [name for name in ENCODERS if name in [part.name for part in checkpoint.parts]]
     at = where if mode == "none" else torch.device("cpu")
@@ -147,7 +155,7 @@ def load_parts(
     image_bytes = weigh(image_encoder).total if image_encoder is not None else 0
     sizes = Sizes(tuple(map(weigh, experts.modules)), weigh(loaded[0]), weigh(vae).total, image_bytes)
     made = replace(made, image_encoder=image_encoder, offload=mode, encoders=encoders, sizes=sizes)
-    made = replace(made, loras=named(merging), merged=touched(merging))
+    made = replace(made, loras=named(merging), merged=touched(merging), graphs=replaying, graphs_why=why)
     return replace(made, sources=tuple((name, str(path)) for name, path in (parts or {}).items()))
 
 
@@ -254,32 +262,6 @@ def _describe(
     return checkpoint.recipe, configs_of(checkpoint), checkpoint.text_length, checkpoint
 
 
-def read_loras(loras: Any) -> tuple[Lora, ...]:
-    """LoRAs as they are given to `load`: files, (file, scale), or (file, scale, expert). Raises InvalidRequest,
-    CheckpointError."""
-    entries = []
-    for entry in (loras,) if isinstance(loras, str | Path) else loras or ():
-        made = (entry,) if isinstance(entry, str | Path) else entry
-        if not isinstance(made, list | tuple) or not _is_lora(made) or (len(made) < 2 and made is entry):
-            raise InvalidRequest(
-                f'loras: {entry!r:.60} is no LoRA; give a file, or (file, scale) such as ("a.safetensors", 0.8), or '
-                '("a.safetensors", 0.8, "high") for one of two experts'
-            )
-        entries.append(made)
-    return tuple(read_lora(*entry) for entry in entries)
-
-
-def _is_lora(entry: Sequence[Any]) -> bool:
-    expert = entry[2] if len(entry) == 3 else "high"
-    named = 1 <= len(entry) <= 3 and isinstance(entry[0], str | Path) and bool(entry[0])
-    return named and isinstance(expert, str) and bool(expert)
-
-
-def named(loras: Sequence[Lora]) -> tuple[tuple[Any, ...], ...]:
-    """The files and scales of LoRAs, and the expert of those that are for one."""
-    return tuple((str(lora.path), lora.scale, *([lora.expert] if lora.expert else [])) for lora in loras)
-
-
 def change_loras(parts: Parts, loras: Any) -> Parts:
     """The same model with these LoRAs in place of those it has: every weight that one of them changes, or has changed,
     is read again from the model's files, for every expert where it is. Everything is checked before the first is.
@@ -292,9 +274,16 @@ def change_loras(parts: Parts, loras: Any) -> Parts:
     for module, part, loras in experts:
         check_fill(module, part, loras)
     with parts.experts.turns.change():
+        if parts.graphs is not None:
+            parts.graphs.free()  # they know weights by their places
         for module, part, loras in experts:
             fill(module, part, next(module.parameters()).device, parts.dtype, loras, only=stale)
     return replace(parts, loras=named(merging), merged=touched(merging))
+
+
+def experts_stay(checkpoint: Checkpoint, offload: str) -> bool:
+    """Whether the transformers stay on the device with this way of offloading."""
+    return offload == "none" or (offload == "text" and len(checkpoint.experts) == 1)
 
 
 def load_experts(
@@ -306,7 +295,7 @@ def load_experts(
     offload: str = "none",
 ) -> Experts:
     """The transformers, LoRAs merged into each, on the device or in host memory until their turn."""
-    stay = offload == "none" or (offload == "text" and len(checkpoint.experts) == 1)
+    stay = experts_stay(checkpoint, offload)
     at = device if stay else torch.device("cpu")
     names = checkpoint.experts
     mine = [for_expert(loras, number, len(names)) for number in range(len(names))]

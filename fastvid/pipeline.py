@@ -318,6 +318,7 @@ class Pipeline:
             "reasons": dict(parts.ops.reasons),
             "loras": [list(pair) for pair in parts.loras],
             "offload": parts.offload,
+            "cuda_graphs": parts.graphs_why,
             "parts": dict(parts.sources),
         }
 
@@ -447,6 +448,7 @@ def load(
     offload: str = "auto",
     parts: Mapping[str, str | Path] | None = None,
     max_running: int = RUNNING,
+    cuda_graphs: str | bool = "auto",
 ) -> Pipeline:
     """Load a model.
 
@@ -469,13 +471,16 @@ def load(
             text_encoder, image_encoder, tokenizer) to files, folders or hub files; "base" names a whole folder that a
             single file takes everything else from.
         max_running: how many requests may have begun at once; others wait, first come first served.
+        cuda_graphs: True captures the transformer's calls as CUDA graphs, once a shape, and replays them (see
+            `fastvid.graphs`), which is faster where calls are short; their memory is kept until the pipeline is gone.
+            "auto" does so where a committed result shows a gain: nowhere so far.
 
     Raises:
         CheckpointError: the model is missing, broken or of an unsupported kind, or a LoRA does not fit it.
-        InvalidRequest: an option that does not exist.
+        InvalidRequest: an option that does not exist, or CUDA graphs of a model that they are not for.
         BackendUnavailable: a back end or device asked for by name cannot run here.
     """
-    given = {"device": device, "dtype": dtype, "backend": backend, "attention": attention}
+    given = {"device": device, "dtype": dtype, "backend": backend, "attention": attention, "cuda_graphs": cuda_graphs}
     MAX_RUNNING("max_running", max_running)
     return Pipeline(load_parts(model, **given, loras=loras, offload=offload, parts=parts), max_running)
 

@@ -153,12 +153,13 @@ def cost(
     frames: int = 0,
     cache: int = 0,
     stripes: int = 1,
+    graphs: bool = False,
 ) -> Cost:
     """Peak bytes of a request, weights left out; see `plan_memory.Cost`. segment: what the model makes at once.
 
     rows: of text that the transformer sees; texts: 2 with guidance; pictures: how many CLIP looks at; encoded: frames
     that are encoded at once beside them; frames: those that are kept; cache: tokens in a KV cache; stripes: of rows in
-    which frames are decoded.
+    which frames are decoded; graphs: calls are replayed (see `fastvid.graphs`).
     """
     pixels, chunk = segment.made_height * segment.made_width, segment.temporal * decode_chunk(segment)
     concatenated = config.in_channels > config.out_channels
@@ -166,8 +167,11 @@ def cost(
     seen = pictures * CLIP_TOKENS if config.image_dim else 0
     seen_by_control = 2 * vae.z_dim + segment.spatial**2 if control_layers else 0
     masks = 2 if control_layers else 0  # as given and rounded
+    activations = plan_memory.activation_bytes(count_tokens(segment, config), config, itemsize, control_layers)
+    inputs = plan_memory.context_bytes(rows + seen, 1, 1, config, itemsize)
+    inputs += math.prod(segment.latent_shape(2 * vae.z_dim + config.in_channels + seen_by_control)) * 4
     return Cost(
-        activations=plan_memory.activation_bytes(count_tokens(segment, config), config, itemsize, control_layers),
+        activations=activations,
         decoder=plan_memory.decoder_bytes(vae, segment.made_height, segment.made_width, chunk, stripes),
         latents=math.prod(segment.latent_shape(vae.z_dim * solver_copies + seen_by_control)) * 4,
         frames=frames * segment.height * segment.width * 3,
@@ -175,6 +179,7 @@ def cost(
         context=plan_memory.context_bytes(rows + seen, texts, experts, config, itemsize)
         + plan_memory.context_bytes(cache, texts, 1, config, itemsize),
         text=plan_memory.text_bytes(rows, text, itemsize) if text else 0,
+        graphs=activations + inputs * experts if graphs else 0,
     )
 
 

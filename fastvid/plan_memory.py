@@ -34,7 +34,8 @@ class Cost:
 
     activations: of one call of the transformer. decoder, encoder: of the VAE, the encoder with the frames it is given;
     0 where there are no pictures. text: of the text encoder. latents: the solver's history. context: keys and values of
-    the text for every layer, guidance branch and expert. frames: what comes out, in host memory.
+    the text for every layer, guidance branch and expert. frames: what comes out, in host memory. graphs: what replayed
+    calls keep, in all phases: a call's activations, and copies of what it is given.
     """
 
     activations: int
@@ -44,11 +45,12 @@ class Cost:
     encoder: int = 0
     context: int = 0
     text: int = 0
+    graphs: int = 0
 
     @property
     def total(self) -> int:
         """What must fit beside the weights if those stay."""
-        return self.latents + self.frames + max(self.text, self.encoder, self.context + self.working)
+        return self.graphs + self.latents + self.frames + max(self.text, self.encoder, self.context + self.working)
 
     @property
     def working(self) -> int:
@@ -93,12 +95,12 @@ class Memory:
 def activation_bytes(tokens: int, config: WanTransformerConfig, itemsize: int, control_layers: int = 0) -> int:
     """Peak of one call of the transformer on `tokens` N of width d, attention without a matrix of N x N.
 
-    Attention: residual, norm, q, k, v in the compute type, the norm and the rotation of one of them in fp32. Feed-
-    forward: residual, norm, hidden tensor before and after GELU. And the rotary table. A control branch has a residual
-    and a hint of its own.
+    Attention: residual, the product of queries, keys and values, and one of these made ready, in the compute type, and
+    what the other takes in fp32 meanwhile. Feed-forward: residual, norm, hidden tensor before and after GELU. And the
+    rotary table. A control branch has a residual and a hint of its own.
     """
-    attention = config.dim * (16 + 4 * itemsize)
-    feed_forward = (4 * config.dim + 2 * config.ffn_dim) * itemsize
+    attention = config.dim * (12 + 5 * itemsize)
+    feed_forward = 2 * (config.dim + config.ffn_dim) * itemsize
     control = 2 * config.dim * itemsize if control_layers else 0
     return tokens * (max(attention, feed_forward) + control + 4 * config.attention_head_dim)
 
@@ -135,6 +137,7 @@ def encoder_bytes(pixels: int, vae: VAEConfig, frames: int, given: int, masks: i
 def memory(sizes: Sizes, cost: Cost, mode: str) -> Memory:
     """What a request takes with one of `offload.MODES`."""
     stays, text, image, host = _places(sizes, mode)
+    stays += cost.graphs
     during = stays + cost.latents
     phases = {"text": stays + text + cost.text}
     if cost.encoder:

@@ -166,6 +166,7 @@ class Needs:
             frames=frames if self.keep else 0,
             cache=self.cached,
             stripes=self.stripes,
+            graphs=parts.graphs is not None,
         )
 
     def memory(self, cost: Cost) -> Memory:

@@ -27,15 +27,15 @@ from fastvid.queueing import Place
 from fastvid.requests import Resolved
 from fastvid.sampling import (
     Denoise,
+    Denoiser,
+    Guided,
+    Switched,
     Velocity,
     column_noise,
-    denoiser,
     find_solver,
     flow_edit,
-    guided,
     known,
     latent_noise,
-    switched,
     timesteps,
 )
 from fastvid.seams import Seams, known_beside
@@ -259,6 +259,8 @@ class SegmentMaker:
             position=position,
             keep=0 if rollout is None else rollouts.most_refilled(rollout, self.segment, at_any=True),
             anchor=self.parts.recipe.anchor is not None,
+            # The solvers in eager PyTorch are what the operation's reference is, and need no weights.
+            fused=None if self.parts.ops.bound["solver_step"] == "reference" else self.parts.ops.solver_step,
         )
 
     def _next(self, walked: Iterator[engine.Walked]) -> tuple[engine.Walked, float] | None:
@@ -339,25 +341,25 @@ class SegmentMaker:
         scales = (1.0,) * len(experts) if row.refill else request.guidance_scales(len(experts), some)
         region = self.region(row)
         velocities = [
-            guided(
+            Guided(
                 partial(self._velocity, row, region, expert, self.prompt_of(row)),
                 partial(self._velocity, row, region, expert, NEGATIVE),
                 scale,
             )
             for expert, scale in enumerate(scales)
         ]
-        chosen = switched(velocities, lambda sigma: experts.choose(timesteps(sigma.numpy(), request.solver).max()))
+        chosen = Switched(velocities, lambda sigma: experts.choose(timesteps(sigma.numpy(), request.solver).max()))
         if self.clip is not None and request.source_prompt is not None:
             made = self._flow_edit(row, region, chosen)
         else:
-            made = denoiser(chosen)
+            made = Denoiser(chosen)
         return made if region is None else known(made, region.clean, region.places)
 
     def _flow_edit(self, row: Row, region: Region | None, target: Velocity) -> Denoise:
         """Along the difference to the velocity for the source's own prompt, with new noise at every level."""
         experts, solver = self.parts.experts, self.request.solver
         sources = [partial(self._velocity, row, region, expert, SOURCE) for expert in range(len(experts))]
-        source = switched(sources, lambda sigma: experts.choose(timesteps(sigma.numpy(), solver).max()))
+        source = Switched(sources, lambda sigma: experts.choose(timesteps(sigma.numpy(), solver).max()))
         draw = 1 + int((self.sigmas > float(row.sigma.max())).sum())
         noise = self.fresh(row.start, torch.full((len(row.sigma),), draw))
         return flow_edit(target, source, self.clip.latents(row.start, row.stop), noise)
@@ -400,7 +402,7 @@ class SegmentMaker:
         given, levels = self.conditions.input(x, row, self.noise, region)
         if (anchor := self._anchor(row, text)) is not None:
             given, levels = anchored(given, levels, anchor)
-        times = torch.from_numpy(timesteps(levels.numpy(), self.request.solver)).to(x.device)
+        times = torch.from_numpy(timesteps(levels.numpy(), self.request.solver))
         offset, cache = self._cache(row, text)
         if anchor is not None:
             offset = (-parts.recipe.anchor, *range(len(row.sigma)))
@@ -411,7 +413,8 @@ class SegmentMaker:
         with parts.experts.use(expert) as transformer, ieee_fp32():
             if key not in self._contexts:
                 self._contexts[key] = self.conditions.context(transformer, embeds)
-            made = transformer(given, times[None], self._contexts[key], rope_offset=offset, cache=cache)
+            known = self.conditions.behind(row)
+            made = transformer(given, times[None], self._contexts[key], known=known, rope_offset=offset, cache=cache)
         return made if anchor is None else made[:, :, 1:]
 
     def _anchor(self, row: Row, text: int) -> Tensor | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvid.sampling import SOLVERS, combine, denoiser, guided, known, switched, velocity_to_x0
+from fastvid.sampling import SOLVERS, Denoiser, Guided, Switched, combine, known, velocity_to_x0
 
 X = torch.randn(1, 2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
 SIGMA = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
@@ -22,22 +22,22 @@ def test_combine() -> None:
 
 
 def test_guided_calls_both_with_the_same_input() -> None:
-    velocity = guided(lambda x, sigma: 2 * x, lambda x, sigma: x + sigma.sum().float(), 4.0)
+    velocity = Guided(lambda x, sigma: 2 * x, lambda x, sigma: x + sigma.sum().float(), 4.0)
     torch.testing.assert_close(velocity(X, SIGMA), 5 * X - 4.5)
 
 
 @pytest.mark.parametrize("scale", [1, 1.0])
 def test_scale_one_skips_the_unconditional_call(scale: float) -> None:
-    cond = guided(lambda x, sigma: x * 2, never, scale)
+    cond = Guided(lambda x, sigma: x * 2, never, scale)
     assert torch.equal(cond(X, SIGMA), X * 2)
 
 
 def test_scale_zero_keeps_the_unconditional_velocity_alone() -> None:
-    assert torch.equal(guided(lambda x, sigma: x * 2, lambda x, sigma: x * 3, 0.0)(X, SIGMA), X * 3)
+    assert torch.equal(Guided(lambda x, sigma: x * 2, lambda x, sigma: x * 3, 0.0)(X, SIGMA), X * 3)
 
 
 def test_switched_calls_the_one_that_is_chosen_alone() -> None:
-    velocity = switched([lambda x, sigma: 2 * x, never], lambda sigma: int(sigma.max() < 0.5))
+    velocity = Switched([lambda x, sigma: 2 * x, never], lambda sigma: int(sigma.max() < 0.5))
     assert torch.equal(velocity(X, SIGMA), 2 * X)
     with pytest.raises(AssertionError, match="called"):
         velocity(X, SIGMA / 4)
@@ -55,7 +55,7 @@ def test_velocity_to_x0_column_by_column(dtype: torch.dtype) -> None:
 
 
 def test_denoiser_wraps_a_velocity() -> None:
-    assert torch.equal(denoiser(lambda x, sigma: 3 * x)(X, SIGMA), velocity_to_x0(X, 3 * X, SIGMA))
+    assert torch.equal(Denoiser(lambda x, sigma: 3 * x)(X, SIGMA), velocity_to_x0(X, 3 * X, SIGMA))
 
 
 @pytest.mark.parametrize("mask", [torch.tensor([True, False, True]), torch.arange(20).view(1, 1, 1, 4, 5) % 3 == 0])

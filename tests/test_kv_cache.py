@@ -69,6 +69,22 @@ def rolled(net, clean, noisy, text, times, block, window, sink):
     return out
 
 
+def head_major(*args):
+    """Queries, keys and values as kernels lay them out: [B, H, N, D] in memory."""
+    return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in reference.qkv_norm_rope(*args))
+
+
+@torch.no_grad()
+def test_keys_and_values_may_lie_head_by_head() -> None:
+    clean, *noisy = torch.randn(3, 1, 4, 7, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
+    text = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(2))
+    given = clean, noisy, text, (900.0, 400.0), 2, 4, 1
+    nets = model(), model(SimpleNamespace(**{**vars(reference), "qkv_norm_rope": head_major}))
+    wanted, found = (rolled(net, *given) for net in nets)
+    for (_, _, a), (_, _, b) in zip(found, wanted, strict=True):
+        assert (a - b).norm() / b.norm() < 1e-6
+
+
 @pytest.mark.parametrize(
     ("frames", "block", "window", "sink"), [(9, 3, None, 0), (12, 3, 6, 0), (14, 2, 8, 2), (11, 3, 9, 3), (7, 1, 3, 1)]
 )

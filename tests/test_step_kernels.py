@@ -6,7 +6,7 @@ The kernel runs in Triton's interpreter in a child process, and on a GPU.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,10 +16,8 @@ from interpreted import run_interpreted
 from torch import Tensor
 
 from fastvid.ops import stepping
-from fastvid.ops.stepping import dpmpp_weights, euler_weights, solver_step, solver_step_triton, unipc_weights
-from fastvid.sampling import SOLVERS, SolverState, velocity_to_x0
-from fastvid.sampling.guidance import combine
-from fastvid.sampling.solvers import UNIPC_LAST_SIGMA, _langevin, _log_snr, _next_order
+from fastvid.ops.stepping import solver_step, solver_step_triton
+from fastvid.sampling import SOLVERS, SolverState, Velocities, combine, velocity_to_x0
 
 DEPTHS = {"euler": 0, "dpm++": 1, "unipc": 3}
 NAN = float("nan")
@@ -34,78 +32,36 @@ def column(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def blank(name: str, x: Tensor) -> SolverState:
-    """The state of columns that have made no step."""
-    T = x.shape[2]
-    depth = {"euler": 0, "dpm++": 1, "unipc": 2}[name]
-    return SolverState(
-        order=torch.zeros(T, dtype=torch.int64),
-        sigmas=(torch.zeros(T, dtype=torch.float64),) * depth,
-        x0s=tuple(torch.zeros_like(x) for _ in range(depth)),
-        x=torch.zeros_like(x) if depth == 2 else None,
-    )
-
-
-def weights_of(name: str, sigma: Tensor, sigma_next: Tensor, state: SolverState) -> Tensor:
-    """The weights, from the numbers that the solver works out."""
-    if name == "euler":
-        return euler_weights(sigma, sigma_next)
-    order, last = _next_order(state.order, sigma_next), UNIPC_LAST_SIGMA if name == "unipc" else 1.0
-    here, before = _log_snr(sigma, last), _log_snr(state.sigmas[0], last)
-    h, h0 = _log_snr(sigma_next, last) - here, here - before
-    carry = torch.where((order == 2) & (h0 > 0), 0.5 * h / h0, 0.0)
-    if name == "dpm++":
-        return dpmpp_weights(sigma, sigma_next, carry)
-    h, h0 = here - before, before - _log_snr(state.sigmas[1], last)
-    curve = _langevin(h / 2)
-    rho, second = curve / (h + h0), (state.order == 2) & (h0 > 0)
-    to_older = torch.where(second, -rho * h / h0, 0.0)
-    to_newer = torch.where(second, (1 + curve) / 2 - rho, 0.5)
-    stepped = state.order > 0
-    return unipc_weights(sigma, sigma_next, carry, state.sigmas[0], to_older, to_newer, stepped)
-
-
-def fused(
-    name: str, run: object, x: Tensor, pair: tuple[Tensor, Tensor | None], scale: float, levels: tuple, at: SolverState
-) -> tuple[Tensor, Tensor, SolverState]:
-    """A step of a solver as the sampling code would make it: (next x, x0, state)."""
-    sigma, sigma_next = levels
-    moves = sigma_next != sigma
-    history = (*at.x0s, at.x)[: DEPTHS[name]]
-    x, *kept = run(x, *pair, scale, sigma, moves, weights_of(name, sigma, sigma_next, at), history)
-    order = torch.where(moves, _next_order(at.order, sigma_next), at.order)
-    sigmas = tuple(torch.where(moves, new, old) for new, old in zip((sigma, *at.sigmas), at.sigmas, strict=False))
-    x0s = tuple(kept[: len(at.x0s)])
-    return x, kept[0], replace(at, order=order, sigmas=sigmas, x0s=x0s, x=kept[-1] if name == "unipc" else None)
-
-
 # Three columns: one goes all the way, one waits in between, one is known.
 TABLE = [column(*row) for row in ((1, 1, 0), (0.9, 1, 0), (0.7, 0.8, 0), (0.7, 0.5, 0), (0.2, 0.1, 0), (0, 0, 0))]
 
 
-def walk(name: str, run: object, dtype: torch.dtype, guided: bool) -> None:
+def walk(name: str, run: Callable[..., list[Tensor]], dtype: torch.dtype, guided: bool) -> None:
     """Each step from the same state as the solver's own, whose rounding is that of its type."""
-    x, at = random(2, 3, 3, 4, 5, dtype=dtype), None
+    x, at, outs = random(2, 3, 3, 4, 5, dtype=dtype), SolverState(), []
     tolerance = {torch.float64: 1e-15, torch.float32: 5e-7}[dtype]
     for row, levels in enumerate(zip(TABLE[:-1], TABLE[1:], strict=True)):
         cond, uncond = random(2, 3, 3, 4, 5, seed=2 * row + 1), random(2, 3, 3, 4, 5, seed=2 * row + 2)
         cond, uncond = cond.to(dtype), uncond.to(dtype) if guided else None
         v = combine(cond, uncond, 5.0) if guided else cond
         x0 = velocity_to_x0(x, v, levels[0])
-        at = at or blank(name, x)
-        made, made_x0, later = fused(name, run, x, (cond, uncond), 5.0, levels, at)
-        expected, state = SOLVERS[name].step(x, x0, *levels, SolverState() if row == 0 else at)
+        made, later = SOLVERS[name].fused(
+            lambda *given: outs.append(run(*given)) or outs[-1], x, Velocities(cond, uncond, 5.0), *levels, at
+        )
+        expected, state = SOLVERS[name].step(x, x0, *levels, at)
         moves = levels[0] != levels[1]
         close = {"rtol": 0, "atol": tolerance * x0.abs().max().item()}
         torch.testing.assert_close(made, expected, **close)
-        assert torch.equal(made[:, :, ~moves], x[:, :, ~moves])
-        torch.testing.assert_close(made_x0[:, :, moves], x0[:, :, moves], **close)
+        assert len(outs) == row + 1 and torch.equal(made[:, :, ~moves], x[:, :, ~moves])
+        torch.testing.assert_close(outs[-1][1][:, :, moves], x0[:, :, moves], **close)
+        assert len(later.x0s) == len(state.x0s) and (later.x is None) == (state.x is None)
         for ours, theirs in zip((*later.x0s, later.x), (*state.x0s, state.x), strict=True):
-            if ours is not None and name != "euler":
+            if ours is not None:
                 done = later.order > 0
                 torch.testing.assert_close(ours[:, :, done], theirs[:, :, done], equal_nan=True, **close)
         if name != "euler":
             assert torch.equal(later.order, state.order)
+            assert all(torch.equal(a, b) for a, b in zip(later.sigmas, state.sigmas, strict=True))
         at, x = later, made
 
 

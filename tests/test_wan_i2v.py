@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
+from gradients import gradients
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -100,6 +101,19 @@ def test_a_model_without_clip_takes_more_channels() -> None:
     assert error(ours(theirs)(latents, timestep, text), expected) < 1e-6
 
 
+@torch.no_grad()
+def test_known_channels_may_come_by_themselves() -> None:
+    model = ours(diffusers_model({**I2V, "image_dim": None, "added_kv_proj_dim": None}))
+    latents, timestep, text, _ = inputs("i2v")
+    wanted = model(latents, timestep, text)
+    assert torch.equal(model(latents[:, :4], timestep, text, known=latents[:, 4:]), wanted)
+    changed = model(latents[:, :4], timestep, text, known=latents[:, 4:] + 1)
+    assert error(changed, wanted) > 1e-3
+    for wrong in (latents[:, 5:], latents[:1, 4:], latents[:, 4:, 1:], latents[0, 4:]):
+        with pytest.raises(InvalidRequest, match=r"known behind them.* not \[2, 4, 3, 6, 10\] and \["):
+            model(latents[:, :4], timestep, text, known=wrong)
+
+
 def wrong_eps(model: WanTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wan, "IMAGE_NORM_EPS", 1e-6)
 
@@ -167,9 +181,10 @@ def test_gradients_equal_diffusers(models: dict[str, Any]) -> None:
     theirs.zero_grad()
     run_theirs(theirs, *given).square().mean().backward()
     run_ours(model, *given).square().mean().backward()
+    found = gradients(model)
     for name, parameter in theirs.named_parameters():
-        gradient = model.get_parameter(name).grad
-        assert gradient is not None and error(gradient, parameter.grad) < 1e-4, name
+        assert error(found.pop(name), parameter.grad) < 1e-4, name
+    assert not found
 
 
 PUBLISHED = [

@@ -1,4 +1,5 @@
-"""Positions and timesteps as numbers: rotary tables for a (t, h, w) grid, sinusoids for noise levels."""
+"""Positions and timesteps as numbers: rotary tables for a (t, h, w) grid, sinusoids for noise levels, which tokens
+share one."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fastvid.errors import InvalidRequest
 
 
 def rotary_table(
@@ -29,17 +32,20 @@ def rotary_table(
     t, h, w = grid
     places = (range(offset, offset + t) if isinstance(offset, int) else offset, range(h), range(w))
     assert len(places[0]) == t, (offset, grid)
-    angles = [_axis_angles(axis, grid, width, places[axis], theta) for axis, width in enumerate(widths)]
-    table = torch.cat(angles, dim=-1).flatten(0, 2)
-    return table.cos().float().to(device), table.sin().float().to(device)
+    # A row for each place on an axis, 1e2 in all; on the device they become one for each token, 1e5 of a long clip.
+    turns = [_axis_turns(axis, widths[axis], places[axis], theta).to(device) for axis in range(3)]
+    cos, sin = (torch.cat([turn[i].expand(*grid, -1) for turn in turns], dim=-1).flatten(0, 2) for i in range(2))
+    return cos, sin
 
 
-def _axis_angles(axis: int, grid: tuple[int, int, int], width: int, places: Sequence[int], theta: float) -> Tensor:
-    """fp64 angles [t, h, w, width // 2] that follow one axis of the grid, along which tokens stand at `places`."""
+def _axis_turns(axis: int, width: int, places: Sequence[int], theta: float) -> Tensor:
+    """Cosines and sines of the angles that follow one axis, along which tokens stand at `places`: fp32
+    [2, t, h, w, width // 2] with 1 for the sizes of the other axes, on the CPU."""
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
     position = torch.tensor(list(places), dtype=torch.float64, device="cpu")
-    shape = [grid[axis] if i == axis else 1 for i in range(3)]
-    return torch.outer(position, frequency).view(*shape, -1).expand(*grid, -1)
+    angles = torch.outer(position, frequency)
+    shape = [len(position) if i == axis else 1 for i in range(3)]
+    return torch.stack((angles.cos(), angles.sin())).float().view(2, *shape, -1)
 
 
 def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
@@ -52,3 +58,22 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
     index = torch.arange(half, dtype=torch.float32, device=timestep.device)
     angle = timestep.float()[:, None] * torch.exp(-math.log(10000.0) * index / half)
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def group_timesteps(timestep: Tensor, batch: int, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """The distinct timesteps [K], and the row of each group of tokens [B, G]: G = 1, t or N.
+
+    timestep [B], [B, t] or [B, N] for a (t, h, w) grid of N tokens; one that is even within frames becomes [B, t].
+    """
+    t, tokens = grid[0], grid[0] * grid[1] * grid[2]
+    if timestep.shape == (batch,):
+        return timestep, torch.arange(batch, device=timestep.device)[:, None]
+    if timestep.shape not in ((batch, t), (batch, tokens)):
+        raise InvalidRequest(
+            f"timestep is [{batch}], [{batch}, {t}] (a frame) or [{batch}, {tokens}] (a token) here, "
+            f"not {list(timestep.shape)}"
+        )
+    frames = timestep.unflatten(1, (t, -1))
+    if torch.equal(frames, frames[..., :1].expand_as(frames)):
+        timestep = frames[..., 0]
+    return torch.unique(timestep, return_inverse=True)

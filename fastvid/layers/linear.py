@@ -27,6 +27,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
+def linear(ops: Any, layer: nn.Module, x: Tensor) -> Tensor:
+    """ops.linear of a layer with a weight and a bias; by oneDNN where it applies, unless a kernel is bound."""
+    if ops.linear is reference.linear and onednn_applies(x, layer.weight):
+        return _onednn(x, layer.weight, layer.bias, "none", "")
+    return ops.linear(x, layer.weight, layer.bias)
+
+
 def linear_gelu_tanh(ops: Any, layer: nn.Linear, x: Tensor) -> Tensor:
     """ops.linear_gelu_tanh of a layer; by oneDNN where it applies, unless a kernel is bound."""
     if ops.linear_gelu_tanh is reference.linear_gelu_tanh and onednn_applies(x, layer.weight):
@@ -49,3 +56,27 @@ def onednn_applies(x: Tensor, weight: Tensor) -> bool:
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, algorithm: str) -> Tensor:
     # What torch.compile emits for a linear layer on the CPU; the same signature since torch 2.0.
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear: GELU in its tanh form in the blocks, exact in the image embedder."""
+
+    def __init__(self, inputs: int, inner: int, outputs: int, ops: Any, *, exact: bool = False) -> None:
+        super().__init__()
+        self.ops, self.exact = ops, exact
+        first = nn.ModuleDict({"proj": Linear(inputs, inner)})
+        self.net = nn.ModuleList([first, nn.Identity(), Linear(inner, outputs)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.net[0]["proj"]
+        inner = F.gelu(linear(self.ops, first, x)) if self.exact else linear_gelu_tanh(self.ops, first, x)
+        return linear(self.ops, self.net[2], inner)
+
+
+class TwoLinears(nn.Module):
+    """Linear, an activation, Linear, under the names that diffusers gives them."""
+
+    def __init__(self, inputs: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear(inputs, dim)
+        self.linear_2 = Linear(dim, dim)

@@ -131,6 +131,32 @@ def read_lora(path: str | Path, scale: float = 1.0, expert: str = "") -> Lora:
     return Lora(path, float(scale), {name: tuple(made) for name, made in terms.items()}, expert)
 
 
+def read_loras(loras: Any) -> tuple[Lora, ...]:
+    """LoRAs as they are given to `load`: files, (file, scale), or (file, scale, expert). Raises InvalidRequest,
+    CheckpointError."""
+    entries = []
+    for entry in (loras,) if isinstance(loras, str | Path) else loras or ():
+        made = (entry,) if isinstance(entry, str | Path) else entry
+        if not isinstance(made, list | tuple) or not _is_lora(made) or (len(made) < 2 and made is entry):
+            raise InvalidRequest(
+                f'loras: {entry!r:.60} is no LoRA; give a file, or (file, scale) such as ("a.safetensors", 0.8), or '
+                '("a.safetensors", 0.8, "high") for one of two experts'
+            )
+        entries.append(made)
+    return tuple(read_lora(*entry) for entry in entries)
+
+
+def _is_lora(entry: Sequence[Any]) -> bool:
+    expert = entry[2] if len(entry) == 3 else "high"
+    named = 1 <= len(entry) <= 3 and isinstance(entry[0], str | Path) and bool(entry[0])
+    return named and isinstance(expert, str) and bool(expert)
+
+
+def named(loras: Sequence[Lora]) -> tuple[tuple[Any, ...], ...]:
+    """The files and scales of LoRAs, and the expert of those that are for one."""
+    return tuple((str(lora.path), lora.scale, *([lora.expert] if lora.expert else [])) for lora in loras)
+
+
 def experts_of(lora: Lora, transformers: Sequence[T], problems: list[str]) -> Sequence[T]:
     """Those of a model's transformers, high noise first, that a LoRA goes into: all, or the one that it names. None,
     and a sentence in `problems`, if it names one of a model that has a single transformer."""

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.attention import cross_attention, self_attention
-from fastvid.layers.embeddings import rotary_table, timestep_sinusoid
+from fastvid.layers.embeddings import group_timesteps, rotary_table, timestep_sinusoid
+from fastvid.layers.fused import FusedLinear
 from fastvid.layers.kv_cache import KVCache, LayerCache
-from fastvid.layers.linear import Linear, linear_gelu_tanh
+from fastvid.layers.linear import FeedForward, Linear, TwoLinears, linear, linear_gelu_tanh
 from fastvid.layers.parameters import normal_parameter
+from fastvid.layers.residual import Stream
 from fastvid.models.configs import read_fields
 from fastvid.ops import reference
 
@@ -98,11 +100,31 @@ class Context(NamedTuple):
     layers: tuple[tuple[Tensor, ...], ...]
 
 
-class Attention(nn.Module):
-    """Projections and norms of one attention; attn1 looks at the video itself, attn2 at the text and, with keys and
-    values of their own (added), at pictures."""
+class SelfAttention(nn.Module):
+    """The attention of a video's tokens to each other. Queries, keys and values are one product."""
 
-    def __init__(self, config: WanTransformerConfig, ops: Any, added: bool = False) -> None:
+    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
+        super().__init__()
+        self.ops, self.eps = ops, config.eps
+        self.to_qkv = FusedLinear(config.dim, config.dim, 3)
+        self.to_q, self.to_k, self.to_v = self.to_qkv.layers()  # as checkpoints have them
+        self.to_out = nn.ModuleList([Linear(config.dim, config.dim)])
+        self.norm_q = nn.RMSNorm(config.dim, config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, config.eps)
+
+    def forward(self, tokens: Stream, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+        """[B, N, d], which is freed on the way, -> [B, N, d]; with a cache, attention goes to what is in it too."""
+        qkv, norms = linear(self.ops, self.to_qkv, tokens.take()[0]), (self.norm_q.weight, self.norm_k.weight)
+        q, k, v = self.ops.qkv_norm_rope(qkv, *norms, *rotary, self.eps)
+        del qkv
+        k, v = (k, v) if cache is None else cache.update(k, v)
+        return linear(self.ops, self.to_out[0], self_attention(self.ops, q, k, v))
+
+
+class CrossAttention(nn.Module):
+    """The attention of a video's tokens to a text and, with keys and values of their own (added), to pictures."""
+
+    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
         super().__init__()
         self.ops, self.eps, self.heads = ops, config.eps, config.num_attention_heads
         self.to_q = Linear(config.dim, config.dim)
@@ -111,52 +133,32 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(config.dim, config.dim)])
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
-        if added:
+        if config.added_kv_proj_dim:
             self.add_k_proj = Linear(config.added_kv_proj_dim, config.dim)
             self.add_v_proj = Linear(config.added_kv_proj_dim, config.dim)
             self.norm_added_k = nn.RMSNorm(config.dim, config.eps)
 
-    def self_attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        """x [B, N, d] -> [B, N, d]; with a cache, attention goes to what is in it too."""
-        q = self.ops.rms_norm_rope(self.to_q(x), self.norm_q.weight, *rotary, self.eps)
-        k = self.ops.rms_norm_rope(self.to_k(x), self.norm_k.weight, *rotary, self.eps)
-        v = self._split(self.to_v(x))
-        k, v = (k, v) if cache is None else cache.update(k, v)
-        return self.to_out[0](self_attention(self.ops, q, k, v))
-
     def project_context(self, text: Tensor, pictures: Tensor | None = None) -> tuple[Tensor, ...]:
         """Keys and values of the text [B, L, d]: two tensors [B, L, heads, head_dim]; and two of pictures [B, M, d]."""
-        k = self.ops.rms_norm(self.to_k(text), self.norm_k.weight, self.eps)
-        pair = self._split(k), self._split(self.to_v(text))
+        pair = self._keys(self.to_k, self.norm_k, text), self._split(linear(self.ops, self.to_v, text))
         if pictures is None:
             return pair
-        k = self.ops.rms_norm(self.add_k_proj(pictures), self.norm_added_k.weight, self.eps)
-        return *pair, self._split(k), self._split(self.add_v_proj(pictures))
+        keys = self._keys(self.add_k_proj, self.norm_added_k, pictures)
+        return *pair, keys, self._split(linear(self.ops, self.add_v_proj, pictures))
 
-    def cross_attend(self, x: Tensor, *context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """x [B, N, d], keys and values from project_context -> [B, N, d]. Text and pictures have a softmax each."""
-        q = self._split(self.ops.rms_norm(self.to_q(x), self.norm_q.weight, self.eps))
+        q = self._keys(self.to_q, self.norm_q, x)
         out = cross_attention(self.ops, q, *context[:2])
         if len(context) > 2:
             out = out + cross_attention(self.ops, q, *context[2:])
-        return self.to_out[0](out)
+        return linear(self.ops, self.to_out[0], out)
+
+    def _keys(self, layer: nn.Module, norm: nn.RMSNorm, x: Tensor) -> Tensor:
+        return self._split(self.ops.rms_norm(linear(self.ops, layer, x), norm.weight, self.eps))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
-
-
-class FeedForward(nn.Module):
-    """Linear, GELU, Linear: GELU in its tanh form in the blocks, exact in the image embedder."""
-
-    def __init__(self, inputs: int, inner: int, outputs: int, ops: Any, *, exact: bool = False) -> None:
-        super().__init__()
-        self.ops, self.exact = ops, exact
-        first = nn.ModuleDict({"proj": Linear(inputs, inner)})
-        self.net = nn.ModuleList([first, nn.Identity(), Linear(inner, outputs)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = self.net[0]["proj"]
-        return self.net[2](F.gelu(first(x)) if self.exact else linear_gelu_tanh(self.ops, first, x))
 
 
 class Block(nn.Module):
@@ -165,41 +167,37 @@ class Block(nn.Module):
     def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
         super().__init__()
         self.ops, self.eps = ops, config.eps
-        self.attn1 = Attention(config, ops)
-        self.attn2 = Attention(config, ops, added=config.added_kv_proj_dim > 0)
+        self.attn1 = SelfAttention(config, ops)
+        self.attn2 = CrossAttention(config, ops)
         self.norm2 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else None
         self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim, ops)
         self.scale_shift_table = normal_parameter(1, 6, config.dim, std=config.dim**-0.5)
 
     def forward(
         self,
-        x: Tensor,
+        stream: Stream,
         modulation: Modulation,
         context: tuple[Tensor, ...],
         rotary: tuple[Tensor, Tensor],
         cache: LayerCache | None = None,
-    ) -> Tensor:
-        """x [B, N, d] -> [B, N, d]."""
+    ) -> Stream:
         rows, index = self.scale_shift_table + modulation.rows, modulation.index
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
-        y = self.ops.modulated_layer_norm(x, shift1, scale1, index, self.eps)
-        y = self.attn1.self_attend(y, rotary, cache)
+        x, y, gate = stream.take()
+        if y is None:
+            y = self.ops.modulated_layer_norm(x, shift1, scale1, index, self.eps)
+        else:
+            x, y = self.ops.gated_residual_norm(x, y, gate, shift1, scale1, index, self.eps)
+        normed = Stream(y)
+        del y
+        y = self.attn1(normed, rotary, cache)
         if self.norm2 is None:
             x = y = self.ops.gated_residual(x, y, gate1, index)
         else:
             norm = self.norm2.weight, self.norm2.bias, self.eps
             x, y = self.ops.gated_residual_layer_norm(x, y, gate1, index, *norm)
-        x, y = self.ops.residual_norm(x, self.attn2.cross_attend(y, *context), shift2, scale2, index, self.eps)
-        return self.ops.gated_residual(x, self.ffn(y), gate2, index)
-
-
-class TwoLinears(nn.Module):
-    """Linear, an activation, Linear, under the names that diffusers gives them."""
-
-    def __init__(self, inputs: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = Linear(inputs, dim)
-        self.linear_2 = Linear(dim, dim)
+        x, y = self.ops.residual_norm(x, self.attn2(y, *context), shift2, scale2, index, self.eps)
+        return Stream(x, self.ffn(y), gate2)
 
 
 class ImageEmbedder(nn.Module):
@@ -249,6 +247,11 @@ class ConditionEmbedder(nn.Module):
         return layers.linear_2(linear_gelu_tanh(self.ops, layers.linear_1, text))
 
 
+def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args)."""
+    return function(*args)
+
+
 class WanTransformer(nn.Module):
     """Velocity (noise - clean) of noisy video latents, given their noise level, a text and perhaps pictures.
 
@@ -268,6 +271,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         self.walk: Callable[[Iterable[nn.Module]], Iterator[Any]] = iter
+        self.run: Callable[..., Tensor] = call  # takes `_velocity` and what that is called with (see fastvid.graphs)
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, config.patch_size, config.patch_size)
         self.condition_embedder = ConditionEmbedder(config, ops)
         self.blocks = nn.ModuleList([Block(config, ops) for _ in range(config.num_layers)])
@@ -319,30 +323,50 @@ class WanTransformer(nn.Module):
         timestep: Tensor,
         text: Tensor | Context,
         *,
+        known: Tensor | None = None,
         rope_offset: int | Sequence[int] = 0,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Predict the velocity of latents [B, C, T, H, W]; same shape (with out_channels) and dtype.
 
-        timestep, on 0..1000: [B], [B, T / pt] (one a latent frame) or [B, N] (one a token).
+        timestep, on 0..1000: [B], [B, T / pt] (one a latent frame) or [B, N] (one a token). On the CPU, where it is
+        looked at, it costs no wait for the device.
         text: embeddings [B, L, text_dim], or what prepare_context made of them.
+        known: of models that take more channels, those behind the latents', if latents does not have them.
         rope_offset: the time of the first latent frame, for windows of a longer video; or that of every one.
         cache: of a causal model. The frames attend to themselves and to those in it, and are put into it in place of
         what it holds of them; `cache.begin` was told of them.
         """
-        grid = self._grid(latents)
+        grid = self._grid(latents, known)
         context = self.prepare_context(text) if isinstance(text, Tensor) else text
-        values, index = group_timesteps(timestep, latents.shape[0], grid)
-        embedding, rows = self.condition_embedder.embed_time(values)
-        modulation = Modulation(rows, index)
+        values, index = (one.to(latents.device) for one in group_timesteps(timestep, latents.shape[0], grid))
         rotary = rotary_table(grid, self.config.attention_head_dim, offset=rope_offset, device=latents.device)
-        x = self.ops.patch_embed(latents, self.patch_embedding.weight, self.patch_embedding.bias)
-        x = self._run_blocks(x, modulation, context, rotary, cache)
-        return self._head(x, embedding, index, grid).to(latents.dtype)
+        given = latents, known, values, index, rotary, context
+        return self.run(self._velocity, *given) if cache is None else self._velocity(*given, cache)
+
+    def _velocity(
+        self,
+        latents: Tensor,
+        known: Tensor | None,
+        values: Tensor,
+        index: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        context: Context,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The part of a call that is work for the device alone: distinct timesteps [K], which each group has [B, G]."""
+        embedding, rows = self.condition_embedder.embed_time(values)
+        embed = self.patch_embedding.weight, self.patch_embedding.bias
+        stream = Stream(self.ops.patch_embed(latents, *embed, known))
+        x = self._run_blocks(stream, Modulation(rows, index), context, rotary, cache)
+        shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)
+        out, patch = (self.proj_out.weight, self.proj_out.bias), self.config.patch_size
+        grid = [n // p for n, p in zip(latents.shape[2:], patch, strict=True)]
+        return self.ops.head(x, shift, scale, index, *out, grid, patch, self.config.eps, latents.dtype)
 
     def _run_blocks(
         self,
-        x: Tensor,
+        stream: Stream,
         modulation: Modulation,
         context: Context,
         rotary: tuple[Tensor, Tensor],
@@ -350,40 +374,23 @@ class WanTransformer(nn.Module):
     ) -> Tensor:
         caches = (None,) * len(self.blocks) if cache is None else cache.layers
         for block, layer, kept in zip(self.walk(self.blocks), context.layers, caches, strict=True):
-            x = block(x, modulation, layer, rotary, kept)
-        return x
+            stream = block(stream, modulation, layer, rotary, kept)
+        return self._added(stream, modulation)
 
-    def _head(self, x: Tensor, embedding: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)
-        out = self.proj_out.weight, self.proj_out.bias
-        return self.ops.head(x, shift, scale, index, *out, grid, self.config.patch_size, self.config.eps)
+    def _added(self, stream: Stream, modulation: Modulation) -> Tensor:
+        """The residual stream [B, N, d] with nothing left to add."""
+        x, y, gate = stream.take()
+        return x if y is None else self.ops.gated_residual(x, y, gate, modulation.index)
 
-    def _grid(self, latents: Tensor) -> tuple[int, int, int]:
+    def _grid(self, latents: Tensor, known: Tensor | None = None) -> tuple[int, int, int]:
         """Tokens along t, h, w."""
-        sizes = zip(latents.shape[2:], self.config.patch_size, strict=True) if latents.ndim == 5 else ()
-        if latents.ndim != 5 or latents.shape[1] != self.config.in_channels or any(n % p for n, p in sizes):
+        patch, given = self.config.patch_size, [latents] if known is None else [latents, known]
+        fits = all(one.ndim == 5 for one in given) and len({(one.shape[0], *one.shape[2:]) for one in given}) == 1
+        fits = fits and sum(one.shape[1] for one in given) == self.config.in_channels
+        if not fits or any(n % p for n, p in zip(latents.shape[2:], patch, strict=True)):
             raise InvalidRequest(
-                f"latents are [B, {self.config.in_channels}, T, H, W] with T, H, W multiples of "
-                f"{self.config.patch_size} for this model, not {list(latents.shape)}"
+                f"latents are [B, {self.config.in_channels}, T, H, W], with what is known behind them, and T, H, W "
+                f"multiples of {patch} for this model, not {' and '.join(str(list(one.shape)) for one in given)}"
             )
-        t, h, w = (n // p for n, p in zip(latents.shape[2:], self.config.patch_size, strict=True))
+        t, h, w = (n // p for n, p in zip(latents.shape[2:], patch, strict=True))
         return t, h, w
-
-
-def group_timesteps(timestep: Tensor, batch: int, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """The distinct timesteps [K], and the row of each group of tokens [B, G]: G = 1, t or N.
-
-    timestep [B], [B, t] or [B, N] for a (t, h, w) grid of N tokens; one that is even within frames becomes [B, t].
-    """
-    t, tokens = grid[0], grid[0] * grid[1] * grid[2]
-    if timestep.shape == (batch,):
-        return timestep, torch.arange(batch, device=timestep.device)[:, None]
-    if timestep.shape not in ((batch, t), (batch, tokens)):
-        raise InvalidRequest(
-            f"timestep is [{batch}], [{batch}, {t}] (a frame) or [{batch}, {tokens}] (a token) here, "
-            f"not {list(timestep.shape)}"
-        )
-    frames = timestep.unflatten(1, (t, -1))
-    if torch.equal(frames, frames[..., :1].expand_as(frames)):
-        timestep = frames[..., 0]
-    return torch.unique(timestep, return_inverse=True)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.kv_cache import KVCache
-from fastvid.layers.linear import Linear
+from fastvid.layers.linear import Linear, linear
+from fastvid.layers.residual import Stream
 from fastvid.models.wan import Block, Modulation, WanTransformer, WanTransformerConfig
 from fastvid.ops import reference
 
@@ -124,11 +125,12 @@ class WanVACETransformer(WanTransformer):
         timestep: Tensor,
         text: Tensor | VACEContext,
         *,
+        known: Tensor | None = None,
         rope_offset: int | Sequence[int] = 0,
         cache: KVCache | None = None,
     ) -> Tensor:
         """See WanTransformer.forward; the control has the latents' height and width, and may end before them."""
-        self._grid(latents)
+        self._grid(latents, known)
         if cache is not None:
             raise InvalidRequest("models with a control branch keep no KV cache")
         if isinstance(text, VACEContext):
@@ -137,25 +139,31 @@ class WanVACETransformer(WanTransformer):
                 raise InvalidRequest(
                     f"the control is {[t, *size]} (T, H, W) and does not fit latents of {[latent_t, *latent_size]}"
                 )
-        return super().forward(latents, timestep, text, rope_offset=rope_offset)
+        return super().forward(latents, timestep, text, known=known, rope_offset=rope_offset)
 
     def _run_blocks(
-        self, x: Tensor, modulation: Modulation, context: VACEContext, rotary: tuple[Tensor, Tensor], cache: Any = None
+        self,
+        stream: Stream,
+        modulation: Modulation,
+        context: VACEContext,
+        rotary: tuple[Tensor, Tensor],
+        cache: Any = None,
     ) -> Tensor:
         """A control block runs when its hint is due, so that there is one hint at a time."""
-        control, start = self._embed_control(context.control, x), x
-        walk = self.walk(self._due())
+        start, *_ = stream.take()
+        control, stream, walk = self._embed_control(context.control, start), Stream(start), self.walk(self._due())
         due = iter(zip(context.vace_layers, context.scales, strict=True))
         for number, layer in enumerate(context.layers):
-            x = next(walk)(x, modulation, layer, rotary)
+            stream = next(walk)(stream, modulation, layer, rotary)
             if number in self.vace_config.vace_layers:
                 vace, (seen, scale) = next(walk), next(due)
                 # The first goes on from the control's tokens and, on top, the video's.
-                control = control if vace.proj_in is None else vace.proj_in(control) + start
-                control, start = vace(control, modulation, seen, rotary), None
-                x = x.add(vace.proj_out(control), alpha=scale)
+                control = control if vace.proj_in is None else linear(self.ops, vace.proj_in, control) + start
+                control, start = self._added(vace(Stream(control), modulation, seen, rotary), modulation), None
+                hint = linear(self.ops, vace.proj_out, control)
+                stream = Stream(self._added(stream, modulation).add(hint, alpha=scale))
         next(walk, None)
-        return x
+        return self._added(stream, modulation)
 
     def _due(self) -> list[Block]:
         """The blocks of both stacks in the order in which they run."""

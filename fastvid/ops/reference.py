@@ -147,17 +147,16 @@ def qkv_norm_rope(
     eps: float,
     order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a fused projection [B, N, 3 * d]: q and k with RMS norm and rotation, and v, each [B, N, H, D] as a view of
-    memory that is laid out [B, H, N, D].
+    """Of a fused projection [B, N, 3 * d]: q and k with RMS norm and rotation, and v, each [B, N, H, D].
 
+    Kernels lay them out as [B, H, N, D] in memory; here v is a part of what was given, where order is None.
     order [N], in int32 or int64: position p of all three has token order[p], which is turned by that token's cos and
     sin. It has to be a permutation (see `ops.norms.tile_order`).
     """
     q, k, v = qkv.chunk(3, -1)
     q, k = rms_norm_rope(q, weight_q, cos, sin, eps), rms_norm_rope(k, weight_k, cos, sin, eps)
-    rows = (x if order is None else x.index_select(1, order) for x in (q, k, v.unflatten(-1, q.shape[2:])))
-    q, k, v = (x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2) for x in rows)
-    return q, k, v
+    v = v.unflatten(-1, q.shape[2:])
+    return (q, k, v) if order is None else (q[:, order], k[:, order], v[:, order])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

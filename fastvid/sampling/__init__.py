@@ -2,37 +2,40 @@
 
 from fastvid.sampling.guidance import (
     Denoise,
+    Denoiser,
+    Guided,
+    Switched,
+    Velocities,
     Velocity,
     combine,
-    denoiser,
     flow_edit,
-    guided,
     known,
-    switched,
     velocity_to_x0,
 )
 from fastvid.sampling.noise import column_noise, latent_noise
 from fastvid.sampling.sigmas import check_sigmas, find_solver, make_sigmas, shift_sigmas, timesteps
-from fastvid.sampling.solvers import SOLVERS, Solver, SolverState
+from fastvid.sampling.solvers import SOLVERS, Operation, Solver, SolverState
 
 __all__ = [
     "SOLVERS",
     "Denoise",
+    "Denoiser",
+    "Guided",
+    "Operation",
     "Solver",
     "SolverState",
+    "Switched",
+    "Velocities",
     "Velocity",
     "check_sigmas",
     "column_noise",
     "combine",
-    "denoiser",
     "find_solver",
     "flow_edit",
-    "guided",
     "known",
     "latent_noise",
     "make_sigmas",
     "shift_sigmas",
-    "switched",
     "timesteps",
     "velocity_to_x0",
 ]

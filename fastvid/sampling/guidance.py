@@ -7,6 +7,8 @@ Velocity: (x, sigma) -> v = noise - x0.   Denoise: (x, sigma) -> x0.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,21 +27,57 @@ def velocity_to_x0(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     return x - sigma.to(x.device, x.dtype).view(1, 1, -1, 1, 1) * v.to(x.dtype)
 
 
-def guided(cond: Velocity, uncond: Velocity, scale: float) -> Velocity:
-    """Guidance over two velocities; `uncond` is never called at scale 1, where it has no say."""
-    if scale == 1:
-        return cond
-    return lambda x, sigma: combine(cond(x, sigma), uncond(x, sigma), scale)
+class Velocities(NamedTuple):
+    """What guidance makes one velocity of: uncond is None where it has no say."""
+
+    cond: Tensor
+    uncond: Tensor | None
+    scale: float
 
 
-def switched(velocities: Sequence[Velocity], choose: Callable[[Tensor], int]) -> Velocity:
+@dataclass(frozen=True)
+class Guided:
+    """Guidance over two velocities; `uncond` is never called at scale 1."""
+
+    cond: Velocity
+    uncond: Velocity
+    scale: float
+
+    def velocities(self, x: Tensor, sigma: Tensor) -> Velocities:
+        """Both, for what puts them together itself."""
+        return Velocities(self.cond(x, sigma), None if self.scale == 1 else self.uncond(x, sigma), self.scale)
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        cond, uncond, scale = self.velocities(x, sigma)
+        return cond if uncond is None else combine(cond, uncond, scale)
+
+
+@dataclass(frozen=True)
+class Switched:
     """For each call that one of the velocities which `choose` names for its noise level, by number."""
-    return lambda x, sigma: velocities[choose(sigma)](x, sigma)
+
+    of: Sequence[Velocity]
+    choose: Callable[[Tensor], int]
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.of[self.choose(sigma)](x, sigma)
 
 
-def denoiser(velocity: Velocity) -> Denoise:
+@dataclass(frozen=True)
+class Denoiser:
     """The denoiser that a velocity makes."""
-    return lambda x, sigma: velocity_to_x0(x, velocity(x, sigma), sigma)
+
+    velocity: Velocity
+
+    def velocities(self, x: Tensor, sigma: Tensor) -> Velocities:
+        """What x0 is made of, for a step that makes it itself (`ops.solver_step`)."""
+        made = self.velocity
+        if isinstance(made, Switched):
+            made = made.of[made.choose(sigma)]
+        return made.velocities(x, sigma) if isinstance(made, Guided) else Velocities(made(x, sigma), None, 1.0)
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return velocity_to_x0(x, self.velocity(x, sigma), sigma)
 
 
 def known(denoise: Denoise, latents: Tensor, mask: Tensor) -> Denoise:

@@ -8,6 +8,8 @@ column becomes never depends on its neighbours.
 Coefficients are worked out in float64 on the CPU and applied in x's dtype. With lambda = log((1 - sigma) / sigma),
 h = lambda_next - lambda and r = sigma_next / sigma, the papers' alpha_next * (1 - exp(-h)) is just 1 - r for flow
 matching, which is finite at sigma 1 and at sigma 0, where h is infinite.
+
+A `_fused` step is the same one made from velocities by one operation (`ops.solver_step`), to within rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
+
+from fastvid.ops.stepping import dpmpp_weights, euler_weights, unipc_weights
+from fastvid.sampling.guidance import Velocities
 
 # The largest noise level at which UniPC takes lambda. Published UniPC tables never reach 1, where lambda is -inf and
 # second-order terms vanish; diffusers moves a given 1.0 to this float32 number, so the same table gives the same video.
@@ -59,15 +64,20 @@ class SolverState:
 
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, SolverState], tuple[Tensor, SolverState]]
+Operation = Callable[..., list[Tensor]]
+"""What `fastvid.ops.stepping.solver_step` is."""
+FusedStep = Callable[[Operation, Tensor, Velocities, Tensor, Tensor, SolverState], tuple[Tensor, SolverState]]
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A step, the noise level its own tables start from before the shift, and how it tells the model the time."""
+    """A step, the noise level its own tables start from before the shift, and how it tells the model the time. fused:
+    the step from velocities in one operation, of solvers that have one."""
 
     step: Step
     first_sigma: float = 1.0
     integer_timesteps: bool = False
+    fused: FusedStep | None = None
 
     def init(self, fresh: Fresh | None = None) -> SolverState:
         """The state before the first step, for any shape."""
@@ -117,6 +127,44 @@ def unipc_step(
     return stepped, _remember(active, order, sigma, x0, corrected, state)
 
 
+def euler_fused(
+    operation: Operation, x: Tensor, velocities: Velocities, sigma: Tensor, sigma_next: Tensor, state: SolverState
+) -> tuple[Tensor, SolverState]:
+    """`euler_step` from velocities."""
+    moves = _moves(x, sigma, sigma_next)
+    stepped, _ = operation(x, *velocities, sigma, moves, euler_weights(sigma, sigma_next), ())
+    return stepped, state
+
+
+def dpmpp_fused(
+    operation: Operation, x: Tensor, velocities: Velocities, sigma: Tensor, sigma_next: Tensor, state: SolverState
+) -> tuple[Tensor, SolverState]:
+    """`dpmpp_step` from velocities."""
+    active = _moves(x, sigma, sigma_next)
+    if not active.any():
+        return x, state
+    state = _or_blank(state, x, depth=1)
+    order = _next_order(state.order, sigma_next)
+    weights = dpmpp_weights(sigma, sigma_next, _carry(state, order, sigma, sigma_next, last_sigma=1.0))
+    stepped, *x0s = operation(x, *velocities, sigma, active, weights, state.x0s)
+    return stepped, _after(active, order, sigma, tuple(x0s), None, state)
+
+
+def unipc_fused(
+    operation: Operation, x: Tensor, velocities: Velocities, sigma: Tensor, sigma_next: Tensor, state: SolverState
+) -> tuple[Tensor, SolverState]:
+    """`unipc_step` from velocities."""
+    active = _moves(x, sigma, sigma_next)
+    if not active.any():
+        return x, state
+    state = _or_blank(state, x, depth=2)
+    order = _next_order(state.order, sigma_next)
+    carry = _carry(state, order, sigma, sigma_next, last_sigma=UNIPC_LAST_SIGMA)
+    weights = unipc_weights(sigma, sigma_next, carry, state.sigmas[0], *_correction(sigma, state), state.order > 0)
+    stepped, *x0s, start = operation(x, *velocities, sigma, active, weights, (*state.x0s, state.x))
+    return stepped, _after(active, order, sigma, tuple(x0s), start, state)
+
+
 def redraw_step(
     x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, state: SolverState
 ) -> tuple[Tensor, SolverState]:
@@ -139,9 +187,9 @@ def redraw_step(
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
         # Wan's tables start from 0.999 as float32 has it, which decides some timesteps once they are cut to integers.
-        "unipc": Solver(unipc_step, first_sigma=0.9990000128746033, integer_timesteps=True),
-        "euler": Solver(euler_step),
-        "dpm++": Solver(dpmpp_step, integer_timesteps=True),
+        "unipc": Solver(unipc_step, 0.9990000128746033, integer_timesteps=True, fused=unipc_fused),
+        "euler": Solver(euler_step, fused=euler_fused),
+        "dpm++": Solver(dpmpp_step, integer_timesteps=True, fused=dpmpp_fused),
         "redraw": Solver(redraw_step),
     }
 )
@@ -154,28 +202,36 @@ def _extrapolate(
     second-order predictors of DPM++ 2M and of UniPC (UniP-2) are this one formula."""
     if not (order == 2).any():
         return x0
+    return x0 + _per_column(_carry(state, order, sigma, sigma_next, last_sigma), x0) * (x0 - state.x0s[0])
+
+
+def _carry(state: SolverState, order: Tensor, sigma: Tensor, sigma_next: Tensor, last_sigma: float) -> Tensor:
+    """h / (2 h0) in columns of order 2, else 0: [T]."""
     here = _log_snr(sigma, last_sigma)
     h, h0 = _log_snr(sigma_next, last_sigma) - here, here - _log_snr(state.sigmas[0], last_sigma)
-    weight = torch.where((order == 2) & (h0 > 0), 0.5 * h / h0, 0.0)
-    return x0 + _per_column(weight, x0) * (x0 - state.x0s[0])
+    return torch.where((order == 2) & (h0 > 0), 0.5 * h / h0, 0.0)
 
 
 def _correct(x: Tensor, x0: Tensor, sigma: Tensor, state: SolverState) -> Tensor:
-    """UniC: the last step made again, with x0 at its end known; x in columns that have made none. With bh2 the paper's
-    2x2 system R rho = b has the solution below, in the Langevin function of h / 2."""
+    """UniC: the last step made again, with x0 at its end known; x in columns that have made none."""
     stepped = state.order > 0
     if not stepped.any():
         return x
+    to_older, to_newer = _correction(sigma, state)
+    newest, older = state.x0s
+    target = newest + _per_column(to_older, x0) * (older - newest) + _per_column(to_newer, x0) * (x0 - newest)
+    return _keep(stepped, _blend(state.x, target, state.sigmas[0], sigma), x)
+
+
+def _correction(sigma: Tensor, state: SolverState) -> tuple[Tensor, Tensor]:
+    """How far UniC's target is from the newest x0 towards the older one and towards the one that is new: [T] each. With
+    bh2 the paper's 2x2 system R rho = b has the solution below, in the Langevin function of h / 2."""
     before, two_before = state.sigmas
     here, start = _log_snr(sigma, UNIPC_LAST_SIGMA), _log_snr(before, UNIPC_LAST_SIGMA)
     h, h0 = here - start, start - _log_snr(two_before, UNIPC_LAST_SIGMA)
     curve = _langevin(h / 2)
     rho, second = curve / (h + h0), (state.order == 2) & (h0 > 0)
-    to_older = torch.where(second, -rho * h / h0, 0.0)
-    to_newer = torch.where(second, (1 + curve) / 2 - rho, 0.5)
-    newest, older = state.x0s
-    target = newest + _per_column(to_older, x0) * (older - newest) + _per_column(to_newer, x0) * (x0 - newest)
-    return _keep(stepped, _blend(state.x, target, before, sigma), x)
+    return torch.where(second, -rho * h / h0, 0.0), torch.where(second, (1 + curve) / 2 - rho, 0.5)
 
 
 def _langevin(u: Tensor) -> Tensor:
@@ -197,8 +253,12 @@ def _blend(x: Tensor, target: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tens
 
 def _active(x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """[T] bool: the columns that this call moves."""
-    assert x.ndim == 5 and x.shape == x0.shape and x.dtype == x0.dtype, (x.shape, x0.shape, x.dtype, x0.dtype)
-    assert sigma.shape == sigma_next.shape == x.shape[2:3], (sigma.shape, sigma_next.shape, x.shape)
+    assert x.shape == x0.shape and x.dtype == x0.dtype, (x.shape, x0.shape, x.dtype, x0.dtype)
+    return _moves(x, sigma, sigma_next)
+
+
+def _moves(x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    assert x.ndim == 5 and sigma.shape == sigma_next.shape == x.shape[2:3], (x.shape, sigma.shape, sigma_next.shape)
     assert sigma.dtype == sigma_next.dtype == torch.float64, (sigma.dtype, sigma_next.dtype)
     assert sigma.device.type == sigma_next.device.type == "cpu", (sigma.device, sigma_next.device)
     assert bool(((sigma_next >= 0) & (sigma_next <= sigma) & (sigma <= 1)).all()), (sigma, sigma_next)
@@ -225,12 +285,20 @@ def _or_blank(state: SolverState, x0: Tensor, depth: int) -> SolverState:
 
 def _remember(active: Tensor, order: Tensor, sigma: Tensor, x0: Tensor, x: Tensor, state: SolverState) -> SolverState:
     """The state after a step: in active columns everything moves on by one place."""
-    newer_sigmas, newer_x0s = (sigma, *state.sigmas), (x0, *state.x0s)
+    x0s = tuple(_keep(active, new, old) for new, old in zip((x0, *state.x0s), state.x0s, strict=False))
+    return _after(active, order, sigma, x0s, None if state.x is None else _keep(active, x, state.x), state)
+
+
+def _after(
+    active: Tensor, order: Tensor, sigma: Tensor, x0s: tuple[Tensor, ...], x: Tensor | None, state: SolverState
+) -> SolverState:
+    """The state after a step whose tensors have moved on already."""
+    newer = (sigma, *state.sigmas)
     return SolverState(
         order=torch.where(active, order, state.order),
-        sigmas=tuple(torch.where(active, new, old) for new, old in zip(newer_sigmas, state.sigmas, strict=False)),
-        x0s=tuple(_keep(active, new, old) for new, old in zip(newer_x0s, state.x0s, strict=False)),
-        x=None if state.x is None else _keep(active, x, state.x),
+        sigmas=tuple(torch.where(active, new, old) for new, old in zip(newer, state.sigmas, strict=False)),
+        x0s=x0s,
+        x=x,
         fresh=state.fresh,
     )
 
