@@ -147,7 +147,8 @@ def load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[st
     here = env.read()
     chosen = {name: getattr(flags, name) or made_with.get(name) or getattr(here, name) for name in LOAD_FLAGS}
     chosen["loras"] = settings.get("loras") if flags.lora is None else flags.lora
-    chosen["offload"] = flags.offload  # of this machine alone: the video is the same
+    chosen["offload"] = flags.offload  # of this machine alone, as graphs are: the video is the same
+    chosen["cuda_graphs"] = getattr(flags, "cuda_graphs", None)
     # Of another model, what the recipe's was made of says nothing.
     chosen["parts"] = dict(flags.part) if flags.part else None if flags.model else settings.get("parts")
     return {name: value for name, value in chosen.items() if value is not None}

@@ -211,15 +211,24 @@ def test_every_flag_reaches_the_request(capsys: pytest.CaptureFixture[str], pipe
     )
     flags += " --negative-prompt bad --solver euler --model folder --device cpu --dtype float16 --backend reference"
     status, out, err = run(
-        capsys, "generate", "p", "-o", "out.npy", *flags.split(), "--attention", "sdpa", "--json", "--quiet"
+        capsys,
+        "generate",
+        "p",
+        "-o",
+        "out.npy",
+        *flags.split(),
+        "--attention",
+        "sdpa",
+        "--cuda-graphs",
+        "--json",
+        "--quiet",
     )
     made = json.loads(out)
     expected = {"width": 80, "height": 72, "num_frames": 3, "fps": 24000 / 1001, "seed": 5, "num_inference_steps": 2}
     expected |= {"guidance_scale": 1.5, "flow_shift": 8.0, "negative_prompt": "bad", "solver": "euler", "prompt": "p"}
     assert status == 0 and err == "" and {name: made["recipe"][name] for name in expected} == expected
-    assert pipe.loaded == [
-        ("folder", {"device": "cpu", "dtype": "float16", "backend": "reference", "attention": "sdpa"})
-    ]
+    loaded = {"device": "cpu", "dtype": "float16", "backend": "reference", "attention": "sdpa", "cuda_graphs": True}
+    assert pipe.loaded == [("folder", loaded)]
 
 
 def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
