@@ -229,7 +229,7 @@ def _bench(flags: argparse.Namespace) -> None:
 
     if not flags.names:
         for name, path in bench.scripts().items():
-            print(f"{name:<14} {bench.summary(path)}")
+            print(f"{name:<16} {bench.summary(path)}")
         return
     bench.run(flags.names, Path(flags.out), flags.passed_on)
 
