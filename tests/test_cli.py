@@ -36,6 +36,7 @@ class Recipe:
     width: int = 64
     negative_prompt: str = ""
     solver: str = "unipc"
+    edit_strength: float | None = None
     spatial_multiple: int = 16
     temporal: int = 4
 
@@ -514,7 +515,7 @@ def test_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     listed = [line.split()[0] for line in run(capsys, "bench")[1].splitlines()]
     assert listed == sorted(bench.scripts()) and {"dit_cpu", "rgb"} <= {*listed}
     monkeypatch.setattr(bench, "scripts", lambda: {"bad": bad, "fine": fine})
-    assert run(capsys, "bench") == (0, f"{'bad':<14} \n{'fine':<14} What it measures.\n", "")
+    assert run(capsys, "bench") == (0, f"{'bad':<16} \n{'fine':<16} What it measures.\n", "")
     status, _, error = run(capsys, "bench", "bad", "fine", "--out", str(tmp_path / "new"), "--", "--rounds")
     assert status == 1 and "failed: bad (exit status 3)" in error
     assert (tmp_path / "new" / "made").read_text() == "--rounds", "one that fails does not keep the next from running"

@@ -107,7 +107,8 @@ def test_bad_words(capsys: pytest.CaptureFixture[str], pipe: FakePipe, words: st
 )
 def test_a_recipe_makes_the_same_again(capsys: pytest.CaptureFixture[str], words: str) -> None:
     """What a recipe does not hold, clips and pictures, is given again."""
-    assert run(capsys, *words.split())[0] == 0
+    status, _, err = run(capsys, *words.split())
+    assert status == 0, err
     files = [word for word in words.split() if word in ("a.npy", "b.npy")]
     for flag in ("--mask", "--keyframe", "--image"):
         given = words.split()

@@ -142,9 +142,8 @@ def refused(run: Callable[..., Tensor], *args: object) -> None:
         run(*args)
 
 
-@pytest.mark.parametrize("name", ["reference", "triton"])
-def test_what_does_not_fit_is_refused(name: str) -> None:
-    linear, embed, head = linears.BACKENDS["linear"][name], patches.BACKENDS["patch_embed"][name], None
+def test_what_does_not_fit_is_refused() -> None:
+    linear, embed = linears.BACKENDS["linear"]["triton"], patches.BACKENDS["patch_embed"]["triton"]
     refused(linear, random(2, 5), random(7, 6), None)
     refused(linear, random(2, 5), random(7, 5), random(6))
     refused(linear, random(2, 5), random(7, 5).half(), None)
@@ -153,7 +152,7 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
     refused(embed, latents, weight[:, :3], None)
     refused(embed, latents, weight, None, latents)
     refused(embed, latents[:, :2], weight, None, latents[:, 2:, :1])
-    head, args = patches.BACKENDS["head"][name], make_head(2, (2, 3, 4), (1, 2, 2), 5, 11, 2)
+    head, args = patches.BACKENDS["head"]["triton"], make_head(2, (2, 3, 4), (1, 2, 2), 5, 11, 2)
     for at, bad in ((0, args[0][:, 1:]), (1, args[1][:1]), (3, args[3][:1]), (4, args[4][1:]), (6, (2, 3)), (7, (7,))):
         refused(head, *args[:at], bad, *args[at + 1 :])
 

@@ -111,7 +111,7 @@ def test_an_error_of_the_decoder_comes_through(pipe, beside, monkeypatch):
         calls.append(None)
         raise KeyError("full")
 
-    monkeypatch.setattr(type(pipe._parts.vae), "decode", broken)
+    monkeypatch.setattr(type(pipe._parts.vae), "decode_rgb", broken)
     with pytest.raises(KeyError, match="full"):
         pipe.generate("a", num_frames=25, **SMALL)
     assert len(calls) == 1 and not ours()

@@ -286,7 +286,9 @@ def test_a_published_model_is_planned_without_its_files() -> None:
         blueprint.plan("a", verb="edit", video=video, **options)
         for options in ({}, {"mask": region(9, 96, 160)}, {"size": "320x192"})
     ]
-    assert [plan.width for plan in found] == [160, 160, 320] and len({plan.model_calls for plan in found}) == 1
+    assert [plan.width for plan in found] == [160, 160, 320]
+    # What a clip is noised to spares steps; a frame that is grown has no clip where it grew.
+    assert [plan.model_calls for plan in found] == [60, 60, 100]
 
 
 # ---------------------------------------------------------------- what does not fit
