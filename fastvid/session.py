@@ -413,8 +413,8 @@ class SegmentMaker:
         with parts.experts.use(expert) as transformer, ieee_fp32():
             if key not in self._contexts:
                 self._contexts[key] = self.conditions.context(transformer, embeds)
-            known = self.conditions.behind(row)
-            made = transformer(given, times[None], self._contexts[key], known=known, rope_offset=offset, cache=cache)
+            behind, context = self.conditions.behind(row), self._contexts[key]
+            made = transformer(given, times[None], context, known=behind, rope_offset=offset, cache=cache)
         return made if anchor is None else made[:, :, 1:]
 
     def _anchor(self, row: Row, text: int) -> Tensor | None:

@@ -4,9 +4,9 @@
 return the cache for what comes next, so a stream is decoded in constant memory and a whole sequence is just one
 chunk. All chunk lengths give the same result. Where a frame is too large for memory, the stages that work at its full
 size take it in stripes of rows (vae_stream.py), again with the same result; the middle, whose attention sees the whole
-frame, is small and never divided. Parameter names are those of
-diffusers' AutoencoderKLWan. What is fast is in fastvid/ops/vae.py (on a CPU) and vae_kernels.py (on a GPU); here is
-only how the parts connect. The 2.2 network (wan_vae22.py) puts other blocks into the same Encoder and Decoder.
+frame, is small and never divided. Parameter names are those of diffusers' AutoencoderKLWan. What is fast is in
+fastvid/ops/vae.py (on a CPU) and vae_kernels.py (on a GPU); here is only how the parts connect. The 2.2 network
+(wan_vae22.py) puts other blocks into the same Encoder and Decoder.
 
 Shapes: B batch, C channels, F pixel frames, T latent frames, H/W height and width at the stage in question.
 Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network.
