@@ -81,8 +81,15 @@ def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def begin(
     parts: Parts, verb: str, options: Mapping[str, Any], recipe: dict[str, Any], said: Mapping[str, Any]
 ) -> Keeper | None:
-    """A Keeper of a new request, or None if there are to be no checkpoints. Nothing is written yet."""
+    """A Keeper of a new request, or None if there are to be no checkpoints, or another rank keeps them. Nothing is
+    written yet."""
     if not said:
+        return None
+    if parts.mesh.size > 1 and parts.recipe.rollout is not None:
+        raise InvalidRequest(
+            "checkpoint: a causal model's KV cache is spread over ranks; load it with parallel=1, or not"
+        )
+    if parts.mesh.rank:
         return None
     folder = files.free_place(said["checkpoint"])
     about = {
@@ -96,8 +103,8 @@ def begin(
 
 
 def go_on(saved: Saved, parts: Parts, said: Mapping[str, Any]) -> Keeper:
-    """The Keeper of a request that goes on."""
-    return Keeper(saved, parts.device, **_how(said))
+    """The Keeper of a request that goes on. Of several ranks one writes, and all read."""
+    return (Follower if parts.mesh.rank else Keeper)(saved, parts.device, **_how(said))
 
 
 def _how(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,6 +278,20 @@ class Keeper:
                     layer.put(written, k, v)
         self._caches = list(head.caches)
         return made
+
+
+class Follower(Keeper):
+    """Brings back what was saved, on a rank beside the one that writes. What it reads is there until all have made the
+    next row together."""
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def _take(self, segment: int, walked: Walked, caches: Caches) -> None:
+        self.rows += 1
 
 
 def _cache_tensors(caches: Caches, changed: Mapping[str, list[int]]) -> Iterator[tuple[str, Tensor]]:

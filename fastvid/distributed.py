@@ -1,11 +1,11 @@
 """Ranks that work on one video: how they share it out, and how tensors get from one to another. Nothing at size one.
 
 A rank is a process with a device. `Layout` says what ranks are for: which half of guidance they compute, and which part
-of a video's tokens they hold (guidance x ring x Ulysses, counted with Ulysses fastest). All that is ever moved goes from
-rank to rank, each message of its own: what a collective would do is the messages of all ranks together. So parts may be
-of different lengths, ranks with nothing to say are left out, no sum depends on an order of arrival, and any group of
-ranks can exchange without a communicator of its own. Every rank makes the same exchanges in the same order; those of
-another thread go through a mesh of their own (`Mesh.fork`).
+of a video's tokens they hold (guidance x ring x Ulysses, counted with Ulysses fastest). What is moved goes from rank to
+rank, each message of its own: what a collective would do is the messages of all ranks together. So parts may be of
+different lengths, ranks with nothing to say are left out, no sum depends on an order of arrival, and any group of ranks
+can exchange without a communicator of its own. Every rank makes the same exchanges in the same order; those of another
+thread go through a mesh of their own (`Mesh.fork`).
 
 Imports nothing of fastvid: torch.distributed alone (NCCL between GPUs, gloo between CPUs, and between GPUs through host
 memory where NCCL cannot be had, as with two ranks on one GPU).
@@ -14,7 +14,7 @@ memory where NCCL cannot be had, as with two ranks on one GPU).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -95,21 +95,24 @@ class Counted:
 class Mesh:
     """The ranks of a job, seen from one of them. The default is a job of one rank, which exchanges nothing.
 
-    group: their process group; None at size one. staged: tensors of a GPU go through host memory, since the group
-    (gloo) takes those of a CPU alone. counted: what this rank has sent.
+    group: their process group; None at size one. device: where this rank's tensors are. staged: tensors of a GPU go
+    through host memory, since the group (gloo) takes those of a CPU alone. counted: what this rank has sent.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
+    device: torch.device = torch.device("cpu")
     staged: bool = False
     counted: Counted = field(default_factory=Counted)
 
     @classmethod
-    def of_group(cls, group: Any = None, *, staged: bool = False) -> Mesh:
+    def of_group(cls, group: Any = None, device: torch.device | str = "cpu") -> Mesh:
         """That of an initialised process group of torch.distributed; None: of the default one."""
         group = dist.group.WORLD if group is None else group
-        return cls(dist.get_rank(group), dist.get_world_size(group), group, staged)
+        device = torch.device(device)
+        staged = device.type != "cpu" and dist.get_backend(group) == "gloo"
+        return cls(dist.get_rank(group), dist.get_world_size(group), group, device, staged)
 
     def fork(self) -> Mesh:
         """The same ranks with messages that never meet those of this mesh: for another thread. All ranks call it, in
@@ -118,7 +121,7 @@ class Mesh:
             return self
         ranks = dist.get_process_group_ranks(self.group)
         group = dist.new_group(ranks, timeout=FOREVER, backend=dist.get_backend(self.group))
-        return Mesh(self.rank, self.size, group, self.staged, self.counted)
+        return replace(self, group=group)
 
     def exchange(self, sends: Iterable[tuple[int, Tensor]], receives: Iterable[tuple[int, Tensor]]) -> Pending:
         """Starts sending tensors to ranks and receiving into others: (rank, contiguous tensor).
@@ -163,14 +166,15 @@ class Mesh:
         self.exchange([(rank, x) for rank, _ in others], others).wait()
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
-    def broadcast(self, x: Tensor | None = None, source: int = 0, device: torch.device | str = "cpu") -> Tensor:
-        """The tensor x of the rank `source`, on all ranks, each on a device of its own; others give no x. Shape and
-        type travel with it."""
+    def broadcast(self, x: Tensor | None = None, source: int = 0, device: torch.device | str | None = None) -> Tensor:
+        """The tensor x of the rank `source`, on all ranks; others give no x. Shape and type travel with it. device: on
+        which a rank wants it, if not on its own."""
         if self.size == 1:
             assert x is not None
             return x
         hosts = replace(self, staged=False) if self.staged else self  # a header that is on the host already
-        where = torch.device("cpu") if self.staged else torch.device(device)
+        device = self.device if device is None else torch.device(device)
+        where = torch.device("cpu") if self.staged else device
         others = [rank for rank in range(self.size) if rank != source]
         if self.rank == source:
             header = _header(x).to(where)
@@ -205,7 +209,7 @@ def _header(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Place:
+class Seat:
     """A rank's place in a layout: which half of guidance it is of, and where it is in ring and Ulysses group."""
 
     mesh: Mesh
@@ -238,6 +242,23 @@ class Place:
             for given, mine in ((guidance, self.guidance), (ring, self.ring), (ulysses, self.ulysses))
         ]
         return (at[0] * self.layout.ring + at[1]) * self.layout.ulysses + at[2]
+
+    def both(
+        self, cond: Callable[[], Tensor], uncond: Callable[[], Tensor] | None, like: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The two velocities of guidance, or the first alone, on all ranks: with guidance=2 each half of the ranks
+        makes one and gives it to the other. They are as `like` is."""
+        if self.layout.guidance == 1:
+            return cond(), None if uncond is None else uncond()
+        partner, first = self.rank(guidance=1 - self.guidance), self.guidance == 0
+        makes = cond if first else uncond
+        mine = makes().contiguous() if makes is not None else None
+        other = (
+            torch.empty_like(like, memory_format=torch.contiguous_format) if uncond is not None or not first else None
+        )
+        sends = [] if mine is None else [(partner, mine)]
+        self.mesh.exchange(sends, [] if other is None else [(partner, other)]).wait()
+        return (mine, other) if first else (other, mine)
 
     @property
     def sharers(self) -> tuple[int, ...]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvid import graphs, hub, plan
+from fastvid import graphs, hub, parallel, plan
+from fastvid.distributed import Layout, Mesh
 from fastvid.errors import CheckpointError, InvalidRequest, OutOfMemory
 from fastvid.models import (
     Checkpoint,
@@ -51,7 +52,8 @@ class Parts:
     that they changed. sources: the parts that came from elsewhere, as they were given.
     offload: "none", "text" or "blocks" (see `fastvid.offload`); encoders: how the text encoder and the image encoder,
     in this order, come to the device; sizes: bytes of all weights as loaded. graphs: what replays the transformers'
-    calls, if anything does; graphs_why: why it does or does not.
+    calls, if anything does; graphs_why: why it does or does not. mesh: the ranks that run it together, each with parts
+    of its own; layout: how they share requests, None if each is shared as suits it.
     """
 
     model: str
@@ -75,6 +77,8 @@ class Parts:
     sources: tuple[tuple[str, str], ...] = ()
     graphs: graphs.Graphs | None = None
     graphs_why: str = ""
+    mesh: Mesh = field(default_factory=Mesh)
+    layout: Layout | None = None
 
     @property
     def transformer(self) -> WanTransformer:
@@ -92,6 +96,7 @@ class Parts:
         dtype = str(self.dtype).removeprefix("torch.")
         made = {"dtype": dtype, "device": self.device.type, "backend": self.backend, "attention": self.attention}
         made |= {"parts": dict(self.sources)} if self.sources else {}
+        made |= {"parallel": str(self.layout or self.mesh.size)} if self.mesh.size > 1 else {}
         return made | ({"loras": [list(pair) for pair in self.loras]} if self.loras else {})
 
     @property
@@ -128,14 +133,22 @@ def load_parts(
     offload: str = "auto",
     parts: Mapping[str, str | Path] | None = None,
     cuda_graphs: str | bool = "auto",
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
 ) -> Parts:
-    """Load everything of a model; see `fastvid.load`. What was asked for is checked before any weight is read."""
+    """Load everything of a model; see `fastvid.load`. What was asked for is checked before any weight is read.
+
+    mesh: the ranks that run it together, all of which load it with the same arguments but the device. layout: see
+    Parts.
+    """
+    mesh = mesh or Mesh()
     where = _device(device)
     kind = _dtype(dtype, where)
     ops = bind(backend, attention, where)
     merging, asked, replay = read_loras(loras), check_offload(offload), graphs.check(cuda_graphs)
     checkpoint = read_checkpoint(model, parts, download=True).check()
     mode = asked if asked != AUTO else choose_offload(configs_of(checkpoint), checkpoint.recipe, where, kind)
+    mode = MODES[parallel.agree(mesh, MODES.index(mode), max)]
     stay, caches = experts_stay(checkpoint, mode), checkpoint.recipe.rollout is not None
     replaying, why = graphs.choose(replay, where, stay, caches)
     experts = load_experts(checkpoint, ops, where, kind, merging, mode)
@@ -156,6 +169,7 @@ def load_parts(
     sizes = Sizes(tuple(map(weigh, experts.modules)), weigh(loaded[0]), weigh(vae).total, image_bytes)
     made = replace(made, image_encoder=image_encoder, offload=mode, encoders=encoders, sizes=sizes)
     made = replace(made, loras=named(merging), merged=touched(merging), graphs=replaying, graphs_why=why)
+    made = replace(made, mesh=mesh, layout=layout)
     return replace(made, sources=tuple((name, str(path)) for name, path in (parts or {}).items()))
 
 

@@ -39,7 +39,7 @@ class Plan:
     weights included; bytes_host: of weights at home in host memory. bytes_free: what can still be taken there now.
     decode_chunk: latent frames decoded at a time; decode_beside: while later ones are denoised.
     flops_attention: of flops_denoise. seconds, seconds_parts: how long it takes, estimated, and what of it; None and
-    empty where no estimate was asked for.
+    empty where no estimate was asked for. parallel: how ranks share it, empty on one.
     """
 
     height: int
@@ -77,6 +77,7 @@ class Plan:
     flops_attention: float = 0.0
     seconds: float | None = None
     seconds_parts: Mapping[str, float] = field(default_factory=dict)
+    parallel: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -109,6 +110,11 @@ def count_tokens(segment: Segment, config: WanTransformerConfig) -> int:
     """Tokens of the whole clip."""
     shape = segment.latent_shape(1)[1:]
     return math.prod(n // p for n, p in zip(shape, config.patch_size, strict=True))
+
+
+def share_of(tokens: int, frames: int, sharers: int) -> int:
+    """The most tokens that one rank has where so many share each frame's."""
+    return frames * -(-tokens // frames // sharers)
 
 
 def denoise_flops(
@@ -154,12 +160,13 @@ def cost(
     cache: int = 0,
     stripes: int = 1,
     graphs: bool = False,
+    sharers: int = 1,
 ) -> Cost:
     """Peak bytes of a request, weights left out; see `plan_memory.Cost`. segment: what the model makes at once.
 
     rows: of text that the transformer sees; texts: 2 with guidance; pictures: how many CLIP looks at; encoded: frames
     that are encoded at once beside them; frames: those that are kept; cache: tokens in a KV cache; stripes: of rows in
-    which frames are decoded; graphs: calls are replayed (see `fastvid.graphs`).
+    which frames are decoded; graphs: calls are replayed (see `fastvid.graphs`); sharers: ranks that share the tokens.
     """
     pixels, chunk = segment.made_height * segment.made_width, segment.temporal * decode_chunk(segment)
     concatenated = config.in_channels > config.out_channels
@@ -167,7 +174,8 @@ def cost(
     seen = pictures * CLIP_TOKENS if config.image_dim else 0
     seen_by_control = 2 * vae.z_dim + segment.spatial**2 if control_layers else 0
     masks = 2 if control_layers else 0  # as given and rounded
-    activations = plan_memory.activation_bytes(count_tokens(segment, config), config, itemsize, control_layers)
+    tokens = share_of(count_tokens(segment, config), segment.columns // config.patch_size[0], sharers)
+    activations = plan_memory.activation_bytes(tokens, config, itemsize, control_layers)
     inputs = plan_memory.context_bytes(rows + seen, 1, 1, config, itemsize)
     inputs += math.prod(segment.latent_shape(2 * vae.z_dim + config.in_channels + seen_by_control)) * 4
     return Cost(
@@ -177,7 +185,7 @@ def cost(
         frames=frames * segment.height * segment.width * 3,
         encoder=plan_memory.encoder_bytes(pixels, vae, min(chunk, given), given, masks) if given else 0,
         context=plan_memory.context_bytes(rows + seen, texts, experts, config, itemsize)
-        + plan_memory.context_bytes(cache, texts, 1, config, itemsize),
+        + plan_memory.context_bytes(-(-cache // sharers), texts, 1, config, itemsize),
         text=plan_memory.text_bytes(rows, text, itemsize) if text else 0,
         graphs=activations + inputs * experts if graphs else 0,
     )

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastvid import decoding, plan, plan_memory
+from fastvid import decoding, parallel, plan, plan_memory
 from fastvid.conditions import CHANNELS, CONTROL, lead_in, way_of
+from fastvid.distributed import Layout
 from fastvid.estimate import Calls, count_vae, denoise_seconds, vae_seconds
 from fastvid.loading import Parts
 from fastvid.plan import Plan
@@ -27,12 +28,16 @@ def plan_request(
     keep: bool = False,
     free: int | None = None,
     rates: Rates | None = None,
-) -> Plan:
-    """What a request takes. keep: all of its frames stay in memory. free: bytes that can be taken of the device, if not
-    those that can now. rates: of this machine, for an estimate of time. Raises OutOfMemory if it does not fit."""
+) -> tuple[Plan, Layout]:
+    """What a request takes, and how ranks share it.
+
+    keep: all of its frames stay in memory. free: bytes that can be taken of the device, if not those that can now; of
+    ranks, that of the one that has the least. rates: of this machine, for an estimate of time. Raises OutOfMemory if it
+    does not fit, InvalidRequest if ranks cannot share it as was asked."""
     free = plan.available_bytes(parts.device) if free is None else free
-    capacity = free + parts.bytes_held
-    needs = Needs(parts, request, timeline, keep)
+    free, capacity = (parallel.agree(parts.mesh, bytes) for bytes in (free, free + parts.bytes_held))
+    layout = layout_of(parts, request, timeline)
+    needs = Needs(parts, request, timeline, keep, sharers=layout.sequence)
     for stripes in (n for n in plan.STRIPES if n <= needs.window.made_height // needs.window.spatial):
         needs = replace(needs, stripes=stripes)
         if needs.taken(timeline.num_frames) <= capacity:
@@ -50,7 +55,7 @@ def plan_request(
     calls = [needs.calls(segment, sigmas) for segment in segments]
     work = [(each.count, (each.tokens, each.rows, config, parts.control_layers, each.keys)) for each in calls]
     seconds = needs.seconds(calls, rates) if rates else {}
-    return Plan(
+    made = Plan(
         height=window.height,
         width=window.width,
         num_frames=timeline.num_frames,
@@ -78,7 +83,11 @@ def plan_request(
         bytes_device=max(memory.device, both) if beside else memory.device,
         bytes_host=memory.host,
         offload=memory.offload,
-        choices=(*memory.choices, *(("decoding runs beside denoising, on a stream of its own",) if beside else ())),
+        choices=(
+            *memory.choices,
+            *(("decoding runs beside denoising, on a stream of its own",) if beside else ()),
+            *((f"{layout.size} ranks: {layout}",) if layout.size > 1 else ()),
+        ),
         device=str(parts.device),
         dtype=str(parts.dtype).removeprefix("torch."),
         backends=parts.ops.bound,
@@ -86,18 +95,31 @@ def plan_request(
         flops_attention=sum(count * plan.attention_flops(*each) for count, each in work),
         seconds=sum(seconds.values()) if seconds else None,
         seconds_parts=seconds,
+        parallel=str(layout) if layout.size > 1 else "",
     )
+    return made, layout
+
+
+def layout_of(parts: Parts, request: Resolved, timeline: Timeline) -> Layout:
+    """How ranks share a request. Raises InvalidRequest."""
+    config = parts.transformer.config
+    _, ph, pw = config.patch_size
+    shapes = [segment.latent_shape(1)[2:] for segment in timeline.segments]
+    tokens = min((h // ph * (w // pw) for h, w in shapes), default=parts.mesh.size)
+    guided = request.guided(len(parts.experts))
+    return parallel.layout_for(parts.layout, parts.mesh.size, config.num_attention_heads, tokens, guided)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """The memory that a request takes, as it is or with fewer frames."""
+    """The memory that a request takes, as it is or with fewer frames. sharers: ranks that share its tokens."""
 
     parts: Parts
     request: Resolved
     timeline: Timeline
     keep: bool
     stripes: int = 1
+    sharers: int = 1
 
     @property
     def largest(self) -> Segment:
@@ -167,6 +189,7 @@ class Needs:
             cache=self.cached,
             stripes=self.stripes,
             graphs=parts.graphs is not None,
+            sharers=self.sharers,
         )
 
     def memory(self, cost: Cost) -> Memory:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 import fastvid
-from fastvid import control, inputs, planning, verbs
+from fastvid import control, inputs, parallel, planning, verbs
 from fastvid.errors import InvalidRequest
 from fastvid.loading import Parts
 from fastvid.plan import Plan
@@ -42,14 +42,15 @@ def prepare(
     device, if not what can be taken now. rates: for an estimate of time. Raises InvalidRequest, MediaError,
     OutOfMemory."""
     request = inputs.read(Request.make(verb, **options)).resolve(parts.recipe)
+    request = replace(request, seed=parallel.agree(parts.mesh, request.seed, parallel.first))
     control.check(parts, request)
     timeline = verbs.lay_out(request, verbs.rules_of(parts))
     verbs.check(parts, request, timeline)
     _check_tensors(parts, request, timeline)
     sigmas = sigmas_of(request)
     recipe = request.to_recipe(model=parts.model, version=fastvid.__version__, **parts.settings)
-    made = planning.plan_request(parts, request, timeline, sigmas, keep_frames, free, rates)
-    job = Job(request, timeline, sigmas, made.decode_chunk, made.decode_stripes, made.decode_beside)
+    made, layout = planning.plan_request(parts, request, timeline, sigmas, keep_frames, free, rates)
+    job = Job(request, timeline, sigmas, made.decode_chunk, made.decode_stripes, made.decode_beside, layout)
     return Prepared(job, made, recipe)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastvid import conditions, decoding, engine, rollouts
 from fastvid.checkpoints import Keeper
 from fastvid.conditions import CACHE, REIMPOSED, TIMESTEPS, Conditions, Region, anchored
+from fastvid.distributed import Layout, Seat
 from fastvid.engine import Row
 from fastvid.events import Event, Frames, Step
 from fastvid.given import Known
@@ -54,7 +55,7 @@ class Job:
     """A request that was checked and planned, with everything that belongs to it alone. sigmas [N] without the zero.
 
     decode_chunk: latent frames that are decoded at a time, in decode_stripes stripes of rows; beside: while the
-    denoiser goes on.
+    denoiser goes on. layout: how ranks share it.
     """
 
     request: Resolved
@@ -63,6 +64,7 @@ class Job:
     decode_chunk: int
     decode_stripes: int = 1
     beside: bool = False
+    layout: Layout = Layout()
 
 
 @dataclass
@@ -208,6 +210,7 @@ class SegmentMaker:
     def __init__(self, session: Session, segment: Segment, known: Known, number: int = 0) -> None:
         self.session, self.segment, self.parts, self.number = session, segment, session.parts, number
         self.request, self.sigmas = session.job.request, session.job.sigmas
+        self.seat = Seat(session.parts.mesh, session.job.layout)
         self._noise_kept: tuple[tuple[int, int], Tensor] | None = None
         self._contexts: dict[tuple[int, int], Any] = {}
         self._caches: dict[int, KVCache] = {}
@@ -345,6 +348,7 @@ class SegmentMaker:
                 partial(self._velocity, row, region, expert, self.prompt_of(row)),
                 partial(self._velocity, row, region, expert, NEGATIVE),
                 scale,
+                self.seat.both,
             )
             for expert, scale in enumerate(scales)
         ]
@@ -414,7 +418,8 @@ class SegmentMaker:
             if key not in self._contexts:
                 self._contexts[key] = self.conditions.context(transformer, embeds)
             behind, context = self.conditions.behind(row), self._contexts[key]
-            made = transformer(given, times[None], context, known=behind, rope_offset=offset, cache=cache)
+            shown = {"known": behind, "rope_offset": offset, "cache": cache, "seat": self.seat}
+            made = transformer(given, times[None], context, **shown)
         return made if anchor is None else made[:, :, 1:]
 
     def _anchor(self, row: Row, text: int) -> Tensor | None:

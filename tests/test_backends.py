@@ -23,8 +23,8 @@ def row(**changes: str) -> dict[str, str]:
 
 def test_auto_binds_the_reference_where_nothing_is_verified() -> None:
     bound = ops.bind()
-    assert {bound.bound[op] for op in bound.bound if op != "attention"} == {"reference"}
-    assert bound.bound["attention"] == "sdpa" and bound.to_rgb is rgb.reference
+    assert {bound.bound[op] for op in bound.bound if op not in ops.DENSE} == {"reference"}
+    assert {bound.bound[op] for op in ops.DENSE} == {"sdpa"} and bound.to_rgb is rgb.reference
     assert bound.reasons["to_rgb"] == "cpu"
 
 

@@ -81,6 +81,11 @@ class LayerCache:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
+    @property
+    def frames(self) -> int:
+        """Frames whose keys and values `update` returns."""
+        return self._cache.filled
+
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keeps k, v [B, N, H, D] of the frames that were begun; returns all that they attend to [B, M, H, D]."""
         cache = self._cache

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvid.distributed import Seat
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.attention import cross_attention, self_attention
 from fastvid.layers.embeddings import group_timesteps, rotary_table, timestep_sinusoid
@@ -25,6 +26,7 @@ from fastvid.layers.kv_cache import KVCache, LayerCache
 from fastvid.layers.linear import FeedForward, Linear, TwoLinears, linear, linear_gelu_tanh
 from fastvid.layers.parameters import normal_parameter
 from fastvid.layers.residual import Stream
+from fastvid.layers.split import Split
 from fastvid.models.configs import read_fields
 from fastvid.ops import reference
 
@@ -112,13 +114,19 @@ class SelfAttention(nn.Module):
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
 
-    def forward(self, tokens: Stream, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        """[B, N, d], which is freed on the way, -> [B, N, d]; with a cache, attention goes to what is in it too."""
+    def forward(
+        self,
+        tokens: Stream,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+        split: Split | None = None,
+    ) -> Tensor:
+        """[B, N, d], which is freed on the way, -> [B, N, d]; with a cache, attention goes to what is in it too, and
+        with a split to the tokens of other ranks."""
         qkv, norms = linear(self.ops, self.to_qkv, tokens.take()[0]), (self.norm_q.weight, self.norm_k.weight)
         q, k, v = self.ops.qkv_norm_rope(qkv, *norms, *rotary, self.eps)
         del qkv
-        k, v = (k, v) if cache is None else cache.update(k, v)
-        return linear(self.ops, self.to_out[0], self_attention(self.ops, q, k, v))
+        return linear(self.ops, self.to_out[0], self_attention(self.ops, q, k, v, cache, split))
 
 
 class CrossAttention(nn.Module):
@@ -180,6 +188,7 @@ class Block(nn.Module):
         context: tuple[Tensor, ...],
         rotary: tuple[Tensor, Tensor],
         cache: LayerCache | None = None,
+        split: Split | None = None,
     ) -> Stream:
         rows, index = self.scale_shift_table + modulation.rows, modulation.index
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
@@ -190,7 +199,7 @@ class Block(nn.Module):
             x, y = self.ops.gated_residual_norm(x, y, gate, shift1, scale1, index, self.eps)
         normed = Stream(y)
         del y
-        y = self.attn1(normed, rotary, cache)
+        y = self.attn1(normed, rotary, cache, split)
         if self.norm2 is None:
             x = y = self.ops.gated_residual(x, y, gate1, index)
         else:
@@ -326,6 +335,7 @@ class WanTransformer(nn.Module):
         known: Tensor | None = None,
         rope_offset: int | Sequence[int] = 0,
         cache: KVCache | None = None,
+        seat: Seat | None = None,
     ) -> Tensor:
         """Predict the velocity of latents [B, C, T, H, W]; same shape (with out_channels) and dtype.
 
@@ -336,13 +346,44 @@ class WanTransformer(nn.Module):
         rope_offset: the time of the first latent frame, for windows of a longer video; or that of every one.
         cache: of a causal model. The frames attend to themselves and to those in it, and are put into it in place of
         what it holds of them; `cache.begin` was told of them.
+        seat: this rank's among those that share the tokens; all of them call with the same arguments, each gets the
+        whole result, and a cache holds this rank's share.
         """
         grid = self._grid(latents, known)
         context = self.prepare_context(text) if isinstance(text, Tensor) else text
         values, index = (one.to(latents.device) for one in group_timesteps(timestep, latents.shape[0], grid))
         rotary = rotary_table(grid, self.config.attention_head_dim, offset=rope_offset, device=latents.device)
+        if seat is not None and seat.layout.sequence > 1:
+            split = self._split(seat, grid)
+            given = self._cut(split, latents, known, values, index, rotary, context)
+            return split.join(self._velocity(*given, cache, split), self.config.patch_size, latents.shape[3])
         given = latents, known, values, index, rotary, context
         return self.run(self._velocity, *given) if cache is None else self._velocity(*given, cache)
+
+    def _split(self, seat: Seat, grid: tuple[int, int, int]) -> Split:
+        layout, heads, tokens = seat.layout, self.config.num_attention_heads, grid[1] * grid[2]
+        if heads % layout.ulysses or layout.sequence > tokens:
+            raise InvalidRequest(
+                f"parallel: {layout} does not fit {heads} heads and {tokens} tokens a frame: ulysses has to divide the "
+                f"heads, and ring x ulysses be at most the tokens of a frame"
+            )
+        return Split.of_grid(seat, grid)
+
+    def _cut(
+        self,
+        split: Split,
+        latents: Tensor,
+        known: Tensor | None,
+        values: Tensor,
+        index: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        context: Context,
+    ) -> tuple[Any, ...]:
+        """This rank's part of what `_velocity` takes."""
+        patch, tokens = self.config.patch_size, len(rotary[0])
+        known = None if known is None else split.cut(known, patch)
+        rotary = split.cut_rows(rotary[0], 0), split.cut_rows(rotary[1], 0)
+        return split.cut(latents, patch), known, values, split.cut_groups(index, tokens), rotary, context
 
     def _velocity(
         self,
@@ -353,12 +394,13 @@ class WanTransformer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         context: Context,
         cache: KVCache | None = None,
+        split: Split | None = None,
     ) -> Tensor:
         """The part of a call that is work for the device alone: distinct timesteps [K], which each group has [B, G]."""
         embedding, rows = self.condition_embedder.embed_time(values)
         embed = self.patch_embedding.weight, self.patch_embedding.bias
         stream = Stream(self.ops.patch_embed(latents, *embed, known))
-        x = self._run_blocks(stream, Modulation(rows, index), context, rotary, cache)
+        x = self._run_blocks(stream, Modulation(rows, index), context, rotary, cache, split)
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)
         out, patch = (self.proj_out.weight, self.proj_out.bias), self.config.patch_size
         grid = [n // p for n, p in zip(latents.shape[2:], patch, strict=True)]
@@ -371,10 +413,11 @@ class WanTransformer(nn.Module):
         context: Context,
         rotary: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
+        split: Split | None = None,
     ) -> Tensor:
         caches = (None,) * len(self.blocks) if cache is None else cache.layers
         for block, layer, kept in zip(self.walk(self.blocks), context.layers, caches, strict=True):
-            stream = block(stream, modulation, layer, rotary, kept)
+            stream = block(stream, modulation, layer, rotary, kept, split)
         return self._added(stream, modulation)
 
     def _added(self, stream: Stream, modulation: Modulation) -> Tensor:

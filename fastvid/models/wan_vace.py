@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvid.distributed import Seat
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.kv_cache import KVCache
 from fastvid.layers.linear import Linear, linear
 from fastvid.layers.residual import Stream
+from fastvid.layers.split import Split
 from fastvid.models.wan import Block, Modulation, WanTransformer, WanTransformerConfig
 from fastvid.ops import reference
 
@@ -128,6 +130,7 @@ class WanVACETransformer(WanTransformer):
         known: Tensor | None = None,
         rope_offset: int | Sequence[int] = 0,
         cache: KVCache | None = None,
+        seat: Seat | None = None,
     ) -> Tensor:
         """See WanTransformer.forward; the control has the latents' height and width, and may end before them."""
         self._grid(latents, known)
@@ -139,7 +142,11 @@ class WanVACETransformer(WanTransformer):
                 raise InvalidRequest(
                     f"the control is {[t, *size]} (T, H, W) and does not fit latents of {[latent_t, *latent_size]}"
                 )
-        return super().forward(latents, timestep, text, known=known, rope_offset=rope_offset)
+        return super().forward(latents, timestep, text, known=known, rope_offset=rope_offset, seat=seat)
+
+    def _cut(self, split: Split, *given: Any) -> tuple[Any, ...]:
+        *given, context = super()._cut(split, *given)
+        return *given, context._replace(control=split.cut(context.control, self.config.patch_size))
 
     def _run_blocks(
         self,
@@ -148,18 +155,22 @@ class WanVACETransformer(WanTransformer):
         context: VACEContext,
         rotary: tuple[Tensor, Tensor],
         cache: Any = None,
+        split: Split | None = None,
     ) -> Tensor:
         """A control block runs when its hint is due, so that there is one hint at a time."""
         start, *_ = stream.take()
         control, stream, walk = self._embed_control(context.control, start), Stream(start), self.walk(self._due())
         due = iter(zip(context.vace_layers, context.scales, strict=True))
         for number, layer in enumerate(context.layers):
-            stream = next(walk)(stream, modulation, layer, rotary)
+            stream = next(walk)(stream, modulation, layer, rotary, None, split)
             if number in self.vace_config.vace_layers:
                 vace, (seen, scale) = next(walk), next(due)
                 # The first goes on from the control's tokens and, on top, the video's.
                 control = control if vace.proj_in is None else linear(self.ops, vace.proj_in, control) + start
-                control, start = self._added(vace(Stream(control), modulation, seen, rotary), modulation), None
+                control, start = (
+                    self._added(vace(Stream(control), modulation, seen, rotary, None, split), modulation),
+                    None,
+                )
                 hint = linear(self.ops, vace.proj_out, control)
                 stream = Stream(self._added(stream, modulation).add(hint, alpha=scale))
         next(walk, None)

@@ -25,6 +25,7 @@ from fastvid.ops import attention as attentions
 from fastvid.ops import backends, linears, norms, patches, reference, rgb, stepping, vae_kernels
 
 Function = Callable[..., Any]
+DENSE, SPARSE = ("attention", "attention_lse"), ("sparse_attention", "sparse_attention_lse")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ def implementations() -> dict[str, dict[str, Function]]:
     public = {name: f for name, f in vars(reference).items() if inspect.isfunction(f) and not name.startswith("_")}
     table = {name: {"reference": f} for name, f in public.items() if f.__module__ == reference.__name__}
     table["attention"] = dict(attentions.BACKENDS)
+    table["attention_lse"] = dict(attentions.LSE_BACKENDS)
+    table["sparse_attention"] = dict(attentions.SPARSE_BACKENDS)
+    table["sparse_attention_lse"] = dict(attentions.SPARSE_LSE_BACKENDS)
     table["to_rgb"] = dict(rgb.BACKENDS)
     for family in (norms, patches, linears, stepping, vae_kernels):
         for name, functions in family.BACKENDS.items():
@@ -87,7 +91,8 @@ def bind(
     """Choose what runs every operation on a device.
 
     backend: "auto", "reference", "triton" or "cuda" for all of them, or a list such as "to_rgb=cuda,rms_norm=reference"
-        with `auto` for the rest. attention: the same for attention alone, also "sdpa" or "flash"; wins over backend.
+        with `auto` for the rest. attention: the same for attention alone, with and without the log-sum-exp, also "sdpa"
+        or "flash"; wins over backend.
     verified: the kernels that `auto` may take; those of verified.json when None.
     Raises InvalidRequest for an unknown name, BackendUnavailable when what was asked for cannot run here.
     """
@@ -127,7 +132,7 @@ def _auto(
     op: str, functions: Mapping[str, Function], device: torch.device, rows: list[Mapping[str, str]]
 ) -> tuple[Function, str, str]:
     """(function, name, reason) that `auto` gives an operation: verified kernels, or what PyTorch itself has."""
-    name = "sdpa" if op == "attention" else "reference"
+    name = "sdpa" if op in DENSE else "reference"
     found = {row["shape_class"]: row for row in rows if _fits(row, op, functions, device)}
     if every := found.get("any"):
         return functions[every["backend"]], every["backend"], f"verified: {every['result']}"
@@ -137,7 +142,7 @@ def _auto(
         results = ", ".join(sorted({row["result"] for row in found.values()}))
         function = ByClass(shape_classes()[op], kernels, functions[name])
         return function, f"{told}, else {name}", f"verified: {results}"
-    if op == "attention":
+    if op in DENSE:
         return functions[name], name, "PyTorch's own"
     return functions[name], name, device.type if device.type == "cpu" else "no committed GPU result"
 
@@ -172,10 +177,11 @@ def _asked(backend: str, attention: str, table: Mapping[str, object]) -> dict[st
         named = dict.fromkeys(table, _known(backend, ("auto", *backends.NAMES), "backend"))
     asked = {op: named.get(op, "auto") for op in table}
     if attention != "auto":
-        asked["attention"] = attention
+        # Packages have dense attention alone; what is sparse is then chosen as if nothing had been asked for.
+        asked |= {op: attention for op in (*DENSE, *SPARSE) if op in DENSE or attention in table[op]}
     for op, name in asked.items():
-        allowed = backends.ATTENTION_NAMES if op == "attention" else backends.NAMES
-        _known(name, ("auto", *allowed), "attention" if op == "attention" else f"back end of {op}")
+        allowed = backends.ATTENTION_NAMES if op in DENSE else backends.NAMES
+        _known(name, ("auto", *allowed), "attention" if op in DENSE else f"back end of {op}")
     return asked
 
 

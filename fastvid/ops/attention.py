@@ -6,7 +6,7 @@
     sparse_attention   each tile of queries attends to the tiles of keys that `Blocks` lists (sparsity.py)
 
 `triton` is kernels/attention.py and kernels/sparse_attention.py, `flash` the flash-attn package; `sdpa` is what PyTorch
-has, and what the reference calls.
+has, and what the reference calls for `attention`. The eager references of the others are in eager_attention.py.
 """
 
 from __future__ import annotations
@@ -18,42 +18,14 @@ import torch
 from torch import Tensor
 
 from fastvid.ops import reference as ops
-from fastvid.ops.sparsity import Blocks, token_mask
+from fastvid.ops.eager_attention import check as _check
+from fastvid.ops.eager_attention import lse as reference_lse
+from fastvid.ops.eager_attention import merge as merge
+from fastvid.ops.eager_attention import sparse as reference_sparse
+from fastvid.ops.eager_attention import sparse_lse as reference_sparse_lse
+from fastvid.ops.sparsity import Blocks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SLAB = 2**26  # scores that the eager references hold at a time
-
-
-# In eager PyTorch
-
-
-def reference_lse(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Attention and the logarithm of what its softmax divides by, in fp32 (in fp64 for fp64)."""
-    _check(q, k, v)
-    return _by_slabs(q, k, v, softmax_scale, None)
-
-
-def reference_sparse(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, softmax_scale: float | None = None) -> Tensor:
-    """Dense attention with a mask made from the blocks; zero where nothing is attended to."""
-    return reference_sparse_lse(q, k, v, blocks, softmax_scale=softmax_scale)[0]
-
-
-def reference_sparse_lse(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, softmax_scale: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """The same, and the logarithm of what its softmax divides by: -inf where nothing is attended to."""
-    _check(q, k, v, blocks)
-    return _by_slabs(q, k, v, softmax_scale, token_mask(blocks))
-
-
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to two sets of keys as that to both: out [B, N, H, D], lse [B, H, N] of each -> of the union."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    total = 0
-    for out, part in ((out_a, lse_a), (out_b, lse_b)):
-        weight = torch.where(part == -torch.inf, 0.0, torch.exp(part - lse))  # not exp(-inf + inf), without any keys
-        total = total + out.to(weight.dtype) * weight.transpose(1, 2)[..., None]
-    return total.to(out_a.dtype), lse
 
 
 # Of packages
@@ -67,6 +39,31 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"flash-attn takes fp16 and bf16, not {q.dtype}")
     return flash_attn_func(q, k, v, softmax_scale=softmax_scale)
+
+
+def flash_lse(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """The same, with the logarithm of what its softmax divides by."""
+    from flash_attn import flash_attn_func
+
+    _check(q, k, v)
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"flash-attn takes fp16 and bf16, not {q.dtype}")
+    out, lse, _ = flash_attn_func(q, k, v, softmax_scale=softmax_scale, return_attn_probs=True)
+    return out, lse
+
+
+def sdpa_lse(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """The forms of scaled_dot_product_attention that give the logarithm too, by device and type."""
+    _check(q, k, v)
+    aten, scale = torch.ops.aten, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+    elif q.dtype in (torch.float16, torch.bfloat16):
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+    else:
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
+    return out.transpose(1, 2), lse[..., : q.shape[2]]  # one of them fills rows up to a multiple of 32
 
 
 # Triton
@@ -157,7 +154,12 @@ BACKENDS: Mapping[str, Function] = {
     "triton": triton,
     "flash": flash,
 }
-LSE_BACKENDS: Mapping[str, Function] = {"reference": reference_lse, "triton": triton_lse}
+LSE_BACKENDS: Mapping[str, Function] = {
+    "reference": reference_lse,
+    "sdpa": sdpa_lse,
+    "triton": triton_lse,
+    "flash": flash_lse,
+}
 SPARSE_BACKENDS: Mapping[str, Function] = {"reference": reference_sparse, "triton": triton_sparse}
 SPARSE_LSE_BACKENDS: Mapping[str, Function] = {"reference": reference_sparse_lse, "triton": triton_sparse_lse}
 
@@ -165,43 +167,8 @@ SPARSE_LSE_BACKENDS: Mapping[str, Function] = {"reference": reference_sparse_lse
 # Parts
 
 
-def _by_slabs(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Attention in fp32 or better, some queries at a time; mask bool [lists, N, M] for list (b * H + h) % lists."""
-    B, N, H, D = q.shape
-    M = k.shape[1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scale = D**-0.5 if softmax_scale is None else softmax_scale
-    keys, values = k.permute(0, 2, 3, 1).to(dtype), v.transpose(1, 2).to(dtype)
-    out, lse = q.new_empty(B, H, N, D), q.new_empty(B, H, N, dtype=dtype)
-    for start in range(0, N, max(SLAB // (B * H * M), 1)):
-        slab = slice(start, start + max(SLAB // (B * H * M), 1))
-        scores = q[:, slab].transpose(1, 2).to(dtype) @ keys * scale
-        if mask is not None:
-            kept = mask[:, slab].repeat(B * H // len(mask), 1, 1).view(scores.shape)
-            scores = scores.masked_fill_(~kept, -torch.inf)
-        total = lse[:, :, slab] = scores.logsumexp(-1)
-        weights = torch.exp(scores - total.masked_fill(total == -torch.inf, 0)[..., None])
-        out[:, :, slab] = (weights @ values).to(out.dtype)
-    return out.transpose(1, 2).contiguous(), lse
-
-
 def _lists(blocks: Blocks) -> tuple[Any, ...]:
     return blocks.query_tiles, blocks.key_tiles, blocks.rows, blocks.indices, *blocks.largest
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None = None) -> None:
-    """Raises ValueError unless q is [B, N, H, D], k and v [B, M, H, D] with M > 0, all of one type, and blocks fit."""
-    shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-    if q.ndim != 4 or k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(f"attention takes q [B, N, H, D] and k, v [B, M, H, D], not {shapes}")
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        raise ValueError(f"q, k, v are of one floating type, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if k.shape[1] == 0:
-        raise ValueError(f"there are no keys to attend to: q, k, v are {shapes}")
-    if blocks is not None and blocks.lists not in {1, q.shape[2], q.shape[0] * q.shape[2]}:
-        raise ValueError(f"blocks have {blocks.lists} lists; 1, {q.shape[2]} or {q.shape[0] * q.shape[2]} fit {shapes}")
 
 
 @triton.register_fake

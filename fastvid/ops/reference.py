@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvid.ops import rgb, vae
+from fastvid.ops import eager_attention, rgb, vae
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> Tensor:
@@ -191,6 +191,9 @@ def _shapes(*tensors: Tensor) -> str:
 
 
 # What models call under these names has its meaning in files of its own.
+attention_lse = eager_attention.lse
+sparse_attention = eager_attention.sparse
+sparse_attention_lse = eager_attention.sparse_lse
 to_rgb = rgb.reference
 vae_rms_norm = vae.rms_norm
 vae_conv3d = vae.conv3d

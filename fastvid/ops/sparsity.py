@@ -192,7 +192,49 @@ def token_mask(blocks: Blocks) -> Tensor:
     return mask
 
 
-# Parts
+# Parts of blocks
+
+
+def heads_of(blocks: Blocks, heads: int, first: int, last: int) -> Blocks:
+    """Those of some of all heads, first to last; of each sample, if there are lists for each."""
+    if blocks.lists == 1:
+        return blocks
+    kept = (torch.arange(blocks.lists, device=blocks.rows.device) % heads).unsqueeze(1)
+    kept = ((kept >= first) & (kept < last)).expand(-1, blocks.query_tiles.numel() - 1).flatten()
+    return _some(blocks, kept, torch.ones(blocks.key_tiles.numel() - 1, dtype=torch.bool, device=kept.device))
+
+
+def tiles_of(blocks: Blocks, queries: slice, keys: slice) -> Blocks:
+    """What some of the tokens attend to of some others, both from `start` to `stop` and counted from there. Raises
+    ValueError where a tile lies on both sides of an end."""
+    inside = []
+    for tiles, tokens in ((blocks.query_tiles, queries), (blocks.key_tiles, keys)):
+        for end in (tokens.start, tokens.stop):
+            if not bool((tiles == end).any()):
+                near = int(tiles[(tiles - end).abs().argmin()])
+                raise ValueError(f"token {end} is no end of a tile, where shares have to be cut; the nearest is {near}")
+        inside.append((tiles[:-1] >= tokens.start) & (tiles[1:] <= tokens.stop))
+    made = _some(blocks, inside[0].repeat(blocks.lists), inside[1])
+    tiles = (blocks.query_tiles, blocks.key_tiles)
+    ends = [
+        (tile[(tile >= tokens.start) & (tile <= tokens.stop)] - tokens.start).int()
+        for tile, tokens in zip(tiles, (queries, keys), strict=True)
+    ]
+    return replace(made, query_tiles=ends[0], key_tiles=ends[1])
+
+
+def _some(blocks: Blocks, rows: Tensor, keys: Tensor) -> Blocks:
+    """The rows and the tiles of keys that are True, the tiles counted anew; tiles are still where they were."""
+    lengths = blocks.rows.diff()
+    wanted = rows.repeat_interleave(lengths) & keys[blocks.indices.long()]
+    row = torch.arange(len(lengths), device=rows.device).repeat_interleave(lengths)
+    counts = torch.zeros_like(lengths).index_add_(0, row, wanted.to(lengths.dtype))[rows]
+    number = keys.cumsum(0) - 1
+    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    return replace(blocks, rows=starts, indices=number[blocks.indices.long()][wanted].int())
+
+
+# Parts of patterns
 
 
 def _lengths(size: int, tile: int) -> Tensor:

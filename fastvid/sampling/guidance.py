@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,17 +36,31 @@ class Velocities(NamedTuple):
     scale: float
 
 
+Make = Callable[[], Tensor]
+
+
+def one_after_the_other(cond: Make, uncond: Make | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Both velocities, where nobody else makes one of them."""
+    return cond(), None if uncond is None else uncond()
+
+
 @dataclass(frozen=True)
 class Guided:
-    """Guidance over two velocities; `uncond` is never called at scale 1."""
+    """Guidance over two velocities; `uncond` is never called at scale 1.
+
+    both: how they are made, from a function for each (None: not needed) and a tensor of the same shape and type; ranks
+    can share them out.
+    """
 
     cond: Velocity
     uncond: Velocity
     scale: float
+    both: Callable[[Make, Make | None, Tensor], tuple[Tensor, Tensor | None]] = one_after_the_other
 
     def velocities(self, x: Tensor, sigma: Tensor) -> Velocities:
         """Both, for what puts them together itself."""
-        return Velocities(self.cond(x, sigma), None if self.scale == 1 else self.uncond(x, sigma), self.scale)
+        cond, uncond = (partial(velocity, x, sigma) for velocity in (self.cond, self.uncond))
+        return Velocities(*self.both(cond, None if self.scale == 1 else uncond, x), self.scale)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         cond, uncond, scale = self.velocities(x, sigma)
