@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from interpreted import run_interpreted
 from torch import Tensor
 
-from fastvid.ops import attention, reference
+from fastvid.ops import attention, eager_attention, reference
 
 HALVES = (torch.float16, torch.bfloat16)
 BLOCK = 16
@@ -99,7 +99,7 @@ def test_reference_is_the_formula(n: int, m: int, head_dim: int, scale: float | 
 def test_reference_in_slabs_is_that_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (make((2, 37, 3, 8), seed=i) for i in range(3))
     whole = attention.reference_lse(q, k, v)
-    monkeypatch.setattr(attention, "SLAB", 2 * 3 * 37 * 5)
+    monkeypatch.setattr(eager_attention, "SLAB", 2 * 3 * 37 * 5)
     for a, b in zip(attention.reference_lse(q, k, v), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -141,6 +141,8 @@ def test_every_back_end_of_the_table_is_a_function() -> None:
     assert set(attention.BACKENDS) == {"reference", "sdpa", "triton", "flash"}
     q, k, v = (make((1, 4, 2, 8), seed=i) for i in range(3))
     torch.testing.assert_close(attention.BACKENDS["sdpa"](q, k, v), attention.LSE_BACKENDS["reference"](q, k, v)[0])
+    scaled = (attention.LSE_BACKENDS[name](q, k, v, softmax_scale=0.3) for name in ("sdpa", "reference"))
+    torch.testing.assert_close(*scaled)
 
 
 # flash-attn

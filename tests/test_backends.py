@@ -69,7 +69,7 @@ def test_unknown_names_are_refused_with_the_nearest(arguments: dict[str, str], n
     [
         ({"backend": "triton"}, r"it needs a CUDA device, and the device is cpu \(.*rms_norm"),
         ({"backend": "cuda"}, r"there is no cuda back end \(.*rms_norm"),
-        ({"attention": "flash"}, r"the package flash-attn is not installed \(attention\)"),
+        ({"attention": "flash"}, r"the package flash-attn is not installed \(attention, attention_lse\)"),
         ({"backend": "to_rgb=triton"}, r"it needs a CUDA device, and the device is cpu \(to_rgb\)"),
         ({"backend": "to_rgb=cuda"}, r"it needs a CUDA device|_C was not built"),
     ],

@@ -103,3 +103,19 @@ def test_layouts_fit_heads_tokens_and_guidance() -> None:
 def test_impossible_layouts_are_refused(layout: Layout, guided: bool, match: str) -> None:
     with pytest.raises(InvalidRequest, match=match):
         layout_for(layout, 8, 12, 1560, guided)
+
+
+def on_one_gpu(mesh: Mesh) -> None:
+    """Ranks that share a GPU, their messages through host memory: the device's code is that of many GPUs."""
+    mesh = Mesh.of_group(device="cuda")
+    assert mesh.staged
+    alone = Pipeline(load_parts("embedded", device="cuda", dtype="float32")).generate(PROMPT, **SHORT)
+    for layout in every(mesh.size, 4, True):
+        made = Pipeline(load_parts("embedded", device="cuda", dtype="float32", mesh=mesh, layout=layout))
+        assert off(made.generate(PROMPT, **SHORT).frames, alone.frames) <= 1, layout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 4])
+def test_requests_on_one_gpu(size: int) -> None:
+    run_ranks(size, on_one_gpu)

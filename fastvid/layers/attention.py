@@ -69,15 +69,14 @@ def _shared(
             coming = _send(split, edges[number + 1], qkv)
         pending.wait()
         tiles = None if blocks is None else parts_of(split, blocks, heads, first, last)
-        one = (x.transpose(0, 1) for x in received.unbind(1))
-        back.append((first, last, *exchange.send_back(_attend(ops, split, *one, cache, tiles))))
+        back.append((first, last, *exchange.send_back(_attend(ops, split, *received, cache, tiles))))
     for first, last, pending, received in back:
         pending.wait()
         by_rank[:, :, :, first:last] = received.permute(2, 1, 0, 3, 4)
     return out
 
 
-def _send(split: Split, heads: tuple[int, int], qkv: tuple[Tensor, ...]) -> tuple[Heads, Any, Tensor]:
+def _send(split: Split, heads: tuple[int, int], qkv: tuple[Tensor, ...]) -> tuple[Heads, Any, list[Tensor]]:
     exchange = Heads(split, *heads)
     return exchange, *exchange.send(*qkv)
 

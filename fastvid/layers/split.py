@@ -101,16 +101,26 @@ class Heads:
         self.ranks = [seat.rank(ulysses=u) for u in range(seat.layout.ulysses)]
         self.counts = [split.frames * size for size in split.of_ring(seat.ring)]
 
-    def send(self, *tensors: Tensor) -> tuple[Any, Tensor]:
+    def send(self, *tensors: Tensor) -> tuple[Any, list[Tensor]]:
         """q, k, v [B, n, H, D] of this rank's tokens -> messages on their way, and where the group's tokens will be:
-        [N, tensors, B, heads, D], in the order of the ranks."""
-        B, n, H, D = tensors[0].shape
-        heads, ulysses = self.last - self.first, len(self.ranks)
-        packed = tensors[0].new_empty(ulysses, n, len(tensors), B, heads, D)
-        for i, x in enumerate(tensors):
-            packed[:, :, i] = x.unflatten(2, (ulysses, -1))[:, :, :, self.first : self.last].permute(2, 1, 0, 3, 4)
-        into = packed.new_empty(sum(self.counts), len(tensors), B, heads, D)
-        return self._exchange(packed.unbind(0), into.split(self.counts)), into
+        [B, N, heads, D] of each, in the order of the ranks.
+
+        A message is a head of one of them, which goes from its place to its place: kernels lay heads out one after the
+        other, so nothing is packed or unpacked.
+        """
+        B, _, H, D = tensors[0].shape
+        each, ends = H // len(self.ranks), starts(self.counts)
+        heads = range(self.first, self.last)
+        laid = [x if x.stride()[2:] == (D, 1) else x.contiguous() for x in (x.transpose(1, 2) for x in tensors)]
+        into = tensors[0].new_empty(len(tensors), B, len(heads), sum(self.counts), D)
+        places = [(i, b, h) for i in range(len(tensors)) for b in range(B) for h in heads]
+        sends = [(rank, laid[i][b, u * each + h]) for u, rank in enumerate(self.ranks) for i, b, h in places]
+        receives = [
+            (rank, into[i, b, h - self.first, ends[u] : ends[u + 1]])
+            for u, rank in enumerate(self.ranks)
+            for i, b, h in places
+        ]
+        return self.split.seat.mesh.exchange(sends, receives), [x.transpose(1, 2) for x in into.unbind(0)]
 
     def send_back(self, x: Tensor) -> tuple[Any, Tensor]:
         """[B, N, heads, D] of the group's tokens -> messages on their way, and where this rank's tokens will be:
@@ -118,11 +128,8 @@ class Heads:
         x = x.transpose(0, 1).contiguous()
         n = self.counts[self.split.seat.ulysses]
         into = x.new_empty(len(self.ranks), n, *x.shape[1:])
-        return self._exchange(x.split(self.counts), into.unbind(0)), into
-
-    def _exchange(self, out: Sequence[Tensor], into: Sequence[Tensor]) -> Any:
-        pair = (list(zip(self.ranks, tensors, strict=True)) for tensors in (out, into))
-        return self.split.seat.mesh.exchange(*pair)
+        sends, receives = (list(zip(self.ranks, part, strict=True)) for part in (x.split(self.counts), into.unbind(0)))
+        return self.split.seat.mesh.exchange(sends, receives), into
 
 
 class Ring:
