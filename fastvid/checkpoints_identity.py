@@ -37,6 +37,7 @@ def identity(parts: Parts) -> dict[str, Any]:
         "device": _device(parts.device),
         "dtype": str(parts.dtype).removeprefix("torch."),
         "backends": dict(parts.ops.bound),
+        "parallel": parts.settings.get("parallel", "1"),
         "recipe of the model": hashlib.sha256(repr(parts.recipe).encode()).hexdigest(),
         "weights": dict(_weights(parts)),
     }

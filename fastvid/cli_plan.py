@@ -28,6 +28,8 @@ def lines(plan: Any, model: str) -> Iterator[str]:
     yield _line("work", f"{windows}, {plan.steps} steps, {plan.model_calls} model calls")
     share = plan.flops_attention / plan.flops_denoise if plan.flops_denoise else 0
     yield _line("operations", f"{_flops(plan.flops_denoise)} of denoising, {share:.0%} of them attention")
+    if plan.parallel:
+        yield _line("ranks", f"shared by {plan.parallel}")
     if plan.seconds is not None:
         parts = [f"{name} {duration(spent)}" for name, spent in plan.seconds_parts.items() if spent]
         yield _line("time", f"about {duration(plan.seconds)} by this machine's rates ({', '.join(parts)})")

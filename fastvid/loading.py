@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid import graphs, hub, parallel, plan
+from fastvid import graphs, hub, plan
 from fastvid.distributed import Layout, Mesh
 from fastvid.errors import CheckpointError, InvalidRequest, OutOfMemory
 from fastvid.models import (
@@ -33,6 +33,7 @@ from fastvid.models.clip import CLIPVisionEncoder
 from fastvid.models.lora import Lora, for_expert, named, read_loras, touched
 from fastvid.offload import MODES, Staying, Turns, weigh
 from fastvid.ops import Ops, bind, vae_kernels
+from fastvid.parallel import agree, parse
 from fastvid.plan_memory import Sizes
 from fastvid.requests import Request
 
@@ -148,7 +149,7 @@ def load_parts(
     merging, asked, replay = read_loras(loras), check_offload(offload), graphs.check(cuda_graphs)
     checkpoint = read_checkpoint(model, parts, download=True).check()
     mode = asked if asked != AUTO else choose_offload(configs_of(checkpoint), checkpoint.recipe, where, kind)
-    mode = MODES[parallel.agree(mesh, MODES.index(mode), max)]
+    mode = MODES[agree(mesh, MODES.index(mode), max)]
     stay, caches = experts_stay(checkpoint, mode), checkpoint.recipe.rollout is not None
     replaying, why = graphs.choose(replay, where, stay, caches)
     experts = load_experts(checkpoint, ops, where, kind, merging, mode)
@@ -226,15 +227,19 @@ def outline(
     loras: Sequence[Any] = (),
     offload: str = "auto",
     parts: Mapping[str, str | Path] | None = None,
+    parallel: Any = None,
     free: int | None = None,
 ) -> Parts:
     """What `load_parts` would make, with modules that have no weights: enough to plan with, and for nothing else.
+
+    parallel: the ranks that it is planned for, as `parallel.parse` takes it; one if nothing is said.
 
     model: also the name of a published model, see `models.published`. free: bytes that can be taken of a device that is
     not here; "cuda" unless said otherwise, and nothing is known of its back ends.
     """
     where = torch.device("cuda") if free is not None and device is None else _device(device)
     kind, asked, merging = _dtype(dtype, where), check_offload(offload), read_loras(loras)
+    ranks = parse(parallel)
     ops = bind(backend, attention, where) if free is None else Ops({}, {}, {})
     recipe, configs, rows, checkpoint = _describe(model, parts)
     mode = asked if asked != AUTO else choose_offload(configs, recipe, where, kind, free)
@@ -257,7 +262,7 @@ def outline(
         offload=mode,
         sizes=Sizes(tuple(weighed[name] for name in names), weighed["text_encoder"], weighed["vae"].total, image),
     )
-    return replace(made, loras=named(merging))
+    return replace(made, loras=named(merging), mesh=Mesh(size=ranks.ranks or 1), layout=ranks.layout)
 
 
 def _describe(

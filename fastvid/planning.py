@@ -83,11 +83,7 @@ def plan_request(
         bytes_device=max(memory.device, both) if beside else memory.device,
         bytes_host=memory.host,
         offload=memory.offload,
-        choices=(
-            *memory.choices,
-            *(("decoding runs beside denoising, on a stream of its own",) if beside else ()),
-            *((f"{layout.size} ranks: {layout}",) if layout.size > 1 else ()),
-        ),
+        choices=(*memory.choices, *(("decoding runs beside denoising, on a stream of its own",) if beside else ())),
         device=str(parts.device),
         dtype=str(parts.dtype).removeprefix("torch."),
         backends=parts.ops.bound,

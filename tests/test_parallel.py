@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
+import tiny
 import torch
 from ranks import run_ranks
 
+import fastvid
 from fastvid.distributed import Layout, Mesh
 from fastvid.errors import InvalidRequest
+from fastvid.events import Frames, Step
 from fastvid.loading import load_parts
 from fastvid.parallel import Asked, every, layout_for, parse
 from fastvid.pipeline import Pipeline
@@ -78,6 +84,19 @@ def test_what_it_cannot_say(said: object, match: str) -> None:
         parse(said)
 
 
+def test_a_plan_says_who_shares_what() -> None:
+    given = {"device_memory": 80 * 2**30, "dtype": "bfloat16"}
+    size = {"height": 480, "width": 832, "num_frames": 81}
+    alone = fastvid.blueprint("wan2.1-t2v-1.3b", **given).plan(**size)
+    eight = fastvid.blueprint("wan2.1-t2v-1.3b", **given, parallel=8).plan(**size)
+    assert alone.parallel == "" and eight.parallel == "guidance=2,ring=1,ulysses=4"
+    assert 0.24 < eight.bytes_activations / alone.bytes_activations < 0.27
+    unguided = fastvid.blueprint("wan2.1-t2v-1.3b", **given, parallel=8).plan(**size, guidance_scale=1.0)
+    assert unguided.parallel == "guidance=1,ring=2,ulysses=4"
+    with pytest.raises(InvalidRequest, match="ulysses=8 does not divide the 12 heads"):
+        fastvid.blueprint("wan2.1-t2v-1.3b", **given, parallel="ulysses=8").plan(**size)
+
+
 def test_layouts_fit_heads_tokens_and_guidance() -> None:
     assert layout_for(None, 8, 12, 1560, False) == Layout(1, 2, 4)
     assert layout_for(None, 8, 12, 1560, True) == Layout(2, 1, 4)
@@ -103,6 +122,62 @@ def test_layouts_fit_heads_tokens_and_guidance() -> None:
 def test_impossible_layouts_are_refused(layout: Layout, guided: bool, match: str) -> None:
     with pytest.raises(InvalidRequest, match=match):
         layout_for(layout, 8, 12, 1560, guided)
+
+
+def other_models(mesh: Mesh, folder: str) -> None:
+    """A causal model with a KV cache that is shared, prompts that change in it and guidance; and one that takes known
+    frames as channels, by text and picture."""
+    from test_rollouts import LONGLIVE, NEGATIVE, SHOTS, SIZE, SMALL, picture, with_recipe
+
+    causal = with_recipe(Pipeline(load_parts(f"{folder}/causal")), LONGLIVE, rollout=SMALL)
+    image = Pipeline(load_parts(f"{folder}/i2v"))
+    for scale in (1.0, 2.0):
+        given = {"guidance_scale": scale, "negative_prompt": NEGATIVE, "seed": 2}
+        true = causal.storyboard(SHOTS, **given, **SIZE)
+        shown = image.generate("a red circle", image=picture(), num_frames=9, num_inference_steps=3, **given, **SIZE)
+        for layout in every(mesh.size, 2, scale != 1):
+            parts = replace(causal._parts, mesh=mesh, layout=layout)
+            made = Pipeline(parts).storyboard(SHOTS, **given, **SIZE)
+            assert relative(made.latents, true.latents) < 1e-4 and off(made.frames, true.frames) <= 1, layout
+            with pytest.raises(InvalidRequest, match="cache is spread over ranks"):
+                Pipeline(parts).generate("a", checkpoint=f"{folder}/ck", num_frames=9, **given, **SIZE)
+            pipe = Pipeline(replace(image._parts, mesh=mesh, layout=layout))
+            made = pipe.generate("a red circle", image=picture(), num_frames=9, num_inference_steps=3, **given, **SIZE)
+            assert relative(made.latents, shown.latents) < 1e-4 and off(made.frames, shown.frames) <= 1, layout
+
+
+def relative(made: torch.Tensor, true: torch.Tensor) -> float:
+    return ((made - true).norm() / true.norm()).item()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_other_models(size: int, tmp_path: Path) -> None:
+    from test_image_to_video import write
+
+    tiny.write_checkpoint(tmp_path / "causal", num_layers=3)
+    write(tmp_path / "i2v", "i2v")
+    run_ranks(size, other_models, str(tmp_path))
+
+
+def interrupted(mesh: Mesh, folder: str) -> None:
+    """A request that goes on from its checkpoint on as many ranks; one of them writes it."""
+    pipe = Pipeline(load_parts("embedded", mesh=mesh))
+    true = pipe.generate(PROMPT, **SHORT)
+    stream = pipe.stream(PROMPT, **SHORT, checkpoint=folder, checkpoint_every=0)
+    for event in stream:
+        if isinstance(event, Step) and event.step == 2:
+            break
+    stream.close()
+    mesh.gather(torch.zeros(1), (1,) * mesh.size, 0)  # until all have let go of it
+    made = [event for event in pipe.resume(folder)]
+    frames = np.concatenate([event.frames for event in made if isinstance(event, Frames)])
+    assert np.array_equal(frames, true.frames) and torch.equal(made[-1].latents, true.latents)
+    assert [event.step for event in made if isinstance(event, Step)] == [3]
+
+
+def test_a_checkpoint_of_ranks(tmp_path: Path) -> None:
+    run_ranks(3, interrupted, str(tmp_path / "job"))
+    assert not (tmp_path / "job").exists()
 
 
 def on_one_gpu(mesh: Mesh) -> None:
