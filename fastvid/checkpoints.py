@@ -6,6 +6,8 @@ frames. What is not there is a function of the request (noise, text, masks, what
     state-<rows>-...        the window that is being made: the engine's Position
     cache-<rows>-...        a causal model's keys and values of the frames that it has been through since the last one
     head.json               which of these count; replaced last, so what it names is whole
+    rank-<n>-<rows>.json    of a causal model on several ranks: which of rank n's own cache-<rows>-r<n>-... count, at
+                            the rows that head.json says; rank 0 writes all else
 
 So a checkpoint's cost does not grow with the video. Frames are not kept: decoding the clean latents again is cheap
 against making them. A causal model is saved where a chunk ends, and a chunk that was cut off is made again.
@@ -16,9 +18,10 @@ Shapes: latents [1, C, T, h, w]; a cache's keys and values [B, slots, N of a fra
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,14 @@ from torch import Tensor
 
 from fastvid import checkpoints_files as files
 from fastvid import checkpoints_identity as identity
+from fastvid.checkpoints_position import flat, unflat
+from fastvid.distributed import Mesh
 from fastvid.engine import Position, Walked
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.kv_cache import KVCache
 from fastvid.limits import number
 from fastvid.loading import Parts
-from fastvid.sampling import SolverState
+from fastvid.parallel import agree, first
 
 EVERY = 1.0  # seconds: every row where rows take longer
 OPTIONS = ("checkpoint", "checkpoint_every", "keep_checkpoint")
@@ -81,17 +86,10 @@ def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def begin(
     parts: Parts, verb: str, options: Mapping[str, Any], recipe: dict[str, Any], said: Mapping[str, Any]
 ) -> Keeper | None:
-    """A Keeper of a new request, or None if there are to be no checkpoints, or another rank keeps them. Nothing is
-    written yet."""
+    """A Keeper of a new request, or None if there are to be no checkpoints. Nothing is written yet."""
     if not said:
         return None
-    if parts.mesh.size > 1 and parts.recipe.rollout is not None:
-        raise InvalidRequest(
-            "checkpoint: a causal model's KV cache is spread over ranks; load it with parallel=1, or not"
-        )
-    if parts.mesh.rank:
-        return None
-    folder = files.free_place(said["checkpoint"])
+    folder = _place(said["checkpoint"], parts.mesh)
     about = {
         "format": files.FORMAT,
         "verb": verb,
@@ -99,12 +97,29 @@ def begin(
         "recipe": recipe,
         "model": identity.identity(parts),
     }
-    return Keeper(Saved(folder, about, Head(), fresh=True), parts.device, **_how(said))
+    return _keeper(Saved(folder, about, Head(), fresh=True), parts, said)
+
+
+def _place(path: Any, mesh: Mesh) -> Path:
+    """Where a new checkpoint will be. Rank 0, which makes it, looks whether it can be."""
+    refused = None
+    if mesh.rank == 0:
+        try:
+            files.free_place(path)
+        except InvalidRequest as error:
+            refused = error
+    if not agree(mesh, refused is None, first):
+        raise refused or InvalidRequest(f"checkpoint: rank 0 cannot make one at {path}")
+    return files.folder_of(path)
 
 
 def go_on(saved: Saved, parts: Parts, said: Mapping[str, Any]) -> Keeper:
-    """The Keeper of a request that goes on. Of several ranks one writes, and all read."""
-    return (Follower if parts.mesh.rank else Keeper)(saved, parts.device, **_how(said))
+    """The Keeper of a request that goes on."""
+    return _keeper(saved, parts, said)
+
+
+def _keeper(saved: Saved, parts: Parts, said: Mapping[str, Any]) -> Keeper:
+    return (Follower if parts.mesh.rank else Keeper)(saved, parts.device, **_how(said), mesh=parts.mesh)
 
 
 def _how(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,11 +180,14 @@ class Keeper:
     """Writes one request's checkpoint while it runs, and brings back what an earlier process has saved.
 
     A context: it holds the folder's lock; left by an exception the checkpoint stays, else it is removed.
-    every: the least seconds between two saves. keep: do not remove it.
+    every: the least seconds between two saves. keep: do not remove it. mesh: the ranks that make the request together;
+    all call `walk` alike.
     """
 
-    def __init__(self, saved: Saved, device: torch.device, every: float = EVERY, keep: bool = False) -> None:
-        self.folder, self._saved, self._device = saved.folder, saved, device
+    def __init__(
+        self, saved: Saved, device: torch.device, every: float = EVERY, keep: bool = False, mesh: Mesh | None = None
+    ) -> None:
+        self.folder, self._saved, self._device, self._mesh = saved.folder, saved, device, mesh or Mesh()
         self._every, self._keep = every, keep
         self._head = saved.head
         self.rows, self._clean, self._segments = saved.head.rows, saved.head.clean, 0
@@ -206,7 +224,7 @@ class Keeper:
         head = self._head
         live = {"request.json", "head.json", "lock", head.state, *self._saved.clean, *(name for name, _ in head.caches)}
         for path in self.folder.iterdir():
-            if path.name not in live and path.suffix in (".safetensors", files.PARTIAL):
+            if path.name not in live and path.suffix in (".safetensors", files.PARTIAL) and _rank_of(path.name) == 0:
                 path.unlink()
 
     def walk(self, segment: int, caches: Caches, begin: Begin) -> Iterator[Walked]:
@@ -232,28 +250,44 @@ class Keeper:
     def _take(self, segment: int, walked: Walked, caches: Caches) -> None:
         self.rows += 1
         if walked.ready is not None:
-            notes = {"row": torch.tensor(walked.row), "start": torch.tensor(walked.start)}
-            files.put_tensors(self.folder, f"clean-{self._clean:06d}-{segment}", {"ready": walked.ready, **notes})
-            self._clean += 1
+            self._hand_out(segment, walked)
         between = bool(caches) and walked.sigma > 0  # in a causal model's chunk the cache holds what is half made
-        if not between and time.monotonic() - self._at >= self._every:
+        if between:
+            return
+        due = time.monotonic() - self._at >= self._every
+        if agree(self._mesh, due, first) if caches else due:  # caches are saved by all ranks, or by none
             self._save(walked.position, caches)
             self._at = time.monotonic()
+
+    def _hand_out(self, segment: int, walked: Walked) -> None:
+        notes = {"row": torch.tensor(walked.row), "start": torch.tensor(walked.start)}
+        files.put_tensors(self.folder, f"clean-{self._clean:06d}-{segment}", {"ready": walked.ready, **notes})
+        self._clean += 1
 
     def _save(self, position: Position, caches: Caches) -> None:
         before = self._head
         state = files.put_tensors(self.folder, f"state-{self.rows:08d}", flat(position))
-        if changed := {str(text): sorted(cache.changed) for text, cache in caches.items() if cache.changed}:
-            tensors = dict(_cache_tensors(caches, changed))
-            name = files.put_tensors(self.folder, f"cache-{self.rows:08d}", tensors)
-            self._caches = [*_without(self._caches, changed), (name, changed)]
-        places = {str(text): cache.place for text, cache in caches.items()}
+        places = self._save_caches(f"cache-{self.rows:08d}", caches)
+        if caches:
+            agree(self._mesh, 0)  # the others' are on the disk
         self._head = Head(self.rows, self._segments, self._clean, state, self._caches, places)
         files.put_json(self.folder, "head.json", asdict(self._head))
+        if caches:
+            agree(self._mesh, 0)
+        self._forget({before.state, *(name for name, _ in before.caches)} - {state, ""})
+
+    def _save_caches(self, stem: str, caches: Caches) -> dict[str, dict[str, Any]]:
+        """Writes what is new in this rank's caches; where they stand."""
+        if changed := {str(text): sorted(cache.changed) for text, cache in caches.items() if cache.changed}:
+            name = files.put_tensors(self.folder, stem, dict(_cache_tensors(caches, changed)))
+            self._caches = [*_without(self._caches, changed), (name, changed)]
         for cache in caches.values():
             cache.changed.clear()
-        live = {state, *(name for name, _ in self._caches)}
-        for name in {before.state, *(name for name, _ in before.caches)} - live - {""}:
+        return {str(text): cache.place for text, cache in caches.items()}
+
+    def _forget(self, names: set[str]) -> None:
+        """Removes files of which nothing counts any more."""
+        for name in names - {name for name, _ in self._caches}:
             (self.folder / name).unlink(missing_ok=True)
 
     # ------------------------------------------------------------ going on
@@ -281,17 +315,44 @@ class Keeper:
 
 
 class Follower(Keeper):
-    """Brings back what was saved, on a rank beside the one that writes. What it reads is there until all have made the
-    next row together."""
+    """That of a rank beside rank 0, which writes its part of a causal model's caches alone, and brings back its part.
+
+    What it reads of rank 0's is there until all have made the next row together.
+    """
 
     def __enter__(self) -> Keeper:
+        head, self._at = self._saved.head, time.monotonic()
+        if head.places:
+            own = files.get_json(self.folder, self._note(head.rows))
+            self._saved = replace(self._saved, head=replace(head, **own))
+            self._head = self._saved.head
         return self
 
     def __exit__(self, *_: Any) -> None:
         pass
 
-    def _take(self, segment: int, walked: Walked, caches: Caches) -> None:
-        self.rows += 1
+    def _note(self, rows: int) -> str:
+        return f"rank-{self._mesh.rank}-{rows:08d}.json"
+
+    def _hand_out(self, segment: int, walked: Walked) -> None:
+        pass
+
+    def _save(self, position: Position, caches: Caches) -> None:
+        if not caches:
+            return
+        before = self._head
+        places = self._save_caches(f"cache-{self.rows:08d}-r{self._mesh.rank}", caches)
+        files.put_json(self.folder, self._note(self.rows), {"caches": self._caches, "places": places})
+        agree(self._mesh, 0)
+        agree(self._mesh, 0)  # rank 0 has said which counts
+        self._head = Head(self.rows, caches=self._caches, places=places)
+        self._forget({self._note(before.rows), *(name for name, _ in before.caches)})
+
+
+def _rank_of(name: str) -> int:
+    """Which rank writes a file of this name."""
+    found = re.match(r"cache-\d+-r(\d+)-", name)
+    return int(found[1]) if found else 0
 
 
 def _cache_tensors(caches: Caches, changed: Mapping[str, list[int]]) -> Iterator[tuple[str, Tensor]]:
@@ -312,36 +373,3 @@ def _without(caches: Any, changed: Mapping[str, list[int]]) -> Iterator[tuple[st
             kept.append((name, held))
             fresh |= own
     return reversed(kept)
-
-
-# ---------------------------------------------------------------- a position as tensors
-
-
-def flat(position: Position) -> dict[str, Tensor]:
-    """A position as named tensors; where noise comes from is not among them, the walk knows it."""
-    return dict(_flat("", position))
-
-
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, int):
-        yield name, torch.tensor(value)
-    elif isinstance(value, tuple):
-        for i, one in enumerate(value):
-            yield from _flat(f"{name}.{i}", one)
-    elif isinstance(value, Position | SolverState):
-        for each in fields(value):
-            yield from _flat(f"{name}.{each.name}".strip("."), getattr(value, each.name))
-    else:
-        assert value is None or name == "state.fresh", name
-
-
-def unflat(tensors: Mapping[str, Tensor], device: torch.device) -> Position:
-    """The position of these tensors, latents on the device; levels and orders stay on the CPU, where solvers want
-    them."""
-    here = {name: one.to(device) if one.ndim == 5 else one for name, one in tensors.items()}
-    several = {n: tuple(here[k] for k in sorted(here) if k.startswith(f"state.{n}.")) for n in ("sigmas", "x0s")}
-    state = SolverState(here.get("state.order"), several["sigmas"], several["x0s"], here.get("state.x"))
-    own = {name: int(one) if one.ndim == 0 else one for name, one in here.items() if "." not in name}
-    return Position(state=state, **own)

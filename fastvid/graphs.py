@@ -184,8 +184,9 @@ def check(asked: Any) -> Any:
     return asked
 
 
-def choose(asked: Any, device: torch.device, stays: bool, caches: bool) -> tuple[Graphs | None, str]:
-    """(graphs or None, why) for a model. stays: its weights stay on the device; caches: it is called with a KV cache.
+def choose(asked: Any, device: torch.device, stays: bool, caches: bool, ranks: int = 1) -> tuple[Graphs | None, str]:
+    """(graphs or None, why) for a model. stays: its weights stay on the device; caches: it is called with a KV cache;
+    ranks: that share its tokens.
 
     Asked for with True it works or raises: BackendUnavailable without a CUDA device, InvalidRequest where graphs would
     have nothing to do. "auto" waits for committed GPU results, as it does with kernels.
@@ -200,6 +201,10 @@ def choose(asked: Any, device: torch.device, stays: bool, caches: bool) -> tuple
         return None, "off: no committed GPU result"
     if caches:
         raise InvalidRequest("cuda_graphs=True: this model's KV cache changes with every call; leave it at 'auto'")
+    if ranks > 1:
+        raise InvalidRequest(
+            "cuda_graphs=True: ranks exchange tensors within a call; leave it at 'auto', or parallel at 1"
+        )
     if not stays:
         raise InvalidRequest(
             "cuda_graphs=True: weights that are offloaded have no fixed place; with it goes offload='none', or leave "

@@ -151,7 +151,7 @@ def load_parts(
     mode = asked if asked != AUTO else choose_offload(configs_of(checkpoint), checkpoint.recipe, where, kind)
     mode = MODES[agree(mesh, MODES.index(mode), max)]
     stay, caches = experts_stay(checkpoint, mode), checkpoint.recipe.rollout is not None
-    replaying, why = graphs.choose(replay, where, stay, caches)
+    replaying, why = graphs.choose(replay, where, stay, caches, mesh.size)
     experts = load_experts(checkpoint, ops, where, kind, merging, mode)
     for module in experts.modules:
         module.run = replaying or module.run

@@ -294,6 +294,8 @@ def test_asked_for_where_they_have_nothing_to_do(monkeypatch: pytest.MonkeyPatch
         graphs.choose(True, CUDA, stays=False, caches=False)
     with pytest.raises(InvalidRequest, match="KV cache"):
         graphs.choose(True, CUDA, stays=True, caches=True)
+    with pytest.raises(InvalidRequest, match="ranks exchange tensors"):
+        graphs.choose(True, CUDA, stays=True, caches=False, ranks=2)
     monkeypatch.setattr(graphs, "CudaCapture", lambda device: Tape())
     made, why = graphs.choose(True, CUDA, stays=True, caches=False)
     assert isinstance(made, Graphs) and why == "on: asked for"
