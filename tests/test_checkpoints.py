@@ -23,6 +23,7 @@ from fastvid.events import Finished, Frames, Started, Step
 from fastvid.models.patterns import EVERYTHING
 from fastvid.models.recipes import Rollout
 from fastvid.pipeline import Pipeline
+from fastvid.sampling import SolverState
 
 PROMPT = "a red circle moving right on a white background"
 SIZE = {"height": 64, "width": 64}
@@ -187,7 +188,7 @@ def test_a_checkpoint_does_not_grow_with_the_video(pipes, tmp_path):
 def test_every_part_of_a_position_is_saved():
     """A field that is added to it has to be one that `flat` takes and `unflat` brings back."""
     columns, shape = 3, (1, 2, 3, 2, 2)
-    state = checkpoints.SolverState(
+    state = SolverState(
         torch.arange(columns), (torch.rand(columns, dtype=torch.float64),) * 2, (torch.randn(shape),) * 2,
         torch.randn(shape).transpose(3, 4), fresh=lambda draws: draws,
     )  # fmt: skip
