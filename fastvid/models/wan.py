@@ -14,25 +14,24 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.distributed import Seat
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.attention import cross_attention, self_attention
-from fastvid.layers.embeddings import group_timesteps, rotary_table, timestep_sinusoid
+from fastvid.layers.embeddings import group_timesteps, rotary_table
 from fastvid.layers.fused import FusedLinear
 from fastvid.layers.kv_cache import KVCache, LayerCache
-from fastvid.layers.linear import FeedForward, Linear, TwoLinears, linear, linear_gelu_tanh
+from fastvid.layers.linear import FeedForward, Linear, linear
 from fastvid.layers.parameters import normal_parameter
 from fastvid.layers.residual import Stream
 from fastvid.layers.split import Split
 from fastvid.models.configs import read_fields
+from fastvid.models.wan_embedders import ConditionEmbedder
 from fastvid.ops import reference
 
 QK_NORM = "rms_norm_across_heads"
 OPTIONAL = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
-IMAGE_NORM_EPS = 1e-5  # of the norms around the image embedder, whatever the config's eps
 
 
 @dataclass(frozen=True)
@@ -207,53 +206,6 @@ class Block(nn.Module):
             x, y = self.ops.gated_residual_layer_norm(x, y, gate1, index, *norm)
         x, y = self.ops.residual_norm(x, self.attn2(y, *context), shift2, scale2, index, self.eps)
         return Stream(x, self.ffn(y), gate2)
-
-
-class ImageEmbedder(nn.Module):
-    """CLIP tokens to the width of the model; first and last picture told apart by learned positions, if it has them."""
-
-    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
-        super().__init__()
-        self.ops = ops
-        self.norm1 = nn.LayerNorm(config.image_dim, IMAGE_NORM_EPS)
-        self.ff = FeedForward(config.image_dim, config.image_dim, config.dim, ops, exact=True)
-        self.norm2 = nn.LayerNorm(config.dim, IMAGE_NORM_EPS)
-        self.pos_embed = None
-        if config.pos_embed_seq_len:
-            self.pos_embed = normal_parameter(1, config.pos_embed_seq_len, config.image_dim, std=0.02)
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        """[B, M, image_dim] -> [B, M, d]."""
-        pictures = pictures.to(self.ff.net[2].weight.dtype)
-        x = pictures if self.pos_embed is None else pictures + self.pos_embed
-        x = self.ff(self.ops.layer_norm(x, self.norm1.weight, self.norm1.bias, IMAGE_NORM_EPS))
-        return self.ops.layer_norm(x, self.norm2.weight, self.norm2.bias, IMAGE_NORM_EPS)
-
-
-class ConditionEmbedder(nn.Module):
-    """Timesteps to modulation rows, text and pictures to the width of the model."""
-
-    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
-        super().__init__()
-        self.ops, self.freq_dim = ops, config.freq_dim
-        self.time_embedder = TwoLinears(config.freq_dim, config.dim)
-        self.time_proj = Linear(config.dim, 6 * config.dim)
-        self.text_embedder = TwoLinears(config.text_dim, config.dim)
-        self.image_embedder = ImageEmbedder(config, ops) if config.image_dim else None
-
-    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Distinct timesteps [K] -> fp32 embedding [K, d] for the head and fp32 rows [K, 6, d] for the blocks."""
-        layers = self.time_embedder
-        wave = timestep_sinusoid(timestep, self.freq_dim).to(layers.linear_1.weight.dtype)
-        embedding = layers.linear_2(F.silu(layers.linear_1(wave)))
-        rows = self.time_proj(F.silu(embedding).to(self.time_proj.weight.dtype))
-        return embedding.float(), rows.float().unflatten(-1, (6, -1))
-
-    def embed_text(self, text: Tensor) -> Tensor:
-        """[B, L, text_dim] -> [B, L, d]."""
-        layers = self.text_embedder
-        text = text.to(layers.linear_1.weight.dtype)
-        return layers.linear_2(linear_gelu_tanh(self.ops, layers.linear_1, text))
 
 
 def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
