@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "queueing": {"errors"},
     "asynchronous": {"events", "queueing"},
     "decoding": SURFACE | {"queueing"},
-    "checkpoints": SURFACE,
+    "checkpoints": SURFACE | {"parallel"},
     "session": SURFACE
     | {"checkpoints", "conditions", "decoding", "given", "queueing", "rollouts", "seams", "source"}
     | {"spool", "switching", "windows"},

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvid import weights
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.models import wan
+from fastvid.models import wan_embedders
 from fastvid.models.wan import WanTransformer, WanTransformerConfig
 from fastvid.ops import reference
 
@@ -115,7 +115,7 @@ def test_known_channels_may_come_by_themselves() -> None:
 
 
 def wrong_eps(model: WanTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wan, "IMAGE_NORM_EPS", 1e-6)
+    monkeypatch.setattr(wan_embedders, "IMAGE_NORM_EPS", 1e-6)
 
 
 def wrong_gelu(model: WanTransformer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What goes into a Wan transformer beside latents: timesteps as modulation, text and pictures at the width of the model.
+"""What goes into a Wan transformer beside latents: timesteps as modulation, text and pictures at its width.
 
 Shapes: B batch, L rows of text, M rows of pictures, K distinct timesteps, d width.
 Maths: Wan2.1 `wan/modules/model.py` (Apache-2.0).
