@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvid import weights
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.models import wan_embedders
+from fastvid.models import wan, wan_embedders
 from fastvid.models.wan import WanTransformer, WanTransformerConfig
 from fastvid.ops import reference
 
