@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 
@@ -165,6 +166,37 @@ def models(mesh: Mesh, seed: str) -> None:
                 assert torch.equal(made, model(*given, known=known, seat=seat))
 
 
+def moved(layout: Layout, tokens: int, width: int, layers: int, values: int, item: int) -> int:
+    """Bytes that all ranks send in a step with guidance, as docs/parallel.md says: `values` of a velocity a token,
+    in fp32, and `item` bytes for each value of a token inside the model."""
+    group, ring, ranks = layout.ulysses, layout.ring, layout.sequence
+    attention = 4 * tokens * width * (group - 1) // group + 2 * tokens * width * (ring - 1)
+    calls = 2 * (layers * attention * item + 4 * tokens * values * (ranks - 1))
+    return calls + (2 * ranks * 4 * tokens * values if layout.guidance == 2 else 0)
+
+
+def steps(mesh: Mesh, seed: str) -> None:
+    """What a step sends, in all layouts, and in another type than the latents'."""
+    from fastvid.models.wan import WanTransformer, WanTransformerConfig
+    from fastvid.parallel import every
+
+    torch.manual_seed(int(seed))
+    small = {"attention_head_dim": 8, "text_dim": 16, "freq_dim": 8, "ffn_dim": 32, "num_layers": 3}
+    config = WanTransformerConfig(num_attention_heads=12, in_channels=4, out_channels=4, **small)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = WanTransformer(config, bind()).to(dtype)
+        for layout in every(mesh.size, 12, True):
+            seat, x, text = Seat(mesh, layout), torch.randn(1, 4, 3, 6, 10), torch.randn(1, 5, 16)
+            before = mesh.counted.bytes
+            with torch.no_grad():
+                call = functools.partial(model, x, torch.rand(1), model.prepare_context(text), seat=seat)
+                cond, uncond = seat.both(call, call, x)
+            assert cond.shape == uncond.shape == x.shape
+            total = mesh.gather(torch.tensor([mesh.counted.bytes - before]), (1,) * mesh.size, 0).sum().item()
+            assert total == moved(layout, 3 * 3 * 5, config.dim, 3, 4 * 2 * 2, dtype.itemsize), (layout, dtype)
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_models(size: int) -> None:
-    run_ranks(size, models, str(random.randrange(2**31)))
+@pytest.mark.parametrize("part", [models, steps])
+def test_models(size: int, part) -> None:
+    run_ranks(size, part, str(random.randrange(2**31)))
