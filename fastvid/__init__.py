@@ -18,12 +18,14 @@ from fastvid.errors import (
     MediaError,
     OutOfMemory,
     PromptError,
+    WorkerFailed,
 )
 
 if TYPE_CHECKING:
     from fastvid.clips import open_clip
     from fastvid.events import Finished, Frames, Started, Step
-    from fastvid.pipeline import Pipeline, blueprint, load
+    from fastvid.opening import blueprint, load
+    from fastvid.pipeline import Pipeline
     from fastvid.requests import Request
     from fastvid.video import Video
 
@@ -45,6 +47,7 @@ __all__ = [
     "Started",
     "Step",
     "Video",
+    "WorkerFailed",
     "blueprint",
     "load",
     "open_clip",
@@ -58,8 +61,8 @@ _LAZY = {
     "Started": "fastvid.events",
     "Step": "fastvid.events",
     "Video": "fastvid.video",
-    "blueprint": "fastvid.pipeline",
-    "load": "fastvid.pipeline",
+    "blueprint": "fastvid.opening",
+    "load": "fastvid.opening",
     "open_clip": "fastvid.clips",
 }
 

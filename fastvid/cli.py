@@ -119,12 +119,12 @@ def _run(
     watch = Stopwatch()
     model = cli_request.model_of(flags, recipe)
     progress.say(f"loading {model}")
-    from fastvid import pipeline
+    from fastvid import opening
 
-    pipe = pipeline.load(model, **cli_request.load_arguments(flags, recipe))
-    watch.mark("load")
-    with contextlib.closing(start(pipe)) as stream:
-        made = _write(stream, flags.output, progress, watch)
+    with opening.load(model, **cli_request.load_arguments(flags, recipe)) as pipe:
+        watch.mark("load")
+        with contextlib.closing(start(pipe)) as stream:
+            made = _write(stream, flags.output, progress, watch)
     progress.close()
     count = f"{made['num_frames']} frames, {made['fps']:g} fps" if made["num_frames"] > 1 else "1 frame"
     size = f"{count}, {made['width']}x{made['height']}, seed {made['seed']}"
@@ -185,20 +185,20 @@ def _plan(flags: argparse.Namespace) -> None:
     recipe = cli_request.read_recipe(flags)
     request = cli_request.make(flags, recipe)
     cli_request.check_same(request, recipe or {})
-    from fastvid import pipeline
+    from fastvid import opening
 
     loaded = cli_request.load_arguments(flags, recipe or {})
     model, memory = cli_request.model_of(flags, recipe or {}), flags.device_memory
-    blueprint = pipeline.blueprint(model, **loaded, device_memory=memory)
+    blueprint = opening.blueprint(model, **loaded, device_memory=memory)
     estimate = "again" if flags.measure else memory is None
     plan = blueprint.plan(**request.arguments(), verb=request.verb, estimate=estimate, keep_frames=False)
     print(json.dumps(plan.to_dict()) if flags.json else "\n".join(cli_plan.lines(plan, model)))
 
 
 def _inspect(flags: argparse.Namespace) -> None:
-    from fastvid import pipeline
+    from fastvid import opening
 
-    found = pipeline.inspect(flags.model, flags.lora or (), dict(flags.part) if flags.part else None)
+    found = opening.inspect(flags.model, flags.lora or (), dict(flags.part) if flags.part else None)
     print(json.dumps(found) if flags.json else "\n".join(_lines(found)))
 
 

@@ -258,6 +258,14 @@ def _add_model(parser: Parser, also: str = "", loads: bool = True) -> None:
         metavar="NAME",
         help="weights in host memory while they are not used: auto, none, text (encoders), blocks (default: auto)",
     )
+    add(
+        "--gpus",
+        "--parallel",
+        dest="parallel",
+        metavar="N",
+        help="processes that make the video together, a GPU each: a number, auto (all that there are), or how they "
+        "share it, such as guidance=2,ulysses=4 (default: 1)",
+    )
     if loads:
         add(
             "--cuda-graphs",

@@ -33,3 +33,15 @@ class MediaError(Error):
 
 class PromptError(Error):
     """A prompt could not be expanded: the endpoint is unreachable, refuses, or does not answer with a prompt."""
+
+
+class WorkerFailed(Error):
+    """A worker process of a pipeline on several ranks has died or hangs. All its workers are stopped; the next request
+    starts new ones.
+
+    rank, pid: whose; cause: how it ended.
+    """
+
+    def __init__(self, rank: int, pid: int, cause: str) -> None:
+        super().__init__(f"rank {rank} (process {pid}) failed: {cause}")
+        self.rank, self.pid, self.cause = rank, pid, cause

@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor
 from fastvid import asynchronous, checkpoints, limits, pieces, prompts
 from fastvid.errors import InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
-from fastvid.loading import Parts, change_loras, load_parts, outline, read_checkpoint, read_loras
+from fastvid.loading import Parts, change_loras
 from fastvid.plan import Plan
 from fastvid.preparing import Prepared, prepare
 from fastvid.queueing import RUNNING, Place, Queue
@@ -32,10 +31,8 @@ from fastvid.switching import Switch
 from fastvid.video import Video
 
 AGAIN = "again"
-CUDA_TAKES = 2**30  # bytes of a card: an allowance for its context and libraries
 
 __all__ = [
-    "Blueprint",
     "Finished",
     "Frames",
     "Pipeline",
@@ -43,9 +40,7 @@ __all__ = [
     "Step",
     "Stream",
     "Video",
-    "blueprint",
-    "inspect",
-    "load",
+    "plan_of",
 ]
 
 MAX_RUNNING = limits.whole(1, 1000)
@@ -289,7 +284,7 @@ class Pipeline:
     ) -> Plan:
         """What a request would cost, without running it. The prompt may be left out. estimate: also how long it takes,
         by this machine's rates, which are measured (2 s) if that was not done before."""
-        return _plan(self._parts, prompt, verb, options, estimate=estimate)
+        return plan_of(self._parts, prompt, verb, options, estimate=estimate)
 
     def embed(self, prompt: str) -> Tensor:
         """Text embeddings [1, L, text_dim] of a prompt, as `prompt_embeds=` takes them."""
@@ -319,6 +314,7 @@ class Pipeline:
             "loras": [list(pair) for pair in parts.loras],
             "offload": parts.offload,
             "cuda_graphs": parts.graphs_why,
+            "parallel": parts.settings.get("parallel", "1"),
             "parts": dict(parts.sources),
         }
 
@@ -333,6 +329,15 @@ class Pipeline:
         streams first: they go on with the new weights. Raises as `fastvid.load` does, and then nothing is changed.
         """
         self._parts = change_loras(self._parts, loras)
+
+    def close(self) -> None:
+        """End the processes of a pipeline on several ranks. There is nothing to do for one in this process."""
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     # ------------------------------------------------------------ before running
 
@@ -372,7 +377,7 @@ class Pipeline:
         yield Finished(request.seed, timeline.num_frames, request.fps, clean, recipe, session.seconds)
 
 
-def _plan(
+def plan_of(
     parts: Parts,
     prompt: str | None,
     verb: str,
@@ -388,105 +393,3 @@ def _plan(
         options["prompt"] = prompt or ""
     rates = find_rates(parts.ops, parts.device, parts.dtype, again=estimate == AGAIN) if estimate else None
     return prepare(parts, verb, options, keep_frames, free=free, rates=rates).plan
-
-
-class Blueprint:
-    """A model without its weights, to plan with. Make one with `fastvid.blueprint`."""
-
-    def __init__(self, parts: Parts, free: int | None = None) -> None:
-        self._parts, self._free = parts, free
-
-    def plan(
-        self,
-        prompt: str | None = None,
-        *,
-        verb: str = "generate",
-        estimate: bool | str = False,
-        keep_frames: bool = True,
-        **options: Any,
-    ) -> Plan:
-        """What a request would cost. The prompt may be left out.
-
-        estimate: also how long it takes, by this machine's rates, which are measured (2 s) if that was not done before;
-        "again": in any case. keep_frames: all frames stay in memory, as with `generate`; False: as with `stream`.
-        Raises InvalidRequest, MediaError, and OutOfMemory if it does not fit.
-        """
-        if estimate and self._free is not None:
-            raise InvalidRequest("estimate: nothing is known of another card's rates; leave device_memory out, or it")
-        given = {"estimate": estimate, "free": self._free, "keep_frames": keep_frames}
-        return _plan(self._parts, prompt, verb, options, **given)
-
-
-def blueprint(
-    model: str = "embedded",
-    *,
-    device_memory: int | None = None,
-    **options: Any,
-) -> Blueprint:
-    """A model to plan with: nothing but configurations and file headers are read.
-
-    Args:
-        model: as `load` takes it, but nothing is downloaded; or the name of a published model, such as
-            "wan2.1-t2v-14b", without any files.
-        device_memory: bytes, of a card that is not here; all but 1 GiB of it, for CUDA itself, can be taken.
-        options: device, dtype, backend, attention, loras, offload, parts and parallel, as `load` takes them.
-
-    Raises as `load` does.
-    """
-    free = None if device_memory is None else max(0, device_memory - CUDA_TAKES)
-    return Blueprint(outline(model, **options, free=free), free)
-
-
-def load(
-    model: str = "embedded",
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    backend: str = "auto",
-    attention: str = "auto",
-    loras: Sequence[Any] = (),
-    offload: str = "auto",
-    parts: Mapping[str, str | Path] | None = None,
-    max_running: int = RUNNING,
-    cuda_graphs: str | bool = "auto",
-) -> Pipeline:
-    """Load a model.
-
-    Args:
-        model: "embedded" (the small model that comes with the package), or a folder in diffusers' or in the original
-            layout, or a transformer's single file, whose other parts are found in the folders beside it as ComfyUI has
-            them, or a hub id (org/name, or org/name/path/to/file.safetensors), which is downloaded once into
-            huggingface_hub's cache.
-        device: "cuda", "cuda:1", "cpu"; the default is a GPU if there is one.
-        dtype: "float32", "bfloat16" or "float16" for the transformer and the text encoder; the default is bfloat16 on a
-            GPU and float32 on the CPU.
-        backend, attention: what runs the operations (see `fastvid doctor`).
-        loras: LoRA files, or (file, scale), merged into the transformer; in models with two into both, or with (file,
-            scale, "high") or (file, scale, "low") into one; see `Pipeline.set_loras`.
-        offload: which weights are in host memory while they are not used. "none"; "text": those of the encoders, and of
-            two experts the other one; "blocks": those, and the blocks of transformer and text encoder, two of which are
-            on the device at a time; "auto": the least with which what the model makes by default fits. On the CPU,
-            which has but one memory, "auto" is "none", and the others cost memory instead.
-        parts: where parts come from that the model does not have or that are to be others: names (transformer_2, vae,
-            text_encoder, image_encoder, tokenizer) to files, folders or hub files; "base" names a whole folder that a
-            single file takes everything else from.
-        max_running: how many requests may have begun at once; others wait, first come first served.
-        cuda_graphs: True captures the transformer's calls as CUDA graphs, once a shape, and replays them (see
-            `fastvid.graphs`), which is faster where calls are short; their memory is kept until the pipeline is gone.
-            "auto" does so where a committed result shows a gain: nowhere so far.
-
-    Raises:
-        CheckpointError: the model is missing, broken or of an unsupported kind, or a LoRA does not fit it.
-        InvalidRequest: an option that does not exist, or CUDA graphs of a model that they are not for.
-        BackendUnavailable: a back end or device asked for by name cannot run here.
-    """
-    given = {"device": device, "dtype": dtype, "backend": backend, "attention": attention, "cuda_graphs": cuda_graphs}
-    MAX_RUNNING("max_running", max_running)
-    return Pipeline(load_parts(model, **given, loras=loras, offload=offload, parts=parts), max_running)
-
-
-def inspect(model: str, loras: Sequence[Any] = (), parts: Mapping[str, str | Path] | None = None) -> dict[str, Any]:
-    """What a checkpoint is, read from its configurations and file headers, without loading it; whether LoRAs fit it."""
-    checkpoint = read_checkpoint(model, parts)
-    described = [{**lora.to_dict(), "problems": checkpoint.lora_problems(lora)} for lora in read_loras(loras)]
-    return checkpoint.to_dict() | ({"loras": described} if described else {})

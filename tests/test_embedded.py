@@ -11,7 +11,7 @@ import torch
 
 import fastvid
 from fastvid.loading import find_folder
-from fastvid.pipeline import inspect
+from fastvid.opening import inspect
 from tools.clips import Scene, draw
 from tools.measure import measure
 

@@ -77,8 +77,14 @@ ALLOWED: dict[str, set[str]] = {
     "preparing": SURFACE | {"control", "inputs", "parallel", "planning", "rates", "session", "verbs"},
     "pipeline": SURFACE
     | {"asynchronous", "checkpoints", "pieces", "preparing", "prompts", "queueing", "rates", "session", "switching"},
-    "cli": SURFACE | {"checkpoints", "inputs", "pipeline", "progress"},
-    "__init__": {"clips", "errors", "events", "pipeline", "requests", "video"},
+    "wire": {"errors", "events", "plan", "video"},
+    "worker": SURFACE | {"parallel", "pipeline", "wire"},
+    "workers": {"errors", "wire"},
+    "peers": {"distributed", "errors", "wire", "worker", "workers"},
+    "remote": SURFACE | {"parallel", "peers", "pipeline", "prompts", "queueing", "switching", "workers"},
+    "opening": SURFACE | {"parallel", "pipeline", "queueing", "remote"},
+    "cli": SURFACE | {"checkpoints", "inputs", "opening", "progress"},
+    "__init__": {"clips", "errors", "events", "opening", "pipeline", "requests", "video"},
     "__main__": {"cli"},
 }
 

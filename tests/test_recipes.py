@@ -20,8 +20,8 @@ from fastvid.models.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.layout_rules import ORIGINAL
 from fastvid.models.layouts import origins
 from fastvid.models.patterns import EXPERIMENTAL, NATIVE, REFUSED, REIMPOSED
+from fastvid.opening import inspect
 from fastvid.ops import reference
-from fastvid.pipeline import inspect
 from fastvid.sampling import make_sigmas, shift_sigmas, timesteps
 from fastvid.weights import read_header
 

@@ -22,7 +22,7 @@ from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.models.layout_rules import DIFFUSERS, ORIGINAL
 from fastvid.models.layouts import origins
 from fastvid.models.tokenizer import TextTokenizer, clean_prompt
-from fastvid.pipeline import inspect
+from fastvid.opening import inspect
 from tests import tiny
 
 DATA = Path(__file__).parent / "data"

@@ -296,7 +296,7 @@ def test_a_folder_with_two_experts_is_described(two: tuple[Path, Any]) -> None:
 
 
 def inspect(folder: Path, loras: list[Path] | None = None) -> dict[str, Any]:
-    from fastvid.pipeline import inspect
+    from fastvid.opening import inspect
 
     return inspect(str(folder), loras or ())
 

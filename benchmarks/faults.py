@@ -1,0 +1,143 @@
+"""What happens when ranks die: SIGKILL of any rank at random points, SIGSTOP, SIGKILL of the program; how long it takes to
+be seen, and whether all that was promised is kept each time.
+
+    python benchmarks/faults.py [--kills 50] [--stops 10] [--orphans 20] [--ranks 3] [--out DIR]
+
+Each time: the caller gets WorkerFailed with the right rank and cause, within 2 s (killed) or 10 s and a bit (stopped); no
+process of the pipeline is left, and nothing in /dev/shm; the next request on the same pipeline gives the same bytes as
+before. A result is written only if every one of them was kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastvid
+
+PROMPT = "a red circle moving right on a white background"
+SHORT = {"num_frames": 9, "num_inference_steps": 2, "seed": 5}
+LONG = {"num_frames": 33, "num_inference_steps": 20, "seed": 5}
+KILLED, STOPPED = 2.0, 11.0  # seconds in which it is seen: a look comes after the ten
+PROGRAM = """
+import fastvid, sys
+pipe = fastvid.load("embedded", device="cpu", parallel=int(sys.argv[1]))
+print(*(worker.pid for worker in pipe._workers._team.workers), flush=True)
+while True:
+    pipe.generate(sys.argv[2], num_frames=33, num_inference_steps=20)
+"""
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def shared_memory() -> set[str]:
+    """What is in /dev/shm."""
+    return set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
+
+
+def strike(pipe: Any, number: signal.Signals, latest: float) -> float:
+    """Signals a random rank at a random time while requests run; seconds until the error came."""
+    pids = {worker.rank: worker.pid for worker in pipe._workers._team.workers}
+    victim, sent = random.choice(list(pids)), []
+
+    def fire() -> None:
+        sent.append(time.monotonic())
+        os.kill(pids[victim], number)
+
+    threading.Timer(random.uniform(0, latest), fire).start()
+    try:
+        while True:
+            pipe.generate(PROMPT, **LONG)
+    except fastvid.WorkerFailed as error:
+        took = time.monotonic() - sent[0]
+        assert (error.rank, error.pid) == (victim, pids[victim]), error
+        assert ("SIGKILL" if number == signal.SIGKILL else "no sign") in error.cause, error
+    assert not any(map(alive, pids.values())), "a worker is left"
+    return took
+
+
+def orphan(ranks: int, latest: float) -> float:
+    """Kills a program at a random time; seconds until its workers are gone."""
+    program = subprocess.Popen([sys.executable, "-c", PROGRAM, str(ranks), PROMPT], stdout=subprocess.PIPE, text=True)
+    pids = list(map(int, program.stdout.readline().split()))
+    time.sleep(random.uniform(0, latest))
+    assert all(map(alive, pids))
+    program.kill()
+    program.wait()
+    mark = time.monotonic()
+    while any(map(alive, pids)) and time.monotonic() < mark + 10:
+        time.sleep(0.01)
+    assert not any(map(alive, pids)), "a worker outlived its program"
+    return time.monotonic() - mark
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("kills", 50), ("stops", 10), ("orphans", 20), ("ranks", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    given = parser.parse_args()
+    before, times = shared_memory(), {"kills": [], "stops": [], "orphans": []}
+    restart = []
+    with fastvid.load("embedded", device="cpu", parallel=given.ranks) as pipe:
+        wanted = pipe.generate(PROMPT, **SHORT).frames
+        for kind, number, most in (("kills", signal.SIGKILL, KILLED), ("stops", signal.SIGSTOP, STOPPED)):
+            for i in range(getattr(given, kind)):
+                times[kind].append(strike(pipe, number, 1.5))
+                assert times[kind][-1] < most, f"it took {times[kind][-1]:.2f} s to be seen"
+                mark = time.monotonic()
+                assert np.array_equal(pipe.generate(PROMPT, **SHORT).frames, wanted), "other bytes after a restart"
+                restart.append(time.monotonic() - mark)
+                print(
+                    f"{kind} {i + 1}: seen after {times[kind][-1]:.2f} s, made again after {restart[-1]:.1f} s",
+                    flush=True,
+                )
+    for i in range(given.orphans):
+        times["orphans"].append(orphan(given.ranks, 1.5))
+        print(f"orphans {i + 1}: workers gone after {times['orphans'][-1]:.2f} s", flush=True)
+    assert shared_memory() <= before, "shared memory is left"
+    cpu = next(
+        (x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.machine()
+    )
+    result = {
+        "what": "seconds until a fault is seen; every promise was kept each time",
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__, "ranks": given.ranks},
+        "faults": {kind: _summary(seconds) for kind, seconds in times.items() if seconds},
+        "restart": _summary(restart),
+    }
+    path = given.out / f"faults-cpu-{cpu.lower().replace(' ', '-').strip('-')}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(path)
+
+
+def _summary(seconds: list[float]) -> dict[str, Any]:
+    return {
+        "count": len(seconds),
+        "median": round(statistics.median(seconds), 3),
+        "largest": round(max(seconds), 3),
+        "all": [round(one, 3) for one in seconds],
+    }
+
+
+if __name__ == "__main__":
+    main()

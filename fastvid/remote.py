@@ -1,0 +1,226 @@
+"""A pipeline whose ranks are other processes: the same verbs, streams and services, each event fetched from all ranks.
+
+Requests stand in line here as they do in one process (`fastvid.queueing`); workers do one thing after another. The
+program that holds such a pipeline loads no weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvid import parallel, peers, prompts
+from fastvid.errors import Error, InvalidRequest, WorkerFailed
+from fastvid.events import Event, Started
+from fastvid.loading import configs_of, read_checkpoint
+from fastvid.parallel import Asked
+from fastvid.pipeline import Pipeline, Stream
+from fastvid.plan import Plan
+from fastvid.queueing import RUNNING, Place, Queue
+from fastvid.switching import Switch
+from fastvid.workers import Workers
+
+# A step that takes longer than this counts as hung: far below what any device does, since a limit must never be met by
+# work. The first one of a request may also compile, tune and allocate.
+SLOWEST = {"cpu": 2e8, "cuda": 1e12}  # floating point operations a second
+LEAST, FIRST = 120.0, 1800.0  # seconds, of any step and of a request's first
+DECODE_FLOPS = 1e7  # for each pixel of a frame
+
+
+def ranks_for(asked: Asked, device: Any) -> Asked:
+    """How many ranks there will be. Raises InvalidRequest for more than there are GPUs, or than torchrun started."""
+    if asked.ranks != 1 and (world := peers.world_size()):
+        if asked.ranks not in (None, world):
+            raise InvalidRequest(
+                f"parallel={asked.ranks}: {world} processes were started together; the nearest is parallel={world}"
+            )
+        return Asked(world, asked.layout)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    shared = where.type != "cuda" or where.index is not None  # by all of them
+    here = torch.cuda.device_count() if where.type == "cuda" else 1
+    if asked.ranks is None:
+        return Asked(1 if shared else max(here, 1), asked.layout)
+    if not shared and asked.ranks > here:
+        raise InvalidRequest(f"parallel={asked.ranks}: there are {here} GPUs here; the nearest is parallel={here}")
+    return asked
+
+
+def load(model: Any, asked: Asked, options: dict[str, Any], max_running: int) -> Pipeline:
+    """A pipeline on several ranks; see `fastvid.load`. Of those that torchrun has started, only rank 0 returns."""
+    checkpoint = read_checkpoint(model, options.get("parts"), download=True).check()  # once, and before any process
+    config = configs_of(checkpoint)["transformer"]
+    heads = getattr(config, "transformer", config).num_attention_heads
+    parallel.layout_for(asked.layout, asked.ranks, heads, 1 << 30, guided=True)
+    options = {name: _plain(value) for name, value in options.items() if value is not None}
+    given = asked.ranks, None if asked.layout is None else str(asked.layout), str(model), options
+    workers = peers.join(*given) if peers.world_size() else Workers(*given)
+    workers.start()
+    return RemotePipeline(workers, max_running)
+
+
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype | torch.device) else value
+
+
+class RemotePipeline(Pipeline):
+    """A model that other processes hold, each a rank of the mesh. Make one with `fastvid.load(..., parallel=)`.
+
+    When a worker dies or hangs, running streams and the call that waits raise WorkerFailed; the next request starts new
+    workers. `close`, or the end of the program, ends them.
+    """
+
+    def __init__(self, workers: Workers, max_running: int = RUNNING) -> None:
+        self._workers, self._place = workers, None
+        self._queue, self._ids = Queue(max_running), itertools.count(1)
+        self._left: list[tuple[int, int]] = []  # (start, stream) to be let go of
+
+    def close(self) -> None:
+        """End the workers. A pipeline that is closed makes nothing any more."""
+        self._workers.close()
+
+    # ------------------------------------------------------------ requests
+
+    def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
+        checkpointed = options.get("checkpoint") is not None
+        self._workers.start()
+        options = prompts.expanded(options, self._workers.described["variant"], verb)
+        kept = {"keep_frames": keep_frames, "keep_latents": keep_latents}
+        return self._open(checkpointed, "start", verb=verb, options=options, **kept)
+
+    def resume(
+        self,
+        path: Any,
+        *,
+        keep_latents: bool = True,
+        checkpoint_every: float | None = None,
+        keep_checkpoint: bool = False,
+        **given: Any,
+    ) -> Stream:
+        """See Pipeline.resume."""
+        options = {"keep_latents": keep_latents, "checkpoint_every": checkpoint_every, **given}
+        return self._open(True, "resume", path=str(path), options={"keep_checkpoint": keep_checkpoint, **options})
+
+    def _open(self, checkpointed: bool, do: str, **values: Any) -> Stream:
+        place, switch = self._place or self.new_place(), Switch()
+        self._let_go()
+        number = next(self._ids)
+        self._workers.command(do, id=number, folder=os.getcwd(), **values)
+        events = Events(self, self._workers.generation, number, place, switch)
+        return Stream(events, place, None if checkpointed else switch)
+
+    def _let_go(self) -> None:
+        """Closes what nobody holds any more."""
+        left, self._left[:] = list(self._left), []
+        ids = [number for generation, number in left if self._workers.running(generation)]
+        if ids:
+            self._workers.command("close", ids=ids)
+
+    # ------------------------------------------------------------ the rest
+
+    def plan(
+        self, prompt: str | None = None, *, verb: str = "generate", estimate: bool = False, **options: Any
+    ) -> Plan:
+        """See Pipeline.plan."""
+        return self._call("plan", prompt, verb=verb, estimate=estimate, **options)
+
+    def embed(self, prompt: str) -> Tensor:
+        """See Pipeline.embed."""
+        return self._call("embed", prompt)
+
+    def encode(self, frames: Any) -> Tensor:
+        """See Pipeline.encode."""
+        return self._call("encode", frames)
+
+    def decode(self, latents: Any) -> np.ndarray:
+        """See Pipeline.decode."""
+        return self._call("decode", latents)
+
+    def describe(self) -> dict[str, Any]:
+        """See Pipeline.describe: what rank 0 says."""
+        return self._call("describe")
+
+    def inspect(self) -> dict[str, Any]:
+        """See Pipeline.inspect."""
+        return self._call("inspect")
+
+    def set_loras(self, loras: Sequence[Any] = ()) -> None:
+        """See Pipeline.set_loras. Workers that are started later have them too."""
+        self._call("set_loras", list(loras))
+        self._workers.options["loras"] = list(loras)
+
+    def _call(self, name: str, *given: Any, **options: Any) -> Any:
+        self._let_go()
+        return self._workers.command("call", name=name, given=list(given), options=options)
+
+
+class Events:
+    """The events of a stream that the workers have open; closed here, it is closed there."""
+
+    def __init__(self, pipe: RemotePipeline, generation: int, number: int, place: Place, switch: Switch) -> None:
+        self._workers, self._left = pipe._workers, pipe._left
+        self._at, self._place, self._switch = (generation, number), place, switch
+        self._events = self._made()
+        self._open = True
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._events.close()
+        self._shut()
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", False):
+            self._left.append(self._at)  # whoever comes next closes it: nothing may wait here
+
+    def _shut(self) -> None:
+        if self._open:
+            self._open = False
+            try:
+                if self._workers.running(self._at[0]):
+                    self._workers.command("close", ids=[self._at[1]])
+            except Error:
+                pass  # the workers are gone, and it with them
+
+    def _made(self) -> Iterator[Event]:
+        try:
+            started = self._next(LEAST + FIRST)
+            yield started
+            deadline = deadline_of(started)
+            with self._place.begun():
+                event, limit = started, deadline + FIRST
+                while event is not None:
+                    with self._place.step():
+                        event = self._next(limit)
+                    limit = deadline if type(event).__name__ == "Step" else limit
+                    if event is not None:
+                        yield event
+        finally:
+            self._shut()
+
+    def _next(self, deadline: float) -> Event:
+        generation, number = self._at
+        if not self._workers.running(generation):
+            raise self._workers.failure(generation) or Error("this pipeline was closed; load the model again")
+        return self._workers.command("next", deadline, id=number, prompt=self._switch.take(0))
+
+
+def deadline_of(started: Started) -> float:
+    """Seconds that a step of a request, or the decoding of a chunk, takes at most."""
+    plan = started.plan
+    denoise = plan.flops_denoise / max(started.total_steps, 1)
+    decode = DECODE_FLOPS * plan.model_height * plan.model_width * 4 * (plan.decode_chunk + 1)
+    return LEAST + (2 * denoise + decode) / SLOWEST[torch.device(plan.device).type]
+
+
+__all__ = ["RemotePipeline", "WorkerFailed", "deadline_of", "load", "ranks_for"]

@@ -1,0 +1,186 @@
+"""`python -m fastvid.worker`: a rank of a pipeline that a program has started, and what it does for it.
+
+All ranks get the same commands in the same order, and do one after another; so whatever makes them exchange tensors
+they do together, and a request is cancelled at the same step everywhere. Rank 0 answers with what was made, the others
+that it was. Messages (`fastvid.wire`) come on standard input and go on standard output; what anything prints goes to
+standard error. A beat goes out twice a second from a thread of its own, so that the program sees a rank that hangs;
+when the program is gone, so is the worker.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from fastvid import wire
+
+BEATS = 0.5  # seconds between two
+STREAMS = 1000  # the program counts how many requests run at once
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    commands, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    serve(commands, answers, Servant(), lambda: os._exit(0))
+
+
+def serve(commands: BinaryIO, answers: BinaryIO, servant: Servant, end: Callable[[], None]) -> None:
+    """Answers commands until there are no more or one says so; `end` is called as soon as nobody is there to answer."""
+    inbox: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
+    lock, parent = threading.Lock(), os.getppid()
+
+    def read() -> None:
+        try:
+            while True:
+                inbox.put(wire.receive(commands))
+        except (wire.Closed, OSError, ValueError):
+            end()
+
+    def beat() -> None:
+        try:
+            while os.getppid() == parent:
+                with lock:
+                    wire.send(answers, wire.Message({wire.BEAT: True}))
+                time.sleep(BEATS)
+        except (OSError, ValueError):
+            pass
+        end()
+
+    for work in (read, beat):
+        threading.Thread(target=work, name=f"fastvid-{work.__name__}", daemon=True).start()
+    while (message := inbox.get()).header.get("do") != "exit":
+        answer = servant.answer(message)
+        try:
+            with lock:
+                wire.send(answers, answer)
+        except (OSError, ValueError):
+            end()
+            return
+    with lock:
+        wire.send(answers, wire.pack({"number": message.header["number"], "made": None}))
+    servant.close()
+
+
+class Servant:
+    """What a rank holds: its pipeline and the streams that are open. A command is `do` and what its method takes."""
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self._mesh: Any = None
+        self._pipe: Any = None
+        self._streams: dict[int, Any] = {}
+
+    def answer(self, message: wire.Message) -> wire.Message:
+        """Does what a message says: what was made, or the error."""
+        number = message.header.get("number")
+        try:
+            values = wire.unpack(message)
+            values.pop("number", None)
+            made = getattr(self, f"do_{values.pop('do')}")(**values)
+            return wire.pack({"number": number, "made": made if self.rank == 0 else None})
+        except BaseException as error:
+            told = {"kind": type(error).__name__, "text": str(error), "trace": traceback.format_exc()[-4000:]}
+            return wire.pack({"number": number, "error": told})
+
+    def do_join(self, rank: int, size: int, port: int, fd: int | None, device: str | None, threads: int | None) -> None:
+        """Become a rank of a group that meets at a port of this machine. fd: of rank 0, a socket that listens there."""
+        import torch
+        import torch.distributed as dist
+
+        from fastvid.distributed import FOREVER, Mesh
+
+        self.rank = rank
+        if threads is not None:
+            torch.set_num_threads(threads)
+        where, own = device_of(device, rank)
+        given = {"master_listen_fd": fd} if rank == 0 else {}
+        store = dist.TCPStore("127.0.0.1", port, size, rank == 0, FOREVER, wait_for_workers=False, **given)
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+        backend = "nccl" if where.type == "cuda" and own else "gloo"
+        bound = {"device_id": where} if backend == "nccl" else {}
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=FOREVER, **bound)
+        self._mesh = Mesh.of_group(device=where)
+
+    def use(self, mesh: Any) -> None:
+        """Be the rank that a mesh says, in a process that is one already."""
+        self.rank, self._mesh = mesh.rank, mesh
+
+    def do_load(self, model: str, layout: str | None, options: dict[str, Any]) -> dict[str, Any]:
+        """Load the model, as a rank of the group."""
+        from fastvid import parallel
+        from fastvid.loading import load_parts
+        from fastvid.pipeline import Pipeline
+
+        options["device"] = str(self._mesh.device)
+        asked = parallel.parse(layout).layout if layout else None
+        self._pipe = Pipeline(load_parts(model, **options, mesh=self._mesh, layout=asked), STREAMS)
+        return self._pipe.describe()
+
+    def do_start(
+        self, id: int, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool, folder: str
+    ) -> None:
+        """Open the stream of a request. folder: what paths are relative to."""
+        os.chdir(folder)
+        self._streams[id] = self._pipe._start(verb, options, keep_frames, keep_latents)
+
+    def do_resume(self, id: int, path: str, options: dict[str, Any], folder: str) -> bool:
+        """Open that of one that goes on."""
+        os.chdir(folder)
+        self._streams[id] = self._pipe.resume(path, **options)
+        return True
+
+    def do_next(self, id: int, prompt: str | None = None) -> Any:
+        """The stream's next event, or None; prompt: to show from the next window on."""
+        if prompt is not None:
+            self._streams[id].change_prompt(prompt)
+        return next(self._streams[id], None)
+
+    def do_close(self, ids: list[int]) -> None:
+        """Let go of streams."""
+        for id in ids:
+            if (stream := self._streams.pop(id, None)) is not None:
+                stream.close()
+
+    def do_call(self, name: str, given: list[Any], options: dict[str, Any]) -> Any:
+        """One of the pipeline's other methods."""
+        if name not in ("plan", "embed", "encode", "decode", "describe", "inspect", "set_loras"):
+            raise ValueError(f"{name} is nothing that a pipeline can be asked for")
+        return getattr(self._pipe, name)(*given, **options)
+
+    def do_wait(self, seconds: float) -> None:
+        """Do nothing for a while: for tests of what happens then."""
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._streams.clear()
+        if self._mesh is not None and self._mesh.size > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+
+
+def device_of(device: str | None, rank: int) -> tuple[Any, bool]:
+    """A rank's device, and whether it is its own: "cuda" (or None where there is one) is one for each rank on a host,
+    "cuda:0" the same one for all."""
+    import torch
+
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type != "cuda" or where.index is not None:
+        return where, False
+    return torch.device("cuda", rank % max(torch.cuda.device_count(), 1)), True
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
