@@ -1,11 +1,11 @@
-"""What happens when ranks die: SIGKILL of any rank at random points, SIGSTOP, SIGKILL of the program; how long it takes to
-be seen, and whether all that was promised is kept each time.
+"""What happens when ranks die: SIGKILL of any rank at random points, SIGSTOP, SIGKILL of the program; how long it takes
+to be seen, and whether all that was promised is kept each time.
 
     python benchmarks/faults.py [--kills 50] [--stops 10] [--orphans 20] [--ranks 3] [--out DIR]
 
-Each time: the caller gets WorkerFailed with the right rank and cause, within 2 s (killed) or 10 s and a bit (stopped); no
-process of the pipeline is left, and nothing in /dev/shm; the next request on the same pipeline gives the same bytes as
-before. A result is written only if every one of them was kept.
+Each time: the caller gets WorkerFailed with the right rank and cause, within 2 s (killed) or 10 s and a bit (stopped);
+no process of the pipeline is left, and nothing in /dev/shm; the next request on the same pipeline gives the same bytes
+as before. A result is written only if every one of them was kept.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 import fastvid
+from fastvid.benchmarks.harness import cpu_name, machine
 
 PROMPT = "a red circle moving right on a white background"
 SHORT = {"num_frames": 9, "num_inference_steps": 2, "seed": 5}
@@ -116,16 +117,15 @@ def main() -> None:
         times["orphans"].append(orphan(given.ranks, 1.5))
         print(f"orphans {i + 1}: workers gone after {times['orphans'][-1]:.2f} s", flush=True)
     assert shared_memory() <= before, "shared memory is left"
-    cpu = next(
-        (x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.machine()
-    )
     result = {
         "what": "seconds until a fault is seen; every promise was kept each time",
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__, "ranks": given.ranks},
+        "machine": machine(torch.device("cpu")),
+        "ranks": given.ranks,
         "faults": {kind: _summary(seconds) for kind, seconds in times.items() if seconds},
         "restart": _summary(restart),
     }
-    path = given.out / f"faults-cpu-{cpu.lower().replace(' ', '-').strip('-')}.json"
+    name = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+    path = given.out / f"faults-cpu-{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(path)
 

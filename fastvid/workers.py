@@ -105,7 +105,8 @@ class Team:
 
     def __init__(self, workers: list[Worker]) -> None:
         self.workers, self.failure = workers, None
-        self._lock, self._over, self._leaving = threading.Lock(), threading.Event(), False
+        self._lock, self._over, self._gone = threading.Lock(), threading.Event(), threading.Event()
+        self._leaving = False
 
     def watch(self, hung: float) -> None:
         """In a thread, until it is over: processes that ended, and those that are silent."""
@@ -139,12 +140,17 @@ class Team:
         self._over.set()
         for worker in self.workers:
             worker.end()
+        self._gone.set()
         for worker in self.workers:
             worker.answers.put(None)
 
     def ended(self) -> bool:
         """Whether it is over."""
         return self._over.is_set()
+
+    def gone(self, seconds: float) -> bool:
+        """Waits until all of them are gone; whether they are."""
+        return self._gone.wait(seconds)
 
 
 def _signal(number: int) -> str:
@@ -309,11 +315,7 @@ class Workers:
 
     def _why(self, team: Team, worker: Worker) -> Error:
         """The error for a worker that cannot be reached: the watch sees how it ended, or that another did before."""
-        for _ in range(20):
-            if team.ended():
-                break
-            time.sleep(LOOK)
-        else:
+        if not team.gone(20 * LOOK):
             team.fail(worker.rank, "it closed its pipe")
         return team.failure or Error("this pipeline was closed; load the model again")
 

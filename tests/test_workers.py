@@ -1,4 +1,4 @@
-"""Pipelines on several processes: what one can be asked for, and what happens when a rank dies, hangs, or is left alone.
+"""Pipelines on several processes: what they can be asked for, what happens when a rank dies, hangs or is left alone.
 Real processes, real signals.
 """
 
@@ -128,10 +128,7 @@ def test_every_verb(pipe, alone) -> None:
     video = pipe.generate(PROMPT, **SHORT)
     true = alone.generate(PROMPT, **SHORT)
     assert off(video.frames, true.frames) <= 1 and video.latents.shape == true.latents.shape
-    assert video.recipe["settings"]["parallel"] == "2" and {**video.recipe, "settings": 0} == {
-        **true.recipe,
-        "settings": 0,
-    }
+    assert video.recipe["settings"].pop("parallel") == "2" and video.recipe == true.recipe
     few, mask = {"num_inference_steps": 2, "seed": 1}, np.zeros((64, 64), bool)
     mask[:32] = True
     picture = Image.fromarray(true.frames[0])
@@ -152,7 +149,7 @@ def test_every_verb(pipe, alone) -> None:
 
 
 def test_the_other_methods(pipe, alone) -> None:
-    assert torch.equal(pipe.embed(PROMPT), alone.embed(PROMPT))
+    torch.testing.assert_close(pipe.embed(PROMPT), alone.embed(PROMPT))
     frames = np.random.default_rng(0).integers(0, 255, (5, 64, 64, 3), dtype=np.uint8)
     latents = pipe.encode(frames)
     torch.testing.assert_close(latents, alone.encode(frames))
