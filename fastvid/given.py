@@ -147,6 +147,6 @@ def encode(parts: Parts, frames: Tensor, segment: Segment) -> Tensor:
     first = step - segment.temporal + 1
     rest = frames[:, :, first:]
     for chunk in (frames[:, :, :first], *(rest.split(step, dim=2) if rest.shape[2] else ())):
-        made, cache = parts.vae.encode(chunk.to(parts.device, parts.vae_dtype), cache)
+        made, cache = parts.vae.encode(chunk.to(parts.device, parts.vae_dtype), cache, bands=parts.bands)
         latents.append(made)
     return torch.cat(latents, dim=2)

@@ -31,6 +31,7 @@ from fastvid.models.assembled import check_parts
 from fastvid.models.checkpoint import EXPERTS, build_empty, check_fill, fill, part_dtype, weigh_module
 from fastvid.models.clip import CLIPVisionEncoder
 from fastvid.models.lora import Lora, for_expert, named, read_loras, touched
+from fastvid.models.vae_bands import Bands
 from fastvid.offload import MODES, Staying, Turns, weigh
 from fastvid.ops import Ops, bind, vae_kernels
 from fastvid.parallel import agree, parse
@@ -112,15 +113,26 @@ class Parts:
         held = [p.nbytes for module in modules for p in module.parameters() if p.device.type == self.device.type]
         return sum(held)
 
+    @property
+    def bands(self) -> Bands | None:
+        """The ranks that share a frame's rows in the VAE; None on one."""
+        return Bands(self.mesh) if self.mesh.size > 1 else None
+
     def embed(self, prompt: str) -> Tensor:
-        """Text embeddings [1, L, text_dim] of one prompt."""
-        with self.encoders.use(0) as encoder:
-            return encode_prompt(encoder, self.tokenizer, [prompt]).to(self.device, self.dtype)
+        """Text embeddings [1, L, text_dim] of one prompt. Rank 0 reads it."""
+        made = None
+        if self.mesh.rank == 0:
+            with self.encoders.use(0) as encoder:
+                made = encode_prompt(encoder, self.tokenizer, [prompt]).to(self.device, self.dtype)
+        return self.mesh.broadcast(made)
 
     def look(self, pixels: Tensor) -> Tensor:
-        """What the image encoder makes of pictures [B, 3, S, S] -> [B, M, d]."""
-        with self.encoders.use(1) as encoder:
-            return encoder(pixels)
+        """What the image encoder makes of pictures [B, 3, S, S] -> [B, M, d]. Rank 0 looks at them."""
+        made = None
+        if self.mesh.rank == 0:
+            with self.encoders.use(1) as encoder:
+                made = encoder(pixels)
+        return self.mesh.broadcast(made)
 
 
 def load_parts(
@@ -158,8 +170,13 @@ def load_parts(
     # An I2V model without an image encoder (A14B) sees its picture in the latents alone.
     names = [name for name in ENCODERS if name in [part.name for part in checkpoint.parts]]
     at = where if mode == "none" else torch.device("cpu")
-    loaded = [load_part(checkpoint, name, ops, at, part_dtype(name, kind)) for name in names]
-    encoders = Staying(loaded) if mode == "none" else Turns(loaded, where, stream=mode == "blocks")
+    if mesh.rank == 0:
+        loaded = [load_part(checkpoint, name, ops, at, part_dtype(name, kind)) for name in names]
+    else:  # rank 0 reads texts and looks at pictures
+        configs = configs_of(checkpoint)
+        loaded = [build_empty(name, configs[name]).to(part_dtype(name, kind)) for name in names]
+    staying = mode == "none" or mesh.rank > 0
+    encoders = Staying(loaded) if staying else Turns(loaded, where, stream=mode == "blocks")
     vae = load_part(checkpoint, "vae", ops, where, part_dtype("vae", kind))
     if ops.bound["vae_norm_silu_conv3d"] != "reference":
         vae_kernels.channels_last(vae)  # here once, instead of in every call

@@ -38,7 +38,8 @@ def plan_request(
     free, capacity = (parallel.agree(parts.mesh, bytes) for bytes in (free, free + parts.bytes_held))
     layout = layout_of(parts, request, timeline)
     needs = Needs(parts, request, timeline, keep, sharers=layout.sequence)
-    for stripes in (n for n in plan.STRIPES if n <= needs.window.made_height // needs.window.spatial):
+    most = needs.window.made_height // needs.window.spatial if parts.mesh.size == 1 else 1  # ranks have bands instead
+    for stripes in (n for n in plan.STRIPES if n <= most):
         needs = replace(needs, stripes=stripes)
         if needs.taken(timeline.num_frames) <= capacity:
             break
@@ -50,7 +51,8 @@ def plan_request(
         plan_memory.refuse(memory, taken, capacity, shown, hint)
     # Beside each other the two take the most together, so only where that fits.
     both = memory.phases["denoising"] + cost.decoder
-    beside = decoding.worth_it(parts.device) and both <= capacity
+    # Ranks decode together, and so not beside what they denoise together: no device is free meanwhile.
+    beside = decoding.worth_it(parts.device) and both <= capacity and parts.mesh.size == 1
     config, segments, window = parts.transformer.config, timeline.segments, needs.window
     calls = [needs.calls(segment, sigmas) for segment in segments]
     work = [(each.count, (each.tokens, each.rows, config, parts.control_layers, each.keys)) for each in calls]
@@ -186,6 +188,7 @@ class Needs:
             stripes=self.stripes,
             graphs=parts.graphs is not None,
             sharers=self.sharers,
+            bands=parts.mesh.size,
         )
 
     def memory(self, cost: Cost) -> Memory:

@@ -36,9 +36,8 @@ class SourceClip:
         with ieee_fp32():
             while end < stop:
                 frames = given.pad(self.frames(*self._frames_of(end)), self.segment).transpose(0, 1)[None]
-                made, self._cache = self.parts.vae.encode(
-                    frames.to(self.parts.device, self.parts.vae_dtype), self._cache
-                )
+                frames = frames.to(self.parts.device, self.parts.vae_dtype)
+                made, self._cache = self.parts.vae.encode(frames, self._cache, bands=self.parts.bands)
                 self.head = made[:, :, :1] if self.head is None else self.head
                 self._encoded = made if self._encoded is None else torch.cat((self._encoded, made), dim=2)
                 end += made.shape[2]

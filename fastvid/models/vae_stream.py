@@ -5,7 +5,7 @@ memory for a stripe instead of a frame. Rows are streamed as time is: a layer ma
 need for the stripe's result, and holds on to those of its input that the next stripe sees too. So nothing is computed
 twice, and early layers run ahead by what later ones see below them; a stripe may leave nothing for them to do.
 
-A decoder over several devices would hand the same layers the same `Window`s, its edges filled by neighbours.
+Over several ranks (vae_bands.py) the same layers get the same `Window`s, their edges filled by neighbours.
 
 Shapes: B batch, C channels, T frames, R rows, W width.
 """
@@ -71,9 +71,17 @@ class Stream:
         self._rows = slice(None), slice(None)
         self._planning = False
 
+    def begin(self, x: Tensor) -> None:
+        """The walk is at x [B, C, T, R, W]."""
+        self.height = x.shape[3]
+
+    def whole(self, x: Tensor, dim: int) -> Tensor:
+        """All of what x is this rank's part of, along a dimension in which rows lie one after the other."""
+        return x
+
     def in_stripes(self, layers: Layers, x: Tensor, count: int) -> Tensor:
         """layers(x, self) for x [B, C, T, R, W], its result made in `count` parts of as many rows."""
-        self.height = x.shape[3]
+        self.begin(x)
         if count == 1:
             return layers(x, self)
         start = self._layer, self._place, self.height

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
 from fastvid.models.configs import read_vae_config
-from fastvid.models.vae_stream import Cache, Stream, Window, check_stripes, nothing
+from fastvid.models.vae_bands import Band, Bands, band_of, stream_of
+from fastvid.models.vae_stream import Cache, Stream, Window, nothing
 from fastvid.ops import reference, vae
 
 if TYPE_CHECKING:
@@ -171,11 +172,11 @@ class SpatialAttention(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
         b, c, t, h, w = x.shape
         frames = x.transpose(1, 2).reshape(b * t, c, h, w)
         qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)[:, None]
-        q, k, v = qkv.chunk(3, dim=-1)
+        q, k, v = qkv[..., :c], *stream.whole(qkv[..., c:], 2).chunk(2, dim=-1)
         out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(b * t, c, h, w)
         return x + self.proj(out).reshape(b, t, c, h, w).transpose(1, 2)
 
@@ -187,7 +188,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([SpatialAttention(channels, ops)])
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, stream))
+        x = self.attentions[0](self.resnets[0](x, stream), stream)
         return self.resnets[1](x, stream)
 
 
@@ -341,7 +342,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream, stripes: int = 1, rgb: bool = False) -> Tensor:
         """Frames, or with `rgb` their 8-bit values."""
-        stream.height = x.shape[3]
+        stream.begin(x)
         x = self.mid_block(self.conv_in(x, stream), stream)
         return stream.in_stripes(self._up_to_rgb if rgb else self._up, x, stripes)
 
@@ -379,7 +380,12 @@ class WanVAE(nn.Module):
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
     def encode(
-        self, frames: Tensor, cache: Cache | None = None, stripes: int = 1, reuse_cache: bool = False
+        self,
+        frames: Tensor,
+        cache: Cache | None = None,
+        stripes: int = 1,
+        reuse_cache: bool = False,
+        bands: Bands | None = None,
     ) -> tuple[Tensor, Cache]:
         """Encodes the next frames of a stream to the mean of their latents.
 
@@ -391,6 +397,8 @@ class WanVAE(nn.Module):
                 change. Any number for any chunk of a stream.
             reuse_cache: the given cache's memory becomes that of the new cache, so that there is only one; the given
                 one is worthless then.
+            bands: ranks that share the rows; all of them call this alike, with stripes of 1, and each gets the whole
+                result and a cache of its own part.
 
         Returns:
             Normalised latents [B, C, T, H/8, W/8] and the cache for the next chunk.
@@ -399,18 +407,31 @@ class WanVAE(nn.Module):
             ValueError: a size, a number of frames or of stripes that the network cannot take.
         """
         self._check_frames(frames, first=cache is None)
-        check_stripes(stripes, frames.shape[3] // self.config.spatial_scale)
-        latents = []
-        for part in self._steps(frames, first=cache is None):
-            stream, cache = Stream(cache, reuse_cache), None
+        scale, rows = self.config.spatial_scale, frames.shape[3] // self.config.spatial_scale
+        band = band_of(bands, rows, stripes)
+        latents, first = [], cache is None
+        for part in self._steps(frames, first):
+            if band is not None and not band.rows:
+                count = (part.shape[2] + self.config.temporal_scale - 1) // self.config.temporal_scale
+                latents.append(part.new_empty(len(part), self.config.z_dim, count, 0, frames.shape[4] // scale))
+                cache = ()
+                continue
+            stream, cache = stream_of(cache, reuse_cache, band), None
+            part = part if band is None else band.cut(part, scale)
             moments = self.quant_conv(self.encoder(part, stream, stripes), stream)
             latents.append(moments[:, : self.config.z_dim])
             cache, reuse_cache = stream.cache(), True
         mean, std = self._statistics(frames)
-        return (torch.cat(latents, dim=2) - mean) / std, cache
+        made = (torch.cat(latents, dim=2) - mean) / std
+        return made if band is None else band.join(made, 3), cache
 
     def decode(
-        self, latents: Tensor, cache: Cache | None = None, stripes: int = 1, reuse_cache: bool = False
+        self,
+        latents: Tensor,
+        cache: Cache | None = None,
+        stripes: int = 1,
+        reuse_cache: bool = False,
+        bands: Bands | None = None,
     ) -> tuple[Tensor, Cache]:
         """Decodes the next latents of a stream.
 
@@ -418,7 +439,7 @@ class WanVAE(nn.Module):
             latents: normalised, [B, C, T, h, w], any T >= 1.
             cache: what the previous call returned, None at the start of a stream.
             stripes: in how many parts the rows are worked on, 1 to h; see encode.
-            reuse_cache: see encode.
+            reuse_cache, bands: see encode.
 
         Returns:
             Frames [B, 3, F, 8h, 8w] clamped to [-1, 1], F = 4T - 3 at the start of a stream and 4T afterwards,
@@ -427,32 +448,55 @@ class WanVAE(nn.Module):
         Raises:
             ValueError: a number of stripes that the network cannot take.
         """
-        frames, cache = self.decode_raw(latents, cache, stripes, reuse_cache)
+        frames, cache = self.decode_raw(latents, cache, stripes, reuse_cache, bands)
         return frames.clamp(-1.0, 1.0), cache
 
     def decode_raw(
-        self, latents: Tensor, cache: Cache | None = None, stripes: int = 1, reuse_cache: bool = False
+        self,
+        latents: Tensor,
+        cache: Cache | None = None,
+        stripes: int = 1,
+        reuse_cache: bool = False,
+        bands: Bands | None = None,
     ) -> tuple[Tensor, Cache]:
         """`decode` before the clamp: what training needs, since a clamp has no gradient outside."""
-        return self._decode(self.decoder, latents, cache, stripes, reuse_cache)
+        band = band_of(bands, latents.shape[3], stripes)
+        frames, cache = self._decode(self.decoder, latents, cache, stripes, reuse_cache, band)
+        return frames if band is None else band.join(frames, 3, self.config.spatial_scale), cache
 
     def decode_rgb(
-        self, latents: Tensor, cache: Cache | None = None, stripes: int = 1, reuse_cache: bool = False
+        self,
+        latents: Tensor,
+        cache: Cache | None = None,
+        stripes: int = 1,
+        reuse_cache: bool = False,
+        bands: Bands | None = None,
     ) -> tuple[Tensor, Cache]:
         """`decode` to 8-bit RGB, uint8 [B, F, 8h, 8w, 3]: what ops.to_rgb makes of the frames."""
-        make = partial(self.decoder, rgb=True)
-        frames, cache = self._decode(make, latents, cache, stripes, reuse_cache)
-        return frames.permute(0, 2, 3, 4, 1), cache
+        band = band_of(bands, latents.shape[3], stripes)
+        frames, cache = self._decode(partial(self.decoder, rgb=True), latents, cache, stripes, reuse_cache, band)
+        frames = frames.permute(0, 2, 3, 4, 1).to(torch.uint8)  # of a rank that holds no rows there are none
+        return frames if band is None else band.join(frames, 2, self.config.spatial_scale), cache
 
     def _decode(
-        self, decoder: Callable[..., Tensor], latents: Tensor, cache: Cache | None, stripes: int, reuse_cache: bool
+        self,
+        decoder: Callable[..., Tensor],
+        latents: Tensor,
+        cache: Cache | None,
+        stripes: int,
+        reuse_cache: bool,
+        band: Band | None,
     ) -> tuple[Tensor, Cache]:
-        check_stripes(stripes, latents.shape[3])
+        """What `decoder` makes of the latents; of a rank's rows, its rows of that."""
         mean, std = self._statistics(latents)
-        pixels = latents[:, 0, 0].numel() * self.config.spatial_scale**2
-        frames = []
-        for part in latents.split(self._latents_at_once(latents, pixels), dim=2):
-            stream, cache = Stream(cache, reuse_cache), None
+        scale = self.config.spatial_scale
+        at_once = self._latents_at_once(latents, latents[:, 0, 0].numel() * scale**2)
+        if band is not None and not band.rows:
+            count = self.config.temporal_scale * latents.shape[2] - (cache is None) * (self.config.temporal_scale - 1)
+            return latents.new_empty(len(latents), 3, count, 0, latents.shape[4] * scale), ()
+        latents, frames = latents if band is None else band.cut(latents), []
+        for part in latents.split(at_once, dim=2):
+            stream, cache = stream_of(cache, reuse_cache, band), None
             frames.append(decoder(self.post_quant_conv(part * std + mean, stream), stream, stripes))
             cache, reuse_cache = stream.cache(), True
         return torch.cat(frames, dim=2), cache

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
 from fastvid.models.configs import read_vae_config
+from fastvid.models.vae_bands import Bands, band_of
 from fastvid.models.vae_stream import Cache, Stream
 from fastvid.models.wan_vae import (
     Decoder,
@@ -251,8 +252,18 @@ class WanVAE22(WanVAE):
     encoder_type, decoder_type = PatchEncoder, PatchDecoder
 
     def decode_rgb(
-        self, latents: Tensor, cache: Cache | None = None, stripes: int = 1, reuse_cache: bool = False
+        self,
+        latents: Tensor,
+        cache: Cache | None = None,
+        stripes: int = 1,
+        reuse_cache: bool = False,
+        bands: Bands | None = None,
     ) -> tuple[Tensor, Cache]:
         """See WanVAE.decode_rgb. The last convolution makes patches, whose bytes are not yet in their order."""
-        frames, cache = self.decode(latents, cache, stripes, reuse_cache)
-        return torch.stack([self.ops.to_rgb(one) for one in frames]), cache
+        band = band_of(bands, latents.shape[3], stripes)
+        frames, cache = self._decode(self.decoder, latents, cache, stripes, reuse_cache, band)
+        if frames.shape[3]:
+            made = torch.stack([self.ops.to_rgb(one) for one in frames])
+        else:  # a rank that holds no rows
+            made = frames.permute(0, 2, 3, 4, 1).to(torch.uint8)
+        return made if band is None else band.join(made, 2, self.config.spatial_scale), cache

@@ -1,0 +1,151 @@
+"""The video compression networks over several ranks: each holds a band of rows and computes that band of every layer.
+
+Before a layer that sees rows above or below its own, neighbours hand each other those rows, and no more, so that the
+result is that of one rank. What a layer remembers of earlier frames (its cache) is of its own band, with the rows that
+neighbours gave. The middle block looks at whole frames: there queries stay and keys and values are gathered.
+
+Shapes: B batch, C channels, T frames, R rows of a band, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvid.distributed import Mesh, shares, starts
+from fastvid.models.vae_stream import Cache, Layers, Stream, Window, check_stripes
+
+
+@dataclass(frozen=True)
+class Bands:
+    """All ranks of a mesh, from the top of a frame to its bottom. Where there are fewer rows of latents than ranks, the
+    last ones hold none, and only receive."""
+
+    mesh: Mesh
+
+    def of(self, rows: int) -> Band:
+        """This rank's part of so many rows of latents."""
+        return Band(self.mesh, shares(rows, self.mesh.size))
+
+
+@dataclass(frozen=True)
+class Band:
+    """This rank's part of a frame: sizes, rows of latents that each rank holds."""
+
+    mesh: Mesh
+    sizes: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Of latents, here."""
+        return self.sizes[self.mesh.rank]
+
+    def cut(self, x: Tensor, scale: int = 1) -> Tensor:
+        """This rank's rows of x [B, C, T, H, W], with `scale` rows for each of the latents'."""
+        begin, end = starts(self.sizes)[self.mesh.rank : self.mesh.rank + 2]
+        return x[:, :, :, begin * scale : end * scale]
+
+    def join(self, x: Tensor, dim: int, scale: int = 1) -> Tensor:
+        """The bands of all ranks, one below the other along a dimension, on all of them."""
+        return self.mesh.gather(x, [size * scale for size in self.sizes], dim)
+
+    @property
+    def neighbours(self) -> tuple[int | None, int | None]:
+        """The ranks above and below, where there are any."""
+        rank = self.mesh.rank
+        return rank - 1 if rank > 0 else None, rank + 1 if rank + 1 < self.holders else None
+
+    @property
+    def holders(self) -> int:
+        """How many ranks hold rows: the first so many."""
+        return sum(size > 0 for size in self.sizes)
+
+    def extended(self, x: Tensor, above: int, below: int) -> tuple[Tensor, tuple[int, int]]:
+        """x [B, C, T, R, W] with so many rows of its neighbours above and below it, and how many there were."""
+        up, down = self.neighbours
+        rows = x.shape[3]
+        sends = [(up, _packed(x[:, :, :, :below]))] if up is not None and below else []
+        sends += [(down, _packed(x[:, :, :, rows - above :]))] if down is not None and above else []
+        top = _room(x, above) if up is not None and above else None
+        bottom = _room(x, below) if down is not None and below else None
+        receives = [(rank, part) for rank, part in ((up, top), (down, bottom)) if part is not None]
+        if not sends and not receives:
+            return x, (0, 0)
+        self.mesh.exchange(sends, receives).wait()
+        parts = [x if part is x else _unpacked(x, part) for part in (top, x, bottom) if part is not None]
+        return torch.cat(parts, dim=3), (0 if top is None else above, 0 if bottom is None else below)
+
+
+class BandStream(Stream):
+    """A Stream whose rows are a rank's band: what a layer sees beyond them comes from the neighbours."""
+
+    def __init__(self, cache: Cache | None, band: Band) -> None:
+        super().__init__(cache)
+        self._band = band
+
+    def begin(self, x: Tensor) -> None:
+        """See Stream.begin: the height is that of the whole frame."""
+        self.height = x.shape[3] // self._band.rows * sum(self._band.sizes)
+
+    def in_stripes(self, layers: Layers, x: Tensor, count: int) -> Tensor:
+        """layers(x, self): a band is not divided further."""
+        assert count == 1, count
+        self.begin(x)
+        return layers(x, self)
+
+    def window(self, x: Tensor, above: int = 0, below: int = 0, grain: int = 1, cached: bool = False) -> Window:
+        """All rows of the band and those beyond it that are seen. A band begins and ends where a latent's row does, and
+        so at a multiple of every grain that has to be met."""
+        past = None
+        if cached:
+            layer, self._layer = self._layer, self._layer + 1
+            self._next.append(None)
+            if not self.first:
+                past, self._past[layer] = self._past[layer], None
+        x, edges = self._band.extended(x, above, below)
+        return Window(x, past, edges)
+
+    def delay(self, x: Tensor, rows: int) -> Tensor:
+        """x: nothing runs ahead."""
+        return x
+
+    def keep(self, frames: Tensor) -> None:
+        """See Stream.keep: with the rows that neighbours gave, so that they need not give them again."""
+        alone = frames.untyped_storage().nbytes() == frames.nbytes
+        self._next[self._layer - 1] = frames if alone else frames.clone()
+
+    def whole(self, x: Tensor, dim: int) -> Tensor:
+        """See Stream.whole."""
+        each, band = x.shape[dim] // self._band.rows, self._band
+        return band.mesh.gather(x, [rows * each for rows in band.sizes if rows], dim, range(band.holders))
+
+
+def _packed(rows: Tensor) -> Tensor:
+    """Rows in the order in which x's memory has them, so that channels-last ones stay so."""
+    return (rows.permute(0, 2, 3, 4, 1) if rows.stride(1) == 1 else rows).contiguous()
+
+
+def _room(x: Tensor, rows: int) -> Tensor:
+    B, C, T, _, W = x.shape
+    return x.new_empty((B, T, rows, W, C) if x.stride(1) == 1 else (B, C, T, rows, W))
+
+
+def _unpacked(x: Tensor, rows: Tensor) -> Tensor:
+    return rows.permute(0, 4, 1, 2, 3) if x.stride(1) == 1 else rows
+
+
+def band_of(bands: Bands | None, rows: int, stripes: int) -> Band | None:
+    """This rank's part of a frame with so many rows of latents, if ranks share it. Raises ValueError."""
+    check_stripes(stripes, rows)
+    if bands is None:
+        return None
+    if stripes != 1:
+        raise ValueError(f"stripes is {stripes}; ranks that share a frame's rows take 1")
+    return bands.of(rows)
+
+
+def stream_of(cache: Cache | None, reuse: bool, band: Band | None) -> Stream:
+    """The walk through a network that goes on from a cache."""
+    return Stream(cache, reuse) if band is None else BandStream(cache, band)
