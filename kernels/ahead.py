@@ -62,16 +62,29 @@ class Resources:
 
 def compile_ahead(variant: Variant, arch: int) -> Resources:
     """Compile for sm_<arch>. Raises what Triton raises."""
+    compiled = _compiled(variant, arch)
+    registers, spilled = _usage(compiled.asm["cubin"])
+    units = tuple(name for name, pattern in UNITS.items() if re.search(pattern, compiled.asm["ptx"]))
+    return Resources(registers, spilled, compiled.metadata.shared, units)
+
+
+def machine_code(variant: Variant, arch: int) -> str:
+    """What a variant is for sm_<arch>, as nvdisasm writes it: one instruction a line. Raises what Triton raises."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(_compiled(variant, arch).asm["cubin"])
+        file.flush()
+        return subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _compiled(variant: Variant, arch: int) -> Any:
     names = variant.kernel.arg_names
     if set(names) != {*variant.types, *variant.constants}:
         raise ValueError(f"{variant.name}: types and constants do not name the arguments {names}")
     signature = {name: variant.types.get(name, "constexpr") for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
     source = ASTSource(variant.kernel, signature, constexprs=dict(variant.constants), attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(variant.options))
-    registers, spilled = _usage(compiled.asm["cubin"])
-    units = tuple(name for name, pattern in UNITS.items() if re.search(pattern, compiled.asm["ptx"]))
-    return Resources(registers, spilled, compiled.metadata.shared, units)
+    options = {"enable_fp_fusion": True, **variant.options}  # as the launchers ask for, whatever this Triton's default
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -79,7 +92,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_cuobjdump(), "--dump-resource-usage", file.name]
+        command = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
@@ -88,8 +101,8 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 @functools.cache
-def _cuobjdump() -> str:
+def _tool(name: str) -> str:
     """Triton's own, which its wheel brings."""
     import triton.backends.nvidia
 
-    return str(Path(triton.backends.nvidia.__file__).with_name("bin") / "cuobjdump")
+    return str(Path(triton.backends.nvidia.__file__).with_name("bin") / name)

@@ -313,7 +313,7 @@ def head(
     P = weight.shape[0]
     p1, p2 = power_of_2_parts(P)
     sizes = (d, P, channels, *grid[1:], eps, *strides)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
     tile = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "P1": p1, "P2": p2, **options}
     tensors = (x, shift, scale, index, weight, bias, out)
     with torch.cuda.device_of(x):  # the device guard; nothing for the interpreter's CPU tensors

@@ -193,12 +193,13 @@ def linear(
             w_desc = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k])
             out_desc = TensorDescriptor.from_tensor(out, [config.block_m, config.block_n // config.parts])
             grid = (min(tiles, processors(x.device)),)
-            more = {"PARTS": config.parts, "SPECIALIZE": config.specialize}
+            more = {"PARTS": config.parts, "SPECIALIZE": config.specialize, "enable_fp_fusion": True}
             linear_tma_kernel[grid](x_desc, w_desc, bias, out_desc, M, N, K, GELU=gelu, **blocks, **more)
         else:
             strides = (*x.stride(), *weight.stride(), out.stride(0))
             even = K % config.block_k == 0
-            linear_kernel[(tiles,)](x, weight, bias, out, M, N, K, *strides, GELU=gelu, EVEN_K=even, **blocks)
+            more = {"EVEN_K": even, "enable_fp_fusion": True}
+            linear_kernel[(tiles,)](x, weight, bias, out, M, N, K, *strides, GELU=gelu, **blocks, **more)
 
 
 def _described(tensor: Tensor) -> bool:

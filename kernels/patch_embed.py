@@ -240,7 +240,7 @@ def patch_embed(
         patch_embed_kernel[(blocks, triton.cdiv(tiles, tiles_each))](
             latents, known, weight, bias, out, B * tokens_each, tokens_each, *grid[1:], d, K, C, channels - C,
             tiles_each, *strides, pt, ph, pw, k1, k2, block_k, config.block_m, config.block_n, num_warps=config.warps,
-            num_stages=config.stages,
+            num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -116,5 +116,6 @@ def to_rgb(frames: Tensor, out: Tensor) -> None:
     col_blocks = triton.cdiv(W, BLOCK * group)
     with torch.cuda.device_of(frames):  # the device guard; nothing for the interpreter's CPU tensors
         rgb_kernel[(T * H * col_blocks,)](
-            frames, out, H, W, col_blocks, stride_c, stride_t, stride_h, stride_w, BLOCK, group
+            *(frames, out, H, W, col_blocks, stride_c, stride_t, stride_h, stride_w, BLOCK, group),
+            enable_fp_fusion=True,
         )

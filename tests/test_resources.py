@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import resources
 
-from fastvid.kernels.ahead import Resources, compile_ahead
+from fastvid.kernels.ahead import Resources, compile_ahead, machine_code
 
 FILES = resources.files()
 
@@ -55,3 +56,12 @@ def test_a_variant_names_every_argument() -> None:
     variant = FILES["rgb"][0]
     with pytest.raises(ValueError, match="do not name"):
         compile_ahead(replace(variant, constants={}), 90)
+
+
+def test_bytes_are_rounded_by_an_addition_alone() -> None:
+    """Frames become bytes by adding 1.5 * 2^23: with the product before it fused into that, others would come out."""
+    to_bytes = [*FILES["rgb"], next(v for v in FILES["vae_conv"] if "rgb" in v.name)]
+    for variant, arch in [(variant, arch) for variant in to_bytes for arch in (80, 90)]:
+        lines = [line for line in machine_code(variant, arch).splitlines() if "12582912" in line]
+        found = {name for line in lines for name in re.findall(r"\b(?:FADD|FFMA|FMUL|HFMA2|HADD2)\b", line)}
+        assert found == {"FADD"}, (variant.name, arch, lines[:3])
