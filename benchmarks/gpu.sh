@@ -62,6 +62,10 @@ case $part in
         ;;
     e2e)
         for name in "${@:-e2e}"; do run "$name"; done
+        # What a denoising step runs and copies: half a minute.
+        if [ -n "${ALL:-}" ] || ! compgen -G "$OUT/profile-step-nvidia*.json" > /dev/null; then
+            timeout 120 "$python" benchmarks/profile_step.py --device cuda || failed=1
+        fi
         ;;
     *)
         sed -n '2,11s/^# \{0,1\}//p' "$0" >&2

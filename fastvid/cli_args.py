@@ -210,7 +210,7 @@ def _plan(verb: str) -> Parser:
     )
     group.add_argument("--measure", action="store_true", help="measure this machine's rates again (about 2 s)")
     _add_request(parser, verb)
-    _add_model(parser, "; or a published model by name, such as wan2.1-t2v-14b", loads=False)
+    _add_model(parser, "; or a published model by name, such as wan2.1-t2v-14b")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -246,7 +246,7 @@ def _add_request(parser: Parser, verb: str) -> None:
             group.add_argument(flag.name, dest=name, help=flag.verbs.get(verb, flag.help), **flag.options)
 
 
-def _add_model(parser: Parser, also: str = "", loads: bool = True) -> None:
+def _add_model(parser: Parser, also: str = "") -> None:
     add = parser.add_argument_group("the model and where it runs").add_argument
     add("--model", metavar="MODEL", help=f"embedded, a folder, a file, or a hub id (default: embedded){also}")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -266,12 +266,11 @@ def _add_model(parser: Parser, also: str = "", loads: bool = True) -> None:
         help="processes that make the video together, a GPU each: a number, auto (all that there are), or how they "
         "share it, such as guidance=2,ulysses=4 (default: 1)",
     )
-    if loads:
-        add(
-            "--cuda-graphs",
-            action=argparse.BooleanOptionalAction,
-            help="replay the transformer's calls as CUDA graphs, captured once a shape (default: auto)",
-        )
+    add(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="replay the transformer's calls as CUDA graphs, captured once a shape (default: auto)",
+    )
     _add_files(parser)
 
 

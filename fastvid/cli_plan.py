@@ -15,6 +15,7 @@ PARTS = {
     "text's keys and values": "bytes_context",
     "latents": "bytes_latents",
     "frames": "bytes_frames",
+    "CUDA graphs": "bytes_graphs",
 }
 
 

@@ -148,7 +148,7 @@ def load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[st
     chosen = {name: getattr(flags, name) or made_with.get(name) or getattr(here, name) for name in LOAD_FLAGS}
     chosen["loras"] = settings.get("loras") if flags.lora is None else flags.lora
     chosen["offload"] = flags.offload  # of this machine alone, as graphs are: the video is the same
-    chosen["cuda_graphs"] = getattr(flags, "cuda_graphs", None)
+    chosen["cuda_graphs"] = flags.cuda_graphs
     chosen["parallel"] = flags.parallel
     # Of another model, what the recipe's was made of says nothing.
     chosen["parts"] = dict(flags.part) if flags.part else None if flags.model else settings.get("parts")

@@ -177,6 +177,9 @@ def _with(shape: Any, tensors: Iterator[Tensor]) -> Any:
 # ---------------------------------------------------------------- the choice
 
 
+PLANNED = object()  # stands for graphs of a model that has no weights
+
+
 def check(asked: Any) -> Any:
     """What was asked for: "auto", True or False. Raises InvalidRequest for anything else."""
     if asked != "auto" and not isinstance(asked, bool):
@@ -185,20 +188,26 @@ def check(asked: Any) -> Any:
 
 
 def choose(asked: Any, device: torch.device, stays: bool, caches: bool, ranks: int = 1) -> tuple[Graphs | None, str]:
-    """(graphs or None, why) for a model. stays: its weights stay on the device; caches: it is called with a KV cache;
-    ranks: that share its tokens.
+    """(graphs or None, why) for a model; see `wanted`."""
+    want, why = wanted(asked, device, stays, caches, ranks)
+    return Graphs(CudaCapture(device)) if want else None, why
+
+
+def wanted(asked: Any, device: torch.device, stays: bool, caches: bool, ranks: int = 1) -> tuple[bool, str]:
+    """Whether a model's calls are to be replayed, and why. stays: its weights stay on the device; caches: it is called
+    with a KV cache; ranks: that share its tokens.
 
     Asked for with True it works or raises: BackendUnavailable without a CUDA device, InvalidRequest where graphs would
     have nothing to do. "auto" waits for committed GPU results, as it does with kernels.
     """
     if check(asked) is False:
-        return None, "off: asked for"
+        return False, "off: asked for"
     if device.type != "cuda":
         if asked is True:
             raise BackendUnavailable(f"cuda_graphs=True needs a CUDA device, not {str(device)!r}; 'auto' always runs")
-        return None, f"off: {device.type}"
+        return False, f"off: {device.type}"
     if asked == "auto":
-        return None, "off: no committed GPU result"
+        return False, "off: no committed GPU result"
     if caches:
         raise InvalidRequest("cuda_graphs=True: this model's KV cache changes with every call; leave it at 'auto'")
     if ranks > 1:
@@ -210,4 +219,4 @@ def choose(asked: Any, device: torch.device, stays: bool, caches: bool, ranks: i
             "cuda_graphs=True: weights that are offloaded have no fixed place; with it goes offload='none', or leave "
             "cuda_graphs at 'auto'"
         )
-    return Graphs(CudaCapture(device)), "on: asked for"
+    return True, "on: asked for"

@@ -77,7 +77,7 @@ class Parts:
     encoders: Staying | Turns | None = None
     sizes: Sizes | None = None
     sources: tuple[tuple[str, str], ...] = ()
-    graphs: graphs.Graphs | None = None
+    graphs: Any = None
     graphs_why: str = ""
     mesh: Mesh = field(default_factory=Mesh)
     layout: Layout | None = None
@@ -245,6 +245,7 @@ def outline(
     offload: str = "auto",
     parts: Mapping[str, str | Path] | None = None,
     parallel: Any = None,
+    cuda_graphs: str | bool = "auto",
     free: int | None = None,
 ) -> Parts:
     """What `load_parts` would make, with modules that have no weights: enough to plan with, and for nothing else.
@@ -279,7 +280,10 @@ def outline(
         offload=mode,
         sizes=Sizes(tuple(weighed[name] for name in names), weighed["text_encoder"], weighed["vae"].total, image),
     )
-    return replace(made, loras=named(merging), mesh=Mesh(size=ranks.ranks or 1), layout=ranks.layout)
+    made = replace(made, loras=named(merging), mesh=Mesh(size=ranks.ranks or 1), layout=ranks.layout)
+    stays, caches = mode == "none" or (mode == "text" and len(names) == 1), recipe.rollout is not None
+    want, why = graphs.wanted(cuda_graphs, where, stays, caches, made.mesh.size)
+    return replace(made, graphs=graphs.PLANNED if want else None, graphs_why=why)
 
 
 def _describe(

@@ -61,7 +61,8 @@ def blueprint(
         model: as `load` takes it, but nothing is downloaded; or the name of a published model, such as
             "wan2.1-t2v-14b", without any files.
         device_memory: bytes, of a card that is not here; all but 1 GiB of it, for CUDA itself, can be taken.
-        options: device, dtype, backend, attention, loras, offload, parts and parallel, as `load` takes them.
+        options: device, dtype, backend, attention, loras, offload, parts, parallel and cuda_graphs, as `load` takes
+            them.
 
     Raises as `load` does.
     """

@@ -40,6 +40,7 @@ class Plan:
     decode_chunk: latent frames decoded at a time; decode_beside: while later ones are denoised.
     flops_attention: of flops_denoise. seconds, seconds_parts: how long it takes, estimated, and what of it; None and
     empty where no estimate was asked for. parallel: how ranks share it, empty on one.
+    bytes_graphs: of buffers that replayed calls have for themselves.
     """
 
     height: int
@@ -78,6 +79,7 @@ class Plan:
     seconds: float | None = None
     seconds_parts: Mapping[str, float] = field(default_factory=dict)
     parallel: str = ""
+    bytes_graphs: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

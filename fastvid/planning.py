@@ -94,6 +94,7 @@ def plan_request(
         seconds=sum(seconds.values()) if seconds else None,
         seconds_parts=seconds,
         parallel=str(layout) if layout.size > 1 else "",
+        bytes_graphs=cost.graphs,
     )
     return made, layout
 

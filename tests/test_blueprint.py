@@ -174,3 +174,13 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 )
 def test_sizes(count: int, text: str) -> None:
     assert cli_plan.size(count) == text
+
+
+def test_graphs_are_planned_for() -> None:
+    given = {"device_memory": 80 * 2**30, "dtype": "bfloat16"}
+    plain = fastvid.blueprint("wan2.1-t2v-1.3b", **given).plan(num_frames=17)
+    graphs = fastvid.blueprint("wan2.1-t2v-1.3b", **given, cuda_graphs=True).plan(num_frames=17)
+    assert plain.bytes_graphs == 0 and graphs.bytes_graphs > graphs.bytes_activations
+    assert graphs.bytes_device >= plain.bytes_device + graphs.bytes_activations
+    with pytest.raises(fastvid.BackendUnavailable, match="needs a CUDA device"):
+        fastvid.blueprint("embedded", device="cpu", cuda_graphs=True)

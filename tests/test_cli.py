@@ -89,6 +89,12 @@ class FakePipe:
         self.loaded.append((model, kwargs))
         return self
 
+    def __enter__(self) -> FakePipe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
     def stream(
         self, prompt: str | None = None, *, verb: str = "generate", keep_latents: bool = True, **kwargs: Any
     ) -> Iterator[Any]:
@@ -119,10 +125,10 @@ class FakePipe:
 @pytest.fixture(autouse=True)
 def pipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipe:
     made = FakePipe()
-    fake = types.ModuleType("fastvid.pipeline")
+    fake = types.ModuleType("fastvid.opening")
     fake.load, fake.inspect = made.load, made.inspect  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fastvid.pipeline", fake)
-    monkeypatch.setattr("fastvid.pipeline", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "fastvid.opening", fake)
+    monkeypatch.setattr("fastvid.opening", fake, raising=False)
     for name in [name for name in os.environ if name.startswith("FASTVID_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -221,6 +227,8 @@ def test_every_flag_reaches_the_request(capsys: pytest.CaptureFixture[str], pipe
         "--attention",
         "sdpa",
         "--cuda-graphs",
+        "--gpus",
+        "2",
         "--json",
         "--quiet",
     )
@@ -229,6 +237,7 @@ def test_every_flag_reaches_the_request(capsys: pytest.CaptureFixture[str], pipe
     expected |= {"guidance_scale": 1.5, "flow_shift": 8.0, "negative_prompt": "bad", "solver": "euler", "prompt": "p"}
     assert status == 0 and err == "" and {name: made["recipe"][name] for name in expected} == expected
     loaded = {"device": "cpu", "dtype": "float16", "backend": "reference", "attention": "sdpa", "cuda_graphs": True}
+    loaded |= {"parallel": "2"}
     assert pipe.loaded == [("folder", loaded)]
 
 
@@ -419,7 +428,7 @@ def test_a_signal_is_an_interruption(capsys: pytest.CaptureFixture[str], pipe: F
         time.sleep(30)
         return pipe
 
-    sys.modules["fastvid.pipeline"].load = load  # type: ignore[attr-defined]
+    sys.modules["fastvid.opening"].load = load  # type: ignore[attr-defined]
     start = time.monotonic()
     assert "interrupted" in failed(capsys, 130, "generate", "p", "-o", "out.mp4", "--quiet")
     assert time.monotonic() - start < 20 and signal.getsignal(signal.SIGTERM) is before
