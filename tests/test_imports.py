@@ -72,6 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "verbs": SURFACE | {"conditions"},
     "rates": MIDDLE | {"doctor"},
     "estimate": MIDDLE | {"rates"},
+    "scaling": MODELS | {"parallel"},
     "planning": SURFACE | {"conditions", "decoding", "estimate", "parallel", "plan_memory", "rates", "windows"},
     "prompts": BASE | {"env", "requests"},
     "preparing": SURFACE | {"control", "inputs", "parallel", "planning", "rates", "session", "verbs"},
