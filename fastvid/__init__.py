@@ -17,6 +17,7 @@ from fastvid.errors import (
     InvalidRequest,
     MediaError,
     OutOfMemory,
+    PoolFull,
     PromptError,
     WorkerFailed,
 )
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fastvid.events import Finished, Frames, Started, Step
     from fastvid.opening import blueprint, load
     from fastvid.pipeline import Pipeline
+    from fastvid.pool import Pool
     from fastvid.requests import Request
     from fastvid.video import Video
 
@@ -42,6 +44,8 @@ __all__ = [
     "MediaError",
     "OutOfMemory",
     "Pipeline",
+    "Pool",
+    "PoolFull",
     "PromptError",
     "Request",
     "Started",
@@ -57,6 +61,7 @@ _LAZY = {
     "Finished": "fastvid.events",
     "Frames": "fastvid.events",
     "Pipeline": "fastvid.pipeline",
+    "Pool": "fastvid.pool",
     "Request": "fastvid.requests",
     "Started": "fastvid.events",
     "Step": "fastvid.events",

@@ -35,6 +35,10 @@ class PromptError(Error):
     """A prompt could not be expanded: the endpoint is unreachable, refuses, or does not answer with a prompt."""
 
 
+class PoolFull(Error):
+    """As many jobs wait in a pool as may; the message says how many."""
+
+
 class WorkerFailed(Error):
     """A worker process of a pipeline on several ranks has died or hangs. All its workers are stopped; the next request
     starts new ones.

@@ -72,6 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "verbs": SURFACE | {"conditions"},
     "rates": MIDDLE | {"doctor"},
     "estimate": MIDDLE | {"rates"},
+    "pool": SURFACE | {"parallel", "wire", "workers"},
     "scaling": MODELS | {"parallel"},
     "planning": SURFACE | {"conditions", "decoding", "estimate", "parallel", "plan_memory", "rates", "windows"},
     "prompts": BASE | {"env", "requests"},
@@ -85,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
     "remote": SURFACE | {"parallel", "peers", "pipeline", "prompts", "queueing", "switching", "workers"},
     "opening": SURFACE | {"parallel", "pipeline", "queueing", "remote"},
     "cli": SURFACE | {"checkpoints", "inputs", "opening", "progress"},
-    "__init__": {"clips", "errors", "events", "opening", "pipeline", "requests", "video"},
+    "__init__": {"clips", "errors", "events", "opening", "pipeline", "pool", "requests", "video"},
     "__main__": {"cli"},
 }
 
