@@ -26,12 +26,13 @@ import torch.distributed as dist
 from fastvid import wire
 from fastvid.distributed import FOREVER as NO_LIMIT
 from fastvid.distributed import Mesh
-from fastvid.errors import Error
+from fastvid.errors import Error, InvalidRequest
 from fastvid.worker import Servant, device_of, serve
-from fastvid.workers import Team, Worker, Workers
+from fastvid.workers import Answers, Team, Worker, Workers
 
 SETTINGS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun gives every process
-WAIT = 60.0  # seconds for a connection
+WAIT = 60.0  # seconds for all connections
+HELLO = 2.0  # seconds for what one says first
 
 
 def world_size() -> int:
@@ -42,8 +43,8 @@ def world_size() -> int:
 class Peer(Worker):
     """Another rank, over a socket."""
 
-    def __init__(self, rank: int, pid: int, connection: socket.socket) -> None:
-        super().__init__(rank, pid)
+    def __init__(self, rank: int, pid: int, answers: Answers, connection: socket.socket) -> None:
+        super().__init__(rank, pid, answers)
         self._connection, self._stream = connection, connection.makefile("wb")
         self._gone: str | None = None
         threading.Thread(target=self._read, name="fastvid-peer", daemon=True).start()
@@ -58,7 +59,7 @@ class Peer(Worker):
     def ended(self) -> str | None:
         return self._gone
 
-    def end(self) -> None:
+    def kill(self) -> None:
         for close in (lambda: self._connection.shutdown(socket.SHUT_RDWR), self._connection.close):
             with contextlib.suppress(OSError):
                 close()
@@ -67,8 +68,8 @@ class Peer(Worker):
 class Own(Worker):
     """Rank 0, in a thread of the program's own process."""
 
-    def __init__(self, servant: Servant) -> None:
-        super().__init__(0, os.getpid())
+    def __init__(self, servant: Servant, answers: Answers) -> None:
+        super().__init__(0, os.getpid(), answers)
         self._inbox: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
         self._servant, self._gone = servant, False
         threading.Thread(target=self._serve, name="fastvid-rank", daemon=True).start()
@@ -77,9 +78,9 @@ class Own(Worker):
         if self._servant._mesh.device.type == "cuda":
             torch.cuda.set_device(self._servant._mesh.device)
         while (message := self._inbox.get()) is not None and message.header.get("do") != "exit":
-            self.answers.put(self._servant.answer(message))
+            self.answers.put((0, self._servant.answer(message)))
         if message is not None:
-            self.answers.put(wire.pack({"number": message.header["number"], "made": None}))
+            self.answers.put((0, wire.pack({"number": message.header["number"], "made": None})))
 
     def send(self, message: wire.Message) -> None:
         self._inbox.put(message)
@@ -88,7 +89,7 @@ class Own(Worker):
         self.seen = time.monotonic()  # it lives as long as the program does
         return "it has ended" if self._gone else None
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self._gone = True
         self._inbox.put(None)
 
@@ -104,7 +105,9 @@ class Peers(Workers):
         if self._members is None:
             raise self._team.failure or Error("the ranks of this job have ended; start it again")
         members, self._members = self._members, None
-        return self._watched(members)
+        team = Team(members, members[0].answers)
+        self._watch(team, self._hung)
+        return team
 
 
 def join(ranks: int, layout: str | None, model: str, options: Mapping[str, Any]) -> Peers:
@@ -120,27 +123,43 @@ def join(ranks: int, layout: str | None, model: str, options: Mapping[str, Any])
     servant.use(mesh)
     if mesh.rank:
         _serve(mesh, servant)
-    workers = [Own(servant), *_connections(mesh)]
+    answers: Answers = queue.SimpleQueue()
+    workers = [Own(servant, answers), *_connections(mesh, answers)]
     return Peers(workers, ranks, layout, model, options)
 
 
-def _connections(mesh: Mesh) -> list[Peer]:
+def _connections(mesh: Mesh, answers: Answers) -> list[Peer]:
     host = socket.gethostbyname(os.environ["MASTER_ADDR"])
+    if host.startswith("127.") and int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size)) < mesh.size:
+        raise InvalidRequest(
+            f"MASTER_ADDR={os.environ['MASTER_ADDR']} is {host} here, which other hosts cannot reach; "
+            f"give an address of this host that they can"
+        )
     with socket.create_server((host, 0), backlog=mesh.size) as listener:
-        listener.settimeout(WAIT)
         word = secrets.token_hex(16)
         _tell(mesh, {"host": host, "port": listener.getsockname()[1], "word": word})
         found: dict[int, Peer] = {}
+        until = time.monotonic() + WAIT
         while len(found) < mesh.size - 1:
+            listener.settimeout(max(until - time.monotonic(), 0.001))
             connection, _ = listener.accept()
-            connection.settimeout(WAIT)
-            hello = wire.receive(connection.makefile("rb", buffering=0)).header
-            if not hmac.compare_digest(str(hello.get("word")), word):
-                connection.close()
-                continue
-            connection.settimeout(None)
-            found[hello["rank"]] = Peer(hello["rank"], hello["pid"], connection)
+            if (hello := _hello(connection, word)) is None:
+                connection.close()  # somebody else
+            else:
+                connection.settimeout(None)
+                found[hello["rank"]] = Peer(hello["rank"], hello["pid"], answers, connection)
     return [found[rank] for rank in range(1, mesh.size)]
+
+
+def _hello(connection: socket.socket, word: str) -> dict[str, Any] | None:
+    """What a rank says of itself; None for whoever does not know the word, or takes too long."""
+    connection.settimeout(HELLO)
+    try:
+        hello = wire.receive(connection.makefile("rb", buffering=0), most=1 << 10).header
+    except (wire.Closed, OSError, ValueError):
+        return None
+    known = isinstance(hello, dict) and hmac.compare_digest(str(hello.get("word")).encode(), word.encode())
+    return hello if known else None
 
 
 def _serve(mesh: Mesh, servant: Servant) -> None:

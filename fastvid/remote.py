@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastvid import parallel, peers, prompts
 from fastvid.errors import Error, InvalidRequest, WorkerFailed
-from fastvid.events import Event, Started
+from fastvid.events import Event, Started, Step
 from fastvid.loading import configs_of, read_checkpoint
 from fastvid.parallel import Asked
 from fastvid.pipeline import Pipeline, Stream
@@ -27,9 +28,10 @@ from fastvid.switching import Switch
 from fastvid.workers import Workers
 
 # A step that takes longer than this counts as hung: far below what any device does, since a limit must never be met by
-# work. The first one of a request may also compile, tune and allocate.
+# work. The first one of a request also reads texts and clips; on a GPU all of a shape's first request may compile and
+# tune kernels: the decoder's, say, come last.
 SLOWEST = {"cpu": 2e8, "cuda": 1e12}  # floating point operations a second
-LEAST, FIRST = 120.0, 1800.0  # seconds, of any step and of a request's first
+LEAST, FIRST = 120.0, 1800.0  # seconds, of any step, and more of those
 DECODE_FLOPS = 1e7  # for each pixel of a frame
 
 
@@ -78,7 +80,8 @@ class RemotePipeline(Pipeline):
     def __init__(self, workers: Workers, max_running: int = RUNNING) -> None:
         self._workers, self._place = workers, None
         self._queue, self._ids = Queue(max_running), itertools.count(1)
-        self._left: list[tuple[int, int]] = []  # (start, stream) to be let go of
+        self._left: deque[tuple[int, int]] = deque()  # (start, stream) to be let go of
+        self._warm: set[tuple[int, ...]] = set()  # (start, shape) of what a whole request has been through
 
     def close(self) -> None:
         """End the workers. A pipeline that is closed makes nothing any more."""
@@ -116,7 +119,7 @@ class RemotePipeline(Pipeline):
 
     def _let_go(self) -> None:
         """Closes what nobody holds any more."""
-        left, self._left[:] = list(self._left), []
+        left = [self._left.popleft() for _ in range(len(self._left))]
         ids = [number for generation, number in left if self._workers.running(generation)]
         if ids:
             self._workers.command("close", ids=ids)
@@ -152,27 +155,37 @@ class RemotePipeline(Pipeline):
     def set_loras(self, loras: Sequence[Any] = ()) -> None:
         """See Pipeline.set_loras. Workers that are started later have them too."""
         self._call("set_loras", list(loras))
-        self._workers.options["loras"] = list(loras)
+        self._workers.options["loras"] = [_absolute(lora) for lora in loras]
 
     def _call(self, name: str, *given: Any, **options: Any) -> Any:
         self._let_go()
-        return self._workers.command("call", name=name, given=list(given), options=options)
+        return self._workers.command("call", name=name, given=list(given), options=options, folder=os.getcwd())
+
+
+def _absolute(lora: Any) -> Any:
+    """A LoRA as it is given, where it is found also from another folder; hub ids stay."""
+    if isinstance(lora, tuple | list):
+        return (_absolute(lora[0]), *lora[1:]) if lora else lora
+    return os.path.abspath(lora) if isinstance(lora, str | os.PathLike) and os.path.exists(lora) else lora
 
 
 class Events:
     """The events of a stream that the workers have open; closed here, it is closed there."""
 
     def __init__(self, pipe: RemotePipeline, generation: int, number: int, place: Place, switch: Switch) -> None:
-        self._workers, self._left = pipe._workers, pipe._left
+        self._workers, self._left, self._warm = pipe._workers, pipe._left, pipe._warm
         self._at, self._place, self._switch = (generation, number), place, switch
-        self._events = self._made()
-        self._open = True
+        self._open, self._events = True, self._made()
 
     def __iter__(self) -> Iterator[Event]:
         return self
 
     def __next__(self) -> Event:
-        return next(self._events)
+        try:
+            return next(self._events)
+        except BaseException:  # its end, too
+            self._shut()
+            raise
 
     def close(self) -> None:
         """Let go of it."""
@@ -193,20 +206,21 @@ class Events:
                 pass  # the workers are gone, and it with them
 
     def _made(self) -> Iterator[Event]:
-        try:
-            started = self._next(LEAST + FIRST)
-            yield started
-            deadline = deadline_of(started)
-            with self._place.begun():
-                event, limit = started, deadline + FIRST
-                while event is not None:
-                    with self._place.step():
-                        event = self._next(limit)
-                    limit = deadline if type(event).__name__ == "Step" else limit
-                    if event is not None:
-                        yield event
-        finally:
-            self._shut()
+        # Nothing is sent from here at its end: it may come with a collection of garbage, amid another command.
+        started = self._next(LEAST + FIRST)
+        yield started
+        deadline, shape = deadline_of(started), (self._at[0], *shape_of(started))
+        made = torch.device(started.plan.device).type == "cpu"  # all kernels that it needs
+        with self._place.begun():
+            event, limit = started, deadline + FIRST
+            while event is not None:
+                with self._place.step():
+                    event = self._next(limit)
+                if isinstance(event, Step):
+                    limit = deadline if made or shape in self._warm else deadline + FIRST
+                if event is not None:
+                    yield event
+        self._warm.add(shape)
 
     def _next(self, deadline: float) -> Event:
         generation, number = self._at
@@ -221,6 +235,12 @@ def deadline_of(started: Started) -> float:
     denoise = plan.flops_denoise / max(started.total_steps, 1)
     decode = DECODE_FLOPS * plan.model_height * plan.model_width * 4 * (plan.decode_chunk + 1)
     return LEAST + (2 * denoise + decode) / SLOWEST[torch.device(plan.device).type]
+
+
+def shape_of(started: Started) -> tuple[int, ...]:
+    """What decides which kernels a request needs."""
+    plan = started.plan
+    return plan.model_height, plan.model_width, plan.model_frames, plan.tokens, plan.windows
 
 
 __all__ = ["RemotePipeline", "WorkerFailed", "deadline_of", "load", "ranks_for"]

@@ -44,10 +44,10 @@ def send(stream: BinaryIO, message: Message) -> None:
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> Message:
-    """The next one. Raises Closed at the end of the stream, or where it breaks off."""
+def receive(stream: BinaryIO, most: int = MOST) -> Message:
+    """The next one. Raises Closed at the end of the stream, where it breaks off, or for more than `most` bytes."""
     head, payload = LENGTHS.unpack(_exactly(stream, LENGTHS.size))
-    if max(head, payload) > MOST:
+    if max(head, payload) > most:
         raise Closed(f"what came is no message: its lengths are {head} and {payload}")
     return Message(json.loads(_exactly(stream, head)), _exactly(stream, payload))
 

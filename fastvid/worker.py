@@ -9,8 +9,10 @@ when the program is gone, so is the worker.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -26,6 +28,7 @@ STREAMS = 1000  # the program counts how many requests run at once
 
 def main() -> None:
     """Serve until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who interrupts the program means its request
     commands, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -46,13 +49,15 @@ def serve(commands: BinaryIO, answers: BinaryIO, servant: Servant, end: Callable
             end()
 
     def beat() -> None:
-        try:
+        # The pipes' ends need not tell that the program is gone: a process that it forked may hold them.
+        with contextlib.suppress(OSError, ValueError):
             while os.getppid() == parent:
-                with lock:
-                    wire.send(answers, wire.Message({wire.BEAT: True}))
+                if lock.acquire(timeout=BEATS):  # an answer is a sign as well
+                    try:
+                        wire.send(answers, wire.Message({wire.BEAT: True}))
+                    finally:
+                        lock.release()
                 time.sleep(BEATS)
-        except (OSError, ValueError):
-            pass
         end()
 
     for work in (read, beat):
@@ -75,9 +80,10 @@ class Servant:
 
     def __init__(self) -> None:
         self.rank = 0
+        self._moves = True  # into the folder that paths are relative to; the program's own process stays where it is
         self._mesh: Any = None
         self._pipe: Any = None
-        self._streams: dict[int, Any] = {}
+        self._streams: dict[int, tuple[str, Any]] = {}  # with the folder that its paths are relative to
 
     def answer(self, message: wire.Message) -> wire.Message:
         """Does what a message says: what was made, or the error."""
@@ -113,14 +119,21 @@ class Servant:
 
     def use(self, mesh: Any) -> None:
         """Be the rank that a mesh says, in a process that is one already."""
-        self.rank, self._mesh = mesh.rank, mesh
+        self.rank, self._mesh, self._moves = mesh.rank, mesh, mesh.rank > 0
 
-    def do_load(self, model: str, layout: str | None, options: dict[str, Any]) -> dict[str, Any]:
-        """Load the model, as a rank of the group."""
+    def _go(self, folder: str) -> None:
+        if self._moves:
+            with contextlib.suppress(OSError):  # what is read from one that is not there says so
+                os.chdir("/")
+                os.chdir(folder)
+
+    def do_load(self, model: str, layout: str | None, options: dict[str, Any], folder: str) -> dict[str, Any]:
+        """Load the model, as a rank of the group. folder: what paths are relative to, here and in what follows."""
         from fastvid import parallel
         from fastvid.loading import load_parts
         from fastvid.pipeline import Pipeline
 
+        self._go(folder)
         options["device"] = str(self._mesh.device)
         asked = parallel.parse(layout).layout if layout else None
         self._pipe = Pipeline(load_parts(model, **options, mesh=self._mesh, layout=asked), STREAMS)
@@ -129,32 +142,37 @@ class Servant:
     def do_start(
         self, id: int, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool, folder: str
     ) -> None:
-        """Open the stream of a request. folder: what paths are relative to."""
-        os.chdir(folder)
-        self._streams[id] = self._pipe._start(verb, options, keep_frames, keep_latents)
+        """Open the stream of a request."""
+        self._go(folder)
+        self._streams[id] = folder, self._pipe._start(verb, options, keep_frames, keep_latents)
 
     def do_resume(self, id: int, path: str, options: dict[str, Any], folder: str) -> bool:
         """Open that of one that goes on."""
-        os.chdir(folder)
-        self._streams[id] = self._pipe.resume(path, **options)
+        self._go(folder)
+        self._streams[id] = folder, self._pipe.resume(path, **options)
         return True
 
     def do_next(self, id: int, prompt: str | None = None) -> Any:
         """The stream's next event, or None; prompt: to show from the next window on."""
+        folder, stream = self._streams[id]
+        self._go(folder)
         if prompt is not None:
-            self._streams[id].change_prompt(prompt)
-        return next(self._streams[id], None)
+            stream.change_prompt(prompt)
+        return next(stream, None)
 
     def do_close(self, ids: list[int]) -> None:
         """Let go of streams."""
         for id in ids:
-            if (stream := self._streams.pop(id, None)) is not None:
+            if id in self._streams:
+                folder, stream = self._streams.pop(id)
+                self._go(folder)
                 stream.close()
 
-    def do_call(self, name: str, given: list[Any], options: dict[str, Any]) -> Any:
+    def do_call(self, name: str, given: list[Any], options: dict[str, Any], folder: str) -> Any:
         """One of the pipeline's other methods."""
         if name not in ("plan", "embed", "encode", "decode", "describe", "inspect", "set_loras"):
             raise ValueError(f"{name} is nothing that a pipeline can be asked for")
+        self._go(folder)
         return getattr(self._pipe, name)(*given, **options)
 
     def do_wait(self, seconds: float) -> None:

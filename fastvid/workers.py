@@ -28,19 +28,24 @@ import fastvid.errors
 from fastvid import wire
 from fastvid.errors import Error, WorkerFailed
 
-HUNG = 10.0  # seconds without a sign
+HUNG = 9.5  # seconds without a sign: with the looking and the killing, it is over within 10
+JOINING = 120.0  # the same while they start: one that loads large libraries from a slow disk gives none meanwhile
 LOOK = 0.1  # seconds between two looks at the processes
-GRACE = 10.0  # seconds in which the others have to fail as well, once one has
+GRACE = 9.5  # seconds in which the others have to fail as well, once one has
+KILLED = 5.0  # seconds that a killed process may take to be gone: one that a driver holds may never be
 FOREVER = 1e9
 TAIL = 30  # lines of standard error that are kept
 
 
-class Worker:
-    """One rank, and what it answers: messages, then None when there is nothing more to come."""
+Answers = queue.SimpleQueue[tuple[int, wire.Message | None]]
+"""What all ranks of a team have answered: (rank, message), and (rank, None) when nothing more is to come of one."""
 
-    def __init__(self, rank: int, pid: int) -> None:
-        self.rank, self.pid = rank, pid
-        self.answers: queue.SimpleQueue[wire.Message | None] = queue.SimpleQueue()
+
+class Worker:
+    """One rank, whose answers go to `answers`."""
+
+    def __init__(self, rank: int, pid: int, answers: Answers) -> None:
+        self.rank, self.pid, self.answers = rank, pid, answers
         self.seen = time.monotonic()
 
     def read(self, stream: Any) -> None:
@@ -50,9 +55,9 @@ class Worker:
                 message = wire.receive(stream)
                 self.seen = time.monotonic()
                 if wire.BEAT not in message.header:
-                    self.answers.put(message)
+                    self.answers.put((self.rank, message))
         except (wire.Closed, OSError, ValueError):
-            self.answers.put(None)
+            self.answers.put((self.rank, None))
 
     def send(self, message: wire.Message) -> None:
         """Raises OSError or ValueError where it reads no more."""
@@ -62,16 +67,20 @@ class Worker:
         """How it ended, None while it runs."""
         raise NotImplementedError
 
-    def end(self) -> None:
-        """Ends it, whatever it does; it is gone when this returns."""
+    def kill(self) -> None:
+        """Has it end, whatever it does, without waiting for that."""
         raise NotImplementedError
+
+    def end(self) -> None:
+        """Ends it; it is gone when this returns."""
+        self.kill()
 
 
 class Child(Worker):
     """A process that was started here."""
 
-    def __init__(self, rank: int, process: subprocess.Popen[bytes]) -> None:
-        super().__init__(rank, process.pid)
+    def __init__(self, rank: int, process: subprocess.Popen[bytes], answers: Answers) -> None:
+        super().__init__(rank, process.pid, answers)
         self.process = process
         self._tail: collections.deque[str] = collections.deque(maxlen=TAIL)
         for work, given in ((self.read, (process.stdout,)), (self._read_errors, ())):
@@ -92,10 +101,14 @@ class Child(Worker):
         told = f"; it last said: {lines[-1]:.300}" if lines else ""
         return (f"it was killed by {_signal(-code)}" if code < 0 else f"it ended with status {code}") + told
 
-    def end(self) -> None:
+    def kill(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait()
+
+    def end(self) -> None:
+        self.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILLED)
         with contextlib.suppress(OSError):
             self.process.stdin.close()
 
@@ -103,25 +116,27 @@ class Child(Worker):
 class Team:
     """All ranks of one start. It fails once, and is then over."""
 
-    def __init__(self, workers: list[Worker]) -> None:
-        self.workers, self.failure = workers, None
+    def __init__(self, workers: list[Worker], answers: Answers) -> None:
+        self.workers, self.answers = workers, answers
+        self.failure: WorkerFailed | None = None
+        self.limit = FOREVER  # seconds without a sign
         self._lock, self._over, self._gone = threading.Lock(), threading.Event(), threading.Event()
         self._leaving = False
 
-    def watch(self, hung: float) -> None:
+    def watch(self) -> None:
         """In a thread, until it is over: processes that ended, and those that are silent."""
         before = time.monotonic()
         while not self._over.wait(LOOK):
-            now = time.monotonic()
-            if now - before > hung / 2:  # this program was stopped, not they
+            now, limit = time.monotonic(), self.limit
+            if now - before > limit / 2:  # this program was stopped, not they
                 for worker in self.workers:
                     worker.seen = now
             before = now
             for worker in self.workers:
                 if (how := worker.ended()) is not None:
                     self.fail(worker.rank, how)
-                elif now - worker.seen > hung:
-                    self.fail(worker.rank, f"it gave no sign for {hung:g} seconds")
+                elif now - worker.seen > limit:
+                    self.fail(worker.rank, f"it gave no sign for {limit:g} seconds")
 
     def leave(self) -> None:
         """From now on their ends are no failures."""
@@ -138,11 +153,12 @@ class Team:
     def end(self) -> None:
         """Ends all of them, and wakes those who wait for answers."""
         self._over.set()
+        for worker in self.workers:  # all of them first: none outlives another that takes its time
+            worker.kill()
         for worker in self.workers:
             worker.end()
         self._gone.set()
-        for worker in self.workers:
-            worker.answers.put(None)
+        self.answers.put((0, None))
 
     def ended(self) -> bool:
         """Whether it is over."""
@@ -175,6 +191,7 @@ class Workers:
         self.described: dict[str, Any] = {}
         self._layout, self._model, self._hung = layout, model, hung
         self._lock, self._numbers = threading.RLock(), itertools.count(1)
+        self._process, self._folder = os.getpid(), os.getcwd()
         self._team: Team | None = None
         self._failures: dict[int, WorkerFailed] = {}
         self._closed = False
@@ -188,7 +205,7 @@ class Workers:
             if self._team is not None and not self._team.ended():
                 return
             if self._team is not None and self._team.failure is not None:
-                self._failures = {self.generation: self._team.failure}
+                self._failures[self.generation] = self._team.failure
             self.generation += 1
             self._team = self._launch()
             self._end.detach()
@@ -200,41 +217,42 @@ class Workers:
                 raise
 
     def _loaded(self) -> dict[str, Any]:
-        return {"model": self._model, "layout": self._layout, "options": self.options}
+        return {"model": self._model, "layout": self._layout, "options": self.options, "folder": self._folder}
 
     def _launch(self) -> Team:
         listener = socket.create_server(("127.0.0.1", 0), backlog=max(16, 2 * self.ranks))
-        environment = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", **os.environ}
-        command, workers = [sys.executable, "-m", "fastvid.worker"], []
+        environment = environment_of(dict(os.environ), sys.path)
+        team = Team([], queue.SimpleQueue())
         device = self.options.get("device")
-        threads = None if "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // self.ranks)
-        with listener:
-            for rank in range(self.ranks):
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    env=environment,
-                    pass_fds=[listener.fileno()] if rank == 0 else [],
-                    start_new_session=True,  # what interrupts the program does not interrupt them
-                )
-                workers.append(Child(rank, process))
-            team = self._watched(workers)
-            port, joined = listener.getsockname()[1], {"size": self.ranks, "threads": threads}
-            joined |= {"device": None if device is None else str(device), "port": port}
-            own = [{"rank": rank, "fd": listener.fileno() if rank == 0 else None} for rank in range(self.ranks)]
-            try:
+        threads = None if "OMP_NUM_THREADS" in os.environ else max(1, cores() // self.ranks)
+        try:
+            with listener:
+                for rank in range(self.ranks):
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", "fastvid.worker"],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE,
+                        env=environment,
+                        cwd="/",  # which comes first where they import from: nothing may be found there
+                        pass_fds=[listener.fileno()] if rank == 0 else [],
+                        start_new_session=True,  # what interrupts the program does not interrupt them
+                    )
+                    team.workers.append(Child(rank, process, team.answers))
+                self._watch(team, max(JOINING, self._hung))
+                port, joined = listener.getsockname()[1], {"size": self.ranks, "threads": threads}
+                joined |= {"device": None if device is None else str(device), "port": port}
+                own = [{"rank": rank, "fd": listener.fileno() if rank == 0 else None} for rank in range(self.ranks)]
                 self._collect(team, self._tell(team, [{"do": "join", **joined, **one} for one in own]), FOREVER)
-            except BaseException:
-                team.end()
-                raise
+        except BaseException:
+            team.end()
+            raise
+        team.limit = self._hung
         return team
 
-    def _watched(self, workers: list[Worker]) -> Team:
-        team = Team(workers)
-        threading.Thread(target=team.watch, args=(self._hung,), name="fastvid-watch", daemon=True).start()
-        return team
+    def _watch(self, team: Team, limit: float) -> None:
+        team.limit = limit
+        threading.Thread(target=team.watch, name="fastvid-watch", daemon=True).start()
 
     def command(self, do: str, deadline: float = FOREVER, **values: Any) -> Any:
         """Has all of them do something, and returns what rank 0 made. deadline: seconds until one that has not answered
@@ -242,6 +260,8 @@ class Workers:
 
         Raises what they raised; WorkerFailed if one has died or hangs, or they do not agree.
         """
+        if os.getpid() != self._process:  # a fork: its commands would mix with those of the other one
+            raise Error(f"this pipeline belongs to process {self._process}, which loaded it; load the model again here")
         with self._lock:
             self.start()
             return self._ask({"do": do, **values}, deadline)
@@ -289,55 +309,83 @@ class Workers:
     def _tell(self, team: Team, values: list[dict[str, Any]]) -> int:
         """Sends every rank its message; what they are numbered."""
         number = next(self._numbers)
-        same = wire.pack({**values[0], "number": number}) if all(one is values[0] for one in values) else None
-        for worker, one in zip(team.workers, values, strict=True):
-            try:
-                worker.send(same or wire.pack({**one, "number": number}))
-            except (OSError, ValueError):
-                raise self._why(team, worker) from None
+        first = wire.pack({**values[0], "number": number})
+        messages = [first if one is values[0] else wire.pack({**one, "number": number}) for one in values]
+        rank = 0
+        try:
+            for rank, worker in enumerate(team.workers):
+                worker.send(messages[rank])
+        except (OSError, ValueError):
+            raise self._why(team, rank) from None
+        except BaseException:  # an interrupt: some have it, others do not or in part, so they are in step no more
+            team.end()
+            raise
         return number
 
     def _collect(self, team: Team, number: int, deadline: float) -> Any:
         """What rank 0 made, once all have answered."""
-        until, answers = time.monotonic() + deadline, []
-        for worker in team.workers:
-            answers.append(self._answer(team, worker, number, until))
-            if "error" in answers[-1].header:
-                until = min(until, time.monotonic() + GRACE)
-        failed = [wire.unpack(answer).get("error") for answer in answers]
-        if not any(failed):
-            return wire.unpack(answers[0])["made"]
-        rank, told = next((rank, error) for rank, error in enumerate(failed) if error)
-        if not all(failed):
+        until, found, failed = time.monotonic() + deadline, {}, {}
+        while len(found) < len(team.workers):
+            if (answer := self._answer(team, until)) is None:
+                break
+            rank, message = answer
+            if message is None:  # its end, or that of all
+                raise self._why(team, rank)
+            if message.header["number"] == number:  # else of a command that nobody waits for any more
+                found[rank] = wire.unpack(message)
+                if "error" in found[rank]:
+                    failed[rank] = found[rank]["error"]
+                    until = min(until, time.monotonic() + GRACE)
+        if len(found) == len(team.workers) and not failed:
+            return found[0]["made"]
+        if len(failed) == len(team.workers):
+            raise error_of(failed[0])
+        cause = None
+        if failed:  # others wait for it, or have done what it has not: they are in step no more
+            rank, told = min(failed.items())
+            cause = error_of(told)
             team.fail(rank, f"it raised {told['kind']}: {told['text']}, and others did not")
-            raise team.failure
-        raise error_of(told)
+        else:
+            rank = min(set(range(len(team.workers))) - set(found))
+            team.fail(rank, "it did not answer in the time that its work takes at most")
+        raise self._over(team) from cause
 
-    def _why(self, team: Team, worker: Worker) -> Error:
-        """The error for a worker that cannot be reached: the watch sees how it ended, or that another did before."""
-        if not team.gone(20 * LOOK):
-            team.fail(worker.rank, "it closed its pipe")
-        return team.failure or Error("this pipeline was closed; load the model again")
-
-    def _answer(self, team: Team, worker: Worker, number: int, until: float) -> wire.Message:
+    def _answer(self, team: Team, until: float) -> tuple[int, wire.Message | None] | None:
+        """The next answer; None if there is none by then."""
         while True:
             try:
-                answer = worker.answers.get(timeout=max(0.0, min(until - time.monotonic(), 3600.0)))
+                return team.answers.get(timeout=max(0.0, min(until - time.monotonic(), 3600.0)))
             except queue.Empty:
-                if time.monotonic() < until:
-                    continue
-                team.fail(worker.rank, "it did not answer in the time that its work takes at most")
-                raise team.failure from None
-            if answer is None:  # its end, or that of all
-                raise self._why(team, worker)
-            if answer.header["number"] == number:  # else of a command that nobody waits for any more
-                return answer
+                if time.monotonic() >= until:
+                    return None
+
+    def _why(self, team: Team, rank: int) -> Error:
+        """The error for a rank that cannot be reached: the watch sees how it ended, or that another did before."""
+        if not team.gone(20 * LOOK):
+            team.fail(rank, "it closed its pipe")
+        return self._over(team)
+
+    def _over(self, team: Team) -> Error:
+        return team.failure or Error("this pipeline was closed; load the model again")
+
+
+def environment_of(own: dict[str, str], path: list[str]) -> dict[str, str]:
+    """A worker's environment: the program's, with loopback for what is not said, and with what it imports from."""
+    found = [os.path.abspath(place) for place in path if os.pathsep not in place]
+    return {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", **own, "PYTHONPATH": os.pathsep.join(found)}
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def error_of(told: Mapping[str, str]) -> Exception:
     """The error that a worker has raised: of the same class, where it is one of ours or of Python's own."""
     kind, text = told["kind"], told["text"]
-    for module in (fastvid.errors, builtins):
+    import torch  # its own error for memory that a device has not
+
+    for module in (fastvid.errors, builtins, torch):
         found = getattr(module, kind, None)
         if isinstance(found, type) and issubclass(found, Exception) and found is not WorkerFailed:
             try:
