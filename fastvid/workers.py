@@ -99,11 +99,13 @@ class Child(Worker):
         time.sleep(0.02)  # what it printed last is still being read
         lines = [line for line in self._tail if line.strip()]
         told = f"; it last said: {lines[-1]:.300}" if lines else ""
-        return (f"it was killed by {_signal(-code)}" if code < 0 else f"it ended with status {code}") + told
+        how = f"it was killed by {_signal(-code)}" if code < 0 else f"it ended with status {code}"
+        return how + (" (the system does that where memory runs out)" if code == -signal.SIGKILL else "") + told
 
     def kill(self) -> None:
         if self.process.poll() is None:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # and what it has started, such as compilers
 
     def end(self) -> None:
         self.kill()
