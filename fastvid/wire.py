@@ -7,6 +7,7 @@ JSON, {"$": kind, ...} stands for what JSON has no word for.
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from fastvid import errors
 from fastvid.errors import Error, InvalidRequest
 
 LENGTHS = struct.Struct("<QQ")
@@ -75,6 +77,21 @@ def unpack(message: Message) -> dict[str, Any]:
     return {name: _decode(value, tensors) for name, value in message.header.items()}
 
 
+def error_of(told: Mapping[str, str]) -> Exception:
+    """The error that a worker has raised: of the same class, where it is one of ours or of Python's own."""
+    kind, text = told["kind"], told["text"]
+    import torch  # its own error for memory that a device has not
+
+    for module in (errors, builtins, torch):
+        found = getattr(module, kind, None)
+        if isinstance(found, type) and issubclass(found, Exception) and found is not errors.WorkerFailed:
+            try:
+                return found(text)
+            except TypeError:
+                break
+    return Error(f"{kind}: {text}")
+
+
 def _save(tensors: dict[str, Any]) -> bytes:
     import safetensors.torch
 
@@ -109,7 +126,7 @@ def _encode(name: str, value: Any, tensors: dict[str, Any]) -> Any:
     if kind in _dataclasses():
         fields = dataclasses.fields(value)
         return {"$": kind, **{f.name: _encode(f.name, getattr(value, f.name), tensors) for f in fields}}
-    for convert in (_tensor, _clip):
+    for convert in (_picture, _tensor, _clip):
         if (made := convert(name, value, tensors)) is not None:
             return made
     raise InvalidRequest(
@@ -118,21 +135,32 @@ def _encode(name: str, value: Any, tensors: dict[str, Any]) -> Any:
     )
 
 
+def _picture(name: str, value: Any, tensors: dict[str, Any]) -> Any:
+    """Pillow's, which stay such: what is seen through, and how colours are read, is for those who take them to say."""
+    if not hasattr(value, "getbands"):
+        return None
+    import numpy as np
+
+    seen_through = "A" in value.getbands() or "transparency" in value.info
+    pixels = np.asarray(value.convert("RGBA" if seen_through else "RGB"))
+    return {"$": "picture", "pixels": _tensor(name, pixels, tensors)}
+
+
 def _tensor(name: str, value: Any, tensors: dict[str, Any]) -> Any:
-    """Arrays, tensors, and Pillow's pictures, which become arrays."""
+    """Arrays, what can be seen as one, and tensors."""
     import numpy as np
     import torch
 
-    if hasattr(value, "getbands"):
-        value = np.asarray(value if value.mode in ("L", "RGB") else value.convert("L" if value.mode == "1" else "RGB"))
     if isinstance(value, np.generic):
         return value.item()
+    if not isinstance(value, torch.Tensor) and hasattr(value, "__array__"):
+        value = np.asarray(value)
     if not isinstance(value, np.ndarray | torch.Tensor):
         return None
     key, array = f"{len(tensors)}", isinstance(value, np.ndarray)
     try:
         made = torch.from_numpy(np.array(value, copy=True)) if array else value.detach().to("cpu", copy=True)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InvalidRequest(f"{name}: an array of {value.dtype} is given; numbers or bool are needed") from error
     tensors[key] = made.contiguous()
     return {"$": "array" if array else "tensor", "key": key}
@@ -161,6 +189,7 @@ def _decode(value: Any, tensors: dict[str, Any]) -> Any:
         "dict": lambda: {_hashable(key): one for key, one in inner["of"]},
         "tensor": lambda: tensors[value["key"]],
         "array": lambda: tensors[value["key"]].numpy(),
+        "picture": lambda: _image(inner["pixels"]),
         "clip": lambda: _moving(**inner),
     }
     return simple[kind]() if kind in simple else _dataclasses()[kind](**inner)
@@ -168,6 +197,12 @@ def _decode(value: Any, tensors: dict[str, Any]) -> Any:
 
 def _hashable(key: Any) -> Any:
     return tuple(key) if isinstance(key, list) else key
+
+
+def _image(pixels: Any) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(pixels)
 
 
 def _moving(frames: Any, fps: Any) -> Any:

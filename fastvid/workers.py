@@ -8,7 +8,6 @@ the next command starts new ones.
 
 from __future__ import annotations
 
-import builtins
 import collections
 import contextlib
 import itertools
@@ -24,7 +23,6 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-import fastvid.errors
 from fastvid import wire
 from fastvid.errors import Error, WorkerFailed
 
@@ -103,9 +101,8 @@ class Child(Worker):
         return how + (" (the system does that where memory runs out)" if code == -signal.SIGKILL else "") + told
 
     def kill(self) -> None:
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # and what it has started, such as compilers
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # it leads a group: with what it has started, such as compilers
 
     def end(self) -> None:
         self.kill()
@@ -122,6 +119,7 @@ class Team:
         self.workers, self.answers = workers, answers
         self.failure: WorkerFailed | None = None
         self.limit = FOREVER  # seconds without a sign
+        self._process = os.getpid()
         self._lock, self._over, self._gone = threading.Lock(), threading.Event(), threading.Event()
         self._leaving = False
 
@@ -154,6 +152,8 @@ class Team:
 
     def end(self) -> None:
         """Ends all of them, and wakes those who wait for answers."""
+        if os.getpid() != self._process or self._over.is_set() and self._gone.is_set():
+            return  # a fork, which has none; or done before
         self._over.set()
         for worker in self.workers:  # all of them first: none outlives another that takes its time
             worker.kill()
@@ -201,6 +201,7 @@ class Workers:
 
     def start(self) -> None:
         """Starts them, unless they run, and has them load the model."""
+        self._check_process()
         with self._lock:
             if self._closed:
                 raise Error("this pipeline was closed; load the model again")
@@ -262,11 +263,14 @@ class Workers:
 
         Raises what they raised; WorkerFailed if one has died or hangs, or they do not agree.
         """
-        if os.getpid() != self._process:  # a fork: its commands would mix with those of the other one
-            raise Error(f"this pipeline belongs to process {self._process}, which loaded it; load the model again here")
+        self._check_process()
         with self._lock:
             self.start()
             return self._ask({"do": do, **values}, deadline)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:  # a fork: its commands would mix with those of the other one
+            raise Error(f"this pipeline belongs to process {self._process}, which loaded it; load the model again here")
 
     def running(self, generation: int) -> bool:
         """Whether the workers of a start still run."""
@@ -283,7 +287,7 @@ class Workers:
         """Ends them: they are asked to first. Commands after that are refused."""
         with self._lock:
             team, self._team, self._closed = self._team, None, True
-            if team is None or team.ended():
+            if team is None or team.ended() or os.getpid() != self._process:
                 return
             team.leave()
             try:
@@ -341,11 +345,11 @@ class Workers:
         if len(found) == len(team.workers) and not failed:
             return found[0]["made"]
         if len(failed) == len(team.workers):
-            raise error_of(failed[0])
+            raise wire.error_of(failed[0])
         cause = None
         if failed:  # others wait for it, or have done what it has not: they are in step no more
             rank, told = min(failed.items())
-            cause = error_of(told)
+            cause = wire.error_of(told)
             team.fail(rank, f"it raised {told['kind']}: {told['text']}, and others did not")
         else:
             rank = min(set(range(len(team.workers))) - set(found))
@@ -380,18 +384,3 @@ def environment_of(own: dict[str, str], path: list[str]) -> dict[str, str]:
 def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def error_of(told: Mapping[str, str]) -> Exception:
-    """The error that a worker has raised: of the same class, where it is one of ours or of Python's own."""
-    kind, text = told["kind"], told["text"]
-    import torch  # its own error for memory that a device has not
-
-    for module in (fastvid.errors, builtins, torch):
-        found = getattr(module, kind, None)
-        if isinstance(found, type) and issubclass(found, Exception) and found is not WorkerFailed:
-            try:
-                return found(text)
-            except TypeError:
-                break
-    return Error(f"{kind}: {text}")

@@ -1,57 +1,29 @@
-"""Pipelines on several processes: what they can be asked for, what happens when a rank dies, hangs or is left alone.
-Real processes, real signals.
-"""
+"""Pipelines on several processes: what they can be asked for, from a program, the command line and torchrun."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
 import threading
-import time
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
+from processes import alive, listening, off, workers_here
 
 import fastvid
-from fastvid import wire
 from fastvid.events import Finished, Frames, Started, Step
 from fastvid.workers import Workers
 
 PROMPT = "a red circle moving right on a white background"
 SHORT = {"num_frames": 9, "num_inference_steps": 3, "seed": 5}
 LONG = {"num_frames": 33, "num_inference_steps": 40, "seed": 5}
-SEEN = 2.0  # seconds in which a death is seen
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def children() -> set[int]:
-    """Workers of this process."""
-    own = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    found = {int(pid) for path in own for pid in path.read_text().split()}
-    return {pid for pid in found if alive(pid) and b"fastvid.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()}
-
-
-def off(a: np.ndarray, b: np.ndarray) -> int:
-    return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
 @pytest.fixture(scope="module")
@@ -63,62 +35,8 @@ def alone():
 def pipe():
     with fastvid.load("embedded", device="cpu", parallel=2) as made:
         yield made
-        pids = children()
-    assert pids and not children() and not any(map(alive, pids))
-
-
-# ---------------------------------------------------------------- messages
-
-PLAIN = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text()
-VALUES = st.recursive(
-    PLAIN | st.fractions().map(lambda f: Fraction(f)) | st.text(min_size=1).filter(lambda t: "\0" not in t).map(Path),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.lists(inner, max_size=3).map(tuple)
-        | st.dictionaries(st.text(), inner, max_size=3)
-        | st.dictionaries(st.integers(), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
-
-
-@given(VALUES)
-def test_what_is_sent_arrives(value: object) -> None:
-    stream = __import__("io").BytesIO()
-    wire.send(stream, wire.pack({"value": value, "other": 1}))
-    stream.seek(0)
-    assert wire.unpack(wire.receive(stream)) == {"value": value, "other": 1}
-    with pytest.raises(wire.Closed):
-        wire.receive(stream)
-
-
-@given(st.integers(0, 2**31))
-def test_arrays_and_tensors_arrive(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    array = draw.integers(0, 255, (3, 4, 5), dtype=np.uint8)[::-1, :, ::2]
-    tensor = torch.randn(2, 3).to(torch.bfloat16).t()
-    picture = Image.fromarray(np.ascontiguousarray(array[0]))
-    sent = {"a": [array, {"t": tensor}], "flag": array > 9, "picture": picture, "n": np.int64(3), "empty": array[:0]}
-    made = wire.unpack(wire.pack(sent))
-    assert np.array_equal(made["a"][0], array) and torch.equal(made["a"][1]["t"], tensor) and made["n"] == 3
-    assert made["flag"].dtype == bool and np.array_equal(made["picture"], array[0]) and made["empty"].shape == (0, 4, 3)
-
-
-def test_a_message_that_breaks_off_is_none() -> None:
-    io = __import__("io")
-    whole = io.BytesIO()
-    wire.send(whole, wire.pack({"value": torch.zeros(9)}))
-    for length in random.sample(range(len(whole.getvalue())), 20):
-        with pytest.raises(wire.Closed):
-            wire.receive(io.BytesIO(whole.getvalue()[:length]))
-    with pytest.raises(wire.Closed, match="no message"):
-        wire.receive(io.BytesIO(b"\xff" * 64))
-
-
-@pytest.mark.parametrize("value", [object(), {1, 2}, lambda: 0, np.array(["a"], dtype=object), [open]])
-def test_what_cannot_be_sent_is_named(value: object) -> None:
-    with pytest.raises(fastvid.InvalidRequest, match="image"):
-        wire.pack({"image": value})
+        pids = workers_here()
+    assert pids and not workers_here() and not any(map(alive, pids))
 
 
 # ---------------------------------------------------------------- requests
@@ -140,10 +58,9 @@ def test_every_verb(pipe, alone) -> None:
         ("blend", (true, torch.from_numpy(true.frames), PROMPT), {**few, "seconds": 0.5}),
         ("edit", (true, PROMPT.replace("red", "blue")), {**few, "mask": mask}),
         ("storyboard", ([(PROMPT, 0.5), (PROMPT.replace("red", "green"), Fraction(1, 2))],), few),
-        ("finalize", (true, PROMPT), {**few, "height": 128, "width": 128, "num_frames": None} | {}),
+        ("finalize", (true, PROMPT), {**few, "height": 128, "width": 128}),
     ]
     for verb, words, options in asked:
-        options = {name: value for name, value in options.items() if value is not None}
         made, wanted = (getattr(one, verb)(*words, **options) for one in (pipe, alone))
         assert off(made.frames, wanted.frames) <= 1 and made.fps == wanted.fps, verb
 
@@ -191,7 +108,7 @@ def test_streams_by_turns_and_some_that_are_left(pipe) -> None:
                 frames[i].append(one.frames)
     assert all(np.array_equal(np.concatenate(made), true) for made, true in zip(frames, wanted, strict=True))
     pipe.describe()
-    assert pipe._left == []
+    assert not pipe._left
 
 
 def test_cancel_is_at_a_step(pipe) -> None:
@@ -245,101 +162,9 @@ def test_a_prompt_that_changes(pipe) -> None:
     assert [prompt for _, prompt in finished.recipe["changed_prompts"]] == [PROMPT.replace("red", "blue")]
 
 
-# ---------------------------------------------------------------- faults
-
-
-def fault(pipe, victim: int, number: signal.Signals, after: float) -> tuple[fastvid.WorkerFailed, float]:
-    """Signals a rank some time after a request has begun; the error, and how long it took to come."""
-    pids = {worker.rank: worker.pid for worker in pipe._workers._team.workers}
-    sent: list[float] = []
-
-    def strike() -> None:
-        sent.append(time.monotonic())
-        os.kill(pids[victim], number)
-
-    timer = threading.Timer(after, strike)
-    timer.start()
-    with pytest.raises(fastvid.WorkerFailed) as caught:
-        while True:  # until it strikes
-            pipe.generate(PROMPT, **LONG)
-    took = time.monotonic() - sent[0]
-    assert caught.value.rank == victim and caught.value.pid == pids[victim] and str(victim) in str(caught.value)
-    assert not any(map(alive, pids.values()))
-    return caught.value, took
-
-
-def test_a_rank_that_dies_is_seen_and_replaced(pipe) -> None:
-    wanted = pipe.generate(PROMPT, **SHORT).frames
-    for victim in (0, 1):
-        stream = pipe.stream(PROMPT, **LONG)
-        next(stream)
-        error, took = fault(pipe, victim, signal.SIGKILL, random.uniform(0, 0.5))
-        assert took < SEEN and "killed by SIGKILL" in error.cause
-        assert np.array_equal(pipe.generate(PROMPT, **SHORT).frames, wanted)
-        with pytest.raises(fastvid.WorkerFailed, match=f"rank {victim}"):  # it was of those that died
-            next(stream)
-
-
-def test_a_rank_that_hangs_is_seen(pipe) -> None:
-    pipe._workers._hung = 2.0
-    pipe._workers._team.end()
-    pipe.generate(PROMPT, **SHORT)  # in new ones
-    error, took = fault(pipe, 1, signal.SIGSTOP, 0.2)
-    assert took < 2.0 + 1.0 and "no sign for 2 seconds" in error.cause
-    pipe._workers._hung = 10.0
-    pipe.generate(PROMPT, **SHORT)
-    with pytest.raises(fastvid.WorkerFailed, match="did not answer in the time"):
-        pipe._workers.command("wait", 0.5, seconds=30)
-    assert len(pipe.generate(PROMPT, **SHORT).frames) == 9
-
-
-def test_one_that_fails_alone_ends_all(pipe) -> None:
-    number = pipe._workers._tell(pipe._workers._team, [{"do": "wait", "seconds": 0}, {"do": "wait", "seconds": "x"}])
-    with pytest.raises(fastvid.WorkerFailed, match=r"rank 1 .* it raised TypeError"):
-        pipe._workers._collect(pipe._workers._team, number, 10)
-    assert len(pipe.generate(PROMPT, **SHORT).frames) == 9
-
-
-PROGRAM = """
-import fastvid, sys
-pipe = fastvid.load("embedded", device="cpu", parallel=2)
-print(*(worker.pid for worker in pipe._workers._team.workers), flush=True)
-while True:
-    pipe.generate("a red circle moving right on a white background", num_frames=33, num_inference_steps=40)
-"""
-
-
-def test_workers_end_with_their_program() -> None:
-    program = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
-    try:
-        pids = list(map(int, program.stdout.readline().split()))
-        time.sleep(random.uniform(0, 1))
-        assert len(pids) == 2 and all(map(alive, pids))
-    finally:
-        program.kill()
-        program.wait()
-    until = time.monotonic() + SEEN
-    while any(map(alive, pids)) and time.monotonic() < until:
-        time.sleep(0.02)
-    assert not any(map(alive, pids))
-
-
-def listening(pids: set[int]) -> list[str]:
-    """Addresses, as /proc has them, on which these processes listen."""
-    inodes = set()
-    for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                inodes.add(os.readlink(link).removeprefix("socket:[").rstrip("]"))
-    lines = [
-        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-    ]
-    return [line[1].split(":")[0] for line in lines if line[3] == "0A" and line[9] in inodes]
-
-
 def test_sockets_are_on_loopback(pipe) -> None:
     pipe.generate(PROMPT, **SHORT)
-    found = listening({worker.pid for worker in pipe._workers._team.workers})
+    found = listening(workers_here())
     assert found and set(found) <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
