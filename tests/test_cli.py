@@ -82,12 +82,18 @@ class FakePipe:
 
     def __init__(self) -> None:
         self.loaded: list[tuple[str, dict[str, Any]]] = []
-        self.closed = 0
+        self.closed = self.left = 0
         self.streamed: list[Request] = []
 
     def load(self, model: str, **kwargs: Any) -> FakePipe:
         self.loaded.append((model, kwargs))
         return self
+
+    def __enter__(self) -> FakePipe:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.left += 1
 
     def __enter__(self) -> FakePipe:
         return self
@@ -401,7 +407,7 @@ def test_a_failure_leaves_nothing(
 ) -> None:
     pipe.failure = failure
     failed(capsys, status, "generate", "p", "-o", name, "--quiet")
-    assert pipe.closed == 1
+    assert pipe.closed == 1 and pipe.left == 1
 
 
 def test_a_failure_keeps_the_old_file(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
