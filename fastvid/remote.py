@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvid import parallel, peers, prompts
+from fastvid import checkpoints, parallel, peers, prompts
 from fastvid.errors import Error, InvalidRequest, WorkerFailed
 from fastvid.events import Event, Started, Step
 from fastvid.loading import configs_of, read_checkpoint
@@ -24,6 +24,7 @@ from fastvid.parallel import Asked
 from fastvid.pipeline import Pipeline, Stream
 from fastvid.plan import Plan
 from fastvid.queueing import RUNNING, Place, Queue
+from fastvid.requests import Request
 from fastvid.switching import Switch
 from fastvid.workers import Workers
 
@@ -90,11 +91,12 @@ class RemotePipeline(Pipeline):
     # ------------------------------------------------------------ requests
 
     def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
-        checkpointed = options.get("checkpoint") is not None
+        said, _ = checkpoints.split(options)
         self._workers.start()
         options = prompts.expanded(options, self._workers.described["variant"], verb)
+        Request.make(verb, **checkpoints.split(options)[1])  # what is wrong in itself does not wait for others' steps
         kept = {"keep_frames": keep_frames, "keep_latents": keep_latents}
-        return self._open(checkpointed, "start", verb=verb, options=options, **kept)
+        return self._open(bool(said), "start", verb=verb, options=options, **kept)
 
     def resume(
         self,

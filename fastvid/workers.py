@@ -25,6 +25,7 @@ from typing import Any
 
 from fastvid import wire
 from fastvid.errors import Error, WorkerFailed
+from fastvid.wire import error_of
 
 HUNG = 9.5  # seconds without a sign: with the looking and the killing, it is over within 10
 JOINING = 120.0  # the same while they start: one that loads large libraries from a slow disk gives none meanwhile
@@ -345,11 +346,11 @@ class Workers:
         if len(found) == len(team.workers) and not failed:
             return found[0]["made"]
         if len(failed) == len(team.workers):
-            raise wire.error_of(failed[0])
+            raise error_of(failed[0])
         cause = None
         if failed:  # others wait for it, or have done what it has not: they are in step no more
             rank, told = min(failed.items())
-            cause = wire.error_of(told)
+            cause = error_of(told)
             team.fail(rank, f"it raised {told['kind']}: {told['text']}, and others did not")
         else:
             rank = min(set(range(len(team.workers))) - set(found))

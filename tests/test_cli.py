@@ -95,12 +95,6 @@ class FakePipe:
     def __exit__(self, *_: Any) -> None:
         self.left += 1
 
-    def __enter__(self) -> FakePipe:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
     def stream(
         self, prompt: str | None = None, *, verb: str = "generate", keep_latents: bool = True, **kwargs: Any
     ) -> Iterator[Any]:

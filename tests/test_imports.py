@@ -83,7 +83,7 @@ ALLOWED: dict[str, set[str]] = {
     "worker": SURFACE | {"parallel", "pipeline", "wire"},
     "workers": {"errors", "wire"},
     "peers": {"distributed", "errors", "wire", "worker", "workers"},
-    "remote": SURFACE | {"parallel", "peers", "pipeline", "prompts", "queueing", "switching", "workers"},
+    "remote": SURFACE | {"checkpoints", "parallel", "peers", "pipeline", "prompts", "queueing", "switching", "workers"},
     "opening": SURFACE | {"parallel", "pipeline", "queueing", "remote"},
     "cli": SURFACE | {"checkpoints", "inputs", "opening", "progress"},
     "__init__": {"clips", "errors", "events", "opening", "pipeline", "pool", "requests", "video"},

@@ -83,13 +83,17 @@ def test_the_other_methods(pipe, alone) -> None:
     [
         ({"height": 1}, "height=1: allowed is .* the nearest is 64"),
         ({"num_frames": -3}, "num_frames"),
-        ({"image": object()}, "image is a object, which cannot be handed to other processes"),
+        ({"image": object()}, "image=<object>: allowed is a file"),
         ({"nonsense": 3}, "nonsense"),
     ],
 )
 def test_bad_requests_are_refused_as_ever(pipe, options: dict, match: str) -> None:
     with pytest.raises((fastvid.InvalidRequest, TypeError), match=match):
         pipe.generate(PROMPT, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workers, "_tell", lambda *_: pytest.fail("it went to the workers, who may be at a long step"))
+        with pytest.raises((fastvid.InvalidRequest, TypeError), match=match):
+            pipe.stream(PROMPT, **options)
     assert len(pipe.generate(PROMPT, **SHORT).frames) == 9
 
 
