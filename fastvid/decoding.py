@@ -93,6 +93,8 @@ class Beside:
     """Decodes in a thread of its own; the same to use as InPlace. An error is raised where its frames would come."""
 
     def __init__(self, decoder: Decoder, place: Place) -> None:
+        # Ranks decode together: the messages of this thread would meet those of the denoiser.
+        assert decoder.parts.mesh.size == 1
         self.decoder, self._place, self._device = decoder, place, decoder.parts.device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastvid-decode")
         self._coming: deque[Future[Decoded]] = deque()

@@ -170,10 +170,9 @@ def cost(
     rows: of text that the transformer sees; texts: 2 with guidance; pictures: how many CLIP looks at; encoded: frames
     that are encoded at once beside them; frames: those that are kept; cache: tokens in a KV cache; stripes: of rows in
     which frames are decoded; graphs: calls are replayed (see `fastvid.graphs`); sharers: ranks that share the tokens;
-    bands: ranks that share the rows of frames that are decoded.
+    bands: ranks that share the rows of frames that are encoded and decoded.
     """
-    pixels, chunk = segment.made_height * segment.made_width, segment.temporal * decode_chunk(segment)
-    rows_made, width = segment.made_height // segment.spatial, segment.made_width
+    frame, chunk = (segment.made_height, segment.made_width), segment.temporal * decode_chunk(segment)
     concatenated = config.in_channels > config.out_channels
     given = segment.made_frames if control_layers or (concatenated and pictures) else max(encoded, min(pictures, 1))
     seen = pictures * CLIP_TOKENS if config.image_dim else 0
@@ -185,10 +184,10 @@ def cost(
     inputs += math.prod(segment.latent_shape(2 * vae.z_dim + config.in_channels + seen_by_control)) * 4
     return Cost(
         activations=activations,
-        decoder=plan_memory.decoder_bytes(vae, -(-rows_made // bands) * segment.spatial, width, chunk, stripes),
+        decoder=plan_memory.decoder_bytes(vae, *frame, chunk, stripes, bands),
         latents=math.prod(segment.latent_shape(vae.z_dim * solver_copies + seen_by_control)) * 4,
         frames=frames * segment.height * segment.width * 3,
-        encoder=plan_memory.encoder_bytes(pixels, vae, min(chunk, given), given, masks) if given else 0,
+        encoder=plan_memory.encoder_bytes(vae, *frame, min(chunk, given), given, masks, bands) if given else 0,
         context=plan_memory.context_bytes(rows + seen, texts, experts, config, itemsize)
         + plan_memory.context_bytes(-(-cache // sharers), texts, 1, config, itemsize),
         text=plan_memory.text_bytes(rows, text, itemsize) if text else 0,

@@ -26,6 +26,9 @@ DECODER_TENSORS, ENCODER_TENSORS = 6.9, 11.5
 DECODER_TENSORS_22, ENCODER_TENSORS_22 = 5.4, 13.5
 # Of a decoder's activations, what a stripe of rows holds for the next one and in copies; measured as above.
 STRIPE_SHARE = 0.25
+# What a rank of several holds beside its band's activations, in copies with its neighbours' rows; measured as above
+# (tests/test_bands.py).
+BAND_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -116,22 +119,35 @@ def text_bytes(rows: int, config: UMT5Config, itemsize: int) -> int:
     return rows * (max(scores, 3 * config.d_ff * itemsize) + config.d_model * (8 + 4 * itemsize))
 
 
-def decoder_bytes(vae: VAEConfig, height: int, width: int, frames: int, stripes: int = 1) -> int:
+def band_height(vae: VAEConfig, height: int, bands: int) -> int:
+    """Rows of pixels that a rank works on at most where `bands` ranks share a frame's: its own, and those of its
+    neighbours that it sees."""
+    rows = height // vae.spatial_scale
+    return height if bands == 1 else min(rows, -(-rows // bands) + 1) * vae.spatial_scale
+
+
+def decoder_bytes(vae: VAEConfig, height: int, width: int, frames: int, stripes: int = 1, bands: int = 1) -> int:
     """Peak of decoding `frames` pixel frames of a stream at once, in fp32: the feature cache, which does not grow with
-    them, and activations, of which `stripes` hold a part at a time."""
+    them, and activations, of which `stripes` hold a part at a time. bands: ranks that share the rows; each has all of
+    the 8-bit frames at the end, twice while they are put together."""
     tensors = DECODER_TENSORS_22 if isinstance(vae, WanVAE22Config) else DECODER_TENSORS
-    share = 1 / stripes + (STRIPE_SHARE if stripes > 1 else 0)
-    activations = frames * height * width * vae.widest * 4 * tensors * share
-    return vae_memory.cache_bytes(vae, height, width) + math.ceil(activations)
+    share = 1 / stripes + (STRIPE_SHARE if stripes > 1 else 0) + (BAND_SHARE if bands > 1 else 0)
+    rows = band_height(vae, height, bands)
+    activations = frames * rows * width * vae.widest * 4 * tensors * share
+    gathered = 2 * 3 * frames * height * width if bands > 1 else 0
+    return vae_memory.cache_bytes(vae, rows, width) + math.ceil(activations) + gathered
 
 
-def encoder_bytes(pixels: int, vae: VAEConfig, frames: int, given: int, masks: int = 0) -> int:
+def encoder_bytes(
+    vae: VAEConfig, height: int, width: int, frames: int, given: int, masks: int = 0, bands: int = 1
+) -> int:
     """Peak of encoding `frames` of `given` pixel frames at once, in fp32; the frames are there twice, as they come
-    and in the VAE's range, and so many masks of one channel beside them."""
+    and in the VAE's range, and so many masks of one channel beside them. bands: ranks that share the rows."""
     patched = isinstance(vae, WanVAE22Config)
     widest = vae.base_dim / (vae.patch_size**2 if patched else 1)
-    tensors = ENCODER_TENSORS_22 if patched else ENCODER_TENSORS
-    return math.ceil(frames * pixels * widest * 4 * tensors) + given * pixels * (2 * 3 + masks) * 4
+    tensors = (ENCODER_TENSORS_22 if patched else ENCODER_TENSORS) * (1 + (BAND_SHARE if bands > 1 else 0))
+    activations = frames * band_height(vae, height, bands) * width * widest * 4 * tensors
+    return math.ceil(activations) + given * height * width * (2 * 3 + masks) * 4
 
 
 def memory(sizes: Sizes, cost: Cost, mode: str) -> Memory:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvid.distributed import Mesh, shares, starts
+from fastvid.errors import InvalidRequest
 from fastvid.models.vae_stream import Cache, Layers, Stream, Window, check_stripes
 
 
@@ -52,37 +53,37 @@ class Band:
         return self.mesh.gather(x, [size * scale for size in self.sizes], dim)
 
     @property
-    def neighbours(self) -> tuple[int | None, int | None]:
-        """The ranks above and below, where there are any."""
-        rank = self.mesh.rank
-        return rank - 1 if rank > 0 else None, rank + 1 if rank + 1 < self.holders else None
+    def holders(self) -> list[int]:
+        """The ranks that hold rows."""
+        return [rank for rank, size in enumerate(self.sizes) if size]
 
     @property
-    def holders(self) -> int:
-        """How many ranks hold rows: the first so many."""
-        return sum(size > 0 for size in self.sizes)
+    def neighbours(self) -> tuple[int | None, int | None]:
+        """The ranks that hold the rows above this one's and those below, where there are any."""
+        holders = [None, *self.holders, None]
+        here = holders.index(self.mesh.rank)
+        return holders[here - 1], holders[here + 1]
 
     def extended(self, x: Tensor, above: int, below: int) -> tuple[Tensor, tuple[int, int]]:
         """x [B, C, T, R, W] with so many rows of its neighbours above and below it, and how many there were."""
         up, down = self.neighbours
-        rows = x.shape[3]
-        sends = [(up, _packed(x[:, :, :, :below]))] if up is not None and below else []
-        sends += [(down, _packed(x[:, :, :, rows - above :]))] if down is not None and above else []
-        top = _room(x, above) if up is not None and above else None
-        bottom = _room(x, below) if down is not None and below else None
-        receives = [(rank, part) for rank, part in ((up, top), (down, bottom)) if part is not None]
-        if not sends and not receives:
+        edges = (above if up is not None else 0, below if down is not None else 0)
+        if above + below == 0 or (up is None and down is None):
             return x, (0, 0)
+        sends = [(up, _packed(x[:, :, :, :below]))] if up is not None else []
+        sends += [(down, _packed(x[:, :, :, x.shape[3] - above :]))] if down is not None else []
+        parts = [_room(x, edges[0]), x, _room(x, edges[1])]
+        receives = [(rank, part) for rank, part in ((up, parts[0]), (down, parts[2])) if rank is not None]
         self.mesh.exchange(sends, receives).wait()
-        parts = [x if part is x else _unpacked(x, part) for part in (top, x, bottom) if part is not None]
-        return torch.cat(parts, dim=3), (0 if top is None else above, 0 if bottom is None else below)
+        parts[0], parts[2] = _unpacked(parts[0]), _unpacked(parts[2])
+        return torch.cat([part for part in parts if part.shape[3]], dim=3), edges
 
 
 class BandStream(Stream):
     """A Stream whose rows are a rank's band: what a layer sees beyond them comes from the neighbours."""
 
-    def __init__(self, cache: Cache | None, band: Band) -> None:
-        super().__init__(cache)
+    def __init__(self, cache: Cache | None, band: Band, reuse: bool = False) -> None:
+        super().__init__(cache, reuse)
         self._band = band
 
     def begin(self, x: Tensor) -> None:
@@ -102,8 +103,9 @@ class BandStream(Stream):
         if cached:
             layer, self._layer = self._layer, self._layer + 1
             self._next.append(None)
-            if not self.first:
-                past, self._past[layer] = self._past[layer], None
+            past = None if self.first else self._past[layer]
+            if not (self.first or self._reuse):
+                self._past[layer] = None  # a past that nobody else holds is freed as soon as it has been used
         x, edges = self._band.extended(x, above, below)
         return Window(x, past, edges)
 
@@ -113,39 +115,45 @@ class BandStream(Stream):
 
     def keep(self, frames: Tensor) -> None:
         """See Stream.keep: with the rows that neighbours gave, so that they need not give them again."""
+        layer = self._layer - 1
+        if self._reuse:
+            self._next[layer] = self._past[layer].copy_(frames)
+            return
         alone = frames.untyped_storage().nbytes() == frames.nbytes
-        self._next[self._layer - 1] = frames if alone else frames.clone()
+        self._next[layer] = frames if alone else frames.clone()
 
     def whole(self, x: Tensor, dim: int) -> Tensor:
         """See Stream.whole."""
         each, band = x.shape[dim] // self._band.rows, self._band
-        return band.mesh.gather(x, [rows * each for rows in band.sizes if rows], dim, range(band.holders))
+        return band.mesh.gather(x, [band.sizes[rank] * each for rank in band.holders], dim, band.holders)
 
 
 def _packed(rows: Tensor) -> Tensor:
-    """Rows in the order in which x's memory has them, so that channels-last ones stay so."""
-    return (rows.permute(0, 2, 3, 4, 1) if rows.stride(1) == 1 else rows).contiguous()
+    """Rows as they travel, [B, T, R, W, C], whatever the order of this rank's memory: a neighbour's may be another,
+    since operations choose it by sizes too."""
+    return rows.permute(0, 2, 3, 4, 1).contiguous()
 
 
 def _room(x: Tensor, rows: int) -> Tensor:
+    """For so many of a neighbour's rows as they travel."""
     B, C, T, _, W = x.shape
-    return x.new_empty((B, T, rows, W, C) if x.stride(1) == 1 else (B, C, T, rows, W))
+    return x.new_empty((B, T, rows, W, C))
 
 
-def _unpacked(x: Tensor, rows: Tensor) -> Tensor:
-    return rows.permute(0, 4, 1, 2, 3) if x.stride(1) == 1 else rows
+def _unpacked(rows: Tensor) -> Tensor:
+    return rows.permute(0, 4, 1, 2, 3)
 
 
 def band_of(bands: Bands | None, rows: int, stripes: int) -> Band | None:
-    """This rank's part of a frame with so many rows of latents, if ranks share it. Raises ValueError."""
+    """This rank's part of a frame with so many rows of latents, if ranks share it. Raises InvalidRequest."""
     check_stripes(stripes, rows)
     if bands is None:
         return None
     if stripes != 1:
-        raise ValueError(f"stripes is {stripes}; ranks that share a frame's rows take 1")
+        raise InvalidRequest(f"stripes is {stripes}; ranks that share a frame's rows take 1")
     return bands.of(rows)
 
 
 def stream_of(cache: Cache | None, reuse: bool, band: Band | None) -> Stream:
     """The walk through a network that goes on from a cache."""
-    return Stream(cache, reuse) if band is None else BandStream(cache, band)
+    return Stream(cache, reuse) if band is None else BandStream(cache, band, reuse)
