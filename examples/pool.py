@@ -1,6 +1,7 @@
 """Several requests over a pool of pipelines on Ray: python examples/pool.py [--groups 2] [--parallel 1] [PROMPT ...]
 
-Needs the extra: pip install fastvid[ray]. On a cluster, run it where `ray status` works, with --folder on a shared disk.
+Needs the extra: pip install fastvid[ray]. On a cluster, run it where `ray status` works, with --folder on a disk that
+all machines see.
 """
 
 from __future__ import annotations

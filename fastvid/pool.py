@@ -4,10 +4,10 @@
         jobs = [pool.submit(prompt=prompt) for prompt in prompts]
         videos = [job.result() for job in jobs]
 
-A group is a Ray actor that holds one pipeline (`fastvid.load`, with `parallel` ranks of its own). A job waits until one is
-free; when as many wait as may, `submit` waits too, or says so. If a group's process dies, or a rank of it, the job goes on
-from its last checkpoint on the next free group, which may be another machine where `folder` is on a disk that all see; the
-video is what it would have been. What is handed to Ray is JSON and bytes (`fastvid.wire`).
+A group is a Ray actor that holds one pipeline (`fastvid.load`, with `parallel` ranks of its own). A job waits until one
+is free; when as many wait as may, `submit` waits too, or says so. If a group's process dies, or a rank of it, the job
+goes on from its last checkpoint on the next free group, which may be another machine where `folder` is on a disk that
+all see; the video is what it would have been. What is handed to Ray is JSON and bytes (`fastvid.wire`).
 
 Ray comes with the extra: pip install fastvid[ray].
 """
@@ -154,10 +154,10 @@ class Job:
 class Pool:
     """Groups, and the line before them. A context; `close` ends both.
 
-    model, options: as `fastvid.load` takes them. groups: pipelines; parallel: ranks of each. waiting: jobs that may wait
-    (default: two for each group). retries: how often a job is begun again after its group has died. folder: for
-    checkpoints, on a disk that all machines see where there are several; a temporary one if it is left out. cpus: that Ray
-    sets aside for a group; gpus: the same, by default one for each rank if Ray knows of any.
+    model, options: as `fastvid.load` takes them. groups: pipelines; parallel: ranks of each. waiting: jobs that may
+    wait (default: two for each group). retries: how often a job is begun again after its group has died. folder: for
+    checkpoints, on a disk that all machines see where there are several; a temporary one if it is left out. cpus: that
+    Ray sets aside for a group; gpus: the same, by default one for each rank if Ray knows of any.
 
     Uses the Ray cluster that the program is connected to, or starts a local one.
     """
