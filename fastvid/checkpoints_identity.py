@@ -36,6 +36,7 @@ def identity(parts: Parts) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": _device(parts.device),
         "dtype": str(parts.dtype).removeprefix("torch."),
+        "vae_dtype": str(parts.vae_dtype).removeprefix("torch."),
         "backends": dict(parts.ops.bound),
         "parallel": parts.settings.get("parallel", "1"),
         "recipe of the model": hashlib.sha256(repr(parts.recipe).encode()).hexdigest(),

@@ -251,6 +251,7 @@ def _add_model(parser: Parser, also: str = "") -> None:
     add("--model", metavar="MODEL", help=f"embedded, a folder, a file, or a hub id (default: embedded){also}")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: what suits the device)")
+    add("--vae-dtype", metavar="NAME", help="the same for the VAE (default: float32)")
     add("--backend", metavar="NAME", help="of the operations: auto, reference, triton, cuda (default: auto)")
     add("--attention", metavar="NAME", help="auto, reference, sdpa, flash, triton, cuda (default: auto)")
     add(

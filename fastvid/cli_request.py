@@ -18,7 +18,7 @@ from fastvid.errors import InvalidRequest, MediaError
 from fastvid.limits import MAX_PROMPT, nearest_name
 from fastvid.requests import CLIPS, TOLD, VERBS, Request
 
-LOAD_FLAGS = ("device", "dtype", "backend", "attention")
+LOAD_FLAGS = ("device", "dtype", "vae_dtype", "backend", "attention")
 MAX_SHOTS_FILE = 1 << 26  # bytes
 
 
@@ -145,7 +145,7 @@ def load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[st
         name: settings[name] for name in LOAD_FLAGS if isinstance(settings.get(name), str) and name != "device"
     }
     here = env.read()
-    chosen = {name: getattr(flags, name) or made_with.get(name) or getattr(here, name) for name in LOAD_FLAGS}
+    chosen = {name: getattr(flags, name) or made_with.get(name) or getattr(here, name, None) for name in LOAD_FLAGS}
     chosen["loras"] = settings.get("loras") if flags.lora is None else flags.lora
     chosen["offload"] = flags.offload  # of this machine alone, as graphs are: the video is the same
     chosen["cuda_graphs"] = flags.cuda_graphs

@@ -60,7 +60,7 @@ class Decoder:
         mark, start = time.perf_counter(), self.start
         with ieee_fp32():
             # The cache is this stream's own, so its memory may be used again.
-            again, latents = self.cache is not None, latents.to(self.parts.vae_dtype)
+            again = self.cache is not None
             frames, self.cache = self.parts.vae.decode_rgb(latents, self.cache, self.stripes, again, self.parts.bands)
         rgb = frames[0]
         self.start = start + len(rgb)

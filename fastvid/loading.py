@@ -49,13 +49,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Parts:
     """A loaded model: modules on their device, and how they are to be used. `model` is the name it was loaded by.
 
-    experts: the transformers, one or two; `experts.use` brings the one that is needed to the device.
-    loras: the files that are merged, with their scales and where it is one the expert they are for; merged: the weights
-    that they changed. sources: the parts that came from elsewhere, as they were given.
-    offload: "none", "text" or "blocks" (see `fastvid.offload`); encoders: how the text encoder and the image encoder,
-    in this order, come to the device; sizes: bytes of all weights as loaded. graphs: what replays the transformers'
-    calls, if anything does; graphs_why: why it does or does not. mesh: the ranks that run it together, each with parts
-    of its own; layout: how they share requests, None if each is shared as suits it.
+    experts: the transformers, one or two; `experts.use` brings the one that is needed to the device. loras: the files
+    that are merged, with their scales and where it is one the expert they are for; merged: the weights that they
+    changed. sources: the parts that came from elsewhere, as they were given. offload: "none", "text" or "blocks" (see
+    `fastvid.offload`); encoders: how the text encoder and the image encoder, in this order, come to the device; sizes:
+    bytes of all weights as loaded. graphs: what replays the transformers' calls, if anything does; graphs_why: why it
+    does or does not. vae_dtype: what the VAE computes in. mesh: the ranks that run it together, each with parts of its
+    own; layout: how they share requests, None if each is shared as suits it.
     """
 
     model: str
@@ -79,6 +79,7 @@ class Parts:
     sources: tuple[tuple[str, str], ...] = ()
     graphs: Any = None
     graphs_why: str = ""
+    vae_dtype: torch.dtype = torch.float32
     mesh: Mesh = field(default_factory=Mesh)
     layout: Layout | None = None
 
@@ -97,14 +98,10 @@ class Parts:
         """What `load` was asked for and made of it, as a recipe records it: what else decides the bytes."""
         dtype = str(self.dtype).removeprefix("torch.")
         made = {"dtype": dtype, "device": self.device.type, "backend": self.backend, "attention": self.attention}
+        made |= {} if self.vae_dtype is torch.float32 else {"vae_dtype": str(self.vae_dtype).removeprefix("torch.")}
         made |= {"parts": dict(self.sources)} if self.sources else {}
         made |= {"parallel": str(self.layout or self.mesh.size)} if self.mesh.size > 1 else {}
         return made | ({"loras": [list(pair) for pair in self.loras]} if self.loras else {})
-
-    @property
-    def vae_dtype(self) -> torch.dtype:
-        """The VAE computes in fp32, as published."""
-        return torch.float32
 
     @property
     def bytes_held(self) -> int:
@@ -146,6 +143,7 @@ def load_parts(
     offload: str = "auto",
     parts: Mapping[str, str | Path] | None = None,
     cuda_graphs: str | bool = "auto",
+    vae_dtype: str | torch.dtype | None = None,
     mesh: Mesh | None = None,
     layout: Layout | None = None,
 ) -> Parts:
@@ -156,11 +154,15 @@ def load_parts(
     """
     mesh = mesh or Mesh()
     where = _device(device)
-    kind = _dtype(dtype, where)
+    kind, vae_kind = _dtype(dtype, where), _vae_dtype(vae_dtype)
     ops = bind(backend, attention, where)
     merging, asked, replay = read_loras(loras), check_offload(offload), graphs.check(cuda_graphs)
     checkpoint = read_checkpoint(model, parts, download=True).check()
-    mode = asked if asked != AUTO else choose_offload(configs_of(checkpoint), checkpoint.recipe, where, kind)
+    mode = (
+        asked
+        if asked != AUTO
+        else choose_offload(configs_of(checkpoint), checkpoint.recipe, where, kind, vae_dtype=vae_kind)
+    )
     mode = MODES[agree(mesh, MODES.index(mode), max)]
     stay, caches = experts_stay(checkpoint, mode), checkpoint.recipe.rollout is not None
     replaying, why = graphs.choose(replay, where, stay, caches, mesh.size)
@@ -177,7 +179,7 @@ def load_parts(
         loaded = [build_empty(name, configs[name]).to(part_dtype(name, kind)) for name in names]
     staying = mode == "none" or mesh.rank > 0
     encoders = Staying(loaded) if staying else Turns(loaded, where, stream=mode == "blocks")
-    vae = load_part(checkpoint, "vae", ops, where, part_dtype("vae", kind))
+    vae = load_part(checkpoint, "vae", ops, where, vae_kind)
     if ops.bound["vae_norm_silu_conv3d"] != "reference":
         vae_kernels.channels_last(vae)  # here once, instead of in every call
     tokenizer = TextTokenizer.read(checkpoint.tokenizer)
@@ -187,7 +189,7 @@ def load_parts(
     sizes = Sizes(tuple(map(weigh, experts.modules)), weigh(loaded[0]), weigh(vae).total, image_bytes)
     made = replace(made, image_encoder=image_encoder, offload=mode, encoders=encoders, sizes=sizes)
     made = replace(made, loras=named(merging), merged=touched(merging), graphs=replaying, graphs_why=why)
-    made = replace(made, mesh=mesh, layout=layout)
+    made = replace(made, vae_dtype=vae_kind, mesh=mesh, layout=layout)
     return replace(made, sources=tuple((name, str(path)) for name, path in (parts or {}).items()))
 
 
@@ -200,7 +202,12 @@ def check_offload(offload: Any) -> str:
 
 
 def choose_offload(
-    configs: Mapping[str, Any], recipe: Recipe, device: torch.device, dtype: torch.dtype, free: int | None = None
+    configs: Mapping[str, Any],
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    free: int | None = None,
+    vae_dtype: torch.dtype = torch.float32,
 ) -> str:
     """The least offloading with which what the model's recipe makes fits into the device's free memory; without a GPU,
     none: host and device are one memory there. free: bytes, of a device that is not here."""
@@ -211,6 +218,7 @@ def choose_offload(
     pictures = 1 + bool(seen.pos_embed_seq_len) if seen.in_channels > seen.out_channels else 0
     request = Request.make(prompt="").resolve(recipe)
     given = {"experts": sum(name in EXPERTS for name in configs), "dtype": dtype, "pictures": pictures}
+    given["vae_dtype"] = vae_dtype
     try:
         return plan.fit(request, *made, capacity=plan.available_bytes(device) if free is None else free, **given)[
             0
@@ -246,6 +254,7 @@ def outline(
     parts: Mapping[str, str | Path] | None = None,
     parallel: Any = None,
     cuda_graphs: str | bool = "auto",
+    vae_dtype: str | torch.dtype | None = None,
     free: int | None = None,
 ) -> Parts:
     """What `load_parts` would make, with modules that have no weights: enough to plan with, and for nothing else.
@@ -257,12 +266,12 @@ def outline(
     """
     where = torch.device("cuda") if free is not None and device is None else _device(device)
     kind, asked, merging = _dtype(dtype, where), check_offload(offload), read_loras(loras)
-    ranks = parse(parallel)
+    ranks, vae_kind = parse(parallel), _vae_dtype(vae_dtype)
     ops = bind(backend, attention, where) if free is None else Ops({}, {}, {})
     recipe, configs, rows, checkpoint = _describe(model, parts)
-    mode = asked if asked != AUTO else choose_offload(configs, recipe, where, kind, free)
+    mode = asked if asked != AUTO else choose_offload(configs, recipe, where, kind, free, vae_kind)
     empty = {name: build_empty(name, config) for name, config in configs.items()}
-    weighed = {name: weigh_module(name, module, kind) for name, module in empty.items()}
+    weighed = {name: weigh_module(name, module, kind, vae_kind) for name, module in empty.items()}
     names = [name for name in EXPERTS if name in empty]
     image = weighed["image_encoder"].total if "image_encoder" in empty else 0
     made = Parts(
@@ -280,7 +289,9 @@ def outline(
         offload=mode,
         sizes=Sizes(tuple(weighed[name] for name in names), weighed["text_encoder"], weighed["vae"].total, image),
     )
-    made = replace(made, loras=named(merging), mesh=Mesh(size=ranks.ranks or 1), layout=ranks.layout)
+    made = replace(
+        made, vae_dtype=vae_kind, loras=named(merging), mesh=Mesh(size=ranks.ranks or 1), layout=ranks.layout
+    )
     stays, caches = mode == "none" or (mode == "text" and len(names) == 1), recipe.rollout is not None
     want, why = graphs.wanted(cuda_graphs, where, stays, caches, made.mesh.size)
     return replace(made, graphs=graphs.PLANNED if want else None, graphs_why=why)
@@ -418,11 +429,20 @@ def _device(device: Any) -> torch.device:
 def _dtype(dtype: Any, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _named_dtype("dtype", dtype)
+
+
+def _vae_dtype(dtype: Any) -> torch.dtype:
+    """What the VAE computes in: fp32, as published, if nothing is asked for."""
+    return torch.float32 if dtype is None else _named_dtype("vae_dtype", dtype)
+
+
+def _named_dtype(name: str, dtype: Any) -> torch.dtype:
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             near = difflib.get_close_matches(dtype, DTYPES, 1, 0)[0]
-            raise InvalidRequest(f"dtype={dtype!r:.40}: allowed is {', '.join(DTYPES)}; the nearest is {near}")
+            raise InvalidRequest(f"{name}={dtype!r:.40}: allowed is {', '.join(DTYPES)}; the nearest is {near}")
         return DTYPES[dtype]
     if dtype not in DTYPES.values():
-        raise InvalidRequest(f"dtype={dtype!r:.40}: allowed is {', '.join(DTYPES)}, by name or as torch.dtype")
+        raise InvalidRequest(f"{name}={dtype!r:.40}: allowed is {', '.join(DTYPES)}, by name or as torch.dtype")
     return dtype

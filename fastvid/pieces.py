@@ -27,7 +27,7 @@ def encode(parts: Parts, frames: Any) -> Tensor:
     """See Pipeline.encode."""
     pixels = _frames(frames, parts)
     with ieee_fp32():
-        latents, _ = parts.vae.encode(pixels.to(parts.device, parts.vae_dtype).div(127.5).sub(1), bands=parts.bands)
+        latents, _ = parts.vae.encode(pixels.to(parts.device, torch.float32).div(127.5).sub(1), bands=parts.bands)
     return latents
 
 
@@ -44,7 +44,7 @@ def decode(parts: Parts, latents: Any) -> np.ndarray:
     out, cache = [], None
     with ieee_fp32():
         # One latent frame at a time: the memory that it takes does not grow with the clip.
-        for part in tensor.to(parts.device, parts.vae_dtype).split(1, dim=2):
+        for part in tensor.to(parts.device, torch.float32).split(1, dim=2):
             decoded, cache = parts.vae.decode_rgb(part, cache, bands=parts.bands)
             out.append(decoded[0].cpu().numpy())
     return np.concatenate(out)

@@ -309,6 +309,7 @@ class Pipeline:
             "variant": parts.recipe.name,
             "device": str(parts.device),
             "dtype": str(parts.dtype).removeprefix("torch."),
+            "vae_dtype": str(parts.vae_dtype).removeprefix("torch."),
             "backends": dict(parts.ops.bound),
             "reasons": dict(parts.ops.reasons),
             "loras": [list(pair) for pair in parts.loras],

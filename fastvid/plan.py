@@ -164,13 +164,15 @@ def cost(
     graphs: bool = False,
     sharers: int = 1,
     bands: int = 1,
+    vae_itemsize: int = 4,
 ) -> Cost:
     """Peak bytes of a request, weights left out; see `plan_memory.Cost`. segment: what the model makes at once.
 
     rows: of text that the transformer sees; texts: 2 with guidance; pictures: how many CLIP looks at; encoded: frames
     that are encoded at once beside them; frames: those that are kept; cache: tokens in a KV cache; stripes: of rows in
     which frames are decoded; graphs: calls are replayed (see `fastvid.graphs`); sharers: ranks that share the tokens;
-    bands: ranks that share the rows of frames that are encoded and decoded.
+    bands: ranks that share the rows of frames that are encoded and decoded; itemsize, vae_itemsize: bytes of a number
+    in the transformer and in the VAE.
     """
     frame, chunk = (segment.made_height, segment.made_width), segment.temporal * decode_chunk(segment)
     concatenated = config.in_channels > config.out_channels
@@ -182,12 +184,13 @@ def cost(
     activations = plan_memory.activation_bytes(tokens, config, itemsize, control_layers)
     inputs = plan_memory.context_bytes(rows + seen, 1, 1, config, itemsize)
     inputs += math.prod(segment.latent_shape(2 * vae.z_dim + config.in_channels + seen_by_control)) * 4
+    shared = {"bands": bands, "itemsize": vae_itemsize}
     return Cost(
         activations=activations,
-        decoder=plan_memory.decoder_bytes(vae, *frame, chunk, stripes, bands),
+        decoder=plan_memory.decoder_bytes(vae, *frame, chunk, stripes, **shared),
         latents=math.prod(segment.latent_shape(vae.z_dim * solver_copies + seen_by_control)) * 4,
         frames=frames * segment.height * segment.width * 3,
-        encoder=plan_memory.encoder_bytes(vae, *frame, min(chunk, given), given, masks, bands) if given else 0,
+        encoder=plan_memory.encoder_bytes(vae, *frame, min(chunk, given), given, masks, **shared) if given else 0,
         context=plan_memory.context_bytes(rows + seen, texts, experts, config, itemsize)
         + plan_memory.context_bytes(-(-cache // sharers), texts, 1, config, itemsize),
         text=plan_memory.text_bytes(rows, text, itemsize) if text else 0,
@@ -206,20 +209,21 @@ def fit(
     experts: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     pictures: int = 0,
+    vae_dtype: torch.dtype = torch.float32,
 ) -> tuple[Memory, dict[str, Memory]]:
     """Whether and how a model that need not be loaded, nor be here, makes a request in `capacity` bytes of a device.
 
-    dtype: of transformer and text encoder; the VAE and the image encoder are in fp32. Returns the choice, and every
-    way of offloading by its name. Raises OutOfMemory if none of them fits.
+    dtype: of transformer and text encoder; vae_dtype: of the VAE; the image encoder is in fp32. Returns the choice,
+    and every way of offloading by its name. Raises OutOfMemory if none of them fits.
     """
     one, text = weigh_part("transformer", transformer, dtype), weigh_part("text_encoder", text_encoder, dtype)
     control = len(transformer.vace_layers) if isinstance(transformer, WanVACEConfig) else 0
     transformer = transformer.transformer if isinstance(transformer, WanVACEConfig) else transformer
     image = weigh_part("image_encoder", image_encoder, dtype).total if image_encoder else 0
-    sizes = Sizes((one,) * experts, text, weigh_part("vae", vae, dtype).total, image)
+    sizes = Sizes((one,) * experts, text, weigh_part("vae", vae, dtype, vae_dtype).total, image)
     segment = whole_clip(request, vae)
     options = {"text": text_encoder, "texts": 1 + request.guided(experts), "experts": experts, "pictures": pictures}
-    options |= {"control_layers": control}
+    options |= {"control_layers": control, "vae_itemsize": vae_dtype.itemsize}
 
     def chosen(t: Segment) -> Memory:
         made = plan_memory.choose(sizes, cost(t, transformer, vae, dtype.itemsize, **options), capacity)

@@ -29,6 +29,7 @@ STRIPE_SHARE = 0.25
 # What a rank of several holds beside its band's activations, in copies with its neighbours' rows; measured as above
 # (tests/test_bands.py).
 BAND_SHARE = 0.1
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -126,27 +127,42 @@ def band_height(vae: VAEConfig, height: int, bands: int) -> int:
     return height if bands == 1 else min(rows, -(-rows // bands) + 1) * vae.spatial_scale
 
 
-def decoder_bytes(vae: VAEConfig, height: int, width: int, frames: int, stripes: int = 1, bands: int = 1) -> int:
-    """Peak of decoding `frames` pixel frames of a stream at once, in fp32: the feature cache, which does not grow with
-    them, and activations, of which `stripes` hold a part at a time. bands: ranks that share the rows; each has all of
+def decoder_bytes(
+    vae: VAEConfig,
+    height: int,
+    width: int,
+    frames: int,
+    stripes: int = 1,
+    bands: int = 1,
+    itemsize: int = FP32_BYTES,
+) -> int:
+    """Peak of decoding `frames` pixel frames of a stream at once, `itemsize` bytes a number: the feature cache, which
+    does not grow with them, and activations, of which `stripes` hold a part at a time. bands: ranks that share the rows; each has all of
     the 8-bit frames at the end, twice while they are put together."""
     tensors = DECODER_TENSORS_22 if isinstance(vae, WanVAE22Config) else DECODER_TENSORS
     share = 1 / stripes + (STRIPE_SHARE if stripes > 1 else 0) + (BAND_SHARE if bands > 1 else 0)
     rows = band_height(vae, height, bands)
-    activations = frames * rows * width * vae.widest * 4 * tensors * share
+    activations = frames * rows * width * vae.widest * itemsize * tensors * share
     gathered = 2 * 3 * frames * height * width if bands > 1 else 0
-    return vae_memory.cache_bytes(vae, rows, width) + math.ceil(activations) + gathered
+    return vae_memory.cache_bytes(vae, rows, width, itemsize) + math.ceil(activations) + gathered
 
 
 def encoder_bytes(
-    vae: VAEConfig, height: int, width: int, frames: int, given: int, masks: int = 0, bands: int = 1
+    vae: VAEConfig,
+    height: int,
+    width: int,
+    frames: int,
+    given: int,
+    masks: int = 0,
+    bands: int = 1,
+    itemsize: int = FP32_BYTES,
 ) -> int:
-    """Peak of encoding `frames` of `given` pixel frames at once, in fp32; the frames are there twice, as they come
-    and in the VAE's range, and so many masks of one channel beside them. bands: ranks that share the rows."""
+    """Peak of encoding `frames` of `given` pixel frames at once, `itemsize` bytes a number; the frames are there twice
+    in fp32, as they come and in the VAE's range, and so many masks of one channel beside them. bands: ranks that share the rows."""
     patched = isinstance(vae, WanVAE22Config)
     widest = vae.base_dim / (vae.patch_size**2 if patched else 1)
     tensors = (ENCODER_TENSORS_22 if patched else ENCODER_TENSORS) * (1 + (BAND_SHARE if bands > 1 else 0))
-    activations = frames * band_height(vae, height, bands) * width * widest * 4 * tensors
+    activations = frames * band_height(vae, height, bands) * width * widest * itemsize * tensors
     return math.ceil(activations) + given * height * width * (2 * 3 + masks) * 4
 
 

@@ -190,6 +190,7 @@ class Needs:
             graphs=parts.graphs is not None,
             sharers=self.sharers,
             bands=parts.mesh.size,
+            vae_itemsize=parts.vae_dtype.itemsize,
         )
 
     def memory(self, cost: Cost) -> Memory:

@@ -217,6 +217,7 @@ def test_every_flag_reaches_the_request(capsys: pytest.CaptureFixture[str], pipe
         "--width 80 --height 72 --num-frames 3 --fps 24000/1001 --seed 5 --steps 2 --guidance-scale 1.5 --flow-shift 8"
     )
     flags += " --negative-prompt bad --solver euler --model folder --device cpu --dtype float16 --backend reference"
+    flags += " --vae-dtype bfloat16"
     status, out, err = run(
         capsys,
         "generate",
@@ -237,7 +238,7 @@ def test_every_flag_reaches_the_request(capsys: pytest.CaptureFixture[str], pipe
     expected |= {"guidance_scale": 1.5, "flow_shift": 8.0, "negative_prompt": "bad", "solver": "euler", "prompt": "p"}
     assert status == 0 and err == "" and {name: made["recipe"][name] for name in expected} == expected
     loaded = {"device": "cpu", "dtype": "float16", "backend": "reference", "attention": "sdpa", "cuda_graphs": True}
-    loaded |= {"parallel": "2"}
+    loaded |= {"parallel": "2", "vae_dtype": "bfloat16"}
     assert pipe.loaded == [("folder", loaded)]
 
 

@@ -88,7 +88,7 @@ KINDS: Mapping[str, PartKind] = {
     ),
 }
 OPTIONAL = ("image_encoder",)
-FP32 = ("vae", "image_encoder")  # as published, whatever the rest is loaded as
+FP32 = ("vae", "image_encoder")  # as published, whatever the rest is loaded as, if nothing else is asked for
 
 
 EXPERTS = ("transformer", "transformer_2")  # high noise, low noise; most models have the first alone
@@ -224,19 +224,25 @@ def load_part(
     return module
 
 
-def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """What a part is loaded as in a model that is loaded as dtype."""
+def part_dtype(name: str, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32) -> torch.dtype:
+    """What a part is loaded as in a model that is loaded as dtype, its VAE as vae_dtype."""
+    if name == "vae":
+        return vae_dtype
     return torch.float32 if name in FP32 else dtype
 
 
-def weigh_part(name: str, config: Config, dtype: torch.dtype) -> offload.Weights:
+def weigh_part(
+    name: str, config: Config, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
+) -> offload.Weights:
     """Bytes of a part's weights in a model that is loaded as dtype, from its configuration."""
-    return weigh_module(name, build_empty(name, config), dtype)
+    return weigh_module(name, build_empty(name, config), dtype, vae_dtype)
 
 
-def weigh_module(name: str, module: nn.Module, dtype: torch.dtype) -> offload.Weights:
+def weigh_module(
+    name: str, module: nn.Module, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
+) -> offload.Weights:
     """The same of a module that has no weights yet."""
-    kind = part_dtype(name, dtype)
+    kind = part_dtype(name, dtype, vae_dtype)
     return offload.weigh(module, lambda weight: weights.target_dtype(module, weight, kind).itemsize)
 
 

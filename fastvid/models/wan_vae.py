@@ -375,8 +375,9 @@ class WanVAE(nn.Module):
         self.decoder = self.decoder_type(config, ops)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.tensor(self.config.latents_mean, device=like.device, dtype=like.dtype)
-        std = torch.tensor(self.config.latents_std, device=like.device, dtype=like.dtype)
+        kind = torch.promote_types(like.dtype, torch.float32)
+        mean = torch.tensor(self.config.latents_mean, device=like.device, dtype=kind)
+        std = torch.tensor(self.config.latents_std, device=like.device, dtype=kind)
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
     def encode(
@@ -401,12 +402,14 @@ class WanVAE(nn.Module):
                 result and a cache of its own part.
 
         Returns:
-            Normalised latents [B, C, T, H/8, W/8] and the cache for the next chunk.
+            Normalised latents [B, C, T, H/8, W/8], in fp32 if the weights are in 16 bits, and the cache for the next
+            chunk.
 
         Raises:
             ValueError: a size, a number of frames or of stripes that the network cannot take.
         """
         self._check_frames(frames, first=cache is None)
+        frames = frames.to(self.quant_conv.weight.dtype)
         scale, rows = self.config.spatial_scale, frames.shape[3] // self.config.spatial_scale
         band = band_of(bands, rows, stripes)
         latents, first = [], cache is None
@@ -489,6 +492,7 @@ class WanVAE(nn.Module):
     ) -> tuple[Tensor, Cache]:
         """What `decoder` makes of the latents; of a rank's rows, its rows of that."""
         mean, std = self._statistics(latents)
+        latents = (latents * std + mean).to(self.quant_conv.weight.dtype)  # rounded once, where weights are 16 bits
         scale = self.config.spatial_scale
         at_once = self._latents_at_once(latents, latents[:, 0, 0].numel() * scale**2)
         if band is not None and not band.rows:
@@ -497,7 +501,7 @@ class WanVAE(nn.Module):
         latents, frames = latents if band is None else band.cut(latents), []
         for part in latents.split(at_once, dim=2):
             stream, cache = stream_of(cache, reuse_cache, band), None
-            frames.append(decoder(self.post_quant_conv(part * std + mean, stream), stream, stripes))
+            frames.append(decoder(self.post_quant_conv(part, stream), stream, stripes))
             cache, reuse_cache = stream.cache(), True
         return torch.cat(frames, dim=2), cache
 
