@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from gradients import gradients
 from torch import Tensor
 
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.layers.embeddings import rotary_table, timestep_sinusoid
+from fastvid.layers.embeddings import RotaryTables, rotary_table, timestep_sinusoid
 from fastvid.models.wan import WanTransformer, WanTransformerConfig, group_timesteps
 from fastvid.ops import reference
 
@@ -162,6 +163,33 @@ def test_a_window_can_start_anywhere(theirs: WanTransformer3DModel) -> None:
     model = ours(theirs)
     assert error(model(*given, rope_offset=2000), model(*given)) < 1e-5
     assert not torch.equal(model(*given, rope_offset=2000), model(*given))
+
+
+def test_a_rotary_table_is_kept_for_the_next_step() -> None:
+    cpu, rotary = torch.device("cpu"), RotaryTables(24)
+    first = rotary((3, 2, 4), 5, cpu)
+    assert all(a is b for a, b in zip(first, rotary((3, 2, 4), 5, cpu), strict=True))
+    for grid, offset in (((3, 2, 4), 6), ((3, 2, 4), (5, 6, 8)), ((3, 4, 2), 5), ((3, 2, 4), 5)):
+        wanted = rotary_table(grid, 24, offset=offset, device=cpu)
+        assert all(torch.equal(a, b) for a, b in zip(rotary(grid, offset, cpu), wanted, strict=True)), (grid, offset)
+
+
+def test_threads_share_rotary_tables() -> None:
+    cpu, rotary = torch.device("cpu"), RotaryTables(24)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [((1 + i % 3, 2, 3), i % 5) for i in range(400)]
+        made = list(pool.map(lambda one: rotary(*one, cpu), asked))
+    for (grid, offset), table in zip(asked, made, strict=True):
+        assert torch.equal(table[0], rotary_table(grid, 24, offset=offset, device=cpu)[0]), (grid, offset)
+
+
+def test_rotary_tables_of_inference_take_gradients() -> None:
+    rotary = RotaryTables(24)
+    with torch.inference_mode():
+        cos, _ = rotary((1, 2, 2), 0, torch.device("cpu"))
+    x = torch.ones_like(cos, requires_grad=True)
+    (x * cos).sum().backward()
+    assert torch.equal(x.grad, cos)
 
 
 @pytest.mark.parametrize("head_dim", [24, 34, 64, 128])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,31 @@ def rotary_table(
     turns = [_axis_turns(axis, widths[axis], places[axis], theta).to(device) for axis in range(3)]
     cos, sin = (torch.cat([turn[i].expand(*grid, -1) for turn in turns], dim=-1).flatten(0, 2) for i in range(2))
     return cos, sin
+
+
+class RotaryTables:
+    """`rotary_table` for heads of one size, which keeps the last table: a request's steps ask for the same one again.
+
+    Nobody writes to a table. Threads may share this: each takes a table and its key at once, and at worst makes a table
+    that another one has just made. On a GPU a table is for calls in the stream that it was made in.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        self._head_dim = head_dim
+        self._last: tuple[Any, tuple[Tensor, Tensor]] | None = None
+
+    def __call__(
+        self, grid: tuple[int, int, int], offset: int | Sequence[int], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """See `rotary_table`."""
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        key = (tuple(grid), offset if isinstance(offset, int) else tuple(offset), device, stream)
+        last = self._last
+        if last is None or last[0] != key:
+            with torch.inference_mode(False):  # a later call may take gradients
+                last = key, rotary_table(grid, self._head_dim, offset=offset, device=device)
+            self._last = last
+        return last[1]
 
 
 def _axis_turns(axis: int, width: int, places: Sequence[int], theta: float) -> Tensor:

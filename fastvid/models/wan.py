@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastvid.distributed import Seat
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.attention import cross_attention, self_attention
-from fastvid.layers.embeddings import group_timesteps, rotary_table
+from fastvid.layers.embeddings import RotaryTables, group_timesteps
 from fastvid.layers.fused import FusedLinear
 from fastvid.layers.kv_cache import KVCache, LayerCache
 from fastvid.layers.linear import FeedForward, Linear, linear
@@ -236,6 +236,7 @@ class WanTransformer(nn.Module):
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, config.patch_size, config.patch_size)
         self.condition_embedder = ConditionEmbedder(config, ops)
         self.blocks = nn.ModuleList([Block(config, ops) for _ in range(config.num_layers)])
+        self.rotary = RotaryTables(config.attention_head_dim)
         pt, ph, pw = config.patch_size
         self.proj_out = Linear(config.dim, config.out_channels * pt * ph * pw)
         self.scale_shift_table = normal_parameter(1, 2, config.dim, std=config.dim**-0.5)
@@ -304,7 +305,7 @@ class WanTransformer(nn.Module):
         grid = self._grid(latents, known)
         context = self.prepare_context(text) if isinstance(text, Tensor) else text
         values, index = (one.to(latents.device) for one in group_timesteps(timestep, latents.shape[0], grid))
-        rotary = rotary_table(grid, self.config.attention_head_dim, offset=rope_offset, device=latents.device)
+        rotary = self.rotary(grid, rope_offset, latents.device)
         if seat is not None and seat.layout.sequence > 1:
             split = self._split(seat, grid)
             given = self._cut(split, latents, known, values, index, rotary, context)
