@@ -25,7 +25,7 @@ from fastvid import ops
 from fastvid.graphs import CudaCapture, Graphs
 from fastvid.models import WanTransformer, WanVAE, WanVAEConfig
 from fastvid.models.published import describe
-from fastvid.ops import rgb
+from fastvid.ops import rgb, vae_kernels
 from fastvid.weights import target_dtype
 
 NAMES = {"1.3b": "wan2.1-t2v-1.3b", "14b": "wan2.1-t2v-14b"}
@@ -141,7 +141,7 @@ def build(name: str, device: torch.device, backends: list[str], compiled: bool) 
         own = WanVAE(vae.config, bound).to(device, dtype)
         own.load_state_dict(vae.state_dict())
         if bound.bound["vae_norm_silu_conv3d"] != "reference":
-            ops.vae_kernels.channels_last(own)
+            vae_kernels.channels_last(own)
         runs = {"": ours.run} | ({" with graphs": Graphs(CudaCapture(device))} if on_gpu else {})
         cases |= {f"fastvid {backend}{name}": model(ours, run, own) for name, run in runs.items()}
     if importlib.util.find_spec("diffusers") is not None:

@@ -20,7 +20,9 @@ from test_gemm_kernels import NAN, apart, check, error, laid_out, random
 from torch import Tensor
 
 from fastvid.models import WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
-from fastvid.ops import rgb, vae, vae_kernels
+from fastvid.models.vae_stream import Stream
+from fastvid.models.wan_vae import SpatialAttention
+from fastvid.ops import reference, rgb, vae, vae_kernels
 
 HALF = torch.float16
 LAST = torch.channels_last_3d
@@ -449,6 +451,28 @@ def test_a_network_in_chunks_and_stripes(verb: str) -> None:
     assert error(torch.cat((first, rest), 2), want.double()) < 1e-5
     assert all(error(a, b.double()) < 1e-5 for a, b in zip(cache, want_cache, strict=True))
     assert all(part.stride(1) == 1 for part in cache[1:]), "channels-last, but for what came from outside"
+
+
+@pytest.mark.interpret
+def test_attentions_products_are_of_the_kernels() -> None:
+    """Norm and both 1x1 convolutions around attention are operations; nothing of them is left to torch's."""
+    torch.manual_seed(0)
+    plain, called = SpatialAttention(13, reference).requires_grad_(False), []
+    wrapped = {
+        op: lambda *given, op=op: called.append(op) or vars(KERNELS)[op](*given)
+        for op in ("vae_rms_norm", "vae_conv3d")
+    }
+    fast = SpatialAttention(13, SimpleNamespace(**wrapped)).requires_grad_(False)
+    for parameter in plain.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    fast.load_state_dict(plain.state_dict())
+    x = random(2, 13, 3, 3, 5)
+    made = fast(x, Stream(None))
+    assert called == ["vae_rms_norm", "vae_conv3d", "vae_conv3d"]
+    wanted = SpatialAttention(13, reference).double().requires_grad_(False)
+    wanted.load_state_dict(plain.state_dict())
+    true = wanted(x.double(), Stream(None))
+    assert error(made, true) <= 2 * error(plain(x, Stream(None)), true)
 
 
 @pytest.mark.interpret

@@ -168,17 +168,22 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, ops: Any) -> None:
         super().__init__()
+        self.ops = ops
         self.norm = RMSNorm(channels, 2, ops)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         b, c, t, h, w = x.shape
-        frames = x.transpose(1, 2).reshape(b * t, c, h, w)
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)[:, None]
+        normed = self.ops.vae_rms_norm(x, self.norm.gamma[..., None])
+        qkv = self._linear(self.to_qkv, normed).permute(0, 2, 3, 4, 1).reshape(b * t, 1, h * w, 3 * c)
         q, k, v = qkv[..., :c], *stream.whole(qkv[..., c:], 2).chunk(2, dim=-1)
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(b * t, c, h, w)
-        return x + self.proj(out).reshape(b, t, c, h, w).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v).reshape(b, t, h, w, c).permute(0, 4, 1, 2, 3)
+        return x + self._linear(self.proj, out)
+
+    def _linear(self, of: nn.Conv2d, x: Tensor) -> Tensor:
+        """`of`, a 1x1 convolution as the checkpoints have it, of every pixel of x [B, C, T, H, W]."""
+        return self.ops.vae_conv3d(x, of.weight[:, :, None], of.bias)
 
 
 class MidBlock(nn.Module):
