@@ -137,8 +137,8 @@ def decoder_bytes(
     itemsize: int = FP32_BYTES,
 ) -> int:
     """Peak of decoding `frames` pixel frames of a stream at once, `itemsize` bytes a number: the feature cache, which
-    does not grow with them, and activations, of which `stripes` hold a part at a time. bands: ranks that share the rows; each has all of
-    the 8-bit frames at the end, twice while they are put together."""
+    does not grow with them, and activations, of which `stripes` hold a part at a time. bands: ranks that share the
+    rows; each has all of the 8-bit frames at the end, twice while they are put together."""
     tensors = DECODER_TENSORS_22 if isinstance(vae, WanVAE22Config) else DECODER_TENSORS
     share = 1 / stripes + (STRIPE_SHARE if stripes > 1 else 0) + (BAND_SHARE if bands > 1 else 0)
     rows = band_height(vae, height, bands)
@@ -158,7 +158,8 @@ def encoder_bytes(
     itemsize: int = FP32_BYTES,
 ) -> int:
     """Peak of encoding `frames` of `given` pixel frames at once, `itemsize` bytes a number; the frames are there twice
-    in fp32, as they come and in the VAE's range, and so many masks of one channel beside them. bands: ranks that share the rows."""
+    in fp32, as they come and in the VAE's range, and so many masks of one channel beside them. bands: ranks that share
+    the rows."""
     patched = isinstance(vae, WanVAE22Config)
     widest = vae.base_dim / (vae.patch_size**2 if patched else 1)
     tensors = (ENCODER_TENSORS_22 if patched else ENCODER_TENSORS) * (1 + (BAND_SHARE if bands > 1 else 0))
