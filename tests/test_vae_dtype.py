@@ -1,4 +1,4 @@
-"""The VAE in 16 bits: against fp64, beside diffusers in the same type; and what a model loaded so says of it."""
+"""The VAE in 16 bits: against fp64, beside diffusers in the same type; what a model that is loaded so says of it."""
 
 from __future__ import annotations
 
