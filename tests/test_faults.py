@@ -26,12 +26,12 @@ import fastvid
 from fastvid import peers, wire
 from fastvid.events import Frames, Step
 from fastvid.remote import FIRST, LEAST, RemotePipeline, deadline_of
-from fastvid.workers import Child, Workers
+from fastvid.workers import HUNG, LOOK, Child, Workers
 
 PROMPT = "a red circle moving right on a white background"
 SHORT = {"num_frames": 9, "num_inference_steps": 3, "seed": 5}
 LONG = {"num_frames": 33, "num_inference_steps": 40, "seed": 5}
-SEEN, HANG_SEEN = 2.0, 10.0  # seconds
+SEEN = 2.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +81,6 @@ def test_a_rank_that_dies_is_seen_and_replaced(pipe, wanted) -> None:
             next(stream)
 
 
-def test_one_that_dies_while_nobody_waits(pipe, wanted) -> None:
-    stream = pipe.stream(PROMPT, **LONG)
-    next(stream), next(stream)
-    os.kill(random.choice(list(workers_here())), signal.SIGTERM)
-    time.sleep(0.5)
-    assert not workers_here()
-    with pytest.raises(fastvid.WorkerFailed, match="killed by SIGTERM"):
-        next(stream)
-    assert np.array_equal(pipe.generate(PROMPT, **SHORT).frames, wanted)
-
-
 def at_start(monkeypatch, tmp_path: Path, code: str) -> None:
     """Has every worker that starts from now on do something first."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -121,14 +110,18 @@ def test_what_they_started_ends_with_them(pipe, monkeypatch, tmp_path) -> None:
     assert not any(map(alive, own))
 
 
-def test_a_checkpoint_outlives_them(pipe, wanted, tmp_path) -> None:
+def test_one_that_dies_while_nobody_waits_and_a_checkpoint_that_outlives_it(pipe, wanted, tmp_path) -> None:
     stream = pipe.stream(PROMPT, **SHORT, checkpoint=tmp_path / "job", checkpoint_every=0)
     for event in stream:
         if isinstance(event, Step) and event.step == 2:
             break
-    os.kill(random.choice(list(workers_here())), signal.SIGKILL)
-    with pytest.raises(fastvid.WorkerFailed):
-        list(stream)
+    os.kill(random.choice(list(workers_here())), signal.SIGTERM)
+    until = time.monotonic() + SEEN
+    while workers_here() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not workers_here()
+    with pytest.raises(fastvid.WorkerFailed, match="killed by SIGTERM"):
+        next(stream)
     made = [event.frames for event in pipe.resume(tmp_path / "job") if isinstance(event, Frames)]
     assert np.array_equal(np.concatenate(made), wanted)
 
@@ -137,10 +130,13 @@ def test_a_checkpoint_outlives_them(pipe, wanted, tmp_path) -> None:
 
 
 def test_one_that_hangs_is_seen(pipe, wanted) -> None:
-    pipe.generate(PROMPT, **SHORT)
-    error, took = strike(pipe, random.randrange(2), signal.SIGSTOP, random.uniform(0, 0.5))
-    assert took < HANG_SEEN and "no sign for 9.5 seconds" in error.cause
+    """Sooner than the ten seconds that are promised, which `benchmarks/faults.py` waits for."""
+    assert HUNG + LOOK < 10
     assert np.array_equal(pipe.generate(PROMPT, **SHORT).frames, wanted)
+    assert pipe._workers._team.limit == HUNG
+    pipe._workers._team.limit = 1.5
+    error, took = strike(pipe, random.randrange(2), signal.SIGSTOP, random.uniform(0, 0.5))
+    assert took < 2.5 and "no sign for 1.5 seconds" in error.cause
 
 
 def test_one_that_takes_too_long_is_seen(pipe, wanted) -> None:
@@ -150,16 +146,13 @@ def test_one_that_takes_too_long_is_seen(pipe, wanted) -> None:
     assert np.array_equal(pipe.generate(PROMPT, **SHORT).frames, wanted)
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_one_that_fails_alone_ends_all(pipe, monkeypatch, failing: int) -> None:
+def test_one_that_fails_alone_ends_all(pipe, monkeypatch) -> None:
     """As when the memory of one device is full, and the others wait for it in an exchange."""
     monkeypatch.setattr("fastvid.workers.GRACE", 0.5)
     pipe.describe()
-    values = [{"do": "wait", "seconds": "x" if rank == failing else 60} for rank in range(2)]
+    values = [{"do": "wait", "seconds": 60}, {"do": "wait", "seconds": "x"}]
     mark, number = time.monotonic(), pipe._workers._tell(pipe._workers._team, values)
-    with pytest.raises(
-        fastvid.WorkerFailed, match=rf"rank {failing} .* it raised TypeError: .*, and others did not"
-    ) as caught:
+    with pytest.raises(fastvid.WorkerFailed, match="rank 1 .* it raised TypeError: .*, and others did not") as caught:
         pipe._workers._collect(pipe._workers._team, number, 1e6)
     assert isinstance(caught.value.__cause__, TypeError) and time.monotonic() - mark < 5
     assert not workers_here()
@@ -209,6 +202,21 @@ class Scripted:
 
 
 # ---------------------------------------------------------------- interrupts, closing, forks
+
+
+def test_a_start_that_breaks_off_leaves_nothing(monkeypatch) -> None:
+    before, begun, real = workers_here(), [], subprocess.Popen
+
+    def refused(*given, **options):
+        if begun:
+            raise OSError(11, "no more processes")
+        begun.append(real(*given, **options))
+        return begun[0]
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    with pytest.raises(OSError, match="no more processes"):
+        fastvid.load("embedded", device="cpu", parallel=2)
+    assert begun and workers_here() == before
 
 
 def test_an_interrupt_amid_a_message_leaves_them_in_step(pipe, wanted, monkeypatch) -> None:
@@ -275,9 +283,14 @@ assert pipe._workers.generation == 1
 """
 
 
-def test_a_fork_does_not_touch_them() -> None:
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_fork_does_not_touch_them_nor_does_the_folder_s_own_code(tmp_path) -> None:
+    program, folder = tmp_path / "program" / "main.py", tmp_path / "folder"
+    program.parent.mkdir(), folder.mkdir()
+    for name in ("queue", "torch", "fastvid"):
+        (folder / f"{name}.py").write_text("raise SystemExit('taken from the wrong place')")
+    program.write_text(FORK)
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120, cwd=folder)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 PROGRAM = """
@@ -342,19 +355,6 @@ def test_loras_and_folders_are_as_they_were(pipe, wanted, tmp_path, monkeypatch)
     assert np.array_equal(pipe.generate(PROMPT, **SHORT).frames, changed)
     pipe.set_loras([])
     assert np.array_equal(pipe.generate(PROMPT, **SHORT).frames, wanted)
-
-
-def test_a_folder_s_own_modules_are_not_taken_for_others(tmp_path) -> None:
-    program, folder = tmp_path / "program" / "main.py", tmp_path / "folder"
-    program.parent.mkdir(), folder.mkdir()
-    for name in ("queue", "torch", "fastvid"):
-        (folder / f"{name}.py").write_text("raise SystemExit('taken from the wrong place')")
-    program.write_text(
-        "import fastvid\npipe = fastvid.load('embedded', device='cpu', parallel=2)\n"
-        "print(len(pipe.generate('a', num_frames=5, num_inference_steps=1).frames))"
-    )
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120, cwd=folder)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")
 
 
 # ---------------------------------------------------------------- torchrun's ranks

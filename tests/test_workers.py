@@ -6,6 +6,8 @@ import asyncio
 import gc
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -238,3 +240,48 @@ def test_torchrun_needs_no_change(tmp_path, alone) -> None:
     assert off(np.load(tmp_path / "a.npy"), alone.generate(PROMPT, **SHORT).frames) <= 1
     done = subprocess.run([*command, "b.npy", "2"], capture_output=True, text=True, timeout=180, env=env)
     assert done.returncode != 0 and "3 processes were started together; the nearest is parallel=3" in done.stderr
+
+
+KILLED = """
+import os, signal, threading, time
+import fastvid
+pipe = fastvid.load("embedded", device="cpu", parallel="auto")
+victim = pipe._workers._team.workers[1]
+pipe.generate("a", num_frames=5, num_inference_steps=1)
+sent = []
+threading.Timer(0.5, lambda: (sent.append(time.monotonic()), os.kill(victim.pid, signal.SIGKILL))).start()
+try:
+    while True:
+        pipe.generate("a", num_frames=33, num_inference_steps=40)
+except fastvid.WorkerFailed as error:
+    print(time.monotonic() - sent[0], error.rank, error.pid == victim.pid, error.cause)
+try:
+    pipe.generate("a", num_frames=5)
+except fastvid.WorkerFailed as error:
+    print("again", error.rank)
+"""
+
+
+def test_a_rank_of_a_job_that_dies_is_seen(tmp_path) -> None:
+    """Without torchrun's agent, which would end the others as well."""
+    program = tmp_path / "program.py"
+    program.write_text(KILLED)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    job = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, program], env={**job, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    try:
+        out, err = ranks[0].communicate(timeout=120)
+        seconds, said = out.decode().split(" ", 1) if out else (None, err.decode())
+        assert said.splitlines()[0] == "1 True its connection is closed" and float(seconds) < 2, err.decode()
+        assert said.splitlines()[1:] == ["again 1"]
+        assert ranks[1].wait(10) == -signal.SIGKILL and ranks[0].returncode == 0
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
