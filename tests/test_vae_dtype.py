@@ -11,7 +11,7 @@ from test_wan_vae import SMALL, diffusers_vae, error, ours, their_decoding, thei
 
 import fastvid
 from fastvid.errors import InvalidRequest
-from fastvid.models.wan_vae import RMSNorm
+from fastvid.models.wan_vae_layers import RMSNorm
 from fastvid.ops import reference
 
 HALVES = ["bfloat16", "float16"]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastvid.models import WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
 from fastvid.models.vae_stream import Stream
-from fastvid.models.wan_vae import SpatialAttention
+from fastvid.models.wan_vae_layers import SpatialAttention
 from fastvid.ops import reference, rgb, vae, vae_kernels
 
 HALF = torch.float16

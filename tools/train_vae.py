@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastvid.models.wan_vae import Downsample, Upsample, WanVAE, WanVAEConfig
+from fastvid.models.wan_vae import WanVAE, WanVAEConfig
+from fastvid.models.wan_vae_layers import Downsample, Upsample
 from tools.clips import draw, path, random_scene
 from tools.mixed import mixed_precision
 

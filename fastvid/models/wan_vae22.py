@@ -25,15 +25,8 @@ from fastvid.errors import CheckpointError
 from fastvid.models.configs import read_vae_config
 from fastvid.models.vae_bands import Bands, band_of
 from fastvid.models.vae_stream import Cache, Stream
-from fastvid.models.wan_vae import (
-    Decoder,
-    Downsample,
-    Encoder,
-    ResidualBlock,
-    Upsample,
-    WanVAE,
-    WanVAEConfig,
-)
+from fastvid.models.wan_vae import Decoder, Encoder, WanVAE, WanVAEConfig
+from fastvid.models.wan_vae_layers import Downsample, ResidualBlock, Upsample
 
 # Of the published latents, by Wan2.2 `wan/modules/vae2_2.py`.
 # fmt: off
