@@ -30,7 +30,8 @@ def lines(plan: Any, model: str) -> Iterator[str]:
     share = plan.flops_attention / plan.flops_denoise if plan.flops_denoise else 0
     yield _line("operations", f"{_flops(plan.flops_denoise)} of denoising, {share:.0%} of them attention")
     if plan.parallel:
-        yield _line("ranks", f"shared by {plan.parallel}")
+        kept = "" if plan.efficiency is None else f"; a step is predicted to keep {plan.efficiency:.0%} of ideal"
+        yield _line("ranks", f"shared by {plan.parallel}{kept}")
     if plan.seconds is not None:
         parts = [f"{name} {duration(spent)}" for name, spent in plan.seconds_parts.items() if spent]
         yield _line("time", f"about {duration(plan.seconds)} by this machine's rates ({', '.join(parts)})")

@@ -40,7 +40,8 @@ class Plan:
     decode_chunk: latent frames decoded at a time; decode_beside: while later ones are denoised.
     flops_attention: of flops_denoise. seconds, seconds_parts: how long it takes, estimated, and what of it; None and
     empty where no estimate was asked for. parallel: how ranks share it, empty on one.
-    bytes_graphs: of buffers that replayed calls have for themselves.
+    bytes_graphs: of buffers that replayed calls have for themselves. efficiency: the share of as many times one rank's
+    speed that ranks are predicted to keep in a step; None on one, and where no estimate was asked for.
     """
 
     height: int
@@ -80,6 +81,7 @@ class Plan:
     seconds_parts: Mapping[str, float] = field(default_factory=dict)
     parallel: str = ""
     bytes_graphs: int = 0
+    efficiency: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

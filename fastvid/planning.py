@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastvid import decoding, parallel, plan, plan_memory
+from fastvid import decoding, parallel, plan, plan_memory, scaling
 from fastvid.conditions import CHANNELS, CONTROL, lead_in, way_of
 from fastvid.distributed import Layout
 from fastvid.estimate import Calls, count_vae, denoise_seconds, vae_seconds
@@ -57,6 +57,10 @@ def plan_request(
     calls = [needs.calls(segment, sigmas) for segment in segments]
     work = [(each.count, (each.tokens, each.rows, config, parts.control_layers, each.keys)) for each in calls]
     seconds = needs.seconds(calls, rates) if rates else {}
+    efficiency = needs.efficiency(calls, layout, rates) if rates and layout.size > 1 else None
+    if efficiency is not None:
+        shared = {"denoise": layout.size * efficiency, "encode": parts.mesh.size, "decode": parts.mesh.size}
+        seconds = {name: spent / shared.get(name, 1) for name, spent in seconds.items()}
     made = Plan(
         height=window.height,
         width=window.width,
@@ -95,6 +99,7 @@ def plan_request(
         seconds_parts=seconds,
         parallel=str(layout) if layout.size > 1 else "",
         bytes_graphs=cost.graphs,
+        efficiency=efficiency,
     )
     return made, layout
 
@@ -159,6 +164,23 @@ class Needs:
             chunk = self.window.temporal * plan.decode_chunk(self.window) * pixels
             made[name] = vae_seconds(work, sum(frames) * pixels, chunk, rates) if work else 0.0
         return made
+
+    def efficiency(self, calls: Sequence[Calls], layout: Layout, rates: Rates) -> float:
+        """The share of so many times one rank's speed that a step keeps in a layout, by this machine's rates and the
+        link that is assumed (see `scaling`)."""
+        parts, config, most = self.parts, self.parts.transformer.config, max(calls, key=lambda each: each.tokens)
+        grid = [n // p for n, p in zip(self.window.latent_shape(1)[1:], config.patch_size, strict=True)]
+        linear, attention = 2.0 * most.tokens * config.dim**2, 4.0 * most.tokens * most.keys * config.dim
+        device = scaling.Device(
+            "this",
+            linear / rates.seconds("linear", linear),
+            attention / rates.seconds("attention", attention),
+            0.0,
+        )
+        guided = self.request.guided(len(parts.experts))
+        work = scaling.Work(config, tuple(grid), guided, most.rows, parts.dtype.itemsize)
+        link = scaling.NVLINK if parts.device.type == "cuda" else scaling.LOOPBACK
+        return scaling.predict(work, layout, device, link, scaling.INFINIBAND).efficiency
 
     def _seen(self, segment: Segment) -> int:
         """Frames of a segment that are encoded: for a control branch what stays and what changes, beside a source."""

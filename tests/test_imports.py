@@ -74,7 +74,9 @@ ALLOWED: dict[str, set[str]] = {
     "estimate": MIDDLE | {"rates"},
     "pool": SURFACE | {"parallel", "wire", "workers"},
     "scaling": MODELS | {"parallel"},
-    "planning": SURFACE | {"conditions", "decoding", "estimate", "parallel", "plan_memory", "rates", "windows"},
+    "planning": SURFACE
+    | {"conditions", "decoding", "estimate", "parallel", "plan_memory", "rates", "scaling"}
+    | {"windows"},
     "prompts": BASE | {"env", "requests"},
     "preparing": SURFACE | {"control", "inputs", "parallel", "planning", "rates", "session", "verbs"},
     "pipeline": SURFACE

@@ -12,6 +12,7 @@ import torch
 from ranks import run_ranks
 
 import fastvid
+from fastvid import cli_plan
 from fastvid.distributed import Layout, Mesh
 from fastvid.errors import InvalidRequest
 from fastvid.events import Frames, Step
@@ -95,6 +96,17 @@ def test_a_plan_says_who_shares_what() -> None:
     assert unguided.parallel == "guidance=1,ring=2,ulysses=4"
     with pytest.raises(InvalidRequest, match="ulysses=8 does not divide the 12 heads"):
         fastvid.blueprint("wan2.1-t2v-1.3b", **given, parallel="ulysses=8").plan(**size)
+
+
+def test_an_estimate_for_ranks() -> None:
+    size = {"height": 256, "width": 256, "num_frames": 33, "estimate": True}
+    alone = fastvid.blueprint("embedded", device="cpu").plan(**size)
+    two = fastvid.blueprint("embedded", device="cpu", parallel=2).plan(**size)
+    ring = fastvid.blueprint("embedded", device="cpu", parallel="ring=2").plan(**size)
+    assert alone.efficiency is None and 0.9 < two.efficiency <= 1 and 0.3 < ring.efficiency < two.efficiency
+    assert two.seconds_parts["denoise"] == pytest.approx(alone.seconds_parts["denoise"] / 2 / two.efficiency)
+    lines = "\n".join(cli_plan.lines(two, "embedded"))
+    assert f"guidance=2,ring=1,ulysses=1; a step is predicted to keep {two.efficiency:.0%} of ideal" in lines
 
 
 def test_layouts_fit_heads_tokens_and_guidance() -> None:
