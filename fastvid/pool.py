@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
 import secrets
 import shutil
 import tempfile
@@ -43,16 +44,18 @@ class Group:
     def __init__(self, model: str, header: dict[str, Any], payload: bytes) -> None:
         import fastvid
 
-        self._pipe = fastvid.load(model, **wire.unpack(wire.Message(header, payload)))
+        self._failed: dict[str, str] | None = None
+        try:
+            self._pipe = fastvid.load(model, **wire.unpack(wire.Message(header, payload)))
+        except Exception as error:  # told by `ready`: Ray would make another error of it
+            self._failed = {"kind": type(error).__name__, "text": str(error)}
         self._streams: dict[str, Any] = {}
         self._steps: dict[str, tuple[int, int]] = {}
         self._cancelled: set[str] = set()
 
-    def ready(self) -> int:
-        """The process it is in, once the model is loaded."""
-        import os
-
-        return os.getpid()
+    def ready(self) -> tuple[int, dict[str, str] | None]:
+        """The process it is in, once the model is loaded, or the error that loading has raised."""
+        return os.getpid(), self._failed
 
     def run(self, job: str, folder: str, header: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
         """A job to its end, from its checkpoint if there is one: the video, or the error."""
@@ -202,11 +205,13 @@ class Pool:
     def _wait_for_models(self) -> None:
         ray = _ray()
         try:
-            ray.get([actor.ready.remote() for actor in self._actors])
+            failed = [failed for _, failed in ray.get([actor.ready.remote() for actor in self._actors]) if failed]
         except ray.exceptions.RayError as error:
             self._kill()
-            cause = getattr(error, "cause", None)
-            raise cause if isinstance(cause, Error) else Error(f"a group could not load the model: {error}") from None
+            raise Error(f"a group's process ended while it loaded the model: {error}") from None
+        if failed:
+            self._kill()
+            raise error_of(failed[0])
 
     def submit(self, verb: str = "generate", *, wait: bool = True, timeout: float | None = None, **options: Any) -> Job:
         """Put a request in line: any verb of a pipeline, with its options.

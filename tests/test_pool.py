@@ -84,7 +84,7 @@ def test_a_group_that_dies_loses_nothing(pool) -> None:
     wanted = pool.submit(**LONG).result(120)
     job = pool.submit(**LONG)
     begun(job, random.randrange(5, 30))
-    os.kill(ray.get(job.group.ready.remote()), signal.SIGKILL)
+    os.kill(ray.get(job.group.ready.remote())[0], signal.SIGKILL)
     made = job.result(120)
     assert job.attempts == 2 and np.array_equal(made.frames, wanted.frames)
     assert pool.submit(**SHORT).result(120).num_frames == 9 and not any(pool._folder.iterdir())
@@ -96,7 +96,7 @@ def test_one_that_always_dies_is_given_up(pool) -> None:
     for attempt in (1, 2):
         begun(job)
         assert job.attempts == attempt
-        os.kill(ray.get(job.group.ready.remote()), signal.SIGKILL)
+        os.kill(ray.get(job.group.ready.remote())[0], signal.SIGKILL)
         while job.group is not None and job.attempts == attempt:
             time.sleep(0.02)
     pool.retries = before
