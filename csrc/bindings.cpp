@@ -3,12 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "conv_call.h"
 #include "fastvid.h"
+#include "vae_norm.h"
 
 namespace py = pybind11;
 
@@ -58,6 +61,81 @@ void to_rgb_host(uintptr_t src, uintptr_t dst, const std::string& dtype, const S
     fastvid::to_rgb_host(reinterpret_cast<const void*>(src), reinterpret_cast<uint8_t*>(dst), type, frames);
 }
 
+// The VAEs' convolutions
+
+template <size_t n>
+void fill(int64_t (&to)[n], const py::dict& from, const char* key) {
+    const auto values = from[key].cast<std::array<int64_t, n>>();
+    std::copy(values.begin(), values.end(), to);
+}
+
+fastvid::conv::Call call_of(const py::dict& given) {
+    fastvid::conv::Call call = {};
+    fill(call.x, given, "x");
+    fill(call.x_strides, given, "x_strides");
+    fill(call.past_strides, given, "past_strides");
+    fill(call.out, given, "out");
+    fill(call.out_strides, given, "out_strides");
+    fill(call.kernel, given, "kernel");
+    fill(call.pad, given, "pad");
+    call.history = given["history"].cast<int64_t>();
+    call.past = given["past"].cast<int64_t>();
+    call.top = given["top"].cast<int64_t>();
+    call.stride = given["stride"].cast<int64_t>();
+    call.stride_t = given["stride_t"].cast<int64_t>();
+    call.doubled = given["doubled"].cast<int64_t>();
+    call.interleaved = given["interleaved"].cast<int64_t>();
+    call.add = given["add"].cast<int64_t>();
+    return call;
+}
+
+fastvid::DType half_dtype_of(const std::string& name) {
+    const auto type = dtype_of(name);
+    if (type == fastvid::DType::kFloat32) {
+        throw std::invalid_argument("dtype is float32; float16 and bfloat16 are supported (nearest: bfloat16)");
+    }
+    return type;
+}
+
+void refuse(const std::string& reason) {
+    if (!reason.empty()) throw std::invalid_argument(reason);
+}
+
+void vae_conv(uintptr_t x, uintptr_t past, uintptr_t weight, uintptr_t bias, uintptr_t out, const std::string& dtype,
+              const py::dict& given, int device, uintptr_t stream) {
+    const auto type = half_dtype_of(dtype);
+    const auto call = call_of(given);
+    const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+    refuse(fastvid::conv::refuse(call, at(x), at(past), at(weight), at(bias), at(out)));
+    py::gil_scoped_release release;
+    check(fastvid::vae_conv(call, at(x), at(past), at(weight), at(bias), at(out), type, device, at(stream)), device);
+}
+
+void vae_norm(uintptr_t x, uintptr_t gamma, uintptr_t out, const std::string& dtype, const std::array<int64_t, 4>& size,
+              int64_t channels, const std::array<int64_t, 4>& x_strides, const std::array<int64_t, 4>& out_strides,
+              bool silu, int device, uintptr_t stream) {
+    const auto type = half_dtype_of(dtype);
+    fastvid::norm::Norm shape = {};
+    std::copy(size.begin(), size.end(), shape.size);
+    std::copy(x_strides.begin(), x_strides.end(), shape.x);
+    std::copy(out_strides.begin(), out_strides.end(), shape.out);
+    shape.channels = channels;
+    shape.silu = silu;
+    const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+    refuse(fastvid::norm::refuse(shape, at(x), at(gamma), at(out)));
+    py::gil_scoped_release release;
+    check(fastvid::vae_norm(shape, at(x), at(gamma), at(out), type, device, at(stream)), device);
+}
+
+void add_vae(py::module_& m) {
+    m.def("vae_conv", &vae_conv, py::arg("x"), py::arg("past"), py::arg("weight"), py::arg("bias"), py::arg("out"),
+          py::arg("dtype"), py::arg("call"), py::arg("device"), py::arg("stream"),
+          "A convolution of [B, C, T, H, W] with contiguous channels on sm_90; `call` as vae_cuda.call_of makes it.");
+    m.def("vae_norm", &vae_norm, py::arg("x"), py::arg("gamma"), py::arg("out"), py::arg("dtype"), py::arg("size"),
+          py::arg("channels"), py::arg("x_strides"), py::arg("out_strides"), py::arg("silu"), py::arg("device"),
+          py::arg("stream"), "RMS norm over contiguous channels, then SiLU or not; sizes and strides of B, T, H, W.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -70,4 +148,5 @@ PYBIND11_MODULE(_C, m) {
           py::arg("device"), py::arg("stream"), "Frames [3, T, H, W] -> uint8 [T, H, W, 3] on a CUDA device.");
     m.def("to_rgb_host", &to_rgb_host, py::arg("src"), py::arg("dst"), py::arg("dtype"), py::arg("shape"),
           py::arg("strides"), "The same arithmetic and index maths on host memory.");
+    add_vae(m);
 }

@@ -6,6 +6,13 @@
 
 namespace fastvid {
 
+namespace conv {
+struct Call;
+}
+namespace norm {
+struct Norm;
+}
+
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 
 // Frames [3, T, H, W] of any strides (in elements; negative and zero ones are fine).
@@ -17,6 +24,12 @@ struct Frames {
 // rgb.cu: src in [-1, 1] -> dst, uint8 [T, H, W, 3], contiguous.
 int to_rgb(const void* src, uint8_t* dst, DType dtype, const Frames& shape, int device, void* stream);
 void to_rgb_host(const void* src, uint8_t* dst, DType dtype, const Frames& shape);
+
+// conv.cu (sm_90 alone), vae_norm.cu: fp16 and bf16; conv_call.h and vae_norm.h say what they take.
+int vae_conv(const conv::Call& call, const void* x, const void* past, const void* weight, const void* bias, void* out,
+             DType dtype, int device, void* stream);
+int vae_norm(const norm::Norm& shape, const void* x, const void* gamma, void* out, DType dtype, int device,
+             void* stream);
 
 // device.cu: what this machine has; none of these fails where there is no driver.
 const char* error_string(int error);

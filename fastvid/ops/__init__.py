@@ -22,7 +22,7 @@ import torch
 
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
-from fastvid.ops import backends, linears, norms, patches, reference, rgb, stepping, vae_kernels
+from fastvid.ops import backends, linears, norms, patches, reference, rgb, stepping, vae_cuda, vae_kernels
 
 Function = Callable[..., Any]
 DENSE, SPARSE = ("attention", "attention_lse"), ("sparse_attention", "sparse_attention_lse")
@@ -79,6 +79,8 @@ def implementations() -> dict[str, dict[str, Function]]:
     for family in (norms, patches, linears, stepping, vae_kernels):
         for name, functions in family.BACKENDS.items():
             table[name] = dict(functions)
+    for name, functions in vae_cuda.BACKENDS.items():
+        table[name] |= functions
     return table
 
 
@@ -154,7 +156,7 @@ def _fits(row: Mapping[str, str], op: str, functions: Mapping[str, Function], de
         same
         and row["backend"] in functions
         and row["source"] == source_hash(row["backend"], row["file"])
-        and not backends.why_not(row["backend"], device)
+        and not backends.why_not(row["backend"], device, functions[row["backend"]])
     )
 
 
@@ -163,7 +165,8 @@ def _missing(asked: Mapping[str, str], table: Mapping[str, Mapping[str, Function
     reasons: dict[str, list[str]] = {}
     for op, name in asked.items():
         if name != "auto":
-            reason = backends.why_not(name, device) if name in table[op] else f"there is no {name} back end"
+            here = table[op].get(name)
+            reason = backends.why_not(name, device, here) if here else f"there is no {name} back end"
             reasons.setdefault(reason or "", []).append(op)
     return "; ".join(f"{reason} ({', '.join(ops)})" for reason, ops in reasons.items() if reason)
 

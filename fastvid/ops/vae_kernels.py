@@ -1,4 +1,5 @@
 """The VAEs' operations, `vae_...`: `vae.py` has the meaning; `triton` is kernels/vae_conv.py and kernels/vae_norm.py.
+`vae_cuda.py` runs the same functions on csrc/.
 
 The Triton forms read inputs of any strides where they lie and give results whose channels lie side by side, so that a
 network that is bound to them works channels-last from its first layer on. They never copy activations (but a residual
@@ -11,6 +12,7 @@ Shapes as in `vae.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,17 +70,38 @@ def _nothing(*args: Any) -> None:
     """What is written has been made by the caller."""
 
 
-def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Kernels:
+    """What runs the operations below. on_load: the convolution normalises what it loads, with the statistics of `norm`;
+    otherwise `norm(x, gamma, out, silu)` makes all of what it takes."""
+
+    conv: Callable[..., None]
+    norm: Callable[..., None]
+    on_load: bool
+
+
+TRITON = Kernels(conv_triton, norm_triton, on_load=True)
+
+
+def rms_norm(x: Tensor, gamma: Tensor, *, kernels: Kernels = TRITON) -> Tensor:
     """vae.rms_norm of [B, C, H, W] or [B, C, T, H, W]."""
     if x.ndim not in (4, 5) or gamma.numel() != x.shape[1] or x.dtype not in DTYPES:
         raise ValueError(f"vae_rms_norm takes x [B, C, (T,) H, W] and gamma [C, 1, ...], not {_shapes(x, gamma)}")
     whole = x if x.ndim == 5 else x[:, :, None]
     out = _empty(whole, *whole.shape)
-    norm_triton(whole, gamma.reshape(-1), None, out, False)
+    kernels.norm(whole, gamma.reshape(-1), *((None,) if kernels.on_load else ()), out, False)
     return out if x.ndim == 5 else out[:, :, 0]
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int] = (0, 0), stride_t: int = 1) -> Tensor:
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding: tuple[int, int] = (0, 0),
+    stride_t: int = 1,
+    *,
+    kernels: Kernels = TRITON,
+) -> Tensor:
     """vae.conv3d."""
     _check("vae_conv3d", x, weight, bias)
     kt, kh, kw = weight.shape[2:]
@@ -86,7 +109,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int] = (
         raise ValueError(f"vae_conv3d takes at least {kt} frames and a stride of 1 or 2, not {x.shape[2]}, {stride_t}")
     size = (x.shape[3] + 2 * padding[0] - kh + 1, x.shape[4] + 2 * padding[1] - kw + 1)
     out = _empty(x, x.shape[0], weight.shape[0], (x.shape[2] - kt) // stride_t + 1, *size)
-    return _run(x, None, weight, bias, out, pad=padding, stride_t=stride_t)
+    return _run(kernels, x, None, weight, bias, out, pad=padding, stride_t=stride_t)
 
 
 def causal_conv3d(
@@ -96,6 +119,8 @@ def causal_conv3d(
     bias: Tensor,
     padding: tuple[int, int],
     edges: tuple[int, int] = (0, 0),
+    *,
+    kernels: Kernels = TRITON,
 ) -> tuple[Tensor, Tensor]:
     """vae.causal_conv3d, past read where it lies."""
     _check("vae_causal_conv3d", x, weight, bias, past)
@@ -104,7 +129,7 @@ def causal_conv3d(
     if kt < 2 or (kh, kw) != (2 * padding[0] + 1, 2 * padding[1] + 1):
         raise ValueError(f"vae_causal_conv3d takes a kernel that keeps the size, not {(kt, kh, kw)} with {padding}")
     out = _empty(x, x.shape[0], weight.shape[0], x.shape[2], x.shape[3] - sum(edges), x.shape[4])
-    _run(x, past, weight, bias, out, kt - 1, pad=padding, top=edges[0])
+    _run(kernels, x, past, weight, bias, out, kt - 1, pad=padding, top=edges[0])
     return out, _last_frames(x, past, kt - 1)
 
 
@@ -117,16 +142,18 @@ def norm_silu_conv3d(
     residual: Tensor | None = None,
     edges: tuple[int, int] = (0, 0),
     pixels: int | None = None,
+    *,
+    kernels: Kernels = TRITON,
 ) -> tuple[Tensor, Tensor]:
     """vae.norm_silu_conv3d: x is normalised as it is loaded, the residual is added to where it lies."""
     _check_normed("vae_norm_silu_conv3d", x, past, gamma, weight, bias, edges)
     size = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3] - sum(edges), x.shape[4])
     if residual is None:
-        return _normed(x, past, gamma, weight, bias, _empty(x, *size), edges)
+        return _normed(kernels, x, past, gamma, weight, bias, _empty(x, *size), edges)
     if residual.shape != size or residual.dtype != x.dtype:
         raise ValueError(f"vae_norm_silu_conv3d takes a residual {x.dtype} {size}, not {_shapes(residual)}")
     out = residual if residual.stride(1) == 1 else residual.contiguous(memory_format=LAST)
-    return _normed(x, past, gamma, weight, bias, out, edges, add=True)
+    return _normed(kernels, x, past, gamma, weight, bias, out, edges, add=True)
 
 
 def norm_silu_conv3d_rgb(
@@ -144,10 +171,12 @@ def norm_silu_conv3d_rgb(
     if weight.shape[0] != 3:
         raise ValueError(f"vae_norm_silu_conv3d_rgb makes 3 channels, not {weight.shape[0]}")
     out = _empty(x, x.shape[0], 3, x.shape[2], x.shape[3] - sum(edges), x.shape[4], dtype=torch.uint8)
-    return _normed(x, past, gamma, weight, bias, out, edges)
+    return _normed(TRITON, x, past, gamma, weight, bias, out, edges)
 
 
-def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, int] = (0, 0)) -> Tensor:
+def upsample_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, int] = (0, 0), *, kernels: Kernels = TRITON
+) -> Tensor:
     """vae.upsample_conv2d: four 2x2 kernels, each of which makes every second row and column."""
     _check("vae_upsample_conv2d", x, weight[:, :, None], bias, kernel=(1, 3, 3))
     _check_edges("vae_upsample_conv2d", x, edges)
@@ -155,29 +184,31 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, i
     places = vae.phase_weights(weight.float()).to(weight.dtype)[:, :, None]
     B, _, T, H, W = x.shape
     out = _empty(x, B, weight.shape[0], T, 2 * (H - sum(edges)), 2 * W)
-    return _run(x, None, places, bias, out, pad=(1, 1), top=edges[0], doubled=True)
+    return _run(kernels, x, None, places, bias, out, pad=(1, 1), top=edges[0], doubled=True)
 
 
-def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, bottom: int = 0) -> Tensor:
+def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, bottom: int = 0, *, kernels: Kernels = TRITON) -> Tensor:
     """vae.downsample_conv2d, nothing padded."""
     _check("vae_downsample_conv2d", x, weight[:, :, None], bias, kernel=(1, 3, 3))
     _check_edges("vae_downsample_conv2d", x, (0, bottom))
     B, _, T, H, W = x.shape
     out = _empty(x, B, weight.shape[0], T, (H - bottom) // 2, W // 2)
-    return _run(x, None, weight[:, :, None], bias, out, stride=2)
+    return _run(kernels, x, None, weight[:, :, None], bias, out, stride=2)
 
 
-def double_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def double_frames(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, *, kernels: Kernels = TRITON
+) -> tuple[Tensor, Tensor]:
     """vae.double_frames: the frames are stored between each other."""
     _check("vae_double_frames", x, weight, bias, past, kernel=(3, 1, 1))
     if weight.shape[0] % 2:
         raise ValueError(f"vae_double_frames takes an even number of channels out, not {weight.shape[0]}")
     B, _, T, H, W = x.shape
     out = _empty(x, B, weight.shape[0] // 2, 2 * T, H, W)
-    return _run(x, past, weight, bias, out, 2, interleaved=True), _last_frames(x, past, 2)
+    return _run(kernels, x, past, weight, bias, out, 2, interleaved=True), _last_frames(x, past, 2)
 
 
-def halve_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+def halve_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, *, kernels: Kernels = TRITON) -> Tensor:
     """vae.halve_frames, past read where it lies."""
     _check("vae_halve_frames", x, weight, bias, past, kernel=(3, 1, 1), history=1)
     B, _, T, H, W = x.shape
@@ -185,7 +216,7 @@ def halve_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor) -
     if T + before < 3:
         raise ValueError(f"vae_halve_frames takes 3 frames or more, with the past, not {T + before}")
     out = _empty(x, B, weight.shape[0], (T + before - 3) // 2 + 1, H, W)
-    return _run(x, past, weight, bias, out, before, stride_t=2)
+    return _run(kernels, x, past, weight, bias, out, before, stride_t=2)
 
 
 BACKENDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
@@ -202,6 +233,7 @@ BACKENDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
 
 
 def _run(
+    kernels: Kernels,
     x: Tensor,
     past: Tensor | None,
     weight: Tensor,
@@ -220,11 +252,12 @@ def _run(
     """The kernel into out, which is returned. norm: statistics and gamma."""
     weight = weight.contiguous(memory_format=LAST)
     how = (history, pad, top, stride, stride_t, doubled, interleaved, add)
-    conv_triton(x, past, *(norm or (None, None)), weight, bias, out, *how)
+    kernels.conv(x, past, *(norm or (None, None)), weight, bias, out, *how)
     return out
 
 
 def _normed(
+    kernels: Kernels,
     x: Tensor,
     past: Tensor | None,
     gamma: Tensor,
@@ -234,14 +267,19 @@ def _normed(
     edges: tuple[int, int],
     add: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """out, and the past of the next call, which the statistics' kernel makes of the last frames."""
+    """out, and the past of the next call, which the statistics' kernel makes of the last frames, or a pass of all."""
     B, C, T, H, W = x.shape
+    if not kernels.on_load:
+        made = _empty(x, *x.shape)
+        kernels.norm(x, gamma.reshape(-1), made, True)
+        _run(kernels, made, past, weight, bias, out, 2, pad=(1, 1), top=edges[0], add=add)
+        return out, _last_frames(made, past, 2).clone(memory_format=LAST)  # so that the rest of it may go
     scale, kept = x.new_empty((B, T, H, W), dtype=torch.float32), _empty(x, B, C, 2, H, W)
     if T < 2:
         kept[:, :, :1] = 0 if past is None else past[:, :, -1:]
     gamma = gamma.reshape(-1)
-    norm_triton(x, gamma, scale, kept[:, :, 2 - min(T, 2) :], True)
-    _run(x, past, weight, bias, out, 2, (scale, gamma), (1, 1), edges[0], add=add)
+    kernels.norm(x, gamma, scale, kept[:, :, 2 - min(T, 2) :], True)
+    _run(kernels, x, past, weight, bias, out, 2, (scale, gamma), (1, 1), edges[0], add=add)
     return out, kept
 
 

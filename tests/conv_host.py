@@ -1,0 +1,79 @@
+"""The CUDA convolution on the CPU: csrc/'s own headers, compiled by the host compiler with tests/csrc/conv_emulator.cpp
+in the place of the hardware."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastvid.ops.vae_cuda import call_of
+
+ROOT = Path(__file__).parents[1]
+CXX = shutil.which(os.environ.get("CXX", "g++"))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Compiled once for what the sources hold."""
+    emulator = ROOT / "tests/csrc/conv_emulator.cpp"
+    sources = [emulator, *sorted((ROOT / "csrc").glob("*.h"))]
+    name = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    target = Path(tempfile.gettempdir(), f"fastvid-conv-{os.getuid()}-{name}.so")
+    if not target.exists():
+        made = target.with_suffix(f".{os.getpid()}.so")
+        flags = ["-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
+        subprocess.run([CXX, *flags, f"-I{ROOT / 'csrc'}", emulator, "-o", made], check=True)
+        made.replace(target)
+    lib = ctypes.CDLL(str(target))
+    lib.conv_offset.restype = lib.conv_blocks.restype = ctypes.c_int64
+    lib.conv_descriptor.restype = ctypes.c_uint64
+    lib.conv_swizzled.restype = ctypes.c_uint32
+    return lib
+
+
+def words(call: dict[str, tuple[int, ...] | int]) -> ctypes.Array:
+    """A call as the C++ struct has it."""
+    flat = [number for value in call.values() for number in (value if isinstance(value, tuple) else (value,))]
+    assert len(flat) == library().conv_call_words()
+    return (ctypes.c_int64 * len(flat))(*flat)
+
+
+def conv_host(
+    x: Tensor,
+    past: Tensor | None,
+    scale: None,
+    gamma: None,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    *how: object,
+    width: int = 0,
+) -> None:
+    """What the kernel writes into `out`; arguments of `vae_cuda.conv_cuda`. Raises ValueError for what it refuses."""
+    assert scale is None and gamma is None and weight.permute(0, 2, 3, 4, 1).is_contiguous()
+    call = words(call_of(x, past, weight, out, *how))
+    pointers = [ctypes.c_void_p(0 if one is None else one.data_ptr()) for one in (x, past, weight, bias, out)]
+    why = ctypes.create_string_buffer(1000)
+    bf16 = int(x.dtype == torch.bfloat16)
+    if library().conv_emulate(call, *pointers, bf16, width, why, len(why)):
+        raise ValueError(why.value.decode())
+
+
+def norm_host(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
+    """The same of `vae_cuda.norm_cuda`."""
+    B, C, T, H, W = x.shape
+    strides = [(one.stride(0), *one.stride()[2:]) for one in (x, out)]
+    shape = (ctypes.c_int64 * 14)(B, T, H, W, C, *strides[0], *strides[1], int(silu))
+    pointers = [ctypes.c_void_p(one.data_ptr()) for one in (x, gamma, out)]
+    why = ctypes.create_string_buffer(1000)
+    if library().norm_emulate(shape, *pointers, int(x.dtype == torch.bfloat16), why, len(why)):
+        raise ValueError(why.value.decode())
