@@ -1,6 +1,7 @@
 // The convolution's kernel on the CPU: conv_kernel.h over a hardware that does what TMA, mbarriers and wgmma are
 // specified to do, from the very coordinates, tensor maps and descriptors that a GPU would be given. The producer and
 // both consumer warpgroups are threads, so that a ring which hands out a stage too early or never is seen.
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -148,13 +149,17 @@ class Emulated {
     // wgmma m64nNk16, both matrices with rows along K in shared memory, as their descriptors say.
     void multiply_now(Accumulators& acc, uint64_t a, uint64_t b) {
         const std::vector<float> left = matrix(a, 64), right = matrix(b, N);
+        std::vector<float> across(kDepth * N), sum(N);
+        for (int i = 0; i < kDepth * N; ++i) across[i] = right[i % N * kDepth + i / N];
         for (int row = 0; row < 64; ++row) {
+            std::fill(sum.begin(), sum.end(), 0.0f);
+            for (int k = 0; k < kDepth; ++k) {
+                for (int col = 0; col < N; ++col) sum[col] += left[row * kDepth + k] * across[k * N + col];
+            }
             for (int col = 0; col < N; ++col) {
-                float sum = 0;
-                for (int k = 0; k < kDepth; ++k) sum += left[row * kDepth + k] * right[col * kDepth + k];
                 // The table of the PTX manual, from the element to who holds it.
                 const int thread = row / 16 * 32 + row % 8 * 4 + col % 8 / 2;
-                acc.value[thread][col / 8 * 4 + row % 16 / 8 * 2 + col % 2] += sum;
+                acc.value[thread][col / 8 * 4 + row % 16 / 8 * 2 + col % 2] += sum[col];
             }
         }
     }
@@ -180,21 +185,21 @@ class Emulated {
             count[i] = (map.box[i] + map.every[i] - 1) / map.every[i];
             total *= static_cast<int>(count[i]);
         }
-        for (int i = 0; i < total; ++i) {
-            int rest = i;
+        for (int i = 0; i < total; i += kChannels) {
+            int rest = i / kChannels;
             bool inside = true;
-            int64_t offset = 0;
-            for (int d = 0; d < map.rank; ++d) {
+            int64_t offset = from[0] * kBytes;
+            for (int d = 1; d < map.rank; ++d) {
                 const int64_t place = from[d] + static_cast<int64_t>(rest % count[d]) * map.every[d];
                 rest /= static_cast<int>(count[d]);
                 inside = inside && place >= 0 && place < static_cast<int64_t>(map.extent[d]);
-                offset += place * (d == 0 ? kBytes : static_cast<int64_t>(map.stride[d - 1]));
+                offset += place * static_cast<int64_t>(map.stride[d - 1]);
             }
-            uint8_t* target = at(mixed(to + static_cast<uint32_t>(i) * kBytes));
-            if (inside) {
-                std::memcpy(target, static_cast<const uint8_t*>(map.base) + offset, kBytes);
-            } else {
-                std::memset(target, 0, kBytes);
+            for (int c = 0; c < kChannels; ++c) {
+                uint8_t* target = at(mixed(to + static_cast<uint32_t>(i + c) * kBytes));
+                const bool real = inside && from[0] + c >= 0 && from[0] + c < static_cast<int64_t>(map.extent[0]);
+                if (real) std::memcpy(target, static_cast<const uint8_t*>(map.base) + offset + c * kBytes, kBytes);
+                if (!real) std::memset(target, 0, kBytes);
             }
         }
         full_[stage]->complete(total * kBytes);
