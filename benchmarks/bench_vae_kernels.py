@@ -17,7 +17,7 @@ import torch
 from harness import Case, Row, compared, measure, save, table
 from torch import Tensor
 
-from fastvid.ops import backends, vae_kernels
+from fastvid.ops import backends, vae_cuda, vae_kernels
 from fastvid.precision import ieee_fp32
 
 OPERATIONS = True  # what `gpu.sh kernels` runs
@@ -59,8 +59,9 @@ def main() -> None:
             title = f"{op} {name} {kind}"
             with torch.no_grad(), ieee_fp32():
                 groups[title] = bench(op, C, N, size, getattr(torch, kind), device, args.rounds)
-            file = "vae_norm.py" if op == "vae_rms_norm" else "vae_conv.py"
-            told[title] = compared(op, "any", "reference", triton=file)
+            files = {"triton": "vae_norm.py" if op == "vae_rms_norm" else "vae_conv.py"}
+            files |= {} if cuda(op, getattr(torch, kind), device) is None else {"cuda": "csrc"}
+            told[title] = compared(op, "any", "reference", **files)
             print(table(groups[title], title), end="\n\n", flush=True)
     print(save("vae_kernels", groups, device, compared=told))
 
@@ -108,6 +109,8 @@ def bench(
         runs["triton"] = lambda: triton(*given)
         if op == "vae_norm_silu_conv3d":
             runs["norm, then conv"] = lambda: norm_then_conv(*given)
+    if own := cuda(op, dtype, device):
+        runs["cuda"] = lambda: own(*given)
     expected = first(runs["reference"]()).float()
     for name, run in runs.items():
         off = (first(run()).float() - expected).norm() / expected.norm()
@@ -117,6 +120,13 @@ def bench(
     moved = given[0].numel() * dtype.itemsize + made
     del expected
     return measure([Case(name, run, moved, 2 * products * pixels) for name, run in runs.items()], device, rounds)
+
+
+def cuda(op: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Any] | None:
+    """The form on csrc/, where it runs and takes the type: in 16 bits, on sm_90."""
+    function = vae_cuda.BACKENDS.get(op, {}).get("cuda")
+    here = function is not None and dtype in function.dtypes and backends.why_not("cuda", device, function) is None
+    return function if here else None
 
 
 def norm_then_conv(x: Tensor, past: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def inputs(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 def of_the_vae(random: Callable[..., Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Channels that are no power of 2, frames of 5x7 pixels, and rows that get no result."""
-    C, N, size = 40, 24, (5, 7)
+    C, N, size = 40, 32, (5, 7)
     x, past, gamma = random(2, C, 3, *size), random(2, C, 2, *size), random(C, 1, 1, 1)
     cube, square, line = random(N, C, 3, 3, 3) / 33, random(N, C, 3, 3) / 19, random(N, C, 3, 1, 1) / 11
     bias, residual = random(N), random(2, N, 3, size[0] - 1, size[1])
@@ -89,8 +89,12 @@ def main() -> None:
         for name, given in inputs(dtype):
             wanted = table[name]["reference"](*given)
             for backend in ("triton", "cuda"):
-                if backend in table[name] and backends.why_not(backend, torch.device(DEVICE)) is None:
-                    compare(name, backend, table[name][backend](*given), wanted, dtype)
+                function = table[name].get(backend)
+                if function is None or dtype not in getattr(function, "dtypes", TOLERANCE):
+                    continue
+                if backends.why_not(backend, torch.device(DEVICE), function) is None:
+                    own = (one.clone() if isinstance(one, Tensor) else one for one in given)  # some are written to
+                    compare(name, backend, function(*own), wanted, dtype)
                     covered.add(name)
                     ran += 1
     left = {name for name, functions in table.items() if "triton" in functions} - covered

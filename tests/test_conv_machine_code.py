@@ -71,8 +71,8 @@ def test_a_device_that_is_not_hopper_is_refused() -> None:
     from fastvid import _C
 
     call = {
-        "x": (1, 64, 1, 4, 4), "x_strides": (1024, 1024, 256, 64), "past_strides": (0, 0, 0, 0), "out": (1, 64, 1, 4, 4),
-        "out_strides": (1024, 1024, 256, 64), "kernel": (1, 1, 1), "history": 0, "past": 0, "pad": (0, 0), "top": 0,
+        "x": (1, 64, 1, 4, 4), "x_strides": (1024, 1024, 256, 64), "past_strides": (0, 0, 0, 0),
+        "out": (1, 64, 1, 4, 4), "out_strides": (1024, 1024, 256, 64), "kernel": (1, 1, 1), "history": 0, "past": 0, "pad": (0, 0), "top": 0,
         "stride": 1, "stride_t": 1, "doubled": 0, "interleaved": 0, "add": 0,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match="CUDA: "):

@@ -100,8 +100,6 @@ def conv_cuda(
     add: bool,
 ) -> None:
     """The CUDA kernel, into `out`; arguments as `vae_kernels.conv_triton` has them, without scale and gamma."""
-    from fastvid import _C
-
     _check("vae_conv", x, *(one for one in (past, weight, bias, out) if one is not None))
     if scale is not None or gamma is not None or not weight.permute(0, 2, 3, 4, 1).is_contiguous():
         raise ValueError(
@@ -114,6 +112,8 @@ def conv_cuda(
     how = (history, pad, top, stride, stride_t, doubled, interleaved, add)
     call = call_of(x, past, weight, out, *how)
     read = [one for one in (x, past, weight, bias) if one is not None]
+    from fastvid import _C
+
     stream = torch.cuda.current_stream(x.device)
     pointers = (x.data_ptr(), 0 if past is None else past.data_ptr(), weight.data_ptr(), bias.data_ptr())
     _C.vae_conv(*pointers, out.data_ptr(), _dtype(x), call, x.device.index, stream.cuda_stream)
@@ -124,8 +124,6 @@ def conv_cuda(
 @torch.library.custom_op("fastvid::vae_norm_cuda", mutates_args=("out",))
 def norm_cuda(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
     """The CUDA kernel, RMS norm of x [B, C, T, H, W] by gamma [C], then SiLU or not, into `out` of x's shape."""
-    from fastvid import _C
-
     _check("vae_rms_norm", x, gamma, out)
     if gamma.shape != x.shape[1:2] or out.shape != x.shape or out.stride(1) != 1:
         raise ValueError(
@@ -135,6 +133,8 @@ def norm_cuda(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
     if x.numel() == 0:
         return
     x, gamma = x if x.stride(1) == 1 else x.contiguous(memory_format=LAST), gamma.contiguous()
+    from fastvid import _C
+
     B, C, T, H, W = x.shape
     layout = ((B, T, H, W), C, _strides(x), _strides(out), silu)
     stream = torch.cuda.current_stream(x.device)
@@ -165,6 +165,7 @@ OPERATIONS = (
 def _bound(operation: Callable[..., Any], kernels: vae_kernels.Kernels) -> Callable[..., Any]:
     function = partial(operation, kernels=kernels)
     function.needs = "90a"  # which of the architectures of fastvid._C; `backends.why_not` asks
+    function.dtypes = DTYPES  # what benchmarks give it
     return function
 
 
