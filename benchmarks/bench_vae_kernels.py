@@ -125,8 +125,9 @@ def bench(
 def cuda(op: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Any] | None:
     """The form on csrc/, where it runs and takes the type: in 16 bits, on sm_90."""
     function = vae_cuda.BACKENDS.get(op, {}).get("cuda")
-    here = function is not None and dtype in function.dtypes and backends.why_not("cuda", device, function) is None
-    return function if here else None
+    if function is None or dtype not in function.dtypes or backends.why_not("cuda", device):
+        return None
+    return None if backends.lacks(function, device) else function
 
 
 def norm_then_conv(x: Tensor, past: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -263,11 +263,11 @@ def test_asked_for_by_name_it_works_or_says_why_not(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(backends, "extension", Built)
     function = vae_cuda.BACKENDS["vae_causal_conv3d"]["cuda"]
-    assert "sm_90a" in backends.why_not("cuda", torch.device("cuda"), function)
+    assert "sm_90a" in backends.lacks(function, torch.device("cuda"))
     monkeypatch.setattr(Built, "ARCHS", "80;90a")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert "sm_90a alone, and the device is sm_80" in backends.why_not("cuda", torch.device("cuda"), function)
+    assert "sm_90a alone, and the device is sm_80" in backends.lacks(function, torch.device("cuda"))
     assert backends.why_not("cuda", torch.device("cuda")) is None
 
 

@@ -64,16 +64,16 @@ def test_instructions(compiled: tuple[str, Path]) -> None:
     assert not re.search(r"\b(STL|LDL)\b", code)
 
 
-def test_a_device_that_is_not_hopper_is_refused() -> None:
-    """Where the extension is built: a clear error of the launcher, without a launch."""
+def test_what_the_binding_refuses() -> None:
+    """Where the extension is built: clear errors of the binding and the launcher, without a launch."""
     if isinstance(backends.extension(), str):
         pytest.skip("fastvid._C is not built")
     from fastvid import _C
 
     call = {
         "x": (1, 64, 1, 4, 4), "x_strides": (1024, 1024, 256, 64), "past_strides": (0, 0, 0, 0),
-        "out": (1, 64, 1, 4, 4), "out_strides": (1024, 1024, 256, 64), "kernel": (1, 1, 1), "history": 0, "past": 0, "pad": (0, 0), "top": 0,
-        "stride": 1, "stride_t": 1, "doubled": 0, "interleaved": 0, "add": 0,
+        "out": (1, 64, 1, 4, 4), "out_strides": (1024, 1024, 256, 64), "kernel": (1, 1, 1), "history": 0, "past": 0,
+        "pad": (0, 0), "top": 0, "stride": 1, "stride_t": 1, "doubled": 0, "interleaved": 0, "add": 0,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match="CUDA: "):
         _C.vae_conv(16, 0, 16, 16, 16, "bfloat16", call, 10**6, 0)

@@ -156,7 +156,8 @@ def _fits(row: Mapping[str, str], op: str, functions: Mapping[str, Function], de
         same
         and row["backend"] in functions
         and row["source"] == source_hash(row["backend"], row["file"])
-        and not backends.why_not(row["backend"], device, functions[row["backend"]])
+        and not backends.why_not(row["backend"], device)
+        and not backends.lacks(functions[row["backend"]], device)
     )
 
 
@@ -165,8 +166,9 @@ def _missing(asked: Mapping[str, str], table: Mapping[str, Mapping[str, Function
     reasons: dict[str, list[str]] = {}
     for op, name in asked.items():
         if name != "auto":
-            here = table[op].get(name)
-            reason = backends.why_not(name, device, here) if here else f"there is no {name} back end"
+            reason = f"there is no {name} back end"
+            if here := table[op].get(name):
+                reason = backends.why_not(name, device) or backends.lacks(here, device)
             reasons.setdefault(reason or "", []).append(op)
     return "; ".join(f"{reason} ({', '.join(ops)})" for reason, ops in reasons.items() if reason)
 

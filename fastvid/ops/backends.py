@@ -21,17 +21,31 @@ ATTENTION_NAMES = (*NAMES, "sdpa", "flash")
 MIN_CAPABILITY = (8, 0)
 
 
-def why_not(backend: str, device: torch.device, function: object = None) -> str | None:
-    """None if the back end can run on this device of this machine, else the reason that it cannot.
-
-    function: the form of an operation, whose attribute `needs` ("90a") names the one architecture that it is for.
-    """
+def why_not(backend: str, device: torch.device) -> str | None:
+    """None if the back end can run on this device of this machine, else the reason that it cannot."""
     if backend == "triton":
         return _why_not_triton(device)
     if backend == "cuda":
-        return _why_not_cuda(device, getattr(function, "needs", None))
+        return _why_not_cuda(device)
     if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed"
+    return None
+
+
+def lacks(function: object, device: torch.device) -> str | None:
+    """What a form of an operation lacks on a device on which its back end runs; None if nothing.
+
+    Its attribute `needs`, if it has one ("90a"), names the only architecture that it is compiled for.
+    """
+    needs, module = getattr(function, "needs", None), extension()
+    if needs is None:
+        return None
+    if isinstance(module, str):
+        return module
+    if needs not in module.ARCHS.split(";"):
+        return f"it is for sm_{needs}, and fastvid._C was built for {module.ARCHS}"
+    if not runs_on(needs, torch.cuda.get_device_capability(device)):
+        return f"it is for sm_{needs} alone, and the device is {architecture(device)}"
     return None
 
 
@@ -73,16 +87,12 @@ def _why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-def _why_not_cuda(device: torch.device, needs: str | None) -> str | None:
+def _why_not_cuda(device: torch.device) -> str | None:
     module = extension()
     if isinstance(module, str):
         return module
-    if needs and needs not in module.ARCHS.split(";"):
-        return f"it is for sm_{needs}, and fastvid._C was built for {module.ARCHS}"
     if reason := _why_not_gpu(device):
         return reason
-    if needs and not runs_on(needs, torch.cuda.get_device_capability(device)):
-        return f"it is for sm_{needs} alone, and the device is {architecture(device)}"
     if not runs_on(module.ARCHS, torch.cuda.get_device_capability(device)):
         return f"fastvid._C was built for {module.ARCHS}, and the device is {architecture(device)}"
     return None
