@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvid import ops
-from fastvid.ops import backends
+from fastvid.ops import backends, sparsity
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -41,7 +41,13 @@ def inputs(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "rms_norm", (x, weight, 1e-6)
     yield "rms_norm_rope", (x, weight, *rotary, 1e-6)
     yield "qkv_norm_rope", (random(B, N, 3 * d), weight, bias, *rotary, 1e-6)
-    yield "attention", (random(B, N, heads, D), random(B, 77, heads, D), random(B, 77, heads, D))
+    seen = random(B, N, heads, D), random(B, 77, heads, D), random(B, 77, heads, D)
+    yield "attention", seen
+    yield "attention_lse", seen
+    blocks = sparsity.window((t, h, w), (2, 2, 4), (2, 2, 1)).to(DEVICE)
+    own = (*(random(B, N, heads, D) for _ in range(3)), blocks)
+    yield "sparse_attention", own
+    yield "sparse_attention_lse", own
     yield "linear", (x, random(130, d), random(130))
     yield "linear_gelu_tanh", (x, random(130, d), random(130))
     latents = random(B, 16, t, 2 * h, 2 * w, kind=fp32)
