@@ -21,6 +21,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,9 @@ class Pool:
         ranks = parse(parallel).ranks or 1
         ray = _ray()
         if not ray.is_initialized():
-            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+            with _no_reports():
+                local = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+                ray.init(**local, log_to_driver=False, configure_logging=False)
         gpus = (ranks if ray.cluster_resources().get("GPU") else 0) if gpus is None else gpus
         self._own = None if folder else tempfile.TemporaryDirectory(prefix="fastvid-jobs-")
         self._folder = Path(folder or self._own.name)
@@ -319,6 +322,19 @@ class Pool:
         ray = _ray()
         for actor in self._actors:
             ray.kill(actor)
+
+
+@contextlib.contextmanager
+def _no_reports() -> Iterator[None]:
+    """A cluster that is started meanwhile tells nobody how it is used, unless the program has said that it may."""
+    name = "RAY_USAGE_STATS_ENABLED"
+    said = os.environ.get(name)
+    os.environ.setdefault(name, "0")
+    try:
+        yield
+    finally:
+        if said is None:
+            os.environ.pop(name, None)
 
 
 def _ray() -> Any:
