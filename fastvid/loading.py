@@ -153,7 +153,7 @@ def load_parts(
     Parts.
     """
     mesh = mesh or Mesh()
-    where = _device(device)
+    where = find_device(device)
     kind, vae_kind = _dtype(dtype, where), _vae_dtype(vae_dtype)
     ops = bind(backend, attention, where)
     merging, asked, replay = read_loras(loras), check_offload(offload), graphs.check(cuda_graphs)
@@ -264,7 +264,7 @@ def outline(
     model: also the name of a published model, see `models.published`. free: bytes that can be taken of a device that is
     not here; "cuda" unless said otherwise, and nothing is known of its back ends.
     """
-    where = torch.device("cuda") if free is not None and device is None else _device(device)
+    where = torch.device("cuda") if free is not None and device is None else find_device(device)
     kind, asked, merging = _dtype(dtype, where), check_offload(offload), read_loras(loras)
     ranks, vae_kind = parse(parallel), _vae_dtype(vae_dtype)
     ops = bind(backend, attention, where) if free is None else Ops({}, {}, {})
@@ -413,7 +413,7 @@ def _unknown(model: str) -> Path:
     )
 
 
-def _device(device: Any) -> torch.device:
+def find_device(device: Any) -> torch.device:
     """The device asked for; what it must be is checked again where the back ends are bound."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastvid import checkpoints, parallel, peers, prompts
 from fastvid.errors import Error, InvalidRequest, WorkerFailed
 from fastvid.events import Event, Started, Step
-from fastvid.loading import configs_of, read_checkpoint
+from fastvid.loading import configs_of, find_device, read_checkpoint
 from fastvid.parallel import Asked
 from fastvid.pipeline import Pipeline, Stream
 from fastvid.plan import Plan
@@ -38,13 +38,15 @@ DECODE_FLOPS = 1e7  # for each pixel of a frame
 
 def ranks_for(asked: Asked, device: Any) -> Asked:
     """How many ranks there will be. Raises InvalidRequest for more than there are GPUs, or than torchrun started."""
-    if asked.ranks != 1 and (world := peers.world_size()):
+    if asked.ranks == 1:
+        return asked
+    if world := peers.world_size():
         if asked.ranks not in (None, world):
             raise InvalidRequest(
                 f"parallel={asked.ranks}: {world} processes were started together; the nearest is parallel={world}"
             )
         return Asked(world, asked.layout)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = find_device(device)
     shared = where.type != "cuda" or where.index is not None  # by all of them
     here = torch.cuda.device_count() if where.type == "cuda" else 1
     if asked.ranks is None:

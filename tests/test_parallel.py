@@ -220,3 +220,8 @@ def on_one_gpu(mesh: Mesh) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_requests_on_one_gpu(size: int) -> None:
     run_ranks(size, on_one_gpu)
+
+
+def test_a_device_that_does_not_exist() -> None:
+    with pytest.raises(InvalidRequest, match="device='cpuu': allowed is 'cpu'"):
+        fastvid.load("embedded", device="cpuu", parallel=2)

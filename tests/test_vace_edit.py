@@ -269,7 +269,9 @@ def test_from_the_command_line(
 def test_the_plan_counts_what_is_encoded(pipe: fastvid.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stays and what changes, and the clip itself."""
     encoded, encode = [], pipe._parts.vae.encode
-    monkeypatch.setattr(pipe._parts.vae, "encode", lambda x, cache=None: encoded.append(x.shape[2]) or encode(x, cache))
+    monkeypatch.setattr(
+        pipe._parts.vae, "encode", lambda x, cache=None, **_: encoded.append(x.shape[2]) or encode(x, cache)
+    )
     for verb, size in (("edit", None), ("generate", f"{WIDTH}x{HEIGHT}")):
         options = {"video": drawn(12, 9), "mask": region(9), "num_inference_steps": 1, "size": size}
         encoded.clear()
