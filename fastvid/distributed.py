@@ -96,7 +96,8 @@ class Mesh:
     """The ranks of a job, seen from one of them. The default is a job of one rank, which exchanges nothing.
 
     group: their process group; None at size one. device: where this rank's tensors are. staged: tensors of a GPU go
-    through host memory, since the group (gloo) takes those of a CPU alone. counted: what this rank has sent.
+    through host memory, since the group (gloo) takes those of a CPU alone. per_host: ranks on each host, None if all
+    are on one. counted: what this rank has sent.
     """
 
     rank: int = 0
@@ -104,6 +105,7 @@ class Mesh:
     group: Any = None
     device: torch.device = torch.device("cpu")
     staged: bool = False
+    per_host: int | None = None
     counted: Counted = field(default_factory=Counted)
 
     @classmethod

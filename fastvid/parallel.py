@@ -61,14 +61,17 @@ def _degree(name: str, value: Any) -> int:
     return value
 
 
-def layout_for(asked: Layout | None, size: int, heads: int, tokens: int, guided: bool) -> Layout:
+def layout_for(
+    asked: Layout | None, size: int, heads: int, tokens: int, guided: bool, per_host: int | None = None
+) -> Layout:
     """How `size` ranks share a request of a model with so many heads, with `tokens` a latent frame.
 
-    guided: with guidance. Raises InvalidRequest for what cannot be, with the nearest that can.
+    guided: with guidance; per_host: ranks on each host, None if all are on one. Raises InvalidRequest for what cannot
+    be, with the nearest that can.
     """
     possible = [layout for layout in every(size, heads, guided) if layout.sequence <= tokens]
     if asked is None:
-        best = choose(size, heads, guided)
+        best = choose(size, heads, guided, per_host)
         if best in possible:
             return best
         if possible:  # fewer ranks share the tokens, so guidance has to take part

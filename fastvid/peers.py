@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ def join(ranks: int, layout: str | None, model: str, options: Mapping[str, Any])
     if not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" and own else "gloo"
         dist.init_process_group(backend, timeout=NO_LIMIT, **({"device_id": where} if backend == "nccl" else {}))
-    mesh, servant = Mesh.of_group(device=where), Servant()
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    mesh, servant = replace(Mesh.of_group(device=where), per_host=per_host), Servant()
     servant.use(mesh)
     if mesh.rank:
         _serve(mesh, servant)

@@ -111,7 +111,8 @@ def layout_of(parts: Parts, request: Resolved, timeline: Timeline) -> Layout:
     shapes = [segment.latent_shape(1)[2:] for segment in timeline.segments]
     tokens = min((h // ph * (w // pw) for h, w in shapes), default=parts.mesh.size)
     guided = request.guided(len(parts.experts))
-    return parallel.layout_for(parts.layout, parts.mesh.size, config.num_attention_heads, tokens, guided)
+    mesh, heads = parts.mesh, config.num_attention_heads
+    return parallel.layout_for(parts.layout, mesh.size, heads, tokens, guided, mesh.per_host)
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,9 @@ def test_layouts_fit_heads_tokens_and_guidance() -> None:
     assert layout_for(None, 8, 12, 1560, False) == Layout(1, 2, 4)
     assert layout_for(None, 8, 12, 1560, True) == Layout(2, 1, 4)
     assert layout_for(Layout(1, 8, 1), 8, 12, 1560, True) == Layout(1, 8, 1)
+    # Heads are exchanged within a host, and no further.
+    assert layout_for(None, 16, 40, 3600, False, per_host=8) == Layout(1, 2, 8)
+    assert layout_for(None, 16, 40, 3600, True, per_host=4) == Layout(2, 2, 4)
     # Three ranks of two tokens a frame: only guidance could share out more, and three is odd.
     with pytest.raises(InvalidRequest, match="a latent frame has 2 tokens here.*the nearest is parallel=2"):
         layout_for(None, 3, 12, 2, False)
