@@ -12,6 +12,10 @@ struct Call;
 namespace norm {
 struct Norm;
 }
+namespace attention {
+struct Call;
+struct Lists;
+}  // namespace attention
 
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 
@@ -30,6 +34,10 @@ int vae_conv(const conv::Call& call, const void* x, const void* past, const void
              DType dtype, int device, void* stream);
 int vae_norm(const norm::Norm& shape, const void* x, const void* gamma, void* out, DType dtype, int device,
              void* stream);
+
+// attention.cu (sm_90 alone): fp16 and bf16; attention_call.h says what it takes. lse may be null.
+int attend(const attention::Call& call, const attention::Lists& lists, float scale, const void* q, const void* k,
+           const void* v, void* out, float* lse, DType dtype, int device, void* stream);
 
 // device.cu: what this machine has; none of these fails where there is no driver.
 const char* error_string(int error);

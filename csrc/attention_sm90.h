@@ -1,0 +1,149 @@
+// What attention asks of sm_90a, as attention_kernel.h names it.
+#pragma once
+
+#include "attention_kernel.h"
+#include "conv_words.h"
+#include "sm90.h"
+
+// D[64, N] (+)= A B. A and B in shared memory with rows along K: queries and keys. The flags are the signs of A and B,
+// and that neither is transposed.
+#define FASTVID_SCORES(TYPE, ...)                                                                              \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE \
+                 "." TYPE " {" FASTVID_NAMES64 "}, %64, %65, p, 1, 1, 0, 0;\n}\n"                              \
+                 : __VA_ARGS__                                                                                 \
+                 : "l"(a), "l"(b), "n"(Add ? 1 : 0))
+
+// A in registers, B in shared memory and transposed, its rows along N: weights and values.
+#define FASTVID_VALUES(N, TYPE, NAMES, A, B, ...)                                                               \
+    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
+                 "." TYPE " {" NAMES "}, {" A "}, " B ", p, 1, 1, 1;\n}\n"                                      \
+                 : __VA_ARGS__                                                                                  \
+                 : "r"(a[4 * step]), "r"(a[4 * step + 1]), "r"(a[4 * step + 2]), "r"(a[4 * step + 3]), "l"(b))
+
+namespace fastvid::attention {
+
+template <bool BF16, bool Add>
+__device__ __forceinline__ void multiply_keys(float (&d)[64], uint64_t a, uint64_t b) {
+    if constexpr (BF16) {
+        FASTVID_SCORES("bf16", FASTVID_ACC32(d, 0), FASTVID_ACC32(d, 32));
+    } else {
+        FASTVID_SCORES("f16", FASTVID_ACC32(d, 0), FASTVID_ACC32(d, 32));
+    }
+}
+
+template <bool BF16>
+__device__ __forceinline__ void multiply_values(float (&d)[64], const uint32_t (&a)[32], int step, uint64_t b) {
+    if constexpr (BF16) {
+        FASTVID_VALUES(128, "bf16", FASTVID_NAMES64, "%64, %65, %66, %67", "%68", FASTVID_ACC32(d, 0),
+                       FASTVID_ACC32(d, 32));
+    } else {
+        FASTVID_VALUES(128, "f16", FASTVID_NAMES64, "%64, %65, %66, %67", "%68", FASTVID_ACC32(d, 0),
+                       FASTVID_ACC32(d, 32));
+    }
+}
+
+template <bool BF16>
+__device__ __forceinline__ void multiply_values(float (&d)[32], const uint32_t (&a)[32], int step, uint64_t b) {
+    if constexpr (BF16) {
+        FASTVID_VALUES(64, "bf16", FASTVID_NAMES32, "%32, %33, %34, %35", "%36", FASTVID_ACC32(d, 0));
+    } else {
+        FASTVID_VALUES(64, "f16", FASTVID_NAMES32, "%32, %33, %34, %35", "%36", FASTVID_ACC32(d, 0));
+    }
+}
+
+template <int D, bool BF16>
+class Sm90 : public Words<BF16> {
+  public:
+    template <typename T, int Count>
+    struct Registers {
+        T value[Count];
+        __device__ __forceinline__ T& at(int, int i) { return value[i]; }
+    };
+    using Scores = Registers<float, kKeys / 2>;
+    using Output = Registers<float, D / 2>;
+    using Weights = Registers<uint32_t, kKeys / 4>;
+    using Rows = Registers<float, 2>;
+
+    // memory: address of shared memory, a multiple of 1,024.
+    __device__ __forceinline__ Sm90(const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v, uint32_t memory)
+        : maps_{q, k, v}, memory_(memory) {}
+
+    // By one thread, before the block meets.
+    __device__ __forceinline__ void init() const {
+        for (int i = 0; i < barriers(D); ++i) sm90::init_barrier(barrier(i), arrivals(i));
+        sm90::show_barriers();
+    }
+
+    __device__ __forceinline__ uint32_t address(int at) const { return memory_ + at; }
+
+    __device__ __forceinline__ void wait(int i, uint32_t parity) const { sm90::wait(barrier(i), parity); }
+    __device__ __forceinline__ void expect(int i, int bytes) const { sm90::expect_bytes(barrier(i), bytes); }
+    __device__ __forceinline__ void arrive(int i) const {
+        if (threadIdx.x % 32 == 0) sm90::arrive(barrier(i));
+    }
+    __device__ __forceinline__ void load(Tensor tensor, int at, int i, int column, int row, int head, int batch) const {
+        sm90::load_box(address(at), maps_[tensor], barrier(i), column, row, head, batch);
+    }
+
+    // Barrier 0 is __syncthreads.
+    __device__ __forceinline__ void turn(int group) const { sm90::meet(1 + group, kGroups * 128); }
+    __device__ __forceinline__ void pass(int group) const { sm90::pass(1 + (group ^ 1), kGroups * 128); }
+
+    template <typename Function>
+    __device__ __forceinline__ void each(Function function) const {
+        function(static_cast<int>(threadIdx.x % 128));
+    }
+    __device__ __forceinline__ void quad_max(Rows& rows) const {
+        FASTVID_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            FASTVID_UNROLL
+            for (int lane = 1; lane < 4; lane *= 2) {
+                rows.value[half] = max(rows.value[half], __shfl_xor_sync(0xFFFFFFFFu, rows.value[half], lane));
+            }
+        }
+    }
+    __device__ __forceinline__ void quad_sum(Rows& rows) const {
+        FASTVID_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            FASTVID_UNROLL
+            for (int lane = 1; lane < 4; lane *= 2) {
+                rows.value[half] += __shfl_xor_sync(0xFFFFFFFFu, rows.value[half], lane);
+            }
+        }
+    }
+
+    template <typename T, int Count>
+    __device__ __forceinline__ void begin(Registers<T, Count>& registers) const {
+        sm90::hold(registers.value);
+        sm90::fence_products();
+    }
+    template <bool Add>
+    __device__ __forceinline__ void scores(Scores& to, uint64_t queries, uint64_t keys) const {
+        multiply_keys<BF16, Add>(to.value, queries, keys);
+    }
+    __device__ __forceinline__ void values(Output& to, Weights& weights, int step, uint64_t values) const {
+        multiply_values<BF16>(to.value, weights.value, step, values);
+    }
+    __device__ __forceinline__ void commit() const { sm90::commit_products(); }
+    template <int Pending, int Count>
+    __device__ __forceinline__ void drain(Registers<float, Count>& made) const {
+        sm90::drain_products<Pending>();
+        sm90::hold(made.value);
+    }
+
+    __device__ __forceinline__ float max(float a, float b) const { return fmaxf(a, b); }
+    __device__ __forceinline__ float exp2(float x) const {
+        float made;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(made) : "f"(x));
+        return made;
+    }
+    __device__ __forceinline__ float log2(float x) const { return log2f(x); }
+
+  private:
+    __device__ __forceinline__ uint32_t barrier(int i) const { return memory_ + barriers_at(D) + i * 8; }
+
+    const CUtensorMap* maps_[3];
+    uint32_t memory_;
+};
+
+}  // namespace fastvid::attention

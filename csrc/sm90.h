@@ -1,0 +1,130 @@
+// Instructions of sm_90a that more than one kernel is made of: mbarriers, TMA loads, wgmma's fences, named barriers,
+// registers that go from one warpgroup to another.
+#pragma once
+
+#include <cuda.h>
+
+#include "sm90_layout.h"
+
+// Operands of inline assembly: accumulators, and how they are called there.
+#define FASTVID_ACC8(d, i)                                                                                      \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
+#define FASTVID_ACC16(d, i) FASTVID_ACC8(d, i), FASTVID_ACC8(d, i + 8)
+#define FASTVID_ACC32(d, i) FASTVID_ACC16(d, i), FASTVID_ACC16(d, i + 16)
+#define FASTVID_ACC48(d, i) FASTVID_ACC32(d, i), FASTVID_ACC16(d, i + 32)
+
+#define FASTVID_NAMES32                                                      \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTVID_NAMES48 \
+    FASTVID_NAMES32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define FASTVID_NAMES64 \
+    FASTVID_NAMES48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FASTVID_NAMES96                                                                               \
+    FASTVID_NAMES64                                                                                   \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82" \
+    ", %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+
+namespace fastvid::sm90 {
+
+// Barriers in shared memory, by address
+
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// After the last one, by the thread that made them, before the block meets.
+__device__ __forceinline__ void show_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
+    uint32_t ended;
+    do {
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+            : "=r"(ended)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    } while (!ended);
+}
+
+// Barriers of warps, by number: the first waits for all `threads`, the second goes on.
+
+__device__ __forceinline__ void meet(int number, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void pass(int number, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// By all threads of a warpgroup.
+
+template <int Registers>
+__device__ __forceinline__ void keep_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+template <int Registers>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+// TMA: a box into shared memory; coordinates from the innermost dimension on.
+
+__device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
+                                         int c2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %5}], [%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+        : "memory");
+}
+__device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2,
+                                         int c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+__device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2,
+                                         int c3, int c4) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+        : "memory");
+}
+
+// Products of a warpgroup
+
+__device__ __forceinline__ void fence_products() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void commit_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int Pending>
+__device__ __forceinline__ void drain_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+}
+
+// Keeps the compiler from moving registers across products that are still running.
+template <int Count>
+__device__ __forceinline__ void hold(float (&values)[Count]) {
+    FASTVID_UNROLL
+    for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+template <int Count>
+__device__ __forceinline__ void hold(uint32_t (&values)[Count]) {
+    FASTVID_UNROLL
+    for (int i = 0; i < Count; ++i) asm volatile("" : "+r"(values[i])::"memory");
+}
+
+}  // namespace fastvid::sm90

@@ -1,0 +1,43 @@
+// Tensor maps for TMA, made by the driver, which is not linked to but asked for.
+#pragma once
+
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+#include "sm90_layout.h"
+
+namespace fastvid::sm90 {
+
+inline PFN_cuTensorMapEncodeTiled_v12000 encoder() {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+    if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) return nullptr;
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+}
+
+// Of 16-bit values whose rows of 128 bytes are swizzled; beyond the extents are zeros.
+inline cudaError_t encode(CUtensorMap* to, const Map& map, bool bf16) {
+    static const auto encode_tiled = encoder();
+    if (encode_tiled == nullptr) return cudaErrorNotSupported;
+    cuuint64_t extent[5], stride[4];
+    cuuint32_t box[5], every[5];
+    for (int i = 0; i < map.rank; ++i) {
+        extent[i] = map.extent[i];
+        box[i] = map.box[i];
+        every[i] = map.every[i];
+        if (i) stride[i - 1] = map.stride[i - 1];
+    }
+    const CUresult result =
+        encode_tiled(to, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, map.rank,
+                     const_cast<void*>(map.base), extent, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace fastvid::sm90
