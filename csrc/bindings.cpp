@@ -8,7 +8,9 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "attention_call.h"
 #include "conv_call.h"
 #include "fastvid.h"
 #include "vae_norm.h"
@@ -69,7 +71,7 @@ void fill(int64_t (&to)[n], const py::dict& from, const char* key) {
     std::copy(values.begin(), values.end(), to);
 }
 
-fastvid::conv::Call call_of(const py::dict& given) {
+fastvid::conv::Call conv_call_of(const py::dict& given) {
     fastvid::conv::Call call = {};
     fill(call.x, given, "x");
     fill(call.x_strides, given, "x_strides");
@@ -104,7 +106,7 @@ void refuse(const std::string& reason) {
 void vae_conv(uintptr_t x, uintptr_t past, uintptr_t weight, uintptr_t bias, uintptr_t out, const std::string& dtype,
               const py::dict& given, int device, uintptr_t stream) {
     const auto type = half_dtype_of(dtype);
-    const auto call = call_of(given);
+    const auto call = conv_call_of(given);
     const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
     refuse(fastvid::conv::refuse(call, at(x), at(past), at(weight), at(bias), at(out)));
     py::gil_scoped_release release;
@@ -125,6 +127,52 @@ void vae_norm(uintptr_t x, uintptr_t gamma, uintptr_t out, const std::string& dt
     refuse(fastvid::norm::refuse(shape, at(x), at(gamma), at(out)));
     py::gil_scoped_release release;
     check(fastvid::vae_norm(shape, at(x), at(gamma), at(out), type, device, at(stream)), device);
+}
+
+// Attention
+
+fastvid::attention::Call attention_call_of(const py::dict& given) {
+    fastvid::attention::Call call = {};
+    call.batch = given["batch"].cast<int64_t>();
+    call.queries = given["queries"].cast<int64_t>();
+    call.keys = given["keys"].cast<int64_t>();
+    call.heads = given["heads"].cast<int64_t>();
+    call.head_dim = given["head_dim"].cast<int64_t>();
+    fill(call.q_strides, given, "q_strides");
+    fill(call.k_strides, given, "k_strides");
+    fill(call.v_strides, given, "v_strides");
+    call.tiles = given["tiles"].cast<int64_t>();
+    call.largest = given["largest"].cast<int64_t>();
+    call.lists = given["lists"].cast<int64_t>();
+    return call;
+}
+
+fastvid::attention::Lists lists_of(const std::vector<uintptr_t>& at) {
+    if (at.empty()) return {};
+    if (at.size() != 6) throw std::invalid_argument("attention walks over 6 lists, or none");
+    const auto tokens = [&at](int i) { return reinterpret_cast<const int32_t*>(at[i]); };
+    const auto rows = [&at](int i) { return reinterpret_cast<const int64_t*>(at[i]); };
+    return {tokens(0), rows(1), tokens(2), rows(3), tokens(4), tokens(5)};
+}
+
+void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, const std::string& dtype,
+               const py::dict& given, const std::vector<uintptr_t>& lists, float scale, int device, uintptr_t stream) {
+    const auto type = half_dtype_of(dtype);
+    const auto call = attention_call_of(given);
+    const auto walked = lists_of(lists);
+    if ((call.tiles > 0) != !lists.empty()) throw std::invalid_argument("lists are given with tiles of queries");
+    const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+    refuse(fastvid::attention::refuse(call, at(q), at(k), at(v), at(out), scale));
+    py::gil_scoped_release release;
+    check(fastvid::attend(call, walked, scale, at(q), at(k), at(v), at(out), reinterpret_cast<float*>(lse), type,
+                          device, at(stream)),
+          device);
+}
+
+void add_attention(py::module_& m) {
+    m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+          py::arg("dtype"), py::arg("call"), py::arg("lists"), py::arg("scale"), py::arg("device"), py::arg("stream"),
+          "Attention on sm_90; `call` and `lists` as attention_cuda.prepare makes them, lse may be 0.");
 }
 
 void add_vae(py::module_& m) {
@@ -149,4 +197,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("to_rgb_host", &to_rgb_host, py::arg("src"), py::arg("dst"), py::arg("dtype"), py::arg("shape"),
           py::arg("strides"), "The same arithmetic and index maths on host memory.");
     add_vae(m);
+    add_attention(m);
 }

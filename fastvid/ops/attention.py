@@ -5,8 +5,9 @@
                        was computed over separate keys (a ring of devices, a cache and what is new)
     sparse_attention   each tile of queries attends to the tiles of keys that `Blocks` lists (sparsity.py)
 
-`triton` is kernels/attention.py and kernels/sparse_attention.py, `flash` the flash-attn package; `sdpa` is what PyTorch
-has, and what the reference calls for `attention`. The eager references of the others are in eager_attention.py.
+`triton` is kernels/attention.py and kernels/sparse_attention.py, `cuda` attention_cuda.py, `flash` the flash-attn
+package; `sdpa` is what PyTorch has, and what the reference calls for `attention`. The eager references of the others
+are in eager_attention.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvid.ops import attention_cuda
 from fastvid.ops import reference as ops
 from fastvid.ops.eager_attention import check as _check
 from fastvid.ops.eager_attention import lse as reference_lse
@@ -152,16 +154,26 @@ BACKENDS: Mapping[str, Function] = {
     "reference": ops.attention,
     "sdpa": ops.attention,
     "triton": triton,
+    "cuda": attention_cuda.cuda,
     "flash": flash,
 }
 LSE_BACKENDS: Mapping[str, Function] = {
     "reference": reference_lse,
     "sdpa": sdpa_lse,
     "triton": triton_lse,
+    "cuda": attention_cuda.cuda_lse,
     "flash": flash_lse,
 }
-SPARSE_BACKENDS: Mapping[str, Function] = {"reference": reference_sparse, "triton": triton_sparse}
-SPARSE_LSE_BACKENDS: Mapping[str, Function] = {"reference": reference_sparse_lse, "triton": triton_sparse_lse}
+SPARSE_BACKENDS: Mapping[str, Function] = {
+    "reference": reference_sparse,
+    "triton": triton_sparse,
+    "cuda": attention_cuda.cuda_sparse,
+}
+SPARSE_LSE_BACKENDS: Mapping[str, Function] = {
+    "reference": reference_sparse_lse,
+    "triton": triton_sparse_lse,
+    "cuda": attention_cuda.cuda_sparse_lse,
+}
 
 
 # Parts

@@ -1,0 +1,279 @@
+// What TMA, mbarriers and wgmma are specified to do, on the CPU, from the very coordinates, tensor maps and descriptors
+// that a GPU would be given. Written from the manuals, not with the functions of csrc/ that are tested with it.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "sm90_layout.h"
+
+namespace emulated {
+
+using fastvid::sm90::Map;
+
+inline float widen(uint16_t bits, bool bf16) {
+    if (bf16) {
+        const uint32_t word = uint32_t{bits} << 16;
+        float value;
+        std::memcpy(&value, &word, 4);
+        return value;
+    }
+    _Float16 value;
+    std::memcpy(&value, &bits, 2);
+    return static_cast<float>(value);
+}
+
+inline uint16_t narrow(float value, bool bf16) {
+    uint16_t bits;
+    if (bf16) {
+        uint32_t word;
+        std::memcpy(&word, &value, 4);
+        if (value != value) return 0x7FFF;
+        return static_cast<uint16_t>((word + 0x7FFF + (word >> 16 & 1)) >> 16);
+    }
+    const _Float16 half = static_cast<_Float16>(value);
+    std::memcpy(&bits, &half, 2);
+    return bits;
+}
+
+struct Stopped : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// A phase ends when as many have arrived as it expects and all bytes have come; wait(p) waits for the end of a phase
+// of parity p: before any has ended, those of parity 1 count as ended.
+class Barrier {
+  public:
+    explicit Barrier(int expected) : expected_(expected), left_(expected) {}
+
+    void arrive(int bytes = 0) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (left_ == 0) throw Stopped("a barrier got more arrivals than a phase has");
+        bytes_ += bytes;
+        --left_;
+        turn();
+    }
+
+    void complete(int bytes) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        bytes_ -= bytes;
+        turn();
+    }
+
+    void wait(uint32_t parity) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        const bool ended = changed_.wait_for(lock, std::chrono::seconds(20), [&] { return (phase_ & 1) != parity; });
+        if (!ended) throw Stopped("a barrier was waited for in vain");
+    }
+
+    // As it was before the first phase, but for which parity is next.
+    bool at_rest() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return left_ == expected_ && bytes_ == 0;
+    }
+
+  private:
+    void turn() {
+        if (left_ || bytes_) return;
+        left_ = expected_;
+        ++phase_;
+        changed_.notify_all();
+    }
+
+    int expected_, left_, bytes_ = 0;
+    uint32_t phase_ = 0;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+};
+
+// A barrier of the block by number, in which whole warpgroups meet: the last of `expected` opens it for those who wait.
+class Meeting {
+  public:
+    Meeting(int expected) : expected_(expected) {}
+
+    void arrive() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        come();
+    }
+    void meet() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        const uint32_t phase = phase_;
+        come();
+        const bool met = changed_.wait_for(lock, std::chrono::seconds(20), [&] { return phase_ != phase; });
+        if (!met) throw Stopped("nobody came to meet");
+    }
+    bool at_rest() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return came_ == 0;
+    }
+
+  private:
+    void come() {
+        if (++came_ < expected_) return;
+        came_ = 0;
+        ++phase_;
+        changed_.notify_all();
+    }
+
+    int expected_, came_ = 0;
+    uint32_t phase_ = 0;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+};
+
+// Shared memory of a block, and its 16-bit matrices in it. base: where it begins, so that addresses are not small by
+// chance; it holds what no load has written.
+class Memory {
+  public:
+    Memory(uint32_t base, int bytes, bool bf16) : bf16_(bf16), base_(base), bytes_(bytes, 0x7F) {}
+
+    uint32_t address(int at) const { return base_ + at; }
+    bool bf16() const { return bf16_; }
+
+    // A box by TMA with the 128-byte swizzle; the bytes that have come.
+    int load(const Map& map, uint32_t to, const std::vector<int64_t>& from) {
+        constexpr int kColumns = 64, kBytes = 2;
+        if (to % 1024) throw Stopped("a swizzled box begins at no multiple of 1,024");
+        if (map.box[0] != kColumns) throw Stopped("a swizzled box has rows of 128 bytes");
+        check(map);
+        uint32_t count[5] = {1, 1, 1, 1, 1};
+        int total = 1;
+        for (int i = 0; i < map.rank; ++i) {
+            if (map.box[i] > 256) throw Stopped("a box has at most 256 elements a side");
+            count[i] = (map.box[i] + map.every[i] - 1) / map.every[i];
+            total *= static_cast<int>(count[i]);
+        }
+        for (int i = 0; i < total; i += kColumns) {
+            int rest = i / kColumns;
+            bool inside = true;
+            int64_t offset = from[0] * kBytes;
+            for (int d = 1; d < map.rank; ++d) {
+                const int64_t place = from[d] + static_cast<int64_t>(rest % count[d]) * map.every[d];
+                rest /= static_cast<int>(count[d]);
+                inside = inside && place >= 0 && place < static_cast<int64_t>(map.extent[d]);
+                offset += place * static_cast<int64_t>(map.stride[d - 1]);
+            }
+            for (int c = 0; c < kColumns; ++c) {
+                uint8_t* target = at(mixed(to + static_cast<uint32_t>(i + c) * kBytes));
+                const bool real = inside && from[0] + c >= 0 && from[0] + c < static_cast<int64_t>(map.extent[0]);
+                if (real) std::memcpy(target, static_cast<const uint8_t*>(map.base) + offset + c * kBytes, kBytes);
+                if (!real) std::memset(target, 0, kBytes);
+            }
+        }
+        return total * kBytes;
+    }
+
+    // [rows, 16] with rows along K, as a descriptor says: eights of rows lie its second offset apart.
+    std::vector<float> matrix(uint64_t told, int rows) {
+        const auto [start, leading, eight] = fields(told);
+        (void)leading;  // not used by this layout
+        std::vector<float> made(rows * 16);
+        for (int row = 0; row < rows; ++row) {
+            for (int k = 0; k < 16; ++k) made[row * 16 + k] = value(start + row / 8 * eight + row % 8 * 128 + k * 2);
+        }
+        return made;
+    }
+
+    // [16, columns] with rows along N: 64 columns in a row, the next 64 its first offset away, the next eight rows its
+    // second one.
+    std::vector<float> transposed(uint64_t told, int columns) {
+        const auto [start, leading, eight] = fields(told);
+        std::vector<float> made(16 * columns);
+        for (int k = 0; k < 16; ++k) {
+            for (int c = 0; c < columns; ++c) {
+                made[k * columns + c] = value(start + c / 64 * leading + c % 64 * 2 + k / 8 * eight + k % 8 * 128);
+            }
+        }
+        return made;
+    }
+
+    static uint32_t mixed(uint32_t address) {
+        // Sixteens of bytes change places within 128, by which of 8 rows it is.
+        const uint32_t row = address / 128 % 8, chunk = address / 16 % 8;
+        return address - chunk * 16 + (chunk ^ row) * 16;
+    }
+
+  private:
+    struct Fields {
+        uint32_t start, leading, eight;
+    };
+
+    // What cuTensorMapEncodeTiled refuses.
+    static void check(const Map& map) {
+        if (reinterpret_cast<uintptr_t>(map.base) % 16) throw Stopped("a map begins at no multiple of 16 bytes");
+        for (int i = 0; i < map.rank; ++i) {
+            if (map.extent[i] < 1 || map.extent[i] > uint64_t{1} << 32) throw Stopped("an extent of a map");
+            if (i && (map.stride[i - 1] % 16 || map.stride[i - 1] >= uint64_t{1} << 40)) {
+                throw Stopped("a stride of a map");
+            }
+        }
+    }
+
+    static Fields fields(uint64_t told) {
+        if (told >> 62 != 1 || (told >> 49 & 7)) throw Stopped("the descriptor is not of the 128-byte swizzle");
+        const auto offset = [told](int bit) { return static_cast<uint32_t>(told >> bit & 0x3FFF) * 16; };
+        return {offset(0), offset(16), offset(32)};
+    }
+
+    float value(uint32_t address) {
+        uint16_t bits;
+        std::memcpy(&bits, at(mixed(address)), 2);
+        return widen(bits, bf16_);
+    }
+
+    uint8_t* at(uint32_t address) {
+        if (address < base_ || address - base_ + 2 > bytes_.size()) throw Stopped("shared memory left");
+        return bytes_.data() + (address - base_);
+    }
+
+    bool bf16_;
+    uint32_t base_;
+    std::vector<uint8_t> bytes_;
+};
+
+// Which thread of a warpgroup holds an element of wgmma's result, and as which of its values: the PTX manual's table.
+struct Holder {
+    int thread, value;
+};
+inline Holder holder(int row, int column) {
+    return {row / 16 * 32 + row % 8 * 4 + column % 8 / 2, column / 8 * 4 + row % 16 / 8 * 2 + column % 2};
+}
+// The same of a left matrix [64, 16] in registers of two values each.
+inline Holder left_holder(int row, int k) {
+    return {row / 16 * 32 + row % 8 * 4 + k % 8 / 2, k / 8 * 2 + row % 16 / 8};
+}
+
+// Runs all, each in a thread; the first that was stopped stops the caller.
+template <typename Work>
+void beside_each_other(int count, Work work) {
+    std::vector<std::string> wrong(count);
+    std::vector<std::thread> threads;
+    for (int who = 0; who < count; ++who) {
+        threads.emplace_back([&wrong, &work, who] {
+            try {
+                work(who);
+            } catch (const std::exception& error) {
+                wrong[who] = error.what();
+            }
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+    for (const std::string& one : wrong) {
+        if (!one.empty()) throw Stopped(one);
+    }
+}
+
+inline void copy(const std::string& text, char* to, int room) {
+    std::strncpy(to, text.c_str(), room - 1);
+    to[room - 1] = 0;
+}
+
+}  // namespace emulated
