@@ -1,0 +1,156 @@
+"""What nvcc makes of csrc/, where there is one: nothing spills or grows unseen, and attention for sm_90a is made of the
+instructions that were meant, in registers that its warpgroups have."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from compiled_host import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import cuda_resources
+
+from fastvid.ops import backends
+
+SETUP = cuda_resources.build()
+needs_nvcc = pytest.mark.skipif(
+    SETUP.find_nvcc() is None or shutil.which("c++filt") is None, reason="there is no nvcc or c++filt"
+)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, Path]]:
+    """File -> what ptxas says, and the object file."""
+    folder = tmp_path_factory.mktemp("csrc")
+
+    @cache
+    def compile_once(file: str) -> tuple[str, Path]:
+        target = folder / f"{file}.o"
+        return cuda_resources.compile_file(file, target), target
+
+    return compile_once
+
+
+@needs_nvcc
+@pytest.mark.parametrize("file", cuda_resources.files())
+def test_kernels_take_what_is_recorded(file: str, compiled: Callable[[str], tuple[str, Path]]) -> None:
+    table = cuda_resources.read()
+    same = table["nvcc"] == SETUP.cuda_version(SETUP.find_nvcc())
+    wrong = list(cuda_resources.worse(compiled(file)[0], table["kernels"].get(file, {}), same))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_file_is_in_the_table() -> None:
+    kernels = cuda_resources.read()["kernels"]
+    assert sorted(kernels) == cuda_resources.files()
+    for file, rows in kernels.items():
+        for name, row in rows.items():
+            assert sorted(row) == sorted(SETUP.DEFAULT_ARCHS.split(";")), (file, name)
+            assert all(one["spilled"] == 0 for one in row.values()), (file, name)
+
+
+def test_what_is_worse_is_said() -> None:
+    said = (
+        "ptxas info    : Compiling entry function '_Z6kernelILi64EEvv' for 'sm_90a'\n"
+        "ptxas info    : Function properties for _Z6kernelILi64EEvv\n"
+        "    0 bytes stack frame, {0} bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used {1} registers, {2} bytes smem\n"
+    )
+    recorded = {"kernel<64>": {"90a": {"registers": 40, "spilled": 0, "shared": 1000}}}
+    if shutil.which("c++filt") is None:
+        pytest.skip("there is no c++filt")
+    assert not list(cuda_resources.worse(said.format(0, 44, 1100), recorded, True))
+    for changed in ((8, 40, 1000), (0, 45, 1000), (0, 40, 1101)):
+        assert len(list(cuda_resources.worse(said.format(*changed), recorded, True))) == 1, changed
+    assert not list(cuda_resources.worse(said.format(0, 60, 1101), recorded, False))
+    assert list(cuda_resources.worse(said.format(8, 40, 1000), {}, False))
+    warned = "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum registers\n"
+    assert list(cuda_resources.worse(said.format(0, 40, 1000) + warned, recorded, True))
+
+
+@pytest.fixture(scope="module")
+def code(compiled: Callable[[str], tuple[str, Path]]) -> dict[tuple[int, str], list[str]]:
+    """(head_dim, type) -> the instructions of attention's kernel for sm_90a."""
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("there is no cuobjdump")
+    command = [tool, "-sass", "-arch", "sm_90a", compiled("attention.cu")[1]]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    made = {}
+    for part in told.split("Function : ")[1:]:
+        head_dim, bf16 = re.search(r"attention_kernelILi(\d+)ELb([01])E", part.splitlines()[0]).groups()
+        lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^/]*?);", part)
+        made[int(head_dim), "BF16" if bf16 == "1" else "F16"] = lines
+    return made
+
+
+def count(lines: list[str], pattern: str) -> int:
+    return sum(bool(re.search(pattern, line)) for line in lines)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kind", ["BF16", "F16"])
+def test_instructions_of_attention(head_dim: int, kind: str, code: dict[tuple[int, str], list[str]]) -> None:
+    lines = code[head_dim, kind]
+    typed = r"F32\.BF16 " if kind == "BF16" else r"F32 "
+    # The first scores and those of the loop; the values of the loop and the last ones: 128 keys in sixteens.
+    wanted = {128: 2 * head_dim // 16}
+    wanted[head_dim] = wanted.get(head_dim, 0) + 2 * 128 // 16
+    for columns, number in wanted.items():
+        assert count(lines, rf"HGMMA\.64x{columns}x16\.{typed}") == number
+    assert count(lines, "HGMMA") == sum(wanted.values())
+    assert count(lines, r"UTMALDG\.4D") == 3 * head_dim // 64
+    assert count(lines, r"\b(STL|LDL)\b") == 0
+    # Products are waited for where the kernel does: once before the loop, twice in it, once behind it.
+    assert count(lines, r"WARPGROUP\.DEPBAR") == 4
+
+
+@needs_nvcc
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_warpgroups_stay_within_their_registers(head_dim: int, code: dict[tuple[int, str], list[str]]) -> None:
+    """What follows setmaxnreg uses no register that its warpgroup has not got."""
+    header = (ROOT / "csrc/attention.h").read_text()
+    producer, consumer = map(int, re.search(r"kProducerRegisters = (\d+), kConsumerRegisters = (\d+)", header).groups())
+    for kind in ("BF16", "F16"):
+        lines = code[head_dim, kind]
+        (takes,) = (i for i, line in enumerate(lines) if re.search(r"USETMAXREG\.\w*ALLOC", line) and "DE" not in line)
+        (gives,) = (i for i, line in enumerate(lines) if "USETMAXREG.DEALLOC" in line)
+        assert takes < gives  # so the producer is what follows, and the consumers what lies between
+        assert not any("HGMMA" in line for line in lines[gives:]) and not any(
+            "UTMALDG" in line for line in lines[:gives]
+        )
+        for part, most in ((lines[takes:gives], consumer), (lines[gives:], producer)):
+            assert max(int(number) for line in part for number in re.findall(r"\bR(\d+)\b", line)) < most
+
+
+def test_what_the_binding_refuses() -> None:
+    """Where the extension is built: clear errors of the binding and the launcher, without a launch."""
+    if isinstance(backends.extension(), str):
+        pytest.skip("fastvid._C is not built")
+    from fastvid import _C
+
+    call = {
+        "batch": 1, "queries": 100, "keys": 200, "heads": 2, "head_dim": 64, "q_strides": (12800, 128, 64),
+        "k_strides": (25600, 128, 64), "v_strides": (25600, 128, 64), "tiles": 0, "largest": 0, "lists": 1,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="CUDA: "):
+        _C.attention(16, 16, 16, 16, 0, "bfloat16", call, [], 0.125, 10**6, 0)
+    with pytest.raises(ValueError, match="nearest: bfloat16"):
+        _C.attention(16, 16, 16, 16, 0, "float32", call, [], 0.125, 0, 0)
+    with pytest.raises(ValueError, match=r"head_dim is 80; .*nearest: 64"):
+        _C.attention(16, 16, 16, 16, 0, "float16", call | {"head_dim": 80}, [], 0.125, 0, 0)
+    with pytest.raises(ValueError, match="16 bytes"):
+        _C.attention(16, 18, 16, 16, 0, "float16", call, [], 0.125, 0, 0)
+    with pytest.raises(ValueError, match="6 lists, or none"):
+        _C.attention(16, 16, 16, 16, 0, "float16", call, [16], 0.125, 0, 0)
+    with pytest.raises(ValueError, match="given with tiles"):
+        _C.attention(16, 16, 16, 16, 0, "float16", call | {"tiles": 1, "largest": 9}, [], 0.125, 0, 0)
