@@ -59,7 +59,9 @@ class Group:
         return os.getpid(), self._failed
 
     def run(self, job: str, folder: str, header: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
-        """A job to its end, from its checkpoint if there is one: the video, or the error."""
+        """A job to its end, from its checkpoint if there is one: the video, or the error, or what this group lacks."""
+        if self._failed:  # one that was started again: the pool sees to it
+            return tuple(wire.pack({"lacks": f"{self._failed['kind']}: {self._failed['text']}"}))
         try:
             values = wire.unpack(wire.Message(header, payload))
             made = wire.pack({"made": self._run(job, folder, values["verb"], values["options"])})
@@ -223,7 +225,8 @@ class Pool:
         none, InvalidRequest for what no request can be.
         """
         Request.make(verb, **options)
-        options.setdefault("seed", secrets.randbelow(2**32))  # begun again, it is the same video
+        if options.get("seed") is None:  # begun again, it is the same video
+            options["seed"] = secrets.randbelow(2**32)
         job = Job(self, verb, options)
         with self._change:
             room = self._change.wait_for(lambda: self._closed or len(self._line) < self.waiting, timeout if wait else 0)
@@ -285,16 +288,28 @@ class Pool:
             if "made" in told:
                 job._end(told["made"])
                 return
-            kind = told["error"]["kind"]
-            error = WorkerFailed(-1, -1, told["error"]["text"]) if kind == "WorkerFailed" else error_of(told["error"])
-        except ray.exceptions.RayActorError as gone:
+            if "lacks" in told:
+                error = WorkerFailed(
+                    -1, -1, f"a group that was started again could not load the model: {told['lacks']}"
+                )
+                self._replace(number)
+            elif told["error"]["kind"] == "WorkerFailed":
+                error = WorkerFailed(-1, -1, told["error"]["text"])
+            else:
+                error = error_of(told["error"])
+        except ray.exceptions.RayError as gone:  # killed, out of memory, or its machine is gone
             error = WorkerFailed(-1, -1, f"the group's process ended: {' '.join(str(gone).split()):.300}")
-            with self._change:
-                if not self._closed:
-                    self._actors[number] = self._start()
+            self._replace(number)
         finally:
             job.group = None
         self._again(job, error, folder)
+
+    def _replace(self, number: int) -> None:
+        """A new group for one that is gone or of no use."""
+        _ray().kill(self._actors[number])
+        with self._change:
+            if not self._closed:
+                self._actors[number] = self._start()
 
     def _again(self, job: Job, error: Exception, folder: str) -> None:
         """Back to the head of the line if its group died, and it may; else it is over."""

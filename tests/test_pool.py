@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,22 @@ def test_one_that_always_dies_is_given_up(pool) -> None:
     pool.retries = before
     with pytest.raises(fastvid.WorkerFailed, match="it was begun 2 times"):
         job.result(60)
+
+
+def test_a_group_that_cannot_come_back_says_why(pool, tmp_path: Path) -> None:
+    model, away = tmp_path / "model", tmp_path / "away"
+    shutil.copytree(Path(fastvid.__file__).parent / "embedded", model)
+    with fastvid.Pool(str(model), cpus=0, retries=1, device="cpu") as small:
+        job = small.submit(**LONG | {"seed": None})
+        assert 0 <= job.options["seed"] < 2**32  # chosen once, whatever happens to the group
+        begun(job)
+        model.rename(away)
+        os.kill(ray.get(job.group.ready.remote())[0], signal.SIGKILL)
+        with pytest.raises(fastvid.WorkerFailed, match="could not load the model.*begun 2 times"):
+            job.result(60)
+        away.rename(model)
+        small.retries = 3  # the group that stands ready may still be one that found no model
+        assert small.submit(**SHORT).result(60).num_frames == 9
 
 
 def test_the_example(tmp_path: Path) -> None:
