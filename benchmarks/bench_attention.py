@@ -1,5 +1,5 @@
 """Dense attention of a video's tokens: PyTorch's (what it chooses, and cuDNN, flash and efficient by name), flash-attn
-where it is installed, this package's Triton kernel, and eager scores where they fit.
+where it is installed, this package's Triton and CUDA kernels, and eager scores where they fit.
 
 python benchmarks/bench_attention.py [--device cuda] [--rounds 20] [--configs]
 
@@ -50,7 +50,7 @@ def main() -> None:
     groups, told = {}, {}
     for title, size in CASES[device.type].items():
         if args.only in title:
-            told[title] = compared("attention", "any", "reference", triton="attention.py")
+            told[title] = compared("attention", "any", "reference", **files(device))
             groups[title] = bench(*size, device, args.rounds, args.configs)
             print(table(groups[title], title), end="\n\n", flush=True)
     if args.configs:
@@ -84,9 +84,10 @@ def bench(N: int, M: int, heads: int, device: torch.device, rounds: int, configs
 
 def others(device: torch.device, scores: int) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     """Everything else that can run here."""
-    for name in ("triton", "flash"):
-        if backends.why_not(name, device) is None:
-            yield ("triton" if name == "triton" else "flash-attn"), attention.BACKENDS[name]
+    for name in ("triton", "cuda", "flash"):
+        function = attention.BACKENDS[name]
+        if not (backends.why_not(name, device) or backends.lacks(function, device)):
+            yield ("flash-attn" if name == "flash" else name), function
     for name, backend in SDPA.items():
         if device.type == "cuda":
             yield f"sdpa {name}", forced(backend)
@@ -94,6 +95,12 @@ def others(device: torch.device, scores: int) -> Iterator[tuple[str, Callable[..
         yield "eager", eager
         if device.type == "cuda":
             yield "eager, compiled", torch.compile(eager)
+
+
+def files(device: torch.device) -> dict[str, str]:
+    """Of this package's kernels that can run here: what their results are valid for."""
+    cuda = backends.why_not("cuda", device) or backends.lacks(attention.BACKENDS["cuda"], device)
+    return {"triton": "attention.py"} | ({} if cuda else {"cuda": "csrc"})
 
 
 def forced(backend: SDPBackend) -> Callable[..., Tensor]:

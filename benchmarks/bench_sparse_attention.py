@@ -2,8 +2,8 @@
 
 python benchmarks/bench_sparse_attention.py [--device cuda] [--rounds 20]
 
-`speed` is against dense attention by the same back end, the first row. A case's share of the full attention's work is
-in its name, and its TFLOP/s count only what is kept.
+`speed` is against dense attention by Triton, the first row; rows of csrc/'s kernel begin with "cuda". A case's share of
+the full attention's work is in its name, and its TFLOP/s count only what is kept.
 """
 
 from __future__ import annotations
@@ -61,11 +61,17 @@ def bench(grid: Triple, tile: Triple, heads: int, device: torch.device, rounds: 
     cases = [Case(f"{name}, dense", lambda: dense(q, k, v), flops=flops)]
     if name == "triton":
         cases.append(Case("sdpa, dense", lambda: attention.BACKENDS["sdpa"](q, k, v), flops=flops))
+    cuda = attention.SPARSE_BACKENDS["cuda"]
+    on_cuda = not (backends.why_not("cuda", device) or backends.lacks(cuda, device))
+    if on_cuda:
+        cases.append(Case("cuda, dense", lambda: attention.BACKENDS["cuda"](q, k, v), flops=flops))
     for size in windows(grid, tile):
         blocks = sparsity.window(grid, tile, size).to(device)
         kept = sparsity.share(blocks)
-        title = f"window {'x'.join(map(str, size))} {kept:.1%}"
-        cases.append(Case(title, lambda blocks=blocks: sparse(q, k, v, blocks), flops=int(flops * kept)))
+        title, work = f"window {'x'.join(map(str, size))} {kept:.1%}", int(flops * kept)
+        cases.append(Case(title, lambda blocks=blocks: sparse(q, k, v, blocks), flops=work))
+        if on_cuda:
+            cases.append(Case(f"cuda, {title}", lambda blocks=blocks: cuda(q, k, v, blocks), flops=work))
     cases += list(chosen(q, k, v, grid, tile, sparse, flops))
     return measure(cases, device, rounds)
 
