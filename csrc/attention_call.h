@@ -28,10 +28,6 @@ struct Lists {
 
 constexpr int64_t kMostTokens = (int64_t{1} << 31) - 2 * kQueries;  // so that what is beyond the last has a number too
 
-inline bool aligned(const void* pointer, int bytes) {
-    return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
-
 inline std::string refuse_tensor(const std::string& name, const void* base, const int64_t strides[3],
                                  const int64_t extents[3]) {
     if (!aligned(base, kAligned)) return name + " has to begin at a multiple of 16 bytes: a copy does";

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "attention_kernel.h"
-#include "conv_words.h"
 #include "sm90.h"
+#include "words.h"
 
 // D[64, N] (+)= A B. A and B in shared memory with rows along K: queries and keys. The flags are the signs of A and B,
 // and that neither is transposed.

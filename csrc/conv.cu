@@ -8,12 +8,12 @@
 // channels that there are. The pass moves 4 bytes a value, 4 C / 4.8e12 seconds a pixel on an H200; the product is
 // 54 C N / 0.99e15 seconds a pixel: 16 % of it for N = 96, 8 % for 192, 4 % for 384. And it makes the frames that the
 // next chunk looks back on, which have to be written anyhow. These are estimates from the data sheet: not measured.
-#include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
 #include "conv_call.h"
 #include "conv_sm90.h"
 #include "fastvid.h"
+#include "tensor_map.h"
 
 namespace fastvid {
 namespace conv {
@@ -42,38 +42,6 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(N))
 #else
     __trap();  // never launched: the launcher asks which device it is
 #endif
-}
-
-// The driver's function, found without linking to the driver.
-PFN_cuTensorMapEncodeTiled_v12000 encoder() {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-#else
-    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
-#endif
-    if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) return nullptr;
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
-}
-
-cudaError_t encode(CUtensorMap* to, const Map& map, bool bf16) {
-    static const auto encode_tiled = encoder();
-    if (encode_tiled == nullptr) return cudaErrorNotSupported;
-    cuuint64_t extent[5], stride[4];
-    cuuint32_t box[5], every[5];
-    for (int i = 0; i < map.rank; ++i) {
-        extent[i] = map.extent[i];
-        box[i] = map.box[i];
-        every[i] = map.every[i];
-        if (i) stride[i - 1] = map.stride[i - 1];
-    }
-    const CUresult result =
-        encode_tiled(to, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, map.rank,
-                     const_cast<void*>(map.base), extent, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 struct Pointers {

@@ -8,22 +8,14 @@
 // nearest upsampling with a 3x3 kernel, as a 2x2 kernel for each of the 4 places in a doubled pixel.
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define FASTVID_CONV __host__ __device__ __forceinline__
-#define FASTVID_UNROLL _Pragma("unroll")
-#else
-#define FASTVID_CONV inline
-#define FASTVID_UNROLL
-#endif
+#include "sm90_layout.h"
 
 namespace fastvid::conv {
 
+using namespace sm90;
+
 constexpr int kPixels = 128;                             // of a tile: 64 for each of two consumer warpgroups
 constexpr int kChannels = 64;                            // of a step: 128 bytes, a row of the 128-byte swizzle
-constexpr int kRow = 128;                                // bytes
-constexpr int kDepth = 16;                               // channels that one wgmma takes
 constexpr int kPixelBytes = kPixels * kRow;              // of a stage
 constexpr int kConsumers = 8;                            // warps
 constexpr int kThreads = kConsumers * 32 + 32;           // and the producer
@@ -63,30 +55,20 @@ struct Step {
     int depth;       // wgmmas: channels beyond the last are left out in sixteens
 };
 
-FASTVID_CONV int divide_up(int a, int b) {
-    return (a + b - 1) / b;
-}
-
-FASTVID_CONV int tile_h(const Conv& s) {
+FASTVID_ANY int tile_h(const Conv& s) {
     return kPixels / s.tile_w;
 }
 
-FASTVID_CONV int chunks(const Conv& s) {
+FASTVID_ANY int chunks(const Conv& s) {
     return divide_up(s.channels, kChannels);
 }
 
-FASTVID_CONV int64_t blocks(const Conv& s, int tile_n) {
+FASTVID_ANY int64_t blocks(const Conv& s, int tile_n) {
     return int64_t{1} * divide_up(s.outputs, tile_n) * s.places * divide_up(s.width, s.tile_w) *
            divide_up(s.height, tile_h(s)) * s.frames * s.batch;
 }
 
-FASTVID_CONV int take(int64_t& number, int of) {
-    const int rest = static_cast<int>(number % of);
-    number /= of;
-    return rest;
-}
-
-FASTVID_CONV Tile tile_of(const Conv& s, int tile_n, int64_t number) {
+FASTVID_ANY Tile tile_of(const Conv& s, int tile_n, int64_t number) {
     Tile tile;
     tile.n = take(number, divide_up(s.outputs, tile_n)) * tile_n;
     tile.place = take(number, s.places);
@@ -97,17 +79,17 @@ FASTVID_CONV Tile tile_of(const Conv& s, int tile_n, int64_t number) {
     return tile;
 }
 
-FASTVID_CONV int all_steps(const Conv& s) {
+FASTVID_ANY int all_steps(const Conv& s) {
     return s.kt * s.kh * s.kw * chunks(s);
 }
 
 // Without a past, taps before the first frame see zeros: they are left out.
-FASTVID_CONV int first_step(const Conv& s, const Tile& tile) {
+FASTVID_ANY int first_step(const Conv& s, const Tile& tile) {
     const int t0 = tile.t * s.stride_t - s.history;
     return s.past || t0 >= 0 ? 0 : -t0 * s.kh * s.kw * chunks(s);
 }
 
-FASTVID_CONV Step step_of(const Conv& s, const Tile& tile, int number) {
+FASTVID_ANY Step step_of(const Conv& s, const Tile& tile, int number) {
     const int c = number % chunks(s) * kChannels, tap = number / chunks(s);
     const int k = tap % s.kw, j = tap / s.kw % s.kh, i = tap / (s.kw * s.kh);
     const int t = tile.t * s.stride_t - s.history + i, left = divide_up(s.channels - c, kDepth);
@@ -122,17 +104,8 @@ FASTVID_CONV Step step_of(const Conv& s, const Tile& tile, int number) {
     return step;
 }
 
-// Where the accumulators of a thread of a warpgroup belong: wgmma's m64nNk16 gives it, for every 8 columns, two
-// neighbours of one row and two of the row 8 below.
-FASTVID_CONV int row_of(int thread, int half) {
-    return thread / 32 * 16 + thread % 32 / 4 + half * 8;
-}
-FASTVID_CONV int column_of(int thread, int eight) {
-    return eight * 8 + thread % 4 * 2;
-}
-
 // Offset of a tile's pixel in the result, its first channel; -1 of one beyond the border.
-FASTVID_CONV int64_t offset_of(const Conv& s, const Tile& tile, int pixel) {
+FASTVID_ANY int64_t offset_of(const Conv& s, const Tile& tile, int pixel) {
     const int h = tile.h + pixel / s.tile_w, w = tile.w + pixel % s.tile_w;
     if (h >= s.height || w >= s.width) return -1;
     return tile.b * s.out_b + tile.t * s.out_t + h * s.out_h + w * s.out_w + tile.place / 2 * s.out_down +
@@ -140,36 +113,24 @@ FASTVID_CONV int64_t offset_of(const Conv& s, const Tile& tile, int pixel) {
 }
 
 // Offset of a channel from its pixel's first one; pairs stay together.
-FASTVID_CONV int64_t channel_offset(const Conv& s, int n) {
+FASTVID_ANY int64_t channel_offset(const Conv& s, int n) {
     return s.split && n >= s.outputs / 2 ? n - s.outputs / 2 + s.out_half : n;
 }
 
-// The 128-byte swizzle of TMA and wgmma: bits 4 to 6 of an address are mixed with bits 7 to 9.
-FASTVID_CONV uint32_t swizzled(uint32_t address) {
-    return address ^ (address >> 7 & 7) << 4;
-}
-
-// Descriptor of a matrix [rows, 16] in shared memory whose rows are swizzled, 128 bytes, 8 rows in 1,024: address in
-// bits 0-13, leading offset (not used by this layout) in 16-29, 1,024 between eights of rows in 32-45, all of them in
-// 16 bytes, and the swizzle in 62-63. A matrix further right in a row begins 32 bytes further on.
-FASTVID_CONV uint64_t descriptor(uint32_t address) {
-    return (address & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{8 * kRow / 16} << 32 | uint64_t{1} << 62;
-}
-
 // The ring of stages: in which one a step lies, and the parity of its round.
-FASTVID_CONV constexpr int stage_bytes(int tile_n) {
+FASTVID_ANY constexpr int stage_bytes(int tile_n) {
     return kPixelBytes + tile_n * kRow;
 }
 
 // As many stages as fit: two blocks on a multiprocessor where tiles are narrow, so that one stores while the other
 // multiplies, else one.
-FASTVID_CONV constexpr int blocks_per_sm(int tile_n) {
+FASTVID_ANY constexpr int blocks_per_sm(int tile_n) {
     return tile_n <= 128 ? 2 : 1;
 }
-FASTVID_CONV constexpr int stages(int tile_n) {
+FASTVID_ANY constexpr int stages(int tile_n) {
     return (kSmem / blocks_per_sm(tile_n) - kReserved - kBarrierBytes) / stage_bytes(tile_n);
 }
-FASTVID_CONV constexpr int smem_bytes(int tile_n) {
+FASTVID_ANY constexpr int smem_bytes(int tile_n) {
     return stages(tile_n) * stage_bytes(tile_n) + kBarrierBytes;
 }
 

@@ -20,20 +20,6 @@ struct Call {
     int64_t doubled, interleaved, add;
 };
 
-// A tensor map: extents and the box from the innermost dimension on, strides in bytes from the second one on.
-struct Map {
-    const void* base;
-    int rank;
-    uint64_t extent[5];
-    uint64_t stride[4];
-    uint32_t box[5];
-    uint32_t every[5];  // elements from one that is read to the next
-};
-
-constexpr int kBytes = 2;                        // of a value
-constexpr int kAligned = 16;                     // bytes, of addresses and strides
-constexpr int64_t kFarthest = int64_t{1} << 40;  // stride in bytes that a map can hold, and no more
-
 inline std::string joined(const int64_t* values, int count) {
     std::string text = "[";
     for (int i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
@@ -51,10 +37,6 @@ inline std::string refuse_strides(const char* name, const int64_t* strides, cons
         }
     }
     return "";
-}
-
-inline bool aligned(const void* pointer, int bytes) {
-    return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
 inline int64_t outputs_of(const Call& call) {

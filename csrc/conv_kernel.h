@@ -15,7 +15,7 @@ namespace fastvid::conv {
 
 // The producer's loop; weights are [places N, taps, C].
 template <int N, typename Hardware>
-FASTVID_CONV void produce(Hardware& hw, const Conv& s, const Tile& tile) {
+FASTVID_ANY void produce(Hardware& hw, const Conv& s, const Tile& tile) {
     const int end = all_steps(s);
     int stage = 0;
     uint32_t parity = 0;
@@ -35,7 +35,7 @@ FASTVID_CONV void produce(Hardware& hw, const Conv& s, const Tile& tile) {
 // The products of one step, without waiting for them. Depth is known to the compiler: behind a choice for each product
 // it would fence each of them.
 template <int Depth, typename Hardware>
-FASTVID_CONV void multiply(Hardware& hw, typename Hardware::Accumulators& acc, uint32_t pixels, uint32_t weights) {
+FASTVID_ANY void multiply(Hardware& hw, typename Hardware::Accumulators& acc, uint32_t pixels, uint32_t weights) {
     hw.begin(acc);
     FASTVID_UNROLL
     for (int k = 0; k < Depth; ++k) {
@@ -45,7 +45,7 @@ FASTVID_CONV void multiply(Hardware& hw, typename Hardware::Accumulators& acc, u
 }
 
 template <typename Hardware>
-FASTVID_CONV void multiply(Hardware& hw, typename Hardware::Accumulators& acc, int stage, int group, int depth) {
+FASTVID_ANY void multiply(Hardware& hw, typename Hardware::Accumulators& acc, int stage, int group, int depth) {
     const uint32_t pixels = hw.address(stage) + group * (kPixels / 2 * kRow);
     const uint32_t weights = hw.address(stage) + kPixelBytes;
     static_assert(kChannels == 4 * kDepth, "a step has up to four products");
@@ -63,8 +63,8 @@ FASTVID_CONV void multiply(Hardware& hw, typename Hardware::Accumulators& acc, i
 
 // A consumer's loop: a stage is given back when the products of the step after it are on their way.
 template <int N, typename Hardware>
-FASTVID_CONV void consume(Hardware& hw, typename Hardware::Accumulators& acc, const Conv& s, const Tile& tile,
-                          int group) {
+FASTVID_ANY void consume(Hardware& hw, typename Hardware::Accumulators& acc, const Conv& s, const Tile& tile,
+                         int group) {
     const int end = all_steps(s), first = first_step(s, tile), many = chunks(s);
     const int last_depth = step_of(s, tile, many - 1).depth;
     int stage = 0, before = 0, chunk = 0;
@@ -89,8 +89,8 @@ FASTVID_CONV void consume(Hardware& hw, typename Hardware::Accumulators& acc, co
 
 // Bias, what is added to, and the store: a thread has two neighbouring channels, 4 bytes, of two pixels.
 template <int N, typename Hardware>
-FASTVID_CONV void store(const Hardware& hw, const typename Hardware::Accumulators& acc, const Conv& s, const Tile& tile,
-                        int group, int thread, const uint16_t* bias, uint16_t* out) {
+FASTVID_ANY void store(const Hardware& hw, const typename Hardware::Accumulators& acc, const Conv& s, const Tile& tile,
+                       int group, int thread, const uint16_t* bias, uint16_t* out) {
     const int pixel = group * (kPixels / 2);
     const int64_t to[2] = {offset_of(s, tile, pixel + row_of(thread, 0)),
                            offset_of(s, tile, pixel + row_of(thread, 1))};

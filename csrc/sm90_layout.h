@@ -31,6 +31,10 @@ struct Map {
     uint32_t every[5];  // elements from one that is read to the next
 };
 
+inline bool aligned(const void* pointer, int bytes) {
+    return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
 FASTVID_ANY int divide_up(int a, int b) {
     return (a + b - 1) / b;
 }

@@ -1,8 +1,8 @@
 // RMS norm and SiLU of a VAE's features on a device; the arithmetic is in vae_norm.h. Bound by memory: 2 bytes read and
 // 2 written a value (they are read a second time, from the cache).
-#include "conv_words.h"
 #include "fastvid.h"
 #include "vae_norm.h"
+#include "words.h"
 
 namespace fastvid {
 namespace {

@@ -27,11 +27,11 @@ struct alignas(16) Vector {
     uint32_t word[kVector / 2];
 };
 
-FASTVID_CONV int64_t pixels(const Norm& s) {
+FASTVID_ANY int64_t pixels(const Norm& s) {
     return s.size[0] * s.size[1] * s.size[2] * s.size[3];
 }
 
-FASTVID_CONV int64_t offset_of(const Norm& s, const int64_t* strides, int64_t pixel) {
+FASTVID_ANY int64_t offset_of(const Norm& s, const int64_t* strides, int64_t pixel) {
     const int64_t w = pixel % s.size[3], h = pixel / s.size[3] % s.size[2];
     const int64_t frame = pixel / (s.size[3] * s.size[2]);
     return frame / s.size[1] * strides[0] + frame % s.size[1] * strides[1] + h * strides[2] + w * strides[3];
@@ -46,8 +46,8 @@ inline int lanes_of(int64_t channels) {
 
 // What `lane` of `lanes` does for a pixel. sum: over the lanes of the pixel; every one of them has to come here.
 template <typename Words, typename Sum>
-FASTVID_CONV void run(const Words& words, const Norm& s, const uint16_t* x, const uint16_t* gamma, uint16_t* out,
-                      int64_t pixel, int lane, int lanes, Sum sum) {
+FASTVID_ANY void run(const Words& words, const Norm& s, const uint16_t* x, const uint16_t* gamma, uint16_t* out,
+                     int64_t pixel, int lane, int lanes, Sum sum) {
     const bool inside = pixel < pixels(s);
     const uint16_t* from = x + (inside ? offset_of(s, s.x, pixel) : 0);
     float squares = 0;

@@ -5,35 +5,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
+from compiled_host import compile_host
 from torch import Tensor
 
 from fastvid.ops.vae_cuda import call_of
 
-ROOT = Path(__file__).parents[1]
-CXX = shutil.which(os.environ.get("CXX", "g++"))
-
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Compiled once for what the sources hold."""
-    emulator = ROOT / "tests/csrc/conv_emulator.cpp"
-    sources = [emulator, *sorted((ROOT / "csrc").glob("*.h"))]
-    name = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    target = Path(tempfile.gettempdir(), f"fastvid-conv-{os.getuid()}-{name}.so")
-    if not target.exists():
-        made = target.with_suffix(f".{os.getpid()}.so")
-        flags = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
-        subprocess.run([CXX, *flags, f"-I{ROOT / 'csrc'}", emulator, "-o", made], check=True)
-        made.replace(target)
-    lib = ctypes.CDLL(str(target))
+    lib = compile_host("conv_emulator.cpp")
     lib.conv_offset.restype = lib.conv_blocks.restype = ctypes.c_int64
     lib.conv_descriptor.restype = ctypes.c_uint64
     lib.conv_swizzled.restype = ctypes.c_uint32

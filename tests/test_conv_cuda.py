@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conv_host import CXX, conv_host, library, norm_host, words
+from compiled_host import CXX
+from conv_host import conv_host, library, norm_host, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_vae_kernels import exact_conv, exact_double, exact_downsample, exact_norm, exact_upsample

@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conv_host import ROOT, library
+from compiled_host import ROOT
+from conv_host import library
 
 from fastvid.ops import backends
 
