@@ -40,10 +40,10 @@ CONFIG = WanTransformerConfig(num_attention_heads=8, attention_head_dim=64, ffn_
 GRID, ROWS, RUNS = (4, 24, 24), 64, 3
 SMALL, LARGE = 64, 1 << 20  # values of an exchange
 
-# Of an H200: 790 TFLOP/s of dense bf16 were measured; the shares of it that its parts reach are the project's targets
-# (docs of benchmarks/results will replace them): linear layers 85 %, attention at cuDNN's 595, the VAE at half.
+# Of an H200: 790 TFLOP/s of dense bf16 are known; what its parts reach of it are the project's targets, until there are
+# results of a GPU: linear layers 85 %, attention at cuDNN's 595.
 # Memory: 85 % of 4.3 TB/s. 5 us from one kernel to the next is assumed.
-PARTS = Device("H200, by the targets", 0.85 * 790e12, 595e12, 0.5 * 790e12, 0.85 * 4.3e12, 5e-6)
+PARTS = Device("H200, by the targets", 0.85 * 790e12, 595e12, 0.85 * 4.3e12, 5e-6)
 MODELS = {
     "14B, 720p, 81 frames": Work(WanTransformerConfig(), (21, 45, 80), guided=True),
     "1.3B, 480p, 81 frames": Work(
@@ -102,7 +102,7 @@ def rank(mesh: Mesh, to: str) -> None:
     t, h, w = GRID
     x, times, text = torch.randn(1, 16, t, 2 * h, 2 * w), torch.rand(1), torch.randn(1, ROWS, CONFIG.text_dim)
     context, found = model.prepare_context(text), parts(mesh)
-    device = Device("this", found["linear"], found["attention"], found["linear"], found["memory"])
+    device = Device("this", found["linear"], found["attention"], found["memory"])
     link = Link("gloo", found["bandwidth"], found["latency"])
     work, rows = Work(CONFIG, GRID, guided=True, text_rows=ROWS, itemsize=4), []
     for layout in every(mesh.size, CONFIG.num_attention_heads, True):

@@ -4,8 +4,8 @@ A rank is a process with a device. `Layout` says what ranks are for: which half 
 of a video's tokens they hold (guidance x ring x Ulysses, counted with Ulysses fastest). What is moved goes from rank to
 rank, each message of its own: what a collective would do is the messages of all ranks together. So parts may be of
 different lengths, ranks with nothing to say are left out, no sum depends on an order of arrival, and any group of ranks
-can exchange without a communicator of its own. Every rank makes the same exchanges in the same order; those of another
-thread go through a mesh of their own (`Mesh.fork`).
+can exchange without a communicator of its own. Every rank makes the same exchanges in the same order, from one thread
+at a time.
 
 Imports nothing of fastvid: torch.distributed alone (NCCL between GPUs, gloo between CPUs, and between GPUs through host
 memory where NCCL cannot be had, as with two ranks on one GPU).
@@ -115,15 +115,6 @@ class Mesh:
         device = torch.device(device)
         staged = device.type != "cpu" and dist.get_backend(group) == "gloo"
         return cls(dist.get_rank(group), dist.get_world_size(group), group, device, staged)
-
-    def fork(self) -> Mesh:
-        """The same ranks with messages that never meet those of this mesh: for another thread. All ranks call it, in
-        the same order."""
-        if self.size == 1:
-            return self
-        ranks = dist.get_process_group_ranks(self.group)
-        group = dist.new_group(ranks, timeout=FOREVER, backend=dist.get_backend(self.group))
-        return replace(self, group=group)
 
     def exchange(self, sends: Iterable[tuple[int, Tensor]], receives: Iterable[tuple[int, Tensor]]) -> Pending:
         """Starts sending tensors to ranks and receiving into others: (rank, contiguous tensor).

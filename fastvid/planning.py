@@ -176,7 +176,6 @@ class Needs:
             "this",
             linear / rates.seconds("linear", linear),
             attention / rates.seconds("attention", attention),
-            0.0,
         )
         guided = self.request.guided(len(parts.experts))
         work = scaling.Work(config, tuple(grid), guided, most.rows, parts.dtype.itemsize)

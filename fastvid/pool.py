@@ -68,7 +68,9 @@ class Group:
         except Exception as error:
             made = wire.pack({"error": {"kind": type(error).__name__, "text": str(error)}})
         finally:
-            self._streams.pop(job, None)
+            for held in (self._streams, self._steps):
+                held.pop(job, None)
+            self._cancelled.discard(job)
         return tuple(made)
 
     def _run(self, job: str, folder: str, verb: str, options: dict[str, Any]) -> Video:

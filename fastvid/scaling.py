@@ -1,4 +1,4 @@
-"""What a denoising step and a decoded video take on many GPUs, predicted from measured parts: how fast a GPU multiplies
+"""What a denoising step takes on many GPUs, predicted from measured parts: how fast a GPU multiplies
 and attends, how fast its links are. It chooses layouts, and says what a number of GPUs is worth.
 
 For each rank: linear layers on its own tokens; attention of its ring block's tokens to all, for its share of the heads;
@@ -49,19 +49,18 @@ HAD = 0.75
 NVLINK = Link("NVLink 4", 450e9 * HAD, 15e-6)
 PCIE = Link("PCIe 5 x16", 63e9 * HAD, 25e-6)
 INFINIBAND = Link("InfiniBand NDR", 50e9 * HAD, 30e-6)
-LOOPBACK = Link("gloo over loopback", 1e9, 2e-4)  # as a machine with two cores had it
-LINKS = {"nvlink": NVLINK, "pcie": PCIE, "infiniband": INFINIBAND, "loopback": LOOPBACK}
+# Between two processes with a core each, measured: benchmarks/results/scaling-cpu-amd-epyc.json.
+LOOPBACK = Link("gloo over loopback", 8.62e08, 2.4e-04)
 
 
 @dataclass(frozen=True)
 class Device:
-    """Floating point operations a second that a rank does in linear layers, in attention and in the VAE; bytes a second
-    that it moves in its memory; seconds from one kernel's start to the next one's, at least."""
+    """Floating point operations a second that a rank does in linear layers and in attention; bytes a second that it
+    moves in its memory; seconds from one kernel's start to the next one's, at least."""
 
     name: str
     linear: float
     attention: float
-    vae: float
     memory: float = math.inf
     launch: float = 0.0
 
@@ -190,10 +189,3 @@ def curve(
     while size <= most:
         yield best(size, work, device, link, far, per_host)
         size *= 2
-
-
-def decode_seconds(flops: float, rows: int, ranks: int, halo: float, device: Device, link: Link) -> float:
-    """Of a video whose decoding takes so many operations, its `rows` of latents over ranks; halo: bytes that neighbours
-    hand each other at each cut, of which a rank in the middle sends half for each of its two."""
-    share = max(shares(rows, ranks)) / rows
-    return flops * share / device.vae + (link.seconds(halo) if ranks > 1 else 0.0)

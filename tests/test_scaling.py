@@ -13,7 +13,7 @@ from fastvid.models.wan import WanTransformerConfig
 from fastvid.parallel import every
 from fastvid.scaling import INFINIBAND, NVLINK, PCIE, Device, Link, Work, best, candidates, curve, predict
 
-H200 = Device("H200", 650e12, 550e12, 400e12)
+H200 = Device("H200", 650e12, 550e12)
 WAN_14B = WanTransformerConfig()
 WAN_1_3B = WanTransformerConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 FREE = Link("none", 1e30, 0.0)
