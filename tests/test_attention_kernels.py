@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused(function: Callable[..., object]) -> None:
 
 
 def test_every_back_end_of_the_table_is_a_function() -> None:
-    assert set(attention.BACKENDS) == {"reference", "sdpa", "triton", "flash"}
+    assert set(attention.BACKENDS) == {"reference", "sdpa", "triton", "flash", "cuda"}
     q, k, v = (make((1, 4, 2, 8), seed=i) for i in range(3))
     torch.testing.assert_close(attention.BACKENDS["sdpa"](q, k, v), attention.LSE_BACKENDS["reference"](q, k, v)[0])
     scaled = (attention.LSE_BACKENDS[name](q, k, v, softmax_scale=0.3) for name in ("sdpa", "reference"))
