@@ -1,7 +1,7 @@
 """Builds the CUDA extension `fastvid._C` from csrc/; everything else about the package is in pyproject.toml.
 
 FASTVID_BUILD_CUDA   auto (default): build where nvcc and a GPU are found; 1: wherever nvcc is; 0: never
-FASTVID_CUDA_ARCHS   what to build for, default "80;90a;100a"
+FASTVID_CUDA_ARCHS   what to build for; default: those of "80;90a;100a" that nvcc knows
 
 Neither torch nor its headers are needed: nvcc compiles csrc/*.cu, the C++ compiler the pybind11 bindings, and the CUDA
 runtime is linked statically, so that one wheel serves every torch version and imports where there is no driver.
@@ -60,12 +60,60 @@ def cuda_version(nvcc: str) -> str:
     return re.search(r"release ([\d.]+)", text).group(1)
 
 
-def cuda_archs() -> list[str]:
-    archs = os.environ.get("FASTVID_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";").split(";")
+def cuda_archs(nvcc: str) -> list[str]:
+    """What is built for: those of FASTVID_CUDA_ARCHS, all of which nvcc must know, or those of the default it knows."""
+    given = os.environ.get("FASTVID_CUDA_ARCHS")
+    archs = list(dict.fromkeys(part.strip() for part in re.split("[;,]", given or DEFAULT_ARCHS)))
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
             raise SystemExit(f"FASTVID_CUDA_ARCHS holds {arch!r}; it takes a list such as {DEFAULT_ARCHS!r}")
-    return archs
+    known = [arch for arch in archs if knows(nvcc, arch)]
+    if not known or (given and known != archs):
+        unknown = next(arch for arch in archs if arch not in known)
+        others = known_archs(nvcc)
+        near = f" (nearest: {nearest(unknown, others)})" if others else ""
+        raise SystemExit(
+            f"{'FASTVID_CUDA_ARCHS' if given else 'the default'} holds {unknown!r}, which nvcc {cuda_version(nvcc)} "
+            f"does not know; it knows {', '.join(others) or 'none of these'}{near}"
+        )
+    return known
+
+
+def left_out(archs: list[str]) -> str:
+    """(without 100a, which nvcc does not know), if the default has more than is built for."""
+    missing = [] if os.environ.get("FASTVID_CUDA_ARCHS") else [a for a in DEFAULT_ARCHS.split(";") if a not in archs]
+    return f" (without {', '.join(missing)}, which nvcc does not know)" if missing else ""
+
+
+def knows(nvcc: str, arch: str) -> bool:
+    """Asked by a dry run: nvcc's own list has no a or f."""
+    command = [nvcc, "--dryrun", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-x", "cu", "-c", os.devnull]
+    return "Unsupported gpu architecture" not in subprocess.run(command, capture_output=True, text=True).stderr
+
+
+def known_archs(nvcc: str) -> list[str]:
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    numbers = sorted(map(int, re.findall(r"^sm_(\d+)$", listed, re.MULTILINE)))
+    return [arch for number in numbers for arch in (f"{number}", f"{number}a", f"{number}f") if knows(nvcc, arch)]
+
+
+def nearest(arch: str, others: list[str]) -> str:
+    """By number; then what has the same letter, or one at all if this one has."""
+
+    def distance(other: str) -> tuple[int, bool, bool]:
+        (number, letter), (wanted, wished) = (re.fullmatch(r"(\d+)(.?)", one).groups() for one in (other, arch))
+        return abs(int(number) - int(wanted)), letter != wished, bool(letter) != bool(wished)
+
+    return min(others, key=distance)
+
+
+def cudart_folder(root: Path) -> Path:
+    """Where the static CUDA runtime lies, which depends on who packaged it."""
+    folders = [root / "lib64", root / "lib", *sorted(root.glob("targets/*/lib"))]
+    found = next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
+    if found is None:
+        raise SystemExit(f"{root} has no libcudart_static.a: install the CUDA runtime's files (cuda-cudart-devel)")
+    return found
 
 
 def pybind11_include() -> str:
@@ -107,8 +155,9 @@ class BuildCuda(build_ext):
 
     def steps(self, sources: list[Path], build: Path, target: Path) -> list[tuple[list[Path], Path, str]]:
         """(inputs, output, command) of each object file and of the library; `$in` stands for the inputs."""
-        nvcc, archs = find_nvcc(), cuda_archs()
-        root = cuda_root(nvcc)
+        nvcc = find_nvcc()
+        archs = cuda_archs(nvcc)
+        print(f"fastvid._C for {';'.join(archs)}{left_out(archs)}, by nvcc {cuda_version(nvcc)}", flush=True)
         cxx = os.environ.get("CXX", "g++")
         defines = {
             "ARCHS": ";".join(archs),
@@ -140,7 +189,7 @@ class BuildCuda(build_ext):
                 )
             )
         objects = [output for _, output, _ in steps]
-        libraries = [f"-L{root / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        libraries = [f"-L{cudart_folder(cuda_root(nvcc))}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         link = f"{shlex.quote(cxx)} -shared -s -o {shlex.quote(str(target))} $in {shlex.join(libraries)}"
         return [*steps, (objects, target, link)]
 
@@ -160,7 +209,10 @@ def escape(path: Path) -> str:
 
 if __name__ == "__main__":
     sources = sorted(glob.glob("csrc/*.cu")) + ["csrc/bindings.cpp"]
+    cuda = wants_cuda()
+    if cuda:
+        cuda_archs(find_nvcc())  # a wrong one is said before pip downloads what fastvid depends on
     setup(
-        ext_modules=[Extension("fastvid._C", sources)] if wants_cuda() else [],
+        ext_modules=[Extension("fastvid._C", sources)] if cuda else [],
         cmdclass={"build_ext": BuildCuda},
     )

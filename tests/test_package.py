@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -112,78 +110,6 @@ def test_constraints_pin_every_dependency_but_triton() -> None:
 def test_the_build_needs_no_torch() -> None:
     names = {line.split(">=")[0] for line in pyproject()["build-system"]["requires"]}
     assert names == {"setuptools", "pybind11", "ninja"}
-
-
-# What setup.py makes of the environment
-
-
-@pytest.fixture
-def setup_py(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    pytest.importorskip("setuptools")
-    for name in ("FASTVID_BUILD_CUDA", "FASTVID_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    spec = importlib.util.spec_from_file_location("fastvid_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("choice", "nvcc", "gpu", "built"),
-    [
-        (None, True, True, True),
-        ("auto", True, True, True),
-        ("auto", True, False, False),
-        ("auto", False, True, False),
-        ("1", True, False, True),
-        ("0", True, True, False),
-    ],
-)
-def test_when_the_extension_is_built(
-    setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch, choice: str | None, nvcc: bool, gpu: bool, built: bool
-) -> None:
-    if choice is not None:
-        monkeypatch.setenv("FASTVID_BUILD_CUDA", choice)
-    monkeypatch.setattr(setup_py, "find_nvcc", lambda: "/cuda/bin/nvcc" if nvcc else None)
-    monkeypatch.setattr(setup_py, "has_gpu", lambda: gpu)
-    assert setup_py.wants_cuda() is built
-
-
-def test_building_without_nvcc_fails_clearly(setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTVID_BUILD_CUDA", "1")
-    monkeypatch.setattr(setup_py, "find_nvcc", lambda: None)
-    with pytest.raises(SystemExit, match="needs nvcc"):
-        setup_py.wants_cuda()
-
-
-def test_other_choices_are_refused(setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTVID_BUILD_CUDA", "yes")
-    with pytest.raises(SystemExit, match="'yes'; it takes auto, 1 or 0"):
-        setup_py.wants_cuda()
-    monkeypatch.setenv("FASTVID_CUDA_ARCHS", "80;hopper")
-    with pytest.raises(SystemExit, match="'hopper'"):
-        setup_py.cuda_archs()
-
-
-def test_nvcc_is_found_under_cuda_home(
-    setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho '#$ TOP=/opt/toolkit/bin/..' >&2\n")
-    nvcc.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert setup_py.find_nvcc() == str(nvcc)
-    assert setup_py.cuda_root(str(nvcc)) == Path("/opt/toolkit")
-
-
-def test_setup_py_runs_on_its_own() -> None:
-    pytest.importorskip("setuptools")
-    command = [sys.executable, "setup.py", "--version"]
-    bad = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "FASTVID_BUILD_CUDA": "2"}, capture_output=True, text=True
-    )
-    assert bad.returncode != 0 and "it takes auto, 1 or 0" in bad.stderr
 
 
 def pyproject() -> dict:
