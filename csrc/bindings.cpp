@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "archs.h"
 #include "attention_call.h"
 #include "conv_call.h"
 #include "fastvid.h"
@@ -46,10 +47,17 @@ void check(int error, int device) {
     throw std::runtime_error(message);
 }
 
+// needs: the only architecture that the kernel is compiled for, if it is not all of them.
+void check_device(int device, const char* needs = "") {
+    const std::string reason = fastvid::refuse_device(FASTVID_ARCHS, needs, fastvid::compute_capability(device));
+    if (!reason.empty()) throw std::runtime_error(reason);
+}
+
 void to_rgb(uintptr_t src, uintptr_t dst, const std::string& dtype, const Shape& shape, const Strides& strides,
             int device, uintptr_t stream) {
     const auto type = dtype_of(dtype);
     const auto frames = frames_of(shape, strides);
+    check_device(device);
     py::gil_scoped_release release;
     check(fastvid::to_rgb(reinterpret_cast<const void*>(src), reinterpret_cast<uint8_t*>(dst), type, frames, device,
                           reinterpret_cast<void*>(stream)),
@@ -109,6 +117,7 @@ void vae_conv(uintptr_t x, uintptr_t past, uintptr_t weight, uintptr_t bias, uin
     const auto call = conv_call_of(given);
     const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
     refuse(fastvid::conv::refuse(call, at(x), at(past), at(weight), at(bias), at(out)));
+    check_device(device, "90a");
     py::gil_scoped_release release;
     check(fastvid::vae_conv(call, at(x), at(past), at(weight), at(bias), at(out), type, device, at(stream)), device);
 }
@@ -125,6 +134,7 @@ void vae_norm(uintptr_t x, uintptr_t gamma, uintptr_t out, const std::string& dt
     shape.silu = silu;
     const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
     refuse(fastvid::norm::refuse(shape, at(x), at(gamma), at(out)));
+    check_device(device);
     py::gil_scoped_release release;
     check(fastvid::vae_norm(shape, at(x), at(gamma), at(out), type, device, at(stream)), device);
 }
@@ -163,6 +173,7 @@ void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t l
     if ((call.tiles > 0) != !lists.empty()) throw std::invalid_argument("lists are given with tiles of queries");
     const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
     refuse(fastvid::attention::refuse(call, at(q), at(k), at(v), at(out), scale));
+    check_device(device, "90a");
     py::gil_scoped_release release;
     check(fastvid::attend(call, walked, scale, at(q), at(k), at(v), at(out), reinterpret_cast<float*>(lse), type,
                           device, at(stream)),

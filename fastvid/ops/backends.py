@@ -42,10 +42,10 @@ def lacks(function: object, device: torch.device) -> str | None:
         return None
     if isinstance(module, str):
         return module
-    if needs not in module.ARCHS.split(";"):
-        return f"it is for sm_{needs}, and fastvid._C was built for {module.ARCHS}"
     if not runs_on(needs, torch.cuda.get_device_capability(device)):
-        return f"it is for sm_{needs} alone, and the device is {architecture(device)}"
+        return f"it is for sm_{needs} alone, and the device is {architecture(device)}: ask for triton"
+    if needs not in module.ARCHS.split(";"):
+        return f"it is for sm_{needs}, and {_built_without(needs, module.ARCHS)}"
     return None
 
 
@@ -93,9 +93,25 @@ def _why_not_cuda(device: torch.device) -> str | None:
         return module
     if reason := _why_not_gpu(device):
         return reason
-    if not runs_on(module.ARCHS, torch.cuda.get_device_capability(device)):
-        return f"fastvid._C was built for {module.ARCHS}, and the device is {architecture(device)}"
-    return None
+    if not module.device_count():
+        return (
+            f"fastvid._C finds no device; most likely the driver is older than CUDA {module.CUDA_VERSION}, which "
+            "fastvid._C was built with: update the driver, install with an older nvcc, or ask for triton"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if runs_on(module.ARCHS, (major, minor)):
+        return None
+    if (major, minor) < MIN_CAPABILITY:
+        return f"{architecture(device)} is older than sm_80: ask for reference"
+    own = f"{major}{minor}{'a' if major >= 9 else ''}"  # from Hopper on there are instructions of each alone
+    return f"the device is {architecture(device)}, and {_built_without(own, module.ARCHS)}"
+
+
+def _built_without(arch: str, archs: str) -> str:
+    return (
+        f"fastvid._C was built for {archs}: install with FASTVID_BUILD_CUDA=1 FASTVID_CUDA_ARCHS='{archs};{arch}' "
+        "where nvcc is, or ask for triton"
+    )
 
 
 def _why_not_gpu(device: torch.device) -> str | None:

@@ -1,0 +1,37 @@
+// Which devices a build runs on, and why it does not run on another: asked before anything is launched, so that no
+// kernel is started that was not compiled. fastvid/ops/backends.py asks the same when it binds.
+#pragma once
+
+#include <sstream>
+#include <string>
+
+namespace fastvid {
+
+// Whether code built for archs ("80;90a") runs on a device (86 for sm_86): sm_80 on any 8.x, sm_90a on 9.0 alone.
+inline bool runs_on(const std::string& archs, int capability) {
+    std::istringstream list(archs);
+    for (std::string arch; std::getline(list, arch, ';');) {
+        const int built = std::stoi(arch);
+        const bool later = built / 10 == capability / 10 && built < capability;
+        if (built == capability || (later && arch.back() != 'a')) return true;
+    }
+    return false;
+}
+
+// Why a kernel cannot run on a device, empty if it can, or if the device is not known (0: CUDA says more of that).
+// needs: the only architecture that the kernel is compiled for, or empty where all of archs have it.
+inline std::string refuse_device(const std::string& archs, const std::string& needs, int capability) {
+    const std::string device = "sm_" + std::to_string(capability);
+    const std::string own = std::to_string(capability) + (capability >= 90 ? "a" : "");
+    const std::string& arch = needs.empty() ? own : needs;
+    if (capability == 0) return "";
+    if (!needs.empty() && !runs_on(needs, capability)) {
+        return "this kernel is for sm_" + needs + " alone, and the device is " + device;
+    }
+    const bool built = needs.empty() ? runs_on(archs, capability) : (";" + archs + ";").find(";" + needs + ";") + 1;
+    if (built) return "";
+    return "fastvid._C was built for " + archs + ", and the device is " + device + ": build it with " + arch +
+           " among FASTVID_CUDA_ARCHS";
+}
+
+}  // namespace fastvid
