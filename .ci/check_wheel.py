@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import av
 
@@ -17,7 +18,10 @@ def main(path: str) -> None:
     if sys.platform == "linux":
         importlib.import_module("fastvid.kernels.rgb")
     if os.environ.get("FASTVID_BUILD_CUDA") == "1":
-        print("fastvid._C for", importlib.import_module("fastvid._C").ARCHS)
+        module = importlib.import_module("fastvid._C")
+        beside = Path(fastvid.__file__).parents[1] / "fastvid.libs"
+        assert not beside.exists(), f"libraries were copied into the wheel: {os.listdir(beside)}"
+        print(f"fastvid._C for {module.ARCHS}, by CUDA {module.CUDA_VERSION}; devices: {module.device_count()}")
     with av.open(path) as file:
         stream = file.streams.video[0]
         codec, layout, fps = stream.codec_context.name, stream.codec_context.pix_fmt, float(stream.average_rate)
