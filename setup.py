@@ -139,7 +139,8 @@ class BuildCuda(build_ext):
     """Compiles by a generated build.ninja (incremental, parallel), or step by step where there is no ninja."""
 
     def build_extension(self, ext: Extension) -> None:
-        build = Path(self.build_temp).resolve()
+        # An editable installation's own folder is a new one each time: nothing in it could be kept.
+        build = Path("build/editable" if self.editable_mode else self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -58,13 +58,13 @@ def check_wheel(path: Path) -> list[str]:
 
 
 def check_binary(path: Path) -> None:
-    """A manylinux tag that this machine's glibc allows, and no library beyond what that tag promises."""
+    """No library beyond those that every system has, and a manylinux tag no later than this machine's glibc."""
     command = [sys.executable, "-m", "auditwheel", "show", "--json", str(path)]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert not told["external_libs"], f"it needs {told['external_libs']}"
     tag = re.fullmatch(r"manylinux_2_(\d+)_\w+", told["overall_tag"])
     newest = int(platform.libc_ver()[1].split(".")[1])
     assert tag and int(tag[1]) <= newest, f"{told['overall_tag']}: glibc here is 2.{newest}"
-    assert not told["external_libs"], f"it needs {told['external_libs']}"
     print(f"auditwheel: {told['overall_tag']}, with {', '.join(sorted(told['versioned_symbols']))}")
 
 

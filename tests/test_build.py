@@ -185,12 +185,15 @@ def project(setup_py: types.ModuleType, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def compiled_anew(project: Path) -> set[str]:
+BUILD = ("build_ext", "--build-lib", "build/lib", "--build-temp", "build/temp")
+
+
+def compiled_anew(project: Path, command: tuple[str, ...] = BUILD) -> set[str]:
     """Build; which object files, and whether the library, were written."""
     before = {path: path.stat().st_mtime_ns for path in project.rglob("build/**/*")}
     given = {"FASTVID_BUILD_CUDA": "1", "FASTVID_CUDA_ARCHS": "80"}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "build/lib", "--build-temp", "build/temp"]
-    done = subprocess.run(command, cwd=project, env={**os.environ, **given}, capture_output=True, text=True)
+    called = [sys.executable, "setup.py", "-q", *command]
+    done = subprocess.run(called, cwd=project, env={**os.environ, **given}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     written = {path for path in project.rglob("build/**/*") if path.stat().st_mtime_ns != before.get(path)}
     return {path.stem.split(".")[0] for path in written if path.suffix in (".o", ".so")}
@@ -209,3 +212,16 @@ def test_only_what_changed_is_compiled_anew(project: Path) -> None:
     assert compiled_anew(project) == {"two", "bindings", "_C"}
     (project / "csrc/notes.h").write_text("// included by nobody\n")
     assert compiled_anew(project) == {"bindings", "_C"}
+
+
+def test_an_editable_installation_keeps_its_object_files(project: Path) -> None:
+    pytest.importorskip("setuptools", "70.1")  # from then on it makes wheels by itself
+    (project / "fastvid").mkdir()
+    (project / "pyproject.toml").write_text(
+        '[project]\nname = "fastvid"\nversion = "0"\n[tool.setuptools]\npackages = []\n'
+    )
+    editable = ("editable_wheel", "--dist-dir", "dist")
+    assert compiled_anew(project, editable) == {"one", "two", "bindings"}
+    (project / "csrc/one.h").touch()
+    assert compiled_anew(project, editable) == {"one"}
+    assert list((project / "fastvid").glob("_C.*.so"))

@@ -112,6 +112,12 @@ def test_the_build_needs_no_torch() -> None:
     assert names == {"setuptools", "pybind11", "ninja"}
 
 
+def test_wheels_are_built_for_every_python_that_is_named() -> None:
+    named = {line.split()[-1] for line in pyproject()["project"]["classifiers"] if "Python :: 3." in line}
+    wheels = pyproject()["tool"]["cibuildwheel"]["build"]
+    assert wheels == f"cp3{{{','.join(sorted(version.removeprefix('3.') for version in named))}}}-manylinux_*"
+
+
 def pyproject() -> dict:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
