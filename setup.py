@@ -1,6 +1,6 @@
 """Builds the CUDA extension `fastvid._C` from csrc/; everything else about the package is in pyproject.toml.
 
-FASTVID_BUILD_CUDA   auto (default): build where nvcc and a GPU are found; 1: wherever nvcc is; 0: never
+FASTVID_BUILD_CUDA   auto (default): build where nvcc (12.0 or later) and a GPU are found; 1: wherever nvcc is; 0: never
 FASTVID_CUDA_ARCHS   what to build for; default: those of "80;90a;100a" that nvcc knows
 
 Neither torch nor its headers are needed: nvcc compiles csrc/*.cu, the C++ compiler the pybind11 bindings, and the CUDA
@@ -24,15 +24,24 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 DEFAULT_ARCHS = "80;90a;100a"
+OLDEST_CUDA = 12  # the first with sm_90a and tensor maps
 
 
 def wants_cuda() -> bool:
-    choice = os.environ.get("FASTVID_BUILD_CUDA", "auto")
+    choice, nvcc = os.environ.get("FASTVID_BUILD_CUDA", "auto"), find_nvcc()
     if choice not in ("auto", "1", "0"):
         raise SystemExit(f"FASTVID_BUILD_CUDA is {choice!r}; it takes auto, 1 or 0")
-    if choice == "1" and find_nvcc() is None:
+    if choice == "1" and nvcc is None:
         raise SystemExit("FASTVID_BUILD_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME, or use auto or 0")
-    return choice == "1" or (choice == "auto" and find_nvcc() is not None and has_gpu())
+    if choice == "0" or nvcc is None or (choice == "auto" and not has_gpu()):
+        return False
+    old = int(cuda_version(nvcc).split(".")[0]) < OLDEST_CUDA
+    if old and choice == "1":
+        raise SystemExit(
+            f"FASTVID_BUILD_CUDA=1 needs nvcc {OLDEST_CUDA}.0 or later, and {nvcc} is {cuda_version(nvcc)}: "
+            "set CUDA_HOME to a later one, or use auto or 0"
+        )
+    return not old
 
 
 def find_nvcc() -> str | None:

@@ -52,7 +52,18 @@ def test_when_the_extension_is_built(
         monkeypatch.setenv("FASTVID_BUILD_CUDA", choice)
     monkeypatch.setattr(setup_py, "find_nvcc", lambda: "/cuda/bin/nvcc" if nvcc else None)
     monkeypatch.setattr(setup_py, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(setup_py, "cuda_version", lambda nvcc: "12.0")
     assert setup_py.wants_cuda() is built
+
+
+def test_an_nvcc_that_is_too_old(setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup_py, "find_nvcc", lambda: "/usr/bin/nvcc")
+    monkeypatch.setattr(setup_py, "has_gpu", lambda: True)
+    monkeypatch.setattr(setup_py, "cuda_version", lambda nvcc: "11.8")
+    assert setup_py.wants_cuda() is False  # the package is installed without the extension
+    monkeypatch.setenv("FASTVID_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"needs nvcc 12\.0 or later, and /usr/bin/nvcc is 11\.8"):
+        setup_py.wants_cuda()
 
 
 def test_building_without_nvcc_fails_clearly(setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
