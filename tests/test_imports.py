@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "events": {"plan"},
     "hub": {"errors"},
     "graphs": {"errors"},
-    "loading": MIDDLE | {"graphs", "hub", "parallel", "plan"},
+    "loading": MIDDLE | {"graphs", "hub", "parallel", "plan", "scaling"},
     "convert": MODELS,
     "video": BASE | {"events", "media", "requests"},
     "progress": BASE | {"env", "events", "requests"},
