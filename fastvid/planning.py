@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +11,7 @@ from fastvid import decoding, parallel, plan, plan_memory, planning_layout, scal
 from fastvid.conditions import CHANNELS, CONTROL, lead_in, way_of
 from fastvid.distributed import Layout
 from fastvid.estimate import Calls, count_vae, denoise_seconds, vae_seconds
+from fastvid.estimate_bands import Shared, count_halos
 from fastvid.loading import Parts
 from fastvid.plan import Plan
 from fastvid.plan_memory import Cost, Memory
@@ -69,8 +70,7 @@ def plan_request(
     seconds = needs.seconds(calls, rates) if rates else {}
     efficiency = needs.efficiency(calls, layout, rates) if rates and layout.size > 1 else None
     if efficiency is not None:
-        shared = {"denoise": layout.size * efficiency, "encode": parts.mesh.size, "decode": parts.mesh.size}
-        seconds = {name: spent / shared.get(name, 1) for name, spent in seconds.items()}
+        seconds = {"denoise": seconds["denoise"] / (layout.size * efficiency), **needs.banded(seconds)}
     made = Plan(
         height=window.height,
         width=window.width,
@@ -162,15 +162,38 @@ class Needs:
 
     def seconds(self, calls: Sequence[Calls], rates: Rates) -> dict[str, float]:
         """How long it takes, by part."""
-        parts, segments = self.parts, self.timeline.segments
+        parts = self.parts
         config, made = parts.transformer.config, {}
         made["denoise"] = sum(denoise_seconds(each, config, parts.control_layers, rates) for each in calls)
-        seen = [self._seen(segment) for segment in segments]
-        for name, frames in (("encode", seen), ("decode", [segment.made_frames for segment in segments])):
+        for name, frames in self._coded().items():
             pixels = self.window.made_height * self.window.made_width
             work = count_vae(parts.vae, decode=name == "decode") if sum(frames) else None
             chunk = self.window.temporal * plan.decode_chunk(self.window) * pixels
             made[name] = vae_seconds(work, sum(frames) * pixels, chunk, rates) if work else 0.0
+        return made
+
+    def _coded(self) -> dict[str, list[int]]:
+        """Frames of each segment that are encoded, and that are decoded."""
+        segments = self.timeline.segments
+        seen = [self._seen(segment) for segment in segments]
+        return {"encode": seen, "decode": [segment.made_frames for segment in segments]}
+
+    def banded(self, alone: Mapping[str, float]) -> dict[str, float]:
+        """Seconds of encoding and decoding where ranks share the rows, of those that one rank would take."""
+        parts, window, made = self.parts, self.window, {}
+        slowest = parts.links.far if parts.links.per_host else parts.links.near
+        height, width = window.made_height // window.spatial, window.made_width // window.spatial
+        for name, frames in self._coded().items():
+            halos = count_halos(parts.vae, decode=name == "decode") if sum(frames) else None
+            made[name] = 0.0
+            for count in filter(None, frames):
+                latents = -(-count // window.temporal)
+                rgb = 3 * count * window.made_height * window.made_width
+                given = rgb if name == "decode" else parts.vae.config.z_dim * latents * height * width * 4
+                chunks = -(-latents // plan.decode_chunk(window))
+                itemsize = parts.vae_dtype.itemsize
+                shared = Shared(halos, latents, height, width, chunks, parts.mesh.size, itemsize, given)
+                made[name] += shared.seconds(alone[name] * count / sum(frames), slowest)
         return made
 
     def efficiency(self, calls: Sequence[Calls], layout: Layout, rates: Rates) -> float:

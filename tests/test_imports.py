@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "inputs": SURFACE | {"clips", "control", "given"},
     "verbs": SURFACE | {"conditions"},
     "rates": MIDDLE | {"doctor"},
-    "estimate": MIDDLE | {"rates"},
+    "estimate": MIDDLE | {"rates", "scaling"},
     "pool": SURFACE | {"parallel", "wire", "workers"},
     "scaling": MODELS | {"parallel"},
     "planning": SURFACE
