@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,9 +18,11 @@ import fastvid
 from fastvid import cli_plan, scaling_links
 from fastvid.distributed import Layout, Mesh
 from fastvid.errors import InvalidRequest, OutOfMemory
-from fastvid.loading import Parts, outline
-from fastvid.opening import CUDA_TAKES, plan_of
+from fastvid.events import Step
+from fastvid.loading import Parts, load_parts, outline
+from fastvid.opening import CUDA_TAKES
 from fastvid.parallel import every
+from fastvid.pipeline import Pipeline, plan_of
 from fastvid.plan import Plan
 from fastvid.scaling import CORE, H200, INFINIBAND, LOOPBACK, NVLINK, PCIE, Work, predict, ranked
 from fastvid.scaling_links import ASSUMED, FOUND, SAID, Links, card_of, find
@@ -224,3 +227,21 @@ def same_everywhere(mesh: Mesh) -> None:
 
 def test_ranks_take_the_same() -> None:
     run_ranks(2, same_everywhere)
+
+
+def kept(mesh: Mesh, folder: str) -> None:
+    """A request goes on in the layout in which it began, whatever another one would get now."""
+    pipe, given = Pipeline(load_parts("embedded", mesh=mesh)), {"num_frames": 5, "num_inference_steps": 2, "seed": 1}
+    with mock.patch("fastvid.scaling.ranked", lambda *given: ranked(*given)[::-1]):
+        stream = pipe.stream("a", **given, checkpoint=folder, checkpoint_every=0)
+        began = next(stream).plan.parallel
+        while not isinstance(next(stream), Step):
+            pass
+        stream.close()
+    mesh.gather(torch.zeros(1), (1,) * mesh.size, 0)  # until all have let go of it
+    went_on = list(pipe.resume(folder))[0].plan
+    assert went_on.parallel == began != pipe.plan("a", **given).parallel and [*went_on.layouts] == [began]
+
+
+def test_a_layout_is_kept(tmp_path: Path) -> None:
+    run_ranks(2, kept, str(tmp_path / "job"))
