@@ -114,7 +114,7 @@ def nvlinked(uuids: Sequence[str]) -> bool | None:
     try:
         handles = [ctypes.c_void_p() for _ in uuids]
         for uuid, handle in zip(uuids, handles, strict=True):
-            if nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode(), ctypes.byref(handle)):
+            if nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}".encode(), ctypes.byref(handle)):
                 return None
         for a, b in combinations(handles, 2):
             status = ctypes.c_int(-1)
