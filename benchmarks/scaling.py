@@ -8,7 +8,7 @@ a step of a random transformer is predicted in every layout of 1, 2 and 4 ranks,
 down. Ranks beyond the cores share them: their rates are measured as they are shared.
 
 draw: docs/scaling.svg, the share of ideal that a step keeps on 1 to 64 H200, by the model: a prediction, from rates and
-links that `PARTS` names, nothing of which was measured here.
+links that `scaling.H200` names, nothing of which was measured here.
 """
 
 from __future__ import annotations
@@ -34,16 +34,12 @@ from fastvid.layers.linear import Linear  # noqa: E402
 from fastvid.models.wan import WanTransformer, WanTransformerConfig  # noqa: E402
 from fastvid.ops import bind  # noqa: E402
 from fastvid.parallel import every  # noqa: E402
-from fastvid.scaling import INFINIBAND, NVLINK, PCIE, Device, Link, Work, curve, predict  # noqa: E402
+from fastvid.scaling import H200, INFINIBAND, NVLINK, PCIE, Device, Link, Work, curve, predict  # noqa: E402
 
 CONFIG = WanTransformerConfig(num_attention_heads=8, attention_head_dim=64, ffn_dim=2048, num_layers=4, text_dim=64)
 GRID, ROWS, RUNS = (4, 24, 24), 64, 3
 SMALL, LARGE = 64, 1 << 20  # values of an exchange
 
-# Of an H200: 790 TFLOP/s of dense bf16 are known; what its parts reach of it are the project's targets, until there are
-# results of a GPU: linear layers 85 %, attention at cuDNN's 595.
-# Memory: 85 % of 4.3 TB/s. 5 us from one kernel to the next is assumed.
-PARTS = Device("H200, by the targets", 0.85 * 790e12, 595e12, 0.85 * 4.3e12, 5e-6)
 MODELS = {
     "14B, 720p, 81 frames": Work(WanTransformerConfig(), (21, 45, 80), guided=True),
     "1.3B, 480p, 81 frames": Work(
@@ -145,7 +141,7 @@ def draw() -> None:
     colours = ("#1f6fb2", "#c4581d", "#2d8a4e")
     for (name, work), colour in zip(MODELS.items(), colours, strict=True):
         for link, style in ((NVLINK, "-"), (PCIE, ":")):
-            points = list(curve(work, PARTS, link, INFINIBAND))
+            points = list(curve(work, H200, link, INFINIBAND))
             axes.plot(
                 [one.layout.size for one in points], [100 * one.efficiency for one in points], style, color=colour,
                 marker="o", markersize=3, label=f"{name}, {link.name}",

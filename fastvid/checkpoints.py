@@ -31,13 +31,13 @@ from torch import Tensor
 from fastvid import checkpoints_files as files
 from fastvid import checkpoints_identity as identity
 from fastvid.checkpoints_position import flat, unflat
-from fastvid.distributed import Mesh
+from fastvid.distributed import Layout, Mesh
 from fastvid.engine import Position, Walked
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.kv_cache import KVCache
 from fastvid.limits import number
 from fastvid.loading import Parts
-from fastvid.parallel import agree, first
+from fastvid.parallel import agree, first, parse
 
 EVERY = 1.0  # seconds: every row where rows take longer
 OPTIONS = ("checkpoint", "checkpoint_every", "keep_checkpoint")
@@ -84,9 +84,15 @@ def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def begin(
-    parts: Parts, verb: str, options: Mapping[str, Any], recipe: dict[str, Any], said: Mapping[str, Any]
+    parts: Parts,
+    verb: str,
+    options: Mapping[str, Any],
+    recipe: dict[str, Any],
+    said: Mapping[str, Any],
+    layout: Layout | None = None,
 ) -> Keeper | None:
-    """A Keeper of a new request, or None if there are to be no checkpoints. Nothing is written yet."""
+    """A Keeper of a new request, or None if there are to be no checkpoints. Nothing is written yet. layout: how ranks
+    share it."""
     if not said:
         return None
     folder = _place(said["checkpoint"], parts.mesh)
@@ -96,6 +102,7 @@ def begin(
         "arguments": identity.arguments(verb, options, recipe),
         "recipe": recipe,
         "model": identity.identity(parts),
+        "layout": str(layout or Layout()),
     }
     return _keeper(Saved(folder, about, Head(), fresh=True), parts, said)
 
@@ -161,6 +168,11 @@ def _clean_files(folder: Path, count: int) -> Iterator[str]:
 def check(saved: Saved, parts: Parts) -> None:
     """Raises InvalidRequest if a checkpoint is of another model, version or precision."""
     identity.check_model(saved.about["model"], identity.identity(parts))
+
+
+def layout_of(saved: Saved) -> Layout | None:
+    """How ranks shared the request, which is how they go on with it; None: nothing is said of it."""
+    return parse(said).layout if (said := saved.about.get("layout")) else None
 
 
 def check_request(saved: Saved, recipe: Mapping[str, Any]) -> None:

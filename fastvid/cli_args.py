@@ -268,6 +268,12 @@ def _add_model(parser: Parser, also: str = "") -> None:
         "share it, such as guidance=2,ulysses=4 (default: 1)",
     )
     add(
+        "--link",
+        metavar="NAME",
+        help="what joins those processes, for auto to choose by: auto (asks the driver), nvlink, pcie, infiniband, "
+        "loopback, or two: within a host and between hosts (default: auto)",
+    )
+    add(
         "--cuda-graphs",
         action=argparse.BooleanOptionalAction,
         help="replay the transformer's calls as CUDA graphs, captured once a shape (default: auto)",

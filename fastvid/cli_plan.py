@@ -32,6 +32,8 @@ def lines(plan: Any, model: str) -> Iterator[str]:
     if plan.parallel:
         kept = "" if plan.efficiency is None else f"; a step is predicted to keep {plan.efficiency:.0%} of ideal"
         yield _line("ranks", f"shared by {plan.parallel}{kept}")
+        yield _line("  why", plan.parallel_why)
+        yield _line("  joined by", plan.link)
     if plan.seconds is not None:
         parts = [f"{name} {duration(spent)}" for name, spent in plan.seconds_parts.items() if spent]
         yield _line("time", f"about {duration(plan.seconds)} by this machine's rates ({', '.join(parts)})")

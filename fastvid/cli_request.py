@@ -149,7 +149,7 @@ def load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[st
     chosen["loras"] = settings.get("loras") if flags.lora is None else flags.lora
     chosen["offload"] = flags.offload  # of this machine alone, as graphs are: the video is the same
     chosen["cuda_graphs"] = flags.cuda_graphs
-    chosen["parallel"] = flags.parallel
+    chosen["parallel"], chosen["link"] = flags.parallel, flags.link
     # Of another model, what the recipe's was made of says nothing.
     chosen["parts"] = dict(flags.part) if flags.part else None if flags.model else settings.get("parts")
     return {name: value for name, value in chosen.items() if value is not None}

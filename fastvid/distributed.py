@@ -261,7 +261,7 @@ class Seat:
 
 
 def choose(size: int, heads: int, guided: bool, per_host: int | None = None) -> Layout:
-    """The layout of so many ranks for a model with so many heads.
+    """The layout of so many ranks for a model with so many heads, if nothing is known of how long each would take.
 
     Both velocities of guidance at once where there are two and the ranks are even: it exchanges next to nothing. The
     rest is Ulysses as far as heads can be divided, and no further than a host goes (its exchanges all meet at once, the

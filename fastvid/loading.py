@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid import graphs, hub, plan
+from fastvid import graphs, hub, plan, scaling_links
 from fastvid.distributed import Layout, Mesh
 from fastvid.errors import CheckpointError, InvalidRequest, OutOfMemory
 from fastvid.models import (
@@ -37,6 +37,7 @@ from fastvid.ops import Ops, bind, vae_kernels
 from fastvid.parallel import agree, parse
 from fastvid.plan_memory import Sizes
 from fastvid.requests import Request
+from fastvid.scaling_links import Links
 
 EMBEDDED = "embedded"
 AUTO = "auto"
@@ -55,7 +56,7 @@ class Parts:
     `fastvid.offload`); encoders: how the text encoder and the image encoder, in this order, come to the device; sizes:
     bytes of all weights as loaded. graphs: what replays the transformers' calls, if anything does; graphs_why: why it
     does or does not. vae_dtype: what the VAE computes in. mesh: the ranks that run it together, each with parts of its
-    own; layout: how they share requests, None if each is shared as suits it.
+    own; layout: how they share requests, None if each is shared as suits it; links: what joins them.
     """
 
     model: str
@@ -82,6 +83,7 @@ class Parts:
     vae_dtype: torch.dtype = torch.float32
     mesh: Mesh = field(default_factory=Mesh)
     layout: Layout | None = None
+    links: Links = field(default_factory=Links)
 
     @property
     def transformer(self) -> WanTransformer:
@@ -144,6 +146,7 @@ def load_parts(
     parts: Mapping[str, str | Path] | None = None,
     cuda_graphs: str | bool = "auto",
     vae_dtype: str | torch.dtype | None = None,
+    link: str = AUTO,
     mesh: Mesh | None = None,
     layout: Layout | None = None,
 ) -> Parts:
@@ -157,6 +160,7 @@ def load_parts(
     kind, vae_kind = _dtype(dtype, where), _vae_dtype(vae_dtype)
     ops = bind(backend, attention, where)
     merging, asked, replay = read_loras(loras), check_offload(offload), graphs.check(cuda_graphs)
+    links = scaling_links.find(link, mesh, where)
     checkpoint = read_checkpoint(model, parts, download=True).check()
     mode = (
         asked
@@ -189,7 +193,7 @@ def load_parts(
     sizes = Sizes(tuple(map(weigh, experts.modules)), weigh(loaded[0]), weigh(vae).total, image_bytes)
     made = replace(made, image_encoder=image_encoder, offload=mode, encoders=encoders, sizes=sizes)
     made = replace(made, loras=named(merging), merged=touched(merging), graphs=replaying, graphs_why=why)
-    made = replace(made, vae_dtype=vae_kind, mesh=mesh, layout=layout)
+    made = replace(made, vae_dtype=vae_kind, mesh=mesh, layout=layout, links=links)
     return replace(made, sources=tuple((name, str(path)) for name, path in (parts or {}).items()))
 
 
@@ -255,6 +259,7 @@ def outline(
     parallel: Any = None,
     cuda_graphs: str | bool = "auto",
     vae_dtype: str | torch.dtype | None = None,
+    link: str = AUTO,
     free: int | None = None,
 ) -> Parts:
     """What `load_parts` would make, with modules that have no weights: enough to plan with, and for nothing else.
@@ -292,6 +297,7 @@ def outline(
     made = replace(
         made, vae_dtype=vae_kind, loras=named(merging), mesh=Mesh(size=ranks.ranks or 1), layout=ranks.layout
     )
+    made = replace(made, links=scaling_links.find(link, made.mesh, where, planned=True))
     stays, caches = mode == "none" or (mode == "text" and len(names) == 1), recipe.rollout is not None
     want, why = graphs.wanted(cuda_graphs, where, stays, caches, made.mesh.size)
     return replace(made, graphs=graphs.PLANNED if want else None, graphs_why=why)

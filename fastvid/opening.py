@@ -61,8 +61,8 @@ def blueprint(
         model: as `load` takes it, but nothing is downloaded; or the name of a published model, such as
             "wan2.1-t2v-14b", without any files.
         device_memory: bytes, of a card that is not here; all but 1 GiB of it, for CUDA itself, can be taken.
-        options: device, dtype, vae_dtype, backend, attention, loras, offload, parts, parallel and cuda_graphs, as
-            `load` takes them.
+        options: device, dtype, vae_dtype, backend, attention, loras, offload, parts, parallel, link and cuda_graphs,
+            as `load` takes them.
 
     Raises as `load` does.
     """
@@ -84,6 +84,7 @@ def load(
     cuda_graphs: str | bool = "auto",
     parallel: Any = 1,
     vae_dtype: str | torch.dtype | None = None,
+    link: str = "auto",
 ) -> Pipeline:
     """Load a model.
 
@@ -115,6 +116,9 @@ def load(
             this call does not return, it serves rank 0 until that is done and then ends the process.
         vae_dtype: the same names as dtype, for the VAE; the default is float32 everywhere, as the VAEs are published.
             In 16 bits it takes half the memory and a GPU's matrix units; its norms' statistics stay in fp32.
+        link: what joins ranks, for `parallel` to choose by: "nvlink", "pcie", "infiniband", "loopback", or two of them:
+            within a host and between hosts ("nvlink,infiniband"). "auto" asks the driver, and assumes what it cannot
+            say; a plan shows which.
 
     Raises:
         CheckpointError: the model is missing, broken or of an unsupported kind, or a LoRA does not fit it.
@@ -123,7 +127,7 @@ def load(
         WorkerFailed: a rank's process ended while it loaded.
     """
     given = {"device": device, "dtype": dtype, "backend": backend, "attention": attention, "cuda_graphs": cuda_graphs}
-    given |= {"loras": loras, "offload": offload, "parts": parts, "vae_dtype": vae_dtype}
+    given |= {"loras": loras, "offload": offload, "parts": parts, "vae_dtype": vae_dtype, "link": link}
     MAX_RUNNING("max_running", max_running)
     if (asked := remote.ranks_for(ranks.parse(parallel), device)).ranks == 1:
         return Pipeline(load_parts(model, **given), max_running)

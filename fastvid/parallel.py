@@ -61,21 +61,20 @@ def _degree(name: str, value: Any) -> int:
     return value
 
 
-def layout_for(
+def layouts_for(
     asked: Layout | None, size: int, heads: int, tokens: int, guided: bool, per_host: int | None = None
-) -> Layout:
-    """How `size` ranks share a request of a model with so many heads, with `tokens` a latent frame.
+) -> list[Layout]:
+    """How `size` ranks can share a request of a model with so many heads, with `tokens` a latent frame: as was asked,
+    or in every way that there is, in the order in which they are taken where nothing else tells them apart.
 
     guided: with guidance; per_host: ranks on each host, None if all are on one. Raises InvalidRequest for what cannot
     be, with the nearest that can.
     """
     possible = [layout for layout in every(size, heads, guided) if layout.sequence <= tokens]
     if asked is None:
-        best = choose(size, heads, guided, per_host)
-        if best in possible:
-            return best
-        if possible:  # fewer ranks share the tokens, so guidance has to take part
-            return max(possible, key=lambda layout: (layout.guidance, layout.ulysses))
+        rule = choose(size, heads, guided, per_host)
+        if possible:
+            return sorted(possible, key=lambda one: (one != rule, -one.guidance, -one.ulysses))
         fewer = next(n for n in range(size - 1, 0, -1) if _possible(n, heads, tokens, guided))
         raise InvalidRequest(
             f"parallel={size}: a latent frame has {tokens} tokens here, which is less than the ranks that would share "
@@ -84,7 +83,7 @@ def layout_for(
     if asked.size != size:
         raise InvalidRequest(f"parallel: {asked} is a layout of {asked.size} ranks, and there are {size}")
     if asked in possible:
-        return asked
+        return [asked]
     reasons = {
         f"ulysses={asked.ulysses} does not divide the {heads} heads": heads % asked.ulysses != 0,
         "guidance=2 needs a request with guidance": asked.guidance == 2 and not guided,

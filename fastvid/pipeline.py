@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastvid import asynchronous, checkpoints, limits, pieces, prompts
+from fastvid.distributed import Layout
 from fastvid.errors import InvalidRequest
 from fastvid.events import Event, Finished, Frames, Started, Step
 from fastvid.loading import Parts, change_loras
@@ -225,7 +226,7 @@ class Pipeline:
         """
         saved = checkpoints.read(path)
         checkpoints.check(saved, self._parts)
-        prepared = self._prepare(*checkpoints.options(saved, given))
+        prepared = self._prepare(*checkpoints.options(saved, given), layout=checkpoints.layout_of(saved))
         checkpoints.check_request(saved, prepared.recipe)
         prepared = replace(prepared, recipe=saved.about["recipe"])
         said = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
@@ -236,7 +237,9 @@ class Pipeline:
         options = prompts.expanded(options, self._parts.recipe.name, verb)
         prepared = self._prepare(verb, options, keep_frames)
         return self._stream(
-            prepared, keep_latents, checkpoints.begin(self._parts, verb, options, prepared.recipe, said)
+            prepared,
+            keep_latents,
+            checkpoints.begin(self._parts, verb, options, prepared.recipe, said, prepared.job.layout),
         )
 
     def _stream(self, prepared: Prepared, keep_latents: bool, keeper: checkpoints.Keeper | None) -> Stream:
@@ -342,8 +345,10 @@ class Pipeline:
 
     # ------------------------------------------------------------ before running
 
-    def _prepare(self, verb: str, options: dict[str, Any], keep_frames: bool = False) -> Prepared:
-        return prepare(self._parts, verb, options, keep_frames)
+    def _prepare(
+        self, verb: str, options: dict[str, Any], keep_frames: bool = False, layout: Layout | None = None
+    ) -> Prepared:
+        return prepare(self._parts, verb, options, keep_frames, layout=layout)
 
     # ------------------------------------------------------------ running
 

@@ -41,7 +41,9 @@ class Plan:
     flops_attention: of flops_denoise. seconds, seconds_parts: how long it takes, estimated, and what of it; None and
     empty where no estimate was asked for. parallel: how ranks share it, empty on one.
     bytes_graphs: of buffers that replayed calls have for themselves. efficiency: the share of as many times one rank's
-    speed that ranks are predicted to keep in a step; None on one, and where no estimate was asked for.
+    speed that ranks are predicted to keep in a step; None on one, and where no estimate was asked for. layouts: seconds
+    of a step that are predicted for every layout that fits, the chosen one first, by what its kind of device can do;
+    parallel_why: why it is this one; link: what joins ranks, and whether that was found, said or assumed.
     """
 
     height: int
@@ -82,11 +84,15 @@ class Plan:
     parallel: str = ""
     bytes_graphs: int = 0
     efficiency: float | None = None
+    layouts: Mapping[str, float] = field(default_factory=dict)
+    parallel_why: str = ""
+    link: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
         lists = {"latent_shape": list(self.latent_shape), "choices": list(self.choices)}
-        return {**asdict(self), **lists, **{name: dict(getattr(self, name)) for name in ("backends", "seconds_parts")}}
+        dicts = {name: dict(getattr(self, name)) for name in ("backends", "seconds_parts", "layouts")}
+        return {**asdict(self), **lists, **dicts}
 
 
 def whole_clip(request: Resolved, vae: VAEConfig) -> Segment:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastvid import decoding, parallel, plan, plan_memory, scaling
+from fastvid import decoding, parallel, plan, plan_memory, planning_layout, scaling
 from fastvid.conditions import CHANNELS, CONTROL, lead_in, way_of
 from fastvid.distributed import Layout
 from fastvid.estimate import Calls, count_vae, denoise_seconds, vae_seconds
+from fastvid.estimate_bands import Shared, count_halos
 from fastvid.loading import Parts
 from fastvid.plan import Plan
 from fastvid.plan_memory import Cost, Memory
 from fastvid.rates import Rates
 from fastvid.requests import Resolved
+from fastvid.scaling import Work
 from fastvid.timeline import Segment, Timeline
 from fastvid.windows import count_calls, spans, window_columns
 
@@ -28,16 +30,25 @@ def plan_request(
     keep: bool = False,
     free: int | None = None,
     rates: Rates | None = None,
+    asked: Layout | None = None,
 ) -> tuple[Plan, Layout]:
     """What a request takes, and how ranks share it.
 
     keep: all of its frames stay in memory. free: bytes that can be taken of the device, if not those that can now; of
-    ranks, that of the one that has the least. rates: of this machine, for an estimate of time. Raises OutOfMemory if it
+    ranks, that of the one that has the least. rates: of this machine, for an estimate of time. asked: the layout, if it
+    is that of a request that goes on. Raises OutOfMemory if it
     does not fit, InvalidRequest if ranks cannot share it as was asked."""
     free = plan.available_bytes(parts.device) if free is None else free
     free, capacity = (parallel.agree(parts.mesh, bytes) for bytes in (free, free + parts.bytes_held))
-    layout = layout_of(parts, request, timeline)
-    needs = Needs(parts, request, timeline, keep, sharers=layout.sequence)
+    layouts, given = planning_layout.layouts_of(parts, request, timeline, asked)
+    needs = Needs(parts, request, timeline, keep)
+
+    def taken(layout: Layout) -> int:
+        return replace(needs, sharers=layout.sequence).taken(timeline.num_frames)
+
+    choice = planning_layout.choose(parts, needs.work, layouts, given, taken, capacity)
+    layout = choice.layout
+    needs = replace(needs, sharers=layout.sequence)
     most = needs.window.made_height // needs.window.spatial if parts.mesh.size == 1 else 1  # ranks have bands instead
     for stripes in (n for n in plan.STRIPES if n <= most):
         needs = replace(needs, stripes=stripes)
@@ -59,8 +70,7 @@ def plan_request(
     seconds = needs.seconds(calls, rates) if rates else {}
     efficiency = needs.efficiency(calls, layout, rates) if rates and layout.size > 1 else None
     if efficiency is not None:
-        shared = {"denoise": layout.size * efficiency, "encode": parts.mesh.size, "decode": parts.mesh.size}
-        seconds = {name: spent / shared.get(name, 1) for name, spent in seconds.items()}
+        seconds = {"denoise": seconds["denoise"] / (layout.size * efficiency), **needs.banded(seconds)}
     made = Plan(
         height=window.height,
         width=window.width,
@@ -100,19 +110,11 @@ def plan_request(
         parallel=str(layout) if layout.size > 1 else "",
         bytes_graphs=cost.graphs,
         efficiency=efficiency,
+        layouts=choice.seconds,
+        parallel_why=choice.why(parts.links.device.name),
+        link=str(parts.links) if layout.size > 1 else "",
     )
     return made, layout
-
-
-def layout_of(parts: Parts, request: Resolved, timeline: Timeline) -> Layout:
-    """How ranks share a request. Raises InvalidRequest."""
-    config = parts.transformer.config
-    _, ph, pw = config.patch_size
-    shapes = [segment.latent_shape(1)[2:] for segment in timeline.segments]
-    tokens = min((h // ph * (w // pw) for h, w in shapes), default=parts.mesh.size)
-    guided = request.guided(len(parts.experts))
-    mesh, heads = parts.mesh, config.num_attention_heads
-    return parallel.layout_for(parts.layout, mesh.size, heads, tokens, guided, mesh.per_host)
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,11 @@ class Needs:
         return plan.window_of(self.largest, window_columns(self.parts, self.largest))
 
     @property
+    def work(self) -> Work:
+        """A step of what is with the model at once."""
+        return planning_layout.work_of(self.parts, self.request, self.window)
+
+    @property
     def cached(self) -> int:
         """Tokens in the KV cache of a causal model when it is full."""
         return self._cached(self.largest)
@@ -155,32 +162,52 @@ class Needs:
 
     def seconds(self, calls: Sequence[Calls], rates: Rates) -> dict[str, float]:
         """How long it takes, by part."""
-        parts, segments = self.parts, self.timeline.segments
+        parts = self.parts
         config, made = parts.transformer.config, {}
         made["denoise"] = sum(denoise_seconds(each, config, parts.control_layers, rates) for each in calls)
-        seen = [self._seen(segment) for segment in segments]
-        for name, frames in (("encode", seen), ("decode", [segment.made_frames for segment in segments])):
+        for name, frames in self._coded().items():
             pixels = self.window.made_height * self.window.made_width
             work = count_vae(parts.vae, decode=name == "decode") if sum(frames) else None
             chunk = self.window.temporal * plan.decode_chunk(self.window) * pixels
             made[name] = vae_seconds(work, sum(frames) * pixels, chunk, rates) if work else 0.0
         return made
 
+    def _coded(self) -> dict[str, list[int]]:
+        """Frames of each segment that are encoded, and that are decoded."""
+        segments = self.timeline.segments
+        seen = [self._seen(segment) for segment in segments]
+        return {"encode": seen, "decode": [segment.made_frames for segment in segments]}
+
+    def banded(self, alone: Mapping[str, float]) -> dict[str, float]:
+        """Seconds of encoding and decoding where ranks share the rows, of those that one rank would take."""
+        parts, window, made = self.parts, self.window, {}
+        slowest = parts.links.far if parts.links.per_host else parts.links.near
+        height, width = window.made_height // window.spatial, window.made_width // window.spatial
+        for name, frames in self._coded().items():
+            halos = count_halos(parts.vae, decode=name == "decode") if sum(frames) else None
+            made[name] = 0.0
+            for count in filter(None, frames):
+                latents = -(-count // window.temporal)
+                rgb = 3 * count * window.made_height * window.made_width
+                given = rgb if name == "decode" else parts.vae.config.z_dim * latents * height * width * 4
+                chunks = -(-latents // plan.decode_chunk(window))
+                itemsize = parts.vae_dtype.itemsize
+                shared = Shared(halos, latents, height, width, chunks, parts.mesh.size, itemsize, given)
+                made[name] += shared.seconds(alone[name] * count / sum(frames), slowest)
+        return made
+
     def efficiency(self, calls: Sequence[Calls], layout: Layout, rates: Rates) -> float:
         """The share of so many times one rank's speed that a step keeps in a layout, by this machine's rates and the
-        link that is assumed (see `scaling`)."""
-        parts, config, most = self.parts, self.parts.transformer.config, max(calls, key=lambda each: each.tokens)
-        grid = [n // p for n, p in zip(self.window.latent_shape(1)[1:], config.patch_size, strict=True)]
+        links that join ranks (see `scaling_links`)."""
+        links, config, most = self.parts.links, self.parts.transformer.config, max(calls, key=lambda each: each.tokens)
         linear, attention = 2.0 * most.tokens * config.dim**2, 4.0 * most.tokens * most.keys * config.dim
         device = scaling.Device(
             "this",
             linear / rates.seconds("linear", linear),
             attention / rates.seconds("attention", attention),
         )
-        guided = self.request.guided(len(parts.experts))
-        work = scaling.Work(config, tuple(grid), guided, most.rows, parts.dtype.itemsize)
-        link = scaling.NVLINK if parts.device.type == "cuda" else scaling.LOOPBACK
-        return scaling.predict(work, layout, device, link, scaling.INFINIBAND).efficiency
+        per_host = links.per_host or layout.size
+        return scaling.predict(self.work, layout, device, links.near, links.far, per_host).efficiency
 
     def _seen(self, segment: Segment) -> int:
         """Frames of a segment that are encoded: for a control branch what stays and what changes, beside a source."""

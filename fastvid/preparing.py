@@ -10,6 +10,7 @@ import torch
 
 import fastvid
 from fastvid import control, inputs, parallel, planning, verbs
+from fastvid.distributed import Layout
 from fastvid.errors import InvalidRequest
 from fastvid.loading import Parts
 from fastvid.plan import Plan
@@ -37,10 +38,11 @@ def prepare(
     *,
     free: int | None = None,
     rates: Rates | None = None,
+    layout: Layout | None = None,
 ) -> Prepared:
     """Check everything about a request and plan it. keep_frames: all of its frames stay in memory. free: bytes of the
-    device, if not what can be taken now. rates: for an estimate of time. Raises InvalidRequest, MediaError,
-    OutOfMemory."""
+    device, if not what can be taken now. rates: for an estimate of time. layout: of a request that goes on.
+    Raises InvalidRequest, MediaError, OutOfMemory."""
     request = inputs.read(Request.make(verb, **options)).resolve(parts.recipe)
     request = replace(request, seed=parallel.agree(parts.mesh, request.seed, parallel.first))
     control.check(parts, request)
@@ -49,7 +51,7 @@ def prepare(
     _check_tensors(parts, request, timeline)
     sigmas = sigmas_of(request)
     recipe = request.to_recipe(model=parts.model, version=fastvid.__version__, **parts.settings)
-    made, layout = planning.plan_request(parts, request, timeline, sigmas, keep_frames, free, rates)
+    made, layout = planning.plan_request(parts, request, timeline, sigmas, keep_frames, free, rates, layout)
     job = Job(request, timeline, sigmas, made.decode_chunk, made.decode_stripes, made.decode_beside, layout)
     return Prepared(job, made, recipe)
 

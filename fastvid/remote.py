@@ -61,7 +61,7 @@ def load(model: Any, asked: Asked, options: dict[str, Any], max_running: int) ->
     checkpoint = read_checkpoint(model, options.get("parts"), download=True).check()  # once, and before any process
     config = configs_of(checkpoint)["transformer"]
     heads = getattr(config, "transformer", config).num_attention_heads
-    parallel.layout_for(asked.layout, asked.ranks, heads, 1 << 30, guided=True)
+    parallel.layouts_for(asked.layout, asked.ranks, heads, 1 << 30, guided=True)
     options = {name: _plain(value) for name, value in options.items() if value is not None}
     given = asked.ranks, None if asked.layout is None else str(asked.layout), str(model), options
     workers = peers.join(*given) if peers.world_size() else Workers(*given)

@@ -51,6 +51,7 @@ PCIE = Link("PCIe 5 x16", 63e9 * HAD, 25e-6)
 INFINIBAND = Link("InfiniBand NDR", 50e9 * HAD, 30e-6)
 # Between two processes with a core each, measured: benchmarks/results/scaling-cpu-amd-epyc.json.
 LOOPBACK = Link("gloo over loopback", 8.62e08, 2.4e-04)
+LINKS = {"nvlink": NVLINK, "pcie": PCIE, "infiniband": INFINIBAND, "loopback": LOOPBACK}  # fastest first
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,13 @@ class Device:
     attention: float
     memory: float = math.inf
     launch: float = 0.0
+
+
+# By the project's targets for an H200: linear layers reach 85 % of the 790 TFLOP/s of dense bf16 that one is known to
+# do, attention cuDNN's 595; memory 85 % of 4.3 TB/s; 5 us from one kernel to the next is assumed.
+H200 = Device("H200", 0.85 * 790e12, 595e12, 0.85 * 4.3e12, 5e-6)
+# Of a process with a core, two of them at work, in fp32; measured with LOOPBACK.
+CORE = Device("a core of an AMD EPYC", 1.017e11, 7.48e10, 7.9e10)
 
 
 @dataclass(frozen=True)
@@ -124,8 +132,7 @@ def _step(
     kernels = KERNELS + (U > 1) * GROUPS * 3 + (R - 1) * MERGING * (GROUPS if U > 1 else 1)
     busy = linear + attention + cross + moved / device.memory
     other = moved / device.memory + max(0.0, kernels * device.launch - busy)
-    near = link if per_host >= U else far
-    around = link if layout.sequence <= per_host else far
+    near, around = (link if _together(count, layout.size, per_host) else far for count in (U, layout.sequence))
     exposed, sent = _exchanges(layout, mine, block, d * work.itemsize, attention, near, around)
     calls = 2 if work.guided and layout.guidance == 1 else 1
     each = config.out_channels * math.prod(config.patch_size) * VELOCITY_BYTES
@@ -139,6 +146,11 @@ def _step(
         many * exposed + ends,
         many * sent + calls * leaving + apart,
     )
+
+
+def _together(count: int, size: int, per_host: int) -> bool:
+    """Whether groups of so many ranks, one group after the other, are all on one host each."""
+    return size <= per_host or per_host % count == 0
 
 
 def _exchanges(
@@ -177,8 +189,15 @@ def candidates(size: int, work: Work) -> list[Layout]:
 
 def best(size: int, work: Work, device: Device, link: Link, far: Link | None = None, per_host: int = 8) -> Prediction:
     """The fastest layout of so many ranks. Raises InvalidRequest if there is none."""
-    made = (predict(work, one, device, link, far, per_host) for one in candidates(size, work))
-    return min(made, key=lambda one: one.seconds)
+    return ranked(candidates(size, work), work, device, link, far, per_host)[0]
+
+
+def ranked(
+    layouts: Iterable[Layout], work: Work, device: Device, link: Link, far: Link | None = None, per_host: int = 8
+) -> list[Prediction]:
+    """A step in each of these layouts, the fastest first; of those that take as long, in the order they are given."""
+    made = [predict(work, one, device, link, far, per_host) for one in layouts]
+    return sorted(made, key=lambda one: one.seconds)
 
 
 def curve(

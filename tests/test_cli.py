@@ -230,6 +230,8 @@ def test_every_flag_reaches_the_request(capsys: pytest.CaptureFixture[str], pipe
         "--cuda-graphs",
         "--gpus",
         "2",
+        "--link",
+        "pcie",
         "--json",
         "--quiet",
     )
@@ -238,7 +240,7 @@ def test_every_flag_reaches_the_request(capsys: pytest.CaptureFixture[str], pipe
     expected |= {"guidance_scale": 1.5, "flow_shift": 8.0, "negative_prompt": "bad", "solver": "euler", "prompt": "p"}
     assert status == 0 and err == "" and {name: made["recipe"][name] for name in expected} == expected
     loaded = {"device": "cpu", "dtype": "float16", "backend": "reference", "attention": "sdpa", "cuda_graphs": True}
-    loaded |= {"parallel": "2", "vae_dtype": "bfloat16"}
+    loaded |= {"parallel": "2", "vae_dtype": "bfloat16", "link": "pcie"}
     assert pipe.loaded == [("folder", loaded)]
 
 

@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "events": {"plan"},
     "hub": {"errors"},
     "graphs": {"errors"},
-    "loading": MIDDLE | {"graphs", "hub", "parallel", "plan"},
+    "loading": MIDDLE | {"graphs", "hub", "parallel", "plan", "scaling"},
     "convert": MODELS,
     "video": BASE | {"events", "media", "requests"},
     "progress": BASE | {"env", "events", "requests"},
@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "inputs": SURFACE | {"clips", "control", "given"},
     "verbs": SURFACE | {"conditions"},
     "rates": MIDDLE | {"doctor"},
-    "estimate": MIDDLE | {"rates"},
+    "estimate": MIDDLE | {"rates", "scaling"},
     "pool": SURFACE | {"parallel", "wire", "workers"},
     "scaling": MODELS | {"parallel"},
     "planning": SURFACE

@@ -17,7 +17,7 @@ from fastvid.distributed import Layout, Mesh
 from fastvid.errors import InvalidRequest
 from fastvid.events import Frames, Step
 from fastvid.loading import load_parts
-from fastvid.parallel import Asked, every, layout_for, parse
+from fastvid.parallel import Asked, every, layouts_for, parse
 from fastvid.pipeline import Pipeline
 
 PROMPT = "a red circle moving right on a white background"
@@ -109,6 +109,11 @@ def test_an_estimate_for_ranks() -> None:
     assert f"guidance=2,ring=1,ulysses=1; a step is predicted to keep {two.efficiency:.0%} of ideal" in lines
 
 
+def layout_for(*given, **options) -> Layout:
+    """What is taken where nothing is known of how long each takes."""
+    return layouts_for(*given, **options)[0]
+
+
 def test_layouts_fit_heads_tokens_and_guidance() -> None:
     assert layout_for(None, 8, 12, 1560, False) == Layout(1, 2, 4)
     assert layout_for(None, 8, 12, 1560, True) == Layout(2, 1, 4)
@@ -120,6 +125,10 @@ def test_layouts_fit_heads_tokens_and_guidance() -> None:
     with pytest.raises(InvalidRequest, match="a latent frame has 2 tokens here.*the nearest is parallel=2"):
         layout_for(None, 3, 12, 2, False)
     assert layout_for(None, 4, 12, 2, True) == Layout(2, 1, 2)
+    # All that can be, each once; what was asked for, alone.
+    assert {*layouts_for(None, 8, 12, 1560, True)} == {*every(8, 12, True)}
+    assert len(layouts_for(None, 8, 12, 1560, True)) == 6
+    assert layouts_for(Layout(1, 8), 8, 12, 9, True) == [Layout(1, 8)]
 
 
 @pytest.mark.parametrize(
