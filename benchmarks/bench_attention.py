@@ -1,5 +1,6 @@
 """Dense attention of a video's tokens: PyTorch's (what it chooses, and cuDNN, flash and efficient by name), flash-attn
-where it is installed, this package's Triton and CUDA kernels, and eager scores where they fit.
+where it is installed, this package's Triton and CUDA kernels (those with 8-bit products with all that makes the bytes),
+and eager scores where they fit.
 
 python benchmarks/bench_attention.py [--device cuda] [--rounds 20] [--configs]
 
@@ -77,14 +78,14 @@ def bench(N: int, M: int, heads: int, device: torch.device, rounds: int, configs
             print(f"{name} is left out: {str(error).splitlines()[0]}")
             continue
         wrong = (sample(out) - right).norm() / right.norm()
-        assert wrong < 0.02, f"{name} is off by {wrong:.3f}"
+        assert wrong < (0.1 if name in backends.APPROXIMATE else 0.02), f"{name} is off by {wrong:.3f}"
         cases.append(Case(name, lambda function=function: function(q, k, v), **work))
     return measure(cases, device, rounds)
 
 
 def others(device: torch.device, scores: int) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     """Everything else that can run here."""
-    for name in ("triton", "cuda", "flash"):
+    for name in ("triton", "cuda", "flash", *backends.APPROXIMATE):
         function = attention.BACKENDS[name]
         if not (backends.why_not(name, device) or backends.lacks(function, device)):
             yield ("flash-attn" if name == "flash" else name), function

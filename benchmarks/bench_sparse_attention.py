@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 
 import torch
@@ -61,19 +62,24 @@ def bench(grid: Triple, tile: Triple, heads: int, device: torch.device, rounds: 
     cases = [Case(f"{name}, dense", lambda: dense(q, k, v), flops=flops)]
     if name == "triton":
         cases.append(Case("sdpa, dense", lambda: attention.BACKENDS["sdpa"](q, k, v), flops=flops))
-    cuda = attention.SPARSE_BACKENDS["cuda"]
-    on_cuda = not (backends.why_not("cuda", device) or backends.lacks(cuda, device))
-    if on_cuda:
-        cases.append(Case("cuda, dense", lambda: attention.BACKENDS["cuda"](q, k, v), flops=flops))
+    on_cuda = [name for name in ("cuda", *backends.APPROXIMATE) if runs(name, device)]
+    for name in on_cuda:
+        cases.append(Case(f"{name}, dense", partial(attention.BACKENDS[name], q, k, v), flops=flops))
     for size in windows(grid, tile):
         blocks = sparsity.window(grid, tile, size).to(device)
         kept = sparsity.share(blocks)
         title, work = f"window {'x'.join(map(str, size))} {kept:.1%}", int(flops * kept)
         cases.append(Case(title, lambda blocks=blocks: sparse(q, k, v, blocks), flops=work))
-        if on_cuda:
-            cases.append(Case(f"cuda, {title}", lambda blocks=blocks: cuda(q, k, v, blocks), flops=work))
+        for name in on_cuda:
+            cases.append(
+                Case(f"{name}, {title}", partial(attention.SPARSE_BACKENDS[name], q, k, v, blocks), flops=work)
+            )
     cases += list(chosen(q, k, v, grid, tile, sparse, flops))
     return measure(cases, device, rounds)
+
+
+def runs(name: str, device: torch.device) -> bool:
+    return not (backends.why_not(name, device) or backends.lacks(attention.SPARSE_BACKENDS[name], device))
 
 
 def chosen(

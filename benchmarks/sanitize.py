@@ -16,6 +16,7 @@ from fastvid.ops import backends, sparsity
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+APPROXIMATE = 0.1  # of 8-bit products
 
 
 def inputs(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -85,7 +86,8 @@ def compare(name: str, backend: str, made: Any, wanted: Any, dtype: torch.dtype)
     pairs = zip(*([one] if isinstance(one, Tensor) else one for one in (made, wanted)), strict=True)
     for one, right in pairs:
         off = float((one.double() - right.double()).norm() / right.double().norm())
-        assert off < TOLERANCE[dtype], f"{name} by {backend} in {dtype} is {off:.1e} off"
+        allowed = APPROXIMATE if backend in backends.APPROXIMATE else TOLERANCE[dtype]
+        assert off < allowed, f"{name} by {backend} in {dtype} is {off:.1e} off"
 
 
 def main() -> None:
@@ -94,7 +96,7 @@ def main() -> None:
     for dtype in TOLERANCE if DEVICE == "cuda" else (torch.float32, torch.float16):
         for name, given in inputs(dtype):
             wanted = table[name]["reference"](*given)
-            for backend in ("triton", "cuda"):
+            for backend in ("triton", "cuda", *backends.APPROXIMATE):
                 function = table[name].get(backend)
                 if function is None or dtype not in getattr(function, "dtypes", TOLERANCE):
                     continue

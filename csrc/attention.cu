@@ -32,10 +32,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);  // the same for a warp, and known to be
     if (group == kGroups) {
         sm90::keep_registers<kProducerRegisters>();
-        if (threadIdx.x == kGroups * 128) produce<D>(hw, s, blockIdx.x, gridDim.x);
+        if (threadIdx.x == kGroups * 128) produce<Half<D>>(hw, s, blockIdx.x, gridDim.x);
     } else {
         sm90::take_registers<kConsumerRegisters>();
-        consume<D>(hw, s, group, blockIdx.x, gridDim.x, out, lse);
+        consume<Half<D>>(hw, s, group, blockIdx.x, gridDim.x, out, lse);
     }
 #else
     __trap();  // never launched: the launcher asks which device it is
@@ -57,12 +57,12 @@ cudaError_t launch(const Call& call, const Attention& s, const Pointers& at, int
     if (error == cudaSuccess) error = encode(&k, map_of(call, at.k, call.keys, call.k_strides), BF16);
     if (error == cudaSuccess) error = encode(&v, map_of(call, at.v, call.keys, call.v_strides), BF16);
     if (error == cudaSuccess) {
-        error =
-            cudaFuncSetAttribute(attention_kernel<D, BF16>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes(D));
+        error = cudaFuncSetAttribute(attention_kernel<D, BF16>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     smem_bytes(Half<D>::kTile));
     }
     if (error != cudaSuccess) return error;
     const int64_t grid = works(s) < processors ? works(s) : processors;
-    attention_kernel<D, BF16><<<static_cast<unsigned>(grid), kThreads, smem_bytes(D), stream>>>(
+    attention_kernel<D, BF16><<<static_cast<unsigned>(grid), kThreads, smem_bytes(Half<D>::kTile), stream>>>(
         q, k, v, s, static_cast<uint16_t*>(at.out), at.lse);
     return cudaGetLastError();
 }
