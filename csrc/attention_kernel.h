@@ -13,7 +13,8 @@
 // A hardware has wait(barrier, parity), expect(barrier, bytes), load(tensor, at, barrier, column, row, head, batch),
 // arrive(barrier) once a warp, turn(group) and pass(group); Scores, Output, Weights, Rows with at(thread, i);
 // each(f), which calls f(thread) for every thread; quad_max, quad_sum over the four threads that share rows; address,
-// begin(x), scores<Add>(x, a, b), values<Add>(x, weights, step, b), commit(), drain<pending>(x); max, exp2, log2, pack.
+// begin(x), scores<Add>(x, a, b), values<Add>(x, weights, step, b), commit(), drain<pending>(x); max, exp2, log2,
+// inverse, pack.
 #pragma once
 
 #include <cmath>
@@ -73,7 +74,7 @@ FASTVID_ANY void store(Hardware& hw, const Attention& s, const Work& work, int g
             if (query >= work.end) continue;
             const int64_t token = (int64_t{1} * work.batch * s.queries + query) * s.heads + work.head;
             uint32_t* to = reinterpret_cast<uint32_t*>(out + token * D + column_of(thread, 0));
-            const float sum = state.total.at(thread, half), inverse = nothing ? 0.0f : unit / sum;
+            const float sum = state.total.at(thread, half), inverse = nothing ? 0.0f : unit * hw.inverse(sum);
             FASTVID_UNROLL
             for (int i = 0; i < D / 8; ++i) {
                 const int at = i * 4 + half * 2;

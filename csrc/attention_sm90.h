@@ -130,6 +130,11 @@ class Warpgroups {
         return made;
     }
     __device__ __forceinline__ float log2(float x) const { return log2f(x); }
+    __device__ __forceinline__ float inverse(float x) const {
+        float made;  // a division would be a subroutine, for numbers that no sum of weights is
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(made) : "f"(x));
+        return made;
+    }
 
   private:
     __device__ __forceinline__ uint32_t barrier(int i) const { return memory_ + barriers_at(Tile) + i * 8; }

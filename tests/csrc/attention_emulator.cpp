@@ -91,6 +91,7 @@ class Warpgroup {
     float max(float a, float b) { return std::fmax(a, b); }
     float exp2(float x) { return std::exp2(x); }
     float log2(float x) { return std::log2(x); }
+    float inverse(float x) { return 1 / x; }
     uint32_t pack(float x, float y) {
         const bool bf16 = block_.memory.bf16();
         return emulated::narrow(x, bf16) | uint32_t{emulated::narrow(y, bf16)} << 16;
