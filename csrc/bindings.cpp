@@ -194,6 +194,9 @@ void quantize(const std::string& part, uintptr_t x, uintptr_t mean, uintptr_t ou
     using fastvid::quantize::Part;
     const auto type = half_dtype_of(dtype);
     const bool int8 = is_int8(kind);
+    if (part != "queries" && part != "keys" && part != "values") {
+        throw std::invalid_argument("part is " + part + "; it can be queries, keys or values");
+    }
     const auto which = part == "queries" ? Part::kQueries : part == "keys" ? Part::kKeys : Part::kValues;
     fastvid::quantize::Call call = {};
     call.batch = given["batch"].cast<int64_t>();
@@ -207,6 +210,7 @@ void quantize(const std::string& part, uintptr_t x, uintptr_t mean, uintptr_t ou
     const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
     const auto numbers = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
     refuse(fastvid::quantize::refuse(call, at(x)));
+    check_device(device);
     py::gil_scoped_release release;
     check(fastvid::quantize_part(which, call, int8, at(x), numbers(mean), at(out), numbers(scales), numbers(shift),
                                  type, device, at(stream)),
@@ -230,6 +234,7 @@ void attention_eight(const std::array<uintptr_t, 3>& tensors, const std::array<u
         at(tensors[2]),
         {numbers(0), numbers(1), numbers(2), numbers(3), static_cast<int>(std::min<int64_t>(blocks, 1 << 30))}};
     refuse(fastvid::attention::refuse_eight(call, eights.scales, at(out), scale));
+    check_device(device, "90a");
     py::gil_scoped_release release;
     check(fastvid::attend_eight(call, walked, eights, scale, int8, at(out), reinterpret_cast<float*>(lse), type, device,
                                 at(stream)),

@@ -199,3 +199,36 @@ def test_what_the_binding_refuses() -> None:
         _C.attention(16, 16, 16, 16, 0, "float16", call, [16], 0.125, 0, 0)
     with pytest.raises(ValueError, match="given with tiles"):
         _C.attention(16, 16, 16, 16, 0, "float16", call | {"tiles": 1, "largest": 9}, [], 0.125, 0, 0)
+
+
+def test_what_the_binding_of_8_bit_attention_refuses() -> None:
+    if isinstance(backends.extension(), str):
+        pytest.skip("fastvid._C is not built")
+    from fastvid import _C
+
+    call = {
+        "batch": 1, "queries": 100, "keys": 200, "heads": 2, "head_dim": 64, "q_strides": (12800, 128, 64),
+        "k_strides": (25600, 128, 64), "v_strides": (25600, 128, 64), "tiles": 0, "largest": 0, "lists": 1,
+    }  # fmt: skip
+    held, scales = [16, 16, 16], [16, 0, 16, 16]
+
+    def attention(blocks: int = 2, kind: str = "fp8", scale: float = 0.125, device: int = 0, **changed: int) -> None:
+        _C.attention_eight(held, scales, blocks, 16, 0, kind, "float16", call | changed, [], scale, device, 0)
+
+    with pytest.raises(RuntimeError, match="CUDA: "):
+        attention(device=10**6)
+    with pytest.raises(ValueError, match="it can be fp8 or int8"):
+        attention(kind="fp4")
+    with pytest.raises(ValueError, match="1 blocks of 128 keys do not hold 200 keys"):
+        attention(blocks=1)
+    with pytest.raises(ValueError, match="takes 1e-6 to 1e6"):
+        attention(scale=1e-9)
+    with pytest.raises(ValueError, match="nearest: 64"):
+        attention(head_dim=80)
+    source = {"batch": 1, "tokens": 100, "heads": 2, "head_dim": 64, "strides": (12800, 128, 64), "count": 1, "each": 1}
+    with pytest.raises(RuntimeError, match="CUDA: "):
+        _C.quantize("keys", 16, 16, 16, 16, 0, "int8", "bfloat16", source, 0, 10**6, 0)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        _C.quantize("keys", 16, 16, 16, 16, 0, "int8", "bfloat16", source | {"strides": (1, 100, 64)}, 0, 0, 0)
+    with pytest.raises(ValueError, match="queries, keys or values"):
+        _C.quantize("weights", 16, 16, 16, 16, 0, "int8", "bfloat16", source, 0, 0, 0)
