@@ -63,7 +63,7 @@ def main() -> None:
             files |= {} if cuda(op, getattr(torch, kind), device) is None else {"cuda": "csrc"}
             told[title] = compared(op, "any", "reference", **files)
             print(table(groups[title], title), end="\n\n", flush=True)
-    print(save("vae_kernels", groups, device, compared=told))
+    print(save("vae-kernels", groups, device, compared=told))
 
 
 def arguments(

@@ -32,7 +32,7 @@ export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 
 failed=0
 run() { # NAME: bench_NAME.py, unless it has a result
-    if [ -z "${ALL:-}" ] && compgen -G "$OUT/$1-nvidia*.json" > /dev/null; then return; fi
+    if [ -z "${ALL:-}" ] && compgen -G "$OUT/${1//_/-}-nvidia*.json" > /dev/null; then return; fi
     if [ "$SECONDS" -gt "$seconds" ]; then
         echo "no time is left for $1: call this again"
         failed=1
@@ -62,7 +62,8 @@ case $part in
         for name in "$@"; do run "$name"; done
         ;;
     e2e)
-        for name in "${@:-e2e}"; do run "$name"; done
+        [ $# -gt 0 ] || set -- vae_frames e2e
+        for name in "$@"; do run "$name"; done
         # What a denoising step runs and copies: half a minute.
         if [ -n "${ALL:-}" ] || ! compgen -G "$OUT/profile-step-nvidia*.json" > /dev/null; then
             timeout 120 "$python" benchmarks/profile_step.py --device cuda || failed=1
