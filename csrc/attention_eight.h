@@ -46,17 +46,11 @@ struct Eight {
     };
 
     template <typename Hardware>
-    FASTVID_ANY static void load_queries(Hardware& hw, const Work& work) {
-        load(hw, kQuery, 0, barrier_of(kQueryFull), work.first, work);
+    FASTVID_ANY static void load(Hardware& hw, Tensor tensor, int at, int barrier, int row, const Work& work) {
+        hw.expect(barrier, kTile);
+        hw.load(tensor, at, barrier, 0, row, work.head, work.batch);
     }
-    template <typename Hardware>
-    FASTVID_ANY static void load_keys(Hardware& hw, const Work& work, int row, int stage) {
-        load(hw, kKey, keys_at(kTile, stage), barrier_of(kKeyFull, stage), row, work);
-    }
-    template <typename Hardware>
-    FASTVID_ANY static void load_values(Hardware& hw, const Work& work, int row, int stage) {
-        load(hw, kValue, values_at(kTile, stage), barrier_of(kValueFull, stage), row / kKeys * D, work);
-    }
+    FASTVID_ANY static int value_row(int row) { return row / kKeys * D; }
 
     template <typename Hardware>
     FASTVID_ANY static void start(Hardware& hw, const Attention& s, const Work& work, int group,
@@ -205,11 +199,6 @@ struct Eight {
   private:
     FASTVID_ANY static int64_t head_of(const Attention& s, const Work& work) {
         return int64_t{1} * work.batch * s.heads + work.head;
-    }
-    template <typename Hardware>
-    FASTVID_ANY static void load(Hardware& hw, Tensor tensor, int at, int barrier, int row, const Work& work) {
-        hw.expect(barrier, kTile);
-        hw.load(tensor, at, barrier, 0, row, work.head, work.batch);
     }
 };
 

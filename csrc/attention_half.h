@@ -23,17 +23,14 @@ struct Half {
     };
 
     template <typename Hardware>
-    FASTVID_ANY static void load_queries(Hardware& hw, const Work& work) {
-        load(hw, kQuery, 0, barrier_of(kQueryFull), work.first, work);
+    FASTVID_ANY static void load(Hardware& hw, Tensor tensor, int at, int barrier, int row, const Work& work) {
+        hw.expect(barrier, kTile);
+        FASTVID_UNROLL
+        for (int panel = 0; panel < D / kColumns; ++panel) {
+            hw.load(tensor, at + panel * kPanel, barrier, panel * kColumns, row, work.head, work.batch);
+        }
     }
-    template <typename Hardware>
-    FASTVID_ANY static void load_keys(Hardware& hw, const Work& work, int row, int stage) {
-        load(hw, kKey, keys_at(kTile, stage), barrier_of(kKeyFull, stage), row, work);
-    }
-    template <typename Hardware>
-    FASTVID_ANY static void load_values(Hardware& hw, const Work& work, int row, int stage) {
-        load(hw, kValue, values_at(kTile, stage), barrier_of(kValueFull, stage), row, work);
-    }
+    FASTVID_ANY static int value_row(int row) { return row; }
 
     template <typename Hardware>
     FASTVID_ANY static void start(Hardware&, const Attention&, const Work&, int, State<Hardware>&) {}
@@ -135,16 +132,6 @@ struct Half {
     template <typename Hardware>
     FASTVID_ANY static float value_scale(Hardware&, const Attention&, const Work&) {
         return 1;
-    }
-
-  private:
-    template <typename Hardware>
-    FASTVID_ANY static void load(Hardware& hw, Tensor tensor, int at, int barrier, int row, const Work& work) {
-        hw.expect(barrier, kTile);
-        FASTVID_UNROLL
-        for (int panel = 0; panel < D / kColumns; ++panel) {
-            hw.load(tensor, at + panel * kPanel, barrier, panel * kColumns, row, work.head, work.batch);
-        }
     }
 };
 

@@ -6,9 +6,10 @@
 // next. Sums and maxima are fp32; weights are rounded and stay in registers.
 //
 // What differs between 16-bit values (attention_half.h) and 8-bit ones (attention_eight.h) is a Form: kTile, the bytes
-// of a tile; load_queries, load_keys, load_values; State, what a consumer holds of a work; start, look (what is read
-// ahead of a step), score, softmax, round, weigh, settle (once the last product of weights and values is there) and
-// end (once all are); exponent and value_scale, the units of a row's highest score and of its sums.
+// of a tile; load, and the row of values that goes with one of keys; State, what a consumer holds of a work; start,
+// look (what is read ahead of a step), score, softmax, round, weigh, settle (once the last product of weights and
+// values is there) and end (once all are); exponent and value_scale, the units of a row's highest score and of its
+// sums.
 //
 // A hardware has wait(barrier, parity), expect(barrier, bytes), load(tensor, at, barrier, column, row, head, batch),
 // arrive(barrier) once a warp, turn(group) and pass(group); Scores, Output, Weights, Rows with at(thread, i);
@@ -35,14 +36,15 @@ FASTVID_ANY void produce(Hardware& hw, const Attention& s, int64_t number, int64
         const Walk walk = walk_of(s, work);
         if (walk.steps == 0) continue;
         hw.wait(barrier_of(kQueryEmpty), parity ^ 1);
-        Form::load_queries(hw, work);
+        Form::load(hw, kQuery, 0, barrier_of(kQueryFull), work.first, work);
         parity ^= 1;
         for (int step = 0; step < walk.steps; ++step) {
             const int row = first_key(s, walk, step);
             hw.wait(barrier_of(kKeyEmpty, ring.stage), ring.parity ^ 1);
-            Form::load_keys(hw, work, row, ring.stage);
+            Form::load(hw, kKey, keys_at(Form::kTile, ring.stage), barrier_of(kKeyFull, ring.stage), row, work);
             hw.wait(barrier_of(kValueEmpty, ring.stage), ring.parity ^ 1);
-            Form::load_values(hw, work, row, ring.stage);
+            Form::load(hw, kValue, values_at(Form::kTile, ring.stage), barrier_of(kValueFull, ring.stage),
+                       Form::value_row(row), work);
             ring = ring.next();
         }
     }

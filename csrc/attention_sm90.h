@@ -164,4 +164,24 @@ class Sm90 : public Warpgroups<Half<D>::kTile>, public Words<BF16> {
     }
 };
 
+// All that a block does. group: the same for a warp, and known to be.
+template <typename Form, typename Hardware>
+__device__ __forceinline__ void run_block(const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v,
+                                          const Attention& s, uint16_t* out, float* lse) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    const uint32_t start = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+    if (start % 1024) __trap();  // the swizzle counts from there
+    Hardware hw(q, k, v, start);
+    if (threadIdx.x == 0) hw.init();
+    __syncthreads();
+    const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
+    if (group == kGroups) {
+        sm90::keep_registers<kProducerRegisters>();
+        if (threadIdx.x == kGroups * 128) produce<Form>(hw, s, blockIdx.x, gridDim.x);
+    } else {
+        sm90::take_registers<kConsumerRegisters>();
+        consume<Form>(hw, s, group, blockIdx.x, gridDim.x, out, lse);
+    }
+}
+
 }  // namespace fastvid::attention

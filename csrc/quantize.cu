@@ -3,6 +3,7 @@
 #include <cuda_fp8.h>
 
 #include "fastvid.h"
+#include "on_device.h"
 #include "quantize.h"
 #include "words.h"
 
@@ -116,18 +117,14 @@ auto pick(bool int8) {
 int quantize_part(quantize::Part part, const quantize::Call& s, bool int8, const void* x, const float* mean, void* out,
                   float* scales, float* shift, DType dtype, int device, void* stream) {
     if (dtype == DType::kFloat32) return cudaErrorInvalidValue;
-    int before = 0;
-    cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess) error = cudaSetDevice(device);
-    if (error != cudaSuccess) return error;
     const bool bf16 = dtype == DType::kBFloat16;
     const auto launch = s.head_dim == 128 ? (bf16 ? quantize::pick<128, true>(int8) : quantize::pick<128, false>(int8))
                                           : (bf16 ? quantize::pick<64, true>(int8) : quantize::pick<64, false>(int8));
-    launch(part, s, static_cast<const uint16_t*>(x), mean, static_cast<uint8_t*>(out), scales, shift,
-           static_cast<cudaStream_t>(stream));
-    error = cudaGetLastError();
-    cudaSetDevice(before);
-    return error;
+    return on_device(device, [&] {
+        launch(part, s, static_cast<const uint16_t*>(x), mean, static_cast<uint8_t*>(out), scales, shift,
+               static_cast<cudaStream_t>(stream));
+        return cudaGetLastError();
+    });
 }
 
 }  // namespace fastvid
