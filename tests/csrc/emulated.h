@@ -137,6 +137,12 @@ class Memory {
 
     uint32_t address(int at) const { return base_ + at; }
     bool bf16() const { return bf16_; }
+    // What lies at an address itself, wherever the swizzle has it from.
+    uint16_t word(uint32_t address) {
+        uint16_t bits;
+        std::memcpy(&bits, at(address), 2);
+        return bits;
+    }
 
     // A box by TMA with the 128-byte swizzle; the bytes that have come.
     int load(const Map& map, uint32_t to, const std::vector<int64_t>& from) {
@@ -223,11 +229,7 @@ class Memory {
         return {offset(0), offset(16), offset(32)};
     }
 
-    float value(uint32_t address) {
-        uint16_t bits;
-        std::memcpy(&bits, at(mixed(address)), 2);
-        return widen(bits, bf16_);
-    }
+    float value(uint32_t address) { return widen(word(mixed(address)), bf16_); }
 
     uint8_t* at(uint32_t address) {
         if (address < base_ || address - base_ + 2 > bytes_.size()) throw Stopped("shared memory left");
