@@ -6,7 +6,7 @@
 
 #include "attention_call.h"
 #include "attention_kernel.h"
-#include "emulated.h"
+#include "warpgroup.h"
 
 using namespace fastvid::attention;
 using emulated::Stopped;
@@ -14,60 +14,48 @@ using emulated::Stopped;
 namespace {
 
 // What a block's warpgroups share.
-struct Block {
+struct Block : emulated::Block {
     Block(const Map& q, const Map& k, const Map& v, int head_dim, bool bf16, uint32_t base)
-        : maps{q, k, v}, memory(base, barriers_at(head_dim), bf16), turns{{kGroups}, {kGroups}} {
-        for (int i = 0; i < barriers(head_dim); ++i) made.emplace_back(new emulated::Barrier(arrivals(i)));
-    }
+        : emulated::Block(base, barriers_at(head_dim), bf16, expected(head_dim)),
+          maps{q, k, v},
+          turns{{kGroups}, {kGroups}} {}
     void check_rest() {
-        for (auto& barrier : made) {
-            if (!barrier->at_rest()) throw Stopped("a barrier is left in the middle of a phase");
-        }
+        emulated::Block::check_rest();
         for (auto& turn : turns) {
             if (!turn.at_rest()) throw Stopped("a turn is left over");
         }
     }
 
     Map maps[3];
-    emulated::Memory memory;
-    std::vector<std::unique_ptr<emulated::Barrier>> made;
     emulated::Meeting turns[kGroups];
+
+  private:
+    static std::vector<int> expected(int head_dim) {
+        std::vector<int> made(barriers(head_dim));
+        for (size_t i = 0; i < made.size(); ++i) made[i] = arrivals(static_cast<int>(i));
+        return made;
+    }
 };
 
-// A warpgroup's view of it: registers are those of 128 threads. Products are made as late as wgmma may make them: when
-// they are waited for, from what memory and registers hold then. What is changed too early shows.
+// A warpgroup's view of it.
 template <int D>
-class Emulated {
+class Emulated : public emulated::Warpgroup {
   public:
-    template <typename T, int Count>
-    struct Registers {
-        T value[128][Count];
-        T& at(int thread, int i) { return value[thread][i]; }
-        Registers() { std::memset(value, 0xFF, sizeof value); }  // NaN
-    };
-    using Scores = Registers<float, kKeys / 2>;
-    using Output = Registers<float, D / 2>;
-    using Weights = Registers<uint32_t, kKeys / 4>;
-    using Rows = Registers<float, 2>;
+    using Scores = emulated::Registers<float, kKeys / 2>;
+    using Output = emulated::Registers<float, D / 2>;
+    using Weights = emulated::Registers<uint32_t, kKeys / 4>;
+    using Rows = emulated::Registers<float, 2>;
 
-    explicit Emulated(Block& block) : block_(block) {}
+    explicit Emulated(Block& block) : Warpgroup(block), block_(block) {}
 
-    uint32_t address(int at) const { return block_.memory.address(at); }
-    void wait(int i, uint32_t parity) { block_.made[i]->wait(parity); }
-    void expect(int i, int bytes) { block_.made[i]->arrive(bytes); }
-    void arrive(int i) {
-        for (int warp = 0; warp < 4; ++warp) block_.made[i]->arrive();
-    }
+    uint32_t address(int at) const { return memory().address(at); }
+    void arrive(int i) { hand_back(i); }
     void load(Tensor tensor, int at, int i, int column, int row, int head, int batch) {
-        block_.made[i]->complete(block_.memory.load(block_.maps[tensor], address(at), {column, row, head, batch}));
+        load_box(block_.maps[tensor], address(at), i, {column, row, head, batch});
     }
     void turn(int group) { block_.turns[group].meet(); }
     void pass(int group) { block_.turns[group ^ 1].arrive(); }
 
-    template <typename Function>
-    void each(Function function) {
-        for (int thread = 0; thread < 128; ++thread) function(thread);
-    }
     void quad_max(Rows& rows) {
         quads(rows, [](float a, float b) { return std::fmax(a, b); });
     }
@@ -75,47 +63,28 @@ class Emulated {
         quads(rows, [](float a, float b) { return a + b; });
     }
 
-    template <typename Any>
-    void begin(Any&) {}
     template <bool Add>
     void scores(Scores& to, uint64_t queries, uint64_t keys) {
-        open_.push_back({&to, nullptr, nullptr, queries, keys, 0, Add});
+        later({queries, keys}, {&to}, [this, &to, queries, keys] { make_scores(to, queries, keys, Add); });
     }
     void values(Output& to, Weights& weights, int step, uint64_t values) {
-        open_.push_back({nullptr, &to, &weights, 0, values, step, true});
-    }
-    void commit() {
-        groups_.push_back(std::move(open_));
-        open_.clear();
+        later({values}, {&to, &weights},
+              [this, &to, &weights, step, values] { make_output(to, weights, step, values); });
     }
     template <int Pending, typename Any>
     void drain(Any&) {
-        while (groups_.size() > Pending) {
-            for (const Product& product : groups_.front()) {
-                product.scores ? make_scores(product) : make_output(product);
-            }
-            groups_.erase(groups_.begin());
-        }
+        finish(Pending);
     }
 
     float max(float a, float b) { return std::fmax(a, b); }
     float exp2(float x) { return std::exp2(x); }
     float log2(float x) { return std::log2(x); }
     uint32_t pack(float x, float y) {
-        const bool bf16 = block_.memory.bf16();
+        const bool bf16 = memory().bf16();
         return emulated::narrow(x, bf16) | uint32_t{emulated::narrow(y, bf16)} << 16;
     }
 
   private:
-    struct Product {
-        Scores* scores;
-        Output* output;
-        Weights* weights;
-        uint64_t a, b;
-        int step;
-        bool add;
-    };
-
     template <typename Function>
     void quads(Rows& rows, Function function) {
         for (int quad = 0; quad < 128; quad += 4) {
@@ -138,35 +107,32 @@ class Emulated {
             }
             for (int c = 0; c < columns; ++c) {
                 const auto [thread, value] = emulated::holder(row, c);
-                float& at = to.at(thread, value);
+                float& at = to.value[thread][value];
                 at = add ? at + sum[c] : sum[c];
             }
         }
     }
 
-    void make_scores(const Product& product) {
-        const auto queries = block_.memory.matrix(product.a, 64), keys = block_.memory.matrix(product.b, kKeys);
+    void make_scores(Scores& to, uint64_t a, uint64_t b, bool add) {
+        const auto queries = memory().matrix(a, 64), keys = memory().matrix(b, kKeys);
         std::vector<float> across(16 * kKeys);
         for (int i = 0; i < 16 * kKeys; ++i) across[i] = keys[i % kKeys * 16 + i / kKeys];
-        multiply(*product.scores, queries, across, kKeys, product.add);
+        multiply(to, queries, across, kKeys, add);
     }
 
-    void make_output(const Product& product) {
-        std::vector<float> weights(64 * 16);
+    void make_output(Output& to, const Weights& weights, int step, uint64_t b) {
+        std::vector<float> left(64 * 16);
         for (int row = 0; row < 64; ++row) {
             for (int k = 0; k < 16; ++k) {
                 const auto [thread, value] = emulated::left_holder(row, k);
-                const uint32_t word = product.weights->at(thread, product.step * 4 + value);
-                weights[row * 16 + k] =
-                    emulated::widen(static_cast<uint16_t>(word >> k % 2 * 16), block_.memory.bf16());
+                const uint32_t word = weights.value[thread][step * 4 + value];
+                left[row * 16 + k] = emulated::widen(static_cast<uint16_t>(word >> k % 2 * 16), memory().bf16());
             }
         }
-        multiply(*product.output, weights, block_.memory.transposed(product.b, D), D, product.add);
+        multiply(to, left, memory().transposed(b, D), D, true);
     }
 
     Block& block_;
-    std::vector<Product> open_;
-    std::vector<std::vector<Product>> groups_;
 };
 
 template <int D>

@@ -15,7 +15,13 @@
 
 #include "sm90_layout.h"
 
+#ifndef EMULATED_SECONDS
+#define EMULATED_SECONDS 20  // that a wait may take; mutate_kernels.py has less patience
+#endif
+
 namespace emulated {
+
+constexpr std::chrono::seconds kPatience(EMULATED_SECONDS);
 
 using fastvid::sm90::Map;
 
@@ -68,10 +74,12 @@ class Barrier {
         turn();
     }
 
-    void wait(uint32_t parity) {
+    // How many phases have ended then.
+    uint32_t wait(uint32_t parity) {
         std::unique_lock<std::mutex> lock(mutex_);
-        const bool ended = changed_.wait_for(lock, std::chrono::seconds(20), [&] { return (phase_ & 1) != parity; });
+        const bool ended = changed_.wait_for(lock, kPatience, [&] { return (phase_ & 1) != parity; });
         if (!ended) throw Stopped("a barrier was waited for in vain");
+        return phase_;
     }
 
     // As it was before the first phase, but for which parity is next.
@@ -107,7 +115,7 @@ class Meeting {
         std::unique_lock<std::mutex> lock(mutex_);
         const uint32_t phase = phase_;
         come();
-        const bool met = changed_.wait_for(lock, std::chrono::seconds(20), [&] { return phase_ != phase; });
+        const bool met = changed_.wait_for(lock, kPatience, [&] { return phase_ != phase; });
         if (!met) throw Stopped("nobody came to meet");
     }
     bool at_rest() {
@@ -253,24 +261,24 @@ inline Holder left_holder(int row, int k) {
     return {row / 16 * 32 + row % 8 * 4 + k % 8 / 2, k / 8 * 2 + row % 16 / 8};
 }
 
-// Runs all, each in a thread; the first that was stopped stops the caller.
+// Runs all, each in a thread; what stopped first stops the caller, those who waited for it come later.
 template <typename Work>
 void beside_each_other(int count, Work work) {
-    std::vector<std::string> wrong(count);
+    std::string first;
+    std::mutex mutex;
     std::vector<std::thread> threads;
     for (int who = 0; who < count; ++who) {
-        threads.emplace_back([&wrong, &work, who] {
+        threads.emplace_back([&first, &mutex, &work, who] {
             try {
                 work(who);
             } catch (const std::exception& error) {
-                wrong[who] = error.what();
+                const std::lock_guard<std::mutex> lock(mutex);
+                if (first.empty()) first = error.what();
             }
         });
     }
     for (std::thread& thread : threads) thread.join();
-    for (const std::string& one : wrong) {
-        if (!one.empty()) throw Stopped(one);
-    }
+    if (!first.empty()) throw Stopped(first);
 }
 
 inline void copy(const std::string& text, char* to, int room) {
