@@ -3,12 +3,11 @@
 // passes on.
 #include <algorithm>
 #include <cmath>
-#include <functional>
 
 #include "attention_call.h"
 #include "attention_eight_call.h"
 #include "attention_half.h"
-#include "emulated.h"
+#include "warpgroup.h"
 
 using namespace fastvid::attention;
 using emulated::Stopped;
@@ -16,57 +15,45 @@ using emulated::Stopped;
 namespace {
 
 // What a block's warpgroups share.
-struct Block {
+struct Block : emulated::Block {
     Block(const Map (&told)[3], int tile, bool bf16, uint32_t base)
-        : maps{told[0], told[1], told[2]}, memory(base, barriers_at(tile), bf16), turns{{kGroups}, {kGroups}} {
-        for (int i = 0; i < barriers(tile); ++i) made.emplace_back(new emulated::Barrier(arrivals(i)));
-    }
+        : emulated::Block(base, barriers_at(tile), bf16, expected(tile)),
+          maps{told[0], told[1], told[2]},
+          turns{{kGroups}, {kGroups}} {}
     void check_rest() {
-        for (auto& barrier : made) {
-            if (!barrier->at_rest()) throw Stopped("a barrier is left in the middle of a phase");
-        }
+        emulated::Block::check_rest();
         for (auto& turn : turns) {
             if (!turn.at_rest()) throw Stopped("a turn is left over");
         }
     }
 
     Map maps[3];
-    emulated::Memory memory;
-    std::vector<std::unique_ptr<emulated::Barrier>> made;
     emulated::Meeting turns[kGroups];
+
+  private:
+    static std::vector<int> expected(int tile) {
+        std::vector<int> made(barriers(tile));
+        for (size_t i = 0; i < made.size(); ++i) made[i] = arrivals(static_cast<int>(i));
+        return made;
+    }
 };
 
-// A warpgroup's view of it: registers are those of 128 threads. Products are made as late as wgmma may make them: when
-// they are waited for, from what memory and registers hold then. What is changed too early shows.
-class Warpgroup {
+// A warpgroup's view of it, whatever the values are.
+class Warpgroup : public emulated::Warpgroup {
   public:
-    template <typename T, int Count>
-    struct Registers {
-        T value[128][Count];
-        T& at(int thread, int i) { return value[thread][i]; }
-        Registers() { std::memset(value, 0xFF, sizeof value); }  // NaN
-    };
-    using Scores = Registers<float, kKeys / 2>;
-    using Rows = Registers<float, 2>;
+    using Scores = emulated::Registers<float, kKeys / 2>;
+    using Rows = emulated::Registers<float, 2>;
 
-    explicit Warpgroup(Block& block) : block_(block) {}
+    explicit Warpgroup(Block& block) : emulated::Warpgroup(block), block_(block) {}
 
-    uint32_t address(int at) const { return block_.memory.address(at); }
-    void wait(int i, uint32_t parity) { block_.made[i]->wait(parity); }
-    void expect(int i, int bytes) { block_.made[i]->arrive(bytes); }
-    void arrive(int i) {
-        for (int warp = 0; warp < 4; ++warp) block_.made[i]->arrive();
-    }
+    uint32_t address(int at) const { return memory().address(at); }
+    void arrive(int i) { hand_back(i); }
     void load(Tensor tensor, int at, int i, int column, int row, int head, int batch) {
-        block_.made[i]->complete(block_.memory.load(block_.maps[tensor], address(at), {column, row, head, batch}));
+        load_box(block_.maps[tensor], address(at), i, {column, row, head, batch});
     }
     void turn(int group) { block_.turns[group].meet(); }
     void pass(int group) { block_.turns[group ^ 1].arrive(); }
 
-    template <typename Function>
-    void each(Function function) {
-        for (int thread = 0; thread < 128; ++thread) function(thread);
-    }
     void quad_max(Rows& rows) {
         quads(rows, [](float a, float b) { return std::fmax(a, b); });
     }
@@ -74,18 +61,9 @@ class Warpgroup {
         quads(rows, [](float a, float b) { return a + b; });
     }
 
-    template <typename Any>
-    void begin(Any&) {}
-    void commit() {
-        groups_.push_back(std::move(open_));
-        open_.clear();
-    }
     template <int Pending, typename Any>
     void drain(Any&) {
-        while (groups_.size() > Pending) {
-            for (const auto& product : groups_.front()) product();
-            groups_.erase(groups_.begin());
-        }
+        finish(Pending);
     }
 
     float max(float a, float b) { return std::fmax(a, b); }
@@ -93,14 +71,11 @@ class Warpgroup {
     float log2(float x) { return std::log2(x); }
     float inverse(float x) { return 1 / x; }
     uint32_t pack(float x, float y) {
-        const bool bf16 = block_.memory.bf16();
+        const bool bf16 = memory().bf16();
         return emulated::narrow(x, bf16) | uint32_t{emulated::narrow(y, bf16)} << 16;
     }
 
   protected:
-    void later(std::function<void()> product) { open_.push_back(std::move(product)); }
-    emulated::Memory& memory() { return block_.memory; }
-
     // to (+)= left [64, depth] . right [columns, depth]
     template <typename To, typename T>
     static void multiply(To& to, const std::vector<T>& left, const std::vector<T>& right, int columns, bool add) {
@@ -116,7 +91,7 @@ class Warpgroup {
             }
             for (int c = 0; c < columns; ++c) {
                 const auto [thread, value] = emulated::holder(row, c);
-                T& at = to.at(thread, value);
+                T& at = to.value[thread][value];
                 at = add ? at + sum[c] : sum[c];
             }
         }
@@ -135,31 +110,29 @@ class Warpgroup {
     }
 
     Block& block_;
-    std::vector<std::function<void()>> open_;
-    std::vector<std::vector<std::function<void()>>> groups_;
 };
 
 template <int D>
 class Halves : public Warpgroup {
   public:
     using Warpgroup::Warpgroup;
-    using Output = Registers<float, D / 2>;
-    using Weights = Registers<uint32_t, kKeys / 4>;
+    using Output = emulated::Registers<float, D / 2>;
+    using Weights = emulated::Registers<uint32_t, kKeys / 4>;
 
     template <bool Add>
     void scores(Scores& to, uint64_t queries, uint64_t keys) {
-        later([this, &to, queries, keys] {
+        later({queries, keys}, {&to}, [this, &to, queries, keys] {
             multiply(to, memory().matrix(queries, 64), memory().matrix(keys, kKeys), kKeys, Add);
         });
     }
     template <bool Add>
     void values(Output& to, Weights& weights, int step, uint64_t values) {
-        later([this, &to, &weights, step, values] {
+        later({values}, {&to, &weights}, [this, &to, &weights, step, values] {
             std::vector<float> left(64 * 16), right(D * 16);
             for (int row = 0; row < 64; ++row) {
                 for (int k = 0; k < 16; ++k) {
                     const auto [thread, value] = emulated::left_holder(row, k);
-                    const uint32_t word = weights.at(thread, step * 4 + value);
+                    const uint32_t word = weights.value[thread][step * 4 + value];
                     left[row * 16 + k] = emulated::widen(static_cast<uint16_t>(word >> k % 2 * 16), memory().bf16());
                 }
             }
@@ -176,25 +149,25 @@ class Bytes : public Warpgroup {
 
   public:
     using Warpgroup::Warpgroup;
-    using Raw = Registers<Product, kKeys / 2>;
-    using Output = Registers<float, D / 2>;
-    using Weights = Registers<uint32_t, kKeys / 8>;
+    using Raw = emulated::Registers<Product, kKeys / 2>;
+    using Output = emulated::Registers<float, D / 2>;
+    using Weights = emulated::Registers<uint32_t, kKeys / 8>;
 
     template <bool Add>
     void scores(Raw& to, uint64_t queries, uint64_t keys) {
-        later([this, &to, queries, keys] {
+        later({queries, keys}, {&to}, [this, &to, queries, keys] {
             multiply(to, wide<Product, Int8>(memory().bytes_of(queries, 64)),
                      wide<Product, Int8>(memory().bytes_of(keys, kKeys)), kKeys, Add);
         });
     }
     template <bool Add>
     void values(Output& to, Weights& weights, int step, uint64_t values) {
-        later([this, &to, &weights, step, values] {
+        later({values}, {&to, &weights}, [this, &to, &weights, step, values] {
             std::vector<uint8_t> left(64 * 32);
             for (int row = 0; row < 64; ++row) {
                 for (int k = 0; k < 32; ++k) {
                     const auto [thread, value] = emulated::left_holder8(row, k);
-                    left[row * 32 + k] = static_cast<uint8_t>(weights.at(thread, step * 4 + value) >> k % 4 * 8);
+                    left[row * 32 + k] = static_cast<uint8_t>(weights.value[thread][step * 4 + value] >> k % 4 * 8);
                 }
             }
             multiply(to, wide<float, false>(left), wide<float, false>(memory().bytes_of(values, D)), D, Add);

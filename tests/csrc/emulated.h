@@ -17,7 +17,13 @@
 
 #include "sm90_layout.h"
 
+#ifndef EMULATED_SECONDS
+#define EMULATED_SECONDS 20  // that a wait may take; mutate_kernels.py has less patience
+#endif
+
 namespace emulated {
+
+constexpr std::chrono::seconds kPatience(EMULATED_SECONDS);
 
 using fastvid::sm90::Map;
 
@@ -102,10 +108,12 @@ class Barrier {
         turn();
     }
 
-    void wait(uint32_t parity) {
+    // How many phases have ended then.
+    uint32_t wait(uint32_t parity) {
         std::unique_lock<std::mutex> lock(mutex_);
-        const bool ended = changed_.wait_for(lock, std::chrono::seconds(20), [&] { return (phase_ & 1) != parity; });
+        const bool ended = changed_.wait_for(lock, kPatience, [&] { return (phase_ & 1) != parity; });
         if (!ended) throw Stopped("a barrier was waited for in vain");
+        return phase_;
     }
 
     // As it was before the first phase, but for which parity is next.
@@ -141,7 +149,7 @@ class Meeting {
         std::unique_lock<std::mutex> lock(mutex_);
         const uint32_t phase = phase_;
         come();
-        const bool met = changed_.wait_for(lock, std::chrono::seconds(20), [&] { return phase_ != phase; });
+        const bool met = changed_.wait_for(lock, kPatience, [&] { return phase_ != phase; });
         if (!met) throw Stopped("nobody came to meet");
     }
     bool at_rest() {
@@ -171,6 +179,13 @@ class Memory {
 
     uint32_t address(int at) const { return base_ + at; }
     bool bf16() const { return bf16_; }
+    // What lies at an address itself, wherever the swizzle has it from.
+    uint8_t byte(uint32_t address) { return *at(address, 1); }
+    uint16_t word(uint32_t address) {
+        uint16_t bits;
+        std::memcpy(&bits, at(address, 2), 2);
+        return bits;
+    }
 
     // A box by TMA, its rows of 128 or 64 bytes swizzled; the bytes that have come.
     int load(const Map& map, uint32_t to, const std::vector<int64_t>& from) {
@@ -272,11 +287,7 @@ class Memory {
         return {offset(0), offset(16), offset(32)};
     }
 
-    float value(uint32_t address) {
-        uint16_t bits;
-        std::memcpy(&bits, at(mixed(address), 2), 2);
-        return widen(bits, bf16_);
-    }
+    float value(uint32_t address) { return widen(word(mixed(address)), bf16_); }
 
     uint8_t* at(uint32_t address, int bytes) {
         if (address < base_ || address - base_ + bytes > bytes_.size()) throw Stopped("shared memory left");
@@ -305,26 +316,24 @@ inline Holder left_holder8(int row, int k) {
     return {row / 16 * 32 + row % 8 * 4 + k % 16 / 4, k / 16 * 2 + row % 16 / 8};
 }
 
-// Runs all, each in a thread; those that were stopped stop the caller.
+// Runs all, each in a thread; what stopped first stops the caller, those who waited for it come later.
 template <typename Work>
 void beside_each_other(int count, Work work) {
-    std::vector<std::string> wrong(count);
+    std::string first;
+    std::mutex mutex;
     std::vector<std::thread> threads;
     for (int who = 0; who < count; ++who) {
-        threads.emplace_back([&wrong, &work, who] {
+        threads.emplace_back([&first, &mutex, &work, who] {
             try {
                 work(who);
             } catch (const std::exception& error) {
-                wrong[who] = error.what();
+                const std::lock_guard<std::mutex> lock(mutex);
+                if (first.empty()) first = error.what();
             }
         });
     }
     for (std::thread& thread : threads) thread.join();
-    std::string all;
-    for (int who = 0; who < count; ++who) {
-        if (!wrong[who].empty()) all += "thread " + std::to_string(who) + ": " + wrong[who] + "; ";
-    }
-    if (!all.empty()) throw Stopped(all);
+    if (!first.empty()) throw Stopped(first);
 }
 
 inline void copy(const std::string& text, char* to, int room) {
