@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Case, Row, compared, measure, save, table
+from harness import Case, Row, compared, measure, save, table, why_not
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -37,6 +37,7 @@ SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+FILES = {"triton": "attention.py", "cuda": "csrc", **dict.fromkeys(backends.APPROXIMATE, "csrc")}
 EAGER_BYTES = 8 * 2**30  # scores that eager attention may take
 
 
@@ -87,7 +88,9 @@ def others(device: torch.device, scores: int) -> Iterator[tuple[str, Callable[..
     """Everything else that can run here."""
     for name in ("triton", "cuda", "flash", *backends.APPROXIMATE):
         function = attention.BACKENDS[name]
-        if not (backends.why_not(name, device) or backends.lacks(function, device)):
+        if reason := why_not(name, function, FILES.get(name, ""), device):
+            print(f"{name} is left out: {reason}")
+        else:
             yield ("flash-attn" if name == "flash" else name), function
     for name, backend in SDPA.items():
         if device.type == "cuda":
@@ -100,8 +103,11 @@ def others(device: torch.device, scores: int) -> Iterator[tuple[str, Callable[..
 
 def files(device: torch.device) -> dict[str, str]:
     """Of this package's kernels that can run here: what their results are valid for."""
-    cuda = backends.why_not("cuda", device) or backends.lacks(attention.BACKENDS["cuda"], device)
-    return {"triton": "attention.py"} | ({} if cuda else {"cuda": "csrc"})
+    return {
+        name: FILES[name]
+        for name in ("triton", "cuda")
+        if not why_not(name, attention.BACKENDS[name], FILES[name], device)
+    }
 
 
 def forced(backend: SDPBackend) -> Callable[..., Tensor]:

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import product
 
 import torch
-from harness import Case, Row, measure, save, table
+from harness import Case, Row, measure, save, table, why_not
 from torch import Tensor
 
 from fastvid.ops import attention, backends, sparsity
@@ -79,7 +79,10 @@ def bench(grid: Triple, tile: Triple, heads: int, device: torch.device, rounds: 
 
 
 def runs(name: str, device: torch.device) -> bool:
-    return not (backends.why_not(name, device) or backends.lacks(attention.SPARSE_BACKENDS[name], device))
+    reason = why_not(name, attention.SPARSE_BACKENDS[name], "csrc", device)
+    if reason:
+        print(f"{name} is left out: {reason}")
+    return reason is None
 
 
 def chosen(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from harness import Case, measure, save, table
+from harness import Case, measure, save, table, why_not
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,6 +123,9 @@ def build(
         else:
             yield name, diffusers(config, first, device, dtype, layout)
     for name, backend in BACKENDS.items():
+        if reason := why_not_here(name, device):
+            facts["left_out"][f"fastvid {name}"] = reason
+            continue
         try:
             bound = ops.bind(backend, device=device)
         except BackendUnavailable as error:
@@ -138,6 +141,12 @@ def build(
             return torch.cat([part[0] for part in parts])
 
         yield f"fastvid {name}", decode
+
+
+def why_not_here(name: str, device: torch.device) -> str | None:
+    """Why a back end's convolution isn't run, if it isn't."""
+    function = ops.implementations()["vae_norm_silu_conv3d"][name]
+    return why_not(name, function, {"triton": "vae_conv.py", "cuda": "csrc"}.get(name, ""), device)
 
 
 def diffusers(

@@ -16,6 +16,7 @@ mkdir -p "$OUT"
 part=${1:-}
 [ $# -eq 0 ] || shift
 seconds=${SECONDS_A_PART:-500} # of a part, after which nothing new is begun
+a_run=${SECONDS_A_RUN:-240}    # of a benchmark or a run under a sanitizer: what hangs is not to cost the others
 
 # 9.0 and later have instructions of their own (the a of sm_90a); older ones do not.
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d ' .')
@@ -31,6 +32,7 @@ ln -sfn "$PWD/kernels" "$PWD/benchmarks" "$site/fastvid/"
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 
 failed=0
+least() { [ "$1" -lt "$2" ] && echo "$1" || echo "$2"; }
 run() { # NAME: bench_NAME.py, unless it has a result
     if [ -z "${ALL:-}" ] && compgen -G "$OUT/${1//_/-}-nvidia*.json" > /dev/null; then return; fi
     if [ "$SECONDS" -gt "$seconds" ]; then
@@ -38,20 +40,26 @@ run() { # NAME: bench_NAME.py, unless it has a result
         failed=1
         return
     fi
-    PYTHONPATH=$PWD/benchmarks:$PYTHONPATH timeout "$((seconds - SECONDS + 40))" \
+    PYTHONPATH=$PWD/benchmarks:$PYTHONPATH timeout "$(least "$a_run" "$((seconds - SECONDS + 40))")" \
         "$python" "benchmarks/bench_$1.py" --device cuda || failed=1
 }
 
 case $part in
     verify)
         "$python" -c 'from fastvid import doctor; print(doctor.render(doctor.doctor()))' | tee "$OUT/doctor.txt"
-        PYTHONPATH=$PWD/benchmarks:$PYTHONPATH timeout "$seconds" "$python" benchmarks/gpu_tests.py "$@" || failed=1
-        # Without torch's cache of memory every tensor has bounds that a tool sees.
+        PYTHONPATH=$PWD/benchmarks:$PYTHONPATH timeout "$seconds" \
+            "$python" benchmarks/gpu_tests.py ${ALL:+--again} "$@" || failed=1
+        # Without torch's cache of memory every tensor has bounds that a tool sees. Kernels of csrc/ apart from those of
+        # Triton: after a fault nothing more runs in a process.
         for tool in memcheck racecheck initcheck; do
-            [ "$SECONDS" -lt "$seconds" ] || { echo "no time is left for $tool"; failed=1; break; }
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$PWD/benchmarks:$PYTHONPATH \
-                timeout "$((seconds - SECONDS + 40))" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-                --launch-timeout 0 "$python" benchmarks/sanitize.py 2>&1 | tee "$OUT/$tool.txt" | tail -n 20 || failed=1
+            for which in "cuda --backend cuda_int8 --backend cuda_fp8" triton; do
+                [ "$SECONDS" -lt "$seconds" ] || { echo "no time is left for $tool"; failed=1; break 2; }
+                # shellcheck disable=SC2086
+                PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$PWD/benchmarks:$PYTHONPATH \
+                    timeout "$(least "$a_run" "$((seconds - SECONDS + 40))")" compute-sanitizer --tool "$tool" \
+                    --error-exitcode 9 --launch-timeout 0 "$python" benchmarks/sanitize.py --backend $which 2>&1 |
+                    tee "$OUT/$tool-${which%% *}.txt" | tail -n 20 || failed=1
+            done
         done
         ;;
     kernels)
