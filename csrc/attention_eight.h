@@ -20,8 +20,8 @@ namespace fastvid::attention {
 
 constexpr int kDepth8 = 32;  // values along K that one wgmma takes
 constexpr int kUp = 8;       // weights are at most 2^kUp: e4m3 has numbers from 2^-9 to 448
-constexpr float kLowest =
-    -60;  // exponents further below the highest one count as so far: they add nothing that is seen
+// Exponents further below the highest one count as so far: what they add is not seen.
+constexpr float kLowest = -60;
 
 // Which of a block's 128 keys lies at a place of a row of v8.
 FASTVID_ANY constexpr int key_of_slot(int slot) {

@@ -196,7 +196,8 @@ FASTVID_ANY void keep_values(const Call& s, int thread, int pass, const Hardware
 template <typename Hardware>
 FASTVID_ANY void store_values(const Hardware& hw, const Call& s, int64_t index, int thread, float highest,
                               const uint16_t* kept, uint8_t* out, float* scales) {
-    const float exponent = exponent_of(highest), factor = exp2f(-exponent);
+    const float exponent = exponent_of(highest);
+    const float factor = exponent == exponent ? ldexpf(1, -static_cast<int>(exponent)) : NAN;  // exactly
     const int D = static_cast<int>(s.head_dim);
     uint32_t* to = reinterpret_cast<uint32_t*>(out + index * kKeys * D);
     for (int word = thread; word < D * kKeys / 4; word += kThreads) {
