@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 
 import torch
-from harness import Case, Row, compared, measure, save, table
+from harness import Case, Row, compared, measure, save, table, why_not
 from torch import Tensor
 
-from fastvid.ops import backends, rgb
+from fastvid.ops import rgb
 
 OPERATIONS = True  # what `gpu.sh kernels` runs
 SIZES = {"cuda": {"480p": (81, 480, 832), "1080p": (33, 1080, 1920)}, "cpu": {"240p": (17, 240, 416)}}
@@ -38,7 +38,7 @@ def main() -> None:
 def bench(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, rounds: int) -> list[Row]:
     frames = torch.rand((3, *size), device=device).mul_(2.2).sub_(1.1).to(dtype)
     moved = frames.numel() * (frames.element_size() + 1)
-    names = [name for name in rgb.BACKENDS if backends.why_not(name, device) is None]
+    names = [name for name in rgb.BACKENDS if why_not(name, rgb.BACKENDS[name], FILES.get(name, ""), device) is None]
     for name in names:
         assert torch.equal(rgb.BACKENDS[name](frames), rgb.reference(frames)), f"{name} gives other bytes"
     cases = [Case(name, lambda name=name: rgb.BACKENDS[name](frames), moved) for name in names]

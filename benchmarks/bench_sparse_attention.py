@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 
 import torch
-from harness import Case, Row, measure, save, table
+from harness import Case, Row, measure, save, table, why_not
 from torch import Tensor
 
 from fastvid.ops import attention, backends, sparsity
@@ -61,19 +62,27 @@ def bench(grid: Triple, tile: Triple, heads: int, device: torch.device, rounds: 
     cases = [Case(f"{name}, dense", lambda: dense(q, k, v), flops=flops)]
     if name == "triton":
         cases.append(Case("sdpa, dense", lambda: attention.BACKENDS["sdpa"](q, k, v), flops=flops))
-    cuda = attention.SPARSE_BACKENDS["cuda"]
-    on_cuda = not (backends.why_not("cuda", device) or backends.lacks(cuda, device))
-    if on_cuda:
-        cases.append(Case("cuda, dense", lambda: attention.BACKENDS["cuda"](q, k, v), flops=flops))
+    on_cuda = [name for name in ("cuda", *backends.APPROXIMATE) if runs(name, device)]
+    for name in on_cuda:
+        cases.append(Case(f"{name}, dense", partial(attention.BACKENDS[name], q, k, v), flops=flops))
     for size in windows(grid, tile):
         blocks = sparsity.window(grid, tile, size).to(device)
         kept = sparsity.share(blocks)
         title, work = f"window {'x'.join(map(str, size))} {kept:.1%}", int(flops * kept)
         cases.append(Case(title, lambda blocks=blocks: sparse(q, k, v, blocks), flops=work))
-        if on_cuda:
-            cases.append(Case(f"cuda, {title}", lambda blocks=blocks: cuda(q, k, v, blocks), flops=work))
+        for name in on_cuda:
+            cases.append(
+                Case(f"{name}, {title}", partial(attention.SPARSE_BACKENDS[name], q, k, v, blocks), flops=work)
+            )
     cases += list(chosen(q, k, v, grid, tile, sparse, flops))
     return measure(cases, device, rounds)
+
+
+def runs(name: str, device: torch.device) -> bool:
+    reason = why_not(name, attention.SPARSE_BACKENDS[name], "csrc", device)
+    if reason:
+        print(f"{name} is left out: {reason}")
+    return reason is None
 
 
 def chosen(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Case, Row, compared, measure, save, table
+from harness import Case, Row, compared, measure, save, table, why_not
 from torch import Tensor
 
 from fastvid.ops import backends, vae_cuda, vae_kernels
@@ -63,7 +63,7 @@ def main() -> None:
             files |= {} if cuda(op, getattr(torch, kind), device) is None else {"cuda": "csrc"}
             told[title] = compared(op, "any", "reference", **files)
             print(table(groups[title], title), end="\n\n", flush=True)
-    print(save("vae_kernels", groups, device, compared=told))
+    print(save("vae-kernels", groups, device, compared=told))
 
 
 def arguments(
@@ -125,9 +125,9 @@ def bench(
 def cuda(op: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Any] | None:
     """The form on csrc/, where it runs and takes the type: in 16 bits, on sm_90."""
     function = vae_cuda.BACKENDS.get(op, {}).get("cuda")
-    if function is None or dtype not in function.dtypes or backends.why_not("cuda", device):
+    if function is None or dtype not in function.dtypes or why_not("cuda", function, "csrc", device):
         return None
-    return None if backends.lacks(function, device) else function
+    return function
 
 
 def norm_then_conv(x: Tensor, past: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

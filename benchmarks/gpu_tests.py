@@ -1,35 +1,50 @@
 """Runs the tests marked `gpu` and records what passed, with the sources of the kernels that were tested.
 
-python benchmarks/gpu_tests.py [tests/test_rgb.py ...]
+    python benchmarks/gpu_tests.py [--jobs 3] [--seconds 200] [tests/test_rgb.py ...]
+
+Each file runs in a process of its own with a limit of time, several beside each other: a kernel that faults leaves its
+process without a GPU, one that hangs never ends, and neither is to cost the results of the others. Files that passed
+already, by the result that is there and from the same sources, are not run again (--again: they are).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
-import pytest
 import torch
-from harness import save
+from harness import passed, result_of, save
 
 from fastvid import kernels, ops
 from fastvid.ops import backends
 
 ROOT = Path(__file__).parents[1]
-
-
-class Record:
-    """A pytest plugin that counts."""
-
-    def __init__(self) -> None:
-        self.passed, self.failed = 0, []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self.failed.append(report.nodeid)
-        elif report.when == "call" and report.passed:
-            self.passed += 1
+# Which kernels a file tests: of kernels/, or all of csrc. What has never run is first.
+COVERS = {
+    "tests/test_rgb.py": ("csrc", "rgb.py"),
+    "tests/test_attention_cuda.py": ("csrc",),
+    "tests/test_conv_cuda.py": ("csrc",),
+    "tests/test_attention_eight.py": ("csrc",),
+    "tests/test_vae_kernels.py": ("vae_conv.py", "vae_norm.py"),
+    "tests/test_attention_kernels.py": ("attention.py",),
+    "tests/test_sparse_attention.py": ("sparse_attention.py",),
+    "tests/test_gemm_kernels.py": ("gemm.py", "head.py", "linear_gelu.py", "patch_embed.py"),
+    "tests/test_norms_kernels.py": ("qk_norm_rope.py", "row_norms.py"),
+    "tests/test_step_kernels.py": ("solver_step.py",),
+    "tests/test_graphs.py": (),
+    "tests/test_offload.py": (),
+    "tests/test_parallel.py": (),
+}
+FINE = "done"
 
 
 def sources() -> dict[str, str]:
@@ -39,18 +54,72 @@ def sources() -> dict[str, str]:
     return made | ({} if isinstance(backends.extension(), str) else {"csrc": ops.source_hash("cuda", "csrc")})
 
 
+def right(record: dict[str, Any], kernel: str) -> bool:
+    """Whether all files that test a kernel passed."""
+    outcomes = [record["files"].get(file) for file in record["covers"].get(kernel, ())]
+    return bool(outcomes) and all(one and passed(one) for one in outcomes)
+
+
+def run(file: str, seconds: float) -> dict[str, Any]:
+    """How the tests of a file ended."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report, log = Path(folder, "report.xml"), Path(folder, "log.txt")
+        command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        with log.open("w") as output:
+            try:
+                code = subprocess.run(
+                    [*command, file], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, timeout=seconds
+                ).returncode
+                ended = FINE if code >= 0 else f"killed by signal {-code}"
+            except subprocess.TimeoutExpired:
+                ended = f"stopped after {seconds:.0f} s"
+        told = log.read_text(errors="replace")
+        cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
+    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    outcome = {
+        "passed": len(cases) - len(bad) - skipped,
+        "failed": [f"{file}::{case.get('name')}" for case in bad],
+        "ended": ended if cases or ended != FINE else f"without a report, with status {code}",
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+    if outcome["ended"] != FINE:
+        outcome["at"] = (re.findall(r"^\S+::\S+", told, re.MULTILINE) or [""])[-1]
+    if not passed(outcome):
+        print(told[-6000:], flush=True)
+    print(
+        f"{file}: {outcome['passed']} passed, {len(bad)} failed, {outcome['ended']}, {outcome['seconds']} s", flush=True
+    )
+    return outcome
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tests", nargs="*")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", default=list(COVERS))
+    parser.add_argument("--jobs", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=200, help="for a file (default: 200)")
+    parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
-    files = args.tests or sorted(str(p) for p in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in p.read_text())
-    record = Record()
-    status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *files], plugins=[record])
-    facts = {"passed": record.passed, "failed": record.failed, "sources": sources()}
-    if torch.cuda.is_available():
-        print(save("gpu-tests", {}, "cuda", **facts))
-    print(json.dumps({name: facts[name] for name in ("passed", "failed")}))
-    raise SystemExit(0 if record.passed and status == 0 else 1)
+    own, device = sources(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = result_of("gpu-tests", device) or {}
+    files = before.get("files", {}) if before.get("sources") == own else {}
+    wanted = [file for file in args.tests if args.again or not passed(files.get(file, {"ended": "not run"}))]
+    covers: dict[str, list[str]] = {}
+    for file, names in COVERS.items():
+        for name in names:
+            covers.setdefault(name, []).append(file)
+
+    def run_and_save(file: str) -> None:
+        files[file] = run(file, args.seconds)
+        if device.type == "cuda":
+            save("gpu-tests", {}, device, files=dict(sorted(files.items())), covers=covers, sources=own)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(run_and_save, wanted))
+    wrong = [file for file in args.tests if not passed(files[file])]
+    print(json.dumps({"passed": sum(one["passed"] for one in files.values()), "not as they should be": wrong}))
+    raise SystemExit(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -125,11 +125,43 @@ def save(
         **facts,
         "results": {title: [asdict(row) for row in rows] for title, rows in groups.items()},
     }
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{_slug(record['machine']['device'])}.json"
+    path = _path(name, torch.device(device))
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def result_of(name: str, device: torch.device) -> dict[str, Any] | None:
+    """What `save` wrote last for this device."""
+    path = _path(name, device)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def why_not(backend: str, function: object, file: str, device: torch.device) -> str | None:
+    """Why a kernel isn't measured: it cannot run here, or its tests ran on this device and did not pass
+    (`gpu_tests.py`), so that it may fault or hang. None if it can be."""
+    if reason := backends.why_not(backend, device) or backends.lacks(function, device):
+        return reason
+    record = result_of("gpu-tests", device)
+    if record is None or record["sources"].get(file) != ops.source_hash("cuda" if file == "csrc" else "triton", file):
+        return None
+    outcomes = {name: record["files"].get(name) for name in record["covers"].get(file, ())}
+    bad = [name for name, outcome in outcomes.items() if outcome and not passed(outcome)]
+    return f"{', '.join(bad)} did not pass on this device" if bad else None
+
+
+def passed(outcome: dict[str, Any]) -> bool:
+    """Whether the tests of a file passed, as `gpu_tests.py` records it."""
+    return outcome["ended"] == "done" and outcome["passed"] > 0 and not outcome["failed"]
+
+
+def _path(name: str, device: torch.device) -> Path:
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    return folder / f"{name}-{_slug(_device_name(device))}.json"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {cpu_name()}"
 
 
 def compared(op: str, shape_class: str, instead: str, **kernels: str) -> dict[str, Any]:
@@ -145,7 +177,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were taken on."""
     on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu {cpu_name()}",
+        "device": _device_name(device),
         "arch": backends.architecture(device),
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "cpu": cpu_name(),

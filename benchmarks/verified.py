@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gpu_tests import right
+
 from fastvid import ops
 
 ROOT = Path(__file__).parents[1]
@@ -32,8 +34,9 @@ def tested(records: Iterable[dict[str, Any]]) -> set[tuple[str, str, str]]:
     return {
         (record["machine"]["arch"], file, source)
         for record in records
-        if record.get("benchmark") == "gpu-tests" and record["passed"] and not record["failed"]
+        if record.get("benchmark") == "gpu-tests"
         for file, source in record["sources"].items()
+        if right(record, file)
     }
 
 

@@ -16,7 +16,6 @@ using namespace sm90;
 
 constexpr int kQueries = 128;                  // of a block: 64 for each of two consumer warpgroups
 constexpr int kKeys = 128;                     // of a step
-constexpr int kPanel = kKeys * kRow;           // bytes of 128 rows of 64 columns, of queries too
 constexpr int kGroups = 2;                     // of consumers
 constexpr int kWarps = kGroups * 4;            // of them
 constexpr int kThreads = 128 * (1 + kGroups);  // a warpgroup is the producer
@@ -26,6 +25,15 @@ constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
 static_assert(kQueries == kKeys, "queries, keys and values have one form of box");
 static_assert(128 * (kProducerRegisters + kGroups * kConsumerRegisters) <= 65536, "registers of a multiprocessor");
+
+// What 8-bit values were divided by; null for 16-bit ones. attention_eight.h has the formula.
+struct Scales {
+    const float* queries;  // [batch, heads, queries]
+    const float* shifts;   // [batch, heads, queries], or null: to be added to the scores of a query
+    const float* blocks;   // [batch, heads, blocks, 2]: of 128 keys, and the exponent of that of their values
+    const float* most;     // [batch, heads]: the highest of those exponents
+    int count;             // of blocks
+};
 
 // What a launch makes. Without query_tiles all keys are seen; the lists are those of `Schedule`.
 struct Attention {
@@ -38,6 +46,7 @@ struct Attention {
     const int32_t* part_starts;
     const int32_t* part_ends;
     float scale;  // times log2(e)
+    Scales scales;
 };
 
 // Queries first to end (not with it) of one head; row: of the lists. There may be none: a tile with fewer parts.
@@ -92,25 +101,26 @@ FASTVID_ANY int key_count(const Attention& s, const Walk& walk, int step) {
     return s.part_ends[part] - s.part_starts[part];
 }
 
-// Shared memory: queries, a ring of keys, a ring of values, barriers; of each tile its panels of 64 columns.
-FASTVID_ANY constexpr int tile_bytes(int head_dim) {
-    return head_dim / kColumns * kPanel;
+// Shared memory: queries, a ring of keys, a ring of values, barriers. A tile is 128 queries, keys or values; `tile` its
+// bytes.
+FASTVID_ANY constexpr int tile_bytes(int head_dim, int value_bytes) {
+    return kKeys * head_dim * value_bytes;
 }
-FASTVID_ANY constexpr int stages(int head_dim) {
-    const int fit = (kSmem - kBarrierBytes - tile_bytes(head_dim)) / (2 * tile_bytes(head_dim));
+FASTVID_ANY constexpr int stages(int tile) {
+    const int fit = (kSmem - kBarrierBytes - tile) / (2 * tile);
     return fit < 4 ? fit : 4;
 }
-FASTVID_ANY constexpr int keys_at(int head_dim, int stage) {
-    return (1 + stage) * tile_bytes(head_dim);
+FASTVID_ANY constexpr int keys_at(int tile, int stage) {
+    return (1 + stage) * tile;
 }
-FASTVID_ANY constexpr int values_at(int head_dim, int stage) {
-    return keys_at(head_dim, stages(head_dim) + stage);
+FASTVID_ANY constexpr int values_at(int tile, int stage) {
+    return keys_at(tile, stages(tile) + stage);
 }
-FASTVID_ANY constexpr int barriers_at(int head_dim) {
-    return values_at(head_dim, stages(head_dim));
+FASTVID_ANY constexpr int barriers_at(int tile) {
+    return values_at(tile, stages(tile));
 }
-FASTVID_ANY constexpr int smem_bytes(int head_dim) {
-    return barriers_at(head_dim) + kBarrierBytes;
+FASTVID_ANY constexpr int smem_bytes(int tile) {
+    return barriers_at(tile) + kBarrierBytes;
 }
 
 // Numbers of barriers: full ones are for the producer's bytes, empty ones for the consumers' warps.
@@ -119,8 +129,8 @@ enum Kind : int { kQueryFull, kQueryEmpty, kKeyFull, kKeyEmpty, kValueFull, kVal
 FASTVID_ANY constexpr int barrier_of(Kind kind, int stage = 0) {
     return stage * kKinds + kind;
 }
-FASTVID_ANY constexpr int barriers(int head_dim) {
-    return stages(head_dim) * kKinds;
+FASTVID_ANY constexpr int barriers(int tile) {
+    return stages(tile) * kKinds;
 }
 FASTVID_ANY constexpr int arrivals(int barrier) {
     return barrier % kKinds % 2 ? kWarps : 1;

@@ -3,12 +3,19 @@
 // One warpgroup is the producer: TMA loads 128 queries, and 128 keys and 128 values a step into rings of stages. Two
 // warpgroups are consumers: each has 64 queries. While one makes the softmax of its scores, the other has the matrix
 // units: they take turns. Within a group, the product of weights and values of a step runs behind the scores of the
-// next. Sums and maxima are fp32; weights are rounded to 16 bits and stay in registers.
+// next. Sums and maxima are fp32; weights are rounded and stay in registers.
+//
+// What differs between 16-bit values (attention_half.h) and 8-bit ones (attention_eight.h) is a Form: kTile, the bytes
+// of a tile; load, and the row of values that goes with one of keys; State, what a consumer holds of a work; start,
+// look (what is read ahead of a step), score, softmax, round, weigh, settle (once the last product of weights and
+// values is there) and end (once all are); exponent and value_scale, the units of a row's highest score and of its
+// sums.
 //
 // A hardware has wait(barrier, parity), expect(barrier, bytes), load(tensor, at, barrier, column, row, head, batch),
 // arrive(barrier) once a warp, turn(group) and pass(group); Scores, Output, Weights, Rows with at(thread, i);
 // each(f), which calls f(thread) for every thread; quad_max, quad_sum over the four threads that share rows; address,
-// begin(x), scores<Add>(x, a, b), values(x, weights, step, b), commit(), drain<pending>(x); exp2, log2, pack.
+// begin(x), scores<Add>(x, a, b), values<Add>(x, weights, step, b), commit(), drain<pending>(x); max, exp2, log2,
+// inverse, pack.
 #pragma once
 
 #include <cmath>
@@ -19,140 +26,49 @@ namespace fastvid::attention {
 
 enum Tensor : int { kQuery, kKey, kValue };
 
-template <int D, typename Hardware>
-FASTVID_ANY void load_tile(Hardware& hw, Tensor tensor, int at, int barrier, int row, const Work& work) {
-    hw.expect(barrier, tile_bytes(D));
-    FASTVID_UNROLL
-    for (int panel = 0; panel < D / kColumns; ++panel) {
-        hw.load(tensor, at + panel * kPanel, barrier, panel * kColumns, row, work.head, work.batch);
-    }
-}
-
 // The producer's loop over the works of a block: number, number + every, ...
-template <int D, typename Hardware>
+template <typename Form, typename Hardware>
 FASTVID_ANY void produce(Hardware& hw, const Attention& s, int64_t number, int64_t every) {
-    Ring<stages(D)> ring;
+    Ring<stages(Form::kTile)> ring;
     uint32_t parity = 0;
     for (const int64_t end = works(s); number < end; number += every) {
         const Work work = work_of(s, number);
         const Walk walk = walk_of(s, work);
         if (walk.steps == 0) continue;
         hw.wait(barrier_of(kQueryEmpty), parity ^ 1);
-        load_tile<D>(hw, kQuery, 0, barrier_of(kQueryFull), work.first, work);
+        Form::load(hw, kQuery, 0, barrier_of(kQueryFull), work.first, work);
         parity ^= 1;
         for (int step = 0; step < walk.steps; ++step) {
             const int row = first_key(s, walk, step);
             hw.wait(barrier_of(kKeyEmpty, ring.stage), ring.parity ^ 1);
-            load_tile<D>(hw, kKey, keys_at(D, ring.stage), barrier_of(kKeyFull, ring.stage), row, work);
+            Form::load(hw, kKey, keys_at(Form::kTile, ring.stage), barrier_of(kKeyFull, ring.stage), row, work);
             hw.wait(barrier_of(kValueEmpty, ring.stage), ring.parity ^ 1);
-            load_tile<D>(hw, kValue, values_at(D, ring.stage), barrier_of(kValueFull, ring.stage), row, work);
+            Form::load(hw, kValue, values_at(Form::kTile, ring.stage), barrier_of(kValueFull, ring.stage),
+                       Form::value_row(row), work);
             ring = ring.next();
         }
     }
 }
 
-// scores[64, keys] = the group's queries . keys, without waiting for it.
-template <int D, typename Hardware>
-FASTVID_ANY void score(Hardware& hw, typename Hardware::Scores& scores, int group, int stage) {
-    const uint32_t queries = hw.address(group * (kQueries / kGroups) * kRow);
-    const uint32_t keys = hw.address(keys_at(D, stage));
-    hw.begin(scores);
-    FASTVID_UNROLL
-    for (int k = 0; k < D / kDepth; ++k) {
-        const uint32_t at = k * kDepth / kColumns * kPanel + k * kDepth % kColumns * kBytes;
-        if (k == 0) {
-            hw.template scores<false>(scores, descriptor(queries + at), descriptor(keys + at));
-        } else {
-            hw.template scores<true>(scores, descriptor(queries + at), descriptor(keys + at));
-        }
-    }
-    hw.commit();
-}
-
-// output[64, D] += weights . values, without waiting for it.
-template <int D, typename Hardware>
-FASTVID_ANY void weigh(Hardware& hw, typename Hardware::Output& output, typename Hardware::Weights& weights,
-                       int stage) {
-    const uint32_t values = hw.address(values_at(D, stage));
-    hw.begin(output);
-    hw.begin(weights);
-    FASTVID_UNROLL
-    for (int k = 0; k < kKeys / kDepth; ++k) {
-        hw.values(output, weights, k, transposed_descriptor(values + k * kDepth * kRow, kPanel));
-    }
-    hw.commit();
-}
-
-// Scores become powers of two below the row's highest score so far; `shrink` is what makes older sums smaller by.
+// Where nothing is listed, scores that are no keys' become -inf.
 template <typename Hardware>
-FASTVID_ANY void softmax(Hardware& hw, typename Hardware::Scores& scores, typename Hardware::Rows& highest,
-                         typename Hardware::Rows& total, typename Hardware::Rows& shrink, int count, float scale) {
-    typename Hardware::Rows found;
-    if (count < kKeys) {
-        hw.each([&](int thread) {
-            FASTVID_UNROLL
-            for (int i = 0; i < kKeys / 2; ++i) {
-                if (column_of(thread, i / 4) + i % 2 >= count) scores.at(thread, i) = -INFINITY;
-            }
-        });
-    }
+FASTVID_ANY void mask(Hardware& hw, typename Hardware::Scores& scores, int count) {
+    if (count >= kKeys) return;
     hw.each([&](int thread) {
         FASTVID_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            float most = highest.at(thread, half);
-            FASTVID_UNROLL
-            for (int i = half * 2; i < kKeys / 2; i += 4) {
-                most = hw.max(most, hw.max(scores.at(thread, i), scores.at(thread, i + 1)));
-            }
-            found.at(thread, half) = most;
+        for (int i = 0; i < kKeys / 2; ++i) {
+            if (column_of(thread, i / 4) + i % 2 >= count) scores.at(thread, i) = -INFINITY;
         }
-    });
-    hw.quad_max(found);
-    hw.each([&](int thread) {
-        FASTVID_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            const float most = found.at(thread, half), base = most * scale;
-            shrink.at(thread, half) = hw.exp2(highest.at(thread, half) * scale - base);
-            highest.at(thread, half) = most;
-            float sum = 0;
-            FASTVID_UNROLL
-            for (int i = half * 2; i < kKeys / 2; i += 4) {
-                FASTVID_UNROLL
-                for (int j = i; j < i + 2; ++j) {
-                    scores.at(thread, j) = hw.exp2(scores.at(thread, j) * scale - base);
-                    sum += scores.at(thread, j);
-                }
-            }
-            total.at(thread, half) = total.at(thread, half) * shrink.at(thread, half) + sum;
-        }
-    });
-}
-
-// The left matrix of the next product: a register for two neighbouring keys of a row.
-template <typename Hardware>
-FASTVID_ANY void round_weights(Hardware& hw, typename Hardware::Scores& scores, typename Hardware::Weights& weights) {
-    hw.each([&](int thread) {
-        FASTVID_UNROLL
-        for (int i = 0; i < kKeys / 4; ++i) {
-            weights.at(thread, i) = hw.pack(scores.at(thread, 2 * i), scores.at(thread, 2 * i + 1));
-        }
-    });
-}
-
-template <int D, typename Hardware>
-FASTVID_ANY void shrink_output(Hardware& hw, typename Hardware::Output& output, typename Hardware::Rows& shrink) {
-    hw.each([&](int thread) {
-        FASTVID_UNROLL
-        for (int i = 0; i < D / 2; ++i) output.at(thread, i) *= shrink.at(thread, i / 2 % 2);
     });
 }
 
 // out [B, N, H, D] and, if there is one, lse [B, H, N]; without any keys 0 and -inf.
-template <int D, typename Hardware>
+template <typename Form, typename Hardware>
 FASTVID_ANY void store(Hardware& hw, const Attention& s, const Work& work, int group, bool nothing,
-                       typename Hardware::Output& output, typename Hardware::Rows& highest,
-                       typename Hardware::Rows& total, uint16_t* out, float* lse) {
-    hw.quad_sum(total);
+                       typename Form::template State<Hardware>& state, uint16_t* out, float* lse) {
+    constexpr int D = Form::kHeadDim;
+    const float unit = Form::value_scale(hw, s, work);
+    hw.quad_sum(state.total);
     hw.each([&](int thread) {
         FASTVID_UNROLL
         for (int half = 0; half < 2; ++half) {
@@ -160,91 +76,91 @@ FASTVID_ANY void store(Hardware& hw, const Attention& s, const Work& work, int g
             if (query >= work.end) continue;
             const int64_t token = (int64_t{1} * work.batch * s.queries + query) * s.heads + work.head;
             uint32_t* to = reinterpret_cast<uint32_t*>(out + token * D + column_of(thread, 0));
-            const float sum = total.at(thread, half), inverse = nothing ? 0.0f : 1.0f / sum;
+            const float sum = state.total.at(thread, half), inverse = nothing ? 0.0f : unit * hw.inverse(sum);
             FASTVID_UNROLL
             for (int i = 0; i < D / 8; ++i) {
                 const int at = i * 4 + half * 2;
-                to[i * 4] = hw.pack(output.at(thread, at) * inverse, output.at(thread, at + 1) * inverse);
+                to[i * 4] = hw.pack(state.output.at(thread, at) * inverse, state.output.at(thread, at + 1) * inverse);
             }
             if (lse && thread % 4 == 0) {
                 constexpr float kLog2 = 0.693147180559945309f;
-                lse[(int64_t{1} * work.batch * s.heads + work.head) * s.queries + query] =
-                    nothing ? -INFINITY : (highest.at(thread, half) * s.scale + hw.log2(sum)) * kLog2;
+                const int64_t at = (int64_t{1} * work.batch * s.heads + work.head) * s.queries + query;
+                const float exponent = Form::exponent(s, at, state.highest.at(thread, half));
+                lse[at] = nothing ? -INFINITY : (exponent + hw.log2(sum)) * kLog2;
             }
         }
     });
 }
 
 // One work of a consumer. The ring goes on from work to work.
-template <int D, typename Hardware>
-FASTVID_ANY void attend(Hardware& hw, const Attention& s, const Walk& walk, int group, Ring<stages(D)>& ring,
-                        typename Hardware::Output& output, typename Hardware::Rows& highest,
-                        typename Hardware::Rows& total) {
-    typename Hardware::Scores scores;
-    typename Hardware::Weights weights;
-    typename Hardware::Rows shrink;
+template <typename Form, typename Hardware>
+FASTVID_ANY void attend(Hardware& hw, const Attention& s, const Work& work, const Walk& walk, int group,
+                        Ring<stages(Form::kTile)>& ring, typename Form::template State<Hardware>& state) {
+    Form::look(s, work, walk, 0, state);
     hw.wait(barrier_of(kKeyFull, ring.stage), ring.parity);
     hw.turn(group);
-    score<D>(hw, scores, group, ring.stage);
+    Form::score(hw, state, group, ring.stage);
     hw.pass(group);
-    hw.template drain<0>(scores);
+    hw.template drain<0>(state.scored());
     hw.arrive(barrier_of(kKeyEmpty, ring.stage));
     if (walk.steps == 1) hw.arrive(barrier_of(kQueryEmpty));
-    softmax(hw, scores, highest, total, shrink, key_count(s, walk, 0), s.scale);
-    round_weights(hw, scores, weights);
+    Form::softmax(hw, s, key_count(s, walk, 0), state);
+    Form::round(hw, state);
     for (int step = 1; step < walk.steps; ++step) {
-        const Ring<stages(D)> next = ring.next();
+        const Ring<stages(Form::kTile)> next = ring.next();
+        Form::look(s, work, walk, step, state);
         hw.wait(barrier_of(kValueFull, ring.stage), ring.parity);
         hw.wait(barrier_of(kKeyFull, next.stage), next.parity);
         hw.turn(group);
-        score<D>(hw, scores, group, next.stage);
-        weigh<D>(hw, output, weights, ring.stage);
+        Form::score(hw, state, group, next.stage);
+        Form::weigh(hw, state, ring.stage);
         hw.pass(group);
-        hw.template drain<1>(scores);
+        hw.template drain<1>(state.scored());
         hw.arrive(barrier_of(kKeyEmpty, next.stage));
         if (step + 1 == walk.steps) hw.arrive(barrier_of(kQueryEmpty));
-        softmax(hw, scores, highest, total, shrink, key_count(s, walk, step), s.scale);
-        hw.template drain<0>(output);
+        Form::softmax(hw, s, key_count(s, walk, step), state);
+        hw.template drain<0>(state.weighed());
         hw.arrive(barrier_of(kValueEmpty, ring.stage));
-        shrink_output<D>(hw, output, shrink);
-        round_weights(hw, scores, weights);
+        Form::settle(hw, state);
+        Form::round(hw, state);
         ring = next;
     }
     hw.wait(barrier_of(kValueFull, ring.stage), ring.parity);
-    weigh<D>(hw, output, weights, ring.stage);
-    hw.template drain<0>(output);
+    Form::weigh(hw, state, ring.stage);
+    hw.template drain<0>(state.weighed());
     hw.arrive(barrier_of(kValueEmpty, ring.stage));
+    Form::end(hw, state);
     ring = ring.next();
 }
 
 // A consumer's loop over the works of a block. The first group begins; at the end it takes the turn that is left.
-template <int D, typename Hardware>
+template <typename Form, typename Hardware>
 FASTVID_ANY void consume(Hardware& hw, const Attention& s, int group, int64_t number, int64_t every, uint16_t* out,
                          float* lse) {
-    Ring<stages(D)> ring;
+    Ring<stages(Form::kTile)> ring;
     uint32_t parity = 0;
     if (group == 1) hw.pass(group);
     for (const int64_t end = works(s); number < end; number += every) {
         const Work work = work_of(s, number);
         const Walk walk = walk_of(s, work);
         if (work.first >= work.end) continue;
-        typename Hardware::Output output;
-        typename Hardware::Rows highest, total;
+        typename Form::template State<Hardware> state;
+        Form::start(hw, s, work, group, state);
         hw.each([&](int thread) {
             FASTVID_UNROLL
-            for (int i = 0; i < D / 2; ++i) output.at(thread, i) = 0;
+            for (int i = 0; i < Form::kHeadDim / 2; ++i) state.output.at(thread, i) = 0;
             FASTVID_UNROLL
             for (int half = 0; half < 2; ++half) {
-                highest.at(thread, half) = -INFINITY;
-                total.at(thread, half) = 0;
+                state.highest.at(thread, half) = -INFINITY;
+                state.total.at(thread, half) = 0;
             }
         });
         if (walk.steps > 0) {
             hw.wait(barrier_of(kQueryFull), parity);
             parity ^= 1;
-            attend<D>(hw, s, walk, group, ring, output, highest, total);
+            attend<Form>(hw, s, work, walk, group, ring, state);
         }
-        store<D>(hw, s, work, group, walk.steps == 0, output, highest, total, out, lse);
+        store<Form>(hw, s, work, group, walk.steps == 0, state, out, lse);
     }
     if (group == 0) hw.turn(group);
 }

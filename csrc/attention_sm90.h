@@ -1,7 +1,7 @@
 // What attention asks of sm_90a, as attention_kernel.h names it.
 #pragma once
 
-#include "attention_kernel.h"
+#include "attention_half.h"
 #include "sm90.h"
 #include "words.h"
 
@@ -51,26 +51,25 @@ __device__ __forceinline__ void multiply_values(float (&d)[32], const uint32_t (
     }
 }
 
-template <int D, bool BF16>
-class Sm90 : public Words<BF16> {
+// What does not depend on the values: barriers, loads, turns, rows.
+template <int Tile>
+class Warpgroups {
   public:
     template <typename T, int Count>
     struct Registers {
         T value[Count];
         __device__ __forceinline__ T& at(int, int i) { return value[i]; }
     };
-    using Scores = Registers<float, kKeys / 2>;
-    using Output = Registers<float, D / 2>;
-    using Weights = Registers<uint32_t, kKeys / 4>;
     using Rows = Registers<float, 2>;
 
     // memory: address of shared memory, a multiple of 1,024.
-    __device__ __forceinline__ Sm90(const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v, uint32_t memory)
+    __device__ __forceinline__ Warpgroups(const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v,
+                                          uint32_t memory)
         : maps_{q, k, v}, memory_(memory) {}
 
     // By one thread, before the block meets.
     __device__ __forceinline__ void init() const {
-        for (int i = 0; i < barriers(D); ++i) sm90::init_barrier(barrier(i), arrivals(i));
+        for (int i = 0; i < barriers(Tile); ++i) sm90::init_barrier(barrier(i), arrivals(i));
         sm90::show_barriers();
     }
 
@@ -117,16 +116,9 @@ class Sm90 : public Words<BF16> {
         sm90::hold(registers.value);
         sm90::fence_products();
     }
-    template <bool Add>
-    __device__ __forceinline__ void scores(Scores& to, uint64_t queries, uint64_t keys) const {
-        multiply_keys<BF16, Add>(to.value, queries, keys);
-    }
-    __device__ __forceinline__ void values(Output& to, Weights& weights, int step, uint64_t values) const {
-        multiply_values<BF16>(to.value, weights.value, step, values);
-    }
     __device__ __forceinline__ void commit() const { sm90::commit_products(); }
-    template <int Pending, int Count>
-    __device__ __forceinline__ void drain(Registers<float, Count>& made) const {
+    template <int Pending, typename T, int Count>
+    __device__ __forceinline__ void drain(Registers<T, Count>& made) const {
         sm90::drain_products<Pending>();
         sm90::hold(made.value);
     }
@@ -138,12 +130,58 @@ class Sm90 : public Words<BF16> {
         return made;
     }
     __device__ __forceinline__ float log2(float x) const { return log2f(x); }
+    __device__ __forceinline__ float inverse(float x) const {
+        float made;  // a division would be a subroutine, for numbers that no sum of weights is
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(made) : "f"(x));
+        return made;
+    }
 
   private:
-    __device__ __forceinline__ uint32_t barrier(int i) const { return memory_ + barriers_at(D) + i * 8; }
+    __device__ __forceinline__ uint32_t barrier(int i) const { return memory_ + barriers_at(Tile) + i * 8; }
 
     const CUtensorMap* maps_[3];
     uint32_t memory_;
 };
+
+template <int D, bool BF16>
+class Sm90 : public Warpgroups<Half<D>::kTile>, public Words<BF16> {
+    using Base = Warpgroups<Half<D>::kTile>;
+
+  public:
+    using Base::Base;
+    using Scores = typename Base::template Registers<float, kKeys / 2>;
+    using Output = typename Base::template Registers<float, D / 2>;
+    using Weights = typename Base::template Registers<uint32_t, kKeys / 4>;
+
+    template <bool Add>
+    __device__ __forceinline__ void scores(Scores& to, uint64_t queries, uint64_t keys) const {
+        multiply_keys<BF16, Add>(to.value, queries, keys);
+    }
+    template <bool Add>
+    __device__ __forceinline__ void values(Output& to, Weights& weights, int step, uint64_t values) const {
+        static_assert(Add, "the output is made in place");
+        multiply_values<BF16>(to.value, weights.value, step, values);
+    }
+};
+
+// All that a block does. group: the same for a warp, and known to be.
+template <typename Form, typename Hardware>
+__device__ __forceinline__ void run_block(const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v,
+                                          const Attention& s, uint16_t* out, float* lse) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    const uint32_t start = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+    if (start % 1024) __trap();  // the swizzle counts from there
+    Hardware hw(q, k, v, start);
+    if (threadIdx.x == 0) hw.init();
+    __syncthreads();
+    const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
+    if (group == kGroups) {
+        sm90::keep_registers<kProducerRegisters>();
+        if (threadIdx.x == kGroups * 128) produce<Form>(hw, s, blockIdx.x, gridDim.x);
+    } else {
+        sm90::take_registers<kConsumerRegisters>();
+        consume<Form>(hw, s, group, blockIdx.x, gridDim.x, out, lse);
+    }
+}
 
 }  // namespace fastvid::attention

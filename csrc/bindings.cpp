@@ -12,6 +12,7 @@
 
 #include "archs.h"
 #include "attention_call.h"
+#include "attention_eight_call.h"
 #include "conv_call.h"
 #include "fastvid.h"
 #include "vae_norm.h"
@@ -180,10 +181,76 @@ void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t l
           device);
 }
 
+// Attention of 8-bit values
+
+bool is_int8(const std::string& kind) {
+    if (kind != "int8" && kind != "fp8") throw std::invalid_argument("kind is " + kind + "; it can be fp8 or int8");
+    return kind == "int8";
+}
+
+void quantize(const std::string& part, uintptr_t x, uintptr_t mean, uintptr_t out, uintptr_t scales, uintptr_t shift,
+              const std::string& kind, const std::string& dtype, const py::dict& given, uintptr_t tiles, int device,
+              uintptr_t stream) {
+    using fastvid::quantize::Part;
+    const auto type = half_dtype_of(dtype);
+    const bool int8 = is_int8(kind);
+    if (part != "queries" && part != "keys" && part != "values") {
+        throw std::invalid_argument("part is " + part + "; it can be queries, keys or values");
+    }
+    const auto which = part == "queries" ? Part::kQueries : part == "keys" ? Part::kKeys : Part::kValues;
+    fastvid::quantize::Call call = {};
+    call.batch = given["batch"].cast<int64_t>();
+    call.tokens = given["tokens"].cast<int64_t>();
+    call.heads = given["heads"].cast<int64_t>();
+    call.head_dim = given["head_dim"].cast<int64_t>();
+    fill(call.strides, given, "strides");
+    call.count = given["count"].cast<int64_t>();
+    call.each = given["each"].cast<int64_t>();
+    call.tiles = reinterpret_cast<const int32_t*>(tiles);
+    const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+    const auto numbers = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
+    refuse(fastvid::quantize::refuse(call, at(x)));
+    check_device(device);
+    py::gil_scoped_release release;
+    check(fastvid::quantize_part(which, call, int8, at(x), numbers(mean), at(out), numbers(scales), numbers(shift),
+                                 type, device, at(stream)),
+          device);
+}
+
+void attention_eight(const std::array<uintptr_t, 3>& tensors, const std::array<uintptr_t, 4>& scales, int64_t blocks,
+                     uintptr_t out, uintptr_t lse, const std::string& kind, const std::string& dtype,
+                     const py::dict& given, const std::vector<uintptr_t>& lists, float scale, int device,
+                     uintptr_t stream) {
+    const auto type = half_dtype_of(dtype);
+    const bool int8 = is_int8(kind);
+    const auto call = attention_call_of(given);
+    const auto walked = lists_of(lists);
+    if ((call.tiles > 0) != !lists.empty()) throw std::invalid_argument("lists are given with tiles of queries");
+    const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+    const auto numbers = [&scales](int i) { return reinterpret_cast<const float*>(scales[i]); };
+    const fastvid::attention::Eights eights = {
+        at(tensors[0]),
+        at(tensors[1]),
+        at(tensors[2]),
+        {numbers(0), numbers(1), numbers(2), numbers(3), static_cast<int>(std::min<int64_t>(blocks, 1 << 30))}};
+    refuse(fastvid::attention::refuse_eight(call, eights.scales, at(out), scale));
+    check_device(device, "90a");
+    py::gil_scoped_release release;
+    check(fastvid::attend_eight(call, walked, eights, scale, int8, at(out), reinterpret_cast<float*>(lse), type, device,
+                                at(stream)),
+          device);
+}
+
 void add_attention(py::module_& m) {
     m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
           py::arg("dtype"), py::arg("call"), py::arg("lists"), py::arg("scale"), py::arg("device"), py::arg("stream"),
           "Attention on sm_90; `call` and `lists` as attention_cuda.prepare makes them, lse may be 0.");
+    m.def("quantize", &quantize, py::arg("part"), py::arg("x"), py::arg("mean"), py::arg("out"), py::arg("scales"),
+          py::arg("shift"), py::arg("kind"), py::arg("dtype"), py::arg("call"), py::arg("tiles"), py::arg("device"),
+          py::arg("stream"), "Queries, keys or values to 8 bits; `call` as attention_eight.source_of makes it.");
+    m.def("attention_eight", &attention_eight, py::arg("tensors"), py::arg("scales"), py::arg("blocks"), py::arg("out"),
+          py::arg("lse"), py::arg("kind"), py::arg("dtype"), py::arg("call"), py::arg("lists"), py::arg("scale"),
+          py::arg("device"), py::arg("stream"), "Attention on sm_90 of what `quantize` made; lse may be 0.");
 }
 
 void add_vae(py::module_& m) {

@@ -13,6 +13,7 @@
 #include "conv_call.h"
 #include "conv_sm90.h"
 #include "fastvid.h"
+#include "on_device.h"
 #include "tensor_map.h"
 
 namespace fastvid {
@@ -89,14 +90,9 @@ int vae_conv(const conv::Call& call, const void* x, const void* past, const void
              DType dtype, int device, void* stream) {
     if (compute_capability(device) != 90) return cudaErrorNoKernelImageForDevice;
     if (dtype == DType::kFloat32) return cudaErrorInvalidValue;
-    int before = 0;
-    cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess) error = cudaSetDevice(device);
-    if (error != cudaSuccess) return error;
     const auto launch = dtype == DType::kBFloat16 ? conv::launch_width<true> : conv::launch_width<false>;
-    error = launch(call, {x, past, weight, bias, out}, static_cast<cudaStream_t>(stream));
-    cudaSetDevice(before);
-    return error;
+    return on_device(device,
+                     [&] { return launch(call, {x, past, weight, bias, out}, static_cast<cudaStream_t>(stream)); });
 }
 
 }  // namespace fastvid

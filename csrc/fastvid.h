@@ -15,7 +15,12 @@ struct Norm;
 namespace attention {
 struct Call;
 struct Lists;
+struct Eights;
 }  // namespace attention
+namespace quantize {
+struct Call;
+enum class Part : int { kQueries, kKeys, kValues };
+}  // namespace quantize
 
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 
@@ -38,6 +43,13 @@ int vae_norm(const norm::Norm& shape, const void* x, const void* gamma, void* ou
 // attention.cu (sm_90 alone): fp16 and bf16; attention_call.h says what it takes. lse may be null.
 int attend(const attention::Call& call, const attention::Lists& lists, float scale, const void* q, const void* k,
            const void* v, void* out, float* lse, DType dtype, int device, void* stream);
+
+// quantize.cu: fp16 and bf16 to 8 bits; quantize.h says what it takes. attention_eight.cu (sm_90 alone): attention of
+// what it made; lse may be null.
+int quantize_part(quantize::Part part, const quantize::Call& call, bool int8, const void* x, const float* mean,
+                  void* out, float* scales, float* shift, DType dtype, int device, void* stream);
+int attend_eight(const attention::Call& call, const attention::Lists& lists, const attention::Eights& at, float scale,
+                 bool int8, void* out, float* lse, DType dtype, int device, void* stream);
 
 // device.cu: what this machine has; none of these fails where there is no driver.
 const char* error_string(int error);

@@ -3,8 +3,7 @@
 // Bound by memory: 12 (fp32) or 6 (16-bit) bytes read and 3 written a pixel. A thread takes 16 bytes of each
 // plane (4 or 8 pixels) and writes 3 or 6 words; neighbouring threads take neighbouring runs, so each plane is
 // read in whole sectors, and the partly written sectors of a warp meet in the L2.
-#include <cuda_runtime.h>
-
+#include "on_device.h"
 #include "rgb.h"
 
 namespace fastvid {
@@ -70,22 +69,14 @@ void with_dtype(const void* src, const uint8_t* dst, DType dtype, const Frames& 
 }  // namespace
 
 int to_rgb(const void* src, uint8_t* dst, DType dtype, const Frames& shape, int device, void* stream) {
-    int before = 0;
-    cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess) {
-        error = cudaSetDevice(device);
-    }
-    if (error != cudaSuccess) {
-        return error;
-    }
     const Frames f = collapse_rows(shape);
-    with_dtype(src, dst, dtype, f, [&](auto typed, auto vec) {
-        launch<std::remove_const_t<std::remove_pointer_t<decltype(typed)>>, decltype(vec)::value>(
-            typed, dst, f, static_cast<cudaStream_t>(stream));
+    return on_device(device, [&] {
+        with_dtype(src, dst, dtype, f, [&](auto typed, auto vec) {
+            launch<std::remove_const_t<std::remove_pointer_t<decltype(typed)>>, decltype(vec)::value>(
+                typed, dst, f, static_cast<cudaStream_t>(stream));
+        });
+        return cudaGetLastError();
     });
-    error = cudaGetLastError();
-    cudaSetDevice(before);
-    return error;
 }
 
 void to_rgb_host(const void* src, uint8_t* dst, DType dtype, const Frames& shape) {

@@ -14,6 +14,11 @@
 #define FASTVID_ACC32(d, i) FASTVID_ACC16(d, i), FASTVID_ACC16(d, i + 16)
 #define FASTVID_ACC48(d, i) FASTVID_ACC32(d, i), FASTVID_ACC16(d, i + 32)
 
+#define FASTVID_INT8(d, i)                                                                                      \
+    "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), \
+        "+r"(d[i + 7])
+#define FASTVID_INT32(d, i) FASTVID_INT8(d, i), FASTVID_INT8(d, i + 8), FASTVID_INT8(d, i + 16), FASTVID_INT8(d, i + 24)
+
 #define FASTVID_NAMES32                                                      \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -121,8 +126,8 @@ __device__ __forceinline__ void hold(float (&values)[Count]) {
     FASTVID_UNROLL
     for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
-template <int Count>
-__device__ __forceinline__ void hold(uint32_t (&values)[Count]) {
+template <typename Word, int Count>
+__device__ __forceinline__ void hold(Word (&values)[Count]) {
     FASTVID_UNROLL
     for (int i = 0; i < Count; ++i) asm volatile("" : "+r"(values[i])::"memory");
 }

@@ -28,7 +28,8 @@ struct Map {
     uint64_t extent[5];
     uint64_t stride[4];
     uint32_t box[5];
-    uint32_t every[5];  // elements from one that is read to the next
+    uint32_t every[5];   // elements from one that is read to the next
+    int bytes = kBytes;  // of a value; a box's row, 64 or 128 bytes, says how it is swizzled
 };
 
 inline bool aligned(const void* pointer, int bytes) {
@@ -55,6 +56,14 @@ FASTVID_ANY uint32_t swizzled(uint32_t address) {
 // 16 bytes, and the swizzle in 62-63. A matrix further right in a row begins 32 bytes further on.
 FASTVID_ANY uint64_t descriptor(uint32_t address) {
     return (address & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{8 * kRow / 16} << 32 | uint64_t{1} << 62;
+}
+
+// The same of rows of 64 bytes, 8 of them in 512: bits 4 and 5 of an address are mixed with bits 7 and 8.
+template <int Row>
+FASTVID_ANY uint64_t row_descriptor(uint32_t address) {
+    static_assert(Row == kRow || Row == kRow / 2, "rows of a swizzle");
+    return (address & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{8 * Row / 16} << 32 |
+           uint64_t{Row == kRow ? 1 : 2} << 62;
 }
 
 // Descriptor of a matrix [16, columns] that is read transposed (its columns are N): rows of 64 columns, swizzled as

@@ -21,8 +21,8 @@ inline PFN_cuTensorMapEncodeTiled_v12000 encoder() {
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
 }
 
-// Of 16-bit values whose rows of 128 bytes are swizzled; beyond the extents are zeros.
-inline cudaError_t encode(CUtensorMap* to, const Map& map, bool bf16) {
+// Rows of 128 or 64 bytes are swizzled; beyond the extents are zeros.
+inline cudaError_t encode(CUtensorMap* to, const Map& map, CUtensorMapDataType type) {
     static const auto encode_tiled = encoder();
     if (encode_tiled == nullptr) return cudaErrorNotSupported;
     cuuint64_t extent[5], stride[4];
@@ -33,11 +33,15 @@ inline cudaError_t encode(CUtensorMap* to, const Map& map, bool bf16) {
         every[i] = map.every[i];
         if (i) stride[i - 1] = map.stride[i - 1];
     }
-    const CUresult result =
-        encode_tiled(to, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, map.rank,
-                     const_cast<void*>(map.base), extent, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const auto swizzle = map.box[0] * map.bytes == kRow ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+    const CUresult result = encode_tiled(to, type, map.rank, const_cast<void*>(map.base), extent, stride, box, every,
+                                         CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+inline cudaError_t encode(CUtensorMap* to, const Map& map, bool bf16) {
+    return encode(to, map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16);
 }
 
 }  // namespace fastvid::sm90

@@ -1,6 +1,7 @@
 // RMS norm and SiLU of a VAE's features on a device; the arithmetic is in vae_norm.h. Bound by memory: 2 bytes read and
 // 2 written a value (they are read a second time, from the cache).
 #include "fastvid.h"
+#include "on_device.h"
 #include "vae_norm.h"
 #include "words.h"
 
@@ -31,16 +32,13 @@ int vae_norm(const norm::Norm& s, const void* x, const void* gamma, void* out, D
     const int lanes = norm::lanes_of(s.channels);
     const int64_t grid = (norm::pixels(s) * lanes + kThreads - 1) / kThreads;
     if (grid > conv::kMostBlocks || dtype == DType::kFloat32) return cudaErrorInvalidValue;
-    int before = 0;
-    cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess) error = cudaSetDevice(device);
-    if (error != cudaSuccess) return error;
     const auto kernel = dtype == DType::kBFloat16 ? vae_norm_kernel<true> : vae_norm_kernel<false>;
-    kernel<<<static_cast<unsigned>(grid), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        s, static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(gamma), static_cast<uint16_t*>(out), lanes);
-    error = cudaGetLastError();
-    cudaSetDevice(before);
-    return error;
+    return on_device(device, [&] {
+        kernel<<<static_cast<unsigned>(grid), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+            s, static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(gamma), static_cast<uint16_t*>(out),
+            lanes);
+        return cudaGetLastError();
+    });
 }
 
 }  // namespace fastvid

@@ -253,7 +253,11 @@ def _add_model(parser: Parser, also: str = "") -> None:
     add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: what suits the device)")
     add("--vae-dtype", metavar="NAME", help="the same for the VAE (default: float32)")
     add("--backend", metavar="NAME", help="of the operations: auto, reference, triton, cuda (default: auto)")
-    add("--attention", metavar="NAME", help="auto, reference, sdpa, flash, triton, cuda (default: auto)")
+    add(
+        "--attention",
+        metavar="NAME",
+        help="auto, reference, sdpa, flash, triton, cuda, cuda_fp8, cuda_int8 (default: auto)",
+    )
     add(
         "--offload",
         metavar="NAME",

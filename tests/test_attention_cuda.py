@@ -240,9 +240,9 @@ def test_registers_hold_a_tile() -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_shared_memory(head_dim: int) -> None:
     lib = library()
-    stages, tile = lib.attention_stages(head_dim), 128 * head_dim * 2
-    assert stages >= 2 and lib.attention_barriers_at(head_dim) == (1 + 2 * stages) * tile
-    assert lib.attention_barriers_at(head_dim) + 8 * 6 * stages <= lib.attention_smem(head_dim) <= 227 * 1024
+    stages, tile = lib.attention_stages(head_dim, 2), 128 * head_dim * 2
+    assert stages >= 2 and lib.attention_barriers_at(head_dim, 2) == (1 + 2 * stages) * tile
+    assert lib.attention_barriers_at(head_dim, 2) + 8 * 6 * stages <= lib.attention_smem(head_dim, 2) <= 227 * 1024
 
 
 # What is refused

@@ -75,20 +75,35 @@ def test_what_is_worse_is_said() -> None:
     assert list(cuda_resources.worse(said.format(0, 40, 1000) + warned, recorded, True))
 
 
-@pytest.fixture(scope="module")
-def code(compiled: Callable[[str], tuple[str, Path]]) -> dict[tuple[int, str], list[str]]:
-    """(head_dim, type) -> the instructions of attention's kernel for sm_90a."""
+def functions(target: Path) -> dict[str, list[str]]:
+    """Kernel's mangled name -> its instructions for sm_90a."""
     triton = pytest.importorskip("triton")
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
         pytest.skip("there is no cuobjdump")
-    command = [tool, "-sass", "-arch", "sm_90a", compiled("attention.cu")[1]]
+    command = [tool, "-sass", "-arch", "sm_90a", target]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = told.split("Function : ")[1:]
+    return {part.splitlines()[0]: re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^/]*?);", part) for part in parts}
+
+
+@pytest.fixture(scope="module")
+def code(compiled: Callable[[str], tuple[str, Path]]) -> dict[tuple[int, str], list[str]]:
+    """(head_dim, type) -> the instructions of attention's kernel for sm_90a."""
     made = {}
-    for part in told.split("Function : ")[1:]:
-        head_dim, bf16 = re.search(r"attention_kernelILi(\d+)ELb([01])E", part.splitlines()[0]).groups()
-        lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^/]*?);", part)
+    for name, lines in functions(compiled("attention.cu")[1]).items():
+        head_dim, bf16 = re.search(r"attention_kernelILi(\d+)ELb([01])E", name).groups()
         made[int(head_dim), "BF16" if bf16 == "1" else "F16"] = lines
+    return made
+
+
+@pytest.fixture(scope="module")
+def code_eight(compiled: Callable[[str], tuple[str, Path]]) -> dict[tuple[int, str], list[list[str]]]:
+    """(head_dim, kind) -> the instructions of the kernels with 8-bit products, of either type of result."""
+    made: dict[tuple[int, str], list[list[str]]] = {}
+    for name, lines in functions(compiled("attention_eight.cu")[1]).items():
+        head_dim, int8 = re.search(r"attention_eight_kernelILi(\d+)ELb([01])E", name).groups()
+        made.setdefault((int(head_dim), "int8" if int8 == "1" else "fp8"), []).append(lines)
     return made
 
 
@@ -116,20 +131,50 @@ def test_instructions_of_attention(head_dim: int, kind: str, code: dict[tuple[in
 
 @needs_nvcc
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_warpgroups_stay_within_their_registers(head_dim: int, code: dict[tuple[int, str], list[str]]) -> None:
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_instructions_of_8_bit_attention(
+    head_dim: int, kind: str, code_eight: dict[tuple[int, str], list[list[str]]]
+) -> None:
+    assert len(code_eight[head_dim, kind]) == 2
+    for lines in code_eight[head_dim, kind]:
+        # Before the loop and in it: queries and keys in thirty-twos. In it and behind it: 128 keys of values.
+        scores, values = 2 * head_dim // 32, 2 * 128 // 32
+        if kind == "int8":
+            assert count(lines, r"IGMMA\.64x128x32\.S8\.S8") == scores
+            assert count(lines, rf"QGMMA\.64x{head_dim}x32\.F32\.E4M3\.E4M3") == count(lines, "QGMMA") == values
+        else:
+            assert count(lines, r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3") == scores + values * (head_dim == 128)
+            assert count(lines, "QGMMA") == scores + values
+        assert count(lines, "HGMMA") == 0
+        assert count(lines, r"UTMALDG\.4D") == 3
+        assert count(lines, r"\b(STL|LDL)\b") == 0
+        # As in 16 bits: products are waited for once before the loop, twice in it, once behind it.
+        assert count(lines, r"WARPGROUP\.DEPBAR") == 4
+
+
+@needs_nvcc
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_warpgroups_stay_within_their_registers(
+    head_dim: int,
+    code: dict[tuple[int, str], list[str]],
+    code_eight: dict[tuple[int, str], list[list[str]]],
+) -> None:
     """What follows setmaxnreg uses no register that its warpgroup has not got."""
+    sixteen = [code[head_dim, kind] for kind in ("BF16", "F16")]
+    eight = [lines for kind in ("fp8", "int8") for lines in code_eight[head_dim, kind]]
     header = (ROOT / "csrc/attention.h").read_text()
     producer, consumer = map(int, re.search(r"kProducerRegisters = (\d+), kConsumerRegisters = (\d+)", header).groups())
-    for kind in ("BF16", "F16"):
-        lines = code[head_dim, kind]
-        (takes,) = (i for i, line in enumerate(lines) if re.search(r"USETMAXREG\.\w*ALLOC", line) and "DE" not in line)
-        (gives,) = (i for i, line in enumerate(lines) if "USETMAXREG.DEALLOC" in line)
-        assert takes < gives  # so the producer is what follows, and the consumers what lies between
-        assert not any("HGMMA" in line for line in lines[gives:]) and not any(
-            "UTMALDG" in line for line in lines[:gives]
-        )
-        for part, most in ((lines[takes:gives], consumer), (lines[gives:], producer)):
-            assert max(int(number) for line in part for number in re.findall(r"\bR(\d+)\b", line)) < most
+    for lines in (*sixteen, *eight):
+        check_registers(lines, producer, consumer)
+
+
+def check_registers(lines: list[str], producer: int, consumer: int) -> None:
+    (takes,) = (i for i, line in enumerate(lines) if re.search(r"USETMAXREG\.\w*ALLOC", line) and "DE" not in line)
+    (gives,) = (i for i, line in enumerate(lines) if "USETMAXREG.DEALLOC" in line)
+    assert takes < gives  # so the producer is what follows, and the consumers what lies between
+    assert not any("GMMA" in line for line in lines[gives:]) and not any("UTMALDG" in line for line in lines[:gives])
+    for part, most in ((lines[takes:gives], consumer), (lines[gives:], producer)):
+        assert max(int(number) for line in part for number in re.findall(r"\bR(\d+)\b", line)) < most
 
 
 def test_what_the_binding_refuses() -> None:
@@ -154,3 +199,36 @@ def test_what_the_binding_refuses() -> None:
         _C.attention(16, 16, 16, 16, 0, "float16", call, [16], 0.125, 0, 0)
     with pytest.raises(ValueError, match="given with tiles"):
         _C.attention(16, 16, 16, 16, 0, "float16", call | {"tiles": 1, "largest": 9}, [], 0.125, 0, 0)
+
+
+def test_what_the_binding_of_8_bit_attention_refuses() -> None:
+    if isinstance(backends.extension(), str):
+        pytest.skip("fastvid._C is not built")
+    from fastvid import _C
+
+    call = {
+        "batch": 1, "queries": 100, "keys": 200, "heads": 2, "head_dim": 64, "q_strides": (12800, 128, 64),
+        "k_strides": (25600, 128, 64), "v_strides": (25600, 128, 64), "tiles": 0, "largest": 0, "lists": 1,
+    }  # fmt: skip
+    held, scales = [16, 16, 16], [16, 0, 16, 16]
+
+    def attention(blocks: int = 2, kind: str = "fp8", scale: float = 0.125, device: int = 0, **changed: int) -> None:
+        _C.attention_eight(held, scales, blocks, 16, 0, kind, "float16", call | changed, [], scale, device, 0)
+
+    with pytest.raises(RuntimeError, match="CUDA: "):
+        attention(device=10**6)
+    with pytest.raises(ValueError, match="it can be fp8 or int8"):
+        attention(kind="fp4")
+    with pytest.raises(ValueError, match="1 blocks of 128 keys do not hold 200 keys"):
+        attention(blocks=1)
+    with pytest.raises(ValueError, match="takes 1e-6 to 1e6"):
+        attention(scale=1e-9)
+    with pytest.raises(ValueError, match="nearest: 64"):
+        attention(head_dim=80)
+    source = {"batch": 1, "tokens": 100, "heads": 2, "head_dim": 64, "strides": (12800, 128, 64), "count": 1, "each": 1}
+    with pytest.raises(RuntimeError, match="CUDA: "):
+        _C.quantize("keys", 16, 16, 16, 16, 0, "int8", "bfloat16", source, 0, 10**6, 0)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        _C.quantize("keys", 16, 16, 16, 16, 0, "int8", "bfloat16", source | {"strides": (1, 100, 64)}, 0, 0, 0)
+    with pytest.raises(ValueError, match="queries, keys or values"):
+        _C.quantize("weights", 16, 16, 16, 16, 0, "int8", "bfloat16", source, 0, 0, 0)

@@ -26,6 +26,7 @@ def records(**changes) -> dict:
         "source tested": source,
         "passed": 3,
         "failed": [],
+        "ended": "done",
         "times": {"reference": 10.0, "triton": 5.0},
     } | changes
     kernel = {"triton": {"file": "rgb.py", "source": said["source"]}}
@@ -39,8 +40,11 @@ def records(**changes) -> dict:
         "benchmarks/results/tests.json": {
             "benchmark": "gpu-tests",
             "machine": {"arch": said["arch tested"]},
-            "passed": said["passed"],
-            "failed": said["failed"],
+            "files": {
+                "tests/test_rgb.py": {"passed": said["passed"], "failed": said["failed"], "ended": said["ended"]},
+                "tests/test_other.py": {"passed": 0, "failed": ["tests/test_other.py::test_it"], "ended": "done"},
+            },
+            "covers": {"rgb.py": ["tests/test_rgb.py"], "other.py": ["tests/test_other.py"]},
             "sources": {"rgb.py": said["source tested"]},
         },
     }
@@ -63,6 +67,7 @@ def test_a_kernel_that_is_right_and_faster_is_taken() -> None:
         {"arch tested": "sm_100"},
         {"passed": 0},
         {"failed": ["tests/test_rgb.py::test_on_a_gpu"]},
+        {"ended": "stopped after 200 s"},
     ],
 )
 def test_any_other_is_not(changes: dict) -> None:

@@ -93,8 +93,8 @@ def bind(
     """Choose what runs every operation on a device.
 
     backend: "auto", "reference", "triton" or "cuda" for all of them, or a list such as "to_rgb=cuda,rms_norm=reference"
-        with `auto` for the rest. attention: the same for attention alone, with and without the log-sum-exp, also "sdpa"
-        or "flash"; wins over backend.
+        with `auto` for the rest. attention: the same for attention alone, with and without the log-sum-exp, also
+        "sdpa", "flash", or "cuda_fp8" and "cuda_int8", which approximate; wins over backend.
     verified: the kernels that `auto` may take; those of verified.json when None.
     Raises InvalidRequest for an unknown name, BackendUnavailable when what was asked for cannot run here.
     """
@@ -155,6 +155,7 @@ def _fits(row: Mapping[str, str], op: str, functions: Mapping[str, Function], de
     return (
         same
         and row["backend"] in functions
+        and row["backend"] not in backends.APPROXIMATE
         and row["source"] == source_hash(row["backend"], row["file"])
         and not backends.why_not(row["backend"], device)
         and not backends.lacks(functions[row["backend"]], device)
@@ -185,7 +186,8 @@ def _asked(backend: str, attention: str, table: Mapping[str, object]) -> dict[st
         # Packages have dense attention alone; what is sparse is then chosen as if nothing had been asked for.
         asked |= {op: attention for op in (*DENSE, *SPARSE) if op in DENSE or attention in table[op]}
     for op, name in asked.items():
-        allowed = backends.ATTENTION_NAMES if op in DENSE else backends.NAMES
+        more = {**dict.fromkeys(DENSE, backends.DENSE_ATTENTION), **dict.fromkeys(SPARSE, backends.APPROXIMATE)}
+        allowed = (*backends.NAMES, *more.get(op, ()))
         _known(name, ("auto", *allowed), "attention" if op in DENSE else f"back end of {op}")
     return asked
 

@@ -5,9 +5,9 @@
                        was computed over separate keys (a ring of devices, a cache and what is new)
     sparse_attention   each tile of queries attends to the tiles of keys that `Blocks` lists (sparsity.py)
 
-`triton` is kernels/attention.py and kernels/sparse_attention.py, `cuda` attention_cuda.py, `flash` the flash-attn
-package; `sdpa` is what PyTorch has, and what the reference calls for `attention`. The eager references of the others
-are in eager_attention.py.
+`triton` is kernels/attention.py and kernels/sparse_attention.py, `cuda` attention_cuda.py, `cuda_fp8` and `cuda_int8`
+attention_eight.py (approximations), `flash` the flash-attn package; `sdpa` is what PyTorch has, and what the reference
+calls for `attention`. The eager references of the others are in eager_attention.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid.ops import attention_cuda
+from fastvid.ops import attention_cuda, attention_eight
 from fastvid.ops import reference as ops
 from fastvid.ops.eager_attention import check as _check
 from fastvid.ops.eager_attention import lse as reference_lse
@@ -150,12 +150,19 @@ def _sparse_lse(
 
 
 Function = Callable[..., Any]
+
+
+def _eight(op: str) -> dict[str, Function]:
+    return {f"cuda_{kind}": functions[op] for kind, functions in attention_eight.FUNCTIONS.items()}
+
+
 BACKENDS: Mapping[str, Function] = {
     "reference": ops.attention,
     "sdpa": ops.attention,
     "triton": triton,
     "cuda": attention_cuda.cuda,
     "flash": flash,
+    **_eight("attention"),
 }
 LSE_BACKENDS: Mapping[str, Function] = {
     "reference": reference_lse,
@@ -163,16 +170,19 @@ LSE_BACKENDS: Mapping[str, Function] = {
     "triton": triton_lse,
     "cuda": attention_cuda.cuda_lse,
     "flash": flash_lse,
+    **_eight("attention_lse"),
 }
 SPARSE_BACKENDS: Mapping[str, Function] = {
     "reference": reference_sparse,
     "triton": triton_sparse,
     "cuda": attention_cuda.cuda_sparse,
+    **_eight("sparse_attention"),
 }
 SPARSE_LSE_BACKENDS: Mapping[str, Function] = {
     "reference": reference_sparse_lse,
     "triton": triton_sparse_lse,
     "cuda": attention_cuda.cuda_sparse_lse,
+    **_eight("sparse_attention_lse"),
 }
 
 

@@ -5,6 +5,8 @@ triton     kernels/, on CUDA devices, or on CPU tensors in Triton's interpreter 
 cuda       csrc/, on the architectures that fastvid._C was built for
 sdpa       torch's scaled_dot_product_attention, everywhere (attention only)
 flash      the flash-attn package (attention only)
+cuda_fp8   csrc/ with 8-bit products (attention only); an approximation, as is
+cuda_int8  the other kind of them
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from types import ModuleType
 import torch
 
 NAMES = ("reference", "triton", "cuda")
-ATTENTION_NAMES = (*NAMES, "sdpa", "flash")
+APPROXIMATE = ("cuda_fp8", "cuda_int8")
+DENSE_ATTENTION = ("sdpa", "flash", *APPROXIMATE)
 MIN_CAPABILITY = (8, 0)
 
 
@@ -25,7 +28,7 @@ def why_not(backend: str, device: torch.device) -> str | None:
     """None if the back end can run on this device of this machine, else the reason that it cannot."""
     if backend == "triton":
         return _why_not_triton(device)
-    if backend == "cuda":
+    if backend == "cuda" or backend in APPROXIMATE:
         return _why_not_cuda(device)
     if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed"

@@ -5,8 +5,9 @@
 #include <cmath>
 
 #include "attention_call.h"
-#include "attention_kernel.h"
-#include "emulated.h"
+#include "attention_eight_call.h"
+#include "attention_half.h"
+#include "warpgroup.h"
 
 using namespace fastvid::attention;
 using emulated::Stopped;
@@ -14,60 +15,45 @@ using emulated::Stopped;
 namespace {
 
 // What a block's warpgroups share.
-struct Block {
-    Block(const Map& q, const Map& k, const Map& v, int head_dim, bool bf16, uint32_t base)
-        : maps{q, k, v}, memory(base, barriers_at(head_dim), bf16), turns{{kGroups}, {kGroups}} {
-        for (int i = 0; i < barriers(head_dim); ++i) made.emplace_back(new emulated::Barrier(arrivals(i)));
-    }
+struct Block : emulated::Block {
+    Block(const Map (&told)[3], int tile, bool bf16, uint32_t base)
+        : emulated::Block(base, barriers_at(tile), bf16, expected(tile)),
+          maps{told[0], told[1], told[2]},
+          turns{{kGroups}, {kGroups}} {}
     void check_rest() {
-        for (auto& barrier : made) {
-            if (!barrier->at_rest()) throw Stopped("a barrier is left in the middle of a phase");
-        }
+        emulated::Block::check_rest();
         for (auto& turn : turns) {
             if (!turn.at_rest()) throw Stopped("a turn is left over");
         }
     }
 
     Map maps[3];
-    emulated::Memory memory;
-    std::vector<std::unique_ptr<emulated::Barrier>> made;
     emulated::Meeting turns[kGroups];
+
+  private:
+    static std::vector<int> expected(int tile) {
+        std::vector<int> made(barriers(tile));
+        for (size_t i = 0; i < made.size(); ++i) made[i] = arrivals(static_cast<int>(i));
+        return made;
+    }
 };
 
-// A warpgroup's view of it: registers are those of 128 threads. Products are made as late as wgmma may make them: when
-// they are waited for, from what memory and registers hold then. What is changed too early shows.
-template <int D>
-class Emulated {
+// A warpgroup's view of it, whatever the values are.
+class Warpgroup : public emulated::Warpgroup {
   public:
-    template <typename T, int Count>
-    struct Registers {
-        T value[128][Count];
-        T& at(int thread, int i) { return value[thread][i]; }
-        Registers() { std::memset(value, 0xFF, sizeof value); }  // NaN
-    };
-    using Scores = Registers<float, kKeys / 2>;
-    using Output = Registers<float, D / 2>;
-    using Weights = Registers<uint32_t, kKeys / 4>;
-    using Rows = Registers<float, 2>;
+    using Scores = emulated::Registers<float, kKeys / 2>;
+    using Rows = emulated::Registers<float, 2>;
 
-    explicit Emulated(Block& block) : block_(block) {}
+    explicit Warpgroup(Block& block) : emulated::Warpgroup(block), block_(block) {}
 
-    uint32_t address(int at) const { return block_.memory.address(at); }
-    void wait(int i, uint32_t parity) { block_.made[i]->wait(parity); }
-    void expect(int i, int bytes) { block_.made[i]->arrive(bytes); }
-    void arrive(int i) {
-        for (int warp = 0; warp < 4; ++warp) block_.made[i]->arrive();
-    }
+    uint32_t address(int at) const { return memory().address(at); }
+    void arrive(int i) { hand_back(i); }
     void load(Tensor tensor, int at, int i, int column, int row, int head, int batch) {
-        block_.made[i]->complete(block_.memory.load(block_.maps[tensor], address(at), {column, row, head, batch}));
+        load_box(block_.maps[tensor], address(at), i, {column, row, head, batch});
     }
     void turn(int group) { block_.turns[group].meet(); }
     void pass(int group) { block_.turns[group ^ 1].arrive(); }
 
-    template <typename Function>
-    void each(Function function) {
-        for (int thread = 0; thread < 128; ++thread) function(thread);
-    }
     void quad_max(Rows& rows) {
         quads(rows, [](float a, float b) { return std::fmax(a, b); });
     }
@@ -75,47 +61,43 @@ class Emulated {
         quads(rows, [](float a, float b) { return a + b; });
     }
 
-    template <typename Any>
-    void begin(Any&) {}
-    template <bool Add>
-    void scores(Scores& to, uint64_t queries, uint64_t keys) {
-        open_.push_back({&to, nullptr, nullptr, queries, keys, 0, Add});
-    }
-    void values(Output& to, Weights& weights, int step, uint64_t values) {
-        open_.push_back({nullptr, &to, &weights, 0, values, step, true});
-    }
-    void commit() {
-        groups_.push_back(std::move(open_));
-        open_.clear();
-    }
     template <int Pending, typename Any>
     void drain(Any&) {
-        while (groups_.size() > Pending) {
-            for (const Product& product : groups_.front()) {
-                product.scores ? make_scores(product) : make_output(product);
-            }
-            groups_.erase(groups_.begin());
-        }
+        finish(Pending);
     }
 
     float max(float a, float b) { return std::fmax(a, b); }
     float exp2(float x) { return std::exp2(x); }
     float log2(float x) { return std::log2(x); }
+    float inverse(float x) { return 1 / x; }
     uint32_t pack(float x, float y) {
-        const bool bf16 = block_.memory.bf16();
+        const bool bf16 = memory().bf16();
         return emulated::narrow(x, bf16) | uint32_t{emulated::narrow(y, bf16)} << 16;
     }
 
-  private:
-    struct Product {
-        Scores* scores;
-        Output* output;
-        Weights* weights;
-        uint64_t a, b;
-        int step;
-        bool add;
-    };
+  protected:
+    // to (+)= left [64, depth] . right [columns, depth]
+    template <typename To, typename T>
+    static void multiply(To& to, const std::vector<T>& left, const std::vector<T>& right, int columns, bool add) {
+        const int depth = static_cast<int>(left.size()) / 64;
+        std::vector<T> across(right.size()), sum(columns);
+        for (int k = 0; k < depth; ++k) {
+            for (int c = 0; c < columns; ++c) across[k * columns + c] = right[c * depth + k];
+        }
+        for (int row = 0; row < 64; ++row) {
+            std::fill(sum.begin(), sum.end(), T{0});
+            for (int k = 0; k < depth; ++k) {
+                for (int c = 0; c < columns; ++c) sum[c] += left[row * depth + k] * across[k * columns + c];
+            }
+            for (int c = 0; c < columns; ++c) {
+                const auto [thread, value] = emulated::holder(row, c);
+                T& at = to.value[thread][value];
+                at = add ? at + sum[c] : sum[c];
+            }
+        }
+    }
 
+  private:
     template <typename Function>
     void quads(Rows& rows, Function function) {
         for (int quad = 0; quad < 128; quad += 4) {
@@ -127,62 +109,197 @@ class Emulated {
         }
     }
 
-    // to (+)= left [64, 16] . right [16, columns]
-    template <typename To>
-    void multiply(To& to, const std::vector<float>& left, const std::vector<float>& right, int columns, bool add) {
-        std::vector<float> sum(columns);
-        for (int row = 0; row < 64; ++row) {
-            std::fill(sum.begin(), sum.end(), 0.0f);
-            for (int k = 0; k < 16; ++k) {
-                for (int c = 0; c < columns; ++c) sum[c] += left[row * 16 + k] * right[k * columns + c];
-            }
-            for (int c = 0; c < columns; ++c) {
-                const auto [thread, value] = emulated::holder(row, c);
-                float& at = to.at(thread, value);
-                at = add ? at + sum[c] : sum[c];
-            }
-        }
-    }
-
-    void make_scores(const Product& product) {
-        const auto queries = block_.memory.matrix(product.a, 64), keys = block_.memory.matrix(product.b, kKeys);
-        std::vector<float> across(16 * kKeys);
-        for (int i = 0; i < 16 * kKeys; ++i) across[i] = keys[i % kKeys * 16 + i / kKeys];
-        multiply(*product.scores, queries, across, kKeys, product.add);
-    }
-
-    void make_output(const Product& product) {
-        std::vector<float> weights(64 * 16);
-        for (int row = 0; row < 64; ++row) {
-            for (int k = 0; k < 16; ++k) {
-                const auto [thread, value] = emulated::left_holder(row, k);
-                const uint32_t word = product.weights->at(thread, product.step * 4 + value);
-                weights[row * 16 + k] =
-                    emulated::widen(static_cast<uint16_t>(word >> k % 2 * 16), block_.memory.bf16());
-            }
-        }
-        multiply(*product.output, weights, block_.memory.transposed(product.b, D), D, product.add);
-    }
-
     Block& block_;
-    std::vector<Product> open_;
-    std::vector<std::vector<Product>> groups_;
 };
 
 template <int D>
-void run(const Call& call, const Attention& s, const void* q, const void* k, const void* v, void* out, float* lse,
-         bool bf16, int grid) {
-    const Map queries = map_of(call, q, call.queries, call.q_strides);
-    const Map keys = map_of(call, k, call.keys, call.k_strides), values = map_of(call, v, call.keys, call.v_strides);
-    for (int number = 0; number < grid; ++number) {
-        Block block(queries, keys, values, D, bf16, 1024 * (1 + number % 3));
+class Halves : public Warpgroup {
+  public:
+    using Warpgroup::Warpgroup;
+    using Output = emulated::Registers<float, D / 2>;
+    using Weights = emulated::Registers<uint32_t, kKeys / 4>;
+
+    template <bool Add>
+    void scores(Scores& to, uint64_t queries, uint64_t keys) {
+        later({queries, keys}, {&to}, [this, &to, queries, keys] {
+            multiply(to, memory().matrix(queries, 64), memory().matrix(keys, kKeys), kKeys, Add);
+        });
+    }
+    template <bool Add>
+    void values(Output& to, Weights& weights, int step, uint64_t values) {
+        later({values}, {&to, &weights}, [this, &to, &weights, step, values] {
+            std::vector<float> left(64 * 16), right(D * 16);
+            for (int row = 0; row < 64; ++row) {
+                for (int k = 0; k < 16; ++k) {
+                    const auto [thread, value] = emulated::left_holder(row, k);
+                    const uint32_t word = weights.value[thread][step * 4 + value];
+                    left[row * 16 + k] = emulated::widen(static_cast<uint16_t>(word >> k % 2 * 16), memory().bf16());
+                }
+            }
+            const auto across = memory().transposed(values, D);
+            for (int i = 0; i < 16 * D; ++i) right[i % D * 16 + i / D] = across[i];
+            multiply(to, left, right, D, Add);
+        });
+    }
+};
+
+template <int D, bool Int8>
+class Bytes : public Warpgroup {
+    using Product = std::conditional_t<Int8, int32_t, float>;
+
+  public:
+    using Warpgroup::Warpgroup;
+    using Raw = emulated::Registers<Product, kKeys / 2>;
+    using Output = emulated::Registers<float, D / 2>;
+    using Weights = emulated::Registers<uint32_t, kKeys / 8>;
+
+    template <bool Add>
+    void scores(Raw& to, uint64_t queries, uint64_t keys) {
+        later({queries, keys}, {&to}, [this, &to, queries, keys] {
+            multiply(to, wide<Product, Int8>(memory().bytes_of(queries, 64)),
+                     wide<Product, Int8>(memory().bytes_of(keys, kKeys)), kKeys, Add);
+        });
+    }
+    template <bool Add>
+    void values(Output& to, Weights& weights, int step, uint64_t values) {
+        later({values}, {&to, &weights}, [this, &to, &weights, step, values] {
+            std::vector<uint8_t> left(64 * 32);
+            for (int row = 0; row < 64; ++row) {
+                for (int k = 0; k < 32; ++k) {
+                    const auto [thread, value] = emulated::left_holder8(row, k);
+                    left[row * 32 + k] = static_cast<uint8_t>(weights.value[thread][step * 4 + value] >> k % 4 * 8);
+                }
+            }
+            multiply(to, wide<float, false>(left), wide<float, false>(memory().bytes_of(values, D)), D, Add);
+        });
+    }
+    float widen(Product x) { return static_cast<float>(x); }
+    uint32_t pack8(float a, float b, float c, float d) { return emulated::pack8<false>(a, b, c, d); }
+
+  private:
+    template <typename T, bool Signed>
+    static std::vector<T> wide(const std::vector<uint8_t>& bytes) {
+        std::vector<T> made(bytes.size());
+        for (size_t i = 0; i < bytes.size(); ++i) {
+            made[i] = Signed ? static_cast<T>(static_cast<int8_t>(bytes[i])) : T(emulated::widen_e4m3(bytes[i]));
+        }
+        return made;
+    }
+};
+
+template <typename Form, typename Hardware>
+void run(const Attention& s, const Map (&maps)[3], void* out, float* lse, bool bf16, int grid) {
+    const int most = static_cast<int>(std::min<int64_t>(works(s), grid));
+    for (int number = 0; number < most; ++number) {
+        Block block(maps, Form::kTile, bf16, 1024 * (1 + number % 3));
         emulated::beside_each_other(kGroups + 1, [&](int who) {
-            const auto hw = std::make_unique<Emulated<D>>(block);
-            if (who == kGroups) produce<D>(*hw, s, number, grid);
-            if (who < kGroups) consume<D>(*hw, s, who, number, grid, static_cast<uint16_t*>(out), lse);
+            const auto hw = std::make_unique<Hardware>(block);
+            if (who == kGroups) produce<Form>(*hw, s, number, most);
+            if (who < kGroups) consume<Form>(*hw, s, who, number, most, static_cast<uint16_t*>(out), lse);
         });
         block.check_rest();
     }
+}
+
+template <int D>
+void run_eight(const Attention& s, const Map (&maps)[3], bool int8, void* out, float* lse, bool bf16, int grid) {
+    int8 ? run<Eight<D>, Bytes<D, true>>(s, maps, out, lse, bf16, grid)
+         : run<Eight<D>, Bytes<D, false>>(s, maps, out, lse, bf16, grid);
+}
+
+// What quantize.cu has of a device. The lanes of a token are asked one after the other, so their maximum and sum are
+// made before: as the lanes of a warp make them, in halves.
+struct Lanes {
+    bool bf16;
+    const float* highest = nullptr;
+    const float* product = nullptr;
+    void unpack(uint32_t word, float& x, float& y) const {
+        x = emulated::widen(static_cast<uint16_t>(word), bf16);
+        y = emulated::widen(static_cast<uint16_t>(word >> 16), bf16);
+    }
+    uint32_t pack(float x, float y) const {
+        return emulated::narrow(x, bf16) | uint32_t{emulated::narrow(y, bf16)} << 16;
+    }
+    template <bool Int8>
+    uint32_t pack8(float a, float b, float c, float d) const {
+        return emulated::pack8<Int8>(a, b, c, d);
+    }
+    float lane_max(float, int) const { return *highest; }
+    float lane_sum(float, int) const { return *product; }
+};
+
+namespace q8 = fastvid::quantize;
+
+template <int D, bool Int8>
+void quantize_queries(const q8::Call& s, const uint16_t* x, const float* mean, uint8_t* out, float* scale, float* shift,
+                      bool bf16) {
+    for (int64_t index = 0; index < s.batch * s.heads * q8::blocks(s); ++index) {
+        const q8::Block block = q8::block_of(s, index);
+        for (int pass = 0; pass < q8::passes<D>(); ++pass) {
+            for (int first = 0; first < q8::kThreads; first += q8::lanes(s)) {
+                float highest = 0, product = 0;
+                Lanes hw = {bf16, &highest, &product};
+                for (int thread = first; thread < first + q8::lanes(s); ++thread) {
+                    const int token = q8::token_of(s, thread, pass), column = q8::column_of(s, thread);
+                    const q8::Values values = q8::load(hw, s, block, x, nullptr, token, column);
+                    highest = q8::larger(q8::most(values), highest);
+                    for (int i = 0; mean && i < q8::kVector; ++i) {
+                        product += values.at[i] * mean[block.head * D + column + i];
+                    }
+                }
+                for (int thread = first; thread < first + q8::lanes(s); ++thread) {
+                    q8::run_queries<Int8>(hw, s, index, thread, pass, x, mean, out, scale, shift);
+                }
+            }
+        }
+    }
+}
+
+template <int D, bool Int8>
+void quantize_keys(const q8::Call& s, const uint16_t* x, const float* mean, uint8_t* out, float* scales, bool bf16) {
+    const Lanes hw = {bf16};
+    std::vector<q8::Values> values(q8::passes<D>() * q8::kThreads);
+    for (int64_t index = 0; index < s.batch * s.heads * q8::blocks(s); ++index) {
+        float highest = 0;
+        for (int i = 0; i < static_cast<int>(values.size()); ++i) {
+            const int thread = i % q8::kThreads, pass = i / q8::kThreads;
+            values[i] = q8::load(hw, s, q8::block_of(s, index), x, mean, q8::token_of(s, thread, pass),
+                                 q8::column_of(s, thread));
+            highest = q8::larger(q8::most(values[i]), highest);
+        }
+        for (int i = 0; i < static_cast<int>(values.size()); ++i) {
+            q8::store_keys<Int8>(hw, s, index, i % q8::kThreads, i / q8::kThreads, values[i], highest, out, scales);
+        }
+    }
+}
+
+template <int D>
+void quantize_values(const q8::Call& s, const uint16_t* x, uint8_t* out, float* scales, bool bf16) {
+    const Lanes hw = {bf16};
+    for (int64_t index = 0; index < s.batch * s.heads * q8::blocks(s); ++index) {
+        std::vector<uint16_t> kept(kKeys * q8::padded(D), 0x7F7F);
+        float highest = 0;
+        for (int i = 0; i < q8::passes<D>() * q8::kThreads; ++i) {
+            const int thread = i % q8::kThreads, pass = i / q8::kThreads;
+            const q8::Values values = q8::load(hw, s, q8::block_of(s, index), x, nullptr, q8::token_of(s, thread, pass),
+                                               q8::column_of(s, thread));
+            highest = q8::larger(q8::most(values), highest);
+            q8::keep_values(s, thread, pass, hw, values, kept.data());
+        }
+        for (int thread = 0; thread < q8::kThreads; ++thread) {
+            q8::store_values(hw, s, index, thread, highest, kept.data(), out, scales);
+        }
+    }
+}
+
+template <int D>
+void quantize(int part, const q8::Call& s, bool int8, const uint16_t* x, const float* mean, uint8_t* out, float* scales,
+              float* shift, bool bf16) {
+    if (part == 0) {
+        (int8 ? quantize_queries<D, true> : quantize_queries<D, false>)(s, x, mean, out, scales, shift, bf16);
+    }
+    if (part == 1) (int8 ? quantize_keys<D, true> : quantize_keys<D, false>)(s, x, mean, out, scales, bf16);
+    if (part == 2) quantize_values<D>(s, x, out, scales, bf16);
 }
 
 }  // namespace
@@ -196,9 +313,11 @@ int attention_emulate(const Call* call, const Lists* lists, float scale, const v
         const std::string reason = refuse(*call, q, k, v, out, scale);
         if (!reason.empty()) throw Stopped(reason);
         const Attention s = attention_of(*call, *lists, scale);
-        const int most = static_cast<int>(std::min<int64_t>(works(s), grid));
-        call->head_dim == 64 ? run<64>(*call, s, q, k, v, out, lse, bf16, most)
-                             : run<128>(*call, s, q, k, v, out, lse, bf16, most);
+        const Map maps[3] = {map_of(*call, q, call->queries, call->q_strides),
+                             map_of(*call, k, call->keys, call->k_strides),
+                             map_of(*call, v, call->keys, call->v_strides)};
+        call->head_dim == 64 ? run<Half<64>, Halves<64>>(s, maps, out, lse, bf16, grid)
+                             : run<Half<128>, Halves<128>>(s, maps, out, lse, bf16, grid);
     } catch (const std::exception& error) {
         emulated::copy(error.what(), why, room);
         return 1;
@@ -206,17 +325,57 @@ int attention_emulate(const Call* call, const Lists* lists, float scale, const v
     return 0;
 }
 
+// The same of 8-bit values. tensors: q, k, v; scales: of queries, shifts or null, of blocks, the highest exponents.
+int attention_eight_emulate(const Call* call, const Lists* lists, float scale, const void* const* tensors,
+                            const float* const* scales, int blocks, int int8, void* out, float* lse, int bf16, int grid,
+                            char* why, int room) {
+    try {
+        const Eights at = {tensors[0], tensors[1], tensors[2], {scales[0], scales[1], scales[2], scales[3], blocks}};
+        const std::string reason = refuse_eight(*call, at.scales, out, scale);
+        if (!reason.empty()) throw Stopped(reason);
+        const Attention s = attention_of(*call, *lists, at.scales, scale);
+        const Map maps[3] = {map_of_queries(*call, at), map_of_keys(*call, at), map_of_values(*call, at)};
+        call->head_dim == 64 ? run_eight<64>(s, maps, int8, out, lse, bf16, grid)
+                             : run_eight<128>(s, maps, int8, out, lse, bf16, grid);
+    } catch (const std::exception& error) {
+        emulated::copy(error.what(), why, room);
+        return 1;
+    }
+    return 0;
+}
+
+// part: 0 queries, 1 keys, 2 values.
+int quantize_emulate(int part, const q8::Call* call, int int8, const uint16_t* x, const float* mean, uint8_t* out,
+                     float* scales, float* shift, int bf16, char* why, int room) {
+    const std::string reason = q8::refuse(*call, x);
+    if (reason.empty()) {
+        (call->head_dim == 64 ? quantize<64> : quantize<128>)(part, *call, int8, x, mean, out, scales, shift, bf16);
+        return 0;
+    }
+    emulated::copy(reason, why, room);
+    return 1;
+}
+
+int key_of_slot8(int slot) {
+    return key_of_slot(slot);
+}
+uint8_t narrow_e4m3(float value) {
+    return emulated::narrow_e4m3(value);
+}
+float widen_e4m3(uint8_t bits) {
+    return emulated::widen_e4m3(bits);
+}
 int attention_call_words() {
     return sizeof(Call) / sizeof(int64_t);
 }
-int attention_stages(int head_dim) {
-    return stages(head_dim);
+int attention_stages(int head_dim, int value_bytes) {
+    return stages(tile_bytes(head_dim, value_bytes));
 }
-int attention_smem(int head_dim) {
-    return smem_bytes(head_dim);
+int attention_smem(int head_dim, int value_bytes) {
+    return smem_bytes(tile_bytes(head_dim, value_bytes));
 }
-int attention_barriers_at(int head_dim) {
-    return barriers_at(head_dim);
+int attention_barriers_at(int head_dim, int value_bytes) {
+    return barriers_at(tile_bytes(head_dim, value_bytes));
 }
 int64_t attention_works(const Call* call, const Lists* lists) {
     return works(attention_of(*call, *lists, 1));

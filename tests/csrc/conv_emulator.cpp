@@ -4,11 +4,10 @@
 
 #include "conv_call.h"
 #include "conv_kernel.h"
-#include "emulated.h"
 #include "vae_norm.h"
+#include "warpgroup.h"
 
 using namespace fastvid::conv;
-using emulated::Barrier;
 using emulated::copy;
 using emulated::narrow;
 using emulated::Stopped;
@@ -16,65 +15,66 @@ using emulated::widen;
 
 namespace {
 
+// What a block's warpgroups share; base: where shared memory begins, so that addresses are not small by chance.
 template <int N>
-class Emulated {
+struct Block : emulated::Block {
+    Block(const Map& x, const Map& past, const Map& weights, bool bf16, uint32_t base)
+        : emulated::Block(base, stages(N) * stage_bytes(N), bf16, expected()), maps{x, past, weights} {}
+
+    Map maps[3];
+
+  private:
+    static std::vector<int> expected() {
+        std::vector<int> made;
+        for (int stage = 0; stage < stages(N); ++stage) made.insert(made.end(), {1, kConsumers});
+        return made;
+    }
+};
+
+// A warpgroup's view of it.
+template <int N>
+class Emulated : public emulated::Warpgroup {
   public:
-    struct Accumulators {
-        float value[128][N / 2] = {};
-        std::vector<std::vector<std::pair<uint64_t, uint64_t>>> groups;  // committed products, in order
-        std::vector<std::pair<uint64_t, uint64_t>> open;
-        float at(int thread, int i) const { return value[thread][i]; }
+    struct Accumulators : emulated::Registers<float, N / 2> {
+        Accumulators() { std::memset(this->value, 0, sizeof this->value); }
     };
 
-    // base: where shared memory begins, so that addresses are not small by chance.
-    Emulated(const Map& x, const Map& past, const Map& weights, bool bf16, uint32_t base)
-        : maps_{x, past, weights}, memory_(base, stages(N) * stage_bytes(N), bf16) {
-        for (int i = 0; i < stages(N); ++i) {
-            full_.emplace_back(new Barrier(1));
-            empty_.emplace_back(new Barrier(kConsumers));
-        }
-    }
+    explicit Emulated(Block<N>& block) : Warpgroup(block), block_(block) {}
 
-    void wait_empty(int stage, uint32_t parity) { empty_[stage]->wait(parity); }
-    void wait_full(int stage, uint32_t parity) { full_[stage]->wait(parity); }
-    void expect(int stage, int bytes) { full_[stage]->arrive(bytes); }
-    void release(int stage) {
-        for (int warp = 0; warp < kConsumers / 2; ++warp) empty_[stage]->arrive();
-    }
-    uint32_t address(int stage) const { return memory_.address(stage * stage_bytes(N)); }
+    void wait_empty(int stage, uint32_t parity) { wait(2 * stage + 1, parity); }
+    void wait_full(int stage, uint32_t parity) { wait(2 * stage, parity); }
+    void expect(int stage, int bytes) { Warpgroup::expect(2 * stage, bytes); }
+    void release(int stage) { hand_back(2 * stage + 1); }
+    uint32_t address(int stage) const { return memory().address(stage * stage_bytes(N)); }
 
     void load_pixels(int stage, int from_past, int c, int w, int h, int t, int b) {
-        full_[stage]->complete(memory_.load(maps_[from_past ? 1 : 0], address(stage), {c, w, h, t, b}));
+        load_box(block_.maps[from_past ? 1 : 0], address(stage), 2 * stage, {c, w, h, t, b});
     }
     void load_weights(int stage, int c, int tap, int n) {
-        full_[stage]->complete(memory_.load(maps_[2], address(stage) + kPixelBytes, {c, tap, n}));
+        load_box(block_.maps[2], address(stage) + kPixelBytes, 2 * stage, {c, tap, n});
     }
 
-    // Products are made as late as wgmma may make them: when they are waited for. What is read too late by that
-    // measure may have been overwritten.
-    void begin(Accumulators& acc) { acc.open.clear(); }
-    void mma(Accumulators& acc, uint64_t a, uint64_t b) { acc.open.emplace_back(a, b); }
-    void commit(Accumulators& acc) { acc.groups.push_back(std::move(acc.open)); }
+    void mma(Accumulators& acc, uint64_t a, uint64_t b) {
+        later({a, b}, {&acc}, [this, &acc, a, b] { multiply_now(acc, a, b); });
+    }
+    void commit(Accumulators&) { Warpgroup::commit(); }
     template <int Pending>
-    void drain(Accumulators& acc) {
-        while (acc.groups.size() > Pending) {
-            for (const auto& [a, b] : acc.groups.front()) multiply_now(acc, a, b);
-            acc.groups.erase(acc.groups.begin());
-        }
+    void drain(Accumulators&) {
+        finish(Pending);
     }
 
     void unpack(uint32_t word, float& x, float& y) const {
-        x = widen(static_cast<uint16_t>(word), memory_.bf16());
-        y = widen(static_cast<uint16_t>(word >> 16), memory_.bf16());
+        x = widen(static_cast<uint16_t>(word), memory().bf16());
+        y = widen(static_cast<uint16_t>(word >> 16), memory().bf16());
     }
     uint32_t pack(float x, float y) const {
-        return narrow(x, memory_.bf16()) | uint32_t{narrow(y, memory_.bf16())} << 16;
+        return narrow(x, memory().bf16()) | uint32_t{narrow(y, memory().bf16())} << 16;
     }
 
   private:
     // wgmma m64nNk16, both matrices with rows along K in shared memory, as their descriptors say.
     void multiply_now(Accumulators& acc, uint64_t a, uint64_t b) {
-        const std::vector<float> left = memory_.matrix(a, 64), right = memory_.matrix(b, N);
+        const std::vector<float> left = memory().matrix(a, 64), right = memory().matrix(b, N);
         std::vector<float> across(kDepth * N), sum(N);
         for (int i = 0; i < kDepth * N; ++i) across[i] = right[i % N * kDepth + i / N];
         for (int row = 0; row < 64; ++row) {
@@ -89,9 +89,7 @@ class Emulated {
         }
     }
 
-    Map maps_[3];
-    emulated::Memory memory_;
-    std::vector<std::unique_ptr<Barrier>> full_, empty_;
+    Block<N>& block_;
 };
 
 template <int N>
@@ -103,8 +101,9 @@ void run(const Call& call, const void* x, const void* past, const void* weight, 
     const Map weights = map_of_weights(call, s, weight, N);
     for (int64_t number = 0; number < blocks(s, N); ++number) {
         const Tile tile = tile_of(s, N, number);
-        Emulated<N> hw(now, before, weights, bf16, 1024 * (1 + number % 3));
+        Block<N> block(now, before, weights, bf16, static_cast<uint32_t>(1024 * (1 + number % 3)));
         emulated::beside_each_other(3, [&](int who) {
+            Emulated<N> hw(block);
             if (who == 2) return produce<N>(hw, s, tile);
             auto acc = std::make_unique<typename Emulated<N>::Accumulators>();
             consume<N>(hw, *acc, s, tile, who);
@@ -113,6 +112,7 @@ void run(const Call& call, const void* x, const void* past, const void* weight, 
                          static_cast<uint16_t*>(out));
             }
         });
+        block.check_rest();
     }
 }
 

@@ -2,7 +2,9 @@
 // that a GPU would be given. Written from the manuals, not with the functions of csrc/ that are tested with it.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstring>
 #include <memory>
@@ -15,7 +17,13 @@
 
 #include "sm90_layout.h"
 
+#ifndef EMULATED_SECONDS
+#define EMULATED_SECONDS 20  // that a wait may take; mutate_kernels.py has less patience
+#endif
+
 namespace emulated {
+
+constexpr std::chrono::seconds kPatience(EMULATED_SECONDS);
 
 using fastvid::sm90::Map;
 
@@ -44,6 +52,38 @@ inline uint16_t narrow(float value, bool bf16) {
     return bits;
 }
 
+// e4m3: no infinities, and one NaN of each sign.
+inline float widen_e4m3(uint8_t bits) {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    if (exponent == 15 && mantissa == 7) return NAN;
+    const float value = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(1.0f * mantissa, -9);
+    return bits & 0x80 ? -value : value;
+}
+
+// To the nearest, ties to even; what is too large becomes the largest.
+inline uint8_t narrow_e4m3(float value) {
+    if (value != value) return 0x7F;
+    const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+    const float size = std::fmin(std::fabs(value), 448.0f);
+    int power;
+    std::frexp(size, &power);  // size < 2^power
+    const int exponent = std::max(power - 1, -6);
+    // In units of the last place: 8 to 15 of them, or fewer below the smallest normal number; 16 carries over.
+    const int units = static_cast<int>(std::nearbyint(std::ldexp(size, 3 - exponent)));
+    if (units < 8) return static_cast<uint8_t>(sign | units);
+    return static_cast<uint8_t>(sign | (((exponent + 7) << 3) + units - 8));
+}
+
+inline int8_t narrow_int8(float value) {
+    return value != value ? 0 : static_cast<int8_t>(static_cast<int64_t>(std::nearbyint(value)));
+}
+
+template <bool Int8>
+uint32_t pack8(float a, float b, float c, float d) {
+    const auto byte = [](float x) { return uint32_t{Int8 ? static_cast<uint8_t>(narrow_int8(x)) : narrow_e4m3(x)}; };
+    return byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
+}
+
 struct Stopped : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -68,10 +108,12 @@ class Barrier {
         turn();
     }
 
-    void wait(uint32_t parity) {
+    // How many phases have ended then.
+    uint32_t wait(uint32_t parity) {
         std::unique_lock<std::mutex> lock(mutex_);
-        const bool ended = changed_.wait_for(lock, std::chrono::seconds(20), [&] { return (phase_ & 1) != parity; });
+        const bool ended = changed_.wait_for(lock, kPatience, [&] { return (phase_ & 1) != parity; });
         if (!ended) throw Stopped("a barrier was waited for in vain");
+        return phase_;
     }
 
     // As it was before the first phase, but for which parity is next.
@@ -107,7 +149,7 @@ class Meeting {
         std::unique_lock<std::mutex> lock(mutex_);
         const uint32_t phase = phase_;
         come();
-        const bool met = changed_.wait_for(lock, std::chrono::seconds(20), [&] { return phase_ != phase; });
+        const bool met = changed_.wait_for(lock, kPatience, [&] { return phase_ != phase; });
         if (!met) throw Stopped("nobody came to meet");
     }
     bool at_rest() {
@@ -137,12 +179,19 @@ class Memory {
 
     uint32_t address(int at) const { return base_ + at; }
     bool bf16() const { return bf16_; }
+    // What lies at an address itself, wherever the swizzle has it from.
+    uint8_t byte(uint32_t address) { return *at(address, 1); }
+    uint16_t word(uint32_t address) {
+        uint16_t bits;
+        std::memcpy(&bits, at(address, 2), 2);
+        return bits;
+    }
 
-    // A box by TMA with the 128-byte swizzle; the bytes that have come.
+    // A box by TMA, its rows of 128 or 64 bytes swizzled; the bytes that have come.
     int load(const Map& map, uint32_t to, const std::vector<int64_t>& from) {
-        constexpr int kColumns = 64, kBytes = 2;
-        if (to % 1024) throw Stopped("a swizzled box begins at no multiple of 1,024");
-        if (map.box[0] != kColumns) throw Stopped("a swizzled box has rows of 128 bytes");
+        const int columns = static_cast<int>(map.box[0]), bytes = map.bytes, row = columns * bytes;
+        if (row != 128 && row != 64) throw Stopped("a swizzled box has rows of 128 bytes, or of 64");
+        if (to % (row * 8)) throw Stopped("a swizzled box begins at no multiple of 8 rows");
         check(map);
         uint32_t count[5] = {1, 1, 1, 1, 1};
         int total = 1;
@@ -151,24 +200,38 @@ class Memory {
             count[i] = (map.box[i] + map.every[i] - 1) / map.every[i];
             total *= static_cast<int>(count[i]);
         }
-        for (int i = 0; i < total; i += kColumns) {
-            int rest = i / kColumns;
+        for (int i = 0; i < total; i += columns) {
+            int rest = i / columns;
             bool inside = true;
-            int64_t offset = from[0] * kBytes;
+            int64_t offset = from[0] * bytes;
             for (int d = 1; d < map.rank; ++d) {
                 const int64_t place = from[d] + static_cast<int64_t>(rest % count[d]) * map.every[d];
                 rest /= static_cast<int>(count[d]);
                 inside = inside && place >= 0 && place < static_cast<int64_t>(map.extent[d]);
                 offset += place * static_cast<int64_t>(map.stride[d - 1]);
             }
-            for (int c = 0; c < kColumns; ++c) {
-                uint8_t* target = at(mixed(to + static_cast<uint32_t>(i + c) * kBytes));
+            for (int c = 0; c < columns; ++c) {
+                uint8_t* target = at(mixed(to + static_cast<uint32_t>((i + c) * bytes), row), bytes);
                 const bool real = inside && from[0] + c >= 0 && from[0] + c < static_cast<int64_t>(map.extent[0]);
-                if (real) std::memcpy(target, static_cast<const uint8_t*>(map.base) + offset + c * kBytes, kBytes);
-                if (!real) std::memset(target, 0, kBytes);
+                if (real) std::memcpy(target, static_cast<const uint8_t*>(map.base) + offset + c * bytes, bytes);
+                if (!real) std::memset(target, 0, bytes);
             }
         }
-        return total * kBytes;
+        return total * bytes;
+    }
+
+    // [rows, 32] bytes with rows along K, as a descriptor says, of either swizzle.
+    std::vector<uint8_t> bytes_of(uint64_t told, int rows) {
+        const int row_bytes = told >> 62 == 2 ? 64 : 128;
+        const auto [start, leading, eight] = fields(told, row_bytes);
+        (void)leading;  // not used by this layout
+        std::vector<uint8_t> made(rows * 32);
+        for (int row = 0; row < rows; ++row) {
+            for (int k = 0; k < 32; ++k) {
+                made[row * 32 + k] = *at(mixed(start + row / 8 * eight + row % 8 * row_bytes + k, row_bytes), 1);
+            }
+        }
+        return made;
     }
 
     // [rows, 16] with rows along K, as a descriptor says: eights of rows lie its second offset apart.
@@ -195,8 +258,9 @@ class Memory {
         return made;
     }
 
-    static uint32_t mixed(uint32_t address) {
-        // Sixteens of bytes change places within 128, by which of 8 rows it is.
+    static uint32_t mixed(uint32_t address, int row_bytes = 128) {
+        // Sixteens of bytes change places within a row, by which of 8 rows of 128 bytes it is, or of 4 pairs of 64.
+        if (row_bytes == 64) return address ^ (address / 128 % 4) * 16;
         const uint32_t row = address / 128 % 8, chunk = address / 16 % 8;
         return address - chunk * 16 + (chunk ^ row) * 16;
     }
@@ -217,20 +281,16 @@ class Memory {
         }
     }
 
-    static Fields fields(uint64_t told) {
-        if (told >> 62 != 1 || (told >> 49 & 7)) throw Stopped("the descriptor is not of the 128-byte swizzle");
+    static Fields fields(uint64_t told, int row_bytes = 128) {
+        if (told >> 62 != (row_bytes == 128 ? 1 : 2) || (told >> 49 & 7)) throw Stopped("a descriptor's swizzle");
         const auto offset = [told](int bit) { return static_cast<uint32_t>(told >> bit & 0x3FFF) * 16; };
         return {offset(0), offset(16), offset(32)};
     }
 
-    float value(uint32_t address) {
-        uint16_t bits;
-        std::memcpy(&bits, at(mixed(address)), 2);
-        return widen(bits, bf16_);
-    }
+    float value(uint32_t address) { return widen(word(mixed(address)), bf16_); }
 
-    uint8_t* at(uint32_t address) {
-        if (address < base_ || address - base_ + 2 > bytes_.size()) throw Stopped("shared memory left");
+    uint8_t* at(uint32_t address, int bytes) {
+        if (address < base_ || address - base_ + bytes > bytes_.size()) throw Stopped("shared memory left");
         return bytes_.data() + (address - base_);
     }
 
@@ -251,24 +311,29 @@ inline Holder left_holder(int row, int k) {
     return {row / 16 * 32 + row % 8 * 4 + k % 8 / 2, k / 8 * 2 + row % 16 / 8};
 }
 
-// Runs all, each in a thread; the first that was stopped stops the caller.
+// And of a left matrix [64, 32] in registers of four.
+inline Holder left_holder8(int row, int k) {
+    return {row / 16 * 32 + row % 8 * 4 + k % 16 / 4, k / 16 * 2 + row % 16 / 8};
+}
+
+// Runs all, each in a thread; what stopped first stops the caller, those who waited for it come later.
 template <typename Work>
 void beside_each_other(int count, Work work) {
-    std::vector<std::string> wrong(count);
+    std::string first;
+    std::mutex mutex;
     std::vector<std::thread> threads;
     for (int who = 0; who < count; ++who) {
-        threads.emplace_back([&wrong, &work, who] {
+        threads.emplace_back([&first, &mutex, &work, who] {
             try {
                 work(who);
             } catch (const std::exception& error) {
-                wrong[who] = error.what();
+                const std::lock_guard<std::mutex> lock(mutex);
+                if (first.empty()) first = error.what();
             }
         });
     }
     for (std::thread& thread : threads) thread.join();
-    for (const std::string& one : wrong) {
-        if (!one.empty()) throw Stopped(one);
-    }
+    if (!first.empty()) throw Stopped(first);
 }
 
 inline void copy(const std::string& text, char* to, int room) {

@@ -1,0 +1,343 @@
+"""Mistakes that a kernel of csrc/ could have, each of a line or two; mutate_kernels.py shows that tests catch them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, which is once in csrc/`file`, becomes `new`. same: why nothing that a test could see is changed by it."""
+
+    name: str
+    kernel: str
+    file: str
+    old: str
+    new: str
+    same: str = ""
+
+
+attention = functools.partial(Mutation, kernel="attention", file="attention_kernel.h")
+half = functools.partial(Mutation, kernel="attention", file="attention_half.h")
+eight = functools.partial(Mutation, kernel="attention_eight", file="attention_eight.h")
+bytes_of = functools.partial(Mutation, kernel="attention_eight", file="quantize.h")
+ring = functools.partial(Mutation, kernel="attention", file="attention.h")
+call = functools.partial(Mutation, kernel="attention", file="attention_call.h")
+conv = functools.partial(Mutation, kernel="conv", file="conv_kernel.h")
+step = functools.partial(Mutation, kernel="conv", file="conv.h")
+
+
+def exchanged(first: str, second: str) -> dict[str, str]:
+    return {"old": first + second, "new": second + first}
+
+
+MUTATIONS = (
+    # Rings and barriers of attention
+    ring("the ring's parity does not turn", old="{0, parity ^ 1}", new="{0, parity}"),
+    attention(
+        "first keys are handed back while they are read",
+        **exchanged("hw.template drain<0>(state.scored());\n", "    hw.arrive(barrier_of(kKeyEmpty, ring.stage));\n"),
+    ),
+    attention(
+        "keys are handed back while they are read",
+        **exchanged(
+            "hw.template drain<1>(state.scored());\n", "        hw.arrive(barrier_of(kKeyEmpty, next.stage));\n"
+        ),
+    ),
+    attention(
+        "keys of the step before are handed back",
+        old="hw.arrive(barrier_of(kKeyEmpty, next.stage));",
+        new="hw.arrive(barrier_of(kKeyEmpty, ring.stage));",
+    ),
+    attention(
+        "values are handed back while they are read",
+        **exchanged(
+            "hw.template drain<0>(state.weighed());\n", "        hw.arrive(barrier_of(kValueEmpty, ring.stage));\n"
+        ),
+    ),
+    attention(
+        "last values are handed back while they are read",
+        **exchanged(
+            "hw.template drain<0>(state.weighed());\n", "    hw.arrive(barrier_of(kValueEmpty, ring.stage));\n"
+        ),
+    ),
+    attention(
+        "queries of one step are not handed back",
+        old="if (walk.steps == 1) hw.arrive(barrier_of(kQueryEmpty));",
+        new="",
+    ),
+    attention(
+        "queries are handed back in the first step",
+        old="if (step + 1 == walk.steps) hw",
+        new="if (step == 1) hw",
+    ),
+    attention(
+        "queries are overwritten without a wait",
+        old="        hw.wait(barrier_of(kQueryEmpty), parity ^ 1);\n",
+        new="",
+    ),
+    attention(
+        "keys are overwritten a round early",
+        old="hw.wait(barrier_of(kKeyEmpty, ring.stage), ring.parity ^ 1);",
+        new="hw.wait(barrier_of(kKeyEmpty, ring.stage), 1);",
+    ),
+    attention(
+        "queries of the work before are taken",
+        old="hw.wait(barrier_of(kQueryFull), parity);\n            parity ^= 1;",
+        new="hw.wait(barrier_of(kQueryFull), parity);",
+    ),
+    attention(
+        "keys are not waited for",
+        old="        hw.wait(barrier_of(kKeyFull, next.stage), next.parity);\n",
+        new="",
+    ),
+    attention(
+        "values are not waited for",
+        old="""\
+        hw.wait(barrier_of(kValueFull, ring.stage), ring.parity);
+        hw.wait""",
+        new="        hw.wait",
+    ),
+    half(
+        "a barrier expects one panel less",
+        old="hw.expect(barrier, kTile);",
+        new="hw.expect(barrier, kTile - kPanel);",
+    ),
+    attention(
+        "a tile without keys has its queries loaded",
+        old="if (walk.steps == 0) continue;",
+        new="",
+    ),
+    # Turns
+    attention(
+        "the turn is passed on before it has come",
+        old="""\
+        hw.turn(group);
+        Form::score(hw, state, group, next.stage);
+        Form::weigh(hw, state, ring.stage);
+        hw.pass(group);
+""",
+        new="""\
+        hw.pass(group);
+        Form::score(hw, state, group, next.stage);
+        Form::weigh(hw, state, ring.stage);
+        hw.turn(group);
+""",
+    ),
+    attention("the last turn is left over", old="    if (group == 0) hw.turn(group);\n", new=""),
+    # Products and their registers
+    half("panels overlap", old="at + panel * kPanel", new="at + panel * kPanel / 2"),
+    half(
+        "a step along K is half as wide",
+        old="k * kDepth % kColumns * kBytes;",
+        new="k * kDepth % kColumns;",
+    ),
+    half("values are a row, not sixteen, further", old="k * kDepth * kRow", new="k * kRow"),
+    half("a group reads the other's queries", old="address(group * (", new="address((group ^ 1) * ("),
+    half("scores of later columns replace", old="scores<true>", new="scores<false>"),
+    half("no fence before scores", old="        hw.begin(state.scores);\n", new=""),
+    half("no fence before weights", old="        hw.begin(state.weights);\n", new=""),
+    half("no fence before output", old="        hw.begin(state.output);\n", new=""),
+    attention(
+        "output shrinks while it is added to",
+        old="""\
+        hw.template drain<0>(state.weighed());
+        hw.arrive(barrier_of(kValueEmpty, ring.stage));
+        Form::settle(hw, state);
+""",
+        new="""\
+        Form::settle(hw, state);
+        hw.template drain<0>(state.weighed());
+        hw.arrive(barrier_of(kValueEmpty, ring.stage));
+""",
+    ),
+    attention(
+        "weights are replaced while they are read",
+        old="""\
+        hw.template drain<0>(state.weighed());
+        hw.arrive(barrier_of(kValueEmpty, ring.stage));
+        Form::settle(hw, state);
+        Form::round(hw, state);
+""",
+        new="""\
+        Form::round(hw, state);
+        hw.template drain<0>(state.weighed());
+        hw.arrive(barrier_of(kValueEmpty, ring.stage));
+        Form::settle(hw, state);
+""",
+    ),
+    attention(
+        "the product of a step is not waited for",
+        old="hw.template drain<0>(state.weighed());\n        hw",
+        new="hw.template drain<1>(state.weighed());\n        hw",
+    ),
+    attention(
+        "scores wait for the output",
+        old="drain<1>(state.scored())",
+        new="drain<0>(state.scored())",
+        same="slower: products of values no longer run beside the softmax, the result is the same",
+    ),
+    Mutation(
+        "a second row is 4 below",
+        kernel="attention",
+        file="sm90_layout.h",
+        old="half * 8;",
+        new="half * 4;",
+    ),
+    Mutation(
+        "columns of the first panel twice",
+        kernel="attention",
+        file="sm90_layout.h",
+        old="uint64_t{panel >> 4} << 16",
+        new="uint64_t{0} << 16",
+    ),
+    # Sums
+    attention("a key too many", old="+ i % 2 >= count", new="+ i % 2 > count"),
+    half("highest of a thread alone", old="        hw.quad_max(found);\n", new=""),
+    attention("sums of a thread alone", old="    hw.quad_sum(state.total);\n", new=""),
+    half("sums do not shrink", old="* state.shrink.at(thread, half) + sum", new="+ sum"),
+    half("lse without scale", old="return highest * s.scale;", new="return highest;"),
+    attention("a query too many is stored", old="query >= work.end", new="query > work.end"),
+    # Works
+    ring("parts begin behind the whole blocks", old="walk.part + step - walk.fulls]", new="walk.part + step]"),
+    ring("a tail is a whole step", old="return s.keys - step * kKeys;", new="return kKeys;"),
+    ring("lists of another tile", old="% s.lists * s.tiles + tile;", new="% s.lists * s.tiles + part;"),
+    ring("whole blocks of a tile too many", old="row + 1] - walk.full)", new="row + 1] - walk.full + 1)"),
+    ring(
+        "works in another order",
+        old="part = take(number, s.parts), tile = take(number, s.tiles);",
+        new="tile = take(number, s.tiles), part = take(number, s.parts);",
+        same="every work is still made once; blocks that follow one another no longer read the same keys",
+    ),
+    call(
+        "tokens and heads change places",
+        old="{strides[1], strides[2], strides[0]}",
+        new="{strides[2], strides[1], strides[0]}",
+    ),
+    call("powers of two are taken for those of e", old="scale * 1.44269504088896341f", new="scale"),
+    # 8-bit values
+    eight("keys in the order of 16-bit registers", old="slot / 16 * 16 + slot % 4 / 2 * 8 +", new="slot / 16 * 16 +"),
+    eight("values begin at another block", old="return row / kKeys * D;", new="return row / kKeys * kKeys;"),
+    eight("scales of another block", old="first_key(s, walk, step) / kKeys;", new="step;"),
+    eight("scales of another head", old="s.scales.queries + head_of(s, work) * s.queries", new="s.scales.queries"),
+    eight("exponents count from 0", old=" - s.scales.most[head_of(s, work)];", new=";"),
+    eight("weights are not raised", old="base = most - up;", new="base = most;"),
+    eight("sums stay raised", old="shrink + sum * down;", new="shrink + sum;"),
+    eight("steps along K are half as wide", old="queries + k * kDepth8)", new="queries + k * kDepth8 / 2)"),
+    eight(
+        "products of a step are added to those before", old="values<false>(state.part", new="values<true>(state.part"
+    ),
+    eight("no fence before the part", old="        hw.begin(state.part);\n", new=""),
+    eight("no fence before weights of 8 bits", old="        hw.begin(state.weights);\n", new=""),
+    eight(
+        "the output shrinks a step early",
+        old="state.shrink.at(thread, i / 2 % 2) +",
+        new="state.next.at(thread, i / 2 % 2) +",
+    ),
+    eight("the last part is left out", old="state.shrink.at(thread, i / 2 % 2) + state.part.at(thread, i);", new="1;"),
+    eight("registers of weights in another order", old="i % 4 / 2 * 8 + i % 2 * 2;", new="i % 2 * 8 + i % 4 / 2 * 2;"),
+    eight(
+        "highest of 8-bit scores without the step's scale",
+        old="found.at(thread, half) * scale);",
+        new="found.at(thread, half));",
+    ),
+    eight("lse without what keys have in common", old="? highest + s.scales.shifts[query] * s.scale", new="? highest"),
+    eight("the output keeps the exponent", old="- kUp);\n    }\n", new=");\n    }\n"),
+    Mutation(
+        "rows of 64 bytes as far apart as those of 128",
+        kernel="attention_eight",
+        file="sm90_layout.h",
+        old="uint64_t{8 * Row / 16} << 32",
+        new="uint64_t{8 * kRow / 16} << 32",
+    ),
+    Mutation(
+        "values have as many rows as there are keys",
+        kernel="attention_eight",
+        file="attention_eight_call.h",
+        old="at.scales.count * call.head_dim, kKeys",
+        new="at.scales.count * kKeys, kKeys",
+    ),
+    bytes_of(
+        "a tile begins where the last one ends",
+        old="block_of(const Call& s, int64_t index) {\n    Block made;\n",
+        new="block_of(const Call& s, int64_t index) {\n    Block made;\n    if (s.tiles) index = index / 2 * 2;\n",
+    ),
+    bytes_of("keys beyond a tile are taken", old="if (token >= block.count) return made;", new=""),
+    bytes_of("the mean stays", old="made.at[i] -= mean[block.head * s.head_dim + column + i];", new="made.at[i] -= 0;"),
+    bytes_of(
+        "the mean of another head",
+        old="made.at[i] -= mean[block.head * s.head_dim",
+        new="made.at[i] -= mean[0 * s.head_dim",
+    ),
+    bytes_of("exponents one too low", old="(part <= 0.875f ? 9 : 8)", new="9"),
+    bytes_of("what is not finite is hidden", old="return a >= b || a != a ? a : b;", new="return a >= b ? a : b;"),
+    bytes_of("scales are of seven bits less one", old="kMostInt8 = 127", new="kMostInt8 = 126"),
+    bytes_of("a scale for its inverse", old="return limit / (most", new="return 1 / limit * (most"),
+    # The convolution
+    conv(
+        "the producer's parity does not turn",
+        old="""\
+        hw.load_weights(stage, step.c, step.tap, tile.place * s.outputs + tile.n);
+        if (++stage == stages(N)) {
+            stage = 0;
+            parity ^= 1;
+""",
+        new="""\
+        hw.load_weights(stage, step.c, step.tap, tile.place * s.outputs + tile.n);
+        if (++stage == stages(N)) {
+            stage = 0;
+""",
+    ),
+    conv(
+        "the consumers' parity does not turn",
+        old="before = stage;\n        if (++stage == stages(N)) {\n            stage = 0;\n            parity ^= 1;",
+        new="before = stage;\n        if (++stage == stages(N)) {\n            stage = 0;",
+    ),
+    conv(
+        "a stage is handed back while it is read",
+        **exchanged("hw.template drain<1>(acc);\n", "            hw.release(before);\n"),
+    ),
+    conv("the running stage is handed back", old="hw.release(before);", new="hw.release(stage);"),
+    conv("the last product is not waited for", old="drain<0>(acc)", new="drain<1>(acc)"),
+    conv("a stage is not waited for", old="        hw.wait_full(stage, parity);\n", new=""),
+    conv("a stage is overwritten", old="        hw.wait_empty(stage, parity ^ 1);\n", new=""),
+    conv("pixels alone are expected", old="hw.expect(stage, stage_bytes(N));", new="hw.expect(stage, kPixelBytes);"),
+    conv("no fence before a step", old="    hw.begin(acc);\n", new=""),
+    conv(
+        "steps of weights are half as wide",
+        old="descriptor(weights + k * kDepth * 2)",
+        new="descriptor(weights + k * kDepth)",
+    ),
+    conv("the second group is 32 pixels on", old="group * (kPixels / 2 * kRow)", new="group * (kPixels / 4 * kRow)"),
+    conv("weights of the first place", old="tile.place * s.outputs + tile.n", new="tile.n"),
+    conv("channels beyond the last are stored", old="n >= s.outputs", new="n > s.outputs"),
+    conv("pixels beyond the border are stored", old="            if (to[half] < 0) continue;\n", new=""),
+    step(
+        "channels of half a sixteen are left out",
+        old="left = divide_up(s.channels - c, kDepth)",
+        new="left = (s.channels - c) / kDepth",
+    ),
+    step("a frame too many is left out", old="? 0 : -t0 *", new="? 0 : (1 - t0) *"),
+    step("the past is read from its end", old="t < 0 ? t + s.history : t", new="t < 0 ? -t : t"),
+    Mutation(
+        "every row is read where each second one is meant",
+        kernel="conv",
+        file="conv_call.h",
+        old="map.every[1] = map.every[2] =",
+        new="map.every[1] =",
+    ),
+    step(
+        "all steps have four products",
+        old="step.depth = left < kChannels / kDepth ? left : kChannels / kDepth;",
+        new="step.depth = kChannels / kDepth;",
+        same="slower: channels beyond the last are zeros in both matrices",
+    ),
+)
+
+
+def mutate(text: str, mutation: Mutation) -> str:
+    """Raises ValueError if what is to be replaced is not there once."""
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.name!r}: {mutation.old!r} is {text.count(mutation.old)} times in {mutation.file}")
+    return text.replace(mutation.old, mutation.new)
