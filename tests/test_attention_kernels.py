@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from interpreted import run_interpreted
 from torch import Tensor
 
-from fastvid.ops import attention, eager_attention, reference
+from fastvid.ops import attention, backends, eager_attention, reference
 
 HALVES = (torch.float16, torch.bfloat16)
 BLOCK = 16
@@ -138,7 +138,8 @@ def test_what_does_not_fit_is_refused(function: Callable[..., object]) -> None:
 
 
 def test_every_back_end_of_the_table_is_a_function() -> None:
-    assert set(attention.BACKENDS) == {"reference", "sdpa", "triton", "flash", "cuda"}
+    assert set(attention.BACKENDS) == {*backends.NAMES, *backends.DENSE_ATTENTION}
+    assert set(attention.SPARSE_BACKENDS) == {*backends.NAMES, *backends.APPROXIMATE}
     q, k, v = (make((1, 4, 2, 8), seed=i) for i in range(3))
     torch.testing.assert_close(attention.BACKENDS["sdpa"](q, k, v), attention.LSE_BACKENDS["reference"](q, k, v)[0])
     scaled = (attention.LSE_BACKENDS[name](q, k, v, softmax_scale=0.3) for name in ("sdpa", "reference"))
