@@ -41,6 +41,8 @@ def wants_cuda() -> bool:
             f"FASTVID_BUILD_CUDA=1 needs nvcc {OLDEST_CUDA}.0 or later, and {nvcc} is {cuda_version(nvcc)}: "
             "set CUDA_HOME to a later one, or use auto or 0"
         )
+    if choice == "auto" and find_cudart(cuda_root(nvcc)) is None:
+        return False
     return not old
 
 
@@ -116,10 +118,15 @@ def nearest(arch: str, others: list[str]) -> str:
     return min(others, key=distance)
 
 
-def cudart_folder(root: Path) -> Path:
+def find_cudart(root: Path) -> Path | None:
     """Where the static CUDA runtime lies, which depends on who packaged it."""
     folders = [root / "lib64", root / "lib", *sorted(root.glob("targets/*/lib"))]
-    found = next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
+    return next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
+
+
+def cudart_folder(root: Path) -> Path:
+    """The same; SystemExit where there is none."""
+    found = find_cudart(root)
     if found is None:
         raise SystemExit(f"{root} has no libcudart_static.a: install the CUDA runtime's files (cuda-cudart-devel)")
     return found

@@ -31,7 +31,6 @@ struct Scales {
     const float* queries;  // [batch, heads, queries]
     const float* shifts;   // [batch, heads, queries], or null: to be added to the scores of a query
     const float* blocks;   // [batch, heads, blocks, 2]: of 128 keys, and the exponent of that of their values
-    const float* most;     // [batch, heads]: the highest of those exponents
     int count;             // of blocks
 };
 

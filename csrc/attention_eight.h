@@ -2,10 +2,12 @@
 // e4m3.
 //
 //   scores[n, m] = q8[n] . k8[m] * query scale[n] * key scale[block of m]       a block: 128 keys
-//   output[n]    = 2^most * sum_m p[m] 2^(exponent[block of m] - most) v8[m] / sum_m p[m]
+//   output[n]    = sum_m p[m] 2^exponent[block of m] v8[m] / sum_m p[m]
 //
-// Powers of two can be taken out of p and into it exactly: weights are p 2^(exponent - most + kUp) when they are
-// rounded, and v8 is multiplied by nothing. Products of weights and values are made anew for each block and added to
+// Powers of two can be taken out of p and into it exactly: weights are p 2^(exponent - unit + kUp) when they are
+// rounded, v8 is multiplied by nothing, and the output is kept in units of 2^(unit - kUp). The unit is the exponent of
+// the step, so that weights of every block are rounded alike, wherever a row looks; but no further below the highest
+// one of the walk than floats can hold. Products of weights and values are made anew for each block and added to
 // the output in fp32, since the sums within 8-bit products keep some 14 bits only (DeepSeek-V3, arXiv 2412.19437,
 // section 3.3.2; two levels as in SageAttention2, arXiv 2411.10958).
 //
@@ -20,8 +22,8 @@ namespace fastvid::attention {
 
 constexpr int kDepth8 = 32;  // values along K that one wgmma takes
 constexpr int kUp = 8;       // weights are at most 2^kUp: e4m3 has numbers from 2^-9 to 448
-// Exponents further below the highest one count as so far: what they add is not seen.
-constexpr float kLowest = -60;
+// How far the unit may be below the highest exponent: sums of 2^34 units, 2^80 of them larger, are floats.
+constexpr float kBelow = 80;
 
 // Which of a block's 128 keys lies at a place of a row of v8.
 FASTVID_ANY constexpr int key_of_slot(int slot) {
@@ -38,9 +40,10 @@ struct Eight {
         typename Hardware::Scores scores;
         typename Hardware::Weights weights;
         typename Hardware::Output output, part;
-        // shrink: what the output is to be made smaller by, to be added to `part`; next: the same, a step later.
+        // shrink: what the output is to be multiplied by, to be added to `part`; next: the same, a step later.
         typename Hardware::Rows highest, total, scale, shrink, next;
-        float key_scale, up;  // of the step
+        float key_scale, up;       // of the step
+        float unit, most, rebase;  // of the step, of all so far; from the unit of the step before to this one's
         FASTVID_ANY typename Hardware::Raw& scored() { return raw; }
         FASTVID_ANY typename Hardware::Output& weighed() { return part; }
     };
@@ -64,14 +67,18 @@ struct Eight {
                 state.shrink.at(thread, half) = 0;
             }
         });
+        state.unit = state.most = -INFINITY;
     }
     template <typename Hardware>
-    FASTVID_ANY static void look(const Attention& s, const Work& work, const Walk& walk, int step,
+    FASTVID_ANY static void look(Hardware& hw, const Attention& s, const Work& work, const Walk& walk, int step,
                                  State<Hardware>& state) {
         const int64_t block = head_of(s, work) * s.scales.count + first_key(s, walk, step) / kKeys;
-        const float above = s.scales.blocks[2 * block + 1] - s.scales.most[head_of(s, work)];
+        const float exponent = s.scales.blocks[2 * block + 1], before = state.unit;
         state.key_scale = s.scales.blocks[2 * block];
-        state.up = (above < kLowest ? kLowest : above) + kUp;
+        state.most = hw.max(state.most, exponent);
+        state.unit = hw.max(exponent, state.most - kBelow);
+        state.up = exponent - state.unit + kUp;
+        state.rebase = step == 0 ? 1 : hw.exp2(before - state.unit);
     }
 
     // raw[64, keys] = the group's queries . keys, without waiting for it.
@@ -150,7 +157,7 @@ struct Eight {
                     }
                 }
                 state.total.at(thread, half) = state.total.at(thread, half) * shrink + sum * down;
-                state.next.at(thread, half) = shrink;
+                state.next.at(thread, half) = shrink * state.rebase;
             }
         });
     }
@@ -192,8 +199,8 @@ struct Eight {
         return s.scales.shifts ? highest + s.scales.shifts[query] * s.scale : highest;
     }
     template <typename Hardware>
-    FASTVID_ANY static float value_scale(Hardware& hw, const Attention& s, const Work& work) {
-        return hw.exp2(s.scales.most[head_of(s, work)] - kUp);
+    FASTVID_ANY static float value_scale(Hardware& hw, const State<Hardware>& state) {
+        return hw.exp2(state.unit - kUp);
     }
 
   private:

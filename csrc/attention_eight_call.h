@@ -21,7 +21,8 @@ inline std::string refuse_eight(const Call& call, const Scales& scales, const vo
         return "softmax_scale is " + std::to_string(scale) + "; 8-bit attention takes 1e-6 to 1e6";
     }
     const int64_t keys = call.tiles ? 1 : call.keys;
-    if (scales.count < 1 || (scales.count - 1) * int64_t{kKeys} >= kMostTokens || scales.count * kKeys < keys) {
+    if (scales.count < 1 || (scales.count - 1) * int64_t{kKeys} >= kMostTokens ||
+        int64_t{kKeys} * scales.count < keys) {
         return std::to_string(scales.count) + " blocks of 128 keys do not hold " + std::to_string(call.keys) + " keys";
     }
     return refuse(call, out, out, out, out, scale);

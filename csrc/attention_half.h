@@ -35,7 +35,7 @@ struct Half {
     template <typename Hardware>
     FASTVID_ANY static void start(Hardware&, const Attention&, const Work&, int, State<Hardware>&) {}
     template <typename Hardware>
-    FASTVID_ANY static void look(const Attention&, const Work&, const Walk&, int, State<Hardware>&) {}
+    FASTVID_ANY static void look(Hardware&, const Attention&, const Work&, const Walk&, int, State<Hardware>&) {}
 
     // scores[64, keys] = the group's queries . keys, without waiting for it.
     template <typename Hardware>
@@ -130,7 +130,7 @@ struct Half {
 
     FASTVID_ANY static float exponent(const Attention& s, int64_t, float highest) { return highest * s.scale; }
     template <typename Hardware>
-    FASTVID_ANY static float value_scale(Hardware&, const Attention&, const Work&) {
+    FASTVID_ANY static float value_scale(Hardware&, const State<Hardware>&) {
         return 1;
     }
 };

@@ -67,7 +67,7 @@ template <typename Form, typename Hardware>
 FASTVID_ANY void store(Hardware& hw, const Attention& s, const Work& work, int group, bool nothing,
                        typename Form::template State<Hardware>& state, uint16_t* out, float* lse) {
     constexpr int D = Form::kHeadDim;
-    const float unit = Form::value_scale(hw, s, work);
+    const float unit = Form::value_scale(hw, state);
     hw.quad_sum(state.total);
     hw.each([&](int thread) {
         FASTVID_UNROLL
@@ -96,7 +96,7 @@ FASTVID_ANY void store(Hardware& hw, const Attention& s, const Work& work, int g
 template <typename Form, typename Hardware>
 FASTVID_ANY void attend(Hardware& hw, const Attention& s, const Work& work, const Walk& walk, int group,
                         Ring<stages(Form::kTile)>& ring, typename Form::template State<Hardware>& state) {
-    Form::look(s, work, walk, 0, state);
+    Form::look(hw, s, work, walk, 0, state);
     hw.wait(barrier_of(kKeyFull, ring.stage), ring.parity);
     hw.turn(group);
     Form::score(hw, state, group, ring.stage);
@@ -108,7 +108,7 @@ FASTVID_ANY void attend(Hardware& hw, const Attention& s, const Work& work, cons
     Form::round(hw, state);
     for (int step = 1; step < walk.steps; ++step) {
         const Ring<stages(Form::kTile)> next = ring.next();
-        Form::look(s, work, walk, step, state);
+        Form::look(hw, s, work, walk, step, state);
         hw.wait(barrier_of(kValueFull, ring.stage), ring.parity);
         hw.wait(barrier_of(kKeyFull, next.stage), next.parity);
         hw.turn(group);

@@ -217,7 +217,7 @@ void quantize(const std::string& part, uintptr_t x, uintptr_t mean, uintptr_t ou
           device);
 }
 
-void attention_eight(const std::array<uintptr_t, 3>& tensors, const std::array<uintptr_t, 4>& scales, int64_t blocks,
+void attention_eight(const std::array<uintptr_t, 3>& tensors, const std::array<uintptr_t, 3>& scales, int64_t blocks,
                      uintptr_t out, uintptr_t lse, const std::string& kind, const std::string& dtype,
                      const py::dict& given, const std::vector<uintptr_t>& lists, float scale, int device,
                      uintptr_t stream) {
@@ -232,7 +232,7 @@ void attention_eight(const std::array<uintptr_t, 3>& tensors, const std::array<u
         at(tensors[0]),
         at(tensors[1]),
         at(tensors[2]),
-        {numbers(0), numbers(1), numbers(2), numbers(3), static_cast<int>(std::min<int64_t>(blocks, 1 << 30))}};
+        {numbers(0), numbers(1), numbers(2), static_cast<int>(std::min<int64_t>(blocks, 1 << 30))}};
     refuse(fastvid::attention::refuse_eight(call, eights.scales, at(out), scale));
     check_device(device, "90a");
     py::gil_scoped_release release;

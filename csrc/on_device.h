@@ -9,6 +9,7 @@ template <typename Launch>
 cudaError_t on_device(int device, Launch launch) {
     int before = 0;
     cudaError_t error = cudaGetDevice(&before);
+    if (error == cudaSuccess && before == device) return launch();
     if (error == cudaSuccess) error = cudaSetDevice(device);
     if (error != cudaSuccess) return error;
     error = launch();

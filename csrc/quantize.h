@@ -220,10 +220,13 @@ inline std::string refuse(const Call& s, const void* x) {
         return "head_dim is " + std::to_string(s.head_dim) +
                "; it can be 64 or 128 (nearest: " + (s.head_dim <= 96 ? "64" : "128") + ")";
     }
-    if (s.batch < 1 || s.heads < 1 || s.tokens < 1 || s.count < 1 || s.each < 1) return "there is nothing to quantize";
-    if (s.batch * s.heads > (int64_t{1} << 31) / blocks(s)) {
-        return "there are " + std::to_string(s.batch * s.heads) + " heads of " + std::to_string(blocks(s)) +
-               " blocks of 128 tokens; at most 2^31 blocks fit in a launch";
+    constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // blocks of a grid
+    for (const int64_t size : {s.batch, s.heads, s.tokens, s.count, s.each}) {
+        if (size < 1 || size > kMost) return "sizes are " + std::to_string(size) + " and the like; 1 to 2^31 - 1 fit";
+    }
+    if (blocks(s) > kMost / s.batch / s.heads) {
+        return "there are " + std::to_string(s.batch) + " samples of " + std::to_string(s.heads) + " heads of " +
+               std::to_string(blocks(s)) + " blocks of 128 tokens; fewer than 2^31 blocks fit in a launch";
     }
     if (!sm90::aligned(x, kAligned)) return "tensors have to begin at a multiple of 16 bytes: a copy does";
     const int64_t extents[3] = {s.batch, s.tokens, s.heads};

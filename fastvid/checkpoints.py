@@ -170,9 +170,18 @@ def check(saved: Saved, parts: Parts) -> None:
     identity.check_model(saved.about["model"], identity.identity(parts))
 
 
-def layout_of(saved: Saved) -> Layout | None:
-    """How ranks shared the request, which is how they go on with it; None: nothing is said of it."""
-    return parse(said).layout if (said := saved.about.get("layout")) else None
+def layout_of(saved: Saved, parts: Parts) -> Layout | None:
+    """How ranks shared the request, which is how they go on with it. Raises CheckpointError where that is not told."""
+    said = saved.about.get("layout")
+    if said is None and parts.mesh.size > 1 and parts.layout is None:
+        raise CheckpointError(
+            f"{saved.folder} does not say how ranks shared the request, and goes on in that way alone: "
+            "load with the degrees that it had, such as parallel='guidance=2,ulysses=2'"
+        )
+    try:
+        return None if said is None else parse(said).layout
+    except InvalidRequest as error:
+        raise CheckpointError(f"{saved.folder} is damaged: {error}") from error
 
 
 def check_request(saved: Saved, recipe: Mapping[str, Any]) -> None:

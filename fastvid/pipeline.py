@@ -226,7 +226,7 @@ class Pipeline:
         """
         saved = checkpoints.read(path)
         checkpoints.check(saved, self._parts)
-        prepared = self._prepare(*checkpoints.options(saved, given), layout=checkpoints.layout_of(saved))
+        prepared = self._prepare(*checkpoints.options(saved, given), layout=checkpoints.layout_of(saved, self._parts))
         checkpoints.check_request(saved, prepared.recipe)
         prepared = replace(prepared, recipe=saved.about["recipe"])
         said = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}

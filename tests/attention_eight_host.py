@@ -75,7 +75,7 @@ def attention_eight_host(
     factor = ctypes.c_float(q.shape[-1] ** -0.5 if scale is None else scale)
     bf16, int8 = int(q.dtype == torch.bfloat16), int(kind == "int8")
     held = (ctypes.c_void_p * 3)(*(x.data_ptr() for x in tensors))
-    factors = (ctypes.c_void_p * 4)(*(0 if x is None else x.data_ptr() for x in scales))
+    factors = (ctypes.c_void_p * 3)(*(0 if x is None else x.data_ptr() for x in scales))
     count = tensors[1].shape[2] // KEYS
     if library().attention_eight_emulate(
         words(call), addresses(walked), factor, held, factors, count, int8, pointer(out), pointer(lse), bf16, grid, why,

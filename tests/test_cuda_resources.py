@@ -210,7 +210,7 @@ def test_what_the_binding_of_8_bit_attention_refuses() -> None:
         "batch": 1, "queries": 100, "keys": 200, "heads": 2, "head_dim": 64, "q_strides": (12800, 128, 64),
         "k_strides": (25600, 128, 64), "v_strides": (25600, 128, 64), "tiles": 0, "largest": 0, "lists": 1,
     }  # fmt: skip
-    held, scales = [16, 16, 16], [16, 0, 16, 16]
+    held, scales = [16, 16, 16], [16, 0, 16]
 
     def attention(blocks: int = 2, kind: str = "fp8", scale: float = 0.125, device: int = 0, **changed: int) -> None:
         _C.attention_eight(held, scales, blocks, 16, 0, kind, "float16", call | changed, [], scale, device, 0)

@@ -3,8 +3,8 @@
 q and k become e4m3 or int8, v and the weights of the softmax e4m3; sums are fp32, the result is of q's type. It is an
 approximation, and so asked for by name alone: `auto` never takes it. csrc/quantize.h has the scales (one a query, one
 for 128 keys and one for 128 values, after the mean of all keys is taken off them), csrc/attention_eight.h the products,
-eager_attention_eight.py the same in PyTorch. Inputs are those of attention_cuda.py, and finite: what is not makes every
-result NaN that it belongs in.
+eager_attention_eight.py the same in PyTorch. Inputs are those of attention_cuda.py, and finite: a query that is not
+makes its result NaN, a key every result of its head, a value those that look at its block.
 
 The lists of `Blocks` are kept to: each tile of keys is stored from a block of 128 on, so tiles of a multiple of 128
 tokens cost nothing more, and smaller ones a whole block.
@@ -100,6 +100,8 @@ def _launch(
             _C.quantize(part, *map(_address, (x, mean, *made)), kind, dtype, call, _address(tiles), device, at)
 
         call, walked = prepare(q, k, v, lists)
+        for x in (q, k, v, *walked, *(lists[:4] if lists else ())):
+            x.record_stream(stream)  # the caller may drop what came from another stream at once
         tensors, scales = quantized(q, k, v, lists, with_lse, quantize)
         addresses = [x.data_ptr() for x in walked]
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -117,16 +119,14 @@ def _launch(
             device,
             at,
         )
-        for x in (q, k, v, *walked):
-            x.record_stream(stream)  # the caller may drop what came from another stream at once
     return out, lse
 
 
 def quantized(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists | None, with_lse: bool, quantize: Callable[..., None]
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor, Tensor]]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor]]:
     """q8 [B, H, N, D], k8 [B, H, blocks * 128, D], v8 [B, H, blocks, D, 128], as bytes, and their scales: of queries,
-    what is to be added to their scores (with the log-sum-exp alone), of blocks, the highest exponent of each head.
+    what is to be added to their scores (with the log-sum-exp alone), of blocks: of keys, and the exponents of values'.
 
     quantize(part, x, mean, (out, scales, shift)): what makes "queries", "keys" or "values".
     """
@@ -142,7 +142,7 @@ def quantized(
     quantize("queries", q, mean if with_lse else None, (q8, scales, shifts))
     quantize("keys", k, mean, (k8, block_scales, None))
     quantize("values", v, None, (v8, block_scales, None))
-    return (q8, k8, v8), (scales, shifts, block_scales, block_scales[..., 1].amax(-1))
+    return (q8, k8, v8), (scales, shifts, block_scales)
 
 
 def block_count(k: Tensor, lists: Lists | None) -> int:

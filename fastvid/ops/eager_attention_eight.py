@@ -14,7 +14,7 @@ from fastvid.ops.sparsity import Blocks
 
 KEYS = 128  # of a block
 LIMITS = {"int8": 127.0, "fp8": 448.0}
-SMALLEST, LOWEST_EXPONENT, LOWEST_ABOVE, UP = 1e-12, -100, -60, 8
+SMALLEST, LOWEST_EXPONENT, BELOW, UP = 1e-12, -100, 80, 8
 
 
 def round_e4m3(x: Tensor) -> Tensor:
@@ -72,7 +72,6 @@ def attention_lse(
     cut = _cut([0, k.shape[1]] if blocks is None else blocks.key_tiles.tolist())
     keys = {part: quantize_keys(k[:, slice(*part)], kind, mean) for tile in cut for part in tile}
     values = {part: quantize_values(v[:, slice(*part)]) for tile in cut for part in tile}
-    most = torch.stack([exponent for _, exponent in values.values()]).amax(0)
     out, lse = torch.zeros_like(q), torch.full((B, H, N), -torch.inf, device=q.device)
     for b, h, queries, tiles in _walks(q, blocks):
         parts = [part for tile in tiles for part in cut[tile]]
@@ -80,18 +79,23 @@ def attention_lse(
         highest = torch.full((len(queries), 1), -torch.inf, device=q.device)
         total, made = torch.zeros_like(highest), torch.zeros(len(queries), D, device=q.device)
         rows, row_scale = q8[b, queries.start : queries.stop, h], q_scale[b, queries.start : queries.stop, h]
+        most = unit = before = None
         for part in parts:
-            (k8, k_scale), (v8, exponent) = keys[part], values[part]
+            (k8, k_scale), (v8, exponents) = keys[part], values[part]
             scores = rows @ k8[b, :, h].T * (row_scale * k_scale[b, :, h] * scale)
             found = torch.maximum(highest, scores.amax(-1, keepdim=True))
             shrink = torch.exp(highest - found)
-            up = torch.exp2((exponent - most)[b, :, h].clamp(min=LOWEST_ABOVE) + UP)
+            exponent = exponents[b, :, h]
+            most = exponent if most is None else torch.maximum(most, exponent)
+            before, unit = unit, torch.maximum(exponent, most - BELOW)
+            up = torch.exp2(exponent - unit + UP)
             weights = torch.exp(scores - found) * up
             total = total * shrink + weights.sum(-1, keepdim=True) / up
-            made = made * shrink + round_e4m3(weights) @ v8[b, :, h]
+            rebase = 1.0 if before is None else torch.exp2(before - unit)
+            made = made * (shrink * rebase) + round_e4m3(weights) @ v8[b, :, h]
             highest = found
         if parts:
-            out[b, queries.start : queries.stop, h] = (made / total * torch.exp2(most[b, :, h] - UP)).to(q.dtype)
+            out[b, queries.start : queries.stop, h] = (made / total * torch.exp2(unit - UP)).to(q.dtype)
             lse[b, h, queries.start : queries.stop] = (highest + total.log())[:, 0]
     return out, lse + shift
 

@@ -325,12 +325,12 @@ int attention_emulate(const Call* call, const Lists* lists, float scale, const v
     return 0;
 }
 
-// The same of 8-bit values. tensors: q, k, v; scales: of queries, shifts or null, of blocks, the highest exponents.
+// The same of 8-bit values. tensors: q, k, v; scales: of queries, shifts or null, of blocks.
 int attention_eight_emulate(const Call* call, const Lists* lists, float scale, const void* const* tensors,
                             const float* const* scales, int blocks, int int8, void* out, float* lse, int bf16, int grid,
                             char* why, int room) {
     try {
-        const Eights at = {tensors[0], tensors[1], tensors[2], {scales[0], scales[1], scales[2], scales[3], blocks}};
+        const Eights at = {tensors[0], tensors[1], tensors[2], {scales[0], scales[1], scales[2], blocks}};
         const std::string reason = refuse_eight(*call, at.scales, out, scale);
         if (!reason.empty()) throw Stopped(reason);
         const Attention s = attention_of(*call, *lists, at.scales, scale);
