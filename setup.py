@@ -41,9 +41,7 @@ def wants_cuda() -> bool:
             f"FASTVID_BUILD_CUDA=1 needs nvcc {OLDEST_CUDA}.0 or later, and {nvcc} is {cuda_version(nvcc)}: "
             "set CUDA_HOME to a later one, or use auto or 0"
         )
-    if choice == "auto" and find_cudart(cuda_root(nvcc)) is None:
-        return False
-    return not old
+    return not old and (choice == "1" or find_cudart(cuda_root(nvcc)) is not None)
 
 
 def find_nvcc() -> str | None:

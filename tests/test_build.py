@@ -35,24 +35,37 @@ def setup_py(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("choice", "nvcc", "gpu", "built"),
+    ("choice", "nvcc", "gpu", "runtime", "built"),
     [
-        (None, True, True, True),
-        ("auto", True, True, True),
-        ("auto", True, False, False),
-        ("auto", False, True, False),
-        ("1", True, False, True),
-        ("0", True, True, False),
+        (None, True, True, True, True),
+        ("auto", True, True, True, True),
+        ("auto", True, True, False, False),
+        ("auto", True, False, True, False),
+        ("auto", False, True, False, False),
+        ("1", True, False, True, True),
+        ("1", True, True, False, True),  # and the build says what is missing
+        ("0", True, True, True, False),
     ],
 )
 def test_when_the_extension_is_built(
-    setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch, choice: str | None, nvcc: bool, gpu: bool, built: bool
+    setup_py: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    choice: str | None,
+    nvcc: bool,
+    gpu: bool,
+    runtime: bool,
+    built: bool,
 ) -> None:
     if choice is not None:
         monkeypatch.setenv("FASTVID_BUILD_CUDA", choice)
     monkeypatch.setattr(setup_py, "find_nvcc", lambda: "/cuda/bin/nvcc" if nvcc else None)
     monkeypatch.setattr(setup_py, "has_gpu", lambda: gpu)
     monkeypatch.setattr(setup_py, "cuda_version", lambda nvcc: "12.0")
+    monkeypatch.setattr(setup_py, "cuda_root", lambda nvcc: tmp_path)
+    if runtime:
+        (tmp_path / "lib").mkdir()
+        (tmp_path / "lib" / "libcudart_static.a").touch()
     assert setup_py.wants_cuda() is built
 
 
