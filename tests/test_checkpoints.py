@@ -419,3 +419,18 @@ def test_cancelling_at_any_moment_leaves_no_trace(pipes):
         timer.cancel()
         timer.join()
     assert same(run(pipe.stream(PROMPT, **options)), wanted)
+
+
+def test_ranks_go_on_in_the_layout_that_is_told() -> None:
+    from fastvid.distributed import Layout
+
+    def layout(about: dict, size: int = 2, asked: Layout | None = None) -> Layout | None:
+        saved = SimpleNamespace(folder="job.ckpt", about=about)
+        return checkpoints.layout_of(saved, SimpleNamespace(mesh=SimpleNamespace(size=size), layout=asked))
+
+    assert layout({"layout": str(Layout(ring=2))}) == Layout(ring=2)
+    assert layout({}, size=1) is None and layout({}, asked=Layout(ulysses=2)) is None
+    with pytest.raises(fastvid.CheckpointError, match="does not say how ranks shared"):
+        layout({})
+    with pytest.raises(fastvid.CheckpointError, match="is damaged: parallel"):
+        layout({"layout": "rings=2"})
