@@ -4,7 +4,7 @@
 
 1.3b: Wan 2.1 1.3B, 832x480, 81 frames: one denoising step with guidance (50 of them are *extrapolated* from these, and
 so labelled), and a whole video in 4 steps without guidance, decoded to uint8. 14b: Wan 2.1 14B, 1280x720, 81 frames: a
-denoising step with guidance. On a GPU fastvid's cases come with CUDA graphs (`fastvid.graphs`) too. Peak memory is that
+denoising step with guidance. On a GPU fastvid's cases come with CUDA graphs (`fastvid.device.cuda_graphs`) too. Peak memory is that
 of a run of its own, weights and graphs included. diffusers is left out where it is not installed, and the result says
 so. On a CPU everything is small: it shows that the script works, and no more.
 """
@@ -21,12 +21,11 @@ import torch
 from harness import Case, Row, measure, save, table
 from torch import Tensor, nn
 
-from fastvid import ops
-from fastvid.graphs import CudaCapture, Graphs
-from fastvid.models import WanTransformer, WanVAE, WanVAEConfig
-from fastvid.models.published import describe
-from fastvid.ops import rgb, vae_kernels
-from fastvid.weights import target_dtype
+from fastvid.device.cuda_graphs import CudaCapture, Graphs
+from fastvid.loaders.safetensors import target_dtype
+from fastvid.models.registry import WanTransformer, WanVAE, WanVAEConfig
+from fastvid.models.wan.published import describe
+from fastvid.ops import dispatch, rgb, vae_gpu
 
 NAMES = {"1.3b": "wan2.1-t2v-1.3b", "14b": "wan2.1-t2v-14b"}
 LATENTS = {"1.3b": (1, 16, 21, 60, 104), "14b": (1, 16, 21, 90, 160)}
@@ -133,7 +132,7 @@ def build(name: str, device: torch.device, backends: list[str], compiled: bool) 
     vae = WanVAE(WanVAEConfig() if on_gpu else WanVAEConfig(base_dim=16, num_res_blocks=1)).to(device, dtype)
     cases: dict[str, Model] = {}
     for backend in backends:
-        bound = ops.bind(backend, device=device)
+        bound = dispatch.bind(backend, device=device)
         with torch.device("meta"):
             ours = WanTransformer(config, bound)
         ours.load_state_dict(state, assign=True)
@@ -141,7 +140,7 @@ def build(name: str, device: torch.device, backends: list[str], compiled: bool) 
         own = WanVAE(vae.config, bound).to(device, dtype)
         own.load_state_dict(vae.state_dict())
         if bound.bound["vae_norm_silu_conv3d"] != "reference":
-            vae_kernels.channels_last(own)
+            vae_gpu.channels_last(own)
         runs = {"": ours.run} | ({" with graphs": Graphs(CudaCapture(device))} if on_gpu else {})
         cases |= {f"fastvid {backend}{name}": model(ours, run, own) for name, run in runs.items()}
     if importlib.util.find_spec("diffusers") is not None:

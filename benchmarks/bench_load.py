@@ -27,8 +27,8 @@ import torch
 from harness import Case, Row, _row, save, table
 from torch import nn
 
-from fastvid import weights
-from fastvid.models import WanTransformer, WanTransformerConfig
+from fastvid.loaders import safetensors
+from fastvid.models.registry import WanTransformer, WanTransformerConfig
 
 PIECE = 2**24
 BLOCK_BYTES = 2 * (8 * 1536**2 + 2 * 1536 * 8960)  # of the 1.3B in bf16, nearly
@@ -65,7 +65,7 @@ def compare(
 
     def load(device: str) -> None:
         kept[:] = [module_of(config)]
-        weights.load_into(kept[0], paths, device, torch.bfloat16)
+        safetensors.load_into(kept[0], paths, device, torch.bfloat16)
 
     cases = [
         Case("read the disk", lambda: read(plain), total),

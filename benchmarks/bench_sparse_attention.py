@@ -18,8 +18,9 @@ import torch
 from harness import Case, Row, measure, save, table, why_not
 from torch import Tensor
 
-from fastvid.ops import attention, backends, sparsity
-from fastvid.ops.sparsity import Blocks, Triple
+from fastvid.ops import attention, backends
+from fastvid.ops import sparse as sparsity
+from fastvid.ops.sparse import Blocks, Triple
 
 # Grid of tokens, tile, heads: 81 frames at 480p and at 720p.
 CASES = {

@@ -12,7 +12,7 @@ from bench_rgb import copy_of
 from harness import Case, Row, compared, measure, save, table
 from torch import Tensor
 
-from fastvid.ops import backends, stepping
+from fastvid.ops import backends, solver_step
 from fastvid.sampling import SOLVERS, SolverState, velocity_to_x0
 from fastvid.sampling.guidance import combine
 
@@ -58,7 +58,7 @@ def bench(solver: str, size: tuple[int, ...], device: torch.device, rounds: int)
     outputs = 2 if history else 1
     weights = torch.randn((outputs, 2 + len(history), T), dtype=torch.float64)
     args = (x, cond, uncond, 5.0, sigma, sigma_next != sigma, weights, history)
-    functions = stepping.BACKENDS["solver_step"]
+    functions = solver_step.BACKENDS["solver_step"]
     names = [name for name in functions if backends.why_not(name, device) is None]
     expected = functions["reference"](*args)
     for name in names:

@@ -28,9 +28,9 @@ from typing import Any
 from harness import Row, save, table
 
 import fastvid
-from fastvid import decoding
-from fastvid.media import FrameSink
-from fastvid.media_beside import Beside
+from fastvid.engine import decode
+from fastvid.media.beside import Beside
+from fastvid.media.writer import FrameSink
 
 PROMPT = "a red circle moving right on a white background"
 PARTS = ("first", "memory", "beside", "full")
@@ -160,12 +160,12 @@ def timed(
     """Makes the file with each of the two in place or in a thread: seconds, and those of all processors."""
 
     def run() -> tuple[float, float]:
-        chosen, decoding.worth_it = decoding.worth_it, lambda device: decodes
+        chosen, decode.worth_it = decode.worth_it, lambda device: decodes
         mark, busy = time.perf_counter(), time.process_time()
         try:
             write(pipe, path, writes, **options)
         finally:
-            decoding.worth_it = chosen
+            decode.worth_it = chosen
         return time.perf_counter() - mark, time.process_time() - busy
 
     return run

@@ -20,10 +20,9 @@ from harness import Case, measure, save, table, why_not
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvid import ops
 from fastvid.errors import BackendUnavailable
-from fastvid.models import WanVAE, WanVAEConfig
-from fastvid.ops import rgb, vae_cuda, vae_kernels
+from fastvid.models.registry import WanVAE, WanVAEConfig
+from fastvid.ops import dispatch, rgb, vae_cuda, vae_gpu
 
 SIZES = {"480p": (60, 104), "720p": (90, 160), "1080p": (136, 240)}
 FRAMES, SMALL = 21, (3, 4, 6)  # latent ones; on a CPU, with height and width
@@ -95,7 +94,7 @@ def bench(
 def count(config: WanVAEConfig, size: tuple[int, int, int]) -> int:
     """Operations of the products and convolutions of a decode."""
     with torch.device("meta"):
-        vae, latents = WanVAE(config, ops.bind("reference")), torch.empty(1, config.z_dim, *size)
+        vae, latents = WanVAE(config, dispatch.bind("reference")), torch.empty(1, config.z_dim, *size)
     with FlopCounterMode(display=False) as counter:
         one_by_one(lambda part, cache: vae.decode(part, cache), latents)
     return counter.get_total_flops()
@@ -127,14 +126,14 @@ def build(
             facts["left_out"][f"fastvid {name}"] = reason
             continue
         try:
-            bound = ops.bind(backend, device=device)
+            bound = dispatch.bind(backend, device=device)
         except BackendUnavailable as error:
             facts["left_out"][f"fastvid {name}"] = str(error)
             continue
         own = WanVAE(config, bound).to(device, dtype)
         own.load_state_dict(first.state_dict())
         if bound.bound["vae_norm_silu_conv3d"] != "reference":
-            vae_kernels.channels_last(own)
+            vae_gpu.channels_last(own)
 
         def decode(latents: Tensor, own: WanVAE = own) -> Tensor:
             parts = one_by_one(lambda x, c: own.decode_rgb(x, c, reuse_cache=c is not None), latents)
@@ -145,7 +144,7 @@ def build(
 
 def why_not_here(name: str, device: torch.device) -> str | None:
     """Why a back end's convolution isn't run, if it isn't."""
-    function = ops.implementations()["vae_norm_silu_conv3d"][name]
+    function = dispatch.implementations()["vae_norm_silu_conv3d"][name]
     return why_not(name, function, {"triton": "vae_conv.py", "cuda": "csrc"}.get(name, ""), device)
 
 

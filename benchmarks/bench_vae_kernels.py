@@ -17,8 +17,8 @@ import torch
 from harness import Case, Row, compared, measure, save, table, why_not
 from torch import Tensor
 
-from fastvid.ops import backends, vae_cuda, vae_kernels
-from fastvid.precision import ieee_fp32
+from fastvid.device.precision import ieee_fp32
+from fastvid.ops import backends, vae_cuda, vae_gpu
 
 OPERATIONS = True  # what `gpu.sh kernels` runs
 # name -> operation, channels in and out, (frames, height, width) of the input: Wan 2.1 at 832x480, one latent frame
@@ -100,7 +100,7 @@ def bench(
     """All that there are, checked against the reference."""
     given, products = arguments(op, C, N, size, dtype, device)
     plain = tuple(one.contiguous() if isinstance(one, Tensor) else one for one in given)
-    reference, triton = (vae_kernels.BACKENDS[op][name] for name in ("reference", "triton"))
+    reference, triton = (vae_gpu.BACKENDS[op][name] for name in ("reference", "triton"))
     runs: dict[str, Callable[[], Any]] = {
         "reference": lambda: reference(*plain),
         "reference, channels-last": lambda: reference(*given),
@@ -133,8 +133,8 @@ def cuda(op: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Any
 def norm_then_conv(x: Tensor, past: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """vae_norm_silu_conv3d with a normalised copy of x."""
     copy = torch.empty_like(x)
-    vae_kernels.norm_triton(x, gamma.view(-1), None, copy, True)
-    return vae_kernels.causal_conv3d(copy, past, weight, bias, (1, 1))[0]
+    vae_gpu.norm_triton(x, gamma.view(-1), None, copy, True)
+    return vae_gpu.causal_conv3d(copy, past, weight, bias, (1, 1))[0]
 
 
 def first(made: Any) -> Tensor:

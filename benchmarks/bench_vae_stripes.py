@@ -13,8 +13,8 @@ import argparse
 import torch
 from harness import Case, measure, save, table
 
-from fastvid.models import WanVAE, WanVAEConfig
-from fastvid.models.vae_memory import cache_bytes, decode_bytes
+from fastvid.models.registry import WanVAE, WanVAEConfig
+from fastvid.planning.vae_memory import cache_bytes, decode_bytes
 
 STRIPES = (1, 2, 4)
 TIMED = (1, 16, 2, 60, 104)

@@ -4,7 +4,7 @@
     python benchmarks/cuda_resources.py --check    # what grew, spills or was not compiled as meant; writes nothing
 
 A row: registers a thread at the start (warpgroups that hand some over have others later), bytes spilled a thread, bytes
-of static shared memory a block. `tests/test_cuda_resources.py` holds the table to what the kernels are.
+of static shared memory a block. `tests/kernels/test_cuda_resources.py` holds the table to what the kernels are.
 """
 
 from __future__ import annotations

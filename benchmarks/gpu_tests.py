@@ -1,6 +1,6 @@
 """Runs the tests marked `gpu` and records what passed, with the sources of the kernels that were tested.
 
-    python benchmarks/gpu_tests.py [--jobs 3] [--seconds 200] [tests/test_rgb.py ...]
+    python benchmarks/gpu_tests.py [--jobs 3] [--seconds 200] [tests/kernels/test_rgb.py ...]
 
 Each file runs in a process of its own with a limit of time, several beside each other: a kernel that faults leaves its
 process without a GPU, one that hangs never ends, and neither is to cost the results of the others. Files that passed
@@ -28,25 +28,25 @@ from xml.etree import ElementTree
 import torch
 from harness import passed, result_of, save
 
-from fastvid import kernels, ops
-from fastvid.ops import backends
+from fastvid import kernels
+from fastvid.ops import backends, dispatch
 
 ROOT = Path(__file__).parents[1]
 # Which kernels a file tests: of kernels/, or all of csrc. What has never run is first.
 COVERS = {
-    "tests/test_rgb.py": ("csrc", "rgb.py"),
-    "tests/test_attention_cuda.py": ("csrc",),
-    "tests/test_conv_cuda.py": ("csrc",),
-    "tests/test_attention_eight.py": ("csrc",),
-    "tests/test_vae_kernels.py": ("vae_conv.py", "vae_norm.py"),
-    "tests/test_attention_kernels.py": ("attention.py",),
-    "tests/test_sparse_attention.py": ("sparse_attention.py",),
-    "tests/test_gemm_kernels.py": ("gemm.py", "head.py", "linear_gelu.py", "patch_embed.py"),
-    "tests/test_norms_kernels.py": ("qk_norm_rope.py", "row_norms.py"),
-    "tests/test_step_kernels.py": ("solver_step.py",),
-    "tests/test_graphs.py": (),
-    "tests/test_offload.py": (),
-    "tests/test_parallel.py": (),
+    "tests/kernels/test_rgb.py": ("csrc", "rgb.py"),
+    "tests/kernels/test_attention_cuda.py": ("csrc",),
+    "tests/kernels/test_conv_cuda.py": ("csrc",),
+    "tests/kernels/test_attention_eight.py": ("csrc",),
+    "tests/kernels/test_vae_kernels.py": ("vae_conv.py", "vae_norm.py"),
+    "tests/kernels/test_attention_kernels.py": ("attention.py",),
+    "tests/kernels/test_sparse_attention.py": ("sparse_attention.py",),
+    "tests/kernels/test_gemm_kernels.py": ("gemm.py", "head.py", "linear_gelu.py", "patch_embed.py"),
+    "tests/kernels/test_norms_kernels.py": ("qk_norm_rope.py", "row_norms.py"),
+    "tests/kernels/test_step_kernels.py": ("solver_step.py",),
+    "tests/device/test_graphs.py": (),
+    "tests/device/test_offload.py": (),
+    "tests/distributed/test_parallel.py": (),
 }
 FINE = "done"
 
@@ -54,8 +54,8 @@ FINE = "done"
 def sources() -> dict[str, str]:
     """File of kernels -> hash of its source; all of csrc is one, where it is built."""
     names = sorted(path.name for path in Path(kernels.__path__[0]).glob("*.py"))
-    made = {name: ops.source_hash("triton", name) for name in names}
-    return made | ({} if isinstance(backends.extension(), str) else {"csrc": ops.source_hash("cuda", "csrc")})
+    made = {name: dispatch.source_hash("triton", name) for name in names}
+    return made | ({} if isinstance(backends.extension(), str) else {"csrc": dispatch.source_hash("cuda", "csrc")})
 
 
 def right(record: dict[str, Any], kernel: str) -> bool:

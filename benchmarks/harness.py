@@ -29,8 +29,7 @@ from typing import Any
 
 import torch
 
-from fastvid import ops
-from fastvid.ops import backends
+from fastvid.ops import backends, dispatch
 
 ROOT = Path(__file__).parents[1]
 L2_FLUSH_BYTES = 256 * 2**20  # several times the L2 of any GPU so far
@@ -146,7 +145,7 @@ def why_not(backend: str, function: object, file: str, device: torch.device) -> 
     if (
         record is None
         or "files" not in record
-        or record["sources"].get(file) != ops.source_hash("cuda" if file == "csrc" else "triton", file)
+        or record["sources"].get(file) != dispatch.source_hash("cuda" if file == "csrc" else "triton", file)
     ):
         return None
     outcomes = {name: record["files"].get(name) for name in record["covers"].get(file, ())}
@@ -173,7 +172,7 @@ def compared(op: str, shape_class: str, instead: str, **kernels: str) -> dict[st
 
     instead: the row of what `auto` takes without them. kernels: back end, which is also the row's name -> its file.
     """
-    sources = {name: {"file": file, "source": ops.source_hash(name, file)} for name, file in kernels.items()}
+    sources = {name: {"file": file, "source": dispatch.source_hash(name, file)} for name, file in kernels.items()}
     return {"op": op, "shape_class": shape_class, "instead": instead, "kernels": sources}
 
 

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvid
-from fastvid.events import Step
+from fastvid.engine.events import Step
 
 COPIES = ("_to_copy", "clone", "contiguous", "copy_", "cat", "stack", "constant_pad_nd")
 SLOWEST = 15

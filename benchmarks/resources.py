@@ -5,7 +5,7 @@
     python benchmarks/resources.py --check    # what grew or spills; writes nothing
 
 A row: registers a thread, bytes spilled a thread, bytes of shared memory a block, and the units (mma, wgmma, tcgen05,
-tma) that are used. `tests/test_resources.py` holds the table to what the kernels are.
+tma) that are used. `tests/kernels/test_resources.py` holds the table to what the kernels are.
 """
 
 from __future__ import annotations

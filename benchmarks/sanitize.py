@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid import ops
-from fastvid.ops import backends, sparsity
+from fastvid.ops import backends, dispatch, sparse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -47,7 +46,7 @@ def inputs(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     seen = random(B, N, heads, D), random(B, 77, heads, D), random(B, 77, heads, D)
     yield "attention", seen
     yield "attention_lse", seen
-    blocks = sparsity.window((t, h, w), (2, 2, 4), (2, 2, 1)).to(DEVICE)
+    blocks = sparse.window((t, h, w), (2, 2, 4), (2, 2, 1)).to(DEVICE)
     own = (*(random(B, N, heads, D) for _ in range(3)), blocks)
     yield "sparse_attention", own
     yield "sparse_attention_lse", own
@@ -96,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="those alone (default: all)")
     asked = parser.parse_args().backend or list(BACKENDS)
-    table: dict[str, dict[str, Callable[..., Any]]] = ops.implementations()
+    table: dict[str, dict[str, Callable[..., Any]]] = dispatch.implementations()
     covered, ran = set(), 0
     for dtype in TOLERANCE if DEVICE == "cuda" else (torch.float32, torch.float16):
         for name, given in inputs(dtype):

@@ -1,4 +1,4 @@
-"""The cost model of many ranks (`fastvid.scaling`) against real ones, and what it says of 1 to 64 GPUs.
+"""The cost model of many ranks (`fastvid.distributed.cost_model`) against real ones, and what it says of 1 to 64 GPUs.
 
     python benchmarks/scaling.py [check] [draw]
 
@@ -29,12 +29,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 from ranks import run_ranks  # noqa: E402
 
 from fastvid.benchmarks.harness import save  # noqa: E402
-from fastvid.distributed import Mesh, Seat  # noqa: E402
+from fastvid.distributed.cost_model import H200, INFINIBAND, NVLINK, PCIE, Device, Link, Work, curve, predict  # noqa: E402
+from fastvid.distributed.layout import every  # noqa: E402
+from fastvid.distributed.mesh import Mesh, Seat  # noqa: E402
 from fastvid.layers.linear import Linear  # noqa: E402
-from fastvid.models.wan import WanTransformer, WanTransformerConfig  # noqa: E402
-from fastvid.ops import bind  # noqa: E402
-from fastvid.parallel import every  # noqa: E402
-from fastvid.scaling import H200, INFINIBAND, NVLINK, PCIE, Device, Link, Work, curve, predict  # noqa: E402
+from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig  # noqa: E402
+from fastvid.ops.dispatch import bind  # noqa: E402
 
 CONFIG = WanTransformerConfig(num_attention_heads=8, attention_head_dim=64, ffn_dim=2048, num_layers=4, text_dim=64)
 GRID, ROWS, RUNS = (4, 24, 24), 64, 3

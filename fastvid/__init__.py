@@ -23,13 +23,13 @@ from fastvid.errors import (
 )
 
 if TYPE_CHECKING:
-    from fastvid.clips import open_clip
-    from fastvid.events import Finished, Frames, Started, Step
-    from fastvid.opening import blueprint, load
-    from fastvid.pipeline import Pipeline
-    from fastvid.pool import Pool
-    from fastvid.requests import Request
-    from fastvid.video import Video
+    from fastvid.api import blueprint, load
+    from fastvid.engine.events import Finished, Frames, Started, Step
+    from fastvid.media.clip import open_clip
+    from fastvid.media.video import Video
+    from fastvid.pipeline.pipeline import Pipeline
+    from fastvid.requests.request import Request
+    from fastvid.serve.pool import Pool
 
 __version__ = "0.1.0"
 
@@ -58,17 +58,17 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Finished": "fastvid.events",
-    "Frames": "fastvid.events",
-    "Pipeline": "fastvid.pipeline",
-    "Pool": "fastvid.pool",
-    "Request": "fastvid.requests",
-    "Started": "fastvid.events",
-    "Step": "fastvid.events",
-    "Video": "fastvid.video",
-    "blueprint": "fastvid.opening",
-    "load": "fastvid.opening",
-    "open_clip": "fastvid.clips",
+    "Finished": "fastvid.engine.events",
+    "Frames": "fastvid.engine.events",
+    "Pipeline": "fastvid.pipeline.pipeline",
+    "Pool": "fastvid.serve.pool",
+    "Request": "fastvid.requests.request",
+    "Started": "fastvid.engine.events",
+    "Step": "fastvid.engine.events",
+    "Video": "fastvid.media.video",
+    "blueprint": "fastvid.api",
+    "load": "fastvid.api",
+    "open_clip": "fastvid.media.clip",
 }
 
 

@@ -4,9 +4,9 @@ FASTVID_CUDA_ARCHS when it builds). They are defaults: what the caller gives win
     FASTVID_MODEL      the model that is loaded when none is named: "embedded", a folder or a hub id
     FASTVID_DEVICE     "cpu", "cuda", "cuda:1"
     FASTVID_DTYPE      "float32", "bfloat16", "float16"
-    FASTVID_BACKEND    as in fastvid.ops.bind: "auto", "reference", "triton", "cuda", or "to_rgb=cuda"
+    FASTVID_BACKEND    as in fastvid.ops.dispatch.bind: "auto", "reference", "triton", "cuda", or "to_rgb=cuda"
     FASTVID_ATTENTION  the same for attention, also "sdpa", "flash", "cuda_fp8" and "cuda_int8"
-    FASTVID_PROMPT_ENDPOINT  who writes long prompts (fastvid.prompts), such as "http://localhost:8000/v1"
+    FASTVID_PROMPT_ENDPOINT  who writes long prompts (fastvid.requests.prompts), such as "http://localhost:8000/v1"
     FASTVID_PROMPT_MODEL     the language model's name there
     FASTVID_PROMPT_KEY       its key; in no error, no report and no recipe
     FASTVID_DEBUG      anything: the command line shows the traceback of an error

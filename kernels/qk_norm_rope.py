@@ -19,15 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
-from fastvid.kernels.row_norms import (
-    DTYPES,
-    INDEX_DTYPES,
-    MAX_WIDTH,
-    MIN_TAIL,
-    architecture,
-    check_tensor,
-    pieces,
-)
+from fastvid.kernels.row_norms import DTYPES, INDEX_DTYPES, MAX_WIDTH, MIN_TAIL, architecture, check_tensor, pieces
 
 # (architecture, widest row) -> how the kernel is launched; as in row_norms.py, and not tuned on a GPU yet either.
 CONFIGS = {

@@ -10,7 +10,7 @@ from attention_host import addresses, library, lists_of, words
 from torch import Tensor
 
 from fastvid.ops.attention_eight import KEYS, Lists, prepare, quantized, source_of
-from fastvid.ops.sparsity import Blocks
+from fastvid.ops.sparse import Blocks
 
 PARTS = ("queries", "keys", "values")
 

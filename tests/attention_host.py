@@ -12,7 +12,7 @@ from compiled_host import compile_host
 from torch import Tensor
 
 from fastvid.ops.attention_cuda import prepare
-from fastvid.ops.sparsity import Blocks
+from fastvid.ops.sparse import Blocks
 
 
 @functools.cache

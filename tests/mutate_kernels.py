@@ -28,28 +28,33 @@ from kernel_mutations import MUTATIONS, Mutation, mutate
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/kernel-mutations.json"
 KEPT = ("name", "kernel", "file", "same", "caught_by", "said", "seconds")
-MODULES = ("torch", "hypothesis", "fastvid.ops.attention_eight", "fastvid.ops.vae_cuda")  # slow to import
+MODULES = (
+    "torch",
+    "hypothesis",
+    "fastvid.ops.attention_eight",
+    "fastvid.ops.vae_cuda",
+)  # slow to import
 PATIENCE = 2  # seconds that an emulated barrier is waited for
 TESTS = {
     "attention": [
-        "test_attention_cuda.py::test_patterns_of_a_video",
-        "test_attention_cuda.py::test_scores_far_apart",
-        "test_attention_cuda.py::test_rings_go_round_many_times",
-        "test_attention_cuda.py::test_dense",
-        "test_attention_cuda.py::test_sparse",
+        "kernels/test_attention_cuda.py::test_patterns_of_a_video",
+        "kernels/test_attention_cuda.py::test_scores_far_apart",
+        "kernels/test_attention_cuda.py::test_rings_go_round_many_times",
+        "kernels/test_attention_cuda.py::test_dense",
+        "kernels/test_attention_cuda.py::test_sparse",
     ],
     "attention_eight": [
-        "test_attention_eight.py::test_tiles_begin_at_blocks",
-        "test_attention_eight.py::test_patterns_of_a_video",
-        "test_attention_eight.py::test_values_of_very_different_size",
-        "test_attention_eight.py::test_rows_that_look_at_small_values_alone_are_as_good",
-        "test_attention_eight.py::test_what_is_not_finite_shows",
-        "test_attention_eight.py::test_quantized_as_the_eager_form",
-        "test_attention_eight.py::test_rings_go_round_many_times",
-        "test_attention_eight.py::test_sparse",
-        "test_attention_eight.py::test_dense",
+        "kernels/test_attention_eight.py::test_tiles_begin_at_blocks",
+        "kernels/test_attention_eight.py::test_patterns_of_a_video",
+        "kernels/test_attention_eight.py::test_values_of_very_different_size",
+        "kernels/test_attention_eight.py::test_rows_that_look_at_small_values_alone_are_as_good",
+        "kernels/test_attention_eight.py::test_what_is_not_finite_shows",
+        "kernels/test_attention_eight.py::test_quantized_as_the_eager_form",
+        "kernels/test_attention_eight.py::test_rings_go_round_many_times",
+        "kernels/test_attention_eight.py::test_sparse",
+        "kernels/test_attention_eight.py::test_dense",
     ],
-    "conv": ["test_conv_cuda.py::test_every_width_and_strides", "test_conv_cuda.py::test_all_operations"],
+    "conv": ["kernels/test_conv_cuda.py::test_every_width_and_strides", "test_conv_cuda.py::test_all_operations"],
 }
 
 

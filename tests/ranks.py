@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 rank, size, port, module, name, *args = sys.argv[1:]
 store = dist.TCPStore("127.0.0.1", int(port), int(size), is_master=False, timeout=datetime.timedelta(seconds=60))
 dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(size))
-from fastvid.distributed import Mesh
+from fastvid.distributed.mesh import Mesh
 getattr(importlib.import_module(module), name)(Mesh.of_group(), *args)
 dist.barrier()
 dist.destroy_process_group()

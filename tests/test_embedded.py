@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import fastvid
-from fastvid.loading import find_folder
-from fastvid.opening import inspect
-from tools.clips import Scene, draw
-from tools.measure import measure
+from fastvid.api import inspect
+from fastvid.benchmarks.quality.clips import Scene, draw
+from fastvid.benchmarks.quality.measure import measure
+from fastvid.pipeline.load import find_folder
 
 FOLDER = find_folder("embedded")
 
@@ -75,7 +75,7 @@ SCENES = [
 
 
 def test_videos_show_what_was_asked_for(pipe):
-    """Six captions of the words that every version knows; the whole score is `python -m tools.score`."""
+    """Six captions of the words that every version knows; the whole score is `python -m fastvid.benchmarks.quality.score`."""
     shown = [measure(pipe.generate(scene.caption, seed=i).frames) for i, scene in enumerate(SCENES)]
     right = {
         trait: np.mean([getattr(s, trait) == getattr(m, trait) for s, m in zip(SCENES, shown, strict=True)])
@@ -85,8 +85,8 @@ def test_videos_show_what_was_asked_for(pipe):
 
 
 def test_the_command_line_s_first_line(tmp_path: Path):
-    from fastvid.cli import main
-    from fastvid.media import read_video
+    from fastvid.cli.main import main
+    from fastvid.media.writer import read_video
 
     out = tmp_path / "out.mp4"
     assert main(["generate", "a red circle moving right on a white background", "-o", str(out), "--seed", "1"]) == 0

@@ -104,7 +104,7 @@ MODULES = modules()
 
 
 def unit_of(module: str) -> str:
-    """`fastvid.ops.rgb` -> `ops`, `fastvid.media_read` -> `media` (a part of it), `fastvid` -> `__init__`."""
+    """`fastvid.ops.rgb` -> `ops`, `fastvid.media.metadata` -> `media` (a part of it), `fastvid` -> `__init__`."""
     name = module.split(".")[1] if "." in module else "__init__"
     return name.split("_")[0] or name  # `_C` and `__init__` are whole
 
@@ -124,7 +124,7 @@ def imported(module: str, tree: ast.AST, is_package: bool = False) -> Iterator[s
 
 
 def from_import(module: str, node: ast.ImportFrom, is_package: bool) -> list[str]:
-    """`from fastvid import ops, load` -> fastvid.ops and fastvid: a submodule counts as itself."""
+    """`from fastvid.ops import dispatch as ops, load` -> fastvid.ops.dispatch and fastvid: a submodule counts as itself."""
     base = node.module or ""
     if node.level:
         parents = module.split(".")[: len(module.split(".")) - node.level + is_package]
@@ -149,20 +149,20 @@ def test_imports_point_one_way(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source", "found"),
     [
-        ("fastvid.models.wan", "from fastvid.kernels import rgb", "kernels"),
-        ("fastvid.models.wan", "def f():\n    import fastvid.kernels.rgb", "kernels"),
-        ("fastvid.models.wan", "import importlib\nimportlib.import_module('fastvid._C')", "_C"),
-        ("fastvid.models.wan", "from ..kernels import rgb", "kernels"),
+        ("fastvid.models.wan.transformer", "from fastvid.kernels import rgb", "kernels"),
+        ("fastvid.models.wan.transformer", "def f():\n    import fastvid.kernels.rgb", "kernels"),
+        ("fastvid.models.wan.transformer", "import importlib\nimportlib.import_module('fastvid._C')", "_C"),
+        ("fastvid.models.wan.transformer", "from ..kernels import rgb", "kernels"),
         (
-            "fastvid.models.wan",
-            "from fastvid import engine as e, ops",
-            "engine" if "fastvid.engine" in MODULES else "__init__",
+            "fastvid.models.wan.transformer",
+            "from fastvid.sampling import loop as engine as e, ops",
+            "engine" if "fastvid.sampling.loop" in MODULES else "__init__",
         ),
-        ("fastvid.sampling.solvers", "from fastvid.models import wan", "models"),
-        ("fastvid.requests", "from fastvid.ops import bind", "ops"),
-        ("fastvid.ops.rgb", "import fastvid.pipeline", "pipeline"),
+        ("fastvid.sampling.solvers", "from fastvid.models.wan import transformer as wan", "models"),
+        ("fastvid.requests.request", "from fastvid.ops.dispatch import bind", "ops"),
+        ("fastvid.ops.rgb", "import fastvid.pipeline.pipeline", "pipeline"),
         ("fastvid.kernels.rgb", "from fastvid.errors import Error", "errors"),
-        ("fastvid.engine", "from . import cli", "cli" if "fastvid.cli" in MODULES else "__init__"),
+        ("fastvid.sampling.loop", "from . import cli", "cli" if "fastvid.cli.main" in MODULES else "__init__"),
     ],
 )
 def test_a_wrong_import_is_found(module: str, source: str, found: str) -> None:

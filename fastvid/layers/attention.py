@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid.distributed import shares, starts
+from fastvid.distributed.mesh import shares, starts
 from fastvid.layers.kv_cache import LayerCache
-from fastvid.layers.split import Heads, Ring, Split, parts_of
-from fastvid.ops.sparsity import Blocks
+from fastvid.layers.sequence_parallel import Heads, Ring, Split, parts_of
+from fastvid.ops.sparse import Blocks
 
 
 def self_attention(

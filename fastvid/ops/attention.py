@@ -25,7 +25,7 @@ from fastvid.ops.eager_attention import lse as reference_lse
 from fastvid.ops.eager_attention import merge as merge
 from fastvid.ops.eager_attention import sparse as reference_sparse
 from fastvid.ops.eager_attention import sparse_lse as reference_sparse_lse
-from fastvid.ops.sparsity import Blocks
+from fastvid.ops.sparse import Blocks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

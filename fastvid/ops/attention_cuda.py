@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastvid.ops.eager_attention import check
-from fastvid.ops.sparsity import Blocks
+from fastvid.ops.sparse import Blocks
 
 DTYPES = (torch.float16, torch.bfloat16)
 KEYS = 128  # of a step of the kernel

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastvid.ops.attention_cuda import DTYPES, call_of
 from fastvid.ops.eager_attention import check
-from fastvid.ops.sparsity import Blocks
+from fastvid.ops.sparse import Blocks
 
 KINDS = ("fp8", "int8")
 KEYS = 128  # of a block

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvid.ops.sparsity import Blocks, token_mask
+from fastvid.ops.sparse import Blocks, token_mask
 
 SLAB = 2**26  # scores that are held at a time
 

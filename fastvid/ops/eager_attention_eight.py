@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvid.ops.eager_attention import check
-from fastvid.ops.sparsity import Blocks
+from fastvid.ops.sparse import Blocks
 
 KEYS = 128  # of a block
 LIMITS = {"int8": 127.0, "fp8": 448.0}

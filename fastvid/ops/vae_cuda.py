@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvid.ops import vae_kernels
+from fastvid.ops import vae_gpu
 
 DTYPES = (torch.float16, torch.bfloat16)
 LAST = torch.channels_last_3d
@@ -149,20 +149,20 @@ def _nothing(*args: Any) -> None:
     """What is written has been made by the caller."""
 
 
-KERNELS = vae_kernels.Kernels(conv_cuda, norm_cuda, on_load=False)
+KERNELS = vae_gpu.Kernels(conv_cuda, norm_cuda, on_load=False)
 OPERATIONS = (
-    vae_kernels.rms_norm,
-    vae_kernels.conv3d,
-    vae_kernels.causal_conv3d,
-    vae_kernels.norm_silu_conv3d,
-    vae_kernels.upsample_conv2d,
-    vae_kernels.downsample_conv2d,
-    vae_kernels.double_frames,
-    vae_kernels.halve_frames,
+    vae_gpu.rms_norm,
+    vae_gpu.conv3d,
+    vae_gpu.causal_conv3d,
+    vae_gpu.norm_silu_conv3d,
+    vae_gpu.upsample_conv2d,
+    vae_gpu.downsample_conv2d,
+    vae_gpu.double_frames,
+    vae_gpu.halve_frames,
 )
 
 
-def _bound(operation: Callable[..., Any], kernels: vae_kernels.Kernels) -> Callable[..., Any]:
+def _bound(operation: Callable[..., Any], kernels: vae_gpu.Kernels) -> Callable[..., Any]:
     function = partial(operation, kernels=kernels)
     function.needs = "90a"  # which of the architectures of fastvid._C; `backends.why_not` asks
     function.dtypes = DTYPES  # what benchmarks give it

@@ -21,7 +21,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from fastvid.ops.stepping import dpmpp_weights, euler_weights, unipc_weights
+from fastvid.ops.solver_step import dpmpp_weights, euler_weights, unipc_weights
 from fastvid.sampling.guidance import Velocities
 
 # The largest noise level at which UniPC takes lambda. Published UniPC tables never reach 1, where lambda is -inf and
@@ -65,7 +65,7 @@ class SolverState:
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, SolverState], tuple[Tensor, SolverState]]
 Operation = Callable[..., list[Tensor]]
-"""What `fastvid.ops.stepping.solver_step` is."""
+"""What `fastvid.ops.solver_step.solver_step` is."""
 FusedStep = Callable[[Operation, Tensor, Velocities, Tensor, Tensor, SolverState], tuple[Tensor, SolverState]]
 
 

@@ -1,0 +1,141 @@
+"""`load`, `blueprint` and `inspect`: from a model's name to what makes videos, plans them, or says what it is.
+
+On several ranks `load` starts a process for each (`fastvid.workers.team`), or is one of those that torchrun has started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvid.distributed import layout as ranks
+from fastvid.engine.queue import RUNNING
+from fastvid.errors import InvalidRequest
+from fastvid.pipeline.load import Parts, load_parts, outline, read_checkpoint, read_loras
+from fastvid.pipeline.pipeline import MAX_RUNNING, Pipeline, plan_of
+from fastvid.planning.plan import Plan
+from fastvid.workers import remote
+
+CUDA_TAKES = 2**30  # bytes of a card: an allowance for its context and libraries
+
+
+class Blueprint:
+    """A model without its weights, to plan with. Make one with `fastvid.blueprint`."""
+
+    def __init__(self, parts: Parts, free: int | None = None) -> None:
+        self._parts, self._free = parts, free
+
+    def plan(
+        self,
+        prompt: str | None = None,
+        *,
+        verb: str = "generate",
+        estimate: bool | str = False,
+        keep_frames: bool = True,
+        **options: Any,
+    ) -> Plan:
+        """What a request would cost. The prompt may be left out.
+
+        estimate: also how long it takes, by this machine's rates, which are measured (2 s) if that was not done before;
+        "again": in any case. keep_frames: all frames stay in memory, as with `generate`; False: as with `stream`.
+        Raises InvalidRequest, MediaError, and OutOfMemory if it does not fit.
+        """
+        if estimate and self._free is not None:
+            raise InvalidRequest("estimate: nothing is known of another card's rates; leave device_memory out, or it")
+        given = {"estimate": estimate, "free": self._free, "keep_frames": keep_frames}
+        return plan_of(self._parts, prompt, verb, options, **given)
+
+
+def blueprint(
+    model: str = "embedded",
+    *,
+    device_memory: int | None = None,
+    **options: Any,
+) -> Blueprint:
+    """A model to plan with: nothing but configurations and file headers are read.
+
+    Args:
+        model: as `load` takes it, but nothing is downloaded; or the name of a published model, such as
+            "wan2.1-t2v-14b", without any files.
+        device_memory: bytes, of a card that is not here; all but 1 GiB of it, for CUDA itself, can be taken.
+        options: device, dtype, vae_dtype, backend, attention, loras, offload, parts, parallel, link and cuda_graphs,
+            as `load` takes them.
+
+    Raises as `load` does.
+    """
+    free = None if device_memory is None else max(0, device_memory - CUDA_TAKES)
+    return Blueprint(outline(model, **options, free=free), free)
+
+
+def load(
+    model: str = "embedded",
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: str = "auto",
+    attention: str = "auto",
+    loras: Sequence[Any] = (),
+    offload: str = "auto",
+    parts: Mapping[str, str | Path] | None = None,
+    max_running: int = RUNNING,
+    cuda_graphs: str | bool = "auto",
+    parallel: Any = 1,
+    vae_dtype: str | torch.dtype | None = None,
+    link: str = "auto",
+) -> Pipeline:
+    """Load a model.
+
+    Args:
+        model: "embedded" (the small model that comes with the package), or a folder in diffusers' or in the original
+            layout, or a transformer's single file, whose other parts are found in the folders beside it as ComfyUI has
+            them, or a hub id (org/name, or org/name/path/to/file.safetensors), which is downloaded once into
+            huggingface_hub's cache.
+        device: "cuda", "cuda:1", "cpu"; the default is a GPU if there is one.
+        dtype: "float32", "bfloat16" or "float16" for the transformer and the text encoder; the default is bfloat16 on a
+            GPU and float32 on the CPU.
+        backend, attention: what runs the operations (see `fastvid doctor`).
+        loras: LoRA files, or (file, scale), merged into the transformer; in models with two into both, or with (file,
+            scale, "high") or (file, scale, "low") into one; see `Pipeline.set_loras`.
+        offload: which weights are in host memory while they are not used. "none"; "text": those of the encoders, and of
+            two experts the other one; "blocks": those, and the blocks of transformer and text encoder, two of which are
+            on the device at a time; "auto": the least with which what the model makes by default fits. On the CPU,
+            which has but one memory, "auto" is "none", and the others cost memory instead.
+        parts: where parts come from that the model does not have or that are to be others: names (transformer_2, vae,
+            text_encoder, image_encoder, tokenizer) to files, folders or hub files; "base" names a whole folder that a
+            single file takes everything else from.
+        max_running: how many requests may have begun at once; others wait, first come first served.
+        cuda_graphs: True captures the transformer's calls as CUDA graphs, once a shape, and replays them (see
+            `fastvid.device.cuda_graphs`), which is faster where calls are short; their memory is kept until the pipeline is gone.
+            "auto" does so where a committed result shows a gain: nowhere so far.
+        parallel: ranks that make each video together (docs/parallel.md): a number, "auto" (as many as there are GPUs),
+            or degrees such as "guidance=2,ulysses=4". Each is a process that this call starts; with one, everything is
+            in this process. Under torchrun its processes are the ranks: rank 0 goes on with the pipeline, on the others
+            this call does not return, it serves rank 0 until that is done and then ends the process.
+        vae_dtype: the same names as dtype, for the VAE; the default is float32 everywhere, as the VAEs are published.
+            In 16 bits it takes half the memory and a GPU's matrix units; its norms' statistics stay in fp32.
+        link: what joins ranks, for `parallel` to choose by: "nvlink", "pcie", "infiniband", "loopback", or two of them:
+            within a host and between hosts ("nvlink,infiniband"). "auto" asks the driver, and assumes what it cannot
+            say; a plan shows which.
+
+    Raises:
+        CheckpointError: the model is missing, broken or of an unsupported kind, or a LoRA does not fit it.
+        InvalidRequest: an option that does not exist, or CUDA graphs of a model that they are not for.
+        BackendUnavailable: a back end or device asked for by name cannot run here.
+        WorkerFailed: a rank's process ended while it loaded.
+    """
+    given = {"device": device, "dtype": dtype, "backend": backend, "attention": attention, "cuda_graphs": cuda_graphs}
+    given |= {"loras": loras, "offload": offload, "parts": parts, "vae_dtype": vae_dtype, "link": link}
+    MAX_RUNNING("max_running", max_running)
+    if (asked := remote.ranks_for(ranks.parse(parallel), device)).ranks == 1:
+        return Pipeline(load_parts(model, **given), max_running)
+    return remote.load(model, asked, given, max_running)
+
+
+def inspect(model: str, loras: Sequence[Any] = (), parts: Mapping[str, str | Path] | None = None) -> dict[str, Any]:
+    """What a checkpoint is, read from its configurations and file headers, without loading it; whether LoRAs fit it."""
+    checkpoint = read_checkpoint(model, parts)
+    described = [{**lora.to_dict(), "problems": checkpoint.lora_problems(lora)} for lora in read_loras(loras)]
+    return checkpoint.to_dict() | ({"loras": described} if described else {})

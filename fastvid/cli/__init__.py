@@ -1,0 +1,5 @@
+"""The command line: from words to calls."""
+
+from fastvid.cli.main import main
+
+__all__ = ["main"]

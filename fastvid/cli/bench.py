@@ -1,0 +1,54 @@
+"""`fastvid bench`: the benchmark scripts, each in a process of its own, with the machine beside every number."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastvid.checks import nearest_name
+from fastvid.errors import Error, InvalidRequest
+
+
+def scripts() -> dict[str, Path]:
+    """Benchmark -> its script."""
+    spec = importlib.util.find_spec("fastvid.benchmarks")
+    folders = spec.submodule_search_locations if spec else None
+    paths = sorted(Path(folders[0]).glob("bench_*.py")) if folders else []
+    return {path.stem.removeprefix("bench_"): path for path in paths}
+
+
+def summary(path: Path) -> str:
+    """The first line of a script's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+def check(names: Sequence[str]) -> dict[str, Path]:
+    """The scripts of these benchmarks. Raises InvalidRequest for one that is not known."""
+    known = scripts()
+    for name in names:
+        if name not in known:
+            near = nearest_name(name, tuple(known)) if known else "none: they are not installed"
+            raise InvalidRequest(
+                f"benchmark {name[:60]!r} is not known; the nearest is {near} (`fastvid bench` lists them)"
+            )
+    return {name: known[name] for name in names}
+
+
+def run(names: Sequence[str], out: Path, flags: Sequence[str] = ()) -> None:
+    """Run these, one after the other; results are written to the folder `out` as JSON, tables are printed.
+
+    flags: passed on to each script. Raises Error when one of them failed, after all of them ran.
+    """
+    chosen = check(names)
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name, path in chosen.items():
+        done = subprocess.run([sys.executable, str(path), *flags], env={**os.environ, "OUT": str(out)}, check=False)
+        failed += [f"{name} (exit status {done.returncode})"] if done.returncode else []
+    if failed:
+        raise Error(f"failed: {', '.join(failed)}")

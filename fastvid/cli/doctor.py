@@ -1,0 +1,160 @@
+"""What this machine has for fastvid, and what every operation would run on here.
+
+`doctor()` gives a dict that json can write, `render()` the same as text. Nothing is raised: a part that cannot be
+looked at says why under "error".
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fastvid
+from fastvid import env
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "ftfy", "huggingface_hub", "av", "tqdm")
+ENCODERS = {"mp4": "libx264", "webm": "libvpx-vp9", "gif": "gif", "png": "png"}
+GIB = 2**30
+
+
+def doctor(device: str | None = None) -> dict[str, Any]:
+    """Look at everything; device: what the operations are bound for, the first GPU or else the CPU when None."""
+    sections: dict[str, Callable[[], Any]] = {
+        "fastvid": lambda: {"version": fastvid.__version__, "folder": str(Path(fastvid.__file__).parent)},
+        "python": lambda: {"version": platform.python_version(), "executable": sys.executable},
+        "host": _host,
+        "disk": _disk,
+        "packages": lambda: {name: _version(name) for name in PACKAGES},
+        "cuda": _cuda,
+        "extension": _extension,
+        "encoders": _encoders,
+        "ops": lambda: _ops(device),
+        "environment": lambda: {"set": env.given(), "unknown": env.unknown()},
+    }
+    return {name: _guarded(look) for name, look in sections.items()}
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text: a line a fact, a table for the operations."""
+    lines = []
+    for section, facts in report.items():
+        lines.append(section)
+        lines += [f"  {name:<22} {_text(value)}" for name, value in facts.items()]
+    return "\n".join(lines)
+
+
+def _guarded(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return look()
+    except Exception as error:  # a broken part of the machine is what the report is for
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _host() -> dict[str, Any]:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(min(pages, _memory_limit() or pages) / GIB, 1),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return match.group(1) if match else platform.processor() or platform.machine()
+
+
+def _memory_limit() -> int | None:
+    """That of the control group (a container's), in bytes; None where there is none."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return int(text) if text.isdigit() else None
+
+
+def _disk() -> dict[str, Any]:
+    folders = {"here": os.getcwd(), "temporary": tempfile.gettempdir(), "home": os.path.expanduser("~")}
+    return {f"{name}_free_gib": round(shutil.disk_usage(folder).free / GIB, 1) for name, folder in folders.items()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cuda() -> dict[str, Any]:
+    import torch
+
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "driver": _driver(),
+        "torch_built_for": torch.version.cuda,
+        "gpus": [f"{d.name}, sm_{d.major}{d.minor}, {d.total_memory / GIB:.0f} GiB" for d in devices],
+        "nvcc": _nvcc(),
+    }
+
+
+def _driver() -> str | None:
+    path = Path("/proc/driver/nvidia/version")
+    match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", path.read_text()) if path.is_file() else None
+    return match.group(1) if match else None
+
+
+def _nvcc() -> str | None:
+    path = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if path is None:
+        return None
+    out = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
+    match = re.search(r"release ([\d.]+)", out)
+    return f"{match.group(1) if match else 'unknown version'}, {path}"
+
+
+def _extension() -> dict[str, Any]:
+    from fastvid.ops import backends
+
+    module = backends.extension()
+    if isinstance(module, str):
+        return {"built": False, "why": f"{module}; without it fastvid is pure Python and Triton"}
+    return {"built": True, "archs": module.ARCHS, "cuda": module.CUDA_VERSION, "file": module.__file__}
+
+
+def _encoders() -> dict[str, Any]:
+    import av
+
+    have = {suffix: codec if codec in av.codecs_available else None for suffix, codec in ENCODERS.items()}
+    return {**have, "libavcodec": ".".join(map(str, av.library_versions["libavcodec"]))}
+
+
+def _ops(device: str | None) -> dict[str, Any]:
+    import torch
+
+    from fastvid.ops.dispatch import bind
+
+    settings = env.read()
+    where = device or settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    ops = bind(settings.backend, settings.attention, where)
+    return {"device": where, **{op: {"backend": name, "reason": ops.reasons[op]} for op, name in ops.bound.items()}}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        if set(value) == {"backend", "reason"}:
+            return f"{value['backend']:<10} {value['reason']}"
+        return ", ".join(f"{name}={item}" for name, item in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)

@@ -1,0 +1,286 @@
+"""The command line: `fastvid generate | image | extend | loop | blend | edit | storyboard | finalize`, `resume`, and
+`plan`, `inspect`, `convert`, `doctor`, `bench`.
+
+What can be checked without the model (flags, request, output path) is checked before torch is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fastvid
+from fastvid import env
+from fastvid.cli import arguments, parser, render
+from fastvid.cli.flags import RESUMED, with_flags
+from fastvid.cli.progress import Progress, Stopwatch, duration
+from fastvid.errors import Cancelled, Error, InvalidRequest
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. Errors are one line on standard error."""
+    verb = "generate"
+    try:
+        with _sigterm_interrupts():
+            command, flags = parser.parse(sys.argv[1:] if argv is None else argv)
+            verb = flags.verb
+            run = {"": _version, "resume": _resume, "plan": _plan, "inspect": _inspect, "convert": _convert}
+            run |= {"doctor": _doctor, "bench": _bench}
+            run.get(command, _make)(flags)
+            sys.stdout.flush()
+        return OK
+    except SystemExit as done:  # argparse, after --help
+        return int(done.code or 0)
+    except KeyboardInterrupt:
+        return _report("interrupted", INTERRUPTED)
+    except Cancelled as error:
+        return _report(str(error) or "cancelled", INTERRUPTED)
+    except InvalidRequest as error:
+        return _report(with_flags(str(error), verb), USAGE)
+    except BrokenPipeError:
+        _drop_stdout()
+        return FAILED
+    except Error as error:
+        return _report(str(error), FAILED)
+    except MemoryError as error:
+        return _report(f"out of memory: {error}", FAILED)
+    except Exception as error:
+        return _report(f"unexpected {type(error).__name__}: {error} (FASTVID_DEBUG=1 shows where)", FAILED)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _version(flags: argparse.Namespace) -> None:
+    print(f"fastvid {fastvid.__version__}")
+
+
+def _make(flags: argparse.Namespace) -> None:
+    """Any verb."""
+    from fastvid.engine import resume_files
+    from fastvid.media.writer import check_writable
+
+    recipe = arguments.read_recipe(flags)
+    request = arguments.make(flags, recipe)
+    check_writable(
+        flags.output,
+        num_frames=1 if flags.verb == "image" else request.num_frames,
+        width=request.width,
+        height=request.height,
+        fps=request.fps,
+    )
+    if flags.checkpoint is not None:
+        resume_files.free_place(flags.checkpoint)
+    arguments.check_same(request, recipe or {})
+    options = {
+        **request.arguments(),
+        **arguments.expanding(flags),
+        **arguments.keeping(flags),
+        "verb": request.verb,
+    }
+    _show(flags, recipe or {}, lambda pipe: pipe.stream(**options, keep_latents=False))
+
+
+def _resume(flags: argparse.Namespace) -> None:
+    from fastvid.engine import resume_files
+    from fastvid.media.writer import check_writable
+
+    recipe = resume_files.get_about(flags.folder)["recipe"]
+    check_writable(flags.output, num_frames=recipe.get("num_frames"), fps=recipe.get("fps"))
+    given = {name: value for name in RESUMED if (value := getattr(flags, name)) is not None}
+    given |= arguments.keeping(flags)
+    _show(flags, recipe, lambda pipe: pipe.resume(flags.folder, **given, keep_latents=False))
+
+
+def _show(flags: argparse.Namespace, recipe: dict[str, Any], start: Callable[[Any], Any]) -> None:
+    """Run, with progress, and print what --json asks for."""
+    progress = Progress(quiet=flags.quiet)
+    try:
+        result = _run(flags, recipe, progress, start)
+    finally:
+        progress.close()
+    if flags.json:
+        print(json.dumps(result))
+
+
+def _run(
+    flags: argparse.Namespace, recipe: dict[str, Any], progress: Progress, start: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """Load, stream, write. Returns what --json prints. start: from the pipeline to the stream."""
+    watch = Stopwatch()
+    model = arguments.model_of(flags, recipe)
+    progress.say(f"loading {model}")
+    from fastvid import api
+
+    with api.load(model, **arguments.load_arguments(flags, recipe)) as pipe:
+        watch.mark("load")
+        with contextlib.closing(start(pipe)) as stream:
+            made = _write(stream, flags.output, progress, watch)
+    progress.close()
+    count = f"{made['num_frames']} frames, {made['fps']:g} fps" if made["num_frames"] > 1 else "1 frame"
+    size = f"{count}, {made['width']}x{made['height']}, seed {made['seed']}"
+    progress.say(f"{made['output']}: {size}, in {duration(watch.total)}")
+    return made
+
+
+def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> dict[str, Any]:
+    """Frames go into the file as they come, so that memory does not grow with the video. Whatever happens, the file is
+    whole or not there."""
+    from fastvid.media.beside import Beside
+    from fastvid.media.writer import FrameSink, check_writable
+
+    made = None
+    with contextlib.ExitStack() as stack:
+        for event in stream:
+            watch.mark("model")
+            progress.event(event)
+            kind = type(event).__name__
+            if kind == "Started":
+                started = event
+                check_writable(  # now with the frames and the rate that follow from clips and the model
+                    output, num_frames=event.num_frames, width=event.width, height=event.height, fps=event.fps
+                )
+                sink = FrameSink(output, width=event.width, height=event.height, fps=event.fps, recipe=event.recipe)
+                stack.enter_context(sink)
+                beside = stack.enter_context(Beside(sink))
+            elif kind == "Frames":
+                beside.write(event.frames)
+            elif kind == "Finished":
+                beside.finish()
+                watch.mark("wait")
+                path = sink.close(event.recipe)
+                watch.mark("close")
+                written = beside.seconds + watch.seconds["close"]
+                made = _summary(path, started, event, watch, written)  # the stream goes on: now its checkpoint may go
+            watch.mark("wait")
+    if made is None:
+        raise Error("the stream ended before the video was finished")
+    return made
+
+
+def _summary(path: Path, started: Any, finished: Any, watch: Stopwatch, written: float) -> dict[str, Any]:
+    seconds = {"load": watch.seconds["load"], **finished.seconds, "write": written, "total": watch.total}
+    return {
+        "output": str(path),
+        "seed": finished.seed,
+        "width": started.width,
+        "height": started.height,
+        "num_frames": finished.num_frames,
+        "fps": finished.fps,
+        "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
+        "recipe": finished.recipe,
+    }
+
+
+def _plan(flags: argparse.Namespace) -> None:
+    recipe = arguments.read_recipe(flags)
+    request = arguments.make(flags, recipe)
+    arguments.check_same(request, recipe or {})
+    from fastvid import api
+
+    loaded = arguments.load_arguments(flags, recipe or {})
+    model, memory = arguments.model_of(flags, recipe or {}), flags.device_memory
+    blueprint = api.blueprint(model, **loaded, device_memory=memory)
+    estimate = "again" if flags.measure else memory is None
+    plan = blueprint.plan(**request.arguments(), verb=request.verb, estimate=estimate, keep_frames=False)
+    print(json.dumps(plan.to_dict()) if flags.json else "\n".join(render.lines(plan, model)))
+
+
+def _inspect(flags: argparse.Namespace) -> None:
+    from fastvid import api
+
+    found = api.inspect(flags.model, flags.lora or (), dict(flags.part) if flags.part else None)
+    print(json.dumps(found) if flags.json else "\n".join(_lines(found)))
+
+
+def _convert(flags: argparse.Namespace) -> None:
+    from fastvid.loaders.convert import convert
+
+    progress = Progress(quiet=flags.quiet)
+    try:
+        options = {"key": flags.key, "base": flags.base, "say": progress.say}
+        made = convert(flags.source, flags.destination, flags.to, **options)
+    finally:
+        progress.close()
+    if flags.json:
+        print(json.dumps(made))
+    else:
+        progress.say(f"{made['destination']}: {', '.join(made['parts'].values())}, {made['layout']} layout")
+
+
+def _doctor(flags: argparse.Namespace) -> None:
+    from fastvid.cli import doctor
+
+    report = doctor.doctor(flags.device)
+    print(json.dumps(report) if flags.json else doctor.render(report))
+
+
+def _bench(flags: argparse.Namespace) -> None:
+    from fastvid.cli import bench
+
+    if not flags.names:
+        for name, path in bench.scripts().items():
+            print(f"{name:<16} {bench.summary(path)}")
+        return
+    bench.run(flags.names, Path(flags.out), flags.passed_on)
+
+
+def _lines(value: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """A dict as text: a line an entry, what is inside an entry indented."""
+    for name, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            yield f"{indent}{name}"
+            yield from _lines(inner, indent + "  ")
+        else:
+            text = ", ".join(map(str, inner)) if isinstance(inner, (list, tuple)) else str(inner)
+            yield f"{indent}{name:<{max(1, 26 - len(indent))}} {text}"
+
+
+# ---------------------------------------------------------------- errors and signals
+
+
+def _report(message: str, status: int) -> int:
+    """One line, or with FASTVID_DEBUG the traceback before it."""
+    if env.read().debug and status != INTERRUPTED:
+        traceback.print_exc()
+    with contextlib.suppress(OSError):
+        print("fastvid: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return status
+
+
+def _drop_stdout() -> None:
+    """The reader went away: let the interpreter's last flush go nowhere instead of complaining."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM is Ctrl-C while a command runs. Only the main thread may say so."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,403 @@
+"""The command line's words: its commands, their parsers, and what to say when a word is not known.
+
+The flags of verbs are in `fastvid.cli.flags`; here are those that are of no request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from fastvid.checks import nearest_name
+from fastvid.cli import flags as cli_flags
+from fastvid.cli.flags import FLAGS, SAMPLING, flags_of, has_prompt, number, usage_of, verbs_with, words_of
+from fastvid.errors import InvalidRequest
+from fastvid.requests.request import TOLD, VERBS
+
+OTHERS = {
+    "resume": "go on with a request whose process ended, from its --checkpoint",
+    "plan": "what a request of any verb would cost, without running it",
+    "inspect": "what a model is, without loading it",
+    "convert": "turn pickles and original Wan files into what fastvid loads, and back",
+    "doctor": "what this machine has, and what every operation would run on",
+    "bench": "measure operations and models on this machine",
+}
+COMMANDS = (*VERBS, *OTHERS)
+
+EPILOG = """exit status:
+  0 done, 1 failed, 2 bad usage or request, 130 interrupted (nothing is left under the output's name)
+
+environment:
+  FASTVID_MODEL, FASTVID_DEVICE, FASTVID_DTYPE, FASTVID_BACKEND, FASTVID_ATTENTION are defaults for the flags;
+  FASTVID_PROMPT_ENDPOINT, FASTVID_PROMPT_MODEL, FASTVID_PROMPT_KEY are for --expand-prompt;
+  FASTVID_DEBUG=1 shows the traceback of an error"""
+
+PLAN = """examples:
+  fastvid plan "a red circle moving right" --seconds 5
+  fastvid plan extend clip.mp4 --seconds 2
+  fastvid plan --model wan2.1-t2v-14b --size 832x480 --device-memory 24GB     (no files, no GPU needed)
+  fastvid plan storyboard --shots shots.json --model FOLDER --json"""
+
+
+class UsageError(InvalidRequest):
+    """The command line cannot be read."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError instead of ending the process; flags are not abbreviated."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def check_flags(self, words: list[str]) -> None:
+        """Name the nearest flag for one that is not known, before argparse misses what it stood for."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for word in words:
+            flag = word.split("=", 1)[0]
+            if word == "--":
+                return
+            if flag.startswith("--") and flag not in known:
+                if verbs := verbs_with(flag):
+                    command = self.prog.removeprefix("fastvid ")
+                    self.error(f"{flag}: {command} does not take it; these do: {', '.join(verbs)}")
+                self.error(f"unknown flag {flag:.60}; the nearest is {nearest_name(flag, tuple(known))}")
+
+
+def lora(text: str) -> tuple[str, float] | tuple[str, float, str]:
+    """FILE:SCALE, or FILE alone with a scale of 1; behind either :high or :low. A colon may be in the file's name."""
+    path, colon, expert = text.rpartition(":")
+    if colon and path and expert in ("high", "low"):
+        return (*lora(path)[:2], expert)
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if colon and path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def part(text: str) -> tuple[str, str]:
+    """NAME=PATH."""
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not NAME=PATH, such as vae=wan_2.1_vae.safetensors")
+    return name, path
+
+
+def size_in_bytes(text: str) -> int:
+    """24GB, 16.5GiB, 80: memory of a card, as cards are labelled, in 2^30 bytes."""
+    value = number(text.upper().removesuffix("B").removesuffix("I").removesuffix("G").strip())
+    if not 0 < value < 2**20:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no size of a card's memory such as 24GB")
+    return int(value * 2**30)
+
+
+def build() -> dict[str, Parser]:
+    """A parser a command, and the main one under ""."""
+    return {
+        "": _main(),
+        **{verb: _verb(verb) for verb in VERBS},
+        "resume": _resume(),
+        "plan": _plan("generate"),
+        "inspect": _inspect(),
+        "convert": _convert(),
+        "doctor": _doctor(),
+        "bench": _bench(),
+    }
+
+
+def _main() -> Parser:
+    told = {verb: command.summary for verb, command in cli_flags.COMMANDS.items()} | OTHERS
+    main = Parser(
+        prog="fastvid",
+        usage="fastvid COMMAND ...",
+        description="Video diffusion: text, pictures and clips in, video out.\n\ncommands:\n"
+        + "\n".join(f"  {name:<11} {summary}" for name, summary in told.items())
+        + "\n\nEach has its own --help.",
+        epilog='example:\n  fastvid generate "a red circle moving right on a white background" -o out.mp4\n\n' + EPILOG,
+    )
+    main.add_argument("--version", action="store_true", help="print the version and exit")
+    return main
+
+
+# ---------------------------------------------------------------- verbs, and what they would cost
+
+
+def _verb(verb: str) -> Parser:
+    command = cli_flags.COMMANDS[verb]
+    parser = Parser(
+        prog=f"fastvid {verb}",
+        usage=f"{usage_of(verb)} -o PATH [flags]",
+        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+        epilog="\n  ".join(("examples:", *command.examples)) + f"\n\n{EPILOG}",
+    )
+    _add_words(parser, verb)
+    one = ".png, or what holds videos: " if verb == "image" else ""
+    kinds = f"{one}.mp4, .webm, .gif, .npy, {'' if one else '.png (one frame), '}or FOLDER/ for PNGs"
+    parser.add_argument("-o", "--output", required=True, metavar="PATH", help=kinds)
+    _add_recipe(parser)
+    _add_request(parser, verb)
+    _add_model(parser)
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument(
+        "--checkpoint", metavar="FOLDER", help="what `fastvid resume FOLDER` goes on from, kept up to date"
+    )
+    _add_checkpoint(group)
+    _add_shown(parser)
+    return parser
+
+
+def _add_shown(parser: Parser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--json", action="store_true", help="print one JSON object about the video on standard output")
+
+
+def _add_checkpoint(group: Any) -> None:
+    group.add_argument(
+        "--checkpoint-every",
+        type=number,
+        metavar="S",
+        help="the least seconds from one to the next (default: 1; 0: after every step)",
+    )
+    group.add_argument(
+        "--keep-checkpoint",
+        action="store_true",
+        default=None,
+        help="do not remove it when the video is done",
+    )
+
+
+def _resume() -> Parser:
+    parser = Parser(
+        prog="fastvid resume",
+        description="Go on with a request whose process ended, from the folder that --checkpoint named.\n"
+        "The video is the same, to the last bit, as without the interruption.",
+        epilog="example:\n"
+        '  fastvid generate "a red circle moving right" --seconds 20 --checkpoint job.ckpt -o out.mp4   (interrupted)\n'
+        f"  fastvid resume job.ckpt -o out.mp4\n\n{EPILOG}",
+    )
+    parser.add_argument("folder", help="the checkpoint")
+    parser.add_argument("-o", "--output", required=True, metavar="PATH", help="as of the verb that is gone on with")
+    _add_checkpoint(parser)
+    group = parser.add_argument_group("files that are not where they were")
+    for name in ("image", "last-image", "video", "video-2", "mask"):
+        group.add_argument(f"--{name}", metavar="FILE", help="the same file as then")
+    group.add_argument("--reference-image", action="append", dest="reference_images", metavar="FILE", help="the same")
+    _add_model(parser)
+    _add_shown(parser)
+    return parser
+
+
+def _plan(verb: str) -> Parser:
+    parser = Parser(
+        prog="fastvid plan" if verb == "generate" else f"fastvid plan {verb}",
+        usage=f"{usage_of(verb, 'fastvid plan')} [flags]   (any verb's words and flags; without one: generate)",
+        description="What a request would cost, without running it, and without reading weights.",
+        epilog=f"{PLAN}\n\n{EPILOG}",
+    )
+    _add_words(parser, verb)
+    parser.add_argument("-o", "--output", metavar="PATH", help="left alone: a command can be planned as it is")
+    _add_recipe(parser)
+    group = parser.add_argument_group("the plan")
+    group.add_argument(
+        "--device-memory",
+        type=size_in_bytes,
+        metavar="SIZE",
+        help="plan for another card, of so much memory, such as 24GB; no estimate of time then",
+    )
+    group.add_argument("--measure", action="store_true", help="measure this machine's rates again (about 2 s)")
+    _add_request(parser, verb)
+    _add_model(parser, "; or a published model by name, such as wan2.1-t2v-14b")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _add_words(parser: Parser, verb: str) -> None:
+    kind = "a clip: a video, a .gif, a .npy, a picture, or a folder of PNGs"
+    for name, word in words_of(verb).items():
+        told = " (default: what the clip was made with)" if verb in TOLD else ""
+        text = f"what to show; - reads it from standard input{told}" if name == "prompt" else kind
+        parser.add_argument(name, nargs="?", metavar=word, help=text)
+
+
+def _add_recipe(parser: Parser) -> None:
+    parser.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="as the video in FILE was made; clips and pictures, which it does not hold, are given again; what else "
+        "is given beside it is changed",
+    )
+
+
+def _add_request(parser: Parser, verb: str) -> None:
+    takes = flags_of(verb)
+    recipe = "default: as the model's recipe says; embedded:"
+    for title, names in (
+        (f"the video ({recipe} 64x64, 17 frames at 16 fps)", [name for name in takes if name not in SAMPLING]),
+        (f"sampling ({recipe} 20 steps)", [name for name in takes if name in SAMPLING]),
+    ):
+        group = parser.add_argument_group(title)
+        for name in names:
+            flag = FLAGS[name]
+            group.add_argument(flag.name, dest=name, help=flag.verbs.get(verb, flag.help), **flag.options)
+
+
+def _add_model(parser: Parser, also: str = "") -> None:
+    add = parser.add_argument_group("the model and where it runs").add_argument
+    add("--model", metavar="MODEL", help=f"embedded, a folder, a file, or a hub id (default: embedded){also}")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: what suits the device)")
+    add("--vae-dtype", metavar="NAME", help="the same for the VAE (default: float32)")
+    add("--backend", metavar="NAME", help="of the operations: auto, reference, triton, cuda (default: auto)")
+    add(
+        "--attention",
+        metavar="NAME",
+        help="auto, reference, sdpa, flash, triton, cuda, cuda_fp8, cuda_int8 (default: auto)",
+    )
+    add(
+        "--offload",
+        metavar="NAME",
+        help="weights in host memory while they are not used: auto, none, text (encoders), blocks (default: auto)",
+    )
+    add(
+        "--gpus",
+        "--parallel",
+        dest="parallel",
+        metavar="N",
+        help="processes that make the video together, a GPU each: a number, auto (all that there are), or how they "
+        "share it, such as guidance=2,ulysses=4 (default: 1)",
+    )
+    add(
+        "--link",
+        metavar="NAME",
+        help="what joins those processes, for auto to choose by: auto (asks the driver), nvlink, pcie, infiniband, "
+        "loopback, or two: within a host and between hosts (default: auto)",
+    )
+    add(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="replay the transformer's calls as CUDA graphs, captured once a shape (default: auto)",
+    )
+    _add_files(parser)
+
+
+def _add_files(parser: Any) -> None:
+    parser.add_argument(
+        "--part",
+        type=part,
+        action="append",
+        metavar="NAME=PATH",
+        help="where a part of the model comes from: vae, text_encoder, image_encoder, tokenizer, transformer_2, or "
+        "base (a whole folder, for all that is missing beside a single file); may be repeated",
+    )
+    parser.add_argument(
+        "--lora",
+        type=lora,
+        action="append",
+        metavar="FILE:SCALE",
+        help="a LoRA merged into the model, with a scale of 1 if none is given; FILE:SCALE:high or :low for one of two "
+        "experts; may be repeated",
+    )
+
+
+def _inspect() -> Parser:
+    parser = Parser(
+        prog="fastvid inspect",
+        description="Show what a model is, from its configurations and file headers, without loading it.",
+        epilog=f"example:\n  fastvid inspect embedded\n\n{EPILOG}",
+    )
+    parser.add_argument("model", help="embedded, a folder, a file, or a hub id")
+    _add_files(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _convert() -> Parser:
+    parser = Parser(
+        prog="fastvid convert",
+        description="Turn a model, or one part of it, from one layout into the other, bit for bit.\n\n"
+        "Pickles (.pth, .pt, .bin, .ckpt) are opened in a child process that makes nothing but tensors.",
+        epilog="examples:\n"
+        "  fastvid convert Wan2.1-T2V-1.3B wan-diffusers                (a whole folder)\n"
+        "  fastvid convert wan-diffusers wan-original --to original\n"
+        "  fastvid convert wan2.1_t2v_1.3B_bf16.safetensors transformer  (ComfyUI's single file)\n"
+        "  fastvid convert Wan2.1_VAE.pth vae\n"
+        "  fastvid convert self_forcing_dmd.pt self-forcing --base Wan2.1-T2V-1.3B-Diffusers  (a whole folder)\n"
+        f"  fastvid convert longlive_lora.pt longlive_lora.safetensors\n\n{EPILOG}",
+    )
+    parser.add_argument(
+        "source", metavar="SRC", help="a model folder in either layout, or a file or folder of one part"
+    )
+    parser.add_argument("destination", metavar="DST", help="a new folder, or for one part a new .safetensors file")
+    parser.add_argument("--to", default="diffusers", metavar="LAYOUT", help="diffusers (default) or original")
+    parser.add_argument("--base", metavar="FOLDER", help="a whole model: everything but the transformer in SRC")
+    parser.add_argument(
+        "--key",
+        metavar="NAME",
+        help="which weights of a training checkpoint (default: generator_ema, then generator, ...)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--json", action="store_true", help="print one JSON object about what was written")
+    return parser
+
+
+def _doctor() -> Parser:
+    parser = Parser(
+        prog="fastvid doctor",
+        description="Show what this machine has, and what every operation would run on.",
+        epilog=f"example:\n  fastvid doctor --json\n\n{EPILOG}",
+    )
+    parser.add_argument("--device", metavar="NAME", help="for this device (default: a GPU if there is one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _bench() -> Parser:
+    parser = Parser(
+        prog="fastvid bench",
+        usage="fastvid bench [NAME ...] [--out FOLDER] [-- FLAGS OF THE SCRIPT]",
+        description="Measure operations and models on this machine; without a name, list what there is to measure.",
+        epilog="examples:\n  fastvid bench rgb attention --out results\n"
+        f"  fastvid bench rgb -- --device cpu --rounds 5\n  fastvid bench rgb -- --help\n\n{EPILOG}",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a benchmark")
+    parser.add_argument("--out", metavar="FOLDER", default=".", help="where results go, as JSON (default: here)")
+    return parser
+
+
+def parse(words: list[str]) -> tuple[str, argparse.Namespace]:
+    """(command, its flags); the command is "" for fastvid itself. flags.verb: of a video, made or planned.
+
+    Raises UsageError; --help raises SystemExit.
+    """
+    command = words[0] if words else ""
+    if command and not command.startswith("-") and command not in COMMANDS:
+        near = nearest_name(command, COMMANDS)
+        raise UsageError(f"unknown command {command[:60]!r}; the nearest is {near} (see fastvid --help)")
+    command, words = (command, words[1:]) if command in COMMANDS else ("", words)
+    named = command if command in VERBS else next(iter(words), "") if command == "plan" else None
+    verb = named if named in VERBS else "generate"
+    words = words[1:] if command == "plan" and named in VERBS else words
+    parser = _plan(verb) if command == "plan" else build()[command]
+    words, passed_on = _split(words) if command == "bench" else (words, [])
+    parser.check_flags(words)
+    # Words may stand before and behind flags alike.
+    flags, rest = parser.parse_known_intermixed_args(words)
+    flags.verb, flags.planned, flags.passed_on = verb, command == "plan", passed_on
+    if rest:
+        prompted = (command in VERBS or command == "plan") and has_prompt(verb)
+        parser.error(f"unexpected {rest[0][:60]!r}{'; put a prompt of several words in quotes' if prompted else ''}")
+    if command == "" and not flags.version:
+        parser.print_help(sys.stderr)
+        raise UsageError("no command given (see fastvid --help)")
+    return command, flags
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and behind the first --."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]

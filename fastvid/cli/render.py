@@ -1,0 +1,68 @@
+"""A plan as text, for `fastvid plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastvid.cli.progress import duration
+
+PARTS = {
+    "weights": "bytes_weights",
+    "activations": "bytes_activations",
+    "decoder": "bytes_decoder",
+    "encoder": "bytes_encoder",
+    "text's keys and values": "bytes_context",
+    "latents": "bytes_latents",
+    "frames": "bytes_frames",
+    "CUDA graphs": "bytes_graphs",
+}
+
+
+def lines(plan: Any, model: str) -> Iterator[str]:
+    """What is made, what is computed, how long it takes, what it takes of memory."""
+    made = f"{plan.model_frames} of {plan.model_width}x{plan.model_height}"
+    asked = f"{plan.num_frames} frames of {plan.width}x{plan.height} at {plan.fps:g} fps"
+    yield _line("video", f"{asked}; the model makes {made}")
+    yield _line("model", f"{model}, {plan.dtype} on {plan.device}")
+    windows = f"{plan.windows} window{'s' * (plan.windows != 1)} of up to {plan.tokens:,} tokens"
+    yield _line("work", f"{windows}, {plan.steps} steps, {plan.model_calls} model calls")
+    share = plan.flops_attention / plan.flops_denoise if plan.flops_denoise else 0
+    yield _line("operations", f"{_flops(plan.flops_denoise)} of denoising, {share:.0%} of them attention")
+    if plan.parallel:
+        kept = "" if plan.efficiency is None else f"; a step is predicted to keep {plan.efficiency:.0%} of ideal"
+        yield _line("ranks", f"shared by {plan.parallel}{kept}")
+        yield _line("  why", plan.parallel_why)
+        yield _line("  joined by", plan.link)
+    if plan.seconds is not None:
+        parts = [f"{name} {duration(spent)}" for name, spent in plan.seconds_parts.items() if spent]
+        yield _line("time", f"about {duration(plan.seconds)} by this machine's rates ({', '.join(parts)})")
+    free = f"{size(plan.bytes_free)} are free"
+    yield _line("memory", f"{size(plan.bytes_device)} at the peak, weights included; {free}")
+    for name, field in PARTS.items():
+        if count := getattr(plan, field):
+            yield _line(f"  {name}", size(count))
+    if plan.bytes_host:
+        yield _line("  in host memory", size(plan.bytes_host))
+    yield _line("offload", "; ".join((plan.offload, *plan.choices)))
+    if plan.decode_stripes > 1:
+        yield _line("decoding", f"in {plan.decode_stripes} stripes of rows")
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<24} {text}"
+
+
+def size(count: int) -> str:
+    """Bytes as people read them."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= factor:
+            return f"{count / factor:.{1 if count < 100 * factor else 0}f} {unit}"
+    return f"{count / 2**10:.0f} KiB"
+
+
+def _flops(count: float) -> str:
+    for unit, factor in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count / 1e6:.3g} MFLOP"

@@ -1,0 +1,1 @@
+"""What a device has, and how weights and calls sit on it."""

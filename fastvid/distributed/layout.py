@@ -1,0 +1,128 @@
+"""What `parallel=` says, and the layout that a request gets from it. Ranks agree on all that decides what they do
+next, and an impossible layout is refused with the nearest possible one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from fastvid.distributed.mesh import Layout, Mesh, choose
+from fastvid.errors import InvalidRequest
+
+AUTO = "auto"
+MOST = 1024  # ranks
+NAMES = tuple(field.name for field in fields(Layout))
+ALLOWED = f"'auto', a number of ranks, or degrees such as 'ulysses=4,ring=2' ({', '.join(NAMES)})"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for: so many ranks (None: as many as there are devices), laid out like this (None: for each
+    request as suits it)."""
+
+    ranks: int | None = None
+    layout: Layout | None = None
+
+
+def parse(parallel: Any) -> Asked:
+    """`parallel=` as `fastvid.load` takes it: "auto", a number, "ulysses=4,ring=2", {"ulysses": 4} or a Layout. Raises
+    InvalidRequest."""
+    if isinstance(parallel, Layout):
+        degrees = {name: getattr(parallel, name) for name in NAMES}
+    elif isinstance(parallel, Mapping):
+        degrees = dict(parallel)
+    elif isinstance(parallel, str) and "=" in parallel:
+        pairs = [part.partition("=") for part in re.split(r"[,x ]+", parallel.strip()) if part]
+        degrees = {name.strip(): int(value) if value.strip().isdecimal() else value for name, _, value in pairs}
+    elif parallel is None or parallel == AUTO:
+        return Asked()
+    else:
+        count = int(parallel) if isinstance(parallel, str) and parallel.isdecimal() else parallel
+        return Asked(_degree("parallel", count))
+    for name in degrees:
+        if name not in NAMES:
+            raise InvalidRequest(f"parallel: {name!r:.40} is not known; allowed is {ALLOWED}")
+    layout = Layout(**{name: _degree(f"parallel: {name}", value) for name, value in degrees.items()})
+    if layout.guidance > 2:
+        raise InvalidRequest(f"parallel: guidance={layout.guidance}; there are two velocities, so the nearest is 2")
+    return Asked(layout.size, layout)
+
+
+def _degree(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{name} is {value!r:.40}; allowed is {ALLOWED}")
+    if not 1 <= value <= MOST:
+        raise InvalidRequest(f"{name} is {value}; allowed is 1 to {MOST}, the nearest is {min(max(value, 1), MOST)}")
+    return value
+
+
+def layouts_for(
+    asked: Layout | None, size: int, heads: int, tokens: int, guided: bool, per_host: int | None = None
+) -> list[Layout]:
+    """How `size` ranks can share a request of a model with so many heads, with `tokens` a latent frame: as was asked,
+    or in every way that there is, in the order in which they are taken where nothing else tells them apart.
+
+    guided: with guidance; per_host: ranks on each host, None if all are on one. Raises InvalidRequest for what cannot
+    be, with the nearest that can.
+    """
+    possible = [layout for layout in every(size, heads, guided) if layout.sequence <= tokens]
+    if asked is None:
+        rule = choose(size, heads, guided, per_host)
+        if possible:
+            return sorted(possible, key=lambda one: (one != rule, -one.guidance, -one.ulysses))
+        fewer = next(n for n in range(size - 1, 0, -1) if _possible(n, heads, tokens, guided))
+        raise InvalidRequest(
+            f"parallel={size}: a latent frame has {tokens} tokens here, which is less than the ranks that would share "
+            f"them; the nearest is parallel={fewer}"
+        )
+    if asked.size != size:
+        raise InvalidRequest(f"parallel: {asked} is a layout of {asked.size} ranks, and there are {size}")
+    if asked in possible:
+        return [asked]
+    reasons = {
+        f"ulysses={asked.ulysses} does not divide the {heads} heads": heads % asked.ulysses != 0,
+        "guidance=2 needs a request with guidance": asked.guidance == 2 and not guided,
+        f"a latent frame has {tokens} tokens for {asked.sequence} ranks": asked.sequence > tokens,
+    }
+    why = "; ".join(reason for reason, so in reasons.items() if so)
+    near = min(possible, key=lambda layout: _distance(layout, asked), default=None)
+    if near is None:
+        near = f"parallel={next(n for n in range(size - 1, 0, -1) if _possible(n, heads, tokens, guided))}"
+    raise InvalidRequest(f"parallel: {asked} cannot be: {why}; the nearest is {near}")
+
+
+def every(size: int, heads: int, guided: bool) -> list[Layout]:
+    """All layouts of so many ranks for a model with so many heads."""
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    return [
+        Layout(guidance, size // guidance // ulysses, ulysses)
+        for guidance in ((1, 2) if guided else (1,))
+        for ulysses in divisors
+        if size % guidance == 0 and size // guidance % ulysses == 0 and heads % ulysses == 0
+    ]
+
+
+def _possible(size: int, heads: int, tokens: int, guided: bool) -> bool:
+    return any(layout.sequence <= tokens for layout in every(size, heads, guided))
+
+
+def _distance(layout: Layout, asked: Layout) -> int:
+    return sum(abs(getattr(layout, name) - getattr(asked, name)) for name in NAMES)
+
+
+def agree(mesh: Mesh, value: int, how: Callable[[list[int]], int] = min) -> int:
+    """What all ranks make of a number that each has one of: the least, if nothing else is said."""
+    if mesh.group is None:  # one rank, or ranks that are only planned for
+        return value
+    mine = torch.tensor([value], dtype=torch.int64, device=mesh.device)
+    return how(mesh.gather(mine, (1,) * mesh.size, 0).tolist())
+
+
+def first(values: list[int]) -> int:
+    """Rank 0's."""
+    return values[0]

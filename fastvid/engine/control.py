@@ -1,0 +1,144 @@
+"""What a request gives the control branch of a VACE model: a control video, a mask, reference pictures, known frames.
+
+A control video is depth, pose, lines, or frames to keep; its mask is white where the model makes pixels and black where
+those of the video stay. image= and last_image= are frames that stay. Of a clip that is edited with a mask, or put on a
+larger frame, it is what stays, with grey where something shall change. Reference pictures stand in front in time: the
+model makes a latent frame more for each (`Segment.lead`), which is dropped. As diffusers' WanVACEPipeline does it.
+
+Shapes: F pixel frames, H/W height and width, V control channels, R references, T latent frames, h/w of latents.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvid.checks import check_frames
+from fastvid.engine import pixels
+from fastvid.engine.pixels import Known
+from fastvid.engine.source_clip import SourceClip
+from fastvid.errors import InvalidRequest
+from fastvid.models.wan import conditioning
+from fastvid.pipeline.load import Parts
+from fastvid.requests.request import Request, Resolved
+from fastvid.requests.timeline import Segment
+
+NAMES = ("video", "mask", "reference_images", "conditioning_scale")
+
+
+def read(request: Request) -> dict[str, Any]:
+    """What was given as arrays: video uint8 [F, H, W, 3], mask uint8 [F or 1, H, W], reference_images; and num_frames,
+    that of the video if nothing else is said. Raises as `given.clip` does."""
+    read: dict[str, Any] = {}
+    if request.video is not None:
+        read["video"] = pixels.clip("video", request.video)
+        if request.num_frames is None and request.seconds is None:
+            check_frames(len(read["video"]), "video")
+            read["num_frames"] = len(read["video"])
+    if request.mask is not None:
+        read["mask"] = pixels.mask("mask", request.mask)
+    if request.reference_images is not None:
+        pictures = enumerate(request.reference_images)
+        read["reference_images"] = tuple(pixels.picture(f"reference_images[{i}]", value) for i, value in pictures)
+    return read
+
+
+def check(parts: Parts, request: Resolved) -> None:
+    """Raises InvalidRequest if the model has no control branch, or what is for it does not fit."""
+    own = NAMES if request.verb == "generate" else NAMES[2:]  # other verbs have clips and masks of their own
+    asked = [name for name in own if getattr(request, name) is not None]
+    if not parts.control_layers:
+        if asked:
+            raise InvalidRequest(
+                f"{parts.recipe.name} has no control branch; leave {asked[0]} out (VACE models take it)"
+            )
+        return
+    _check_video(request)
+    scale = request.conditioning_scale
+    if isinstance(scale, tuple) and len(scale) != parts.control_layers:
+        raise InvalidRequest(
+            f"conditioning_scale has {len(scale)} values; give one number, or {parts.control_layers}, one for each "
+            "control layer"
+        )
+    for i, picture in enumerate(request.reference_images or ()):
+        _check_reference(i, picture.shape, request, parts.vae.config.spatial_scale)
+
+
+def _check_video(request: Resolved) -> None:
+    if request.video is None or request.verb != "generate":
+        return
+    count = len(request.video)
+    if count < request.num_frames:
+        raise InvalidRequest(f"num_frames={request.num_frames}: video has {count} frames; the nearest is {count}")
+    if request.mask is not None and len(request.mask) not in (1, count):
+        raise InvalidRequest(f"mask has {len(request.mask)} frames; allowed is 1, or {count} as video has")
+
+
+def _check_reference(number: int, shape: tuple[int, ...], request: Resolved, spatial: int) -> None:
+    """Nothing may be left of it neither when its sides become multiples of `spatial` nor when it is put on a frame."""
+    said = f"reference_images[{number}] is {shape[1]}x{shape[0]}"
+    height, width = (side // spatial * spatial for side in shape[:2])
+    if not height or not width:
+        raise InvalidRequest(f"{said}; at least {spatial}x{spatial} is needed")
+    scale = min(request.model_height / height, request.model_width / width)
+    if min(int(height * scale), int(width * scale)) < 1:
+        raise InvalidRequest(
+            f"{said}, too narrow to be seen on a frame of {request.model_width}x{request.model_height}; crop it"
+        )
+
+
+@torch.no_grad()
+def prepare(
+    parts: Parts, request: Resolved, segment: Segment, known: Known, source: SourceClip | None = None
+) -> Tensor:
+    """What the control branch sees of a checked request's segment: [1, V, R + T, h, w] on the model's device. source:
+    the clip that is edited."""
+    frames, mask = lay_out(request, segment, known, source)
+    size = segment.made_height, segment.made_width
+    references = [
+        conditioning.fit_reference(torch.from_numpy(picture), *size, spatial=segment.spatial)[None]
+        for picture in request.reference_images or ()
+    ]
+    return conditioning.vace_condition(
+        lambda x: pixels.encode(parts, x, segment),
+        frames.movedim(0, 1)[None].to(parts.device),
+        mask.movedim(0, 1)[None].to(parts.device),
+        references,
+        spatial=segment.spatial,
+        temporal=segment.temporal,
+    )
+
+
+def lay_out(
+    request: Resolved, segment: Segment, known: Known, source: SourceClip | None = None
+) -> tuple[Tensor, Tensor]:
+    """The control video and its mask on all frames of the stream: [F, 3, H, W] in [-1, 1], [F, 1, H, W] in 0..1.
+
+    Grey, and all to be made, where nothing is given. Frames behind the end of the video, which the model makes to have
+    4k + 1 and which are cropped, are as the last one.
+    """
+    count, size = segment.made_frames, (segment.made_height, segment.made_width)
+    frames, mask = torch.zeros(count, 3, *size), torch.ones(count, 1, *size)
+    # The video's frame for each of the stream's: those before its first, which a segment is shown, are as that.
+    begin = segment.source_start - segment.skip
+    if request.video is not None and request.verb == "generate":
+        picks = (np.arange(count) + begin).clip(0, len(request.video) - 1)
+        frames = pixels.fit(request.video[picks], segment)
+        if request.mask is not None:
+            # Where edges are soft, to the last bit as the pipeline has it, which treats a mask like a picture first.
+            picks = picks.clip(0, len(request.mask) - 1)
+            mask = _shares(pixels.fit(request.mask[picks][..., None], segment))
+    elif source is not None and source.mask is not None:
+        mask = _shares(pixels.pad(source.masks(0, count)[..., None], segment))
+        frames = pixels.pad(source.frames(0, count), segment).masked_fill(mask > 0.5, 0)
+    for frame, picture in pixels.place(known, segment).items():
+        frames[frame], mask[frame] = picture, 0
+    return frames, mask
+
+
+def _shares(masks: Tensor) -> Tensor:
+    """Masks in [-1, 1], as pictures are, in 0..1."""
+    return ((masks + 1) / 2).clamp(0, 1)

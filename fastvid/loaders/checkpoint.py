@@ -1,0 +1,469 @@
+"""What a model folder holds, known before any weight is read: model_index.json, the parts' configs, and the headers of
+their safetensors files, held against the modules that would be built from them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvid.device import offload
+from fastvid.errors import CheckpointError
+from fastvid.loaders import assembled, lora, original, safetensors
+from fastvid.loaders.lora import Lora
+from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
+from fastvid.models.common.tokenizer import TextTokenizer
+from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
+from fastvid.models.wan import weight_name_rules, weight_names
+from fastvid.models.wan.presets import Recipe, find_recipe, find_variants, read_signature
+from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
+from fastvid.models.wan.vace import WanVACEConfig, WanVACETransformer
+from fastvid.models.wan.vae import WanVAE, WanVAEConfig
+from fastvid.models.wan.vae22 import VAEConfig, WanVAE22, WanVAE22Config
+from fastvid.ops import reference
+
+PIPELINES = (
+    "WanPipeline",
+    "WanImageToVideoPipeline",
+    "WanVACEPipeline",
+    "WanDMDPipeline",  # FastVideo's, of distilled models
+    "WanCausalDMDPipeline",
+)
+INDEX = "model_index.json"
+Config = WanTransformerConfig | WanVACEConfig | VAEConfig | UMT5Config | CLIPVisionConfig
+
+
+@dataclass(frozen=True)
+class PartKind:
+    """How a sub-folder becomes a module: the class that model_index.json names, its config, and what builds it."""
+
+    class_name: str
+    read_config: Callable[[dict[str, Any]], Any]
+    build: Callable[[Any, Any], nn.Module]  # (config, ops)
+    also: str = ""  # another class that read_config and build know
+
+
+def read_transformer(config: Mapping[str, Any]) -> WanTransformerConfig | WanVACEConfig:
+    """With a control branch if the file says where it hints."""
+    return (WanTransformerConfig if config.get("vace_layers") is None else WanVACEConfig).from_dict(config)
+
+
+def build_transformer(config: WanTransformerConfig | WanVACEConfig, ops: Any = reference) -> WanTransformer:
+    """The denoiser, with weights still to be loaded."""
+    return WanVACETransformer(config, ops) if isinstance(config, WanVACEConfig) else WanTransformer(config, ops)
+
+
+def read_vae(config: Mapping[str, Any]) -> VAEConfig:
+    """Wan 2.2's VAE if the file says is_residual, else 2.1's: diffusers has one class for both."""
+    return (WanVAE22Config if config.get("is_residual") else WanVAEConfig).from_dict(config)
+
+
+def build_vae(config: VAEConfig, ops: Any = reference) -> WanVAE:
+    """The encoder and decoder of frames, with weights still to be loaded."""
+    return (WanVAE22 if isinstance(config, WanVAE22Config) else WanVAE)(config, ops)
+
+
+def build_text_encoder(config: UMT5Config, ops: Any = reference) -> UMT5Encoder:
+    """The text encoder, with weights still to be loaded."""
+    return UMT5Encoder(config)
+
+
+def build_image_encoder(config: CLIPVisionConfig, ops: Any = reference) -> CLIPVisionEncoder:
+    """What pictures are looked at with, with weights still to be loaded."""
+    return CLIPVisionEncoder(config, ops)
+
+
+CONTROLLED = "WanVACETransformer3DModel"
+KINDS: Mapping[str, PartKind] = {
+    "transformer": PartKind("WanTransformer3DModel", read_transformer, build_transformer, CONTROLLED),
+    "vae": PartKind("AutoencoderKLWan", read_vae, build_vae),
+    "text_encoder": PartKind("UMT5EncoderModel", UMT5Config.from_dict, build_text_encoder),
+    "image_encoder": PartKind(
+        "CLIPVisionModel", CLIPVisionConfig.from_dict, build_image_encoder, "CLIPVisionModelWithProjection"
+    ),
+}
+OPTIONAL = ("image_encoder",)
+FP32 = ("vae", "image_encoder")  # as published, whatever the rest is loaded as, if nothing else is asked for
+
+
+EXPERTS = ("transformer", "transformer_2")  # high noise, low noise; most models have the first alone
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of a checkpoint. config is None where no module can be made of it; problems say why. stated: what its
+    config.json says, or would say in diffusers' layout; None if that can't be read."""
+
+    name: str
+    config: Config | None
+    stated: Mapping[str, Any] | None = None
+    files: tuple[Path, ...] = ()
+    parameters: int = 0
+    dtypes: tuple[str, ...] = ()
+    bytes: int = 0
+    problems: tuple[str, ...] = ()
+    origins: Mapping[str, weight_names.Origin] | None = field(
+        default=None, repr=False
+    )  # where files name weights otherwise
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model: a folder, or the file of its transformer. recipe and text_length are None where what they follow from
+    could not be read.
+
+    pipeline: the class that model_index.json names. alternatives: other variants with the very same shapes.
+    """
+
+    folder: Path
+    pipeline: str
+    parts: tuple[Part, ...]
+    recipe: Recipe | None
+    alternatives: tuple[str, ...]
+    text_length: int | None
+    problems: tuple[str, ...]
+    tokenizer: Path = Path()
+
+    def part(self, name: str) -> Part:
+        """The transformer, transformer_2, vae or text_encoder."""
+        return next(part for part in self.parts if part.name == name)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The names of its transformers, the one for high noise first."""
+        return tuple(part.name for part in self.parts if part.name in EXPERTS)
+
+    def check(self) -> Checkpoint:
+        """Itself if nothing is missing or wrong; CheckpointError with all of its problems otherwise."""
+        if self.problems:
+            raise CheckpointError(
+                f"{self.folder} cannot be loaded:\n" + "\n".join(f"- {text}" for text in self.problems)
+            )
+        return self
+
+    def lora_problems(self, merging: Lora) -> list[str]:
+        """What keeps a LoRA from being merged into this model's transformers; empty if nothing does."""
+        problems: list[str] = []
+        for part in map(self.part, lora.experts_of(merging, self.experts, problems)):
+            if part.config is None:
+                problems.append(f"the {part.name} cannot be read")
+                continue
+            state = _on_meta(kind_of(part.name), part.config, reference).state_dict()
+            shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+            _note(problems, lambda shapes=shapes: lora.check([merging], shapes))
+        return list(dict.fromkeys(problems))  # two experts of one shape say the same
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        parts = {part.name: _describe(part, self.folder) for part in self.parts}
+        recipe = asdict(self.recipe) if self.recipe else None
+        rest = {"text_length": self.text_length, "tokenizer": _short(self.tokenizer, self.folder)}
+        rest |= {"problems": list(self.problems)}
+        named = {"recipe": recipe, "alternatives": list(self.alternatives)}
+        return {"folder": str(self.folder), "pipeline": self.pipeline, **named, "parts": parts, **rest}
+
+
+def open_checkpoint(folder: str | Path, given: Mapping[str, str | Path] | None = None) -> Checkpoint:
+    """Read everything of a model but its weights. folder: that of a model, or the single file of a transformer. given:
+    parts that come from elsewhere, see `fastvid.load`.
+
+    What is missing or wrong inside goes into `problems`. Raises CheckpointError for a path that is no model of this
+    kind at all, saying what was expected and what is nearest; InvalidRequest for parts that do not exist.
+    """
+    folder, paths = Path(folder).expanduser(), assembled.check_parts(given)
+    whole = _describe_whole(folder, paths)
+    index = _check_index(whole.index, folder) if whole else _read_index(folder)
+    tokenizer = whole.tokenizer if whole else folder / "tokenizer"
+    found = {part.name: part for part in whole.parts} if whole else {}
+    missing = whole.missing if whole else {}
+    parts = {name: _open_part(folder, name, index, found.get(name), missing) for name in _part_names(index)}
+    problems = [text for part in parts.values() for text in part.problems]
+    text_length = None
+    if "tokenizer" in missing:
+        problems.append(missing["tokenizer"])
+    else:
+        text_length = _note(problems, lambda: TextTokenizer.read(tokenizer).text_length)
+    scheduler = whole and whole.scheduler
+    recipe, alternatives = _note(problems, lambda: _recipe(folder, index, parts, scheduler)) or (None, ())
+    problems += _disagreements(parts)
+    rest = (recipe, alternatives, text_length, tuple(problems), tokenizer)
+    return Checkpoint(folder, index["_class_name"], tuple(parts.values()), *rest)
+
+
+def _describe_whole(folder: Path, given: Mapping[str, Path]) -> original.Whole | None:
+    """What is not simply a diffusers folder, described as one; None for one that is."""
+    if folder.is_file() and folder.suffix in original.FILES:
+        return assembled.describe_file(folder, given)
+    if _is_original(folder):
+        described = original.read_original(folder) if not given else None
+        return described or assembled.describe_file(assembled.transformer_file(folder), given)
+    return assembled.replace_parts(folder, _read_index(folder), given) if given else None
+
+
+def load_part(
+    checkpoint: Checkpoint,
+    name: str,
+    ops: Any = reference,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    loras: Sequence[Lora] = (),
+) -> nn.Module:
+    """Build a part of a checkpoint and stream its weights in; `name` as `Checkpoint.part` takes it.
+
+    ops: see `fastvid.ops.dispatch.bind`. loras: merged into the weights. Raises CheckpointError if the part has problems, or a
+    LoRA does not fit it.
+    """
+    part = checkpoint.part(name)
+    if part.problems:
+        raise CheckpointError("; ".join(part.problems))
+    module = _on_meta(kind_of(name), part.config, ops)
+    fill(module, part, device, dtype, loras)
+    return module
+
+
+def part_dtype(name: str, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32) -> torch.dtype:
+    """What a part is loaded as in a model that is loaded as dtype, its VAE as vae_dtype."""
+    if name == "vae":
+        return vae_dtype
+    return torch.float32 if name in FP32 else dtype
+
+
+def weigh_part(
+    name: str, config: Config, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
+) -> offload.Weights:
+    """Bytes of a part's weights in a model that is loaded as dtype, from its configuration."""
+    return weigh_module(name, build_empty(name, config), dtype, vae_dtype)
+
+
+def weigh_module(
+    name: str, module: nn.Module, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
+) -> offload.Weights:
+    """The same of a module that has no weights yet."""
+    kind = part_dtype(name, dtype, vae_dtype)
+    return offload.weigh(module, lambda weight: safetensors.target_dtype(module, weight, kind).itemsize)
+
+
+def build_empty(name: str, config: Config, ops: Any = reference) -> nn.Module:
+    """A part without weights, on the meta device."""
+    return _on_meta(kind_of(name), config, ops)
+
+
+def fill(
+    module: nn.Module,
+    part: Part,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    loras: Sequence[Lora] = (),
+    only: Container[str] | None = None,
+) -> None:
+    """Stream a part's weights, with LoRAs merged in, into its module: all of them, or `only` some, read again."""
+    _check_loras(module, part, loras)
+    merge = (lambda key, tensor: lora.merge(key, tensor, loras)) if loras else None
+    safetensors.load_into(module, part.files, device, dtype, origins=part.origins, merge=merge, only=only)
+
+
+def check_fill(module: nn.Module, part: Part, loras: Sequence[Lora] = ()) -> None:
+    """Raise what `fill` would raise, without reading a weight."""
+    _check_loras(module, part, loras)
+    safetensors.read_fitting(module, part.files, part.origins)
+
+
+def _check_loras(module: nn.Module, part: Part, loras: Sequence[Lora]) -> None:
+    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    lora.check(loras, shapes, str(part.files[0].parent))
+
+
+def kind_of(name: str) -> PartKind:
+    """How the part of that name is built: both experts are transformers."""
+    return KINDS["transformer" if name in EXPERTS else name]
+
+
+def _part_names(index: Mapping[str, Any]) -> list[str]:
+    experts = [name for name in EXPERTS if name == EXPERTS[0] or _class_of(index, name)]
+    return [*experts, *(n for n in KINDS if n not in EXPERTS and (n not in OPTIONAL or _class_of(index, n)))]
+
+
+def _open_part(
+    folder: Path,
+    name: str,
+    index: Mapping[str, Any],
+    found: original.FoundPart | None,
+    missing: Mapping[str, str],
+) -> Part:
+    """A part of a diffusers folder, or one that was `found` elsewhere, or is known to be `missing`."""
+    kind, problems = kind_of(name), []
+    if name in missing:
+        return Part(name, None, problems=(missing[name],))
+    given, path = _class_of(index, name), folder / name / "config.json"
+    if given is None:
+        return Part(name, None, problems=(f"{INDEX}: {name} is a None; only {kind.class_name} is supported",))
+    stated = found.config if found else _note(problems, lambda: safetensors.read_json(path))
+    config = module = None
+    if given not in (kind.class_name, kind.also):
+        problems.append(f"{INDEX}: {name} is a {given}; only {kind.class_name} is supported")
+    elif stated is not None:
+        config, module = _note(problems, lambda: _read_part(kind, stated, path)) or (None, None)
+        if config is not None and given == CONTROLLED != stated.get("_class_name", given):
+            problems.append(f"{INDEX}: {name} is a {given}, but {path} is of a {stated['_class_name']}")
+    files = found.files if found else _note(problems, lambda: safetensors.find_files(folder / name)) or ()
+    entries = found.entries if found else _note(problems, lambda: safetensors.read_headers(files)) or {}
+    origins = weight_names.origins(entries, weight_name_rules.DIFFUSERS) if found else None
+    entries = entries if origins is None else safetensors.made_of(origins, entries)
+    if module is not None and entries:
+        where = files[0] if found else folder / name
+        problems += [f"{where}: {text}" for text in safetensors.mismatches(module, entries)]
+        entries = safetensors.renamed(module, entries)
+    held = sum(safetensors.nbytes(entry) for entry in found.entries.values()) if found else 0
+    sizes = held or sum(file.stat().st_size for file in files)
+    counts = (safetensors.count_parameters(entries), safetensors.dtypes(entries), sizes)
+    return Part(name, config, stated, files, *counts, tuple(problems), origins)
+
+
+def _read_part(kind: PartKind, stated: dict[str, Any], path: Path) -> tuple[Any, nn.Module]:
+    """The config that a file holds, and the module that it describes, without weights."""
+    config = kind.read_config(stated)
+    try:
+        return config, _on_meta(kind, config, reference)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path} describes no {kind.class_name} that can be built: {error}") from None
+
+
+def _on_meta(kind: PartKind, config: Any, ops: Any) -> nn.Module:
+    with torch.device("meta"):
+        return kind.build(config, ops)
+
+
+def _recipe(
+    folder: Path, index: Mapping[str, Any], parts: Mapping[str, Part], scheduler: Mapping[str, Any] | None
+) -> tuple[Recipe, tuple[str, ...]] | None:
+    """The recipe, and the other variants that it might be; None without what it follows from. Also for a transformer
+    that can't be built yet: its config.json says which one it is."""
+    stated, vae = parts["transformer"].stated, parts["vae"].config
+    if stated is None or not isinstance(vae, VAEConfig):
+        return None
+    scheduler = scheduler or safetensors.read_json(folder / "scheduler" / "scheduler_config.json")
+    experts, name = sum(part in EXPERTS for part in parts), f"{_model_name(folder)} {index['_class_name']}"
+    recipe = find_recipe(stated, vae, scheduler, index, name, experts)
+    same = find_variants(read_signature(stated, experts), name)
+    return recipe, tuple(other.recipe.name for other in same if other.recipe.name != recipe.name)
+
+
+def _model_name(path: Path) -> str:
+    """What a folder or file is called; in the hub's cache (models--org--name/snapshots/revision) also by the name
+    there. A file there is a link to one without a name."""
+    whole = path.absolute() if path.is_file() else path.resolve()
+    snapshots = next((parent for parent in whole.parents if parent.name == "snapshots"), None)
+    names = [snapshots.parent.name] if snapshots else []
+    return " ".join(names + ([whole.name] if path.is_file() or not snapshots else []))
+
+
+def _disagreements(parts: Mapping[str, Part]) -> list[str]:
+    """Sizes in which the parts do not fit each other."""
+    stated, vae, text_encoder = (parts[name].config for name in ("transformer", "vae", "text_encoder"))
+    transformer = stated.transformer if isinstance(stated, WanVACEConfig) else stated
+    if not isinstance(transformer, WanTransformerConfig) or not isinstance(vae, VAEConfig):
+        return []
+    pairs = [("transformer out_channels", transformer.out_channels, "vae z_dim", vae.z_dim)]
+    # With a picture's mask and latents behind its own.
+    if transformer.in_channels != 2 * transformer.out_channels + vae.temporal_scale:
+        pairs.append(("transformer in_channels", transformer.in_channels, "vae z_dim", vae.z_dim))
+    if isinstance(text_encoder, UMT5Config):
+        pairs.append(("transformer text_dim", transformer.text_dim, "text_encoder d_model", text_encoder.d_model))
+    if transformer.image_dim:
+        sees = parts["image_encoder"].config if "image_encoder" in parts else None
+        width = sees.hidden_size if isinstance(sees, CLIPVisionConfig) else None
+        pairs.append(("transformer image_dim", transformer.image_dim, "image_encoder hidden_size", width))
+    if isinstance(stated, WanVACEConfig):
+        seen = 2 * vae.z_dim + vae.spatial_scale**2
+        pairs.append(("transformer vace_in_channels", stated.vace_in_channels, "what the vae makes of a control", seen))
+    if "transformer_2" in parts and (second := parts["transformer_2"].config) is not None:
+        mine, other = _flat(stated), _flat(second)
+        pairs += [(f"transformer {k}", mine.get(k), "transformer_2's", other.get(k)) for k in mine | other]
+    return [f"{name} is {a}, but {other} is {b}" for name, a, other, b in pairs if a != b]
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """A config as its file has it: VACE's transformer without a level of its own."""
+    values = asdict(config)
+    return values.pop("transformer", {}) | values
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(_not_a_folder(folder))
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} has no {INDEX}{_nearest_folder(folder)}")
+    return _check_index(safetensors.read_json(folder / INDEX), folder)
+
+
+def _is_original(folder: Path) -> bool:
+    return not (folder / INDEX).is_file() and original.is_original(folder)
+
+
+def _check_index(index: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if (given := index.get("_class_name")) not in PIPELINES:
+        raise CheckpointError(
+            f"{folder / INDEX} describes a {given}; the kinds known so far are {', '.join(PIPELINES)} (Wan, such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers)"
+        )
+    return index
+
+
+def _not_a_folder(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return f"{path} is quantized (GGUF), which is not supported; take the fp16 or bf16 {safetensors.SUFFIX} file"
+    if path.exists():
+        return f"{path} is a file; give the folder that holds {INDEX}" + _nearest_folder(path.parent)
+    around = path.parent.iterdir() if path.parent.is_dir() else ()
+    siblings = [entry.name for entry in around if entry.is_dir() or path.suffix == entry.suffix == safetensors.SUFFIX]
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else f"; a folder that holds {INDEX} is expected"
+    return f"{path} does not exist{hint}"
+
+
+def _nearest_folder(folder: Path) -> str:
+    """The rest of a sentence: which folder nearby is the one to give, or what this one looks like instead."""
+    near = [path.parent for path in (folder / INDEX, folder.parent / INDEX, *sorted(folder.glob(f"*/{INDEX}")))]
+    near = [path for path in near if (path / INDEX).is_file()]
+    if near:
+        return f"; {near[0]} has one"
+    return (
+        "; the diffusers layout is expected (model_index.json, transformer/, vae/, text_encoder/, tokenizer/), or the "
+        "original one (config.json, diffusion_pytorch_model*.safetensors, models_t5*, Wan2.*_VAE*)"
+    )
+
+
+def _class_of(index: Mapping[str, Any], name: str) -> str | None:
+    """The class that model_index.json names for a component: the second of [library, class]."""
+    value = index.get(name)
+    return value[1] if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) else None
+
+
+def _short(file: Path, folder: Path) -> str:
+    """A path as it is shown: within the model's folder from there on; nothing for one that is missing."""
+    if file == Path():
+        return ""
+    return str(file.relative_to(folder)) if file != folder and file.is_relative_to(folder) else str(file)
+
+
+def _describe(part: Part, folder: Path) -> dict[str, Any]:
+    files = [_short(file, folder) for file in part.files]
+    config = _flat(part.config) if part.config else part.stated and dict(part.stated)
+    kind = {"class": (part.stated or {}).get("_class_name", kind_of(part.name).class_name), "config": config}
+    size = {"parameters": part.parameters, "dtypes": list(part.dtypes), "bytes": part.bytes}
+    return {**kind, **size, "files": files, "problems": list(part.problems)}
+
+
+def _note(problems: list[str], read: Callable[[], Any]) -> Any:
+    """What `read` returns, or None with the reason added to the problems."""
+    try:
+        return read()
+    except CheckpointError as error:
+        problems.append(str(error))
+        return None

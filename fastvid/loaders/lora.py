@@ -1,0 +1,367 @@
+"""LoRA files: low-rank changes of a transformer's weights, merged into them as they are loaded.
+
+    W + scale * (sum of alpha / rank * B @ A, and of the terms that are stored whole: diff, diff_b, diff_m)
+
+in fp32, rounded once, to the dtype that is loaded. Nothing is ever subtracted: to remove a LoRA, the base tensors are
+read again (`Pipeline.set_loras`), so what comes back is the very same bytes.
+
+Names of the files that are about (lora_A, lora_B are also called lora_down, lora_up, with .weight or without):
+    diffusers, peft    transformer.blocks.0.attn1.to_q.lora_A.weight; alpha in the header or in adapter_config.json
+    original, ComfyUI  diffusion_model.blocks.0.self_attn.q.lora_down.weight, .alpha
+    kohya, musubi      lora_unet_blocks_0_self_attn_q.lora_down.weight, .alpha
+    lightx2v           as ComfyUI, with .diff (weights), .diff_b (biases), .diff_m (modulation)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastvid.checks import nearest_name
+from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid.loaders import safetensors
+from fastvid.models.wan.weight_name_rules import DIFFUSERS, rules
+from fastvid.models.wan.weight_names import Shape, some
+
+PREFIXES = (
+    *("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "model."),
+    "pipe.dit.",
+)
+KOHYA = "lora_unet_"
+# What a name ends in -> what it is; the longest first.
+ENDINGS = {
+    **{f".{a}{default}{weight}": "A" for a in ("lora_A", "lora_down", "lora.down") for default in ("", ".default")
+       for weight in ("", ".weight")},
+    **{f".{b}{default}{weight}": "B" for b in ("lora_B", "lora_up", "lora.up") for default in ("", ".default")
+       for weight in ("", ".weight")},
+    **{f".{b}{default}.bias": "bias" for b in ("lora_B", "lora_up") for default in ("", ".default")},
+    ".alpha": "alpha",
+    ".diff": "diff",
+    ".diff_b": "diff_b",
+    ".diff_m": "diff_m",
+}  # fmt: skip
+OTHER_KINDS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_w": "LoHa",
+    "lokr_w": "LoKr",
+    "lora_mid": "LoCon with a middle part",
+    "oft_": "OFT",
+}
+MAX_SCALE = 100.0
+NOISE_LEVELS = ("high", "low")  # the experts of a model with two, in the order of its transformers
+T = TypeVar("T")
+METADATA = "lora_adapter_metadata"  # diffusers' name for peft's configuration, in the header
+
+
+@dataclass(frozen=True)
+class Term:
+    """One change of one parameter: factor * up @ down, or factor * up where down is None."""
+
+    up: Tensor
+    down: Tensor | None
+    factor: float
+
+    @property
+    def shape(self) -> Shape:
+        """Of the change; what a convolution's kernel holds is in the order of its memory."""
+        return tuple(self.up.shape) if self.down is None else (self.up.shape[0], *self.down.shape[1:])
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file, read. terms: parameter in diffusers' names -> its changes, before `scale`. expert: "high" or "low",
+    the one of two transformers that it is for; "" for all there are."""
+
+    path: Path
+    scale: float
+    terms: Mapping[str, tuple[Term, ...]]
+    expert: str = ""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that occur in it, smallest first; empty if all terms are stored whole."""
+        return tuple(sorted({term.down.shape[0] for terms in self.terms.values() for term in terms if _is_pair(term)}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it is, as plain JSON values."""
+        made = {"file": str(self.path), "scale": self.scale, "ranks": list(self.ranks), "parameters": len(self.terms)}
+        return made | ({"expert": self.expert} if self.expert else {})
+
+
+def read_lora(path: str | Path, scale: float = 1.0, expert: str = "") -> Lora:
+    """Read a LoRA file (safetensors). Nothing is said yet of whether it fits a model: see `check`.
+
+    Raises InvalidRequest for a scale that is no number in [-100, 100] or an expert that is none, CheckpointError for a
+    file that is missing, broken, of another kind (DoRA, LoHa, ...), or has names that say nothing.
+    """
+    path = Path(path).expanduser()
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not -MAX_SCALE <= scale <= MAX_SCALE:
+        raise InvalidRequest(f"lora {path.name}: scale is {scale!r:.40}; allowed is {-MAX_SCALE:g} to {MAX_SCALE:g}")
+    if expert and expert not in NOISE_LEVELS:
+        near = nearest_name(str(expert), NOISE_LEVELS)
+        raise InvalidRequest(
+            f"lora {path.name}: expert is {expert!r:.40}; allowed is {' or '.join(NOISE_LEVELS)}; the nearest is {near}"
+        )
+    if path.suffix in safetensors.PICKLES:
+        raise CheckpointError(
+            f"{path} is a pickle, which fastvid does not open; a {safetensors.SUFFIX} file is expected, such as `fastvid "
+            f"convert {path} {path.with_suffix(safetensors.SUFFIX)}` makes of it"
+        )
+    tensors, metadata = _read_file(path)
+    groups, unknown = _group(tensors)
+    if unknown:
+        raise CheckpointError(f"{path} holds what is no part of a LoRA: {some(unknown)}{_other_kind(unknown)}")
+    if not groups:
+        raise CheckpointError(f"{path} holds no LoRA weights")
+    alphas = _peft_settings(path, metadata)
+    terms: dict[str, list[Term]] = {}
+    for module, found in groups.items():
+        for name, term in _terms(path, module, found, alphas):
+            terms.setdefault(name, []).append(term)
+    return Lora(path, float(scale), {name: tuple(made) for name, made in terms.items()}, expert)
+
+
+def read_loras(loras: Any) -> tuple[Lora, ...]:
+    """LoRAs as they are given to `load`: files, (file, scale), or (file, scale, expert). Raises InvalidRequest,
+    CheckpointError."""
+    entries = []
+    for entry in (loras,) if isinstance(loras, str | Path) else loras or ():
+        made = (entry,) if isinstance(entry, str | Path) else entry
+        if not isinstance(made, list | tuple) or not _is_lora(made) or (len(made) < 2 and made is entry):
+            raise InvalidRequest(
+                f'loras: {entry!r:.60} is no LoRA; give a file, or (file, scale) such as ("a.safetensors", 0.8), or '
+                '("a.safetensors", 0.8, "high") for one of two experts'
+            )
+        entries.append(made)
+    return tuple(read_lora(*entry) for entry in entries)
+
+
+def _is_lora(entry: Sequence[Any]) -> bool:
+    expert = entry[2] if len(entry) == 3 else "high"
+    named = 1 <= len(entry) <= 3 and isinstance(entry[0], str | Path) and bool(entry[0])
+    return named and isinstance(expert, str) and bool(expert)
+
+
+def named(loras: Sequence[Lora]) -> tuple[tuple[Any, ...], ...]:
+    """The files and scales of LoRAs, and the expert of those that are for one."""
+    return tuple((str(lora.path), lora.scale, *([lora.expert] if lora.expert else [])) for lora in loras)
+
+
+def experts_of(lora: Lora, transformers: Sequence[T], problems: list[str]) -> Sequence[T]:
+    """Those of a model's transformers, high noise first, that a LoRA goes into: all, or the one that it names. None,
+    and a sentence in `problems`, if it names one of a model that has a single transformer."""
+    if not lora.expert:
+        return transformers
+    if len(transformers) == 1:
+        problems.append(
+            f"lora {lora.path.name} is for the {lora.expert} noise expert, but this model has one transformer for all "
+            f"levels; leave out {lora.expert!r}"
+        )
+        return ()
+    return (transformers[NOISE_LEVELS.index(lora.expert)],)
+
+
+def for_expert(loras: Sequence[Lora], number: int, count: int) -> tuple[Lora, ...]:
+    """The LoRAs that go into transformer `number` of `count`. Raises InvalidRequest where one names an expert that a
+    model with one transformer does not have."""
+    problems: list[str] = []
+    mine = tuple(lora for lora in loras if number in experts_of(lora, range(count), problems))
+    if problems:
+        raise InvalidRequest(problems[0])
+    return mine
+
+
+def merge(name: str, tensor: Tensor, loras: Iterable[Lora]) -> Tensor:
+    """A parameter with all changes of it added, in fp32 (fp64 stays fp64); the tensor itself if there are none.
+
+    name is the parameter's in diffusers' names, which are those of fastvid's modules. Shapes must be checked before.
+    """
+    changes = [(lora.scale, term) for lora in loras for term in lora.terms.get(name, ())]
+    if not changes:
+        return tensor
+    kind = torch.promote_types(tensor.dtype, torch.float32)
+    # The terms among themselves first: they are small against the weight, so less is rounded away.
+    delta = torch.zeros(tensor.shape, dtype=kind)
+    for scale, term in changes:
+        delta += (scale * term.factor) * _product(term, kind).reshape(tensor.shape)
+    return tensor.to(kind) + delta.to(tensor.device)
+
+
+def check(loras: Iterable[Lora], shapes: Mapping[str, Sequence[int]], model: str = "the model") -> None:
+    """Hold LoRAs against the parameters of a model, names -> shapes.
+
+    Raises CheckpointError that lists what matches no parameter, and what has another shape.
+    """
+    for lora in loras:
+        unknown = [name for name in lora.terms if name not in shapes]
+        sentences = []
+        if unknown:
+            hint = (
+                "; add_k_proj, add_v_proj and image_embedder are in Wan 2.1 picture models only"
+                if any("add_k_proj" in name or "image_embedder" in name for name in unknown)
+                else ""
+            )
+            sentences.append(
+                f"no weights of the model match {len(unknown)} of {len(lora.terms)}: {some(unknown)}{hint}"
+            )
+        wrong = [
+            f"{name} {list(term.shape)} for {list(shapes[name])}"
+            for name, terms in lora.terms.items()
+            for term in terms
+            if name in shapes and not _fits(term, tuple(shapes[name]))
+        ]
+        if wrong:
+            sentences.append(f"wrong shapes: {some(wrong)}")
+        if sentences:
+            raise CheckpointError(f"{lora.path} does not fit {model}: " + "; ".join(sentences))
+
+
+def touched(loras: Iterable[Lora]) -> frozenset[str]:
+    """The parameters that any of the LoRAs changes."""
+    return frozenset(name for lora in loras for name in lora.terms)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    entries = safetensors.read_header(path)
+    kinds = {entry.dtype for entry in entries.values()} - {
+        *safetensors.FLOATS,
+        "I64",
+        "I32",
+    }  # alpha may be a whole number
+    if kinds:
+        raise CheckpointError(
+            f"{path} holds {', '.join(sorted(kinds))} tensors; known are {', '.join(safetensors.FLOATS)}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a valid safetensors file ({error}); download it again") from None
+
+
+def _group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """(module in diffusers' names -> what it is -> tensor, names that say nothing)."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        ending = next((ending for ending in sorted(ENDINGS, key=len, reverse=True) if name.endswith(ending)), None)
+        if ending is None or ENDINGS[ending] in groups.get(module := _module(name.removesuffix(ending)), {}):
+            unknown.append(name)
+        else:
+            groups.setdefault(module, {})[ENDINGS[ending]] = tensor
+    return groups, unknown
+
+
+def _module(name: str) -> str:
+    """A module's name in diffusers' words; as it is where no layout knows it, to be found wanting by `check`."""
+    table = rules("transformer")
+    if name.startswith(KOHYA):
+        return table.unflatten(name.removeprefix(KOHYA)) or name
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
+        name = name.removeprefix(prefix)
+    if block := re.fullmatch(r"(vace_)?blocks\.\d+", name):  # of diff_m
+        return block[0]
+    return table.module(name, DIFFUSERS) or name
+
+
+def _terms(
+    path: Path, module: str, found: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> Iterable[tuple[str, Term]]:
+    """(parameter, change) for all that is said of a module."""
+    if ("A" in found) != ("B" in found) or not found.keys() - {"alpha"}:
+        there = ", ".join(sorted(found))
+        raise CheckpointError(f"{path}: {module} needs lora_A (lora_down) and lora_B (lora_up); only {there} is there")
+    factor = 1.0
+    if "A" in found:
+        up, down = found["B"], found["A"]
+        if up.ndim < 2 or down.ndim < 2 or math.prod(up.shape[1:]) != down.shape[0] or 0 in (*up.shape, *down.shape):
+            raise CheckpointError(
+                f"{path}: {module} has lora_B {list(up.shape)} and lora_A {list(down.shape)}, which do not multiply"
+            )
+        factor = _factor(path, module, found.get("alpha"), down.shape[0], settings)
+        yield f"{module}.weight", Term(up, down, factor)
+    if "bias" in found:
+        yield f"{module}.bias", Term(found["bias"], None, factor)
+    if "diff" in found:
+        bare = module.endswith(("scale_shift_table", "pos_embed"))  # parameters, not modules
+        yield (module if bare else f"{module}.weight"), Term(found["diff"], None, 1.0)
+    if "diff_b" in found:
+        yield f"{module}.bias", Term(found["diff_b"], None, 1.0)
+    if "diff_m" in found:
+        # Of a block, or of the head, whose modulation diffusers keeps at the top.
+        name = "scale_shift_table" if module in ("head", "proj_out") else f"{module}.scale_shift_table"
+        yield name, Term(found["diff_m"], None, 1.0)
+
+
+def _factor(path: Path, module: str, alpha: Tensor | None, rank: int, settings: Mapping[str, Any]) -> float:
+    """alpha / rank; 1 where nothing says alpha. peft may ask for the root of the rank (arXiv 2312.03732)."""
+    if alpha is not None:
+        value: Any = alpha.item() if alpha.numel() == 1 else list(alpha.shape)
+        root = False
+    else:
+        patterns = settings.get("alpha_pattern")
+        patterns = patterns if isinstance(patterns, dict) else {}
+        matching = [key for key in patterns if f".{module}".endswith(f".{key}")]
+        value = patterns[max(matching, key=len)] if matching else settings.get("lora_alpha", rank)
+        root = bool(settings.get("use_rslora"))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise CheckpointError(f"{path}: alpha of {module} is {value!r}; a number is expected")
+    return value / (math.sqrt(rank) if root else rank)
+
+
+def _peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """peft's configuration of a file: in its header, as diffusers writes it, or in adapter_config.json beside it."""
+    if METADATA in metadata:
+        try:
+            told = json.loads(metadata[METADATA])
+        except ValueError as error:
+            raise CheckpointError(f"{path} has broken {METADATA} in its header: {error}") from None
+        if not isinstance(told, dict):
+            raise CheckpointError(f"{path} has broken {METADATA} in its header: an object is expected")
+        settings = {key.removeprefix("transformer."): value for key, value in told.items()}
+    elif path.name.startswith("adapter_model") and (path.parent / "adapter_config.json").is_file():
+        settings = safetensors.read_json(path.parent / "adapter_config.json")
+    else:
+        return {}
+    if settings.get("use_dora"):
+        raise CheckpointError(f"{path} is a DoRA; only LoRA is supported")
+    return settings
+
+
+def _other_kind(names: Iterable[str]) -> str:
+    kinds = {kind for part, kind in OTHER_KINDS.items() for name in names if part in name}
+    return f" ({', '.join(sorted(kinds))} is not supported; only LoRA is)" if kinds else ""
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def _is_pair(term: Term) -> bool:
+    return term.down is not None
+
+
+def _product(term: Term, kind: torch.dtype) -> Tensor:
+    """up @ down [out, in * kernel], or up itself."""
+    if term.down is None:
+        return term.up.to(kind)
+    return term.up.flatten(1).to(kind) @ term.down.flatten(1).to(kind)
+
+
+def _fits(term: Term, shape: Shape) -> bool:
+    if term.down is None:
+        return tuple(term.up.shape) == shape
+    return len(shape) >= 2 and (term.up.shape[0], math.prod(term.down.shape[1:])) == (shape[0], math.prod(shape[1:]))

@@ -1,0 +1,227 @@
+"""Clips: frames from anywhere, read a few at a time. F frames of H x W pixels, uint8 RGB [F, H, W, 3].
+
+    clip = open_clip("phone.mp4")
+    clip.num_frames, clip.height, clip.width, clip.fps
+    clip.resampled(16).resized(480, 832).tail(17)
+
+Nothing but the frames that are asked for is in memory. Alpha is shown over black, turned videos are turned, sound is
+left alone, pixels are taken as square.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fastvid.checks import MAX_FPS, MAX_FRAMES, MAX_SIDE, MIN_FPS, number, one_of, whole
+from fastvid.errors import InvalidRequest
+from fastvid.media.metadata import media_errors, stated_fps
+from fastvid.media.reader import ArraySource, PictureSource, Source, open_source
+
+FITS = ("cover", "stretch")
+EVEN = 0.25  # of a frame: frames no further than this from an even grid stand on it (files round their times)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Clip:
+    """Frames that are read when they are asked for. Make one with `open_clip`.
+
+    num_frames is exact. fps: frames a second, None where nothing says it (pictures, arrays). height and width are
+    those of the frames that come out.
+    """
+
+    source: Source
+    picks: np.ndarray  # the source's frame for each of this clip's
+    height: int
+    width: int
+    fps: float | None
+    fit: str = "cover"
+    name: str = "video"
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.picks)
+
+    @property
+    def seconds(self) -> float | None:
+        return self.num_frames / self.fps if self.fps else None
+
+    def __len__(self) -> int:
+        return self.num_frames
+
+    def __repr__(self) -> str:
+        rate = f"{self.fps:g} fps" if self.fps else "no rate"
+        return f"Clip({self.name}: {self.num_frames} frames, {self.width}x{self.height}, {rate})"
+
+    # ------------------------------------------------------------ reading
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Frames start to stop - 1 as a new array, uint8 [stop - start, H, W, 3]. In order is fast; any order is right.
+
+        Raises InvalidRequest outside of 0 <= start <= stop <= num_frames, MediaError for a file that changed.
+        """
+        stop = self.num_frames if stop is None else stop
+        if not 0 <= start <= stop <= self.num_frames:
+            raise InvalidRequest(f"{self.name}: frames {start} to {stop} of {self.num_frames} were asked for")
+        made = np.empty((stop - start, self.height, self.width, 3), np.uint8)
+        last = None
+        with media_errors(self.name):
+            for place, wanted in enumerate(self.picks[start:stop].tolist()):
+                made[place] = made[place - 1] if wanted == last else self._sized(self.source.frame(wanted))
+                last = wanted
+        return made
+
+    def head(self, count: int) -> np.ndarray:
+        """The first `count` frames."""
+        return self.read(0, self._at_most(count))
+
+    def tail(self, count: int) -> np.ndarray:
+        """The last `count` frames."""
+        return self.read(self.num_frames - self._at_most(count))
+
+    def chunks(self, count: int = 16) -> Iterator[np.ndarray]:
+        """All frames, `count` at a time."""
+        for start in range(0, self.num_frames, count):
+            yield self.read(start, min(start + count, self.num_frames))
+
+    def _at_most(self, count: int) -> int:
+        if not 0 <= count <= self.num_frames:
+            raise InvalidRequest(
+                f"{self.name} has {self.num_frames} frames, {count} were asked for; the nearest is {self.num_frames}"
+            )
+        return count
+
+    def _sized(self, frame: np.ndarray) -> np.ndarray:
+        if frame.shape[:2] == (self.height, self.width):
+            return frame
+        import torch
+
+        from fastvid.ops.resample import resize
+
+        box = covering(*frame.shape[:2], self.height, self.width) if self.fit == "cover" else np.s_[:, :]
+        return resize(torch.from_numpy(frame[box].copy()), self.height, self.width).numpy()
+
+    # ------------------------------------------------------------ other rates and sizes
+
+    def resampled(self, fps: float | None = None) -> Clip:
+        """The same at another rate (default: its own): what is seen at frame n is the frame nearest in time to n / fps,
+        the later one of two as near, as FFmpeg's filter `fps` has it. A clip whose frames are not evenly spaced (a
+        phone's, a screen recording) is laid on an even grid. One without a rate takes this one as its own.
+
+        Raises InvalidRequest for a rate out of bounds, or one at which there would be too many frames.
+        """
+        if fps is None and self.fps is None:
+            return self
+        rate = number(MIN_FPS, MAX_FPS, " frames a second")("fps", self.fps if fps is None else fps)
+        if self.fps is None or self.num_frames == 1:
+            return replace(self, fps=rate)
+        times = self._times()
+        if abs(rate - self.fps) < 1e-3 * rate and np.abs(times[:-1] * rate - np.arange(len(self))).max() <= EVEN:
+            return replace(self, fps=rate)
+        slots = np.floor(times * rate + 0.5)
+        if slots[-1] > MAX_FRAMES:
+            raise InvalidRequest(
+                f"{self.name} at {rate:g} fps has {int(slots[-1])} frames: allowed are {MAX_FRAMES}; "
+                f"the nearest is {MAX_FRAMES / times[-1]:g} fps"
+            )
+        shown = np.searchsorted(slots[:-1], np.arange(max(1, int(slots[-1]))), side="right") - 1
+        return replace(self, picks=self.picks[shown], fps=rate)
+
+    def _times(self) -> np.ndarray:
+        """The second at which each frame begins, and at which the last one ends."""
+        stated = self.source.times
+        if stated is not None and np.array_equal(self.picks, np.arange(self.source.num_frames)):
+            return stated
+        assert self.fps is not None
+        return np.arange(self.num_frames + 1) / self.fps
+
+    def resized(self, height: int, width: int, fit: str = "cover") -> Clip:
+        """The same at another size, with Lanczos as Pillow does it. fit "cover": cut around the centre to the new
+        shape, then scaled; "stretch": scaled to it as it is. Raises InvalidRequest for a size or fit out of bounds."""
+        side = whole(1, MAX_SIDE, " pixels")
+        return replace(self, height=side("height", height), width=side("width", width), fit=one_of(FITS)("fit", fit))
+
+    def close(self) -> None:
+        """Let go of the file's decoder; reading on opens it again."""
+        getattr(self.source, "close", lambda: None)()
+
+    def __enter__(self) -> Clip:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def covering(height: int, width: int, new_height: int, new_width: int) -> tuple[slice, slice]:
+    """The largest part in the middle that has the new shape."""
+    cut_height = min(height, max(1, round(width * new_height / new_width)))
+    cut_width = min(width, max(1, round(height * new_width / new_height)))
+    top, left = (height - cut_height) // 2, (width - cut_width) // 2
+    return slice(top, top + cut_height), slice(left, left + cut_width)
+
+
+def open_clip(source: Any, *, name: str = "video") -> Clip:
+    """A clip of anything that has frames.
+
+    Args:
+        source: a path (a video, a .gif, a picture, a .npy, a folder of PNGs), a `fastvid.Video` or anything else with
+            `frames` and `fps`, a `Clip`, a uint8 array or tensor [F, H, W, 3] or [H, W, 3] (gray and RGBA too), a
+            Pillow image, or a list of pictures of one size, each a path, an array, a tensor or a Pillow image.
+            Arrays are not copied.
+        name: what errors call it, when it is not a path.
+
+    Raises:
+        MediaError: a file that is missing, damaged, of an unknown kind or too large: sides of 16 to 8192 pixels (a
+            frame of a clip at most 2^25 of them), 2^17 frames, 0.01 to 1000 frames a second. Found before decoding.
+        InvalidRequest: something that has no frames, or too many, or too large ones.
+    """
+    if isinstance(source, Clip):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return _of_path(source)
+    if hasattr(source, "frames") and hasattr(source, "fps"):
+        fps = number(MIN_FPS, MAX_FPS, " frames a second")(f"{name}.fps", source.fps)
+        return _clip(ArraySource(_array(source.frames, name), name), fps, name)
+    if isinstance(source, (list, tuple)):
+        if not source:
+            raise InvalidRequest(f"{name} is an empty list; give at least one picture")
+        return _clip(PictureSource(len(source), lambda n: _one(source[n], f"{name}[{n}]"), name), None, name)
+    return _clip(ArraySource(_array(source, name), name), None, name)
+
+
+def _of_path(path: str | os.PathLike[str]) -> Clip:
+    if not os.fspath(path) or b"\0" in os.fsencode(path):
+        raise InvalidRequest(f"the path of a video must be a name such as clip.mp4, not {path!r:.60}")
+    with media_errors(path):
+        source = open_source(path)
+    return _clip(source, stated_fps(path, source), str(path))
+
+
+def _clip(source: Source, fps: float | None, name: str) -> Clip:
+    return Clip(source, np.arange(source.num_frames), source.height, source.width, fps, name=name)
+
+
+def _array(value: Any, name: str) -> np.ndarray:
+    """Arrays, tensors and Pillow images as numpy arrays, without copying the first two."""
+    if hasattr(value, "convert") and hasattr(value, "getbands"):  # Pillow's
+        value = value.convert("RGBA" if "A" in value.getbands() or "transparency" in value.info else "RGB")
+    elif hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    if not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
+        raise InvalidRequest(
+            f"{name} is a {type(value).__name__}; it must be a path, a Video, a uint8 array [F, H, W, 3] or a list of "
+            "pictures"
+        )
+    return np.asarray(value)
+
+
+def _one(picture: Any, name: str) -> np.ndarray:
+    """One picture of a list, uint8 RGB [H, W, 3]."""
+    clip = open_clip(picture, name=name)
+    if clip.num_frames != 1:
+        raise InvalidRequest(f"{name} has {clip.num_frames} frames; a list holds pictures")
+    return clip.read()[0]

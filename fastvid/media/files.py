@@ -1,0 +1,177 @@
+"""Files from anywhere, opened so that they can do no harm: what they are is told by their first bytes and held to, so a
+playlist never names another file; sizes and counts are checked before anything is decoded or allocated.
+
+PyAV is given an open file, not a name, and the one format that was found; FFmpeg's own guessing, its network and its
+look-ups of other files are not reached. It decodes nothing while it opens a file (`codec_whitelist`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from fastvid.checks import MAX_FRAMES
+from fastvid.errors import MediaError
+
+MIN_SIDE, MAX_SIDE = 16, 8192  # pixels of an input
+MAX_CLIP_PIXELS = 1 << 25  # of one frame of a clip: 8K; a picture may have MAX_SIDE x MAX_SIDE
+MIN_FPS, MAX_FPS = 0.01, 1000.0
+MAX_INDEX = 1 << 26  # bytes of an .mp4 that are not frames
+MAX_SAMPLES = 1 << 21  # entries of all its tracks together; a reader keeps 24 bytes for each
+MAX_BOXES = 1 << 17
+THREADS = 4  # of a decoder, at most
+
+PICTURES = ("png", "jpeg", "webp", "bmp", "tiff")
+KINDS: tuple[tuple[str, bytes], ...] = (
+    ("apng", rb"\x89PNG\r\n\x1a\n.{0,4000}?acTL"),
+    ("png", rb"\x89PNG\r\n\x1a\n"),
+    ("jpeg", rb"\xff\xd8\xff"),
+    ("webp", rb"RIFF.{4}WEBP"),
+    ("bmp", rb"BM.{4}\0\0\0\0"),
+    ("tiff", rb"II\*\0|MM\0\*"),
+    ("npy", rb"\x93NUMPY"),
+    ("gif", rb"GIF8[79]a"),
+    ("mov", rb".{4}(ftyp|moov|mdat|moof|styp|wide|free|skip|pnot)"),
+    ("matroska", rb"\x1aE\xdf\xa3"),
+    ("avi", rb"RIFF.{4}AVI "),
+    ("mpegts", rb"G.{187}G|.{4}G.{191}G"),
+    ("mpeg", rb"\x00\x00\x01\xba"),
+    ("mpegvideo", rb"\x00\x00\x01\xb3"),
+    ("flv", rb"FLV\x01"),
+    ("ogg", rb"OggS"),
+    ("asf", rb"0&\xb2u\x8ef\xcf\x11"),
+    ("ivf", rb"DKIF"),
+    ("yuv4mpegpipe", rb"YUV4MPEG2 "),
+    ("h264", rb"\x00?\x00\x00\x01[\x09\x27\x47\x67]"),
+    ("hevc", rb"\x00?\x00\x00\x01[\x40\x46]"),
+    ("json", rb"\s*\{"),
+)
+KNOWN = "mp4, mov, webm, mkv, gif, avi, mpg, ts, flv, ogv, wmv, ivf, y4m, png, jpg, webp, bmp, tiff, npy"
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """An ordinary file, open for reading. Raises MediaError for a device, a pipe or a socket, which may have no end,
+    without waiting for one; OSError where there is none."""
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise MediaError(f"{os.fspath(path)} is not an ordinary file (a folder, pipe or device); give a file")
+    return os.fdopen(number, "rb")
+
+
+def kind_of(file: BinaryIO) -> str:
+    """What a file is, by its first bytes: "png", "mov" (.mp4 too), ...; "" if it is none of what can be read."""
+    file.seek(0)
+    start = file.read(4096)
+    file.seek(0)
+    return next((name for name, magic in KINDS if re.match(magic, start, re.DOTALL)), "")
+
+
+def check_picture_size(name: str, width: int, height: int, most: int = MAX_SIDE * MAX_SIDE) -> None:
+    """Raises MediaError for sides or an area out of bounds."""
+    if not (min(width, height) >= MIN_SIDE and max(width, height) <= MAX_SIDE and width * height <= most):
+        area = "" if most == MAX_SIDE * MAX_SIDE else f", at most {most} pixels a frame"
+        raise MediaError(f"{name} is {width}x{height}; allowed are sides of {MIN_SIDE} to {MAX_SIDE} pixels{area}")
+
+
+def check_count(name: str, count: int) -> None:
+    if count > MAX_FRAMES:
+        raise MediaError(f"{name} has more than {MAX_FRAMES} frames, which is the most that is read; cut it")
+
+
+def check_rate(name: str, fps: float) -> None:
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise MediaError(f"{name} states {fps:g} frames a second; allowed are {MIN_FPS:g} to {MAX_FPS:g}")
+
+
+class _Nameless:
+    """A file as PyAV reads it, without a name that could say what to make of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+def open_container(file: BinaryIO, kind: str, name: str) -> Any:
+    """A PyAV container of a checked file. Nothing is decoded, no other file is opened."""
+    import av
+
+    if kind == "mov":
+        check_boxes(file, name)
+    file.seek(0)
+    options = {"codec_whitelist": "none", "protocol_whitelist": "none", "enable_drefs": "0"}
+    return av.open(_Nameless(file), format=kind, container_options=options, io_open=_refuse, buffer_size=1 << 17)
+
+
+def _refuse(url: str, flags: int, options: dict[str, str]) -> Any:
+    raise MediaError("a video that names other files is not read")
+
+
+# ---------------------------------------------------------------- .mp4 and .mov
+
+
+def check_boxes(file: BinaryIO, name: str) -> None:
+    """Counts in an .mp4's index that stand for entries without bytes of their own: a file of 1 KB may claim 2^32 frames
+    of equal size, and FFmpeg would make room for them. Raises MediaError."""
+    samples = index = 0
+    for kind, start, end in _boxes(file, 0, file.seek(0, os.SEEK_END), name):
+        if kind == b"mdat":
+            continue
+        index += end - start
+        if index > MAX_INDEX:
+            raise MediaError(f"{name} has an index of more than {MAX_INDEX >> 20} MiB, which is the most that is read")
+        parts = [(kind, start, end)] if kind != b"moov" else [*_boxes(file, start, end, name)]
+        for inner, begin, stop in parts:
+            file.seek(begin)
+            samples += _samples(inner, file.read(stop - begin), name)
+            if samples > MAX_SAMPLES:
+                raise MediaError(
+                    f"{name} claims more than {MAX_SAMPLES} frames and pieces of sound, the most that is read"
+                )
+
+
+def _boxes(file: BinaryIO, start: int, end: int, name: str) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, first byte of the content, byte behind it) of the boxes in a range; the last may be cut short."""
+    for _ in range(MAX_BOXES):
+        file.seek(start)
+        head = file.read(16)
+        if start + 8 > end or len(head) < 8:
+            return
+        size, kind = struct.unpack(">I4s", head[:8])
+        skip = 8
+        if size == 1 and len(head) == 16:
+            size, skip = struct.unpack(">Q", head[8:])[0], 16
+        size = end - start if size == 0 else size
+        if size < skip:
+            raise MediaError(f"{name} is damaged: a part of {size} bytes at byte {start}")
+        yield kind, start + skip, min(start + size, end)
+        start += size
+    raise MediaError(f"{name} is in more than {MAX_BOXES} parts, which is the most that is read")
+
+
+def _samples(kind: bytes, data: bytes, name: str) -> int:
+    """How many entries a box claims, wherever in it they stand. FFmpeg obeys a box in any place, so all bytes that look
+    like one count."""
+    if b"cmov" in data or kind == b"cmov":
+        raise MediaError(f"{name} has a compressed index, which is not read; write it again, as ffmpeg -c copy does")
+    if b"iinf" in data:
+        raise MediaError(f"{name} is a HEIC or AVIF picture, which is not read; save it as a .png or .jpg")
+    data = kind + data
+    found = 0
+    for match in re.finditer(rb"(stsz|stz2).{4}(.{4})(.{4})", data, re.DOTALL):
+        count = int.from_bytes(match[3], "big")
+        found += 0 if kind == b"trak" and _is_plain_sound(data, count) else count
+    for match in re.finditer(rb"trun.{4}(.{4})", data, re.DOTALL):
+        found += int.from_bytes(match[1], "big")
+    return found
+
+
+def _is_plain_sound(track: bytes, count: int) -> bool:
+    """Uncompressed sound has an entry a sample, and is read by chunks: millions of entries cost nothing."""
+    alone = track.count(b"stsz") == track.count(b"stts") == 1 and b"stz2" not in track
+    one_tick = b"\0\0\0\1" + struct.pack(">II", count, 1)  # one run of so many samples, each one tick long
+    times = track[(at := track.find(b"stts") + 8) : at + 12]
+    return alone and b"soun" in track and b"vide" not in track and times == one_tick

@@ -1,0 +1,151 @@
+"""Files -> frames, and the recipe that a file carries. Kinds are told by their first bytes, not by their names."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvid.errors import Error, MediaError
+from fastvid.media.files import MAX_FPS, MIN_FPS, kind_of, open_container, open_regular
+from fastvid.media.reader import Source, VideoSource, open_source
+
+SYSTEM = (OSError, ValueError, RuntimeError, ArithmeticError, LookupError, EOFError)
+MAX_RECIPE = 1 << 24  # bytes; what is longer was not written here
+
+
+@contextlib.contextmanager
+def media_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the system and PyAV raise, as MediaError with the path in it."""
+    try:
+        yield
+    except Error:
+        raise
+    except Exception as error:
+        if not isinstance(error, SYSTEM) and not type(error).__module__.startswith("av."):
+            raise
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise MediaError(f"{os.fspath(path)}: {reason}") from error
+
+
+def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float | None]:
+    """All frames, uint8 RGB [T, H, W, 3], and frames a second (None where the file does not say).
+
+    Reads what `FrameSink` writes and whatever PyAV decodes, see `fastvid.media.clip`. Raises MediaError.
+    """
+    with media_errors(path):
+        source = open_source(path)
+        frames = np.stack([source.frame(number) for number in range(source.num_frames)])
+    return frames, stated_fps(path, source)
+
+
+def stated_fps(path: str | os.PathLike[str], source: Source) -> float | None:
+    """Frames a second: as the recipe says where the kind of file can't or not exactly (.gif), else as the file does."""
+    if isinstance(source, VideoSource) and source.kind != "gif":
+        return source.fps
+    with contextlib.suppress(MediaError):
+        fps = read_recipe(path).get("fps")
+        if isinstance(fps, (int, float)) and MIN_FPS <= fps <= MAX_FPS:
+            return float(fps)
+    return source.fps
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The recipe in a file or folder of frames that fastvid has written, or in a .json file of its own.
+
+    Raises MediaError for a file that cannot be read or has none.
+    """
+    readers = {"png": _from_png, "gif": _from_gif, "npy": _from_npy, "json": _from_json}
+    with media_errors(path):
+        file = Path(path)
+        kind = _kind(file)
+        if kind == "folder":
+            file, kind = file / "000000.png", "png"
+        text = readers[kind](file) if kind in readers else _from_tags(file, kind)
+    with contextlib.suppress(ValueError, RecursionError):
+        recipe = json.loads(text) if text else None
+        if isinstance(recipe, dict):
+            return recipe
+    raise MediaError(f"{path}: there is no fastvid recipe in it")
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "folder"
+    with open_regular(path) as file:
+        return kind_of(file)
+
+
+def _from_json(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(MAX_RECIPE).decode()
+
+
+def _from_tags(path: Path, kind: str) -> str | None:
+    if kind not in ("mov", "matroska"):
+        return None
+    with open_regular(path) as file, open_container(file, kind, str(path)) as container:
+        return {name.lower(): value for name, value in container.metadata.items()}.get("comment")
+
+
+def _from_npy(path: Path) -> str | None:
+    frames = np.load(path, mmap_mode="r", allow_pickle=False)
+    with path.open("rb") as file:
+        file.seek(frames.offset + frames.nbytes)
+        rest = file.read(MAX_RECIPE)
+    if not rest.startswith(b"\x93NUMPY"):
+        return None
+    return rest[10 + int.from_bytes(rest[8:10], "little") :].decode("ascii")
+
+
+def _from_png(path: Path) -> str | None:
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            size, kind = struct.unpack(">I4s", head)
+            if kind == b"tEXt" and size <= MAX_RECIPE:
+                key, _, text = file.read(size).partition(b"\0")
+                if key == b"fastvid":
+                    return text.decode("ascii")
+                file.seek(4, os.SEEK_CUR)
+            else:
+                file.seek(size + 4, os.SEEK_CUR)
+    return None
+
+
+def _from_gif(path: Path) -> str | None:
+    """Walk the blocks of a GIF89a to its comment, which stands last."""
+    with path.open("rb") as file:
+        header = file.read(13)
+        _skip_palette(file, header[10])
+        while (kind := file.read(1)) in (b"!", b","):
+            if kind == b",":
+                _skip_palette(file, file.read(9)[8])
+                file.read(1)
+            label = file.read(1) if kind == b"!" else b""
+            data = _sub_blocks(file, keep=label == b"\xfe")
+            if data.startswith(b"{"):
+                return data.decode("ascii")
+    return None
+
+
+def _skip_palette(file: Any, flags: int) -> None:
+    if flags & 0x80:
+        file.seek(3 << (flags & 7) + 1, os.SEEK_CUR)
+
+
+def _sub_blocks(file: Any, keep: bool) -> bytes:
+    parts, total = [], 0
+    while size := (file.read(1) or b"\0")[0]:
+        if keep and total < MAX_RECIPE:
+            parts.append(file.read(size))
+            total += size
+        else:
+            file.seek(size, os.SEEK_CUR)
+    return b"".join(parts)

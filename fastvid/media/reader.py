@@ -1,0 +1,405 @@
+"""Where frames come from: a video file, pictures, arrays. Each source gives frame i when asked, uint8 RGB [H, W, 3].
+
+Asking in order is fast (a video's decoder stays open, where it stands) and any order is right; memory does not grow
+with the number of frames. `times` are the seconds at which the frames begin, and last the second at which the last one
+ends: float64 [num_frames + 1], or None for pictures and arrays, which have no time of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from fastvid.errors import InvalidRequest, MediaError
+from fastvid.media.files import (
+    KNOWN,
+    MAX_CLIP_PIXELS,
+    PICTURES,
+    THREADS,
+    check_count,
+    check_picture_size,
+    check_rate,
+    kind_of,
+    open_container,
+    open_regular,
+)
+from fastvid.media.images import over_black, plain_png, read_picture, to_rgb
+
+SEEKABLE = ("mov", "matroska")  # whose index leads to a key frame exactly
+VP8_SHOWN = 0x10  # bit of a packet's first byte (RFC 6386, 9.1): libvpx writes packets that show nothing
+
+
+class Source(Protocol):
+    num_frames: int
+    height: int
+    width: int
+    fps: float | None
+    times: np.ndarray | None
+
+    def frame(self, number: int) -> np.ndarray:
+        """Frame `number`, uint8 RGB [H, W, 3]. It may be shared: not to be written to."""
+
+
+# ---------------------------------------------------------------- pictures and arrays
+
+
+class ArraySource:
+    """uint8 [F, H, W, C], C = 1, 3 or 4, in memory; [H, W, C] is one frame, [F, H, W] and [H, W] are gray."""
+
+    fps = times = None
+
+    def __init__(self, array: np.ndarray, name: str) -> None:
+        self._array = array.reshape(_frames_shape(array.shape, array.dtype, name))
+        self.num_frames, self.height, self.width = self._array.shape[:3]
+
+    def frame(self, number: int) -> np.ndarray:
+        return over_black(self._array[number])
+
+
+def _frames_shape(shape: tuple[int, ...], dtype: np.dtype, name: str) -> tuple[int, int, int, int]:
+    colours = len(shape) in (3, 4) and shape[-1] in (1, 3, 4)
+    whole = {2: (1, *shape, 1), 3: (1, *shape) if colours else (*shape, 1), 4: shape if colours else None}
+    full = whole.get(len(shape))
+    if dtype != np.uint8 or full is None or 0 in full:
+        raise InvalidRequest(
+            f"{name} is {dtype} {list(shape)}; it must be uint8 RGB [F, H, W, 3] or [H, W, 3] (or gray, or RGBA)"
+        )
+    _check_given(name, *full[:3])
+    return full
+
+
+def _check_given(name: str, count: int, height: int, width: int) -> None:
+    """Like a file's, but what is wrong with an argument is the caller's."""
+    try:
+        check_count(name, count)
+        check_picture_size(name, width, height)
+    except MediaError as error:
+        raise InvalidRequest(str(error)) from None
+
+
+class NpySource:
+    """A .npy file, read frame by frame; the array must be uint8 in C order, of a shape that `ArraySource` takes."""
+
+    fps = times = None
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        try:
+            full = _frames_shape(shape, dtype, name)
+        except InvalidRequest as error:
+            raise MediaError(str(error)) from None
+        self.num_frames, self.height, self.width, self._channels = full
+        self._file, self._start, self._name = file, file.tell(), name
+        self._bytes = self.height * self.width * self._channels
+        missing = self._start + self._bytes * self.num_frames - file.seek(0, os.SEEK_END)
+        if fortran or missing > 0:
+            raise MediaError(f"{name} is {'in Fortran order' if fortran else f'cut off: {missing} bytes are missing'}")
+
+    def frame(self, number: int) -> np.ndarray:
+        self._file.seek(self._start + number * self._bytes)
+        data = np.frombuffer(self._file.read(self._bytes), np.uint8)
+        return over_black(data.reshape(self.height, self.width, self._channels))
+
+
+class PictureSource:
+    """Pictures of one size, each read when its frame is asked for. The first is read at once, for the size."""
+
+    fps = times = None
+
+    def __init__(self, count: int, read: Callable[[int], np.ndarray], name: str) -> None:
+        if count == 0:
+            raise MediaError(f"{name}: there are no pictures in it")
+        check_count(name, count)
+        self.num_frames, self._read, self._name = count, read, name
+        self._last = (0, read(0))
+        self.height, self.width = self._last[1].shape[:2]
+
+    def frame(self, number: int) -> np.ndarray:
+        if self._last[0] == number:
+            return self._last[1]
+        picture = self._read(number)
+        if picture.shape != (self.height, self.width, 3):
+            raise InvalidRequest(
+                f"{self._name}: picture {number} is {picture.shape[1]}x{picture.shape[0]}, the first one "
+                f"{self.width}x{self.height}; all pictures of a clip must have one size"
+            )
+        self._last = (number, picture)
+        return picture
+
+
+def folder_source(folder: Path) -> PictureSource:
+    """The .png files of a folder, in the order of the numbers in their names."""
+
+    def order(file: Path) -> list[Any]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", file.name[:255])]
+
+    files = sorted((file for file in folder.iterdir() if file.suffix.lower() == ".png"), key=order)
+    return PictureSource(len(files), lambda number: _read_file(files[number]), str(folder))
+
+
+def _read_file(path: Path) -> np.ndarray:
+    with open_regular(path) as file:
+        kind = kind_of(file)
+        if kind not in PICTURES:
+            raise MediaError(f"{path} is not a picture; known are {', '.join(PICTURES)}")
+        return read_picture(file, kind, str(path))
+
+
+# ---------------------------------------------------------------- videos
+
+
+@dataclass(frozen=True)
+class Index:
+    """A video's frames in the order in which they are seen. pts: their times in ticks, or None where the file does not
+    say them (then a frame is known by its place alone); keys: the times of key frames, ascending."""
+
+    count: int
+    pts: tuple[int, ...] | None
+    keys: tuple[int, ...]
+    last_duration: int
+
+
+class VideoSource:
+    """The first video track of a file. Frames are those that its packets announce: one that cannot be decoded shows the
+    frame before it, as in players, so that count and times stay."""
+
+    def __init__(self, file: BinaryIO, kind: str, name: str) -> None:
+        self._file, self.kind, self._name = file, kind, name
+        self._lock = threading.Lock()
+        self._size: tuple[int, int] | None = None
+        self._index = self._scan()
+        self.num_frames = self._index.count
+        self.fps, self.times = self._rate()
+        self._decoded: Iterator[tuple[int, Any]] = iter(())
+        self._at = -1  # the frame that _frame is
+        self._ahead: tuple[int, Any] | None = None
+        self._frame = self._first()
+        self.height, self.width = self._frame.shape[:2]
+
+    # ------------------------------------------------------------ the first pass: no decoding
+
+    def _scan(self) -> Index:
+        pts: list[int | None] = []
+        keys, hidden, latest, last = [], 0, None, 0
+        with contextlib.closing(self._open()) as container:
+            stream = _track(container, self._name)
+            for packet in container.demux(stream):
+                if packet.size == 0 or packet.is_discard or _shows_nothing(stream, packet):
+                    hidden += packet.size > 0
+                    continue
+                pts.append(packet.pts)
+                check_count(self._name, len(pts))
+                if packet.pts is not None and packet.is_keyframe:
+                    keys.append(packet.pts)
+                if packet.pts is not None and (latest is None or packet.pts > latest):
+                    latest, last = packet.pts, packet.duration or 0
+            self._time_base, self._average = stream.time_base, stream.average_rate or stream.base_rate
+            stated = stream.frames if self.kind == "mov" else 0
+        if not pts:
+            raise MediaError(f"{self._name}: there are no frames in it")
+        if stated > len(pts) + hidden:
+            raise MediaError(f"{self._name} is cut off: it has {len(pts) + hidden} of {stated} frames")
+        # An .avi has times in the order of decoding only: its frames are known by the order in which they come out.
+        known = self.kind != "avi" and None not in pts and len(set(pts)) == len(pts)
+        return Index(len(pts), tuple(sorted(pts)) if known else None, tuple(sorted(keys)), last)  # type: ignore[type-var]
+
+    def _rate(self) -> tuple[float | None, np.ndarray | None]:
+        """Frames a second, and the times of all frames."""
+        fps, index = float(self._average or 0), self._index
+        if index.pts is None:
+            if index.count > 1 or fps:
+                check_rate(self._name, fps)
+            return (fps, np.arange(index.count + 1) / fps) if fps else (None, None)
+        times = (np.array(index.pts, np.float64) - index.pts[0]) * float(self._time_base)
+        if index.count > 1 and times[-1] > 0:
+            fps = fps or (index.count - 1) / times[-1]
+        if index.count == 1 and not fps:
+            return None, None
+        check_rate(self._name, fps)
+        usual = float(np.median(np.diff(times))) if index.count > 1 else 1 / fps
+        # Some files state one tick for the last frame, which would then not be seen at all.
+        end = times[-1] + max(index.last_duration * float(self._time_base), usual)
+        return fps, np.append(times, end)
+
+    # ------------------------------------------------------------ decoding
+
+    def _open(self) -> Any:
+        return open_container(self._file, self.kind, self._name)
+
+    def frame(self, number: int) -> np.ndarray:
+        with self._lock:
+            if number < self._at or number > self._at + 1 and self._worth_seeking(number):
+                self._restart(number)
+            while self._at < number:
+                self._step()
+            return self._frame
+
+    def _worth_seeking(self, number: int) -> bool:
+        """Whether a key frame lies between here and there."""
+        pts = self._index.pts
+        return self.kind in SEEKABLE and pts is not None and self._key(number) > pts[max(self._at, 0)]
+
+    def _key(self, number: int) -> int:
+        """The time of the last key frame up to a frame, or of the first one."""
+        pts, keys = self._index.pts or (0,), self._index.keys or (0,)
+        return max((key for key in keys if key <= pts[number]), default=keys[0])
+
+    def _restart(self, number: int) -> None:
+        """Decode from the key frame before a frame, where the file leads there exactly, else from the beginning."""
+        self._begin()
+        if self.kind not in SEEKABLE or self._index.pts is None or self._key(number) <= self._index.pts[0]:
+            return
+        self._container.seek(self._key(number), stream=self._stream, backward=True, any_frame=False)
+        self._decoded = self._decode()
+        self._ahead = next(self._decoded, None)
+        if self._ahead is None or self._ahead[0] > number:
+            return self._begin()
+        self._at = self._ahead[0] - 1
+
+    def _begin(self) -> None:
+        self.close()
+        self._container = self._open()
+        self._stream = _track(self._container, self._name)
+        codec = self._stream.codec_context
+        # Not FRAME: such threads hold more frames, and PyAV hangs when it frees them in the middle of a video.
+        codec.thread_count, codec.thread_type = min(THREADS, os.cpu_count() or 1), "SLICE"
+        # strict: H.264 that does not say how far it reorders is given the most, so that no frame comes too late
+        codec.options = {"max_pixels": str(MAX_CLIP_PIXELS), "strict": "1"}
+        self._decoded, self._ahead, self._at = self._decode(), None, -1
+
+    def _decode(self) -> Iterator[tuple[int, Any]]:
+        """(frame number, decoded frame) in the order of decoding; what was not announced is left out."""
+        order = None if self._index.pts is None else {pts: number for number, pts in enumerate(self._index.pts)}
+        for count, frame in enumerate(self._frames()):
+            number = count if order is None else order.get(frame.pts, -1)
+            if 0 <= number < self._index.count:
+                yield number, frame
+
+    def _frames(self) -> Iterator[Any]:
+        import av
+
+        for packet in self._container.demux(self._stream):
+            if self._stream.codec_context.name == "png" and packet.size:
+                packet = _without_texts(packet, self._name)
+            with contextlib.suppress(av.error.InvalidDataError):
+                yield from self._stream.codec_context.decode(packet if packet.size else None)
+
+    def _step(self) -> None:
+        """Go to the next frame. Nothing decoded for it: the picture stays."""
+        if self._ahead is None or self._ahead[0] <= self._at:
+            self._ahead = next((made for made in self._decoded if made[0] > self._at), None)
+        self._at += 1
+        if self._ahead is not None and self._ahead[0] == self._at:
+            self._show(self._ahead[1])
+
+    def _show(self, frame: Any) -> None:
+        self._size = self._size or (frame.width, frame.height)
+        self._frame = to_rgb(frame, self._size)
+
+    def _first(self) -> np.ndarray:
+        """The first frame that can be decoded: it tells the size, and stands for those before it that can't."""
+        self._begin()
+        width, height = self._stream.codec_context.width, self._stream.codec_context.height
+        if width and height:
+            check_picture_size(self._name, width, height, MAX_CLIP_PIXELS)
+        self._ahead = next(self._decoded, None)
+        if self._ahead is None:
+            codec = self._stream.codec_context.name
+            raise MediaError(
+                f"{self._name}: none of its {self._index.count} frames can be decoded ({codec}, at most "
+                f"{MAX_CLIP_PIXELS} pixels a frame)"
+            )
+        frame = self._ahead[1]
+        check_picture_size(self._name, frame.width, frame.height, MAX_CLIP_PIXELS)
+        self._show(frame)
+        return self._frame
+
+    def close(self) -> None:
+        """Let go of the decoder; the next frame opens one again."""
+        container = getattr(self, "_container", None)
+        if container is not None:
+            self._decoded = iter(())
+            container.close()
+            self._container = None
+
+
+def _track(container: Any, name: str) -> Any:
+    """The first video track that is no cover picture; the others are skipped unread where the format allows."""
+    import av.stream
+
+    found = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    if not found or found[0].codec_context is None:
+        raise MediaError(f"{name}: there is no video in it that can be decoded")
+    for stream in container.streams:
+        if stream is not found[0]:
+            stream.discard = av.stream.Discard.all
+    return found[0]
+
+
+def _shows_nothing(stream: Any, packet: Any) -> bool:
+    name = stream.codec_context.name
+    if name == "gif":
+        return _is_gif_comment(bytes(packet))
+    return name in ("vp8", "libvpx") and not bytes(packet)[0] & VP8_SHOWN
+
+
+def _is_gif_comment(block: bytes) -> bool:
+    """Extensions (GIF89a, 23 to 26) without a picture behind them."""
+    at = 0
+    if block[:3] == b"GIF":
+        at = 13 + (3 << (block[10] & 7) + 1 if block[10] & 0x80 else 0)
+    while block[at : at + 1] == b"!":
+        at += 2
+        while at < len(block) and block[at]:
+            at += 1 + block[at]
+        at += 1
+    return block[at : at + 1] != b","
+
+
+def _without_texts(packet: Any, name: str) -> Any:
+    import av
+
+    plain = av.Packet(plain_png(bytes(packet), name))
+    plain.pts, plain.dts, plain.time_base = packet.pts, packet.dts, packet.time_base
+    plain.is_keyframe = packet.is_keyframe
+    return plain
+
+
+# ---------------------------------------------------------------- any path
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """The frames of a file or of a folder of PNGs. Raises MediaError, OSError where there is none."""
+    path = Path(path)
+    if path.is_dir():
+        return folder_source(path)
+    file, name = open_regular(path), str(path)
+    try:
+        kind = kind_of(file)
+        if kind in ("", "json"):
+            raise MediaError(f"{name} is not a video or picture that can be read; known are {KNOWN}")
+        if kind in PICTURES:
+            with file:
+                return ArraySource(read_picture(file, kind, name), name)
+        if kind == "apng":
+            file = _plain_file(file, name)
+        return NpySource(file, name) if kind == "npy" else VideoSource(file, kind, name)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _plain_file(file: BinaryIO, name: str) -> BinaryIO:
+    with file:
+        return io.BytesIO(plain_png(file.read(), name))

@@ -1,0 +1,66 @@
+"""What a verb returns: frames, and everything needed to make them again. T frames of H x W pixels."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvid.media.writer import FrameSink, check_writable
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Video:
+    """A finished video.
+
+    frames: uint8 RGB [T, H, W, 3]; fps: frames a second; seed: the one that was used; latents: clean and normalised,
+    [1, C, T', h, w], as the model made them (before cropping), or None; recipe: JSON types, see
+    `fastvid.requests.request.Resolved.to_recipe`.
+    """
+
+    frames: np.ndarray
+    fps: float
+    seed: int
+    latents: Any = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
+            raise ValueError(f"frames must be uint8 [T, H, W, 3], not {self.frames.dtype} {self.frames.shape}")
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.frames)
+
+    @property
+    def height(self) -> int:
+        return int(self.frames.shape[1])
+
+    @property
+    def width(self) -> int:
+        return int(self.frames.shape[2])
+
+    @property
+    def seconds(self) -> float:
+        return self.num_frames / self.fps
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write .mp4, .webm, .gif, .npy, .png (one frame) or, to a name ending in / or without suffix, a folder of
+        PNGs; the recipe goes into the file. Returns the absolute path.
+
+        Raises InvalidRequest for a kind of file that cannot hold this video, MediaError where it cannot be written;
+        then nothing is left under that name, and a file that was there stays.
+        """
+        check_writable(path, num_frames=self.num_frames, width=self.width, height=self.height, fps=self.fps)
+        with FrameSink(path, width=self.width, height=self.height, fps=self.fps) as sink:
+            sink.write(self.frames)
+            return sink.close(self.recipe)
+
+    def __len__(self) -> int:
+        return self.num_frames
+
+    def __repr__(self) -> str:
+        return f"Video({self.num_frames} frames, {self.width}x{self.height}, {self.fps:g} fps, seed {self.seed})"

@@ -1,0 +1,42 @@
+"""The denoisers of a model, one or two, and which of them a noise level belongs to.
+
+Wan 2.2 A14B has one transformer for high noise and one for low. Only the one in use has to be on the device: see
+`fastvid.device.offload` for how they take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+from fastvid.device.offload import Staying, Turns
+from fastvid.models.wan.transformer import WanTransformer
+from fastvid.sampling.sigmas import TRAIN_TIMESTEPS
+
+
+class Experts:
+    """One transformer, or two: high noise first.
+
+    boundary_ratio: the first is used at timesteps from boundary_ratio * 1000 on, the second below (Wan2.2
+    `wan/text2video.py`; diffusers' WanPipeline). None for one transformer. turns: how they come to the device; without
+    it they stay where they are.
+    """
+
+    def __init__(
+        self, modules: Sequence[WanTransformer], boundary_ratio: float | None, turns: Staying | Turns | None = None
+    ) -> None:
+        if len(modules) > 1 and boundary_ratio is None:
+            raise ValueError("two experts need a boundary_ratio")
+        self.modules, self.turns = tuple(modules), turns or Staying(modules)
+        self.boundary = boundary_ratio * TRAIN_TIMESTEPS if boundary_ratio is not None and len(modules) > 1 else None
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def choose(self, timestep: float) -> int:
+        """Which one a timestep (0..1000, as the model is told it) belongs to."""
+        return int(self.boundary is not None and timestep < self.boundary)
+
+    def use(self, number: int) -> AbstractContextManager[WanTransformer]:
+        """One of them, on the device until the block ends."""
+        return self.turns.use(number)

@@ -1,0 +1,1 @@
+"""Wan 2.1 and 2.2, with their causal and few-step offspring."""

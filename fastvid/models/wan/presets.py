@@ -1,0 +1,430 @@
+"""What a model is asked for when the caller does not say: one named recipe for each variant that was published or that
+ships with the package, and a general one for other sizes of the same class.
+
+Sources: Wan2.1 `generate.py` and `wan/configs/`, Wan2.2 `wan/configs/`, and for the distilled models the configurations
+of FastVideo, Self-Forcing, CausVid and LongLive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any, NamedTuple
+
+from fastvid.errors import CheckpointError
+from fastvid.models import patterns
+from fastvid.models.patterns import Patterns
+from fastvid.models.wan.vae22 import VAEConfig
+
+# Wan2.1 `wan/configs/shared_config.py`, sample_neg_prompt; the models that take pictures put more in front.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+    "三条腿，背景人很多，倒着走"
+)
+I2V_NEGATIVE_PROMPT = "镜头晃动，" + WAN_NEGATIVE_PROMPT
+FLF2V_NEGATIVE_PROMPT = "镜头切换，" + I2V_NEGATIVE_PROMPT
+
+SIZES_480P, SIZES_720P, SIZES_5B = ("832x480", "480x832"), ("1280x720", "720x1280"), ("1280x704", "704x1280")
+SIZES_14B = (*SIZES_720P, *SIZES_480P)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How a causal model goes through a video, in latent frames: blocks of frames_per_block; attention to `window` of
+    them (None: to all so far), the first `sink` of the video and the latest. context_noise: the timestep of the pass
+    that fills the KV cache with a finished block. recache: before a block with another prompt, what is in the cache is
+    passed once more with that. picture_in_block: a first picture is the first frame of the first block, at timestep 0;
+    else it only fills the cache."""
+
+    frames_per_block: int = 3
+    window: int | None = None
+    sink: int = 0
+    context_noise: float = 0.0
+    recache: bool = False
+    picture_in_block: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model's defaults. Sizes in pixels, fps in frames a second.
+
+    sigmas: the levels of a model of few steps, used as they are in place of steps and shift. solver "redraw" goes from
+    one to the next by x0 and new noise. guidance_scale_2, boundary_ratio: of models with two experts.
+    known_guidance_scale: in edits, and windows in which some latents are known, which say much of what the text does;
+    None: as elsewhere. edit_strength: of an edit that is given none and no source_prompt; None: 0.6. sizes: what it was
+    trained at, width x height. spatial_multiple: what height and width must divide by. temporal: frames a latent frame,
+    so that the model makes temporal * k + 1 frames. per_token_timesteps: it was trained with known tokens at timestep
+    0. whole_timesteps: what it is told of the levels is rounded. anchor: it was trained with the first latent frame of
+    a video in view of every window, known, as if it stood so many before the window's first; None: it was not.
+    """
+
+    name: str
+    num_inference_steps: int = 50
+    flow_shift: float = 5.0
+    sigmas: tuple[float, ...] | None = None
+    guidance_scale: float = 5.0
+    guidance_scale_2: float | None = None
+    known_guidance_scale: float | None = None
+    edit_strength: float | None = None
+    boundary_ratio: float | None = None
+    fps: float = 16.0
+    num_frames: int = 81
+    height: int = 480
+    width: int = 832
+    sizes: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    solver: str = "unipc"
+    per_token_timesteps: bool = False
+    whole_timesteps: bool = False
+    spatial_multiple: int = 16
+    temporal: int = 4
+    rollout: Rollout | None = None
+    window: int = 21
+    overlap: int = 2
+    context: int = 2
+    carries: bool = False
+    anchor: int | None = None
+    patterns: Patterns = patterns.TEXT_ONLY
+
+
+class Signature(NamedTuple):
+    """What tells the variants apart, from configurations alone. image: it attends to CLIP tokens; positions: of two
+    pictures; control: it has a control branch."""
+
+    dim: int
+    num_layers: int
+    text_dim: int = 4096
+    in_channels: int = 16
+    out_channels: int = 16
+    image: bool = False
+    positions: bool = False
+    control: bool = False
+    experts: int = 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named model. Of those with one signature the first is meant, unless a hint of another stands in the folder's
+    name or in the pipeline's class."""
+
+    recipe: Recipe
+    signature: Signature
+    hints: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- the published models
+
+SMALL, LARGE, MIDDLE = Signature(1536, 30), Signature(5120, 40), Signature(3072, 30, in_channels=48, out_channels=48)
+PICTURE = LARGE._replace(in_channels=36, image=True)
+
+EMBEDDED = Recipe(
+    "embedded",
+    num_inference_steps=20,
+    flow_shift=3.0,
+    guidance_scale=3.0,
+    known_guidance_scale=1.5,
+    edit_strength=0.4,  # most edits show what they shall from 0.2 on, and things leave their path from 0.6 on
+    num_frames=17,
+    height=64,
+    width=64,
+    sizes=("64x64",),
+    per_token_timesteps=True,
+    window=9,
+    overlap=3,
+    context=3,
+    carries=True,
+    anchor=16,
+    patterns=patterns.EVERYTHING,
+)
+# The 1.3B's scheduler file says flow_shift 3; the original code takes 5.
+WAN_1_3B = Recipe("wan2.1-t2v-1.3b", sizes=SIZES_480P, negative_prompt=WAN_NEGATIVE_PROMPT)
+WAN_14B = replace(WAN_1_3B, name="wan2.1-t2v-14b", height=720, width=1280, sizes=SIZES_14B)
+WAN_I2V_480P = replace(
+    WAN_1_3B,
+    name="wan2.1-i2v-14b-480p",
+    num_inference_steps=40,
+    flow_shift=3.0,
+    negative_prompt=I2V_NEGATIVE_PROMPT,
+    context=1,
+    patterns=patterns.PICTURE,
+)
+WAN_I2V_720P = replace(
+    WAN_I2V_480P, name="wan2.1-i2v-14b-720p", flow_shift=5.0, height=720, width=1280, sizes=SIZES_720P
+)
+WAN_FLF2V = replace(
+    WAN_I2V_720P,
+    name="wan2.1-flf2v-14b",
+    num_inference_steps=50,
+    flow_shift=16.0,
+    negative_prompt=FLF2V_NEGATIVE_PROMPT,
+    patterns=patterns.TWO_PICTURES,
+)
+WAN_VACE_1_3B = replace(WAN_1_3B, name="wan2.1-vace-1.3b", flow_shift=16.0, context=4, patterns=patterns.CONTROL)
+WAN_VACE_14B = replace(WAN_VACE_1_3B, name="wan2.1-vace-14b", height=720, width=1280, sizes=SIZES_14B)
+WAN_T2V_A14B = replace(
+    WAN_14B,
+    name="wan2.2-t2v-a14b",
+    num_inference_steps=40,
+    flow_shift=12.0,
+    guidance_scale=4.0,
+    guidance_scale_2=3.0,
+    boundary_ratio=0.875,
+    patterns=patterns.one_level(patterns.TEXT_ONLY),
+)
+WAN_I2V_A14B = replace(
+    WAN_T2V_A14B,
+    name="wan2.2-i2v-a14b",
+    flow_shift=5.0,
+    guidance_scale=3.5,
+    guidance_scale_2=3.5,
+    boundary_ratio=0.9,
+    context=1,
+    patterns=patterns.one_level(patterns.PICTURE),
+)
+WAN_TI2V_5B = replace(
+    WAN_1_3B,
+    name="wan2.2-ti2v-5b",
+    fps=24.0,
+    num_frames=121,
+    height=704,
+    width=1280,
+    sizes=SIZES_5B,
+    per_token_timesteps=True,
+    spatial_multiple=32,
+    window=31,
+    context=1,
+    patterns=patterns.FIRST_FRAME,
+)
+
+# ---------------------------------------------------------------- distilled from them
+
+# The model is told 1000, 757, 522; x0 and new noise are reckoned with the nearest levels of a table of 1000 steps that
+# is shifted by 8, which are its steps 1000, 280 and 120: FastVideo `fastvideo/pipelines/stages/denoising.py`,
+# DmdDenoisingStage (by 8 for the 5B too), and CausVid `causvid/models/wan/wan_wrapper.py` with `flow_match.py`.
+DMD_SIGMAS = (1.0, 28 / 37, 12 / 23)
+# 1000, 750, 500, 250 on the table that is shifted by 5, which the model is told as they are: Self-Forcing
+# `configs/self_forcing_dmd.yaml` (warp_denoising_step), `pipeline/causal_inference.py`.
+SELF_FORCING_SIGMAS = (1.0, 0.9375, 5 / 6, 0.625)
+
+FASTWAN_1_3B = replace(
+    WAN_1_3B,
+    name="fastwan2.1-t2v-1.3b",
+    num_inference_steps=3,
+    flow_shift=8.0,
+    sigmas=DMD_SIGMAS,
+    whole_timesteps=True,
+    guidance_scale=1.0,
+    num_frames=61,
+    height=448,
+    sizes=("832x448",),
+    solver="redraw",
+    patterns=patterns.FEW_STEPS,
+)
+FASTWAN_14B = replace(FASTWAN_1_3B, name="fastwan2.1-t2v-14b")
+FASTWAN_5B = replace(
+    WAN_TI2V_5B,
+    name="fastwan2.2-ti2v-5b",
+    num_inference_steps=3,
+    sigmas=DMD_SIGMAS,
+    whole_timesteps=True,
+    guidance_scale=1.0,
+    solver="redraw",
+    patterns=replace(patterns.FIRST_FRAME, first=patterns.EXPERIMENTAL, staggered=patterns.REFUSED),
+)
+# The KV cache of `pipeline/causal_inference.py` holds 32760 tokens, which are 21 latent frames, all that it makes at
+# once; longer videos go on with the latest 21. Its first picture needs independent_first_frame, which its released
+# configuration has not.
+SELF_FORCING = replace(
+    FASTWAN_1_3B,
+    name="self-forcing-1.3b",
+    num_inference_steps=4,
+    flow_shift=5.0,
+    sigmas=SELF_FORCING_SIGMAS,
+    whole_timesteps=False,
+    num_frames=81,
+    height=480,
+    sizes=("832x480",),
+    rollout=Rollout(window=21),
+    context=3,
+    carries=True,
+    patterns=patterns.CAUSAL,
+)
+# thu-ml/Causal-Forcing `configs/causal_forcing_dmd_chunkwise.yaml` and `_framewise.yaml`.
+CAUSAL_FORCING = replace(SELF_FORCING, name="causal-forcing-1.3b")
+CAUSAL_FORCING_FRAMEWISE = replace(
+    CAUSAL_FORCING,
+    name="causal-forcing-framewise-1.3b",
+    rollout=Rollout(frames_per_block=1, window=21),
+    patterns=replace(patterns.CAUSAL, first=patterns.NATIVE),
+)
+# `configs/wan_causal_dmd.yaml` (no warp), `causvid/models/wan/causal_inference.py` (32760 tokens).
+CAUSVID = replace(
+    SELF_FORCING,
+    name="causvid-1.3b",
+    num_inference_steps=3,
+    flow_shift=8.0,
+    sigmas=DMD_SIGMAS,
+    whole_timesteps=True,
+)
+# Branch v1.0: `configs/longlive_inference.yaml` (120 latent frames), `pipeline/interactive_causal_inference.py`.
+LONGLIVE = replace(SELF_FORCING, name="longlive-1.3b", num_frames=477, rollout=Rollout(window=12, sink=3, recache=True))
+# Branch main: `configs/inference.yaml` (128 latent frames), `pipeline/causal_diffusion_inference.py`,
+# `utils/i2v_conditioning.py`. A new prompt leaves its cache as it is. What it does beside that at a cut between shots,
+# a second sink and a leap of the positions by 8, is not done here.
+LONGLIVE_2 = replace(
+    FASTWAN_5B,
+    name="longlive2-5b",
+    num_inference_steps=4,
+    sigmas=None,
+    whole_timesteps=False,
+    solver="unipc",
+    num_frames=509,
+    rollout=Rollout(frames_per_block=8, window=32, sink=8, picture_in_block=True),
+    context=8,
+    carries=True,
+    patterns=replace(patterns.CAUSAL, first=patterns.NATIVE),
+)
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant(EMBEDDED, Signature(256, 6, text_dim=128)),
+    Variant(WAN_1_3B, SMALL),
+    Variant(WAN_14B, LARGE),
+    Variant(WAN_I2V_480P, PICTURE, ("I2V-14B-480P", "I2V-480P-14B")),
+    Variant(WAN_I2V_720P, PICTURE, ("I2V-14B-720P", "I2V-720P-14B")),
+    Variant(WAN_FLF2V, PICTURE._replace(positions=True)),
+    Variant(WAN_VACE_1_3B, SMALL._replace(control=True)),
+    Variant(WAN_VACE_14B, LARGE._replace(control=True)),
+    Variant(WAN_T2V_A14B, LARGE._replace(experts=2)),
+    Variant(WAN_I2V_A14B, LARGE._replace(in_channels=36, experts=2)),
+    Variant(WAN_TI2V_5B, MIDDLE),
+    Variant(FASTWAN_1_3B, SMALL, ("FastWan", "WanDMDPipeline")),
+    Variant(FASTWAN_14B, LARGE, ("FastWan", "WanDMDPipeline")),
+    Variant(FASTWAN_5B, MIDDLE, ("FastWan", "WanDMDPipeline")),
+    Variant(SELF_FORCING, SMALL, ("Self-Forcing", "SFWan", "WanCausalDMDPipeline")),
+    Variant(CAUSAL_FORCING_FRAMEWISE, SMALL, ("Causal-Forcing-framewise",)),
+    Variant(CAUSAL_FORCING, SMALL, ("Causal-Forcing",)),
+    Variant(CAUSVID, SMALL, ("CausVid",)),
+    Variant(LONGLIVE, SMALL, ("LongLive",)),
+    Variant(LONGLIVE_2, MIDDLE, ("LongLive",)),
+)
+
+# ---------------------------------------------------------------- which one a folder holds
+
+
+def read_signature(transformer: Mapping[str, Any], experts: int = 1) -> Signature:
+    """The signature of a transformer/config.json. Raises CheckpointError where its sizes are no whole numbers."""
+    heads, head_dim, layers, text, channels = (
+        _whole(transformer, key, default)
+        for key, default in (
+            ("num_attention_heads", 40),
+            ("attention_head_dim", 128),
+            ("num_layers", 40),
+            ("text_dim", 4096),
+            ("in_channels", 16),
+        )
+    )
+    out = _whole(transformer, "out_channels", channels)
+    image, positions, control = (bool(transformer.get(k)) for k in ("image_dim", "pos_embed_seq_len", "vace_layers"))
+    return Signature(heads * head_dim, layers, text, channels, out, image, image and positions, control, experts)
+
+
+def find_variants(signature: Signature, name: str = "") -> list[Variant]:
+    """The variants of this signature, the one that is meant first. name: what folder and pipeline are called."""
+    found = [variant for variant in VARIANTS if variant.signature == signature]
+    told = [variant for variant in found if any(_plain(hint) in _plain(name) for hint in variant.hints)]
+    return sorted(found, key=lambda variant: variant not in told[:1])
+
+
+def find_recipe(
+    transformer: Mapping[str, Any],
+    vae: VAEConfig,
+    scheduler: Mapping[str, Any],
+    index: Mapping[str, Any] | None = None,
+    name: str = "",
+    experts: int = 1,
+) -> Recipe:
+    """The recipe of a model, by its sizes; the general one, with the scheduler file's shift, for sizes unknown here.
+
+    transformer, scheduler, index: what transformer/config.json, scheduler_config.json and model_index.json say.
+    name: what the folder and the pipeline are called. experts: how many transformers there are.
+    What the index says of the boundary and of timesteps beats the recipe.
+    """
+    index, signature = index or {}, read_signature(transformer, experts)
+    variants = find_variants(signature, name)
+    recipe = variants[0].recipe if variants else _custom(signature, scheduler)
+    expand = index.get("expand_timesteps")
+    if isinstance(expand, bool):
+        known = patterns.FIRST_FRAME if expand and not variants and experts == 1 else recipe.patterns
+        recipe = replace(recipe, per_token_timesteps=expand, patterns=known)
+    recipe = replace(recipe, boundary_ratio=_boundary(index.get("boundary_ratio"), recipe, experts))
+    return _fit(recipe, vae, _patch_size(transformer))
+
+
+def _custom(signature: Signature, scheduler: Mapping[str, Any]) -> Recipe:
+    recipe = Recipe("wan-custom", flow_shift=_file_shift(scheduler))
+    if signature.control:
+        recipe = replace(recipe, patterns=patterns.CONTROL)
+    elif signature.image or signature.in_channels > signature.out_channels:
+        picture = patterns.TWO_PICTURES if signature.positions else patterns.PICTURE
+        recipe = replace(recipe, patterns=picture, context=1)
+    if signature.experts > 1:
+        one_level = patterns.one_level(recipe.patterns)
+        recipe = replace(recipe, guidance_scale_2=recipe.guidance_scale, patterns=one_level)
+    return recipe
+
+
+def _fit(recipe: Recipe, vae: VAEConfig, patch_size: tuple[int, int, int]) -> Recipe:
+    """The recipe with its sizes rounded up to what this VAE and these patches can make."""
+    multiple = vae.spatial_scale * patch_size[1]
+    return replace(
+        recipe,
+        height=ceil(recipe.height / multiple) * multiple,
+        width=ceil(recipe.width / multiple) * multiple,
+        spatial_multiple=multiple,
+        temporal=vae.temporal_scale * patch_size[0],
+    )
+
+
+def _boundary(given: Any, recipe: Recipe, experts: int) -> float | None:
+    """boundary_ratio of model_index.json, the recipe's if it says nothing; None for a model with one transformer."""
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1):
+        raise CheckpointError(f"model_index.json: boundary_ratio is {given!r}; a number from 0 to 1 is needed")
+    if experts == 1:
+        if given is not None:
+            raise CheckpointError(f"model_index.json: boundary_ratio is {given!r}, but there is no transformer_2")
+        return None
+    if given is None and recipe.boundary_ratio is None:
+        raise CheckpointError(
+            "model_index.json names a transformer_2 but no boundary_ratio; a number from 0 to 1 is needed"
+        )
+    return recipe.boundary_ratio if given is None else float(given)
+
+
+def _file_shift(scheduler: Mapping[str, Any]) -> float:
+    """flow_shift of a multistep scheduler's file, shift of an Euler one's."""
+    value = scheduler.get("flow_shift", scheduler.get("shift", Recipe.flow_shift))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise CheckpointError(f"scheduler/scheduler_config.json: flow_shift is {value!r}; a positive number is needed")
+    return float(value)
+
+
+def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
+    value = default if config.get(key) is None else config[key]
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"transformer/config.json: {key} is {value!r}; a positive whole number is needed")
+    return value
+
+
+def _patch_size(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    value = config.get("patch_size", (1, 2, 2))
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(n) is int and n > 0 for n in value):
+        raise CheckpointError(
+            f"transformer/config.json: patch_size is {value!r}; three positive whole numbers are needed"
+        )
+    return value[0], value[1], value[2]
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())

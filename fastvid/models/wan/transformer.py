@@ -1,0 +1,392 @@
+"""The Wan video diffusion transformer, with or without pictures as a condition: config, blocks, model. Parameter names
+are those of diffusers' WanTransformer3DModel, so its checkpoints load as they are.
+
+Shapes: B batch, C latent channels, T latent frames, H/W latent height and width, N = T/pt * H/ph * W/pw tokens,
+d width, L rows of text, M rows of pictures, K distinct timesteps, G groups of tokens that share one
+(see `ops.reference`).
+Maths: Wan2.1 `wan/modules/model.py` (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastvid.distributed.mesh import Seat
+from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid.layers.attention import cross_attention, self_attention
+from fastvid.layers.embeddings import RotaryTables, group_timesteps
+from fastvid.layers.fused import FusedLinear
+from fastvid.layers.kv_cache import KVCache, LayerCache
+from fastvid.layers.linear import FeedForward, Linear, linear
+from fastvid.layers.parameters import normal_parameter
+from fastvid.layers.residual import Stream
+from fastvid.layers.sequence_parallel import Split
+from fastvid.models.common.config_reader import read_fields
+from fastvid.models.wan.embedders import ConditionEmbedder
+from fastvid.ops import reference
+
+QK_NORM = "rms_norm_across_heads"
+OPTIONAL = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+
+
+@dataclass(frozen=True)
+class WanTransformerConfig:
+    """What `transformer/config.json` says. Width d is num_attention_heads * attention_head_dim.
+
+    image_dim, added_kv_proj_dim: width of a picture's tokens before and after the image embedder; 0 in models that see
+    no CLIP tokens. pos_embed_seq_len: how many tokens first and last picture have together; 0 if they get no positions.
+    """
+
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    image_dim: int = 0
+    added_kv_proj_dim: int = 0
+    pos_embed_seq_len: int = 0
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> WanTransformerConfig:
+        """Read a diffusers config; CheckpointError for values that this model does not implement."""
+        config = {**config, "out_channels": config.get("out_channels") or config.get("in_channels", cls.in_channels)}
+        config = {key: value for key, value in config.items() if key not in OPTIONAL or value is not None}
+        if config.get("vace_layers") is not None:
+            raise CheckpointError("transformer/config.json has vace_layers: it is a VACE model, not a plain one")
+        if config.get("qk_norm", QK_NORM) != QK_NORM:
+            raise CheckpointError(
+                f"transformer/config.json has qk_norm={config['qk_norm']!r}; only {QK_NORM!r} is known"
+            )
+        made = read_fields(cls, config, "transformer/config.json", ignored=("qk_norm", "rope_max_seq_len"))
+        if made.attention_head_dim % 2 or made.freq_dim % 2:
+            raise CheckpointError("transformer/config.json: attention_head_dim and freq_dim have to be even")
+        made._check_image_widths()
+        return made
+
+    def _check_image_widths(self) -> None:
+        if self.added_kv_proj_dim != (self.dim if self.image_dim else 0):
+            raise CheckpointError(
+                f"transformer/config.json has image_dim={self.image_dim} (width of a CLIP picture) and "
+                f"added_kv_proj_dim={self.added_kv_proj_dim} (attention to picture tokens); a model needs both, the "
+                f"second as wide as the model ({self.dim}), or neither"
+            )
+
+
+class Modulation(NamedTuple):
+    """Timesteps as the blocks need them: rows of the distinct ones, and which row each group of tokens takes."""
+
+    rows: Tensor  # fp32 [K, 6, d]
+    index: Tensor  # int64 [B, G]
+
+
+class Context(NamedTuple):
+    """What cross-attention looks at: for each layer, keys and values of the text [B, L, heads, head_dim] and, in models
+    that see pictures, of the pictures [B, M, heads, head_dim]."""
+
+    layers: tuple[tuple[Tensor, ...], ...]
+
+
+class SelfAttention(nn.Module):
+    """The attention of a video's tokens to each other. Queries, keys and values are one product."""
+
+    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
+        super().__init__()
+        self.ops, self.eps = ops, config.eps
+        self.to_qkv = FusedLinear(config.dim, config.dim, 3)
+        self.to_q, self.to_k, self.to_v = self.to_qkv.layers()  # as checkpoints have them
+        self.to_out = nn.ModuleList([Linear(config.dim, config.dim)])
+        self.norm_q = nn.RMSNorm(config.dim, config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, config.eps)
+
+    def forward(
+        self,
+        tokens: Stream,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+        split: Split | None = None,
+    ) -> Tensor:
+        """[B, N, d], which is freed on the way, -> [B, N, d]; with a cache, attention goes to what is in it too, and
+        with a split to the tokens of other ranks."""
+        qkv, norms = linear(self.ops, self.to_qkv, tokens.take()[0]), (self.norm_q.weight, self.norm_k.weight)
+        q, k, v = self.ops.qkv_norm_rope(qkv, *norms, *rotary, self.eps)
+        del qkv
+        return linear(self.ops, self.to_out[0], self_attention(self.ops, q, k, v, cache, split))
+
+
+class CrossAttention(nn.Module):
+    """The attention of a video's tokens to a text and, with keys and values of their own (added), to pictures."""
+
+    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
+        super().__init__()
+        self.ops, self.eps, self.heads = ops, config.eps, config.num_attention_heads
+        self.to_q = Linear(config.dim, config.dim)
+        self.to_k = Linear(config.dim, config.dim)
+        self.to_v = Linear(config.dim, config.dim)
+        self.to_out = nn.ModuleList([Linear(config.dim, config.dim)])
+        self.norm_q = nn.RMSNorm(config.dim, config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, config.eps)
+        if config.added_kv_proj_dim:
+            self.add_k_proj = Linear(config.added_kv_proj_dim, config.dim)
+            self.add_v_proj = Linear(config.added_kv_proj_dim, config.dim)
+            self.norm_added_k = nn.RMSNorm(config.dim, config.eps)
+
+    def project_context(self, text: Tensor, pictures: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Keys and values of the text [B, L, d]: two tensors [B, L, heads, head_dim]; and two of pictures [B, M, d]."""
+        pair = self._keys(self.to_k, self.norm_k, text), self._split(linear(self.ops, self.to_v, text))
+        if pictures is None:
+            return pair
+        keys = self._keys(self.add_k_proj, self.norm_added_k, pictures)
+        return *pair, keys, self._split(linear(self.ops, self.add_v_proj, pictures))
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """x [B, N, d], keys and values from project_context -> [B, N, d]. Text and pictures have a softmax each."""
+        q = self._keys(self.to_q, self.norm_q, x)
+        out = cross_attention(self.ops, q, *context[:2])
+        if len(context) > 2:
+            out = out + cross_attention(self.ops, q, *context[2:])
+        return linear(self.ops, self.to_out[0], out)
+
+    def _keys(self, layer: nn.Module, norm: nn.RMSNorm, x: Tensor) -> Tensor:
+        return self._split(self.ops.rms_norm(linear(self.ops, layer, x), norm.weight, self.eps))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the context, feed-forward; the first and last modulated by the timestep."""
+
+    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
+        super().__init__()
+        self.ops, self.eps = ops, config.eps
+        self.attn1 = SelfAttention(config, ops)
+        self.attn2 = CrossAttention(config, ops)
+        self.norm2 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else None
+        self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim, ops)
+        self.scale_shift_table = normal_parameter(1, 6, config.dim, std=config.dim**-0.5)
+
+    def forward(
+        self,
+        stream: Stream,
+        modulation: Modulation,
+        context: tuple[Tensor, ...],
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+        split: Split | None = None,
+    ) -> Stream:
+        rows, index = self.scale_shift_table + modulation.rows, modulation.index
+        shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
+        x, y, gate = stream.take()
+        if y is None:
+            y = self.ops.modulated_layer_norm(x, shift1, scale1, index, self.eps)
+        else:
+            x, y = self.ops.gated_residual_norm(x, y, gate, shift1, scale1, index, self.eps)
+        normed = Stream(y)
+        del y
+        y = self.attn1(normed, rotary, cache, split)
+        if self.norm2 is None:
+            x = y = self.ops.gated_residual(x, y, gate1, index)
+        else:
+            norm = self.norm2.weight, self.norm2.bias, self.eps
+            x, y = self.ops.gated_residual_layer_norm(x, y, gate1, index, *norm)
+        x, y = self.ops.residual_norm(x, self.attn2(y, *context), shift2, scale2, index, self.eps)
+        return Stream(x, self.ffn(y), gate2)
+
+
+def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args)."""
+    return function(*args)
+
+
+class WanTransformer(nn.Module):
+    """Velocity (noise - clean) of noisy video latents, given their noise level, a text and perhaps pictures.
+
+    config: WanTransformerConfig. ops: an object with the functions of `fastvid.ops.reference`.
+    Models with more in_channels than out_channels take mask and latents of known frames behind the noisy latents (see
+    `fastvid.models.wan.conditioning`).
+    """
+
+    # What the published code computes in fp32 whatever the dtype of the rest (diffusers: _keep_in_fp32_modules).
+    FP32_PARTS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+    # Some files of models that see pictures have a norm that nothing uses.
+    UNUSED = ("norm_added_q",)
+    # What `walk` goes through (see fastvid.offload): lists of blocks that need not be on the device all at once.
+    STREAMED: tuple[str, ...] = ("blocks",)
+
+    def __init__(self, config: WanTransformerConfig, ops: Any = reference) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.walk: Callable[[Iterable[nn.Module]], Iterator[Any]] = iter
+        self.run: Callable[..., Tensor] = call  # takes `_velocity` and what that is called with (see fastvid.graphs)
+        self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, config.patch_size, config.patch_size)
+        self.condition_embedder = ConditionEmbedder(config, ops)
+        self.blocks = nn.ModuleList([Block(config, ops) for _ in range(config.num_layers)])
+        self.rotary = RotaryTables(config.attention_head_dim)
+        pt, ph, pw = config.patch_size
+        self.proj_out = Linear(config.dim, config.out_channels * pt * ph * pw)
+        self.scale_shift_table = normal_parameter(1, 2, config.dim, std=config.dim**-0.5)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream and the large matrices."""
+        return self.patch_embedding.weight.dtype
+
+    def prepare_context(self, text_embeds: Tensor, image_embeds: Tensor | None = None) -> Context:
+        """Everything that depends on text and pictures alone, once a request.
+
+        text_embeds [B, L, text_dim]. image_embeds [B, M, image_dim], what CLIP makes of the pictures, one after the
+        other: needed by models with an image_dim, and by no others.
+        """
+        text, pictures = self._embed(text_embeds, image_embeds)
+        attentions = self.walk([block.attn2 for block in self.blocks])
+        return Context(tuple(attention.project_context(text, pictures) for attention in attentions))
+
+    def _embed(self, text_embeds: Tensor, image_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Text [B, L, d] and pictures [B, M, d], checked."""
+        if text_embeds.ndim != 3 or text_embeds.shape[-1] != self.config.text_dim:
+            raise InvalidRequest(
+                f"text embeddings are [B, L, {self.config.text_dim}] for this model, not {list(text_embeds.shape)}"
+            )
+        self._check_pictures(image_embeds, text_embeds.shape[0])
+        embedder = self.condition_embedder
+        return embedder.embed_text(text_embeds), None if image_embeds is None else embedder.image_embedder(image_embeds)
+
+    def _check_pictures(self, embeds: Tensor | None, batch: int) -> None:
+        width, rows = self.config.image_dim, self.config.pos_embed_seq_len
+        if (embeds is None) != (width == 0):
+            wants = f"needs image embeddings [B, M, {width}]" if width else "takes no image embeddings"
+            raise InvalidRequest(f"this model {wants}")
+        if embeds is None:
+            return
+        wrong = embeds.ndim != 3 or embeds.shape[0] != batch or embeds.shape[2] != width or embeds.shape[1] == 0
+        if wrong or embeds.shape[1] != (rows or embeds.shape[1]):
+            raise InvalidRequest(
+                f"image embeddings are [{batch}, {rows or 'M'}, {width}] for this model, not {list(embeds.shape)}"
+            )
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor | Context,
+        *,
+        known: Tensor | None = None,
+        rope_offset: int | Sequence[int] = 0,
+        cache: KVCache | None = None,
+        seat: Seat | None = None,
+    ) -> Tensor:
+        """Predict the velocity of latents [B, C, T, H, W]; same shape (with out_channels) and dtype.
+
+        timestep, on 0..1000: [B], [B, T / pt] (one a latent frame) or [B, N] (one a token). On the CPU, where it is
+        looked at, it costs no wait for the device.
+        text: embeddings [B, L, text_dim], or what prepare_context made of them.
+        known: of models that take more channels, those behind the latents', if latents does not have them.
+        rope_offset: the time of the first latent frame, for windows of a longer video; or that of every one.
+        cache: of a causal model. The frames attend to themselves and to those in it, and are put into it in place of
+        what it holds of them; `cache.begin` was told of them.
+        seat: this rank's among those that share the tokens; all of them call with the same arguments, each gets the
+        whole result, and a cache holds this rank's share.
+        """
+        grid = self._grid(latents, known)
+        context = self.prepare_context(text) if isinstance(text, Tensor) else text
+        values, index = (one.to(latents.device) for one in group_timesteps(timestep, latents.shape[0], grid))
+        rotary = self.rotary(grid, rope_offset, latents.device)
+        if seat is not None and seat.layout.sequence > 1:
+            split = self._split(seat, grid)
+            given = self._cut(split, latents, known, values, index, rotary, context)
+            return split.join(self._velocity(*given, cache, split), self.config.patch_size, latents.shape[3])
+        given = latents, known, values, index, rotary, context
+        return self.run(self._velocity, *given) if cache is None else self._velocity(*given, cache)
+
+    def _split(self, seat: Seat, grid: tuple[int, int, int]) -> Split:
+        layout, heads, tokens = seat.layout, self.config.num_attention_heads, grid[1] * grid[2]
+        if heads % layout.ulysses or layout.sequence > tokens:
+            raise InvalidRequest(
+                f"parallel: {layout} does not fit {heads} heads and {tokens} tokens a frame: ulysses has to divide the "
+                f"heads, and ring x ulysses be at most the tokens of a frame"
+            )
+        return Split.of_grid(seat, grid)
+
+    def _cut(
+        self,
+        split: Split,
+        latents: Tensor,
+        known: Tensor | None,
+        values: Tensor,
+        index: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        context: Context,
+    ) -> tuple[Any, ...]:
+        """This rank's part of what `_velocity` takes."""
+        patch, tokens = self.config.patch_size, len(rotary[0])
+        known = None if known is None else split.cut(known, patch)
+        rotary = split.cut_rows(rotary[0], 0), split.cut_rows(rotary[1], 0)
+        return split.cut(latents, patch), known, values, split.cut_groups(index, tokens), rotary, context
+
+    def _velocity(
+        self,
+        latents: Tensor,
+        known: Tensor | None,
+        values: Tensor,
+        index: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        context: Context,
+        cache: KVCache | None = None,
+        split: Split | None = None,
+    ) -> Tensor:
+        """The part of a call that is work for the device alone: distinct timesteps [K], which each group has [B, G]."""
+        embedding, rows = self.condition_embedder.embed_time(values)
+        embed = self.patch_embedding.weight, self.patch_embedding.bias
+        stream = Stream(self.ops.patch_embed(latents, *embed, known))
+        x = self._run_blocks(stream, Modulation(rows, index), context, rotary, cache, split)
+        shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)
+        out, patch = (self.proj_out.weight, self.proj_out.bias), self.config.patch_size
+        grid = [n // p for n, p in zip(latents.shape[2:], patch, strict=True)]
+        return self.ops.head(x, shift, scale, index, *out, grid, patch, self.config.eps, latents.dtype)
+
+    def _run_blocks(
+        self,
+        stream: Stream,
+        modulation: Modulation,
+        context: Context,
+        rotary: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+        split: Split | None = None,
+    ) -> Tensor:
+        caches = (None,) * len(self.blocks) if cache is None else cache.layers
+        for block, layer, kept in zip(self.walk(self.blocks), context.layers, caches, strict=True):
+            stream = block(stream, modulation, layer, rotary, kept, split)
+        return self._added(stream, modulation)
+
+    def _added(self, stream: Stream, modulation: Modulation) -> Tensor:
+        """The residual stream [B, N, d] with nothing left to add."""
+        x, y, gate = stream.take()
+        return x if y is None else self.ops.gated_residual(x, y, gate, modulation.index)
+
+    def _grid(self, latents: Tensor, known: Tensor | None = None) -> tuple[int, int, int]:
+        """Tokens along t, h, w."""
+        patch, given = self.config.patch_size, [latents] if known is None else [latents, known]
+        fits = all(one.ndim == 5 for one in given) and len({(one.shape[0], *one.shape[2:]) for one in given}) == 1
+        fits = fits and sum(one.shape[1] for one in given) == self.config.in_channels
+        if not fits or any(n % p for n, p in zip(latents.shape[2:], patch, strict=True)):
+            raise InvalidRequest(
+                f"latents are [B, {self.config.in_channels}, T, H, W], with what is known behind them, and T, H, W "
+                f"multiples of {patch} for this model, not {' and '.join(str(list(one.shape)) for one in given)}"
+            )
+        t, h, w = (n // p for n, p in zip(latents.shape[2:], patch, strict=True))
+        return t, h, w

@@ -1,0 +1,345 @@
+"""The Wan 2.1 video compression network: causal 3D convolutions, 8x8 in space and 4 in time.
+
+`WanVAE.encode` and `WanVAE.decode` are each one function over chunks: they take what came before as a cache and
+return the cache for what comes next, so a stream is decoded in constant memory and a whole sequence is just one
+chunk. All chunk lengths give the same result. Where a frame is too large for memory, the stages that work at its full
+size take it in stripes of rows (vae_stream.py), again with the same result; the middle, whose attention sees the whole
+frame, is small and never divided. Parameter names are those of diffusers' AutoencoderKLWan. What is fast is in
+fastvid/ops/vae.py (on a CPU) and vae_kernels.py (on a GPU); here is only how the parts connect. The 2.2 network
+(wan_vae22.py) puts other blocks into the same Encoder and Decoder.
+
+Shapes: B batch, C channels, F pixel frames, T latent frames, H/W height and width at the stage in question.
+Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvid.errors import CheckpointError
+from fastvid.models.common.config_reader import read_vae_config
+from fastvid.models.common.vae_stream import Cache, Stream
+from fastvid.models.wan.vae_bands import Band, Bands, band_of, stream_of
+from fastvid.models.wan.vae_layers import CausalConv3d, Downsample, MidBlock, ResidualBlock, RMSNorm, Upsample
+from fastvid.ops import reference, vae
+
+if TYPE_CHECKING:
+    from fastvid.models.wan.vae22 import VAEConfig
+
+# Values of the widest activation that one step on a CPU may make: 64 MB, or one latent frame if that is more.
+CPU_CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class WanVAEConfig:
+    """What `vae/config.json` says. Channel widths are base_dim * dim_mult; temporal scale is 2 per True."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = (0.0,) * 16
+    latents_std: tuple[float, ...] = (1.0,) * 16
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> WanVAEConfig:
+        """Reads a diffusers AutoencoderKLWan configuration.
+
+        Raises:
+            CheckpointError: the configuration asks for what this network cannot do.
+        """
+        if config.get("is_residual"):
+            raise CheckpointError("vae/config.json describes a Wan 2.2 VAE (is_residual): read it as WanVAE22Config")
+        if config.get("patch_size") not in (None, 1):
+            raise CheckpointError(
+                f"vae/config.json has patch_size={config['patch_size']}; only the Wan 2.2 VAE (is_residual) has patches"
+            )
+        return read_vae_config(cls, config)
+
+    @property
+    def decoder_base_dim(self) -> int:
+        return self.base_dim
+
+    @property
+    def frame_channels(self) -> int:
+        """Channels of the frames as the network's first layer sees them."""
+        return 3
+
+    @property
+    def widest(self) -> int:
+        """Values that the widest activation holds for each pixel of a frame."""
+        return self.base_dim
+
+    @property
+    def spatial_scale(self) -> int:
+        return 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def temporal_scale(self) -> int:
+        return 2 ** sum(self.temperal_downsample)
+
+
+class Encoder(nn.Module):
+    """Frames to the means and variances of their latents, 2 * z_dim channels."""
+
+    def __init__(self, config: VAEConfig, ops: Any) -> None:
+        super().__init__()
+        first, last = config.base_dim, config.base_dim * config.dim_mult[-1]
+        self.conv_in = CausalConv3d(config.frame_channels, first, (3, 3, 3), ops, pad=1)
+        self.down_blocks = nn.ModuleList(self.make_blocks(config, ops))
+        self.mid_block = MidBlock(last, ops)
+        self.norm_out = RMSNorm(last, 3, ops)
+        self.conv_out = CausalConv3d(last, 2 * config.z_dim, (3, 3, 3), ops, pad=1)
+
+    @staticmethod
+    def make_blocks(config: VAEConfig, ops: Any) -> Iterator[nn.Module]:
+        dims = [config.base_dim * m for m in (1, *config.dim_mult)]
+        for i, (c_in, c_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            for j in range(config.num_res_blocks):
+                yield ResidualBlock(c_in if j == 0 else c_out, c_out, ops)
+            if i < len(config.temperal_downsample):
+                yield Downsample(c_out, config.temperal_downsample[i], ops)
+
+    def forward(self, x: Tensor, stream: Stream, stripes: int = 1) -> Tensor:
+        x = stream.in_stripes(self._down, x, stripes)
+        x = self.mid_block(x, stream)
+        return self.conv_out.after(self.norm_out, x, stream)
+
+    def _down(self, x: Tensor, stream: Stream) -> Tensor:
+        x = self.conv_in(x, stream)
+        for block in self.down_blocks:
+            x = block(x, stream)
+        return x
+
+
+class UpBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int, num_res_blocks: int, upsample: Upsample | None, ops: Any) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            [ResidualBlock(c_in if j == 0 else c_out, c_out, ops) for j in range(num_res_blocks + 1)]
+        )
+        if upsample is not None:
+            self.upsamplers = nn.ModuleList([upsample])
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x, stream)
+        return self.upsamplers[0](x, stream) if hasattr(self, "upsamplers") else x
+
+
+class Decoder(nn.Module):
+    """Latents to frames."""
+
+    def __init__(self, config: VAEConfig, ops: Any) -> None:
+        super().__init__()
+        first, last = (config.decoder_base_dim * config.dim_mult[i] for i in (-1, 0))
+        self.conv_in = CausalConv3d(config.z_dim, first, (3, 3, 3), ops, pad=1)
+        self.mid_block = MidBlock(first, ops)
+        self.up_blocks = nn.ModuleList(self.make_blocks(config, ops))
+        self.norm_out = RMSNorm(last, 3, ops)
+        self.conv_out = CausalConv3d(last, config.frame_channels, (3, 3, 3), ops, pad=1)
+
+    @staticmethod
+    def make_blocks(config: VAEConfig, ops: Any) -> Iterator[nn.Module]:
+        mults = config.dim_mult[::-1]
+        dims = [config.decoder_base_dim * m for m in (mults[0], *mults)]
+        temporal = config.temperal_downsample[::-1]
+        for i, (c_in, c_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            # Every upsampler halves the channels, so all stages but the first start from half of the last width.
+            up = Upsample(c_out, c_out // 2, temporal[i], ops) if i < len(temporal) else None
+            yield UpBlock(c_in if i == 0 else c_in // 2, c_out, config.num_res_blocks, up, ops)
+
+    def forward(self, x: Tensor, stream: Stream, stripes: int = 1, rgb: bool = False) -> Tensor:
+        """Frames, or with `rgb` their 8-bit values."""
+        stream.begin(x)
+        x = self.mid_block(self.conv_in(x, stream), stream)
+        return stream.in_stripes(self._up_to_rgb if rgb else self._up, x, stripes)
+
+    def _up(self, x: Tensor, stream: Stream) -> Tensor:
+        return self.conv_out.after(self.norm_out, self._blocks(x, stream), stream)
+
+    def _up_to_rgb(self, x: Tensor, stream: Stream) -> Tensor:
+        return self.conv_out.rgb_after(self.norm_out, self._blocks(x, stream), stream)
+
+    def _blocks(self, x: Tensor, stream: Stream) -> Tensor:
+        for block in self.up_blocks:
+            x = block(x, stream)
+        return x
+
+
+class WanVAE(nn.Module):
+    """Encoder and decoder with the latents' normalisation; see the module docstring.
+
+    ops: an object with the functions `vae_...` and `to_rgb` of `fastvid.ops.reference`.
+    """
+
+    encoder_type, decoder_type = Encoder, Decoder
+
+    def __init__(self, config: VAEConfig, ops: Any = reference) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.encoder = self.encoder_type(config, ops)
+        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), ops)
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1), ops)
+        self.decoder = self.decoder_type(config, ops)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        kind = torch.promote_types(like.dtype, torch.float32)
+        mean = torch.tensor(self.config.latents_mean, device=like.device, dtype=kind)
+        std = torch.tensor(self.config.latents_std, device=like.device, dtype=kind)
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+    def encode(
+        self,
+        frames: Tensor,
+        cache: Cache | None = None,
+        stripes: int = 1,
+        reuse_cache: bool = False,
+        bands: Bands | None = None,
+    ) -> tuple[Tensor, Cache]:
+        """Encodes the next frames of a stream to the mean of their latents.
+
+        Args:
+            frames: [B, 3, F, H, W] in [-1, 1]; H and W multiples of the spatial scale (8). F is 4k + 1 where a stream
+                starts (cache None) and 4k afterwards.
+            cache: what the previous call returned, None at the start of a stream.
+            stripes: in how many parts the rows are worked on, 1 to H/8: memory falls, the result and the cache do not
+                change. Any number for any chunk of a stream.
+            reuse_cache: the given cache's memory becomes that of the new cache, so that there is only one; the given
+                one is worthless then.
+            bands: ranks that share the rows; all of them call this alike, with stripes of 1, and each gets the whole
+                result and a cache of its own part.
+
+        Returns:
+            Normalised latents [B, C, T, H/8, W/8], in fp32 if the weights are in 16 bits, and the cache for the next
+            chunk.
+
+        Raises:
+            ValueError: a size, a number of frames or of stripes that the network cannot take.
+        """
+        self._check_frames(frames, first=cache is None)
+        frames = frames.to(self.quant_conv.weight.dtype)
+        scale, rows = self.config.spatial_scale, frames.shape[3] // self.config.spatial_scale
+        band = band_of(bands, rows, stripes)
+        latents, first = [], cache is None
+        for part in self._steps(frames, first):
+            if band is not None and not band.rows:
+                count = (part.shape[2] + self.config.temporal_scale - 1) // self.config.temporal_scale
+                latents.append(part.new_empty(len(part), self.config.z_dim, count, 0, frames.shape[4] // scale))
+                cache = ()
+                continue
+            stream, cache = stream_of(cache, reuse_cache, band), None
+            part = part if band is None else band.cut(part, scale)
+            moments = self.quant_conv(self.encoder(part, stream, stripes), stream)
+            latents.append(moments[:, : self.config.z_dim])
+            cache, reuse_cache = stream.cache(), True
+        mean, std = self._statistics(frames)
+        made = (torch.cat(latents, dim=2) - mean) / std
+        return made if band is None else band.join(made, 3), cache
+
+    def decode(
+        self,
+        latents: Tensor,
+        cache: Cache | None = None,
+        stripes: int = 1,
+        reuse_cache: bool = False,
+        bands: Bands | None = None,
+    ) -> tuple[Tensor, Cache]:
+        """Decodes the next latents of a stream.
+
+        Args:
+            latents: normalised, [B, C, T, h, w], any T >= 1.
+            cache: what the previous call returned, None at the start of a stream.
+            stripes: in how many parts the rows are worked on, 1 to h; see encode.
+            reuse_cache, bands: see encode.
+
+        Returns:
+            Frames [B, 3, F, 8h, 8w] clamped to [-1, 1], F = 4T - 3 at the start of a stream and 4T afterwards,
+            and the cache for the next chunk.
+
+        Raises:
+            ValueError: a number of stripes that the network cannot take.
+        """
+        frames, cache = self.decode_raw(latents, cache, stripes, reuse_cache, bands)
+        return frames.clamp(-1.0, 1.0), cache
+
+    def decode_raw(
+        self,
+        latents: Tensor,
+        cache: Cache | None = None,
+        stripes: int = 1,
+        reuse_cache: bool = False,
+        bands: Bands | None = None,
+    ) -> tuple[Tensor, Cache]:
+        """`decode` before the clamp: what training needs, since a clamp has no gradient outside."""
+        band = band_of(bands, latents.shape[3], stripes)
+        frames, cache = self._decode(self.decoder, latents, cache, stripes, reuse_cache, band)
+        return frames if band is None else band.join(frames, 3, self.config.spatial_scale), cache
+
+    def decode_rgb(
+        self,
+        latents: Tensor,
+        cache: Cache | None = None,
+        stripes: int = 1,
+        reuse_cache: bool = False,
+        bands: Bands | None = None,
+    ) -> tuple[Tensor, Cache]:
+        """`decode` to 8-bit RGB, uint8 [B, F, 8h, 8w, 3]: what ops.to_rgb makes of the frames."""
+        band = band_of(bands, latents.shape[3], stripes)
+        frames, cache = self._decode(partial(self.decoder, rgb=True), latents, cache, stripes, reuse_cache, band)
+        frames = frames.permute(0, 2, 3, 4, 1).to(torch.uint8)  # of a rank that holds no rows there are none
+        return frames if band is None else band.join(frames, 2, self.config.spatial_scale), cache
+
+    def _decode(
+        self,
+        decoder: Callable[..., Tensor],
+        latents: Tensor,
+        cache: Cache | None,
+        stripes: int,
+        reuse_cache: bool,
+        band: Band | None,
+    ) -> tuple[Tensor, Cache]:
+        """What `decoder` makes of the latents; of a rank's rows, its rows of that."""
+        mean, std = self._statistics(latents)
+        latents = (latents * std + mean).to(self.quant_conv.weight.dtype)  # rounded once, where weights are 16 bits
+        scale = self.config.spatial_scale
+        at_once = self._latents_at_once(latents, latents[:, 0, 0].numel() * scale**2)
+        if band is not None and not band.rows:
+            count = self.config.temporal_scale * latents.shape[2] - (cache is None) * (self.config.temporal_scale - 1)
+            return latents.new_empty(len(latents), 3, count, 0, latents.shape[4] * scale), ()
+        latents, frames = latents if band is None else band.cut(latents), []
+        for part in latents.split(at_once, dim=2):
+            stream, cache = stream_of(cache, reuse_cache, band), None
+            frames.append(decoder(self.post_quant_conv(part, stream), stream, stripes))
+            cache, reuse_cache = stream.cache(), True
+        return torch.cat(frames, dim=2), cache
+
+    def _steps(self, frames: Tensor, first: bool) -> list[Tensor]:
+        """The frames of one step after another."""
+        time = self.config.temporal_scale
+        step = time * self._latents_at_once(frames, frames[:, 0, 0].numel())
+        lead = step - time + 1 if first else step
+        rest = frames[:, :, lead:]
+        return [frames[:, :, :lead], *(rest.split(step, dim=2) if rest.shape[2] else ())]
+
+    def _latents_at_once(self, x: Tensor, pixels: int) -> int:
+        """How many latent frames one step takes: all that are given, but on a CPU only what its caches like."""
+        if not vae.channels_last(x, self.quant_conv.weight):
+            return max(1, x.shape[2])
+        return max(1, CPU_CHUNK // (pixels * self.config.widest * self.config.temporal_scale))
+
+    def _check_frames(self, frames: Tensor, first: bool) -> None:
+        _, _, f, h, w = frames.shape
+        space, time = self.config.spatial_scale, self.config.temporal_scale
+        if h % space or w % space:
+            raise ValueError(f"frames are {h}x{w}; height and width must be multiples of {space}")
+        if f < 1 or (f - first) % time:
+            want = f"{time}k+1 at the start of a stream" if first else f"{time}k after the start"
+            raise ValueError(f"{f} frames given; the encoder takes {want}")

@@ -1,0 +1,458 @@
+"""From a model's name to its parts on a device."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvid.device import cuda_graphs as graphs
+from fastvid.device.offload import MODES, Staying, Turns, weigh
+from fastvid.distributed import links as scaling_links
+from fastvid.distributed.layout import agree, parse
+from fastvid.distributed.links import Links
+from fastvid.distributed.mesh import Layout, Mesh
+from fastvid.errors import CheckpointError, InvalidRequest, OutOfMemory
+from fastvid.loaders import hub
+from fastvid.loaders.assembled import check_parts
+from fastvid.loaders.checkpoint import EXPERTS, build_empty, check_fill, fill, part_dtype, weigh_module
+from fastvid.loaders.lora import Lora, for_expert, named, read_loras, touched
+from fastvid.models.common.clip import CLIPVisionEncoder
+from fastvid.models.registry import (
+    Checkpoint,
+    Experts,
+    Recipe,
+    TextTokenizer,
+    UMT5Encoder,
+    WanTransformer,
+    WanVAE,
+    encode_prompt,
+    load_part,
+    open_checkpoint,
+)
+from fastvid.models.wan import published
+from fastvid.models.wan.vae_bands import Bands
+from fastvid.ops import vae_gpu
+from fastvid.ops.dispatch import Ops, bind
+from fastvid.planning import plan
+from fastvid.planning.memory import Sizes
+from fastvid.requests.request import Request
+
+EMBEDDED = "embedded"
+AUTO = "auto"
+ENCODERS = ("text_encoder", "image_encoder")
+FIT = ("transformer", "vae", *ENCODERS)  # what plan.fit takes, in this order
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A loaded model: modules on their device, and how they are to be used. `model` is the name it was loaded by.
+
+    experts: the transformers, one or two; `experts.use` brings the one that is needed to the device. loras: the files
+    that are merged, with their scales and where it is one the expert they are for; merged: the weights that they
+    changed. sources: the parts that came from elsewhere, as they were given. offload: "none", "text" or "blocks" (see
+    `fastvid.device.offload`); encoders: how the text encoder and the image encoder, in this order, come to the device; sizes:
+    bytes of all weights as loaded. graphs: what replays the transformers' calls, if anything does; graphs_why: why it
+    does or does not. vae_dtype: what the VAE computes in. mesh: the ranks that run it together, each with parts of its
+    own; layout: how they share requests, None if each is shared as suits it; links: what joins them.
+    """
+
+    model: str
+    checkpoint: Checkpoint | None
+    recipe: Recipe
+    tokenizer: TextTokenizer | Untold
+    text_encoder: UMT5Encoder
+    experts: Experts
+    vae: WanVAE
+    ops: Ops
+    device: torch.device
+    dtype: torch.dtype
+    backend: str = "auto"
+    attention: str = "auto"
+    loras: tuple[tuple[Any, ...], ...] = ()
+    merged: frozenset[str] = frozenset()
+    image_encoder: CLIPVisionEncoder | None = None
+    offload: str = "none"
+    encoders: Staying | Turns | None = None
+    sizes: Sizes | None = None
+    sources: tuple[tuple[str, str], ...] = ()
+    graphs: Any = None
+    graphs_why: str = ""
+    vae_dtype: torch.dtype = torch.float32
+    mesh: Mesh = field(default_factory=Mesh)
+    layout: Layout | None = None
+    links: Links = field(default_factory=Links)
+
+    @property
+    def transformer(self) -> WanTransformer:
+        """The only transformer, or the one for high noise; both have the same configuration."""
+        return self.experts.modules[0]
+
+    @property
+    def control_layers(self) -> int:
+        """Layers of the transformer's control branch (VACE), 0 if it has none."""
+        return len(getattr(self.transformer, "vace_blocks", ()))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `load` was asked for and made of it, as a recipe records it: what else decides the bytes."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        made = {"dtype": dtype, "device": self.device.type, "backend": self.backend, "attention": self.attention}
+        made |= {} if self.vae_dtype is torch.float32 else {"vae_dtype": str(self.vae_dtype).removeprefix("torch.")}
+        made |= {"parts": dict(self.sources)} if self.sources else {}
+        made |= {"parallel": str(self.layout or self.mesh.size)} if self.mesh.size > 1 else {}
+        return made | ({"loras": [list(pair) for pair in self.loras]} if self.loras else {})
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of weights that are on the device now."""
+        modules = [*self.experts.modules, self.text_encoder, self.vae, *filter(None, [self.image_encoder])]
+        held = [p.nbytes for module in modules for p in module.parameters() if p.device.type == self.device.type]
+        return sum(held)
+
+    @property
+    def bands(self) -> Bands | None:
+        """The ranks that share a frame's rows in the VAE; None on one."""
+        return Bands(self.mesh) if self.mesh.size > 1 else None
+
+    def embed(self, prompt: str) -> Tensor:
+        """Text embeddings [1, L, text_dim] of one prompt. Rank 0 reads it."""
+        made = None
+        if self.mesh.rank == 0:
+            with self.encoders.use(0) as encoder:
+                made = encode_prompt(encoder, self.tokenizer, [prompt]).to(self.device, self.dtype)
+        return self.mesh.broadcast(made)
+
+    def look(self, pixels: Tensor) -> Tensor:
+        """What the image encoder makes of pictures [B, 3, S, S] -> [B, M, d]. Rank 0 looks at them."""
+        made = None
+        if self.mesh.rank == 0:
+            with self.encoders.use(1) as encoder:
+                made = encoder(pixels)
+        return self.mesh.broadcast(made)
+
+
+def load_parts(
+    model: str | Path = EMBEDDED,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: str = "auto",
+    attention: str = "auto",
+    loras: Sequence[Any] = (),
+    offload: str = "auto",
+    parts: Mapping[str, str | Path] | None = None,
+    cuda_graphs: str | bool = "auto",
+    vae_dtype: str | torch.dtype | None = None,
+    link: str = AUTO,
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+) -> Parts:
+    """Load everything of a model; see `fastvid.load`. What was asked for is checked before any weight is read.
+
+    mesh: the ranks that run it together, all of which load it with the same arguments but the device. layout: see
+    Parts.
+    """
+    mesh = mesh or Mesh()
+    where = find_device(device)
+    kind, vae_kind = _dtype(dtype, where), _vae_dtype(vae_dtype)
+    ops = bind(backend, attention, where)
+    merging, asked, replay = read_loras(loras), check_offload(offload), graphs.check(cuda_graphs)
+    links = scaling_links.find(link, mesh, where)
+    checkpoint = read_checkpoint(model, parts, download=True).check()
+    mode = (
+        asked
+        if asked != AUTO
+        else choose_offload(configs_of(checkpoint), checkpoint.recipe, where, kind, vae_dtype=vae_kind)
+    )
+    mode = MODES[agree(mesh, MODES.index(mode), max)]
+    stay, caches = experts_stay(checkpoint, mode), checkpoint.recipe.rollout is not None
+    replaying, why = graphs.choose(replay, where, stay, caches, mesh.size)
+    experts = load_experts(checkpoint, ops, where, kind, merging, mode)
+    for module in experts.modules:
+        module.run = replaying or module.run
+    # An I2V model without an image encoder (A14B) sees its picture in the latents alone.
+    names = [name for name in ENCODERS if name in [part.name for part in checkpoint.parts]]
+    at = where if mode == "none" else torch.device("cpu")
+    if mesh.rank == 0:
+        loaded = [load_part(checkpoint, name, ops, at, part_dtype(name, kind)) for name in names]
+    else:  # rank 0 reads texts and looks at pictures
+        configs = configs_of(checkpoint)
+        loaded = [build_empty(name, configs[name]).to(part_dtype(name, kind)) for name in names]
+    staying = mode == "none" or mesh.rank > 0
+    encoders = Staying(loaded) if staying else Turns(loaded, where, stream=mode == "blocks")
+    vae = load_part(checkpoint, "vae", ops, where, vae_kind)
+    if ops.bound["vae_norm_silu_conv3d"] != "reference":
+        vae_gpu.channels_last(vae)  # here once, instead of in every call
+    tokenizer = TextTokenizer.read(checkpoint.tokenizer)
+    made = Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, loaded[0], experts, vae, ops, where, kind)
+    image_encoder = loaded[1] if len(loaded) > 1 else None
+    image_bytes = weigh(image_encoder).total if image_encoder is not None else 0
+    sizes = Sizes(tuple(map(weigh, experts.modules)), weigh(loaded[0]), weigh(vae).total, image_bytes)
+    made = replace(made, image_encoder=image_encoder, offload=mode, encoders=encoders, sizes=sizes)
+    made = replace(made, loras=named(merging), merged=touched(merging), graphs=replaying, graphs_why=why)
+    made = replace(made, vae_dtype=vae_kind, mesh=mesh, layout=layout, links=links)
+    return replace(made, sources=tuple((name, str(path)) for name, path in (parts or {}).items()))
+
+
+def check_offload(offload: Any) -> str:
+    """The way of offloading that was asked for; InvalidRequest if there is no such way."""
+    if not isinstance(offload, str) or offload not in (AUTO, *MODES):
+        near = difflib.get_close_matches(str(offload).lower(), (AUTO, *MODES), 1, 0)[0]
+        raise InvalidRequest(f"offload={offload!r:.40}: allowed is {', '.join((AUTO, *MODES))}; the nearest is {near}")
+    return offload
+
+
+def choose_offload(
+    configs: Mapping[str, Any],
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    free: int | None = None,
+    vae_dtype: torch.dtype = torch.float32,
+) -> str:
+    """The least offloading with which what the model's recipe makes fits into the device's free memory; without a GPU,
+    none: host and device are one memory there. free: bytes, of a device that is not here."""
+    if device.type == "cpu":
+        return "none"
+    made = [configs.get(name) for name in FIT]
+    seen = getattr(made[0], "transformer", made[0])  # of one with a control branch
+    pictures = 1 + bool(seen.pos_embed_seq_len) if seen.in_channels > seen.out_channels else 0
+    request = Request.make(prompt="").resolve(recipe)
+    given = {"experts": sum(name in EXPERTS for name in configs), "dtype": dtype, "pictures": pictures}
+    given["vae_dtype"] = vae_dtype
+    try:
+        return plan.fit(request, *made, capacity=plan.available_bytes(device) if free is None else free, **given)[
+            0
+        ].offload
+    except OutOfMemory:
+        return MODES[-1]  # for requests smaller than the recipe's; the others are refused when they are planned
+
+
+def configs_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration of each part."""
+    return {part.name: part.config for part in checkpoint.parts}
+
+
+# ---------------------------------------------------------------- without weights
+
+
+@dataclass(frozen=True)
+class Untold:
+    """What a plan asks of a tokenizer."""
+
+    text_length: int
+
+
+def outline(
+    model: str | Path = EMBEDDED,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: str = "auto",
+    attention: str = "auto",
+    loras: Sequence[Any] = (),
+    offload: str = "auto",
+    parts: Mapping[str, str | Path] | None = None,
+    parallel: Any = None,
+    cuda_graphs: str | bool = "auto",
+    vae_dtype: str | torch.dtype | None = None,
+    link: str = AUTO,
+    free: int | None = None,
+) -> Parts:
+    """What `load_parts` would make, with modules that have no weights: enough to plan with, and for nothing else.
+
+    parallel: the ranks that it is planned for, as `parallel.parse` takes it; one if nothing is said.
+
+    model: also the name of a published model, see `models.published`. free: bytes that can be taken of a device that is
+    not here; "cuda" unless said otherwise, and nothing is known of its back ends.
+    """
+    where = torch.device("cuda") if free is not None and device is None else find_device(device)
+    kind, asked, merging = _dtype(dtype, where), check_offload(offload), read_loras(loras)
+    ranks, vae_kind = parse(parallel), _vae_dtype(vae_dtype)
+    ops = bind(backend, attention, where) if free is None else Ops({}, {}, {})
+    recipe, configs, rows, checkpoint = _describe(model, parts)
+    mode = asked if asked != AUTO else choose_offload(configs, recipe, where, kind, free, vae_kind)
+    empty = {name: build_empty(name, config) for name, config in configs.items()}
+    weighed = {name: weigh_module(name, module, kind, vae_kind) for name, module in empty.items()}
+    names = [name for name in EXPERTS if name in empty]
+    image = weighed["image_encoder"].total if "image_encoder" in empty else 0
+    made = Parts(
+        model=str(model),
+        checkpoint=checkpoint,
+        recipe=recipe,
+        tokenizer=Untold(rows),
+        text_encoder=empty["text_encoder"],
+        experts=Experts([empty[name] for name in names], recipe.boundary_ratio),
+        vae=empty["vae"],
+        ops=ops,
+        device=where,
+        dtype=kind,
+        image_encoder=empty.get("image_encoder"),
+        offload=mode,
+        sizes=Sizes(tuple(weighed[name] for name in names), weighed["text_encoder"], weighed["vae"].total, image),
+    )
+    made = replace(
+        made, vae_dtype=vae_kind, loras=named(merging), mesh=Mesh(size=ranks.ranks or 1), layout=ranks.layout
+    )
+    made = replace(made, links=scaling_links.find(link, made.mesh, where, planned=True))
+    stays, caches = mode == "none" or (mode == "text" and len(names) == 1), recipe.rollout is not None
+    want, why = graphs.wanted(cuda_graphs, where, stays, caches, made.mesh.size)
+    return replace(made, graphs=graphs.PLANNED if want else None, graphs_why=why)
+
+
+def _describe(
+    model: str | Path, parts: Mapping[str, str | Path] | None
+) -> tuple[Recipe, dict[str, Any], int, Checkpoint | None]:
+    """Recipe, configurations by part, rows of text, and the checkpoint where there is one."""
+    if (name := str(model).lower()) in published.NAMES and not Path(model).exists():
+        return *published.describe(name), published.TEXT_LENGTH, None
+    try:
+        checkpoint = read_checkpoint(model, parts).check()
+    except CheckpointError as error:
+        if Path(model).exists() or "/" in str(model):
+            raise
+        near = difflib.get_close_matches(name, published.NAMES, 1, 0)[0]
+        raise CheckpointError(f"{error}; published models are planned by name, the nearest is {near}") from None
+    return checkpoint.recipe, configs_of(checkpoint), checkpoint.text_length, checkpoint
+
+
+def change_loras(parts: Parts, loras: Any) -> Parts:
+    """The same model with these LoRAs in place of those it has: every weight that one of them changes, or has changed,
+    is read again from the model's files, for every expert where it is. Everything is checked before the first is.
+    """
+    merging = read_loras(loras)
+    stale = parts.merged | touched(merging)
+    names = parts.checkpoint.experts
+    mine = [for_expert(merging, number, len(names)) for number in range(len(names))]
+    experts = list(zip(parts.experts.modules, map(parts.checkpoint.part, names), mine, strict=True))
+    for module, part, loras in experts:
+        check_fill(module, part, loras)
+    with parts.experts.turns.change():
+        if parts.graphs is not None:
+            parts.graphs.free()  # they know weights by their places
+        for module, part, loras in experts:
+            fill(module, part, next(module.parameters()).device, parts.dtype, loras, only=stale)
+    return replace(parts, loras=named(merging), merged=touched(merging))
+
+
+def experts_stay(checkpoint: Checkpoint, offload: str) -> bool:
+    """Whether the transformers stay on the device with this way of offloading."""
+    return offload == "none" or (offload == "text" and len(checkpoint.experts) == 1)
+
+
+def load_experts(
+    checkpoint: Checkpoint,
+    ops: Ops,
+    device: torch.device,
+    dtype: torch.dtype,
+    loras: Sequence[Lora] = (),
+    offload: str = "none",
+) -> Experts:
+    """The transformers, LoRAs merged into each, on the device or in host memory until their turn."""
+    stay = experts_stay(checkpoint, offload)
+    at = device if stay else torch.device("cpu")
+    names = checkpoint.experts
+    mine = [for_expert(loras, number, len(names)) for number in range(len(names))]
+    modules = [load_part(checkpoint, name, ops, at, dtype, own) for name, own in zip(names, mine, strict=True)]
+    turns = Staying(modules) if stay else Turns(modules, device, stream=offload == "blocks", linger=True)
+    return Experts(modules, checkpoint.recipe.boundary_ratio, turns)
+
+
+def read_checkpoint(
+    model: str | Path, parts: Mapping[str, str | Path] | None = None, download: bool = False
+) -> Checkpoint:
+    """What a model is, from its name, folder or file, without reading weights; see `fastvid.load` for `parts`. Raises
+    CheckpointError."""
+    given = {name: _find_part(name, path, download) for name, path in check_parts(parts).items()}
+    return open_checkpoint(find_folder(model, download), given)
+
+
+def _find_part(name: str, path: Path, download: bool) -> Path:
+    """Where a part that was given is: the package's model, a path, or a hub name."""
+    if path.exists() or str(path) == EMBEDDED or hub.is_hub_name(str(path)):
+        return find_folder(path if path.exists() else str(path), download)
+    raise InvalidRequest(
+        f"parts: {name}: {path} does not exist; a file, a folder or a file of a hub repository is needed"
+    )
+
+
+def find_folder(model: str | Path, download: bool = False) -> Path:
+    """The folder or file of a model: the folder that ships with the package, a path, or a hub name.
+
+    What is on the hub is taken from the local cache; with `download`, what is missing there is fetched.
+    """
+    if not isinstance(model, str | Path) or not str(model) or "\0" in str(model):
+        raise InvalidRequest(
+            f"model={model!r:.80}: allowed is {EMBEDDED!r}, a folder, a file, or a hub id such as org/name"
+        )
+    if str(model) == EMBEDDED:
+        return Path(__file__).parents[1] / EMBEDDED
+    try:
+        exists = Path(model).expanduser().exists()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"model={str(model):.80}: {error}") from None
+    if exists or isinstance(model, Path):
+        return Path(model)
+    if hub.is_hub_name(model):
+        return _from_hub(model, download)
+    return Path(model) if "/" in model or "\\" in model else _unknown(model)
+
+
+def _from_hub(model: str, download: bool) -> Path:
+    folder = hub.find(model)
+    if folder is None and not download:
+        raise CheckpointError(
+            f"model={model!r} is neither a folder or file nor (all) in the local hub cache; loading it downloads it, "
+            f"and so does `hf download {' '.join(hub.split(model)).strip()}`; or give {EMBEDDED!r}, a folder or a file"
+        )
+    return folder or hub.download(model)
+
+
+def _unknown(model: str) -> Path:
+    near = f" (did you mean {EMBEDDED!r}?)" if difflib.get_close_matches(model.lower(), [EMBEDDED]) else ""
+    raise CheckpointError(
+        f"model={model!r:.80} is not known{near}; allowed is {EMBEDDED!r}, a folder in diffusers' layout, or a hub id "
+        "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    )
+
+
+def find_device(device: Any) -> torch.device:
+    """The device asked for; what it must be is checked again where the back ends are bound."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InvalidRequest(f"device={device!r:.60}: allowed is 'cpu', 'cuda' or 'cuda:<number>'") from None
+    if where.type not in ("cpu", "cuda"):
+        raise InvalidRequest(f"device={str(where)!r}: allowed is 'cpu', 'cuda' or 'cuda:<number>'")
+    return where
+
+
+def _dtype(dtype: Any, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _named_dtype("dtype", dtype)
+
+
+def _vae_dtype(dtype: Any) -> torch.dtype:
+    """What the VAE computes in: fp32, as published, if nothing is asked for."""
+    return torch.float32 if dtype is None else _named_dtype("vae_dtype", dtype)
+
+
+def _named_dtype(name: str, dtype: Any) -> torch.dtype:
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            near = difflib.get_close_matches(dtype, DTYPES, 1, 0)[0]
+            raise InvalidRequest(f"{name}={dtype!r:.40}: allowed is {', '.join(DTYPES)}; the nearest is {near}")
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise InvalidRequest(f"{name}={dtype!r:.40}: allowed is {', '.join(DTYPES)}, by name or as torch.dtype")
+    return dtype

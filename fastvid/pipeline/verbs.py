@@ -1,0 +1,167 @@
+"""What a request asks of a model, laid out as a timeline; and whether the model can do that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from fastvid.engine.conditioning import CHANNELS, way_of
+from fastvid.errors import InvalidRequest
+from fastvid.models.patterns import REFUSED
+from fastvid.pipeline.load import Parts
+from fastvid.requests import timeline
+from fastvid.requests.request import Resolved
+from fastvid.requests.timeline import Rules, Segment, Stretch, Timeline
+
+
+def rules_of(parts: Parts) -> Rules:
+    """What a model can make."""
+    recipe, vae = parts.recipe, parts.vae.config
+    return Rules(
+        spatial=vae.spatial_scale,
+        temporal=recipe.temporal,
+        multiple=recipe.spatial_multiple,
+        window=recipe.window,
+        overlap=recipe.overlap,
+        context=recipe.context,
+        block=recipe.rollout.frames_per_block if recipe.rollout else 1,
+        picture_in_block=recipe.rollout is not None and recipe.rollout.picture_in_block,
+        carries=recipe.carries,
+    )
+
+
+def lay_out(request: Resolved, rules: Rules) -> Timeline:
+    """The timeline of a request."""
+    stretch = Stretch(
+        num_frames=request.num_frames,
+        height=request.height,
+        width=request.width,
+        pictures=request.known_pictures,
+        prompts=_prompts(request),
+        lead=len(request.reference_images or ()),
+    )
+    return _LAYOUTS[request.verb](request, stretch, rules)
+
+
+def _prompts(request: Resolved) -> tuple[tuple[int, int], ...]:
+    """(frame, prompt) from where on which is meant."""
+    if not request.shots:
+        return ((0, 0),)
+    start, found = 0.0, []
+    for number, (_, seconds) in enumerate(request.shots):
+        found.append((round(start * request.fps), number))
+        start += seconds
+    return tuple(found)
+
+
+def _generate(request: Resolved, stretch: Stretch, rules: Rules) -> Timeline:
+    return timeline.generate(stretch, rules)
+
+
+def _extend(request: Resolved, stretch: Stretch, rules: Rules) -> Timeline:
+    return timeline.extend(request.video, request.num_frames, request.direction or "after", stretch, rules)
+
+
+def _loop(request: Resolved, stretch: Stretch, rules: Rules) -> Timeline:
+    return timeline.loop(request.video, request.num_frames, stretch, rules)
+
+
+def _blend(request: Resolved, stretch: Stretch, rules: Rules) -> Timeline:
+    return timeline.blend(request.video, request.video_2, request.num_frames, stretch, rules)
+
+
+def _edit(request: Resolved, stretch: Stretch, rules: Rules) -> Timeline:
+    return timeline.generate(timeline.replace(stretch, source=request.video), rules)
+
+
+_LAYOUTS: Mapping[str, Callable[[Resolved, Stretch, Rules], Timeline]] = {
+    "generate": _generate,
+    "image": _generate,
+    "storyboard": _generate,
+    "extend": _extend,
+    "loop": _loop,
+    "blend": _blend,
+    "edit": _edit,
+    "finalize": _edit,
+}
+
+
+# ---------------------------------------------------------------- whether the model can
+
+
+def patterns_of(segment: Segment, request: Resolved) -> set[str]:
+    """The names, as `Patterns` has them, of the ways in which a segment is known in part."""
+    found = set()
+    if segment.left and segment.right:
+        found.add("both_ends")
+    elif segment.right:
+        found.add("suffix")
+    elif segment.left:
+        found.add("first" if segment.left == 1 else "prefix")
+    frames = set(segment.pictures)
+    if frames == {0}:
+        found.add("first")
+    elif frames:
+        found.add("both_ends" if frames <= {0, segment.num_frames - 1} and 0 in frames else "keyframe")
+    if segment.source is not None and request.mask is not None:
+        found.add("spatial_mask")
+    return found
+
+
+def check(parts: Parts, request: Resolved, laid: Timeline) -> None:
+    """Raises InvalidRequest for what a model refuses, or needs and was not given."""
+    name, known = parts.recipe.name, parts.recipe.patterns
+    for segment in laid.segments:
+        for pattern in sorted(patterns_of(segment, request)):
+            if getattr(known, pattern) == REFUSED:
+                allowed = [
+                    p for p in ("first", "prefix", "suffix", "both_ends", "keyframe") if getattr(known, p) != REFUSED
+                ]
+                raise InvalidRequest(
+                    f"{request.verb}: {name} cannot take {_WORDS[pattern]}; it can take "
+                    + (", ".join(_WORDS[p] for p in allowed) or "text alone")
+                )
+    if request.schedule == "staggered":
+        _check_staggered(parts, request, laid)
+    if request.known_guidance_scale is not None and parts.recipe.rollout is not None:
+        raise InvalidRequest(
+            f"known_guidance_scale: {name} has known frames in its cache, beside every block; use guidance_scale"
+        )
+    if way_of(parts) == CHANNELS:
+        _check_channels(parts, request, laid.segments[0])
+
+
+_WORDS = {
+    "first": "a first picture (image=)",
+    "prefix": "a clip to go on from",
+    "suffix": "a clip to lead up to",
+    "both_ends": "what stands before and after",
+    "keyframe": "pictures in between",
+    "spatial_mask": "a region to keep (mask=)",
+}
+
+
+def _check_staggered(parts: Parts, request: Resolved, laid: Timeline) -> None:
+    """Levels that rise from left to right: only what stands on the left may be known."""
+    if parts.recipe.patterns.staggered == REFUSED or parts.recipe.rollout is not None:
+        raise InvalidRequest(f"schedule='staggered': {parts.recipe.name} has one level in all frames; leave it out")
+    if len(laid.segments) > 1 or any(s.right or s.source is not None or set(s.pictures) - {0} for s in laid.segments):
+        raise InvalidRequest(
+            "schedule='staggered': only a first picture or a clip to go on from may be known; leave it out"
+        )
+
+
+def _check_channels(parts: Parts, request: Resolved, first: Segment) -> None:
+    """Models with a picture in their channels need one, most of them a first, some a first and a last."""
+    config, name = parts.transformer.config, parts.recipe.name
+    both = bool(config.pos_embed_seq_len)
+    if not first.left and 0 not in first.pictures:
+        raise InvalidRequest(f"{name} makes videos from pictures: give image=")
+    if both and not first.right and len(first.pictures) < 2:
+        raise InvalidRequest(f"{name} makes videos from pictures: give last_image=")
+    if request.last_image is not None and config.image_dim and not both:
+        raise InvalidRequest(f"{name} takes image= alone; leave last_image out (FLF2V models take both)")
+    if request.last_image is not None and request.num_frames != request.model_frames:
+        raise InvalidRequest(
+            f"num_frames={request.num_frames}: with last_image it must be one that the model makes as it is; the "
+            f"nearest is {request.model_frames}"
+        )

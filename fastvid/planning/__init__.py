@@ -1,0 +1,1 @@
+"""Memory, layout and time of a request, before anything runs."""

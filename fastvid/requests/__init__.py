@@ -1,0 +1,1 @@
+"""What is asked for: checked, read, and laid out in frames."""

@@ -1,0 +1,194 @@
+"""What a request works on, read: pictures, clips, control videos; and the size and rate that follow from them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from fastvid.checks import MAX_SIDE, MIN_SIDE
+from fastvid.engine import control
+from fastvid.engine import pixels as given
+from fastvid.errors import InvalidRequest, MediaError
+from fastvid.media.clip import Clip, covering, open_clip
+from fastvid.media.writer import read_recipe
+from fastvid.requests.request import CLIPS, SIZE, TOLD, Request, prints_of, recordable
+
+PICTURES = ("image", "last_image")
+DATA = (*PICTURES, "keyframes", "video", "video_2", "mask", "reference_images")
+
+
+def read(request: Request) -> Request:
+    """The request with its pictures as uint8 arrays [H, W, 3] and its clips opened; without a size of its own, in the
+    shape of its first clip or picture.
+
+    Raises MediaError for a file that can't be read, InvalidRequest for something that is no picture or clip.
+    """
+    if request.verb in CLIPS:
+        return _with_clips(request)
+    found: dict[str, Any] = control.read(request)
+    for name in PICTURES:
+        if (value := getattr(request, name)) is not None:
+            found[name] = given.picture(name, value)
+    if request.keyframes:
+        found["keyframes"] = {f: given.picture(f"keyframes[{f}]", p) for f, p in request.keyframes.items()}
+    shapes = [found[name].shape[-3:-1] for name in ("video", *PICTURES) if name in found]
+    shapes += [picture.shape[:2] for picture in found.get("keyframes", {}).values()]
+    if shapes and (request.height or request.width or request.aspect or request.budget) is None:
+        height, width = shapes[0]
+        found["aspect"] = Fraction(width, height)
+    return replace(request, **found)
+
+
+def check_same(recipe: dict[str, Any], given: dict[str, Any]) -> None:
+    """Whether the clips and pictures that are given beside a recipe are those that it was made with: a recipe holds
+    nothing but their prints. given: arguments by name. Raises InvalidRequest for one that is another.
+    """
+    known = {name: prints for name in DATA if (prints := prints_of(recipe.get(name)))}
+    again = {name: given[name] for name in known if given.get(name) is not None}
+    if not again:
+        return
+    request = read(Request.from_recipe(recipe, **again))
+    for name in again:
+        wanted, found = known[name], prints_of(recordable(getattr(request, name)))
+        if [one["sha256"] for one in wanted] != [one["sha256"] for one in found]:
+            raise InvalidRequest(
+                f"{name} is not what this recipe was made with ({_difference(wanted, found)}); give the same again, or "
+                "ask without the recipe"
+            )
+
+
+def _difference(wanted: list[dict[str, Any]], found: list[dict[str, Any]]) -> str:
+    shapes = [" and ".join("x".join(map(str, one.get("shape", ()))) for one in prints) for prints in (wanted, found)]
+    return f"{shapes[0]} against {shapes[1]}" if shapes[0] != shapes[1] else f"{shapes[0]} both, but other pixels"
+
+
+def _with_clips(request: Request) -> Request:
+    clips = {name: open_clip(getattr(request, name), name=name) for name in CLIPS[request.verb]}
+    first = clips["video"]
+    if not all(MIN_SIDE <= side <= MAX_SIDE for side in (first.height, first.width)):
+        raise InvalidRequest(
+            f"video is {first.width}x{first.height}; {request.verb} takes sides of {MIN_SIDE} to {MAX_SIDE} pixels"
+        )
+    found: dict[str, Any] = {**clips, **_told(request)}
+    found |= {"fps": first.fps} if request.fps is None and first.fps else {}
+    if "video_2" in clips:
+        second = clips["video_2"].resized(first.height, first.width)
+        found["video_2"] = second.resampled(first.fps) if first.fps else second
+    if request.verb in ("edit", "finalize"):
+        return _on_canvas(replace(request, **found, num_frames=first.num_frames), first)
+    return replace(request, **found, height=first.height, width=first.width)
+
+
+def _told(request: Request) -> dict[str, Any]:
+    """What the clip's own recipe says where nothing else does: the prompt; of a draft also seed and full size."""
+    recipe = _recipe_of(request.video)
+    found: dict[str, Any] = {}
+    if request.verb in TOLD and request.prompt is None and request.prompt_embeds is None:
+        found["prompt"] = recipe.get("prompt") or ""
+    if request.verb != "finalize":
+        return found
+    if request.seed is None and isinstance(recipe.get("seed"), int):
+        found["seed"] = recipe["seed"]
+    if not _is_sized(request):
+        full = recipe.get("full_size")
+        if not isinstance(full, list | tuple) or len(full) != 2 or not all(type(side) is int for side in full):
+            raise InvalidRequest("finalize: the video is no draft that says its full size; give width and height")
+        found["width"], found["height"] = full
+    return found
+
+
+def _recipe_of(video: Any) -> dict[str, Any]:
+    """The recipe of a Video, or in a file; empty if there is none."""
+    if isinstance(video, str | os.PathLike):
+        try:
+            return read_recipe(video)
+        except MediaError:
+            return {}
+    recipe = getattr(video, "recipe", None)
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _is_sized(request: Request) -> bool:
+    return any(getattr(request, name) is not None for name in SIZE)
+
+
+def _on_canvas(request: Request, clip: Clip) -> Request:
+    """The clip at the size that was asked for. An edit that grows the frame has the clip in the middle, and makes what
+    is around it (outpainting), of nothing but noise if no strength says otherwise; any other is scaled."""
+    found: dict[str, Any] = {"mask": given.mask("mask", request.mask)} if request.mask is not None else {}
+    if not _is_sized(request):
+        found |= {"height": clip.height, "width": clip.width}
+    request = replace(request, **found)
+    width, height = request.width or clip.width, request.height or clip.height
+    if request.aspect is not None or request.budget is not None:
+        ratio = request.aspect or Fraction(clip.width, clip.height)
+        width, height = around(clip.width, clip.height, ratio)
+        request = replace(request, aspect=None, budget=None)
+    request = replace(request, width=width, height=height)
+    if (width, height) == (clip.width, clip.height):
+        return _with_mask(request, clip)
+    if request.verb == "edit" and request.mask is None and width >= clip.width and height >= clip.height:
+        canvas, strength = Canvas(clip, height, width), 1.0 if request.strength is None else request.strength
+        return replace(request, video=canvas, mask=canvas.mask(), strength=strength)
+    return _with_mask(replace(request, video=clip.resized(height, width)), clip)
+
+
+def around(width: int, height: int, ratio: Fraction) -> tuple[int, int]:
+    """The smallest (width, height) of an aspect ratio that holds these sides."""
+    return max(width, round(height * ratio)), max(height, round(width / ratio))
+
+
+def _with_mask(request: Request, clip: Clip) -> Request:
+    if request.mask is None:
+        return request
+    frames, height, width = request.mask.shape
+    if frames not in (1, clip.num_frames):
+        raise InvalidRequest(f"mask has {frames} frames; allowed is 1, or {clip.num_frames} as video has")
+    if (height, width) == (request.height, request.width):
+        return request
+    if (height, width) != (clip.height, clip.width):
+        raise InvalidRequest(
+            f"mask is {width}x{height}; video is {clip.width}x{clip.height}, and so should the mask be"
+        )
+    # Cut as the clip is, so that it stays where it was drawn.
+    inside = covering(height, width, request.height, request.width)
+    cut = request.mask[(slice(None), *inside)]
+    rows, columns = (np.arange(n) * o // n for n, o in zip((request.height, request.width), cut.shape[1:], strict=True))
+    return replace(request, mask=np.ascontiguousarray(cut[:, rows][:, :, columns]))
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """A clip in the middle of larger frames; around it, its edge goes on."""
+
+    clip: Clip
+    height: int
+    width: int
+
+    @property
+    def num_frames(self) -> int:
+        return self.clip.num_frames
+
+    @property
+    def fps(self) -> float | None:
+        return self.clip.fps
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return (self.height - self.clip.height) // 2, (self.width - self.clip.width) // 2
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Frames start to stop - 1, uint8 [n, height, width, 3]."""
+        top, left = self._place
+        bottom, right = self.height - self.clip.height - top, self.width - self.clip.width - left
+        return np.pad(self.clip.read(start, stop), ((0, 0), (top, bottom), (left, right), (0, 0)), "edge")
+
+    def mask(self) -> np.ndarray:
+        """What is to be made: uint8 [1, height, width], 255 around the clip."""
+        made, (top, left) = np.full((1, self.height, self.width), 255, np.uint8), self._place
+        made[:, top : top + self.clip.height, left : left + self.clip.width] = 0
+        return made

@@ -1,0 +1,1 @@
+"""Many requests over a pool of pipelines."""

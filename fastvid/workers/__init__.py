@@ -1,0 +1,1 @@
+"""The same pipeline in other processes, one for each rank."""

@@ -1,0 +1,71 @@
+"""The runner of tests that need a GPU: what faults or hangs is recorded, and costs no other file its result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compiled_host import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_tests
+import harness
+
+from fastvid.ops import attention
+
+HEAD = (
+    "import os, signal, time\nimport pytest\n\n\n@pytest.mark.gpu\ndef test_first():\n    pass\n\n\n@pytest.mark.gpu\n"
+)
+SECOND = {
+    "fine": "def test_second():\n    pass\n",
+    "wrong": "def test_second():\n    assert False\n",
+    "faulting": "def test_second():\n    os.kill(os.getpid(), signal.SIGSEGV)\n",
+    "hanging": "def test_second():\n    time.sleep(600)\n",
+}
+
+
+@pytest.mark.parametrize("kind", SECOND)
+def test_every_end_is_recorded(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "test_it.py"
+    file.write_text(HEAD + SECOND[kind])
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    outcome = gpu_tests.run(str(file), 8 if kind == "hanging" else 60)
+    assert harness.passed(outcome) == (kind == "fine")
+    if kind == "fine":
+        assert outcome["passed"] == 2
+    elif kind == "wrong":
+        assert outcome["passed"] == 1 and outcome["failed"] == [f"{file}::test_second"] and outcome["ended"] == "done"
+    else:
+        assert outcome["ended"] == {"faulting": "killed by signal 11", "hanging": "stopped after 8 s"}[kind]
+        assert outcome["at"].endswith("::test_second")
+
+
+def test_every_file_and_every_kernel_is_covered() -> None:
+    marked = {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text()}
+    assert marked - {"tests/benchmarks/test_gpu_tests.py"} == set(gpu_tests.COVERS)
+    kernels = {p.name for p in (ROOT / "kernels").glob("*.py")} - {"__init__.py", "ahead.py"}
+    assert kernels | {"csrc"} == {name for names in gpu_tests.COVERS.values() for name in names}
+
+
+def test_what_did_not_pass_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    device = torch.device("cpu")
+    monkeypatch.setattr(harness.backends, "why_not", lambda *_: None)
+    reference = attention.BACKENDS["reference"]
+
+    def why() -> str | None:
+        return harness.why_not("triton", reference, "attention.py", device)
+
+    assert why() is None  # never tested
+    outcome = {"passed": 3, "failed": [], "ended": "done"}
+    source = harness.ops.source_hash("triton", "attention.py")
+    facts = {"covers": {"attention.py": ["tests/test_a.py"]}, "sources": {"attention.py": source}}
+    for changed, fine in (({}, True), ({"ended": "stopped after 9 s"}, False), ({"failed": ["x"]}, False)):
+        path = harness.save("gpu-tests", {}, device, files={"tests/test_a.py": outcome | changed}, **facts)
+        assert (why() is None) == fine
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"sources": {"attention.py": "another"}}))
+    assert why() is None  # it is another kernel by now

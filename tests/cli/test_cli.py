@@ -1,0 +1,611 @@
+"""The command line, with a pipeline that is not real: flags, exit codes, streams, interruption, progress."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastvid import errors
+from fastvid.cli import arguments, main, parser
+from fastvid.cli import flags as cli_flags
+from fastvid.cli.progress import Progress, Stopwatch, duration
+from fastvid.media.writer import read_recipe, read_video
+from fastvid.requests import inputs
+from fastvid.requests.request import VERBS, Request
+
+
+@dataclass(frozen=True)
+class Recipe:
+    num_inference_steps: int = 4
+    flow_shift: float = 3.0
+    guidance_scale: float = 5.0
+    fps: float = 16
+    num_frames: int = 5
+    height: int = 64
+    width: int = 64
+    negative_prompt: str = ""
+    solver: str = "unipc"
+    edit_strength: float | None = None
+    spatial_multiple: int = 16
+    temporal: int = 4
+
+
+@dataclass(frozen=True)
+class Started:
+    seed: int
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    total_steps: int
+    recipe: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    step: int
+    total: int
+    sigma: float = 0.5
+    seconds: float = 0.1
+
+
+@dataclass(frozen=True)
+class Frames:
+    start: int
+    frames: np.ndarray = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Finished:
+    seed: int
+    num_frames: int
+    fps: float
+    recipe: dict[str, Any]
+    seconds: dict[str, float]
+
+
+class FakePipe:
+    """Makes frames from the request; raises `failure` after the first ones."""
+
+    failure: BaseException | None = None
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[str, dict[str, Any]]] = []
+        self.closed = self.left = 0
+        self.streamed: list[Request] = []
+
+    def load(self, model: str, **kwargs: Any) -> FakePipe:
+        self.loaded.append((model, kwargs))
+        return self
+
+    def __enter__(self) -> FakePipe:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.left += 1
+
+    def stream(
+        self, prompt: str | None = None, *, verb: str = "generate", keep_latents: bool = True, **kwargs: Any
+    ) -> Iterator[Any]:
+        assert not keep_latents, "memory would grow with the video"
+        request = Request.make(verb, prompt=prompt, **kwargs)
+        self.streamed.append(request)
+        return self._events(inputs.read(request).resolve(Recipe()))
+
+    def _events(self, made: Any) -> Iterator[Any]:
+        try:
+            recipe = made.to_recipe(model=self.loaded[-1][0], version="0", dtype="float32")
+            steps = made.num_inference_steps
+            yield Started(made.seed, made.num_frames, made.height, made.width, made.fps, steps, recipe)
+            yield from (Step(i + 1, steps) for i in range(steps))
+            rng = np.random.default_rng(made.seed)
+            for i in range(made.num_frames):
+                yield Frames(i, rng.integers(0, 256, (1, made.height, made.width, 3), np.uint8))
+                if self.failure is not None:
+                    raise self.failure
+            yield Finished(made.seed, made.num_frames, made.fps, recipe, {"text": 0.1, "denoise": 0.2, "decode": 0.3})
+        finally:
+            self.closed += 1
+
+    def inspect(self, model: str, loras: Any = (), parts: Any = None) -> dict[str, Any]:
+        return {"model": model, "parts": {"vae": {"parameters": 3, "types": ["F32"]}}}
+
+
+@pytest.fixture(autouse=True)
+def pipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipe:
+    made = FakePipe()
+    fake = types.ModuleType("fastvid.api")
+    fake.load, fake.inspect = made.load, made.inspect  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastvid.api", fake)
+    monkeypatch.setattr("fastvid.api", fake, raising=False)
+    for name in [name for name in os.environ if name.startswith("FASTVID_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    status = main.main(list(words))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def failed(capsys: pytest.CaptureFixture[str], status: int, *words: str) -> str:
+    """The one line on standard error of a command that fails and leaves nothing."""
+    before = sorted(os.listdir())
+    found, out, err = run(capsys, *words)
+    assert (found, out, sorted(os.listdir())) == (status, "", before), err
+    assert err.startswith("fastvid: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_flags_reach_the_pipeline(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
+    said: list[dict[str, Any]] = []
+    stream = pipe.stream
+
+    def streamed(prompt: str | None = None, **options: Any) -> Iterator[Any]:
+        names = ("checkpoint", "checkpoint_every", "keep_checkpoint")
+        said.append({name: options.pop(name) for name in names if name in options})
+        return stream(prompt, **options)
+
+    pipe.stream = streamed  # type: ignore[method-assign]
+    words = ["--checkpoint", "job", "--checkpoint-every", "2.5", "--keep-checkpoint"]
+    assert run(capsys, "generate", "p", "-o", "out.npy", *words)[0] == 0
+    assert run(capsys, "generate", "p", "-o", "out.npy")[0] == 0
+    assert said == [{"checkpoint": "job", "checkpoint_every": 2.5, "keep_checkpoint": True}, {}]
+    Path("file").touch()
+    assert "--checkpoint: file is there already" in failed(
+        capsys, 2, "generate", "p", "-o", "o.npy", "--checkpoint", "file"
+    )
+
+
+def test_resume_loads_the_model_as_it_was(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
+    from fastvid.engine import resume_files
+
+    recipe = Request.make(prompt="p", seed=3).resolve(Recipe()).to_recipe(model="folder", version="0", dtype="float16")
+    Path("job").mkdir()
+    resume_files.put_json(Path("job"), "request.json", {"format": 1, "recipe": recipe})
+    asked = []
+
+    def resumed(path: str, **given: Any) -> Iterator[Any]:
+        asked.append((path, given))
+        return pipe._events(Request.make(prompt="p", seed=3).resolve(Recipe()))
+
+    pipe.resume = resumed  # type: ignore[attr-defined]
+    words = ("resume", "job", "-o", "out.npy", "--json", "--quiet", "--image", "moved.png", "--keep-checkpoint")
+    status, out, _ = run(capsys, *words)
+    assert status == 0 and json.loads(out)["seed"] == 3 and np.load("out.npy").shape == (5, 64, 64, 3)
+    assert asked == [("job", {"image": "moved.png", "keep_checkpoint": True, "keep_latents": False})]
+    assert pipe.loaded == [("folder", {"dtype": "float16", "backend": "auto", "attention": "auto"})]
+
+
+def test_resume_refuses_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
+    assert "none holds no checkpoint" in failed(capsys, 1, "resume", "none", "-o", "out.npy")
+    Path("job").mkdir()
+    Path("job/request.json").write_text("{")
+    assert "request.json is damaged" in failed(capsys, 1, "resume", "job", "-o", "out.npy")
+    assert "--output" in failed(capsys, 2, "resume", "job") and pipe.loaded == []
+
+
+# ---------------------------------------------------------------- generate
+
+
+def test_makes_a_video(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
+    status, out, err = run(capsys, "generate", "a red circle", "-o", "out.mp4", "--seed", "7")
+    assert (status, out) == (0, "") and os.listdir() == ["out.mp4"]
+    assert read_video("out.mp4")[0].shape == (5, 64, 64, 3) and read_recipe("out.mp4")["seed"] == 7
+    assert pipe.loaded == [("embedded", {"backend": "auto", "attention": "auto"})] and pipe.closed == 1
+    assert "5 frames of 64x64 at 16 fps, 4 steps, seed 7" in err and "out.mp4: 5 frames, 16 fps, 64x64, seed 7" in err
+
+
+def test_every_flag_reaches_the_request(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
+    flags = (
+        "--width 80 --height 72 --num-frames 3 --fps 24000/1001 --seed 5 --steps 2 --guidance-scale 1.5 --flow-shift 8"
+    )
+    flags += " --negative-prompt bad --solver euler --model folder --device cpu --dtype float16 --backend reference"
+    flags += " --vae-dtype bfloat16"
+    status, out, err = run(
+        capsys,
+        "generate",
+        "p",
+        "-o",
+        "out.npy",
+        *flags.split(),
+        "--attention",
+        "sdpa",
+        "--cuda-graphs",
+        "--gpus",
+        "2",
+        "--link",
+        "pcie",
+        "--json",
+        "--quiet",
+    )
+    made = json.loads(out)
+    expected = {"width": 80, "height": 72, "num_frames": 3, "fps": 24000 / 1001, "seed": 5, "num_inference_steps": 2}
+    expected |= {"guidance_scale": 1.5, "flow_shift": 8.0, "negative_prompt": "bad", "solver": "euler", "prompt": "p"}
+    assert status == 0 and err == "" and {name: made["recipe"][name] for name in expected} == expected
+    loaded = {"device": "cpu", "dtype": "float16", "backend": "reference", "attention": "sdpa", "cuda_graphs": True}
+    loaded |= {"parallel": "2", "vae_dtype": "bfloat16", "link": "pcie"}
+    assert pipe.loaded == [("folder", loaded)]
+
+
+def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "generate", "é", "-o", "out.mp4", "--json", "--size", "80x64")
+    made = json.loads(out)
+    assert out.count("\n") == 1 and err != ""
+    assert Path(made["output"]) == Path("out.mp4").resolve() and made["recipe"] == read_recipe("out.mp4")
+    assert (made["width"], made["height"], made["num_frames"], made["fps"]) == (80, 64, 5, 16.0)
+    assert list(made["seconds"]) == ["load", "text", "denoise", "decode", "write", "total"]
+    assert made["seed"] == made["recipe"]["seed"]
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "generate", "p", "-o", "out.mp4", "--quiet") == (0, "", "")
+
+
+@pytest.mark.parametrize("name", ["out.webm", "out.gif", "out.npy", "frames/", "frames"])
+def test_writes_every_kind(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert run(capsys, "generate", "p", "-o", name, "--seed", "3")[0] == 0
+    assert len(read_video(name)[0]) == 5 and read_recipe(name)["seed"] == 3
+
+
+def test_a_size_from_aspect_and_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "generate", "p", "-o", "out.npy", "--aspect", "9:16", "--budget", "240p", "--seconds", "0.25")
+    assert np.load("out.npy").shape == (4, 416, 240, 3)
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif", "out.npy", "frames/"])
+def test_a_recipe_makes_the_same_video(capsys: pytest.CaptureFixture[str], pipe: FakePipe, name: str) -> None:
+    run(capsys, "generate", 'a "quoted" é', "-o", name, "--model", "folder", "--steps", "3", "--size", "72x64")
+    assert run(capsys, "generate", "--recipe", name, "-o", "again.npy")[0] == 0
+    assert run(capsys, "generate", "--recipe", "again.npy", "-o", "third.npy")[0] == 0
+    assert Path("again.npy").read_bytes() == Path("third.npy").read_bytes()
+    assert read_recipe(name) == read_recipe("again.npy")
+    assert pipe.loaded[-1] == ("folder", {"dtype": "float32", "backend": "auto", "attention": "auto"})
+
+
+def test_flags_beside_a_recipe_change_it(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
+    run(capsys, "generate", "p", "-o", "out.mp4", "--num-frames", "3", "--seed", "1")
+    run(
+        capsys,
+        "generate",
+        "other",
+        "--recipe",
+        "out.mp4",
+        "-o",
+        "b.npy",
+        "--seconds",
+        "0.5",
+        "--model",
+        "m",
+        "--dtype",
+        "x",
+    )
+    recipe = read_recipe("b.npy")
+    assert (recipe["prompt"], recipe["num_frames"], recipe["seed"], recipe["model"]) == ("other", 8, 1, "m")
+    assert pipe.loaded[-1][1]["dtype"] == "x"
+
+
+def test_the_environment_gives_defaults(capsys: pytest.CaptureFixture[str], pipe: FakePipe, monkeypatch: Any) -> None:
+    monkeypatch.setenv("FASTVID_MODEL", "here")
+    monkeypatch.setenv("FASTVID_DTYPE", "bfloat16")
+    run(capsys, "generate", "p", "-o", "out.npy")
+    run(capsys, "generate", "p", "-o", "out.npy", "--model", "given", "--dtype", "float32")
+    assert [(model, kwargs["dtype"]) for model, kwargs in pipe.loaded] == [("here", "bfloat16"), ("given", "float32")]
+
+
+@pytest.mark.parametrize("data", [b"a blue\nsquare\n", "ünï\r\n".encode(), b""])
+def test_a_prompt_from_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: Any, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert run(capsys, "generate", "-", "-o", "out.npy")[0] == 0
+    assert read_recipe("out.npy")["prompt"] == data.decode().rstrip("\r\n")
+
+
+@pytest.mark.parametrize("data, match", [(b"\xff\xfe", "UTF-8"), (b"a" * 100_001, "100000"), ("é" * 300_000, "100000")])
+def test_a_bad_prompt_from_standard_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: Any, data: Any, match: str
+) -> None:
+    data = data.encode() if isinstance(data, str) else data
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert match in failed(capsys, 2, "generate", "-", "-o", "out.npy")
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(
+    "words, match",
+    [
+        ("", "no command"),
+        ("genrate p -o out.mp4", "nearest is generate"),
+        ("generate", "required: -o"),
+        ("generate -o out.mp4", "no prompt"),
+        ("generate a red circle -o out.mp4", "in quotes"),
+        ("generate p -o out.mp4 --stpes 3", "unknown flag --stpes; the nearest is --steps"),
+        ("generate p -o out.mp4 --step=3", "nearest is --steps"),
+        ("generate p -o out.mp4 --steps", "expected one argument"),
+        ("generate p -o out.mp4 --steps many", "'many' is not a number"),
+        ("generate p -o out.mp4 --steps 0", "--steps=0: allowed is a whole number from 1 to 1000; the nearest is 1"),
+        ("generate p -o out.mp4 --num-frames 2.5", "--num-frames=2.5"),
+        ("generate p -o out.mp4 --num-frames 1e99", "the nearest is 131072"),
+        ("generate p -o out.mp4 --num-frames " + "9" * 5000, "the nearest is 131072"),
+        ("generate p -o out.mp4 --guidance-scale nan", "--guidance-scale=nan"),
+        ("generate p -o out.mp4 --seed -1", "--seed=-1"),
+        ("generate p -o out.mp4 --fps 1/0", "not a number"),
+        ("generate p -o out.mp4 --width 5000", "the nearest is 2048"),
+        ("generate p -o out.mp4 --seconds 1 --num-frames 3", "--num-frames and --seconds are both given"),
+        ("generate p -o out.mp4 --sigmas 0.5,0.7", "--sigmas[1]=0.7"),
+        ("generate p -o out.mp4 --sigmas 0.5,x", "not a number"),
+        ("generate p -o out.mp4 --solver unpic", "nearest is unipc"),
+        ("generate p -o out.mp4 --recipe none.mp4 --seed x", "not a number"),
+        ("generate p -o out.mp5", "the nearest is out.mp4"),
+        ("generate p -o out.png --num-frames 5", "one frame"),
+        ("inspect", "required: model"),
+        ("doctor --jsn", "nearest is --json"),
+        ("--verson", "nearest is --version"),
+    ],
+)
+def test_bad_usage(capsys: pytest.CaptureFixture[str], pipe: FakePipe, words: str, match: str) -> None:
+    status, out, err = run(capsys, *words.split())
+    assert status == 2 and out == "" and match in err and "Traceback" not in err
+    assert words == "" or (err.startswith("fastvid: ") and err.count("\n") == 1)
+    assert pipe.loaded == [] and os.listdir() == [], "nothing was loaded or written"
+
+
+@pytest.mark.parametrize(
+    "words, match",
+    [
+        ("generate p -o none/out.mp4", "no folder"),
+        ("generate p -o /proc/out.mp4", "no file can be made"),
+        ("generate --recipe none.mp4 -o out.mp4", "none.mp4: No such file"),
+    ],
+)
+def test_files_that_cannot_be_used(capsys: pytest.CaptureFixture[str], pipe: FakePipe, words: str, match: str) -> None:
+    assert match in failed(capsys, 1, *words.split()) and pipe.loaded == []
+
+
+def test_a_file_without_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.json").write_text("{}")
+    assert "not a fastvid recipe" in failed(capsys, 2, "generate", "--recipe", "a.json", "-o", "out.mp4")
+    Path("b.json").write_text("not json")
+    assert "b.json" in failed(capsys, 1, "generate", "--recipe", "b.json", "-o", "out.mp4")
+
+
+@pytest.mark.parametrize(
+    "failure, status",
+    [
+        (errors.OutOfMemory("does not fit\nby 3 GiB"), 1),
+        (errors.CheckpointError("broken"), 1),
+        (errors.InvalidRequest("latents"), 2),
+        (errors.Cancelled("cancelled"), 130),
+        (KeyboardInterrupt(), 130),
+        (RuntimeError("bug"), 1),
+        (MemoryError(), 1),
+    ],
+)
+@pytest.mark.parametrize("name", ["out.mp4", "frames/"])
+def test_a_failure_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], pipe: FakePipe, failure: BaseException, status: int, name: str
+) -> None:
+    pipe.failure = failure
+    failed(capsys, status, "generate", "p", "-o", name, "--quiet")
+    assert pipe.closed == 1 and pipe.left == 1
+
+
+def test_a_failure_keeps_the_old_file(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
+    run(capsys, "generate", "p", "-o", "out.mp4")
+    before = Path("out.mp4").read_bytes()
+    pipe.failure = errors.Cancelled("cancelled")
+    failed(capsys, 130, "generate", "p", "-o", "out.mp4", "--quiet")
+    assert Path("out.mp4").read_bytes() == before
+
+
+def test_debug_shows_where(capsys: pytest.CaptureFixture[str], pipe: FakePipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe.failure = RuntimeError("bug")
+    assert "FASTVID_DEBUG" in failed(capsys, 1, "generate", "p", "-o", "out.mp4", "--quiet")
+    monkeypatch.setenv("FASTVID_DEBUG", "1")
+    status, _, err = run(capsys, "generate", "p", "-o", "out.mp4", "--quiet")
+    assert status == 1 and "Traceback" in err and "_events" in err
+
+
+def test_a_signal_is_an_interruption(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def load(model: str, **kwargs: Any) -> FakePipe:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        time.sleep(30)
+        return pipe
+
+    sys.modules["fastvid.api"].load = load  # type: ignore[attr-defined]
+    start = time.monotonic()
+    assert "interrupted" in failed(capsys, 130, "generate", "p", "-o", "out.mp4", "--quiet")
+    assert time.monotonic() - start < 20 and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_main_runs_in_any_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(main.main(["--version"])))
+    thread.start()
+    thread.join()
+    assert found == [0]
+
+
+def child(*words: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from fastvid.cli.main import main; s = main(sys.argv[1:]); "
+    code += "print('torch' in sys.modules, file=sys.stderr); sys.exit(s)"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "words", [["generate", "p", "-o", "none/out.mp4"], ["generate", "p", "-o", "o.mp4", "--fps", "0"], ["--help"]]
+)
+def test_torch_is_not_loaded_to_refuse(words: list[str]) -> None:
+    assert child(*words).stderr.endswith("False\n")
+
+
+def test_a_reader_that_goes_away() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastvid", "--version"], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+# ---------------------------------------------------------------- the other commands
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    import fastvid
+
+    assert run(capsys, "--version") == (0, f"fastvid {fastvid.__version__}\n", "")
+    for command in ("", *parser.COMMANDS):
+        status, out, err = run(capsys, *filter(None, [command]), "--help")
+        assert status == 0 and err == "" and "example" in out and "exit status" in out
+    for action in parser.build()["generate"]._actions:
+        assert action.help, action.option_strings
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_argument_of_a_request_has_a_flag(verb: str) -> None:
+    found = {action.dest for action in parser.build()[verb]._actions}
+    missing = set(VERBS[verb]) - set(cli_flags.ONLY_IN_PYTHON) - found
+    assert missing == ({"prompt"} if verb == "storyboard" else set()), "a storyboard's prompts are those of its shots"
+    assert set(arguments.LOAD_FLAGS) <= found and {"recipe", "output", "quiet", "json", "loras", "model"} - found == {
+        "loras"
+    }
+    others = {name for other in VERBS for name in VERBS[other]} - set(VERBS[verb])
+    assert not others & found, "flags of other verbs"
+
+
+def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "inspect", "embedded", "--json")
+    assert status == 0 and json.loads(out)["parts"]["vae"]["parameters"] == 3
+    status, out, _ = run(capsys, "inspect", "embedded")
+    assert status == 0 and [line.split() for line in out.splitlines()] == [
+        ["model", "embedded"],
+        ["parts"],
+        ["vae"],
+        ["parameters", "3"],
+        ["types", "F32"],
+    ]
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastvid.cli import doctor
+
+    monkeypatch.setattr(doctor, "doctor", lambda device: {"host": {"device": device}})
+    assert run(capsys, "doctor", "--json", "--device", "cpu") == (0, '{"host": {"device": "cpu"}}\n', "")
+    status, out, _ = run(capsys, "doctor")
+    assert status == 0 and "host" in out
+
+
+def test_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fastvid.cli import bench
+
+    fine, bad = tmp_path / "bench_fine.py", tmp_path / "bench_bad.py"
+    fine.write_text(
+        '"""What it measures.\n\nMore."""\nimport os, sys\nopen(os.environ["OUT"] + "/made", "w").write(sys.argv[1])\n'
+    )
+    bad.write_text("raise SystemExit(3)\n")
+    listed = [line.split()[0] for line in run(capsys, "bench")[1].splitlines()]
+    assert listed == sorted(bench.scripts()) and {"dit_cpu", "rgb"} <= {*listed}
+    monkeypatch.setattr(bench, "scripts", lambda: {"bad": bad, "fine": fine})
+    assert run(capsys, "bench") == (0, f"{'bad':<16} \n{'fine':<16} What it measures.\n", "")
+    status, _, error = run(capsys, "bench", "bad", "fine", "--out", str(tmp_path / "new"), "--", "--rounds")
+    assert status == 1 and "failed: bad (exit status 3)" in error
+    assert (tmp_path / "new" / "made").read_text() == "--rounds", "one that fails does not keep the next from running"
+    status, _, error = run(capsys, "bench", "fin")
+    assert status == 2 and "nearest is fine" in error
+
+
+# ---------------------------------------------------------------- progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def steps(progress: Progress, clock: Clock, total: int, pause: float) -> None:
+    progress.event(Started(1, 17, 64, 96, 23.976, total, {}))
+    for i in range(total):
+        clock.now += pause
+        progress.event(Step(i + 1, total))
+    progress.event(Frames(0, np.zeros((17, 1, 1, 3), np.uint8)))
+    progress.event(Finished(1, 17, 23.976, {}, {}))
+    progress.close()
+
+
+@pytest.mark.parametrize(
+    "total, pause, most", [(1000, 0.01, 12), (20, 0.1, 12), (3, 60.0, 5), (100, 60.0, 40), (1, 1, 3)]
+)
+def test_plain_lines_are_few(total: int, pause: float, most: int) -> None:
+    stream, clock = io.StringIO(), Clock()
+    steps(Progress(stream, clock=clock), clock, total, pause)
+    lines = stream.getvalue().splitlines()
+    assert 3 <= len(lines) <= most + 1 and "\r" not in stream.getvalue()
+    assert lines[0] == f"17 frames of 96x64 at 23.976 fps, {total} steps, seed 1"
+    assert lines[-2] == f"denoising: step {total} of {total}" and lines[-1] == "decoding: 17 of 17 frames"
+
+
+def test_plain_lines_tell_the_time_left() -> None:
+    stream, clock = io.StringIO(), Clock()
+    steps(Progress(stream, clock=clock), clock, 10, 30.0)
+    assert "denoising: step 1 of 10, 4:30 min left" in stream.getvalue()
+
+
+def test_a_terminal_has_a_bar() -> None:
+    stream, clock = Terminal(), Clock()
+    steps(Progress(stream), clock, 10, 0.0)
+    text = stream.getvalue()
+    assert "denoising" in text and "\r" in text and "left" in text
+
+
+def test_quiet_has_neither() -> None:
+    for stream in (Terminal(), io.StringIO()):
+        steps(Progress(stream, quiet=True), Clock(), 10, 1.0)
+        assert stream.getvalue() == ""
+
+
+def test_stopwatch() -> None:
+    clock = Clock()
+    watch = Stopwatch(clock)
+    for stage, now in (("a", 1.0), ("b", 3.0), ("a", 7.0)):
+        clock.now = now
+        watch.mark(stage)
+    assert watch.seconds == {"a": 5.0, "b": 2.0} and watch.total == 7.0
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (59.6, "1:00 min"), (185, "3:05 min"), (3723, "1:02:03 h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

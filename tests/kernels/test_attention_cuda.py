@@ -1,0 +1,352 @@
+"""csrc/'s attention: on the CPU, the kernel's own code over interpreted TMA, mbarriers and wgmma, against float64; its
+index maths one by one; on a GPU, the kernel. Results lie in the middle of NaN."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import random as chance
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_host import addresses, attention_host, library, lists_of, words
+from compiled_host import CXX
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention_kernels import (
+    HALVES,
+    assert_as_good_as,
+    assert_edges_untouched,
+    assert_log_as_good_as,
+    make,
+    numpy_attention,
+    on_gpu,
+    poisoned,
+)
+from test_sparse_attention import check, random_blocks
+from torch import Tensor
+
+from fastvid.errors import BackendUnavailable
+from fastvid.ops import attention, attention_cuda, sparse
+from fastvid.ops.dispatch import bind
+from fastvid.ops.sparse import Blocks
+
+pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler is found")
+LAYOUTS = ("token-major", "head-major", "one of three")
+LENGTHS = st.one_of(st.integers(1, 300), st.sampled_from((1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 384, 513)))
+TILE_SIZES = st.lists(st.integers(1, 200), min_size=1, max_size=4)
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None = None, scale: float | None = None, grid: int = 3
+) -> tuple[Tensor, Tensor]:
+    B, N, H, _ = q.shape
+    (buffer, out), (edges, lse) = poisoned(q.shape, q.dtype), poisoned((B, H, N), torch.float32)
+    attention_host(q, k, v, out, lse, blocks, scale, grid)
+    assert_edges_untouched(buffer)
+    assert_edges_untouched(edges)
+    return out, lse
+
+
+def check_dense(q: Tensor, k: Tensor, v: Tensor, made: tuple[Tensor, Tensor], scale: float | None = None) -> None:
+    true, total = numpy_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    eager, eager_lse = attention.reference_lse(q, k, v, softmax_scale=scale)
+    assert_as_good_as(made[0], eager, true)
+    assert_log_as_good_as(made[1], eager_lse, total)
+
+
+# The kernel, interpreted
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=LENGTHS,
+    m=LENGTHS,
+    heads=st.sampled_from(((1, 1), (2, 1), (1, 3), (2, 2))),
+    head_dim=st.sampled_from((64, 128)),
+    dtype=st.sampled_from(HALVES),
+    layout=st.sampled_from(LAYOUTS),
+    scale=st.sampled_from((None, 0.3)),
+    grid=st.sampled_from((1, 2, 3, 132)),
+)
+def test_dense(
+    n: int,
+    m: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    layout: str,
+    scale: float | None,
+    grid: int,
+) -> None:
+    B, H = heads
+    seed = chance.randrange(2**31)
+    q, k, v = (make((B, size, H, head_dim), dtype, seed + i, layout) for i, size in enumerate((n, m, m)))
+    check_dense(q, k, v, run(q, k, v, scale=scale, grid=grid), scale)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.tuples(TILE_SIZES, TILE_SIZES),
+    heads=st.sampled_from(((1, 1, 1), (1, 2, 1), (1, 2, 2), (2, 1, 1), (2, 1, 2), (2, 2, 4))),
+    density=st.sampled_from((0.0, 0.4, 0.8, 1.0)),
+    head_dim=st.sampled_from((64, 128)),
+    dtype=st.sampled_from(HALVES),
+    layout=st.sampled_from(LAYOUTS),
+    grid=st.sampled_from((1, 4, 132)),
+)
+def test_sparse(
+    sizes: tuple[list[int], list[int]],
+    heads: tuple[int, int, int],
+    density: float,
+    head_dim: int,
+    dtype: torch.dtype,
+    layout: str,
+    grid: int,
+) -> None:
+    pytest.importorskip("triton")
+    B, H, lists = heads
+    seed = chance.randrange(2**31)
+    blocks = random_blocks(sizes, lists, density, seed)
+    q, k, v = (make((B, sum(sizes[i > 0]), H, head_dim), dtype, seed + i, layout) for i in range(3))
+    check(q, k, v, blocks, run(q, k, v, blocks, grid=grid), None)
+
+
+def test_patterns_of_a_video() -> None:
+    pytest.importorskip("triton")
+    grid, tile = (3, 6, 11), (2, 4, 4)
+    tiles = sparse.tile_offsets(grid, tile)
+    q, k, v = (make((1, math.prod(grid), 2, 64), torch.bfloat16, chance.randrange(99)) for _ in range(3))
+    for blocks in (
+        sparse.full(grid, tile),
+        sparse.window(grid, tile, (1, 2, 1)),
+        sparse.radial(grid, tile),
+        sparse.causal(grid, (1, 4, 4), 1, 1, 1),
+        sparse.top_k(q, k, tiles, math.prod(tile), 3),
+    ):
+        check(q, k, v, blocks, run(q, k, v, blocks), None)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rings_go_round_many_times(head_dim: int) -> None:
+    """Long keys, several works a block: each stage is filled again and again, in works of different lengths."""
+    pytest.importorskip("triton")
+    q, k, v = (make((2, n, 2, head_dim), torch.float16, i) for i, n in enumerate((400, 2000, 2000)))
+    check_dense(q, k, v, run(q, k, v, grid=2))
+    blocks = random_blocks(([130, 20, 250], [300, 7, 128, 565, 1000]), 4, 0.6, chance.randrange(99))
+    check(q, k, v, blocks, run(q, k, v, blocks, grid=2), None)
+
+
+def test_scores_far_apart() -> None:
+    """A row whose highest score comes last, one whose first is far above all, and scores that are all alike."""
+    q, k, v = (torch.zeros(1, n, 1, 64, dtype=torch.float16) for n in (130, 400, 400))
+    q[0, 0, 0, 0], q[0, 1, 0, 0], k[0, :, 0, 0] = 8, -8, torch.linspace(-60, 60, 400)
+    q[0, 2:, 0, 1:] = torch.randn(128, 63)
+    k[0, :, 0, 1:] = torch.randn(400, 63) * 10
+    v.normal_()
+    check_dense(q, k, v, run(q, k, v), None)
+
+
+def test_nan_stays_in_its_row() -> None:
+    q, k, v = (make((1, 200, 2, 64), torch.bfloat16, i) for i in range(3))
+    q[0, 17, 1] = float("nan")
+    out, lse = run(q, k, v)
+    bad = torch.zeros(1, 200, 2, dtype=torch.bool)
+    bad[0, 17, 1] = True
+    assert torch.equal(out.isnan().all(-1), bad) and torch.equal(out.isnan().any(-1), bad)
+    assert torch.equal(lse.isnan(), bad.transpose(1, 2))
+
+
+# Its index maths
+
+
+def works(q: Tensor, k: Tensor, blocks: Blocks | None) -> list[tuple[int, int, range, list[int]]]:
+    """(batch, head, queries, keys in the order in which they are walked over) of every work of a launch."""
+    call, walked = attention_cuda.prepare(q, k, k, lists_of(blocks))
+    lib, room, made = library(), 4 + 2 * 400, []
+    told, at = words(call), addresses(walked)
+    to = (ctypes.c_int * room)()
+    for number in range(lib.attention_works(told, at)):
+        steps = lib.attention_work(told, at, ctypes.c_int64(number), to, room)
+        assert 4 + 2 * steps <= room
+        pairs = [(to[4 + 2 * i], to[5 + 2 * i]) for i in range(steps)]
+        assert all(1 <= count <= attention_cuda.KEYS for _, count in pairs)
+        keys = [key for first, count in pairs for key in range(first, first + count)]
+        made.append((to[0], to[1], range(to[2], max(to[3], to[2])), keys))
+    return made
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.tuples(TILE_SIZES, TILE_SIZES),
+    heads=st.sampled_from(((1, 1, 1), (2, 3, 1), (2, 3, 3), (2, 3, 6))),
+    density=st.sampled_from((0.0, 0.5, 1.0)),
+)
+def test_works_are_the_token_mask(
+    sizes: tuple[list[int], list[int]], heads: tuple[int, int, int], density: float
+) -> None:
+    """Every query of every head once, and with it exactly the keys that its list has, each once."""
+    pytest.importorskip("triton")
+    B, H, lists = heads
+    blocks = random_blocks(sizes, lists, density, chance.randrange(2**31))
+    q, k = (torch.empty(B, sum(size), H, 64, dtype=torch.float16) for size in sizes)
+    mask = sparse.token_mask(blocks)
+    seen = torch.zeros(B, H, q.shape[1], dtype=torch.int)
+    for b, h, queries, keys in works(q, k, blocks):
+        assert len(queries) <= 128
+        for query in queries:
+            seen[b, h, query] += 1
+            row = mask[(b * H + h) % blocks.lists, query]
+            assert sorted(keys) == row.nonzero()[:, 0].tolist()
+    assert (seen == 1).all()
+
+
+@given(n=st.integers(1, 700), m=st.integers(1, 700), B=st.integers(1, 2), H=st.integers(1, 3))
+def test_dense_works_are_everything_once(n: int, m: int, B: int, H: int) -> None:
+    q, k = (torch.empty(B, size, H, 64, dtype=torch.float16) for size in (n, m))
+    made = works(q, k, None)
+    assert all(keys == list(range(m)) for *_, keys in made)
+    assert sorted((b, h, query) for b, h, queries, _ in made for query in queries) == list(
+        itertools.product(range(B), range(H), range(n))
+    )
+
+
+def test_swizzle_and_descriptors() -> None:
+    """The 128-byte swizzle: a sixteen of bytes goes to the place that is its number XOR its row's, modulo 8."""
+    lib, base = library(), 1024 * chance.randint(0, 200)
+    for row, chunk, byte in itertools.product(range(8), range(8), range(16)):
+        assert lib.sm90_swizzled(base + row * 128 + chunk * 16 + byte) == base + row * 128 + (chunk ^ row) * 16 + byte
+    address, panel = 16 * chance.randint(0, 2**14 - 1), 16 * chance.randint(1, 2**14 - 1)
+    along, across = lib.sm90_descriptor(address), lib.sm90_transposed(address, panel)
+    for told in (along, across):
+        assert (told & 0x3FFF) * 16 == address and (told >> 32 & 0x3FFF) * 16 == 1024
+        assert told >> 62 == 1 and told >> 46 & 0xFFFF == 0  # base offset 0, no bits that are not used
+    assert (across >> 16 & 0x3FFF) * 16 == panel
+
+
+def test_registers_hold_a_tile() -> None:
+    """Of the 64 x 128 scores each in one register of one thread, by the PTX manual's table for m64nNk16."""
+    lib, to, places = library(), (ctypes.c_int * 2)(), set()
+    for thread, value in itertools.product(range(128), range(64)):
+        lib.sm90_place(thread, value, to)
+        warp, lane = divmod(thread, 32)
+        assert to[0] == 16 * warp + lane // 4 + 8 * (value // 2 % 2)
+        assert to[1] == 8 * (value // 4) + 2 * (lane % 4) + value % 2
+        places.add(tuple(to))
+    assert len(places) == 64 * 128
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_shared_memory(head_dim: int) -> None:
+    lib = library()
+    stages, tile = lib.attention_stages(head_dim, 2), 128 * head_dim * 2
+    assert stages >= 2 and lib.attention_barriers_at(head_dim, 2) == (1 + 2 * stages) * tile
+    assert lib.attention_barriers_at(head_dim, 2) + 8 * 6 * stages <= lib.attention_smem(head_dim, 2) <= 227 * 1024
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "layout", "message"),
+    [
+        (96, None, r"head_dim is 96; .*\(nearest: 64\)"),
+        (256, None, r"nearest: 128"),
+        (64, "expanded", "positive multiples of 8"),
+        (64, "padded", "positive multiples of 8"),
+        (64, "shifted", "16 bytes"),
+        (64, "scale", "softmax_scale is -1"),
+    ],
+)
+def test_what_is_refused(head_dim: int, layout: str | None, message: str) -> None:
+    q = k = make((2, 20, 3, head_dim), torch.float16)
+    if layout == "expanded":
+        k = k[:1].expand(2, -1, -1, -1)
+    elif layout == "padded":
+        k = torch.nn.functional.pad(k, (0, 4))[..., :head_dim]
+    elif layout == "shifted":
+        k = torch.nn.functional.pad(k, (1, 7))[..., 1 : head_dim + 1]
+    with pytest.raises(ValueError, match=message):
+        attention_host(q, k, q, torch.empty_like(q), None, scale=-1.0 if layout == "scale" else None)
+
+
+def test_a_dimension_of_one_may_have_any_stride() -> None:
+    q, k, v = (make((1, 70, 1, 64), torch.float16, i) for i in range(3))
+    odd = [x.as_strided(x.shape, (0, 64, 3, 1)) for x in (q, k, v)]
+    check_dense(q, k, v, run(*odd))
+
+
+@pytest.mark.parametrize("name", attention_cuda.FUNCTIONS)
+def test_wrong_tensors_are_refused(name: str) -> None:
+    function, more = attention_cuda.FUNCTIONS[name], ()
+    if name.startswith("sparse"):
+        more = (random_blocks(([4], [4]), 1, 1.0, 0),)
+    q = make((1, 4, 2, 64), torch.float16)
+    with pytest.raises(ValueError, match="one CUDA device"):
+        function(q, q, q, *more)
+    with pytest.raises(ValueError, match="nearest: bfloat16"):
+        function(q.float(), q.float(), q.float(), *more)
+    with pytest.raises(ValueError, match="there are no keys"):
+        function(q, q[:, :0], q[:, :0], *more)
+
+
+def test_asked_for_by_name_it_works_or_says_why_not() -> None:
+    with pytest.raises(BackendUnavailable, match=r"CUDA device|not built"):
+        bind(attention="cuda")
+    assert bind().bound["attention"] == "sdpa"  # never chosen by itself
+
+
+@pytest.mark.parametrize("name", attention_cuda.FUNCTIONS)
+def test_fakes_have_the_shapes_of_the_reference(name: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    blocks = random_blocks(([5, 2], [3, 6]), 1, 1.0, 0)
+    with FakeTensorMode() as mode:
+        q, k = (mode.from_tensor(make((2, n, 3, 64), torch.bfloat16)) for n in (7, 9))
+        more = () if not name.startswith("sparse") else (replace(blocks, **fakes(mode, blocks)),)
+        made = attention_cuda.FUNCTIONS[name](q, k, k, *more)
+    out, *lse = (made,) if isinstance(made, torch.Tensor) else made
+    assert out.shape == q.shape and out.dtype == torch.bfloat16 and out.is_contiguous()
+    assert [(x.shape, x.dtype) for x in lse] == ([((2, 3, 7), torch.float32)] if "lse" in name else [])
+
+
+def fakes(mode: object, blocks: Blocks) -> dict[str, Tensor]:
+    return {name: mode.from_tensor(getattr(blocks, name)) for name in ("query_tiles", "key_tiles", "rows", "indices")}
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (127, 129), (1000, 512), (2049, 4111), (256, 128)])
+def test_on_a_gpu(n: int, m: int, layout: str, head_dim: int, dtype: torch.dtype) -> None:
+    q, k, v = (on_gpu(make((2, size, 3, head_dim), dtype, chance.randrange(2**31), layout)) for size in (n, m, m))
+    check_dense(q, k, v, attention_cuda.cuda_lse(q, k, v))
+    assert torch.equal(attention_cuda.cuda(q, k, v), attention_cuda.cuda_lse(q, k, v)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("lists", [1, 3, 6])
+def test_sparse_on_a_gpu(lists: int, head_dim: int, dtype: torch.dtype) -> None:
+    for density in (0.0, 0.3, 1.0):
+        sizes = tuple([chance.randint(1, 400) for _ in range(7)] for _ in range(2))
+        blocks = random_blocks(sizes, lists, density, chance.randrange(2**31)).to("cuda")
+        q, k, v = (make((2, sum(sizes[i > 0]), 3, head_dim), dtype, i).cuda() for i in range(3))
+        check(q, k, v, blocks, attention_cuda.cuda_sparse_lse(q, k, v, blocks), None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_thousand_runs_give_the_same_bits(head_dim: int) -> None:
+    q, k, v = (make((1, n, 4, head_dim), torch.bfloat16, i).cuda() for i, n in enumerate((3000, 2500, 2500)))
+    first, lse = attention_cuda.cuda_lse(q, k, v)
+    for _ in range(1000):
+        again = attention_cuda.cuda_lse(q, k, v)
+        assert torch.equal(first, again[0]) and torch.equal(lse, again[1])

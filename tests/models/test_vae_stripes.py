@@ -1,0 +1,189 @@
+"""Both VAEs in stripes of rows against the whole frame: any sizes, chunks, stripes; what a layer waits for; memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import test_wan_vae as vae21
+import test_wan_vae22 as vae22
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_wan_vae import error
+from torch import Tensor
+
+from fastvid.errors import InvalidRequest, OutOfMemory
+from fastvid.models.common.vae_stream import Cache, Stream
+from fastvid.models.registry import WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
+from fastvid.planning.vae_memory import cache_bytes, choose_stripes, decode_bytes
+
+NETWORKS = {
+    "2.1": (vae21, vae21.SMALL),
+    "2.2": (vae22, vae22.SMALL),
+    "other": (vae22, vae22.OTHER),
+    "wide": (vae21, vae21.WIDE),
+}
+EXACT = ["2.1", "2.2", "other"]
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, WanVAE]:
+    """In fp64, but for the one that is wide enough for the Winograd form, which is for fp32."""
+    made = {name: module.ours(module.diffusers_vae(config)) for name, (module, config) in NETWORKS.items()}
+    return {name: vae if name == "wide" else vae.double() for name, vae in made.items()}
+
+
+def draw(vae: WanVAE, verb: str, t: int, h: int, w: int) -> Tensor:
+    """Latents or frames for t latent frames."""
+    g, dtype = torch.Generator().manual_seed(t * 100 + h * 10 + w), vae.quant_conv.weight.dtype
+    if verb == "decode":
+        return torch.randn(1, 4, t, h, w, generator=g, dtype=dtype)
+    space, time = vae.config.spatial_scale, vae.config.temporal_scale
+    return torch.rand(1, 3, time * (t - 1) + 1, space * h, space * w, generator=g, dtype=dtype) * 2 - 1
+
+
+def parts(vae: WanVAE, verb: str, lengths: list[int]) -> list[int]:
+    if verb == "decode":
+        return lengths
+    time = vae.config.temporal_scale
+    return [time * (lengths[0] - 1) + 1, *(time * n for n in lengths[1:])]
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("verb", ["decode", "encode"])
+@given(st.data())
+@settings(max_examples=10, deadline=None)
+def test_stripes_are_the_whole_frame(networks: dict[str, WanVAE], name: str, verb: str, data: st.DataObject) -> None:
+    vae = networks[name]
+    step: Callable[..., tuple[Tensor, Cache]] = getattr(vae, verb)
+    h, w = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 3))
+    lengths = data.draw(st.lists(st.integers(1, 2), min_size=1, max_size=3))
+    x = draw(vae, verb, sum(lengths), h, w)
+    want, want_cache = step(x)
+    cache, out = None, []
+    for part in x.split(parts(vae, verb, lengths), dim=2):
+        options = {"stripes": data.draw(st.integers(1, h)), "reuse_cache": data.draw(st.booleans())}
+        done, cache = step(part, cache, **options)
+        out.append(done)
+    assert error(torch.cat(out, dim=2), want) < 1e-12
+    assert all((a - b).abs().max() < 1e-10 for a, b in zip(cache, want_cache, strict=True))
+
+
+@pytest.mark.parametrize("stripes", [2, 3, 9])
+@pytest.mark.parametrize("verb", ["decode", "encode"])
+def test_with_winograd(networks: dict[str, WanVAE], verb: str, stripes: int) -> None:
+    x = draw(networks["wide"], verb, 3, 9, 7)
+    step = getattr(networks["wide"], verb)
+    assert error(step(x, stripes=stripes)[0], step(x)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("verb", ["decode", "encode"])
+def test_no_more_rows_are_taken_than_are_seen(networks: dict[str, WanVAE], verb: str, name: str) -> None:
+    """Of the input, the first stripe takes what its result depends on by the gradient, and what pairs add."""
+    vae, config = networks[name], networks[name].config
+    layers, channels, height = vae.decoder._up, config.decoder_base_dim * config.dim_mult[-1], 24
+    if verb == "encode":
+        layers, channels, height = vae.encoder._down, config.frame_channels, 24 * 8
+    x = torch.randn(1, channels, 1, height, 8, dtype=torch.float64, requires_grad=True)
+    took = []
+
+    def watch(rows: Tensor, stream: Stream) -> Tensor:
+        took.append(rows.shape[3])
+        return layers(rows, stream)
+
+    Stream(None).in_stripes(watch, x.detach(), 8)
+    out = Stream(None).in_stripes(layers, x, 1)
+    (slope,) = torch.autograd.grad(out[:, :, :, : out.shape[3] // 8].abs().sum(), x)
+    seen = int(slope.abs().amax((0, 1, 2, 4)).nonzero().max()) + 1
+    assert seen < height and sum(took) == height
+    # Pairs of rows at each of three sizes; 2.2's encoder also needs pairs for its shortcuts.
+    spare = 3 if verb == "decode" else 0 if name == "2.1" else 7
+    assert seen <= took[1] <= seen + spare
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("verb", ["decode", "encode"])
+def test_a_row_less_in_any_layer_would_be_seen(
+    networks: dict[str, WanVAE], verb: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae, real, layers = networks[name], Stream.window, set()
+    x = draw(vae, verb, 1, 24, 1)
+
+    def short(stream: Stream, x: Tensor, above: int = 0, below: int = 0, **options: Any) -> Any:
+        if stream._planning and below:
+            layers.add(stream._place)
+        return real(stream, x, above, 0 if stream._place == at else below, **options)
+
+    monkeypatch.setattr(Stream, "window", short)
+    at = -1
+    want = getattr(vae, verb)(x, stripes=4)[0]
+    assert len(layers) > 8
+    for at in sorted(layers)[:: 2 if name == "2.1" else 3]:
+        assert error(getattr(vae, verb)(x, stripes=4)[0], want) > 1e-9, at
+
+
+@pytest.mark.parametrize("stripes", [2, 5])
+def test_neither_input_nor_cache_is_written_to(networks: dict[str, WanVAE], stripes: int) -> None:
+    for name in ("2.2", "wide"):
+        vae = networks[name]
+        x = draw(vae, "decode", 2, 6, 7).contiguous(memory_format=torch.channels_last_3d)
+        before = x.clone()
+        _, cache = vae.decode(x[:, :, :1], stripes=stripes)
+        kept = [t.clone() for t in cache]
+        again = [vae.decode(x[:, :, 1:], cache, stripes=stripes)[0] for _ in range(2)]
+        assert torch.equal(*again) and torch.equal(x, before)
+        assert all(torch.equal(a, b) for a, b in zip(cache, kept, strict=True))
+
+
+def test_a_reused_cache_is_the_same_memory(networks: dict[str, WanVAE]) -> None:
+    vae = networks["2.1"]
+    x = draw(vae, "decode", 2, 4, 2)
+    for stripes in (1, 3):
+        _, cache = vae.decode(x[:, :, :1])
+        _, new = vae.decode(x[:, :, 1:], cache, stripes=stripes, reuse_cache=True)
+        assert [t.data_ptr() for t in new] == [t.data_ptr() for t in cache]
+
+
+@pytest.mark.parametrize("stripes", [0, 5, -1, 2.0])
+def test_numbers_of_stripes_that_cannot_be_are_refused(networks: dict[str, WanVAE], stripes: Any) -> None:
+    for verb in ("decode", "encode"):
+        with pytest.raises(InvalidRequest, match="stripes is .* 1 to 4"):
+            getattr(networks["2.1"], verb)(draw(networks["2.1"], verb, 1, 4, 1), stripes=stripes)
+
+
+@pytest.mark.parametrize(
+    ("network", "config"),
+    [
+        (WanVAE, WanVAEConfig(base_dim=8)),
+        (WanVAE, WanVAEConfig(base_dim=8, num_res_blocks=1, temperal_downsample=(True, False, True))),
+        (WanVAE22, WanVAE22Config(base_dim=8, decoder_base_dim=16)),
+    ],
+)
+def test_cache_bytes_are_those_of_a_cache(network: type[WanVAE], config: Any) -> None:
+    vae, scale = network(config).eval().requires_grad_(False), config.spatial_scale
+    _, cache = vae.decode(torch.randn(1, config.z_dim, 1, 3, 2))
+    assert sum(t.nbytes for t in cache) == cache_bytes(config, 3 * scale, 2 * scale)
+
+
+@given(st.integers(1, 12), st.integers(0, 40 * 10**9))
+def test_the_fewest_stripes_that_fit_are_chosen(rows: int, free: int) -> None:
+    config, height = WanVAEConfig(), 8 * rows
+    needs = [decode_bytes(config, height, 1920, 1, n) for n in range(1, rows + 1)]
+    if min(needs) > free:
+        with pytest.raises(OutOfMemory, match=f"decoding 1920x{height} takes .* are free; the cache alone"):
+            choose_stripes(config, height, 1920, free)
+    else:
+        n = choose_stripes(config, height, 1920, free)
+        assert needs[n - 1] <= free and all(need > free for need in needs[: n - 1])
+
+
+@pytest.mark.parametrize(("stripes", "alive"), [(1, 401.77), (2, 450.97), (4, 350.35)])
+def test_decode_bytes_are_near_what_was_measured(stripes: int, alive: float) -> None:
+    """MiB beside the cache that torch had allocated at most, base_dim 96, 240x416, one latent frame in mid-stream; see
+    benchmarks/bench_vae_stripes.py."""
+    config = WanVAEConfig()
+    activations = decode_bytes(config, 240, 416, 1, stripes) - cache_bytes(config, 240, 416)
+    assert abs(activations / (alive * 2**20) - 1) < 0.25

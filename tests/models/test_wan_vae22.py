@@ -1,0 +1,462 @@
+"""The Wan 2.2 VAE against diffusers' on random weights; chunks against whole clips; shortcuts; the way through a model
+folder, from the choice of the network to frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AvgDown3D, DupUp3D, WanUpsample
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify as their_patchify
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_pipeline import diffusers_frames
+from test_wan_vae import error, in_chunks, nbytes, their_decoding, their_encoding
+from torch import Tensor, nn
+
+import fastvid
+from fastvid.errors import CheckpointError
+from fastvid.models.registry import KINDS, WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
+from fastvid.models.wan import vae22
+from fastvid.models.wan.vae22 import add_spread, average_down, patchify, unpatchify
+from fastvid.ops import reference, winograd
+from fastvid.ops import vae as ops
+from fastvid.planning import plan, vae_memory
+from fastvid.requests.timeline import Segment
+
+SMALL: dict[str, Any] = {
+    "base_dim": 8,
+    "decoder_base_dim": 16,
+    "z_dim": 4,
+    "num_res_blocks": 1,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.3, -0.2, 0.1, 0.0],
+    "latents_std": [0.5, 1.5, 2.0, 1.0],
+}
+# Wide enough for the Winograd form of the convolutions.
+WIDE: dict[str, Any] = {**SMALL, "base_dim": 64, "decoder_base_dim": 64, "dim_mult": [1, 1, 1, 1]}
+# No patches, one width for both, other stages: groups of 8 and 1 on the way down, 4 channels to one on the way up.
+OTHER: dict[str, Any] = {
+    **SMALL,
+    "decoder_base_dim": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "patch_size": None,
+    "dim_mult": [1, 1, 4, 4],
+    "temperal_downsample": [True, False, False],
+}
+PUBLISHED: dict[str, Any] = {
+    "_class_name": "AutoencoderKLWan",
+    "attn_scales": [],
+    "base_dim": 160,
+    "clip_output": False,
+    "decoder_base_dim": 256,
+    "dim_mult": [1, 2, 4, 4],
+    "dropout": 0.0,
+    "in_channels": 12,
+    "is_residual": True,
+    "latents_mean": list(vae22.MEAN),
+    "latents_std": list(vae22.STD),
+    "num_res_blocks": 2,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "scale_factor_temporal": 4,
+    "temperal_downsample": [False, True, True],
+    "z_dim": 48,
+}
+SIZES = [(1, 1, 1), (1, 5, 3), (2, 3, 5), (3, 1, 4), (4, 3, 2)]  # latent frames, height, width
+
+
+def diffusers_vae(config: dict[str, Any]) -> AutoencoderKLWan:
+    """diffusers' network with every weight drawn, also those that start as ones or zeros; few frames are clamped."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**config).eval().requires_grad_(False)
+    for parameter in vae.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    vae.decoder.conv_out.weight.mul_(0.3)
+    return vae
+
+
+def ours(theirs: AutoencoderKLWan) -> WanVAE22:
+    vae = WanVAE22(WanVAE22Config.from_dict(dict(theirs.config)))
+    vae.load_state_dict(theirs.state_dict())
+    return vae.eval().requires_grad_(False)
+
+
+def draw_frames(t: int, h: int, w: int, batch: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(t * 100 + h * 10 + w)
+    return torch.rand(batch, 3, 4 * t - 3, 16 * h, 16 * w, generator=generator) * 2 - 1
+
+
+def draw_latents(t: int, h: int, w: int, batch: int = 1) -> Tensor:
+    return torch.randn(batch, 4, t, h, w, generator=torch.Generator().manual_seed(t * 100 + h * 10 + w))
+
+
+@pytest.fixture(scope="module")
+def theirs() -> AutoencoderKLWan:
+    return diffusers_vae(SMALL)
+
+
+@pytest.fixture(scope="module")
+def vae(theirs: AutoencoderKLWan) -> WanVAE22:
+    return ours(theirs)
+
+
+@pytest.fixture(scope="module")
+def wide() -> tuple[AutoencoderKLWan, WanVAE22]:
+    theirs = diffusers_vae(WIDE)
+    return theirs, ours(theirs)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_decode_equals_diffusers(theirs: AutoencoderKLWan, vae: WanVAE22, size: tuple[int, int, int]) -> None:
+    latents = draw_latents(*size, batch=2)
+    want = their_decoding(theirs, latents)
+    assert (want.abs() == 1).float().mean() < 0.2
+    assert error(vae.decode(latents)[0], want) < 1e-5
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_encode_equals_diffusers(theirs: AutoencoderKLWan, vae: WanVAE22, size: tuple[int, int, int]) -> None:
+    frames = draw_frames(*size, batch=2)
+    assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) < 1e-5
+
+
+def test_other_stages_equal_diffusers() -> None:
+    theirs = diffusers_vae(OTHER)
+    vae = ours(theirs)
+    assert (vae.config.spatial_scale, vae.config.temporal_scale) == (8, 2)
+    latents, frames = draw_latents(5, 3, 2), draw_frames(3, 3, 1)
+    assert error(vae.decode(latents)[0], their_decoding(theirs, latents)) < 1e-5
+    assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) < 1e-5
+
+
+def test_winograd_equals_diffusers(wide: tuple[AutoencoderKLWan, WanVAE22], monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, vae = wide
+    used, real = [], winograd.norm_silu_conv3d
+    monkeypatch.setattr(winograd, "norm_silu_conv3d", lambda *args: (used.append(1), real(*args))[1])
+    latents, frames = draw_latents(3, 7, 6), draw_frames(3, 5, 6)
+    assert error(vae.decode(latents)[0], their_decoding(theirs, latents)) < 1e-5
+    assert used, "no layer was big enough: this test would show nothing"
+    used.clear()
+    assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) < 1e-5
+    assert used
+
+
+def test_in_fp64_only_the_order_of_sums_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # diffusers rounds to fp32 where it upsamples.
+    monkeypatch.setattr(WanUpsample, "forward", nn.Upsample.forward)
+    theirs = diffusers_vae(SMALL).double()
+    vae = ours(theirs).double()
+    latents, frames = draw_latents(3, 2, 3).double(), draw_frames(3, 2, 3).double()
+    assert error(vae.decode(latents)[0], their_decoding(theirs, latents)) < 1e-13
+    assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) < 1e-13
+
+
+def test_bf16_is_as_near_to_fp32_as_diffusers_is(vae: WanVAE22) -> None:
+    low = diffusers_vae(SMALL).bfloat16()
+    vae_low = ours(low).bfloat16()
+    latents, frames = draw_latents(3, 3, 5), draw_frames(3, 3, 5)
+    exact = vae.decode(latents)[0]
+    theirs_off = error(their_decoding(low, latents.bfloat16()), exact)
+    assert error(vae_low.decode(latents.bfloat16())[0], exact) < 2 * theirs_off < 0.2
+    exact = vae.encode(frames)[0]
+    theirs_off = error(their_encoding(low, frames.bfloat16()), exact)
+    assert error(vae_low.encode(frames.bfloat16())[0], exact) < 2 * theirs_off < 0.2
+
+
+def shuffled(shuffle: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+    """PyTorch's own order of the pixels of a patch: rows before columns."""
+    return lambda x, size: shuffle(x.transpose(1, 2), size).transpose(1, 2)
+
+
+def average_with_zeros_behind(x: Tensor, channels: int, factor_t: int, factor_s: int) -> Tensor:
+    return average_down(F.pad(x, (0, 0, 0, 0, 0, -x.shape[2] % factor_t)), channels, factor_t, factor_s)
+
+
+def spread_every_first_channel(out: Tensor, x: Tensor, factor_t: int, first: bool) -> Tensor:
+    groups = x.shape[1] // out.shape[1]
+    return add_spread(out, x[:, ::groups].repeat_interleave(groups, 1), factor_t, first)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("patchify", shuffled(F.pixel_unshuffle)),
+        ("unpatchify", shuffled(F.pixel_shuffle)),
+        ("average_down", average_with_zeros_behind),
+        ("add_spread", spread_every_first_channel),
+    ],
+)
+def test_a_mistake_beside_the_weights_would_be_seen(
+    theirs: AutoencoderKLWan, vae: WanVAE22, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vae22, name, wrong)
+    if name in ("patchify", "average_down"):
+        frames = draw_frames(2, 2, 3)
+        assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) > 1e-2
+    else:
+        latents = draw_latents(2, 2, 3)
+        assert error(vae.decode(latents)[0], their_decoding(theirs, latents)) > 1e-2
+
+
+def test_a_small_mistake_in_a_weight_would_be_seen(theirs: AutoencoderKLWan) -> None:
+    latents, frames = draw_latents(3, 2, 3), draw_frames(2, 2, 3)
+    wrong = ours(theirs)
+    wrong.decoder.up_blocks[0].upsampler.time_conv.bias[0] += 0.05
+    assert error(wrong.decode(latents)[0], their_decoding(theirs, latents)) > 1e-5
+    wrong.encoder.down_blocks[1].downsampler.time_conv.bias[0] += 0.05
+    assert error(wrong.encode(frames)[0], their_encoding(theirs, frames)) > 1e-5
+
+
+lengths_of_chunks = st.lists(st.integers(1, 3), min_size=1, max_size=4)
+
+
+@given(lengths_of_chunks)
+@settings(max_examples=8, deadline=None)
+def test_any_chunks_decode_alike(vae: WanVAE22, lengths: list[int]) -> None:
+    latents = draw_latents(sum(lengths), 2, 1)
+    assert error(in_chunks(vae.decode, latents, lengths), vae.decode(latents)[0]) < 1e-5
+
+
+@given(lengths_of_chunks)
+@settings(max_examples=8, deadline=None)
+def test_any_chunks_encode_alike(vae: WanVAE22, lengths: list[int]) -> None:
+    frames = draw_frames(sum(lengths), 2, 1)
+    parts = [4 * lengths[0] - 3, *(4 * n for n in lengths[1:])]
+    assert error(in_chunks(vae.encode, frames, parts), vae.encode(frames)[0]) < 1e-5
+
+
+def test_the_steps_within_a_chunk_do_not_matter(vae: WanVAE22, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents, frames = draw_latents(4, 2, 1), draw_frames(4, 2, 1)
+    whole = vae.decode(latents)[0], vae.encode(frames)[0]
+    monkeypatch.setattr("fastvid.models.wan.vae.CPU_CHUNK", 1)
+    assert error(vae.decode(latents)[0], whole[0]) < 1e-5
+    assert error(vae.encode(frames)[0], whole[1]) < 1e-5
+
+
+def test_the_cache_does_not_grow(vae: WanVAE22) -> None:
+    sizes, later = set(), set()
+    for t in (2, 3, 6):
+        _, cache = vae.decode(draw_latents(t, 2, 3))
+        sizes.add(nbytes(cache))
+        _, cache = vae.decode(draw_latents(1, 2, 3), cache)
+        sizes.add(nbytes(cache))
+        _, cache = vae.encode(draw_frames(t, 2, 3))
+        later.add(nbytes(cache))
+        _, cache = vae.encode(draw_frames(2, 2, 3)[:, :, 1:], cache)
+        later.add(nbytes(cache))
+    assert len(sizes) == len(later) == 1
+
+
+@pytest.mark.parametrize("network", ["small", "wide"])
+def test_neither_input_nor_cache_is_written_to(
+    network: str, vae: WanVAE22, wide: tuple[AutoencoderKLWan, WanVAE22]
+) -> None:
+    vae = vae if network == "small" else wide[1]
+    # In the layout that the CPU forms hold tensors in, so that they have no reason to copy.
+    latents = draw_latents(3, 3, 4).contiguous(memory_format=torch.channels_last_3d)
+    before = latents.clone()
+    _, cache = vae.decode(latents[:, :, :1])
+    kept = [t.clone() for t in cache]
+    again = [vae.decode(latents[:, :, 1:], cache)[0] for _ in range(2)]
+    assert torch.equal(*again) and torch.equal(latents, before)
+    assert all(torch.equal(a, b) for a, b in zip(cache, kept, strict=True))
+    frames = draw_frames(2, 3, 4).contiguous(memory_format=torch.channels_last_3d)
+    before = frames.clone()
+    _, cache = vae.encode(frames[:, :, :1])
+    kept = [t.clone() for t in cache]
+    again = [vae.encode(frames[:, :, 1:], cache)[0] for _ in range(2)]
+    assert torch.equal(*again) and torch.equal(frames, before)
+    assert all(torch.equal(a, b) for a, b in zip(cache, kept, strict=True))
+
+
+def test_the_future_is_not_seen(vae: WanVAE22) -> None:
+    latents = draw_latents(4, 1, 2)
+    other = latents.clone()
+    other[:, :, 2:] += 1
+    a, b = vae.decode(latents)[0], vae.decode(other)[0]
+    assert error(a[:, :, :5], b[:, :, :5]) < 1e-5
+    assert error(a[:, :, 5:], b[:, :, 5:]) > 1e-3
+
+
+@pytest.mark.parametrize("config", [SMALL, WIDE], ids=["small", "wide"])
+def test_under_autograd_it_computes_the_same(config: dict[str, Any]) -> None:
+    vae = ours(diffusers_vae(config))
+    frames = draw_frames(2, 4, 3)
+    latents, _ = vae.encode(frames)
+    decoded, _ = vae.decode_raw(latents)
+    vae.requires_grad_(True)
+    assert not ops.channels_last(frames, vae.encoder.conv_in.weight)
+    assert error(vae.encode(frames)[0].detach(), latents) < 1e-5
+    assert error(vae.decode_raw(latents)[0].detach(), decoded) < 1e-5
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    vae = ours(diffusers_vae(SMALL)).double()
+    frames = draw_frames(2, 1, 1).double()
+    weight = vae.encoder.conv_in.weight.requires_grad_(True)
+
+    def loss() -> Tensor:
+        return vae.decode_raw(vae.encode(frames)[0])[0].square().mean()
+
+    loss().backward()
+    step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    want, h = (weight.grad * step).sum().item(), 1e-6
+    with torch.no_grad():
+        weight += h * step
+        up = loss().item()
+        weight -= 2 * h * step
+        down = loss().item()
+    assert (up - down) / (2 * h) == pytest.approx(want, rel=1e-4)
+
+
+class TestShortcuts:
+    """The functions without weights against diffusers', bit by bit but for the order of a mean's sum."""
+
+    @given(st.integers(1, 2), st.integers(1, 2), st.integers(1, 5), st.sampled_from([1, 2, 4, 8]), st.integers(1, 3))
+    def test_average_down(self, factor_t: int, factor_s: int, frames: int, channels: int, side: int) -> None:
+        x = torch.randn(2, 8, frames, factor_s * side, factor_s * (side + 1), dtype=torch.float64)
+        want = AvgDown3D(8, channels, factor_t, factor_s)(x)
+        assert error(average_down(x, channels, factor_t, factor_s), want) < 1e-15
+
+    @given(st.integers(1, 2), st.integers(1, 4), st.sampled_from([2, 4, 8]), st.integers(1, 3), st.booleans())
+    def test_add_spread(self, factor_t: int, frames: int, channels: int, side: int, first: bool) -> None:
+        x = torch.randn(2, 8, frames, side, side + 1)
+        want = DupUp3D(8, channels, factor_t, 2)(x, first_chunk=first)
+        before = torch.randn(want.shape)
+        out = before.clone()
+        assert add_spread(out, x, factor_t, first) is out
+        assert torch.equal(out, before + want)
+
+    @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+    def test_patches(self, size: int, height: int, width: int) -> None:
+        x = torch.randn(2, 3, 2, size * height, size * width)
+        patches = patchify(x, size)
+        assert torch.equal(patches, their_patchify(x, size))
+        assert torch.equal(unpatchify(patches, size), x)
+
+
+def test_the_names_and_shapes_are_those_of_the_published_file() -> None:
+    config = WanVAE22Config.from_dict(PUBLISHED)
+    assert config == WanVAE22Config()
+    assert (config.spatial_scale, config.temporal_scale, config.z_dim) == (16, 4, 48)
+    with torch.device("meta"):
+        theirs, own = AutoencoderKLWan.from_config(PUBLISHED), WanVAE22(config)
+    shapes = {name: value.shape for name, value in own.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in theirs.state_dict().items()}
+    assert (len(shapes), sum(shape.numel() for shape in shapes.values())) == (196, 704_688_668)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ((1, 3, 5, 24, 32), "24x32"),
+        ((1, 3, 5, 32, 40), "multiples of 16"),
+        ((1, 3, 4, 16, 16), "4k\\+1"),
+        ((1, 3, 0, 16, 16), "0 frames"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused(vae: WanVAE22, shape: tuple[int, ...], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        vae.encode(torch.zeros(shape))
+
+
+def test_a_later_chunk_needs_whole_groups(vae: WanVAE22) -> None:
+    _, cache = vae.encode(draw_frames(1, 1, 1))
+    with pytest.raises(ValueError, match="4k after the start"):
+        vae.encode(torch.zeros(1, 3, 5, 16, 16), cache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"is_residual": False}, "2.1"),
+        ({"attn_scales": [1.0]}, "attn_scales"),
+        ({"latents_mean": [0.0] * 3}, "z_dim=4"),
+        ({"latents_std": [1.0] * 48}, "z_dim=4"),
+        ({"latents_std": 1.0}, "latents_std is 1.0"),
+        ({"latents_mean": [0.0, 0.0, 0.0, float("nan")]}, "latents_mean is .*nan"),
+        ({"patch_size": 4}, "in_channels=12; RGB in patches of patch_size=4 needs 48"),
+        ({"patch_size": None}, "in_channels=12.* needs 3"),
+        ({"out_channels": 3}, "out_channels=3.* needs 12"),
+        ({"patch_size": "2"}, "patch_size is '2'"),
+        ({"base_dim": 0}, "base_dim is 0"),
+        ({"dim_mult": []}, r"dim_mult is \[\]"),
+        ({"temperal_downsample": [False, True]}, "2 values; one less than dim_mult, 3, are needed"),
+    ],
+)
+def test_configurations_that_it_cannot_do_are_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        WanVAE22Config.from_dict({**SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"dim_mult": [3, 4, 4, 4]}, "32 values of a block in the encoder give no 24 means"),
+        ({"dim_mult": [1, 2, 4, 2]}, "32 channels in the decoder cannot be spread to 64"),
+    ],
+)
+def test_widths_without_a_shortcut_are_refused(changes: dict[str, Any], says: str) -> None:
+    config = WanVAE22Config.from_dict({**SMALL, **changes})
+    with torch.device("meta"), pytest.raises(CheckpointError, match=says):
+        WanVAE22(config)
+
+
+def test_the_file_says_which_network_it_is() -> None:
+    kind = KINDS["vae"]
+    for config, reads, builds in ((SMALL, WanVAE22Config, WanVAE22), ({"base_dim": 8}, WanVAEConfig, WanVAE)):
+        read = kind.read_config(config)
+        assert type(read) is reads and type(kind.build(read, reference)) is builds
+
+
+def test_the_plan_counts_its_width() -> None:
+    """5.4 times the last upsampler's output, 512 channels at half the height and width of a frame, beside the cache."""
+    transformer = fastvid.models.WanTransformerConfig(in_channels=48, out_channels=48)
+    segment, config = Segment(9, 704, 1280, 9, 704, 1280, spatial=16, temporal=4), WanVAE22Config()
+    cost = plan.cost(segment, transformer, config, itemsize=2)
+    cache = vae_memory.cache_bytes(config, 704, 1280)
+    assert cost.decoder - cache == pytest.approx(5.4 * 4 * (512 * 4 * 352 * 640))
+    assert cost.latents == 6 * 4 * (48 * 3 * 44 * 80)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("tiny22")
+    return folder, tiny.write_checkpoint(folder, vae_config=SMALL)
+
+
+def test_frames_of_a_model_folder_equal_diffusers(checkpoint: tuple[Path, Any]) -> None:
+    latents = torch.randn(1, 4, 2, 6, 4, generator=torch.Generator().manual_seed(5))
+    sigmas = [1.0, 0.8, 0.4]
+    pipe = fastvid.load(str(checkpoint[0]), device="cpu")
+    options: dict[str, Any] = {"height": 96, "width": 64, "num_frames": 5, "guidance_scale": 4.0}
+    prompts = "a red circle moving left", "blue square"
+    ours = pipe.generate(
+        prompts[0], negative_prompt=prompts[1], solver="euler", sigmas=sigmas, latents=latents, **options
+    ).frames
+    theirs = diffusers_frames(checkpoint[1], latents, sigmas, 4.0, 96, 64, 5)
+    assert ours.shape == theirs.shape == (5, 96, 64, 3) and ours.std() > 5
+    assert (np.abs(ours.astype(int) - theirs.astype(int)) <= 1).mean() >= 0.999
+
+
+def test_sizes_go_up_to_multiples_of_the_vae_and_the_patch(checkpoint: tuple[Path, Any]) -> None:
+    pipe = fastvid.load(str(checkpoint[0]), device="cpu")
+    made = pipe.plan("a red circle", height=80, width=100, num_frames=3)
+    assert (made.model_height, made.model_width, made.model_frames) == (96, 128, 5)
+    assert made.latent_shape == (4, 2, 6, 8)
+    video = pipe.generate("a red circle", height=80, width=100, num_frames=3, num_inference_steps=1)
+    assert video.frames.shape == (3, 80, 100, 3)

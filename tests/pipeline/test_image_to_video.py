@@ -1,0 +1,263 @@
+"""Videos from pictures: whole pipelines against diffusers' on random weights, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import write_tokenizer
+
+import fastvid
+from fastvid.cli.main import main
+
+Model = tuple[str, Any, fastvid.Pipeline]  # kind, diffusers', ours
+SIGMAS = [1.0, 0.93, 0.84, 0.72, 0.6, 0.45, 0.3, 0.15]
+CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+}
+VAE22 = {
+    "base_dim": 8,
+    "decoder_base_dim": 8,
+    "z_dim": 48,
+    "num_res_blocks": 1,
+    "is_residual": True,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+
+
+def write(folder: Path, kind: str) -> Any:
+    """A tiny diffusers WanImageToVideoPipeline: i2v (CLIP), flf2v (CLIP, two pictures), a14b (two experts), ti2v."""
+    from diffusers import (
+        AutoencoderKLWan,
+        UniPCMultistepScheduler,
+        WanImageToVideoPipeline,
+        WanTransformer3DModel,
+    )
+    from transformers import (
+        AutoTokenizer,
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        UMT5Config,
+        UMT5EncoderModel,
+    )
+
+    # diffusers takes the last 512 rows of pictures and text for the text, whatever the text's length.
+    write_tokenizer(folder / "tokenizer", 512)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    torch.manual_seed(3)
+    vae = AutoencoderKLWan(**(VAE22 if kind == "ti2v" else {"base_dim": 8, "num_res_blocks": 1, "z_dim": 16})).eval()
+    z, sees = vae.config.z_dim, kind in ("i2v", "flf2v")
+    sizes: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "in_channels": z if kind == "ti2v" else 2 * z + 4,
+        "out_channels": z,
+        "text_dim": 32,
+        "freq_dim": 256,
+        "ffn_dim": 80,
+        "num_layers": 2,
+    }
+    if sees:
+        sizes |= {"image_dim": CLIP["hidden_size"], "added_kv_proj_dim": 48}
+    if kind == "flf2v":
+        sizes["pos_embed_seq_len"] = 2 * 5
+    experts = [WanTransformer3DModel(**sizes).eval() for _ in range(2 if kind == "a14b" else 1)]
+    for module in (*experts, vae):
+        for parameter in module.parameters():
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    text = UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    pipe = WanImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(text).eval(),
+        image_encoder=CLIPVisionModel(CLIPVisionConfig(**CLIP)).eval() if sees else None,
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        if sees
+        else None,
+        transformer=experts[0],
+        transformer_2=experts[1] if kind == "a14b" else None,
+        boundary_ratio=0.72 if kind == "a14b" else None,
+        expand_timesteps=kind == "ti2v",
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+    )
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def picture(seed: int, height: int = 64, width: int = 96) -> np.ndarray:
+    """Smooth colours, uint8 [H, W, 3]."""
+    y, x = np.mgrid[:height, :width] / 32
+    waves = [np.sin(x * (1 + k + seed)) * np.cos(y * (2 - k) + seed) for k in range(3)]
+    return ((np.stack(waves, -1) + 1) * 127.5).astype(np.uint8)
+
+
+@pytest.fixture(scope="module", params=["i2v", "flf2v", "a14b", "ti2v"])
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Any, fastvid.Pipeline]:
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = write(folder, request.param)
+    return request.param, theirs, fastvid.load(str(folder), device="cpu")
+
+
+def run_theirs(theirs: Any, latents: torch.Tensor, **given: Any) -> np.ndarray:
+    """diffusers' 9 frames with flow matching's Euler steps at the levels of SIGMAS."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs.scheduler = FlowMatchEulerDiscreteScheduler()
+    set_timesteps = theirs.scheduler.set_timesteps
+    theirs.scheduler.set_timesteps = lambda steps, device=None, **_: set_timesteps(sigmas=SIGMAS, device=device)
+    theirs.set_progress_bar_config(disable=True)
+    height, width = (side * theirs.vae_scale_factor_spatial for side in latents.shape[3:])
+    out = theirs(
+        prompt="a red circle moving left",
+        negative_prompt="blue square",
+        height=height,
+        width=width,
+        num_frames=9,
+        num_inference_steps=len(SIGMAS),
+        guidance_scale=4.0,
+        latents=latents.clone(),
+        max_sequence_length=theirs.tokenizer.model_max_length,
+        output_type="np",
+        **given,
+    ).frames[0]
+    return (out * 255).round().astype(np.uint8)
+
+
+def test_frames_equal_diffusers(model: Model) -> None:
+    kind, theirs, pipe = model
+    images = {"image": picture(0)}
+    if kind in ("flf2v", "a14b"):
+        images["last_image"] = picture(1)
+    scale = 16 if kind == "ti2v" else 8
+    channels = theirs.vae.config.z_dim
+    latents = torch.randn(1, channels, 3, 64 // scale, 96 // scale, generator=torch.Generator().manual_seed(4))
+    made = pipe.generate(
+        "a red circle moving left",
+        negative_prompt="blue square",
+        num_frames=9,
+        solver="euler",
+        sigmas=SIGMAS,
+        guidance_scale=4.0,
+        latents=latents,
+        size="96x64",
+        **images,
+    ).frames
+    wanted = run_theirs(theirs, latents, **{name: Image.fromarray(value) for name, value in images.items()})
+    assert made.shape == wanted.shape and made.std() > 5
+    difference = np.abs(made.astype(int) - wanted.astype(int))
+    assert (difference <= 1).mean() >= 0.999
+
+
+def test_the_picture_decides_what_comes_out(model: Model) -> None:
+    kind, _, pipe = model
+    last = {"last_image": picture(2)} if kind == "flf2v" else {}
+    options = {"num_frames": 5, "num_inference_steps": 2, "seed": 1, "size": "64x64", **last}
+    one, other = (pipe.generate("a", image=picture(seed, 64, 64), **options).frames for seed in (0, 1))
+    assert not np.array_equal(one, other)
+
+
+def test_what_does_not_fit_the_model_is_refused(model: Model) -> None:
+    kind, _, pipe = model
+    options = {"num_inference_steps": 1, "size": "64x64"}
+    if kind != "ti2v":
+        with pytest.raises(fastvid.InvalidRequest, match="give image="):
+            pipe.plan("a", **options)
+    if kind == "flf2v":
+        with pytest.raises(fastvid.InvalidRequest, match="give last_image="):
+            pipe.plan("a", image=picture(0), num_frames=5, **options)
+    if kind == "i2v":
+        with pytest.raises(fastvid.InvalidRequest, match="last_image"):
+            pipe.plan("a", image=picture(0), last_image=picture(1), num_frames=5, **options)
+    if kind in ("flf2v", "a14b"):
+        with pytest.raises(fastvid.InvalidRequest, match="nearest is 9"):
+            pipe.plan("a", image=picture(0), last_image=picture(1), num_frames=7, **options)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> fastvid.Pipeline:
+    return fastvid.load("embedded", device="cpu")
+
+
+class TestEmbedded:
+    """The embedded model takes a first frame natively."""
+
+    def test_the_first_frame_is_the_picture(self, pipe: fastvid.Pipeline, tmp_path: Path) -> None:
+        prompt = "a red circle moving right on a white background"
+        first = pipe.generate(prompt, seed=1, num_frames=1).frames[0]
+        video = pipe.generate(prompt, seed=2, image=first)
+        assert np.abs(video.frames[0].astype(int) - first).mean() < 6
+        assert np.abs(video.frames[-1].astype(int) - first).mean() > 6
+        Image.fromarray(first).save(tmp_path / "first.png")
+        for same in (tmp_path / "first.png", str(tmp_path / "first.png"), Image.fromarray(first), torch.tensor(first)):
+            again = pipe.generate(prompt, seed=2, image=same)
+            assert np.array_equal(again.frames, video.frames)
+        assert set(video.recipe["image"]) == {"shape", "dtype", "sha256"}
+
+    def test_from_the_command_line(self, pipe: fastvid.Pipeline, tmp_path: Path) -> None:
+        Image.fromarray(picture(0, 64, 64)).save(tmp_path / "first.png")
+        words = ["generate", "a red circle", "--image", str(tmp_path / "first.png"), "--seed", "3", "--steps", "2"]
+        assert main([*words, "--quiet", "-o", str(tmp_path / "out.npy")]) == 0
+        made = pipe.generate("a red circle", image=picture(0, 64, 64), seed=3, num_inference_steps=2)
+        assert np.array_equal(np.load(tmp_path / "out.npy"), made.frames)
+        assert main([*words[:3], str(tmp_path / "missing.png"), "--quiet", "-o", str(tmp_path / "no.npy")]) == 1
+        assert not (tmp_path / "no.npy").exists()
+
+    def test_the_size_follows_the_picture(self, pipe: fastvid.Pipeline) -> None:
+        plan = pipe.plan("a red circle", image=picture(0, 64, 128))
+        assert plan.width == 2 * plan.height
+        assert pipe.plan("a red circle", image=picture(0, 64, 128), size="64x80").height == 80
+
+    def test_odd_sizes_are_cropped(self, pipe: fastvid.Pipeline) -> None:
+        video = pipe.generate("a red circle", image=picture(0, 70, 90), size="90x70", num_inference_steps=2, seed=1)
+        assert video.frames.shape == (17, 70, 90, 3)
+
+    @pytest.mark.parametrize(
+        ("image", "says"),
+        [
+            (np.zeros((64, 64), np.uint8), r"\[H, W, 3\]"),
+            (np.zeros((64, 64, 3), np.float32), "float32"),
+            (np.zeros((0, 64, 3), np.uint8), r"\[0, 64, 3\]"),
+            (7, "a file, a uint8 RGB array"),
+        ],
+    )
+    def test_what_is_no_picture(self, pipe: fastvid.Pipeline, image: Any, says: str) -> None:
+        with pytest.raises(fastvid.InvalidRequest, match=says):
+            pipe.plan("a", image=image)
+
+    def test_a_file_that_cannot_be_read(self, pipe: fastvid.Pipeline, tmp_path: Path) -> None:
+        (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
+        for name in ("missing.png", "broken.png"):
+            with pytest.raises(fastvid.Error, match=name):
+                pipe.plan("a", image=tmp_path / name)
+
+
+def test_a_text_model_has_a_picture_put_back_at_every_step(tmp_path: Path) -> None:
+    from tiny import write_checkpoint
+
+    write_checkpoint(tmp_path)
+    pipe, shown = fastvid.load(str(tmp_path), device="cpu"), picture(0, 64, 64)
+    assert pipe.inspect()["recipe"]["patterns"]["first"] == "reimposed"
+    made = pipe.generate("a", image=shown, num_frames=9, num_inference_steps=3, size="64x64", seed=0)
+    assert np.array_equal(made.frames[0], pipe.decode(pipe.encode(shown[None]))[0])
+    free = pipe.generate("a", num_frames=9, num_inference_steps=3, size="64x64", seed=0)
+    assert not np.array_equal(made.latents[:, :, 1:], free.latents[:, :, 1:])

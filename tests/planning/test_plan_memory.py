@@ -1,0 +1,184 @@
+"""What a plan says of memory: formulas against what operations really hold, and published models on cards of a size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from live_memory import LiveMemory
+from torch import Tensor
+
+from fastvid.errors import OutOfMemory
+from fastvid.loaders.checkpoint import weigh_part
+from fastvid.models.common.clip import CLIPVisionConfig
+from fastvid.models.registry import (
+    VARIANTS,
+    UMT5Config,
+    UMT5Encoder,
+    WanTransformer,
+    WanTransformerConfig,
+    WanVAE22Config,
+    WanVAEConfig,
+    build_vae,
+)
+from fastvid.ops import vae as vae_ops
+from fastvid.planning import memory, plan
+from fastvid.planning.memory import Memory
+from fastvid.requests.request import Request
+
+GIB = 2**30
+CONTEXT = GIB  # what CUDA itself takes of a card
+LARGE = WanTransformerConfig()
+SMALL = WanTransformerConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+PICTURE = replace(LARGE, in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
+
+
+def fit(
+    name: str, config: WanTransformerConfig, card: float, size: str = "832x480", frames: int = 81, **options: object
+) -> tuple[Memory, dict[str, Memory]]:
+    """A published model on a card of so many GiB."""
+    recipe = next(variant.recipe for variant in VARIANTS if variant.recipe.name == name)
+    request = Request.make(prompt="a", size=size, num_frames=frames).resolve(recipe)
+    capacity = int(card * GIB) - CONTEXT
+    return plan.fit(request, config, WanVAEConfig(), UMT5Config(), capacity=capacity, **options)
+
+
+# ---------------------------------------------------------------- published models
+
+
+def test_14b_runs_in_24_gb() -> None:
+    found, ways = fit("wan2.1-t2v-14b", LARGE, 24)
+    assert found.offload == "blocks" and found.device <= 23 * GIB
+    assert "transformer blocks are streamed from host memory: 2 of 40 on the device at a time" in found.choices
+    assert "text encoder blocks are streamed from host memory: 2 of 24 on the device at a time" in found.choices
+    # 14.29 and 5.68 billion numbers in bf16, 0.13 in fp32.
+    assert ways["none"].device == pytest.approx(14.29e9 * 2 + 5.68e9 * 2 + 0.127e9 * 4, rel=0.4)
+    assert ways["none"].device > ways["text"].device > 28.6e9 > 24 * GIB > ways["blocks"].device
+    assert found.host == pytest.approx(14.29e9 * 2 + 5.68e9 * 2, rel=0.01)
+
+
+def test_more_memory_means_less_offloading() -> None:
+    chosen = [fit("wan2.1-t2v-14b", LARGE, card)[0].offload for card in (24, 40, 80)]
+    assert chosen == ["blocks", "text", "none"]
+
+
+def test_a14b_has_one_of_two_experts_on_the_device() -> None:
+    found, ways = fit("wan2.2-t2v-a14b", LARGE, 24, experts=2)
+    assert found.offload == "blocks"
+    assert "of 2 experts only the one in use takes memory of the device" in found.choices
+    assert found.host == pytest.approx(2 * 14.29e9 * 2 + 5.68e9 * 2, rel=0.01)
+    assert fit("wan2.2-t2v-a14b", LARGE, 80, "1280x720", experts=2)[0].offload == "text"
+    assert ways["none"].device - ways["text"].device > 14.29e9 * 2
+
+
+def test_i2v_14b_counts_clip_and_the_vae_encoder() -> None:
+    found, ways = fit("wan2.1-i2v-14b-480p", PICTURE, 24, image_encoder=CLIPVisionConfig(), pictures=1)
+    assert found.offload == "blocks" and any(text.startswith("the image encoder (2.3 GiB)") for text in found.choices)
+    assert set(found.phases) == {"text", "pictures", "denoising", "decoding"}
+    # The picture among 80 empty frames is encoded as a clip: fp32, as it is and in the VAE's range.
+    assert found.phases["pictures"] > 2 * 81 * 480 * 832 * 3 * 4
+    assert ways["none"].phases["pictures"] > ways["blocks"].phases["pictures"] + 30e9
+
+
+def test_1_3b_in_8_gb() -> None:
+    found, ways = fit("wan2.1-t2v-1.3b", SMALL, 8, size="832x480")
+    assert found.offload != "none" and found.device <= 7 * GIB < ways["none"].device
+    assert ways["blocks"].phases["text"] < 7 * GIB < ways["text"].phases["text"], "the text encoder alone takes 10.6"
+    assert ways["blocks"].phases["denoising"] < 3 * GIB
+
+
+def test_what_does_not_fit_is_refused_with_what_is_too_much() -> None:
+    with pytest.raises(OutOfMemory, match=r"1920x1080.*offload='blocks'.*decoding takes the most.*7.0 GiB are there"):
+        fit("wan2.1-t2v-1.3b", SMALL, 8, size="1920x1080")
+    with pytest.raises(
+        OutOfMemory, match=r"\(denoising takes the most\).*the nearest that fits is num_frames=\d+"
+    ) as e:
+        fit("wan2.1-t2v-14b", LARGE, 24, frames=1001)
+    frames = int(str(e.value).rpartition("=")[2])
+    assert fit("wan2.1-t2v-14b", LARGE, 24, frames=frames)[0].device <= 23 * GIB
+    with pytest.raises(OutOfMemory):
+        fit("wan2.1-t2v-14b", LARGE, 24, frames=frames + 4)
+
+
+def test_weights_are_counted_by_part() -> None:
+    counted = weigh_part("transformer", LARGE, torch.bfloat16)
+    assert len(counted.blocks) == 40 and len(set(counted.blocks)) == 1
+    block = 8 * 5120**2 + 2 * 5120 * 13824 + 8 * 5120 + 4 * 5120 + 13824 + 5120 * 2
+    assert counted.blocks[0] == pytest.approx(2 * block, rel=1e-3)
+    assert counted.total == pytest.approx(2 * 14.2885e9, rel=1e-2)
+    assert weigh_part("image_encoder", CLIPVisionConfig(), torch.bfloat16).total == pytest.approx(4 * 0.632e9, rel=1e-2)
+    assert weigh_part("text_encoder", UMT5Config(), torch.bfloat16).total == pytest.approx(2 * 5.6809e9, rel=1e-3)
+    assert weigh_part("vae", WanVAEConfig(), torch.bfloat16).total == pytest.approx(4 * 126.89e6, rel=1e-3)
+
+
+# ---------------------------------------------------------------- formulas against operations
+
+
+@pytest.mark.parametrize("kind", ["sample", "frame"])
+@pytest.mark.parametrize(("heads", "ffn"), [(2, 700), (2, 2048), (4, 1100)])
+@torch.no_grad()
+def test_activations(heads: int, ffn: int, kind: str) -> None:
+    config = WanTransformerConfig(
+        num_attention_heads=heads, attention_head_dim=128, ffn_dim=ffn, num_layers=2, text_dim=64
+    )
+    model = WanTransformer(config).bfloat16().eval()
+    for name, parameter in model.named_parameters():
+        if set(WanTransformer.FP32_PARTS) & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    x, tokens = torch.randn(1, 16, 4, 24, 24), 4 * 12 * 12
+    timestep = torch.tensor([500.0]) if kind == "sample" else torch.tensor([[0.0, 500.0, 500.0, 500.0]])
+    context = model.prepare_context(torch.randn(1, 7, 64))
+    with LiveMemory() as seen:
+        model(x, timestep, context)
+    assert 0.8 <= seen.peak / memory.activation_bytes(tokens, config, 2) <= 1.02
+
+
+@torch.no_grad()
+def test_context() -> None:
+    config = WanTransformerConfig(num_attention_heads=2, ffn_dim=700, num_layers=3, text_dim=64)
+    model = WanTransformer(config).eval()
+    context = model.prepare_context(torch.randn(1, 7, 64))
+    held = sum(tensor.nbytes for layer in context.layers for tensor in layer)
+    assert held == memory.context_bytes(7, 1, 1, config, 4)
+
+
+@torch.no_grad()
+def test_text() -> None:
+    config = UMT5Config(vocab_size=50, d_model=64, d_kv=16, d_ff=160, num_layers=2, num_heads=4)
+    model = UMT5Encoder(config).eval()
+    for rows in (16, 300):
+        ids = torch.ones(1, rows, dtype=torch.long)
+        with LiveMemory() as seen:
+            model(ids, ids)
+        assert 0.6 <= seen.peak / memory.text_bytes(rows, config, 4) <= 1.1, rows
+
+
+@pytest.mark.parametrize(
+    "config", [WanVAEConfig(base_dim=16), WanVAE22Config(base_dim=16, decoder_base_dim=16)], ids=["2.1", "2.2"]
+)
+@pytest.mark.parametrize("on_cpu", [False, True])
+@torch.no_grad()
+def test_vae(config: WanVAEConfig | WanVAE22Config, on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also as on a GPU: without the forms that are for CPUs."""
+    if not on_cpu:
+        monkeypatch.setattr(vae_ops, "channels_last", lambda *tensors: False)
+    vae, side = build_vae(config).eval(), 4 * config.spatial_scale
+    height = 32 * config.spatial_scale  # stripes are for large frames
+
+    def peak(run: object, chunks: list[Tensor]) -> int:
+        cache = None
+        with LiveMemory() as seen:
+            for chunk in chunks:
+                _, cache = run(chunk, cache)  # type: ignore[operator]
+        return seen.peak
+
+    for stripes in (1, 2, 4):
+        chunks = [torch.randn(1, config.z_dim, 1, 32, 8) for _ in range(3)]
+        decoding = peak(lambda x, cache, n=stripes: vae.decode(x, cache, n, cache is not None), chunks)
+        assert 0.8 <= decoding / memory.decoder_bytes(config, height, 2 * side, 4, stripes) <= 1.01, stripes
+    if on_cpu:
+        return
+    frames = torch.randn(1, 3, 9, side, side)
+    encoding = peak(vae.encode, [frames[:, :, :1], frames[:, :, 1:5], frames[:, :, 5:]]) + 2 * frames.nbytes
+    assert 0.8 <= encoding / memory.encoder_bytes(config, side, side, 4, 9) <= 1
