@@ -54,7 +54,10 @@ TESTS = {
         "kernels/test_attention_eight.py::test_sparse",
         "kernels/test_attention_eight.py::test_dense",
     ],
-    "conv": ["kernels/test_conv_cuda.py::test_every_width_and_strides", "test_conv_cuda.py::test_all_operations"],
+    "conv": [
+        "kernels/test_conv_cuda.py::test_every_width_and_strides",
+        "kernels/test_conv_cuda.py::test_all_operations",
+    ],
 }
 
 
@@ -62,6 +65,7 @@ def copied(to: Path) -> None:
     """What the tests need of this repository; the package itself is imported from where it is."""
     shutil.copytree(ROOT / "csrc", to / "csrc")
     shutil.copytree(ROOT / "tests/csrc", to / "tests/csrc")
+    shutil.copytree(ROOT / "tests/kernels", to / "tests/kernels")
     for path in (ROOT / "tests").glob("*.py"):
         shutil.copy(path, to / "tests")
     shutil.copy(ROOT / "pyproject.toml", to)

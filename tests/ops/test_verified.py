@@ -41,7 +41,11 @@ def records(**changes) -> dict:
             "benchmark": "gpu-tests",
             "machine": {"arch": said["arch tested"]},
             "files": {
-                "tests/kernels/test_rgb.py": {"passed": said["passed"], "failed": said["failed"], "ended": said["ended"]},
+                "tests/kernels/test_rgb.py": {
+                    "passed": said["passed"],
+                    "failed": said["failed"],
+                    "ended": said["ended"],
+                },
                 "tests/test_other.py": {"passed": 0, "failed": ["tests/test_other.py::test_it"], "ended": "done"},
             },
             "covers": {"rgb.py": ["tests/kernels/test_rgb.py"], "other.py": ["tests/test_other.py"]},
