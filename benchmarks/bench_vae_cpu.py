@@ -16,7 +16,7 @@ import sys
 import torch
 from harness import Case, measure, save, table
 
-from fastvid.models.registry import WanVAE, WanVAEConfig
+from fastvid.models.wan.vae import WanVAE, WanVAEConfig
 
 LATENTS = (1, 16, 5, 30, 52)
 

@@ -21,6 +21,7 @@ from fastvid.errors import (
     PromptError,
     WorkerFailed,
 )
+from fastvid.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fastvid.api import blueprint, load
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from fastvid.pipeline.pipeline import Pipeline
     from fastvid.requests.request import Request
     from fastvid.serve.pool import Pool
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from fastvid.distributed import layout as ranks
+from fastvid.engine.events import Plan
 from fastvid.engine.queue import RUNNING
 from fastvid.errors import InvalidRequest
-from fastvid.pipeline.load import Parts, load_parts, outline, read_checkpoint, read_loras
+from fastvid.loaders.checkpoint import lora_problems
+from fastvid.loaders.find import read_checkpoint
+from fastvid.models.loaded import Model
+from fastvid.pipeline.load import load_parts, outline, read_loras
 from fastvid.pipeline.pipeline import MAX_RUNNING, Pipeline, plan_of
-from fastvid.planning.plan import Plan
 from fastvid.workers import remote
 
 CUDA_TAKES = 2**30  # bytes of a card: an allowance for its context and libraries
@@ -25,7 +28,7 @@ CUDA_TAKES = 2**30  # bytes of a card: an allowance for its context and librarie
 class Blueprint:
     """A model without its weights, to plan with. Make one with `fastvid.blueprint`."""
 
-    def __init__(self, parts: Parts, free: int | None = None) -> None:
+    def __init__(self, parts: Model, free: int | None = None) -> None:
         self._parts, self._free = parts, free
 
     def plan(
@@ -137,5 +140,5 @@ def load(
 def inspect(model: str, loras: Sequence[Any] = (), parts: Mapping[str, str | Path] | None = None) -> dict[str, Any]:
     """What a checkpoint is, read from its configurations and file headers, without loading it; whether LoRAs fit it."""
     checkpoint = read_checkpoint(model, parts)
-    described = [{**lora.to_dict(), "problems": checkpoint.lora_problems(lora)} for lora in read_loras(loras)]
+    described = [{**lora.to_dict(), "problems": lora_problems(checkpoint, lora)} for lora in read_loras(loras)]
     return checkpoint.to_dict() | ({"loras": described} if described else {})

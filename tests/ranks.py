@@ -32,7 +32,9 @@ def run_ranks(size: int, function, *args: str, timeout: float = 300) -> list[str
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     store = dist.TCPStore("127.0.0.1", port, size, True, wait_for_workers=False, master_listen_fd=listener.detach())
-    paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    paths = os.pathsep.join(
+        filter(None, [str(TESTS), *map(str, filter(Path.is_dir, TESTS.iterdir())), os.environ.get("PYTHONPATH")])
+    )
     env = {**os.environ, "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHILD]
     children = [

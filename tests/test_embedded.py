@@ -13,7 +13,7 @@ import fastvid
 from fastvid.api import inspect
 from fastvid.benchmarks.quality.clips import Scene, draw
 from fastvid.benchmarks.quality.measure import measure
-from fastvid.pipeline.load import find_folder
+from fastvid.loaders.find import find_folder
 
 FOLDER = find_folder("embedded")
 
@@ -85,7 +85,7 @@ def test_videos_show_what_was_asked_for(pipe):
 
 
 def test_the_command_line_s_first_line(tmp_path: Path):
-    from fastvid.cli.main import main
+    from fastvid.cli.commands import main
     from fastvid.media.writer import read_video
 
     out = tmp_path / "out.mp4"

@@ -186,7 +186,7 @@ def test_imports_point_one_way(module: str) -> None:
         ("fastvid.models.wan.transformer", "from fastvid.kernels import rgb", []),
         ("fastvid.sampling.solvers", "from fastvid.models.wan import transformer", ["models"]),
         ("fastvid.sampling.solvers", "def f():\n    import fastvid.models.registry", ["models"]),
-        ("fastvid.sampling.solvers", "import importlib\nimportlib.import_module('fastvid.cli.main')", ["cli"]),
+        ("fastvid.sampling.solvers", "import importlib\nimportlib.import_module('fastvid.cli.commands')", ["cli"]),
         ("fastvid.sampling.loop", "from ..models import registry", ["models"]),
         ("fastvid.requests.request", "from fastvid.ops import reference", ["ops"]),
         ("fastvid.ops.rgb", "import fastvid.pipeline.pipeline", ["pipeline"]),

@@ -1,5 +1,5 @@
 """The command line: from words to calls."""
 
-from fastvid.cli.main import main
+from fastvid.cli.commands import main
 
 __all__ = ["main"]

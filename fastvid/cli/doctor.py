@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fastvid
 from fastvid import env
+from fastvid.device.devices import cpu_name
+from fastvid.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "ftfy", "huggingface_hub", "av", "tqdm")
 ENCODERS = {"mp4": "libx264", "webm": "libvpx-vp9", "gif": "gif", "png": "png"}
@@ -29,7 +30,7 @@ GIB = 2**30
 def doctor(device: str | None = None) -> dict[str, Any]:
     """Look at everything; device: what the operations are bound for, the first GPU or else the CPU when None."""
     sections: dict[str, Callable[[], Any]] = {
-        "fastvid": lambda: {"version": fastvid.__version__, "folder": str(Path(fastvid.__file__).parent)},
+        "fastvid": lambda: {"version": __version__, "folder": str(Path(__file__).parents[1])},
         "python": lambda: {"version": platform.python_version(), "executable": sys.executable},
         "host": _host,
         "disk": _disk,
@@ -67,12 +68,6 @@ def _host() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(min(pages, _memory_limit() or pages) / GIB, 1),
     }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return match.group(1) if match else platform.processor() or platform.machine()
 
 
 def _memory_limit() -> int | None:

@@ -16,10 +16,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fastvid.distributed.layout import every
+from fastvid.distributed.layout import GROUPS, every
 from fastvid.distributed.mesh import Layout, shares
 from fastvid.errors import InvalidRequest
-from fastvid.layers.sequence_parallel import GROUPS
 from fastvid.models.wan.transformer import WanTransformerConfig
 
 VELOCITY_BYTES = 4  # velocities are exchanged in fp32

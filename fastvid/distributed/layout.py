@@ -126,3 +126,6 @@ def agree(mesh: Mesh, value: int, how: Callable[[list[int]], int] = min) -> int:
 def first(values: list[int]) -> int:
     """Rank 0's."""
     return values[0]
+
+
+GROUPS = 2  # of heads: while one is attended to, the next one's tokens travel

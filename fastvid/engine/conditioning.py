@@ -23,14 +23,13 @@ from fastvid.engine import control, pixels
 from fastvid.engine.pixels import Known
 from fastvid.engine.source_clip import SourceClip
 from fastvid.models.common import clip
-from fastvid.models.registry import WanTransformer
+from fastvid.models.loaded import CACHE, CHANNELS, CONTROL, REIMPOSED, TIMESTEPS, Model, way_of
 from fastvid.models.wan import conditioning
-from fastvid.pipeline.load import Parts
+from fastvid.models.wan.transformer import WanTransformer
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
 from fastvid.sampling.loop import Row
 
-CHANNELS, CONTROL, TIMESTEPS, CACHE, REIMPOSED = "channels", "control", "timesteps", "cache", "reimposed"
 Noise = Callable[[int, int], Tensor]  # (start, stop), columns of the segment -> what their sampling starts from
 
 
@@ -43,18 +42,6 @@ more; in its videos the difference was not seen (6 clips extended to the left, 6
 def lead_in(segment: Segment) -> int:
     """Frames of them."""
     return 1 + (LEAD_IN - 1) * segment.temporal
-
-
-def way_of(parts: Parts) -> str:
-    """How a model is told of known frames."""
-    config = parts.transformer.config
-    if parts.control_layers:
-        return CONTROL
-    if config.in_channels > config.out_channels:
-        return CHANNELS
-    if parts.recipe.per_token_timesteps:
-        return TIMESTEPS  # of causal models too: what their KV cache holds is no part of a window
-    return REIMPOSED if parts.recipe.rollout is None else CACHE
 
 
 @dataclass(frozen=True)
@@ -125,7 +112,7 @@ class Region:
 
 @torch.no_grad()
 def prepare(
-    parts: Parts, request: Resolved, segment: Segment, known: Known, source: SourceClip | None = None
+    parts: Model, request: Resolved, segment: Segment, known: Known, source: SourceClip | None = None
 ) -> Conditions:
     """The known frames of a segment as the model takes them, on its device. source: the clip that is edited."""
     way, none = way_of(parts), torch.zeros(segment.columns, dtype=torch.bool)
@@ -145,7 +132,7 @@ def prepare(
     return Conditions(way, columns, clean)
 
 
-def _known_latents(parts: Parts, segment: Segment, known: Known) -> Iterator[tuple[int, Tensor]]:
+def _known_latents(parts: Model, segment: Segment, known: Known) -> Iterator[tuple[int, Tensor]]:
     """(first column, latents) of everything that is known."""
     if known.left is not None:
         yield segment.lead, pixels.encode_stream(parts, pixels.pad(known.left, segment), segment)
@@ -161,7 +148,7 @@ def _known_latents(parts: Parts, segment: Segment, known: Known) -> Iterator[tup
         yield column, _still(parts, segment, column, there)
 
 
-def _still(parts: Parts, segment: Segment, column: int, pictures: list[tuple[int, np.ndarray]]) -> Tensor:
+def _still(parts: Model, segment: Segment, column: int, pictures: list[tuple[int, np.ndarray]]) -> Tensor:
     """The latent of a column of which some frames are known: the others are like the nearest of those."""
     if column == segment.lead:
         return pixels.encode_stream(parts, pixels.fit(pictures[0][1][None], segment), segment)
@@ -171,7 +158,7 @@ def _still(parts: Parts, segment: Segment, column: int, pictures: list[tuple[int
     return pixels.encode_stream(parts, stills, segment)[:, :, 1:]
 
 
-def _channels(parts: Parts, segment: Segment, known: Known, none: Tensor) -> Conditions:
+def _channels(parts: Model, segment: Segment, known: Known, none: Tensor) -> Conditions:
     """Mask and latents behind the noisy latents, and what CLIP sees: the first known frame, or first and last."""
     config, shown = parts.transformer.config, known.shown()
     both = bool(config.pos_embed_seq_len)
@@ -186,7 +173,7 @@ def _channels(parts: Parts, segment: Segment, known: Known, none: Tensor) -> Con
     return Conditions(CHANNELS, none, None, channels, _look(parts, seen) if config.image_dim else None)
 
 
-def _look(parts: Parts, pictures: list[np.ndarray]) -> Tensor:
+def _look(parts: Model, pictures: list[np.ndarray]) -> Tensor:
     """CLIP's tokens of all pictures, one after the other: [1, L, d]."""
     size = parts.image_encoder.config.image_size
     seen = [clip.preprocess(torch.from_numpy(picture)[None], size).to(parts.device) for picture in pictures]

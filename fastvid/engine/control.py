@@ -21,8 +21,8 @@ from fastvid.engine import pixels
 from fastvid.engine.pixels import Known
 from fastvid.engine.source_clip import SourceClip
 from fastvid.errors import InvalidRequest
+from fastvid.models.loaded import Model
 from fastvid.models.wan import conditioning
-from fastvid.pipeline.load import Parts
 from fastvid.requests.request import Request, Resolved
 from fastvid.requests.timeline import Segment
 
@@ -46,7 +46,7 @@ def read(request: Request) -> dict[str, Any]:
     return read
 
 
-def check(parts: Parts, request: Resolved) -> None:
+def check(parts: Model, request: Resolved) -> None:
     """Raises InvalidRequest if the model has no control branch, or what is for it does not fit."""
     own = NAMES if request.verb == "generate" else NAMES[2:]  # other verbs have clips and masks of their own
     asked = [name for name in own if getattr(request, name) is not None]
@@ -92,7 +92,7 @@ def _check_reference(number: int, shape: tuple[int, ...], request: Resolved, spa
 
 @torch.no_grad()
 def prepare(
-    parts: Parts, request: Resolved, segment: Segment, known: Known, source: SourceClip | None = None
+    parts: Model, request: Resolved, segment: Segment, known: Known, source: SourceClip | None = None
 ) -> Tensor:
     """What the control branch sees of a checked request's segment: [1, V, R + T, h, w] on the model's device. source:
     the clip that is edited."""

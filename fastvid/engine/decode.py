@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastvid.device.precision import ieee_fp32
 from fastvid.engine.queue import Line, Place
-from fastvid.pipeline.load import Parts
+from fastvid.models.loaded import Model
 from fastvid.requests.timeline import Segment
 
 Decoded = tuple[np.ndarray, int, float]
@@ -49,7 +49,7 @@ def settle(device: torch.device) -> None:
 class Decoder:
     """The VAE on one stream of latents: each chunk goes on from the cache that the one before has left."""
 
-    def __init__(self, parts: Parts, segment: Segment, stripes: int = 1) -> None:
+    def __init__(self, parts: Model, segment: Segment, stripes: int = 1) -> None:
         self.parts, self.segment, self.stripes = parts, segment, stripes
         self.cache: Any = None
         self.start = 0  # the stream's next frame
@@ -137,6 +137,12 @@ class Beside:
         return torch.cuda.stream(line.tool)
 
 
-def open_decoder(parts: Parts, segment: Segment, place: Place, beside: bool, stripes: int = 1) -> InPlace | Beside:
+def open_decoder(parts: Model, segment: Segment, place: Place, beside: bool, stripes: int = 1) -> InPlace | Beside:
     """The decoder of a segment of the request that has this place, frames in so many stripes of rows."""
     return (Beside if beside else InPlace)(Decoder(parts, segment, stripes), place)
+
+
+def decode_chunk(segment: Segment) -> int:
+    """Latent frames decoded at a time: one for large frames, more where a frame is small."""
+    pixels = segment.made_height * segment.made_width * segment.temporal
+    return max(1, min(segment.columns - segment.lead, (1 << 17) // pixels))

@@ -5,14 +5,13 @@ Order: one Started, then Step and Frames as they happen, and one Finished.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-    from fastvid.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -61,3 +60,67 @@ class Finished:
 
 
 Event = Started | Step | Frames | Finished
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What running a request takes. Sizes in pixels, bytes, and floating point operations.
+
+    offload: how weights share the device, choices: the same in sentences. bytes_device: on the device at the peak,
+    weights included; bytes_host: of weights at home in host memory. bytes_free: what can still be taken there now.
+    decode_chunk: latent frames decoded at a time; decode_beside: while later ones are denoised.
+    flops_attention: of flops_denoise. seconds, seconds_parts: how long it takes, estimated, and what of it; None and
+    empty where no estimate was asked for. parallel: how ranks share it, empty on one.
+    bytes_graphs: of buffers that replayed calls have for themselves. efficiency: the share of as many times one rank's
+    speed that ranks are predicted to keep in a step; None on one, and where no estimate was asked for. layouts: seconds
+    of a step that are predicted for every layout that fits, the chosen one first, by what its kind of device can do;
+    parallel_why: why it is this one; link: what joins ranks, and whether that was found, said or assumed.
+    """
+
+    height: int
+    width: int
+    num_frames: int
+    model_height: int
+    model_width: int
+    model_frames: int
+    fps: float
+    latent_shape: tuple[int, int, int, int]
+    segments: int
+    windows: int
+    tokens: int
+    steps: int
+    model_calls: int
+    decode_chunk: int
+    decode_stripes: int
+    flops_denoise: float
+    bytes_weights: int
+    bytes_activations: int
+    bytes_decoder: int
+    bytes_latents: int
+    bytes_frames: int
+    bytes_free: int
+    bytes_encoder: int
+    bytes_context: int
+    bytes_device: int
+    bytes_host: int
+    offload: str
+    choices: tuple[str, ...]
+    device: str
+    dtype: str
+    backends: Mapping[str, str]
+    decode_beside: bool = False
+    flops_attention: float = 0.0
+    seconds: float | None = None
+    seconds_parts: Mapping[str, float] = field(default_factory=dict)
+    parallel: str = ""
+    bytes_graphs: int = 0
+    efficiency: float | None = None
+    layouts: Mapping[str, float] = field(default_factory=dict)
+    parallel_why: str = ""
+    link: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        lists = {"latent_shape": list(self.latent_shape), "choices": list(self.choices)}
+        dicts = {name: dict(getattr(self, name)) for name in ("backends", "seconds_parts", "layouts")}
+        return {**asdict(self), **lists, **dicts}

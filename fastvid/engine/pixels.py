@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvid.engine.decode import decode_chunk
 from fastvid.errors import InvalidRequest
 from fastvid.media.clip import open_clip
+from fastvid.models.loaded import Model
 from fastvid.models.wan import conditioning
 from fastvid.ops import resample
-from fastvid.pipeline.load import Parts
-from fastvid.planning import plan
 from fastvid.requests.timeline import Segment
 
 
@@ -136,14 +136,14 @@ def place(known: Known, segment: Segment, last_only: bool = False) -> dict[int, 
     return placed
 
 
-def encode_stream(parts: Parts, frames: Tensor, segment: Segment) -> Tensor:
+def encode_stream(parts: Model, frames: Tensor, segment: Segment) -> Tensor:
     """Latents [1, C, T, h, w] of a stream of frames [F, 3, made_height, made_width]."""
     return encode(parts, frames.transpose(0, 1)[None], segment)
 
 
-def encode(parts: Parts, frames: Tensor, segment: Segment) -> Tensor:
+def encode(parts: Model, frames: Tensor, segment: Segment) -> Tensor:
     """Latents [1, C, T, h, w] of frames [1, 3, F, made_height, made_width], as many at once as are decoded at once."""
-    step, latents, cache = segment.temporal * plan.decode_chunk(segment), [], None
+    step, latents, cache = segment.temporal * decode_chunk(segment), [], None
     first = step - segment.temporal + 1
     rest = frames[:, :, first:]
     for chunk in (frames[:, :, :first], *(rest.split(step, dim=2) if rest.shape[2] else ())):

@@ -36,7 +36,7 @@ from fastvid.engine import resume_identity as identity
 from fastvid.engine.resume_position import flat, unflat
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.kv_cache import KVCache
-from fastvid.pipeline.load import Parts
+from fastvid.models.loaded import Model
 from fastvid.sampling.loop import Position, Walked
 
 EVERY = 1.0  # seconds: every row where rows take longer
@@ -84,7 +84,7 @@ def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def begin(
-    parts: Parts,
+    parts: Model,
     verb: str,
     options: Mapping[str, Any],
     recipe: dict[str, Any],
@@ -120,12 +120,12 @@ def _place(path: Any, mesh: Mesh) -> Path:
     return files.folder_of(path)
 
 
-def go_on(saved: Saved, parts: Parts, said: Mapping[str, Any]) -> Keeper:
+def go_on(saved: Saved, parts: Model, said: Mapping[str, Any]) -> Keeper:
     """The Keeper of a request that goes on."""
     return _keeper(saved, parts, said)
 
 
-def _keeper(saved: Saved, parts: Parts, said: Mapping[str, Any]) -> Keeper:
+def _keeper(saved: Saved, parts: Model, said: Mapping[str, Any]) -> Keeper:
     return (Follower if parts.mesh.rank else Keeper)(saved, parts.device, **_how(said), mesh=parts.mesh)
 
 
@@ -165,12 +165,12 @@ def _clean_files(folder: Path, count: int) -> Iterator[str]:
         yield found[stem]
 
 
-def check(saved: Saved, parts: Parts) -> None:
+def check(saved: Saved, parts: Model) -> None:
     """Raises InvalidRequest if a checkpoint is of another model, version or precision."""
     identity.check_model(saved.about["model"], identity.identity(parts))
 
 
-def layout_of(saved: Saved, parts: Parts) -> Layout | None:
+def layout_of(saved: Saved, parts: Model) -> Layout | None:
     """How ranks shared the request, which is how they go on with it. Raises CheckpointError where that is not told."""
     said = saved.about.get("layout")
     if said is None and parts.mesh.size > 1 and parts.layout is None:

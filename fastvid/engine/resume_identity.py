@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-import fastvid
 from fastvid.errors import InvalidRequest
-from fastvid.pipeline.load import Parts
+from fastvid.models.loaded import Model
 from fastvid.requests.request import RECIPE_CONTEXT, SIZE, VERBS, Request
+from fastvid.version import __version__
 
 SAMPLES, SAMPLE_BYTES, MOST_HEADER = 16, 4096, 2**24
 DATA = tuple(f.name for f in dataclasses.fields(Request) if not f.compare)  # pictures, clips, tensors
@@ -29,10 +29,10 @@ DATA = tuple(f.name for f in dataclasses.fields(Request) if not f.compare)  # pi
 # ---------------------------------------------------------------- the model
 
 
-def identity(parts: Parts) -> dict[str, Any]:
+def identity(parts: Model) -> dict[str, Any]:
     """All that decides the bytes of a video beside the request, as JSON. Reads a few blocks of every weights file."""
     return {
-        "fastvid": fastvid.__version__,
+        "fastvid": __version__,
         "torch": torch.__version__,
         "device": _device(parts.device),
         "dtype": str(parts.dtype).removeprefix("torch."),
@@ -51,7 +51,7 @@ def _device(device: torch.device) -> str:
     return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def _weights(parts: Parts) -> Iterator[tuple[str, str]]:
+def _weights(parts: Model) -> Iterator[tuple[str, str]]:
     for part in parts.checkpoint.parts:
         yield part.name, _print_of(part.files)
     if parts.checkpoint.tokenizer.is_file():

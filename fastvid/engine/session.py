@@ -17,7 +17,7 @@ from torch import Tensor
 from fastvid.device.precision import ieee_fp32
 from fastvid.distributed.mesh import Layout, Seat
 from fastvid.engine import conditioning, decode, rollouts
-from fastvid.engine.conditioning import CACHE, REIMPOSED, TIMESTEPS, Conditions, Region, anchored
+from fastvid.engine.conditioning import Conditions, Region, anchored
 from fastvid.engine.events import Event, Frames, Step
 from fastvid.engine.pixels import Known
 from fastvid.engine.queue import Place
@@ -28,7 +28,7 @@ from fastvid.engine.spool import Spool
 from fastvid.engine.switching import Switch
 from fastvid.engine.windows import count_rows, rows, turns
 from fastvid.layers.kv_cache import KVCache
-from fastvid.pipeline.load import Parts
+from fastvid.models.loaded import CACHE, REIMPOSED, TIMESTEPS, Model
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Edge, Kept, Segment, Timeline
 from fastvid.sampling import (
@@ -73,7 +73,7 @@ class Session:
     """Runs a job. `latents` are the clean ones of all segments so far, if they are kept; `keeper` saves how far it is,
     and knows what an earlier process has made; `switch` is where prompts come from that are changed while it runs."""
 
-    parts: Parts
+    parts: Model
     job: Job
     place: Place
     keep_latents: bool = True

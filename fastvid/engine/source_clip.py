@@ -16,14 +16,14 @@ from torch import Tensor
 from fastvid.device.precision import ieee_fp32
 from fastvid.engine import pixels
 from fastvid.engine.pixels import Known
-from fastvid.pipeline.load import Parts
+from fastvid.models.loaded import Model
 from fastvid.requests.timeline import Segment
 
 
 class SourceClip:
     """A segment's source. mask: uint8 [F or 1, H, W], 255 where something shall change, or None for everywhere."""
 
-    def __init__(self, parts: Parts, segment: Segment, known: Known, mask: np.ndarray | None) -> None:
+    def __init__(self, parts: Model, segment: Segment, known: Known, mask: np.ndarray | None) -> None:
         self.parts, self.segment, self.known, self.mask = parts, segment, known, mask
         self._encoded: Tensor | None = None  # columns from _first on
         self._first, self._cache = 0, None

@@ -9,8 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fastvid.engine import rollouts
-from fastvid.engine.conditioning import CHANNELS, CONTROL, way_of
-from fastvid.pipeline.load import Parts
+from fastvid.models.loaded import CHANNELS, CONTROL, Model, way_of
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
 from fastvid.sampling import noise_table, timesteps
@@ -18,7 +17,7 @@ from fastvid.sampling.loop import Row
 
 
 def rows(
-    parts: Parts, segment: Segment, sigmas: np.ndarray, known_columns: Tensor, schedule: str | None = None
+    parts: Model, segment: Segment, sigmas: np.ndarray, known_columns: Tensor, schedule: str | None = None
 ) -> Iterator[Row]:
     """The noise table of a segment."""
     if parts.recipe.rollout is not None:
@@ -29,7 +28,7 @@ def rows(
     return noise_table.windows(sigmas, spans(parts, segment), known_columns)
 
 
-def spans(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
+def spans(parts: Model, segment: Segment) -> list[tuple[int, int]]:
     """The windows of a segment: all of it, but where the model carries latents on from one to the next; a causal
     model's blocks."""
     recipe = parts.recipe
@@ -45,13 +44,13 @@ def spans(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
     return noise_table.window_spans(segment.columns, size, overlap, cuts)
 
 
-def stagger(parts: Parts, segment: Segment, steps: int) -> tuple[int, int]:
+def stagger(parts: Model, segment: Segment, steps: int) -> tuple[int, int]:
     """(columns of the window, rows between the beginnings of two columns) of a staggered table."""
     size = min(parts.recipe.window, segment.columns)
     return size, -(-steps // max(1, size - parts.recipe.overlap))
 
 
-def turns(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
+def turns(parts: Model, segment: Segment) -> list[tuple[int, int]]:
     """(column, prompt) from where on which is meant."""
     if parts.recipe.rollout is not None:
         return rollouts.turns(parts.recipe.rollout, segment)
@@ -59,7 +58,7 @@ def turns(parts: Parts, segment: Segment) -> list[tuple[int, int]]:
     return [(0, segment.prompts[0][1]), *later]
 
 
-def count_rows(parts: Parts, segment: Segment, steps: int, schedule: str | None = None) -> int:
+def count_rows(parts: Model, segment: Segment, steps: int, schedule: str | None = None) -> int:
     """How many rows the table of a segment has."""
     if schedule == "staggered":
         (size, stride), known = stagger(parts, segment, steps), rollouts.known_columns(segment)
@@ -70,14 +69,14 @@ def count_rows(parts: Parts, segment: Segment, steps: int, schedule: str | None 
     return made * steps + passed + refilled
 
 
-def window_columns(parts: Parts, segment: Segment) -> int:
+def window_columns(parts: Model, segment: Segment) -> int:
     """The most columns of a segment that are with the model at once."""
     refilled = 0 if parts.recipe.rollout is None else rollouts.most_refilled(parts.recipe.rollout, segment)
     at_once = [stop - start + (parts.recipe.anchor is not None and start > 0) for start, stop in spans(parts, segment)]
     return max(refilled, *at_once)
 
 
-def count_calls(parts: Parts, segment: Segment, sigmas: np.ndarray, request: Resolved) -> int:
+def count_calls(parts: Model, segment: Segment, sigmas: np.ndarray, request: Resolved) -> int:
     """How often the model is called for a segment."""
     free, some = (_calls(parts, sigmas, request, known) for known in (False, True))
     if request.schedule == "staggered":
@@ -88,14 +87,14 @@ def count_calls(parts: Parts, segment: Segment, sigmas: np.ndarray, request: Res
     return made * sum(free) + passed * free[-1] + refilled
 
 
-def _calls(parts: Parts, sigmas: np.ndarray, request: Resolved, known: bool) -> list[int]:
+def _calls(parts: Model, sigmas: np.ndarray, request: Resolved, known: bool) -> list[int]:
     """Calls in each step of a window in which some columns are known, or none."""
     scales = request.guidance_scales(len(parts.experts), known)
     chosen = [scales[parts.experts.choose(t)] for t in timesteps(sigmas, request.solver)]
     return [1 + (scale != 1) + (request.source_prompt is not None) for scale in chosen]
 
 
-def _shown(parts: Parts, segment: Segment, start: int, stop: int) -> bool:
+def _shown(parts: Model, segment: Segment, start: int, stop: int) -> bool:
     """Whether columns of a window are known (to the model as latents, that is), or a clip is what it starts from."""
     if start > 0 or segment.source is not None:
         return True

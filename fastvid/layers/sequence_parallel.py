@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvid.distributed.layout import GROUPS
 from fastvid.distributed.mesh import Seat, shares, starts
 from fastvid.ops.eager_attention import merge
 from fastvid.ops.sparse import Blocks, heads_of, tiles_of
-
-GROUPS = 2  # of heads: while one is attended to, the next one's tokens travel
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,25 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastvid.device import offload
 from fastvid.errors import CheckpointError
 from fastvid.loaders import assembled, lora, original, safetensors
 from fastvid.loaders.lora import Lora
-from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
+from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.tokenizer import TextTokenizer
-from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
+from fastvid.models.common.umt5 import UMT5Config
+from fastvid.models.description import Checkpoint, Part, _flat
+from fastvid.models.registry import CONTROLLED, EXPERTS, KINDS, OPTIONAL, PartKind, kind_of, on_meta
 from fastvid.models.wan import weight_name_rules, weight_names
 from fastvid.models.wan.presets import Recipe, find_recipe, find_variants, read_signature
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
-from fastvid.models.wan.vace import WanVACEConfig, WanVACETransformer
-from fastvid.models.wan.vae import WanVAE, WanVAEConfig
-from fastvid.models.wan.vae22 import VAEConfig, WanVAE22, WanVAE22Config
+from fastvid.models.wan.transformer import WanTransformerConfig
+from fastvid.models.wan.vace import WanVACEConfig
+from fastvid.models.wan.vae22 import VAEConfig
 from fastvid.ops import reference
 
 PIPELINES = (
@@ -36,137 +35,6 @@ PIPELINES = (
     "WanCausalDMDPipeline",
 )
 INDEX = "model_index.json"
-Config = WanTransformerConfig | WanVACEConfig | VAEConfig | UMT5Config | CLIPVisionConfig
-
-
-@dataclass(frozen=True)
-class PartKind:
-    """How a sub-folder becomes a module: the class that model_index.json names, its config, and what builds it."""
-
-    class_name: str
-    read_config: Callable[[dict[str, Any]], Any]
-    build: Callable[[Any, Any], nn.Module]  # (config, ops)
-    also: str = ""  # another class that read_config and build know
-
-
-def read_transformer(config: Mapping[str, Any]) -> WanTransformerConfig | WanVACEConfig:
-    """With a control branch if the file says where it hints."""
-    return (WanTransformerConfig if config.get("vace_layers") is None else WanVACEConfig).from_dict(config)
-
-
-def build_transformer(config: WanTransformerConfig | WanVACEConfig, ops: Any = reference) -> WanTransformer:
-    """The denoiser, with weights still to be loaded."""
-    return WanVACETransformer(config, ops) if isinstance(config, WanVACEConfig) else WanTransformer(config, ops)
-
-
-def read_vae(config: Mapping[str, Any]) -> VAEConfig:
-    """Wan 2.2's VAE if the file says is_residual, else 2.1's: diffusers has one class for both."""
-    return (WanVAE22Config if config.get("is_residual") else WanVAEConfig).from_dict(config)
-
-
-def build_vae(config: VAEConfig, ops: Any = reference) -> WanVAE:
-    """The encoder and decoder of frames, with weights still to be loaded."""
-    return (WanVAE22 if isinstance(config, WanVAE22Config) else WanVAE)(config, ops)
-
-
-def build_text_encoder(config: UMT5Config, ops: Any = reference) -> UMT5Encoder:
-    """The text encoder, with weights still to be loaded."""
-    return UMT5Encoder(config)
-
-
-def build_image_encoder(config: CLIPVisionConfig, ops: Any = reference) -> CLIPVisionEncoder:
-    """What pictures are looked at with, with weights still to be loaded."""
-    return CLIPVisionEncoder(config, ops)
-
-
-CONTROLLED = "WanVACETransformer3DModel"
-KINDS: Mapping[str, PartKind] = {
-    "transformer": PartKind("WanTransformer3DModel", read_transformer, build_transformer, CONTROLLED),
-    "vae": PartKind("AutoencoderKLWan", read_vae, build_vae),
-    "text_encoder": PartKind("UMT5EncoderModel", UMT5Config.from_dict, build_text_encoder),
-    "image_encoder": PartKind(
-        "CLIPVisionModel", CLIPVisionConfig.from_dict, build_image_encoder, "CLIPVisionModelWithProjection"
-    ),
-}
-OPTIONAL = ("image_encoder",)
-FP32 = ("vae", "image_encoder")  # as published, whatever the rest is loaded as, if nothing else is asked for
-
-
-EXPERTS = ("transformer", "transformer_2")  # high noise, low noise; most models have the first alone
-
-
-@dataclass(frozen=True)
-class Part:
-    """One module of a checkpoint. config is None where no module can be made of it; problems say why. stated: what its
-    config.json says, or would say in diffusers' layout; None if that can't be read."""
-
-    name: str
-    config: Config | None
-    stated: Mapping[str, Any] | None = None
-    files: tuple[Path, ...] = ()
-    parameters: int = 0
-    dtypes: tuple[str, ...] = ()
-    bytes: int = 0
-    problems: tuple[str, ...] = ()
-    origins: Mapping[str, weight_names.Origin] | None = field(
-        default=None, repr=False
-    )  # where files name weights otherwise
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model: a folder, or the file of its transformer. recipe and text_length are None where what they follow from
-    could not be read.
-
-    pipeline: the class that model_index.json names. alternatives: other variants with the very same shapes.
-    """
-
-    folder: Path
-    pipeline: str
-    parts: tuple[Part, ...]
-    recipe: Recipe | None
-    alternatives: tuple[str, ...]
-    text_length: int | None
-    problems: tuple[str, ...]
-    tokenizer: Path = Path()
-
-    def part(self, name: str) -> Part:
-        """The transformer, transformer_2, vae or text_encoder."""
-        return next(part for part in self.parts if part.name == name)
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """The names of its transformers, the one for high noise first."""
-        return tuple(part.name for part in self.parts if part.name in EXPERTS)
-
-    def check(self) -> Checkpoint:
-        """Itself if nothing is missing or wrong; CheckpointError with all of its problems otherwise."""
-        if self.problems:
-            raise CheckpointError(
-                f"{self.folder} cannot be loaded:\n" + "\n".join(f"- {text}" for text in self.problems)
-            )
-        return self
-
-    def lora_problems(self, merging: Lora) -> list[str]:
-        """What keeps a LoRA from being merged into this model's transformers; empty if nothing does."""
-        problems: list[str] = []
-        for part in map(self.part, lora.experts_of(merging, self.experts, problems)):
-            if part.config is None:
-                problems.append(f"the {part.name} cannot be read")
-                continue
-            state = _on_meta(kind_of(part.name), part.config, reference).state_dict()
-            shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-            _note(problems, lambda shapes=shapes: lora.check([merging], shapes))
-        return list(dict.fromkeys(problems))  # two experts of one shape say the same
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON values."""
-        parts = {part.name: _describe(part, self.folder) for part in self.parts}
-        recipe = asdict(self.recipe) if self.recipe else None
-        rest = {"text_length": self.text_length, "tokenizer": _short(self.tokenizer, self.folder)}
-        rest |= {"problems": list(self.problems)}
-        named = {"recipe": recipe, "alternatives": list(self.alternatives)}
-        return {"folder": str(self.folder), "pipeline": self.pipeline, **named, "parts": parts, **rest}
 
 
 def open_checkpoint(folder: str | Path, given: Mapping[str, str | Path] | None = None) -> Checkpoint:
@@ -222,36 +90,9 @@ def load_part(
     part = checkpoint.part(name)
     if part.problems:
         raise CheckpointError("; ".join(part.problems))
-    module = _on_meta(kind_of(name), part.config, ops)
+    module = on_meta(kind_of(name), part.config, ops)
     fill(module, part, device, dtype, loras)
     return module
-
-
-def part_dtype(name: str, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32) -> torch.dtype:
-    """What a part is loaded as in a model that is loaded as dtype, its VAE as vae_dtype."""
-    if name == "vae":
-        return vae_dtype
-    return torch.float32 if name in FP32 else dtype
-
-
-def weigh_part(
-    name: str, config: Config, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
-) -> offload.Weights:
-    """Bytes of a part's weights in a model that is loaded as dtype, from its configuration."""
-    return weigh_module(name, build_empty(name, config), dtype, vae_dtype)
-
-
-def weigh_module(
-    name: str, module: nn.Module, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
-) -> offload.Weights:
-    """The same of a module that has no weights yet."""
-    kind = part_dtype(name, dtype, vae_dtype)
-    return offload.weigh(module, lambda weight: safetensors.target_dtype(module, weight, kind).itemsize)
-
-
-def build_empty(name: str, config: Config, ops: Any = reference) -> nn.Module:
-    """A part without weights, on the meta device."""
-    return _on_meta(kind_of(name), config, ops)
 
 
 def fill(
@@ -277,11 +118,6 @@ def check_fill(module: nn.Module, part: Part, loras: Sequence[Lora] = ()) -> Non
 def _check_loras(module: nn.Module, part: Part, loras: Sequence[Lora]) -> None:
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     lora.check(loras, shapes, str(part.files[0].parent))
-
-
-def kind_of(name: str) -> PartKind:
-    """How the part of that name is built: both experts are transformers."""
-    return KINDS["transformer" if name in EXPERTS else name]
 
 
 def _part_names(index: Mapping[str, Any]) -> list[str]:
@@ -329,14 +165,9 @@ def _read_part(kind: PartKind, stated: dict[str, Any], path: Path) -> tuple[Any,
     """The config that a file holds, and the module that it describes, without weights."""
     config = kind.read_config(stated)
     try:
-        return config, _on_meta(kind, config, reference)
+        return config, on_meta(kind, config, reference)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} describes no {kind.class_name} that can be built: {error}") from None
-
-
-def _on_meta(kind: PartKind, config: Any, ops: Any) -> nn.Module:
-    with torch.device("meta"):
-        return kind.build(config, ops)
 
 
 def _recipe(
@@ -386,12 +217,6 @@ def _disagreements(parts: Mapping[str, Part]) -> list[str]:
         mine, other = _flat(stated), _flat(second)
         pairs += [(f"transformer {k}", mine.get(k), "transformer_2's", other.get(k)) for k in mine | other]
     return [f"{name} is {a}, but {other} is {b}" for name, a, other, b in pairs if a != b]
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    """A config as its file has it: VACE's transformer without a level of its own."""
-    values = asdict(config)
-    return values.pop("transformer", {}) | values
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -445,21 +270,6 @@ def _class_of(index: Mapping[str, Any], name: str) -> str | None:
     return value[1] if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) else None
 
 
-def _short(file: Path, folder: Path) -> str:
-    """A path as it is shown: within the model's folder from there on; nothing for one that is missing."""
-    if file == Path():
-        return ""
-    return str(file.relative_to(folder)) if file != folder and file.is_relative_to(folder) else str(file)
-
-
-def _describe(part: Part, folder: Path) -> dict[str, Any]:
-    files = [_short(file, folder) for file in part.files]
-    config = _flat(part.config) if part.config else part.stated and dict(part.stated)
-    kind = {"class": (part.stated or {}).get("_class_name", kind_of(part.name).class_name), "config": config}
-    size = {"parameters": part.parameters, "dtypes": list(part.dtypes), "bytes": part.bytes}
-    return {**kind, **size, "files": files, "problems": list(part.problems)}
-
-
 def _note(problems: list[str], read: Callable[[], Any]) -> Any:
     """What `read` returns, or None with the reason added to the problems."""
     try:
@@ -467,3 +277,16 @@ def _note(problems: list[str], read: Callable[[], Any]) -> Any:
     except CheckpointError as error:
         problems.append(str(error))
         return None
+
+
+def lora_problems(checkpoint: Checkpoint, merging: Lora) -> list[str]:
+    """What keeps a LoRA from being merged into a model's transformers; empty if nothing does."""
+    problems: list[str] = []
+    for part in map(checkpoint.part, lora.experts_of(merging, checkpoint.experts, problems)):
+        if part.config is None:
+            problems.append(f"the {part.name} cannot be read")
+            continue
+        state = on_meta(kind_of(part.name), part.config, reference).state_dict()
+        shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        _note(problems, lambda shapes=shapes: lora.check([merging], shapes))
+    return list(dict.fromkeys(problems))  # two experts of one shape say the same

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
+from fastvid.models.registry import target_dtype
 
 SUFFIX = ".safetensors"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -229,12 +230,6 @@ def load_into(
             tensor = tensor.to(device=device, dtype=target).contiguous()
             _assign(module, name, tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone())
     module.eval().requires_grad_(False)
-
-
-def target_dtype(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
-    """What a weight becomes in a module that is loaded as dtype: fp32 if a part of its name is in FP32_PARTS."""
-    kept = getattr(module, "FP32_PARTS", ())
-    return dtype if frozenset(kept).isdisjoint(name.split(".")) else torch.float32
 
 
 def _in_file_order(entries: Mapping[str, Entry], origins: Mapping[str, Origin] | None) -> list[str]:

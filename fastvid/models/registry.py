@@ -1,74 +1,127 @@
-"""The models: what they are (`open_checkpoint`), what they are asked for by default (`Recipe`), how they are built."""
+"""The only table of model families: how each part of a checkpoint becomes a module."""
 
 from __future__ import annotations
 
-from fastvid.loaders.checkpoint import (
-    EXPERTS,
-    KINDS,
-    Checkpoint,
-    Part,
-    PartKind,
-    build_text_encoder,
-    build_transformer,
-    build_vae,
-    load_part,
-    open_checkpoint,
-)
-from fastvid.models.common.experts import Experts
-from fastvid.models.common.tokenizer import TextTokenizer, clean_prompt, encode_prompt
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvid.device import offload
+from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
-from fastvid.models.patterns import Patterns
-from fastvid.models.wan.presets import (
-    EMBEDDED,
-    VARIANTS,
-    WAN_1_3B,
-    WAN_14B,
-    Recipe,
-    Rollout,
-    Signature,
-    Variant,
-    find_recipe,
-    find_variants,
-    read_signature,
-)
 from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
+from fastvid.models.wan.vace import WanVACEConfig, WanVACETransformer
 from fastvid.models.wan.vae import WanVAE, WanVAEConfig
 from fastvid.models.wan.vae22 import VAEConfig, WanVAE22, WanVAE22Config
+from fastvid.ops import reference
 
-__all__ = [
-    "EMBEDDED",
-    "EXPERTS",
-    "KINDS",
-    "VARIANTS",
-    "WAN_14B",
-    "WAN_1_3B",
-    "Checkpoint",
-    "Experts",
-    "Part",
-    "PartKind",
-    "Patterns",
-    "Recipe",
-    "Rollout",
-    "Signature",
-    "TextTokenizer",
-    "UMT5Config",
-    "UMT5Encoder",
-    "VAEConfig",
-    "Variant",
-    "WanTransformer",
-    "WanTransformerConfig",
-    "WanVAE",
-    "WanVAE22",
-    "WanVAE22Config",
-    "WanVAEConfig",
-    "build_text_encoder",
-    "build_transformer",
-    "build_vae",
-    "clean_prompt",
-    "encode_prompt",
-    "find_recipe",
-    "find_variants",
-    "load_part",
-    "open_checkpoint",
-    "read_signature",
-]
+
+@dataclass(frozen=True)
+class PartKind:
+    """How a sub-folder becomes a module: the class that model_index.json names, its config, and what builds it."""
+
+    class_name: str
+    read_config: Callable[[dict[str, Any]], Any]
+    build: Callable[[Any, Any], nn.Module]  # (config, ops)
+    also: str = ""  # another class that read_config and build know
+
+
+def read_transformer(config: Mapping[str, Any]) -> WanTransformerConfig | WanVACEConfig:
+    """With a control branch if the file says where it hints."""
+    return (WanTransformerConfig if config.get("vace_layers") is None else WanVACEConfig).from_dict(config)
+
+
+def build_transformer(config: WanTransformerConfig | WanVACEConfig, ops: Any = reference) -> WanTransformer:
+    """The denoiser, with weights still to be loaded."""
+    return WanVACETransformer(config, ops) if isinstance(config, WanVACEConfig) else WanTransformer(config, ops)
+
+
+def read_vae(config: Mapping[str, Any]) -> VAEConfig:
+    """Wan 2.2's VAE if the file says is_residual, else 2.1's: diffusers has one class for both."""
+    return (WanVAE22Config if config.get("is_residual") else WanVAEConfig).from_dict(config)
+
+
+def build_vae(config: VAEConfig, ops: Any = reference) -> WanVAE:
+    """The encoder and decoder of frames, with weights still to be loaded."""
+    return (WanVAE22 if isinstance(config, WanVAE22Config) else WanVAE)(config, ops)
+
+
+def build_text_encoder(config: UMT5Config, ops: Any = reference) -> UMT5Encoder:
+    """The text encoder, with weights still to be loaded."""
+    return UMT5Encoder(config)
+
+
+def build_image_encoder(config: CLIPVisionConfig, ops: Any = reference) -> CLIPVisionEncoder:
+    """What pictures are looked at with, with weights still to be loaded."""
+    return CLIPVisionEncoder(config, ops)
+
+
+CONTROLLED = "WanVACETransformer3DModel"
+
+
+KINDS: Mapping[str, PartKind] = {
+    "transformer": PartKind("WanTransformer3DModel", read_transformer, build_transformer, CONTROLLED),
+    "vae": PartKind("AutoencoderKLWan", read_vae, build_vae),
+    "text_encoder": PartKind("UMT5EncoderModel", UMT5Config.from_dict, build_text_encoder),
+    "image_encoder": PartKind(
+        "CLIPVisionModel", CLIPVisionConfig.from_dict, build_image_encoder, "CLIPVisionModelWithProjection"
+    ),
+}
+
+
+OPTIONAL = ("image_encoder",)
+
+
+FP32 = ("vae", "image_encoder")  # as published, whatever the rest is loaded as, if nothing else is asked for
+
+
+def part_dtype(name: str, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32) -> torch.dtype:
+    """What a part is loaded as in a model that is loaded as dtype, its VAE as vae_dtype."""
+    if name == "vae":
+        return vae_dtype
+    return torch.float32 if name in FP32 else dtype
+
+
+def weigh_part(
+    name: str, config: Config, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
+) -> offload.Weights:
+    """Bytes of a part's weights in a model that is loaded as dtype, from its configuration."""
+    return weigh_module(name, build_empty(name, config), dtype, vae_dtype)
+
+
+def weigh_module(
+    name: str, module: nn.Module, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
+) -> offload.Weights:
+    """The same of a module that has no weights yet."""
+    kind = part_dtype(name, dtype, vae_dtype)
+    return offload.weigh(module, lambda weight: target_dtype(module, weight, kind).itemsize)
+
+
+def build_empty(name: str, config: Config, ops: Any = reference) -> nn.Module:
+    """A part without weights, on the meta device."""
+    return on_meta(kind_of(name), config, ops)
+
+
+def kind_of(name: str) -> PartKind:
+    """How the part of that name is built: both experts are transformers."""
+    return KINDS["transformer" if name in EXPERTS else name]
+
+
+def on_meta(kind: PartKind, config: Any, ops: Any) -> nn.Module:
+    with torch.device("meta"):
+        return kind.build(config, ops)
+
+
+def target_dtype(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a weight becomes in a module that is loaded as dtype: fp32 if a part of its name is in FP32_PARTS."""
+    kept = getattr(module, "FP32_PARTS", ())
+    return dtype if frozenset(kept).isdisjoint(name.split(".")) else torch.float32
+
+
+Config = WanTransformerConfig | WanVACEConfig | VAEConfig | UMT5Config | CLIPVisionConfig
+
+
+EXPERTS = ("transformer", "transformer_2")  # high noise, low noise; most models have the first alone

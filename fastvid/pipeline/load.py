@@ -4,138 +4,37 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastvid.device import cuda_graphs as graphs
+from fastvid.device.devices import available_bytes, find_device, resolve_dtype, resolve_vae_dtype
 from fastvid.device.offload import MODES, Staying, Turns, weigh
 from fastvid.distributed import links as scaling_links
 from fastvid.distributed.layout import agree, parse
-from fastvid.distributed.links import Links
 from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.errors import CheckpointError, InvalidRequest, OutOfMemory
-from fastvid.loaders import hub
-from fastvid.loaders.assembled import check_parts
-from fastvid.loaders.checkpoint import EXPERTS, build_empty, check_fill, fill, part_dtype, weigh_module
+from fastvid.loaders.checkpoint import check_fill, fill, load_part
+from fastvid.loaders.find import EMBEDDED, read_checkpoint
 from fastvid.loaders.lora import Lora, for_expert, named, read_loras, touched
-from fastvid.models.common.clip import CLIPVisionEncoder
-from fastvid.models.registry import (
-    Checkpoint,
-    Experts,
-    Recipe,
-    TextTokenizer,
-    UMT5Encoder,
-    WanTransformer,
-    WanVAE,
-    encode_prompt,
-    load_part,
-    open_checkpoint,
-)
+from fastvid.models.common.experts import Experts
+from fastvid.models.common.tokenizer import TextTokenizer
+from fastvid.models.description import Checkpoint
+from fastvid.models.loaded import Model, Sizes, Untold
+from fastvid.models.registry import EXPERTS, build_empty, part_dtype, weigh_module
 from fastvid.models.wan import published
-from fastvid.models.wan.vae_bands import Bands
+from fastvid.models.wan.presets import Recipe
 from fastvid.ops import vae_gpu
 from fastvid.ops.dispatch import Ops, bind
 from fastvid.planning import plan
-from fastvid.planning.memory import Sizes
 from fastvid.requests.request import Request
 
-EMBEDDED = "embedded"
 AUTO = "auto"
 ENCODERS = ("text_encoder", "image_encoder")
 FIT = ("transformer", "vae", *ENCODERS)  # what plan.fit takes, in this order
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A loaded model: modules on their device, and how they are to be used. `model` is the name it was loaded by.
-
-    experts: the transformers, one or two; `experts.use` brings the one that is needed to the device. loras: the files
-    that are merged, with their scales and where it is one the expert they are for; merged: the weights that they
-    changed. sources: the parts that came from elsewhere, as they were given. offload: "none", "text" or "blocks" (see
-    `fastvid.device.offload`); encoders: how the text encoder and the image encoder, in this order, come to the device; sizes:
-    bytes of all weights as loaded. graphs: what replays the transformers' calls, if anything does; graphs_why: why it
-    does or does not. vae_dtype: what the VAE computes in. mesh: the ranks that run it together, each with parts of its
-    own; layout: how they share requests, None if each is shared as suits it; links: what joins them.
-    """
-
-    model: str
-    checkpoint: Checkpoint | None
-    recipe: Recipe
-    tokenizer: TextTokenizer | Untold
-    text_encoder: UMT5Encoder
-    experts: Experts
-    vae: WanVAE
-    ops: Ops
-    device: torch.device
-    dtype: torch.dtype
-    backend: str = "auto"
-    attention: str = "auto"
-    loras: tuple[tuple[Any, ...], ...] = ()
-    merged: frozenset[str] = frozenset()
-    image_encoder: CLIPVisionEncoder | None = None
-    offload: str = "none"
-    encoders: Staying | Turns | None = None
-    sizes: Sizes | None = None
-    sources: tuple[tuple[str, str], ...] = ()
-    graphs: Any = None
-    graphs_why: str = ""
-    vae_dtype: torch.dtype = torch.float32
-    mesh: Mesh = field(default_factory=Mesh)
-    layout: Layout | None = None
-    links: Links = field(default_factory=Links)
-
-    @property
-    def transformer(self) -> WanTransformer:
-        """The only transformer, or the one for high noise; both have the same configuration."""
-        return self.experts.modules[0]
-
-    @property
-    def control_layers(self) -> int:
-        """Layers of the transformer's control branch (VACE), 0 if it has none."""
-        return len(getattr(self.transformer, "vace_blocks", ()))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What `load` was asked for and made of it, as a recipe records it: what else decides the bytes."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        made = {"dtype": dtype, "device": self.device.type, "backend": self.backend, "attention": self.attention}
-        made |= {} if self.vae_dtype is torch.float32 else {"vae_dtype": str(self.vae_dtype).removeprefix("torch.")}
-        made |= {"parts": dict(self.sources)} if self.sources else {}
-        made |= {"parallel": str(self.layout or self.mesh.size)} if self.mesh.size > 1 else {}
-        return made | ({"loras": [list(pair) for pair in self.loras]} if self.loras else {})
-
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of weights that are on the device now."""
-        modules = [*self.experts.modules, self.text_encoder, self.vae, *filter(None, [self.image_encoder])]
-        held = [p.nbytes for module in modules for p in module.parameters() if p.device.type == self.device.type]
-        return sum(held)
-
-    @property
-    def bands(self) -> Bands | None:
-        """The ranks that share a frame's rows in the VAE; None on one."""
-        return Bands(self.mesh) if self.mesh.size > 1 else None
-
-    def embed(self, prompt: str) -> Tensor:
-        """Text embeddings [1, L, text_dim] of one prompt. Rank 0 reads it."""
-        made = None
-        if self.mesh.rank == 0:
-            with self.encoders.use(0) as encoder:
-                made = encode_prompt(encoder, self.tokenizer, [prompt]).to(self.device, self.dtype)
-        return self.mesh.broadcast(made)
-
-    def look(self, pixels: Tensor) -> Tensor:
-        """What the image encoder makes of pictures [B, 3, S, S] -> [B, M, d]. Rank 0 looks at them."""
-        made = None
-        if self.mesh.rank == 0:
-            with self.encoders.use(1) as encoder:
-                made = encoder(pixels)
-        return self.mesh.broadcast(made)
 
 
 def load_parts(
@@ -153,7 +52,7 @@ def load_parts(
     link: str = AUTO,
     mesh: Mesh | None = None,
     layout: Layout | None = None,
-) -> Parts:
+) -> Model:
     """Load everything of a model; see `fastvid.load`. What was asked for is checked before any weight is read.
 
     mesh: the ranks that run it together, all of which load it with the same arguments but the device. layout: see
@@ -161,7 +60,7 @@ def load_parts(
     """
     mesh = mesh or Mesh()
     where = find_device(device)
-    kind, vae_kind = _dtype(dtype, where), _vae_dtype(vae_dtype)
+    kind, vae_kind = resolve_dtype(dtype, where), resolve_vae_dtype(vae_dtype)
     ops = bind(backend, attention, where)
     merging, asked, replay = read_loras(loras), check_offload(offload), graphs.check(cuda_graphs)
     links = scaling_links.find(link, mesh, where)
@@ -191,7 +90,7 @@ def load_parts(
     if ops.bound["vae_norm_silu_conv3d"] != "reference":
         vae_gpu.channels_last(vae)  # here once, instead of in every call
     tokenizer = TextTokenizer.read(checkpoint.tokenizer)
-    made = Parts(str(model), checkpoint, checkpoint.recipe, tokenizer, loaded[0], experts, vae, ops, where, kind)
+    made = Model(str(model), checkpoint, checkpoint.recipe, tokenizer, loaded[0], experts, vae, ops, where, kind)
     image_encoder = loaded[1] if len(loaded) > 1 else None
     image_bytes = weigh(image_encoder).total if image_encoder is not None else 0
     sizes = Sizes(tuple(map(weigh, experts.modules)), weigh(loaded[0]), weigh(vae).total, image_bytes)
@@ -228,9 +127,7 @@ def choose_offload(
     given = {"experts": sum(name in EXPERTS for name in configs), "dtype": dtype, "pictures": pictures}
     given["vae_dtype"] = vae_dtype
     try:
-        return plan.fit(request, *made, capacity=plan.available_bytes(device) if free is None else free, **given)[
-            0
-        ].offload
+        return plan.fit(request, *made, capacity=available_bytes(device) if free is None else free, **given)[0].offload
     except OutOfMemory:
         return MODES[-1]  # for requests smaller than the recipe's; the others are refused when they are planned
 
@@ -241,13 +138,6 @@ def configs_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- without weights
-
-
-@dataclass(frozen=True)
-class Untold:
-    """What a plan asks of a tokenizer."""
-
-    text_length: int
 
 
 def outline(
@@ -265,7 +155,7 @@ def outline(
     vae_dtype: str | torch.dtype | None = None,
     link: str = AUTO,
     free: int | None = None,
-) -> Parts:
+) -> Model:
     """What `load_parts` would make, with modules that have no weights: enough to plan with, and for nothing else.
 
     parallel: the ranks that it is planned for, as `parallel.parse` takes it; one if nothing is said.
@@ -274,8 +164,8 @@ def outline(
     not here; "cuda" unless said otherwise, and nothing is known of its back ends.
     """
     where = torch.device("cuda") if free is not None and device is None else find_device(device)
-    kind, asked, merging = _dtype(dtype, where), check_offload(offload), read_loras(loras)
-    ranks, vae_kind = parse(parallel), _vae_dtype(vae_dtype)
+    kind, asked, merging = resolve_dtype(dtype, where), check_offload(offload), read_loras(loras)
+    ranks, vae_kind = parse(parallel), resolve_vae_dtype(vae_dtype)
     ops = bind(backend, attention, where) if free is None else Ops({}, {}, {})
     recipe, configs, rows, checkpoint = _describe(model, parts)
     mode = asked if asked != AUTO else choose_offload(configs, recipe, where, kind, free, vae_kind)
@@ -283,7 +173,7 @@ def outline(
     weighed = {name: weigh_module(name, module, kind, vae_kind) for name, module in empty.items()}
     names = [name for name in EXPERTS if name in empty]
     image = weighed["image_encoder"].total if "image_encoder" in empty else 0
-    made = Parts(
+    made = Model(
         model=str(model),
         checkpoint=checkpoint,
         recipe=recipe,
@@ -323,7 +213,7 @@ def _describe(
     return checkpoint.recipe, configs_of(checkpoint), checkpoint.text_length, checkpoint
 
 
-def change_loras(parts: Parts, loras: Any) -> Parts:
+def change_loras(parts: Model, loras: Any) -> Model:
     """The same model with these LoRAs in place of those it has: every weight that one of them changes, or has changed,
     is read again from the model's files, for every expert where it is. Everything is checked before the first is.
     """
@@ -363,96 +253,3 @@ def load_experts(
     modules = [load_part(checkpoint, name, ops, at, dtype, own) for name, own in zip(names, mine, strict=True)]
     turns = Staying(modules) if stay else Turns(modules, device, stream=offload == "blocks", linger=True)
     return Experts(modules, checkpoint.recipe.boundary_ratio, turns)
-
-
-def read_checkpoint(
-    model: str | Path, parts: Mapping[str, str | Path] | None = None, download: bool = False
-) -> Checkpoint:
-    """What a model is, from its name, folder or file, without reading weights; see `fastvid.load` for `parts`. Raises
-    CheckpointError."""
-    given = {name: _find_part(name, path, download) for name, path in check_parts(parts).items()}
-    return open_checkpoint(find_folder(model, download), given)
-
-
-def _find_part(name: str, path: Path, download: bool) -> Path:
-    """Where a part that was given is: the package's model, a path, or a hub name."""
-    if path.exists() or str(path) == EMBEDDED or hub.is_hub_name(str(path)):
-        return find_folder(path if path.exists() else str(path), download)
-    raise InvalidRequest(
-        f"parts: {name}: {path} does not exist; a file, a folder or a file of a hub repository is needed"
-    )
-
-
-def find_folder(model: str | Path, download: bool = False) -> Path:
-    """The folder or file of a model: the folder that ships with the package, a path, or a hub name.
-
-    What is on the hub is taken from the local cache; with `download`, what is missing there is fetched.
-    """
-    if not isinstance(model, str | Path) or not str(model) or "\0" in str(model):
-        raise InvalidRequest(
-            f"model={model!r:.80}: allowed is {EMBEDDED!r}, a folder, a file, or a hub id such as org/name"
-        )
-    if str(model) == EMBEDDED:
-        return Path(__file__).parents[1] / EMBEDDED
-    try:
-        exists = Path(model).expanduser().exists()
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"model={str(model):.80}: {error}") from None
-    if exists or isinstance(model, Path):
-        return Path(model)
-    if hub.is_hub_name(model):
-        return _from_hub(model, download)
-    return Path(model) if "/" in model or "\\" in model else _unknown(model)
-
-
-def _from_hub(model: str, download: bool) -> Path:
-    folder = hub.find(model)
-    if folder is None and not download:
-        raise CheckpointError(
-            f"model={model!r} is neither a folder or file nor (all) in the local hub cache; loading it downloads it, "
-            f"and so does `hf download {' '.join(hub.split(model)).strip()}`; or give {EMBEDDED!r}, a folder or a file"
-        )
-    return folder or hub.download(model)
-
-
-def _unknown(model: str) -> Path:
-    near = f" (did you mean {EMBEDDED!r}?)" if difflib.get_close_matches(model.lower(), [EMBEDDED]) else ""
-    raise CheckpointError(
-        f"model={model!r:.80} is not known{near}; allowed is {EMBEDDED!r}, a folder in diffusers' layout, or a hub id "
-        "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    )
-
-
-def find_device(device: Any) -> torch.device:
-    """The device asked for; what it must be is checked again where the back ends are bound."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise InvalidRequest(f"device={device!r:.60}: allowed is 'cpu', 'cuda' or 'cuda:<number>'") from None
-    if where.type not in ("cpu", "cuda"):
-        raise InvalidRequest(f"device={str(where)!r}: allowed is 'cpu', 'cuda' or 'cuda:<number>'")
-    return where
-
-
-def _dtype(dtype: Any, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _named_dtype("dtype", dtype)
-
-
-def _vae_dtype(dtype: Any) -> torch.dtype:
-    """What the VAE computes in: fp32, as published, if nothing is asked for."""
-    return torch.float32 if dtype is None else _named_dtype("vae_dtype", dtype)
-
-
-def _named_dtype(name: str, dtype: Any) -> torch.dtype:
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            near = difflib.get_close_matches(dtype, DTYPES, 1, 0)[0]
-            raise InvalidRequest(f"{name}={dtype!r:.40}: allowed is {', '.join(DTYPES)}; the nearest is {near}")
-        return DTYPES[dtype]
-    if dtype not in DTYPES.values():
-        raise InvalidRequest(f"{name}={dtype!r:.40}: allowed is {', '.join(DTYPES)}, by name or as torch.dtype")
-    return dtype

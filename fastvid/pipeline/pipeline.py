@@ -21,16 +21,16 @@ from torch import Tensor
 from fastvid import checks
 from fastvid.distributed.mesh import Layout
 from fastvid.engine import resume as checkpoints
-from fastvid.engine.events import Event, Finished, Frames, Started, Step
+from fastvid.engine.events import Event, Finished, Frames, Plan, Started, Step
 from fastvid.engine.queue import RUNNING, Place, Queue
 from fastvid.engine.session import Session
 from fastvid.engine.switching import Switch
 from fastvid.errors import InvalidRequest
 from fastvid.media.video import Video
+from fastvid.models.loaded import Model
 from fastvid.pipeline import asynchronous, steps
-from fastvid.pipeline.load import Parts, change_loras
+from fastvid.pipeline.load import change_loras
 from fastvid.pipeline.prepare import Prepared, prepare
-from fastvid.planning.plan import Plan
 from fastvid.planning.speed import find as find_rates
 from fastvid.requests import prompts
 
@@ -91,7 +91,7 @@ class Pipeline:
     pipe.agenerate(...)`, `async for event in pipe.astream(...)`.
     """
 
-    def __init__(self, parts: Parts, max_running: int = RUNNING) -> None:
+    def __init__(self, parts: Model, max_running: int = RUNNING) -> None:
         self._parts, self._place = parts, None
         self._queue = Queue(MAX_RUNNING("max_running", max_running))
 
@@ -387,7 +387,7 @@ class Pipeline:
 
 
 def plan_of(
-    parts: Parts,
+    parts: Model,
     prompt: str | None,
     verb: str,
     options: dict[str, Any],

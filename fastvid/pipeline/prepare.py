@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 
-import fastvid
 from fastvid.distributed import layout as parallel
 from fastvid.distributed.mesh import Layout
 from fastvid.engine import control
+from fastvid.engine.events import Plan
 from fastvid.engine.session import Job
 from fastvid.errors import InvalidRequest
+from fastvid.models.loaded import Model
 from fastvid.pipeline import verbs
-from fastvid.pipeline.load import Parts
 from fastvid.planning import planning
-from fastvid.planning.plan import Plan
 from fastvid.planning.speed import Rates
 from fastvid.requests import inputs
 from fastvid.requests.request import Request, Resolved
 from fastvid.requests.timeline import Timeline
 from fastvid.sampling import check_sigmas, make_sigmas
+from fastvid.version import __version__
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Prepared:
 
 
 def prepare(
-    parts: Parts,
+    parts: Model,
     verb: str,
     options: dict[str, Any],
     keep_frames: bool = False,
@@ -54,7 +54,7 @@ def prepare(
     verbs.check(parts, request, timeline)
     _check_tensors(parts, request, timeline)
     sigmas = sigmas_of(request)
-    recipe = request.to_recipe(model=parts.model, version=fastvid.__version__, **parts.settings)
+    recipe = request.to_recipe(model=parts.model, version=__version__, **parts.settings)
     made, layout = planning.plan_request(parts, request, timeline, sigmas, keep_frames, free, rates, layout)
     job = Job(request, timeline, sigmas, made.decode_chunk, made.decode_stripes, made.decode_beside, layout)
     return Prepared(job, made, recipe)
@@ -71,7 +71,7 @@ def sigmas_of(request: Resolved) -> np.ndarray:
     return sigmas[len(sigmas) - max(1, int(len(sigmas) * request.strength)) :]
 
 
-def _check_tensors(parts: Parts, request: Resolved, timeline: Timeline) -> None:
+def _check_tensors(parts: Model, request: Resolved, timeline: Timeline) -> None:
     config, segments = parts.transformer.config, timeline.segments
     if request.latents is not None:
         if len(segments) > 1:

@@ -11,11 +11,11 @@ from torch import Tensor
 from fastvid import checks
 from fastvid.device.precision import ieee_fp32
 from fastvid.errors import InvalidRequest
-from fastvid.pipeline.load import Parts
+from fastvid.models.loaded import Model
 
 
 @torch.no_grad()
-def embed(parts: Parts, prompt: str) -> Tensor:
+def embed(parts: Model, prompt: str) -> Tensor:
     """See Pipeline.embed."""
     prompt = checks.text("prompt", prompt)
     with ieee_fp32():
@@ -23,7 +23,7 @@ def embed(parts: Parts, prompt: str) -> Tensor:
 
 
 @torch.no_grad()
-def encode(parts: Parts, frames: Any) -> Tensor:
+def encode(parts: Model, frames: Any) -> Tensor:
     """See Pipeline.encode."""
     pixels = _frames(frames, parts)
     with ieee_fp32():
@@ -32,7 +32,7 @@ def encode(parts: Parts, frames: Any) -> Tensor:
 
 
 @torch.no_grad()
-def decode(parts: Parts, latents: Any) -> np.ndarray:
+def decode(parts: Model, latents: Any) -> np.ndarray:
     """See Pipeline.decode."""
     given, channels = checks.tensor("latents", latents), parts.vae.config.z_dim
     shape = tuple(given.shape)
@@ -50,7 +50,7 @@ def decode(parts: Parts, latents: Any) -> np.ndarray:
     return np.concatenate(out)
 
 
-def _frames(frames: Any, parts: Parts) -> Tensor:
+def _frames(frames: Any, parts: Model) -> Tensor:
     """Frames [T, H, W, 3] as [1, 3, T, H, W]; sizes and number as the VAE takes them."""
     given = checks.tensor("frames", frames)
     if len(given.shape) != 4 or given.shape[3] != 3 or not str(given.dtype).endswith("uint8"):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fastvid.engine.conditioning import CHANNELS, way_of
 from fastvid.errors import InvalidRequest
+from fastvid.models.loaded import CHANNELS, Model, way_of
 from fastvid.models.patterns import REFUSED
-from fastvid.pipeline.load import Parts
 from fastvid.requests import timeline
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Rules, Segment, Stretch, Timeline
 
 
-def rules_of(parts: Parts) -> Rules:
+def rules_of(parts: Model) -> Rules:
     """What a model can make."""
     recipe, vae = parts.recipe, parts.vae.config
     return Rules(
@@ -107,7 +106,7 @@ def patterns_of(segment: Segment, request: Resolved) -> set[str]:
     return found
 
 
-def check(parts: Parts, request: Resolved, laid: Timeline) -> None:
+def check(parts: Model, request: Resolved, laid: Timeline) -> None:
     """Raises InvalidRequest for what a model refuses, or needs and was not given."""
     name, known = parts.recipe.name, parts.recipe.patterns
     for segment in laid.segments:
@@ -140,7 +139,7 @@ _WORDS = {
 }
 
 
-def _check_staggered(parts: Parts, request: Resolved, laid: Timeline) -> None:
+def _check_staggered(parts: Model, request: Resolved, laid: Timeline) -> None:
     """Levels that rise from left to right: only what stands on the left may be known."""
     if parts.recipe.patterns.staggered == REFUSED or parts.recipe.rollout is not None:
         raise InvalidRequest(f"schedule='staggered': {parts.recipe.name} has one level in all frames; leave it out")
@@ -150,7 +149,7 @@ def _check_staggered(parts: Parts, request: Resolved, laid: Timeline) -> None:
         )
 
 
-def _check_channels(parts: Parts, request: Resolved, first: Segment) -> None:
+def _check_channels(parts: Model, request: Resolved, first: Segment) -> None:
     """Models with a picture in their channels need one, most of them a first, some a first and a last."""
     config, name = parts.transformer.config, parts.recipe.name
     both = bool(config.pos_embed_seq_len)

@@ -14,7 +14,7 @@ from fastvid.distributed import cost_model
 from fastvid.distributed import layout as parallel
 from fastvid.distributed.cost_model import Prediction, Work
 from fastvid.distributed.mesh import Layout
-from fastvid.pipeline.load import Parts
+from fastvid.models.loaded import Model
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment, Timeline
 
@@ -49,7 +49,7 @@ class Choice:
 
 
 def layouts_of(
-    parts: Parts, request: Resolved, timeline: Timeline, asked: Layout | None = None
+    parts: Model, request: Resolved, timeline: Timeline, asked: Layout | None = None
 ) -> tuple[list[Layout], bool]:
     """How ranks can share a request, and whether that is as was asked (asked: in this request, before what the model
     was loaded with). Raises InvalidRequest."""
@@ -61,7 +61,7 @@ def layouts_of(
     return parallel.layouts_for(asked, mesh.size, heads, tokens, guided, parts.links.per_host), asked is not None
 
 
-def work_of(parts: Parts, request: Resolved, window: Segment) -> Work:
+def work_of(parts: Model, request: Resolved, window: Segment) -> Work:
     """A step, with a control branch's layers as more of the same."""
     config = parts.transformer.config
     t, h, w = (n // p for n, p in zip(window.latent_shape(1)[1:], config.patch_size, strict=True))
@@ -71,7 +71,7 @@ def work_of(parts: Parts, request: Resolved, window: Segment) -> Work:
 
 
 def choose(
-    parts: Parts, work: Work, layouts: Sequence[Layout], asked: bool, taken: Callable[[Layout], int], capacity: int
+    parts: Model, work: Work, layouts: Sequence[Layout], asked: bool, taken: Callable[[Layout], int], capacity: int
 ) -> Choice:
     """taken: bytes of the device that a request takes in a layout. Where it fits in none, the one that takes the
     least: what is planned with it is refused, and says what would fit."""

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from fastvid.device.offload import MODES, SLOTS, Weights
+from fastvid.device.offload import MODES, SLOTS
 from fastvid.errors import OutOfMemory
 from fastvid.models.common.umt5 import UMT5Config
+from fastvid.models.loaded import Sizes
 from fastvid.models.wan.transformer import WanTransformerConfig
 from fastvid.models.wan.vae22 import VAEConfig, WanVAE22Config
 from fastvid.planning import vae_memory
@@ -59,20 +60,6 @@ class Cost:
     @property
     def working(self) -> int:
         return max(self.activations, self.decoder)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Weights of a model's parts as they are loaded; image: 0 in models that look at no pictures."""
-
-    experts: tuple[Weights, ...]
-    text: Weights
-    vae: int
-    image: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(expert.total for expert in self.experts) + self.text.total + self.vae + self.image
 
 
 @dataclass(frozen=True)

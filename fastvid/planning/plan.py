@@ -8,91 +8,27 @@ cross-attention 4 N L d, a layer and call each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from fastvid.device.offload import MODES
-from fastvid.loaders.checkpoint import weigh_part
+from fastvid.engine.decode import decode_chunk
 from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.umt5 import UMT5Config
+from fastvid.models.loaded import Sizes
+from fastvid.models.registry import weigh_part
 from fastvid.models.wan.transformer import WanTransformerConfig
 from fastvid.models.wan.vace import WanVACEConfig
 from fastvid.models.wan.vae22 import VAEConfig
 from fastvid.planning import memory
-from fastvid.planning.memory import Cost, Memory, Sizes
+from fastvid.planning.memory import Cost, Memory
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
 
 CLIP_TOKENS = 257
 STRIPES = (1, 2, 4, 8)  # in which frames may be decoded: the fewest that fit
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What running a request takes. Sizes in pixels, bytes, and floating point operations.
-
-    offload: how weights share the device, choices: the same in sentences. bytes_device: on the device at the peak,
-    weights included; bytes_host: of weights at home in host memory. bytes_free: what can still be taken there now.
-    decode_chunk: latent frames decoded at a time; decode_beside: while later ones are denoised.
-    flops_attention: of flops_denoise. seconds, seconds_parts: how long it takes, estimated, and what of it; None and
-    empty where no estimate was asked for. parallel: how ranks share it, empty on one.
-    bytes_graphs: of buffers that replayed calls have for themselves. efficiency: the share of as many times one rank's
-    speed that ranks are predicted to keep in a step; None on one, and where no estimate was asked for. layouts: seconds
-    of a step that are predicted for every layout that fits, the chosen one first, by what its kind of device can do;
-    parallel_why: why it is this one; link: what joins ranks, and whether that was found, said or assumed.
-    """
-
-    height: int
-    width: int
-    num_frames: int
-    model_height: int
-    model_width: int
-    model_frames: int
-    fps: float
-    latent_shape: tuple[int, int, int, int]
-    segments: int
-    windows: int
-    tokens: int
-    steps: int
-    model_calls: int
-    decode_chunk: int
-    decode_stripes: int
-    flops_denoise: float
-    bytes_weights: int
-    bytes_activations: int
-    bytes_decoder: int
-    bytes_latents: int
-    bytes_frames: int
-    bytes_free: int
-    bytes_encoder: int
-    bytes_context: int
-    bytes_device: int
-    bytes_host: int
-    offload: str
-    choices: tuple[str, ...]
-    device: str
-    dtype: str
-    backends: Mapping[str, str]
-    decode_beside: bool = False
-    flops_attention: float = 0.0
-    seconds: float | None = None
-    seconds_parts: Mapping[str, float] = field(default_factory=dict)
-    parallel: str = ""
-    bytes_graphs: int = 0
-    efficiency: float | None = None
-    layouts: Mapping[str, float] = field(default_factory=dict)
-    parallel_why: str = ""
-    link: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
-        lists = {"latent_shape": list(self.latent_shape), "choices": list(self.choices)}
-        dicts = {name: dict(getattr(self, name)) for name in ("backends", "seconds_parts", "layouts")}
-        return {**asdict(self), **lists, **dicts}
 
 
 def whole_clip(request: Resolved, vae: VAEConfig) -> Segment:
@@ -108,12 +44,6 @@ def whole_clip(request: Resolved, vae: VAEConfig) -> Segment:
         temporal=vae.temporal_scale,
         lead=len(request.reference_images or ()),
     )
-
-
-def window_of(segment: Segment, columns: int) -> Segment:
-    """A segment as long as what is with the model at once, of its length: what memory is taken for."""
-    made = (min(columns, segment.columns) - segment.lead - 1) * segment.temporal + 1
-    return replace(segment, made_frames=made, num_frames=made)
 
 
 def count_tokens(segment: Segment, config: WanTransformerConfig) -> int:
@@ -144,12 +74,6 @@ def attention_flops(
 ) -> float:
     """Of these, those of attention."""
     return (config.num_layers + control_layers) * 4.0 * tokens * ((keys or tokens) + text_rows) * config.dim
-
-
-def decode_chunk(segment: Segment) -> int:
-    """Latent frames decoded at a time: one for large frames, more where a frame is small."""
-    pixels = segment.made_height * segment.made_width * segment.temporal
-    return max(1, min(segment.columns - segment.lead, (1 << 17) // pixels))
 
 
 def cost(
@@ -250,30 +174,6 @@ def fit(
         memory.refuse(found, found.device, capacity, segment, hint)
     need = cost(segment, transformer, vae, dtype.itemsize, **options)
     return found, {mode: memory.memory(sizes, need, mode) for mode in MODES}
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for reuse
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            return min(int(line.split()[1]) * 1024, _cgroup_free())
-    return 1 << 62  # no way to know on this system: refuse nothing
-
-
-def _cgroup_free() -> int:
-    """What the container's own limit leaves, if there is one."""
-    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    return max(0, int(limit) - int(used)) if limit.isdecimal() and used.isdecimal() else 1 << 62
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 def nearest(frames: int, temporal: int, fits: Callable[[int], bool]) -> str:

@@ -7,28 +7,30 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fastvid.device.devices import available_bytes
 from fastvid.distributed import cost_model
 from fastvid.distributed import layout as parallel
 from fastvid.distributed.cost_model import Work
 from fastvid.distributed.mesh import Layout
 from fastvid.engine import decode
-from fastvid.engine.conditioning import CHANNELS, CONTROL, lead_in, way_of
+from fastvid.engine.conditioning import lead_in
+from fastvid.engine.decode import decode_chunk
+from fastvid.engine.events import Plan
 from fastvid.engine.windows import count_calls, spans, window_columns
-from fastvid.pipeline.load import Parts
+from fastvid.models.loaded import CHANNELS, CONTROL, Model, way_of
 from fastvid.planning import layout as planning_layout
 from fastvid.planning import memory as plan_memory
 from fastvid.planning import plan
 from fastvid.planning.estimate import Calls, count_vae, denoise_seconds, vae_seconds
 from fastvid.planning.estimate_bands import Shared, count_halos
 from fastvid.planning.memory import Cost, Memory
-from fastvid.planning.plan import Plan
 from fastvid.planning.speed import Rates
 from fastvid.requests.request import Resolved
-from fastvid.requests.timeline import Segment, Timeline
+from fastvid.requests.timeline import Segment, Timeline, window_of
 
 
 def plan_request(
-    parts: Parts,
+    parts: Model,
     request: Resolved,
     timeline: Timeline,
     sigmas: np.ndarray,
@@ -43,7 +45,7 @@ def plan_request(
     ranks, that of the one that has the least. rates: of this machine, for an estimate of time. asked: the layout, if it
     is that of a request that goes on. Raises OutOfMemory if it
     does not fit, InvalidRequest if ranks cannot share it as was asked."""
-    free = plan.available_bytes(parts.device) if free is None else free
+    free = available_bytes(parts.device) if free is None else free
     free, capacity = (parallel.agree(parts.mesh, bytes) for bytes in (free, free + parts.bytes_held))
     layouts, given = planning_layout.layouts_of(parts, request, timeline, asked)
     needs = Needs(parts, request, timeline, keep)
@@ -90,7 +92,7 @@ def plan_request(
         tokens=plan.count_tokens(window, config),
         steps=len(sigmas),
         model_calls=sum(each.count for each in calls),
-        decode_chunk=plan.decode_chunk(window),
+        decode_chunk=decode_chunk(window),
         decode_stripes=needs.stripes,
         flops_denoise=sum(count * plan.denoise_flops(*each) for count, each in work),
         bytes_weights=parts.sizes.total,
@@ -126,7 +128,7 @@ def plan_request(
 class Needs:
     """The memory that a request takes, as it is or with fewer frames. sharers: ranks that share its tokens."""
 
-    parts: Parts
+    parts: Model
     request: Resolved
     timeline: Timeline
     keep: bool
@@ -140,7 +142,7 @@ class Needs:
     @property
     def window(self) -> Segment:
         """What is with the model at once."""
-        return plan.window_of(self.largest, window_columns(self.parts, self.largest))
+        return window_of(self.largest, window_columns(self.parts, self.largest))
 
     @property
     def work(self) -> Work:
@@ -156,11 +158,11 @@ class Needs:
         if (rollout := self.parts.recipe.rollout) is None:
             return 0
         columns = min(rollout.window or segment.columns, segment.columns)
-        return plan.count_tokens(plan.window_of(segment, columns), self.parts.transformer.config)
+        return plan.count_tokens(window_of(segment, columns), self.parts.transformer.config)
 
     def calls(self, segment: Segment, sigmas: np.ndarray) -> Calls:
         """How often the model is called for a segment, and with how many tokens."""
-        window = plan.window_of(segment, window_columns(self.parts, segment))
+        window = window_of(segment, window_columns(self.parts, segment))
         tokens = plan.count_tokens(window, self.parts.transformer.config)
         count = count_calls(self.parts, segment, sigmas, self.request)
         return Calls(count, tokens, max(tokens, self._cached(segment)), self.parts.tokenizer.text_length)
@@ -173,7 +175,7 @@ class Needs:
         for name, frames in self._coded().items():
             pixels = self.window.made_height * self.window.made_width
             work = count_vae(parts.vae, decode=name == "decode") if sum(frames) else None
-            chunk = self.window.temporal * plan.decode_chunk(self.window) * pixels
+            chunk = self.window.temporal * decode_chunk(self.window) * pixels
             made[name] = vae_seconds(work, sum(frames) * pixels, chunk, rates) if work else 0.0
         return made
 
@@ -195,7 +197,7 @@ class Needs:
                 latents = -(-count // window.temporal)
                 rgb = 3 * count * window.made_height * window.made_width
                 given = rgb if name == "decode" else parts.vae.config.z_dim * latents * height * width * 4
-                chunks = -(-latents // plan.decode_chunk(window))
+                chunks = -(-latents // decode_chunk(window))
                 itemsize = parts.vae_dtype.itemsize
                 shared = Shared(halos, latents, height, width, chunks, parts.mesh.size, itemsize, given)
                 made[name] += shared.seconds(alone[name] * count / sum(frames), slowest)
@@ -225,7 +227,7 @@ class Needs:
     def cost(self, frames: int) -> Cost:
         """Beside weights, for so many frames."""
         parts, request, window = self.parts, self.request, self.window
-        shorter = window if frames >= window.made_frames else plan.window_of(window, frames // window.temporal + 1)
+        shorter = window if frames >= window.made_frames else window_of(window, frames // window.temporal + 1)
         return plan.cost(
             shorter,
             parts.transformer.config,

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fastvid.cli import doctor
+from fastvid.device.devices import cpu_name
 from fastvid.device.precision import ieee_fp32
 from fastvid.layers.attention import self_attention
 from fastvid.layers.linear import Linear
@@ -93,7 +93,7 @@ def _key(ops: Ops, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "version": 1,
-        "device": torch.cuda.get_device_name(device) if on_gpu else doctor.cpu_name(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "threads": 0 if on_gpu else torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),

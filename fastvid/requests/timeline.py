@@ -369,3 +369,9 @@ def _bridge(a: Any, b: Any, num_frames: int, stretch: Stretch, rules: Rules) -> 
         after_frames=b.num_frames,
     )
     return lay(between, rules, 1)
+
+
+def window_of(segment: Segment, columns: int) -> Segment:
+    """A segment as long as what is with the model at once, of its length: what memory is taken for."""
+    made = (min(columns, segment.columns) - segment.lead - 1) * segment.temporal + 1
+    return replace(segment, made_frames=made, num_frames=made)

@@ -44,11 +44,11 @@ class Group:
     """What an actor holds: a pipeline, and the jobs that run on it. Everything in and out is JSON and bytes."""
 
     def __init__(self, model: str, header: dict[str, Any], payload: bytes) -> None:
-        import fastvid
+        from fastvid.api import load
 
         self._failed: dict[str, str] | None = None
         try:
-            self._pipe = fastvid.load(model, **messages.unpack(messages.Message(header, payload)))
+            self._pipe = load(model, **messages.unpack(messages.Message(header, payload)))
         except Exception as error:  # told by `ready`: Ray would make another error of it
             self._failed = {"kind": type(error).__name__, "text": str(error)}
         self._streams: dict[str, Any] = {}

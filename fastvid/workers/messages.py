@@ -213,8 +213,7 @@ def _moving(frames: Any, fps: Any) -> Any:
 
 def _dataclasses() -> dict[str, type]:
     """Those that may be sent, by name."""
-    from fastvid.engine.events import Finished, Frames, Started, Step
+    from fastvid.engine.events import Finished, Frames, Plan, Started, Step
     from fastvid.media.video import Video
-    from fastvid.planning.plan import Plan
 
     return {kind.__name__: kind for kind in (Started, Step, Frames, Finished, Plan, Video)}

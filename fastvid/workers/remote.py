@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvid.device.devices import find_device
 from fastvid.distributed import layout
 from fastvid.distributed.layout import Asked
 from fastvid.engine import resume as checkpoints
-from fastvid.engine.events import Event, Started, Step
+from fastvid.engine.events import Event, Plan, Started, Step
 from fastvid.engine.queue import RUNNING, Place, Queue
 from fastvid.engine.switching import Switch
 from fastvid.errors import Error, InvalidRequest, WorkerFailed
-from fastvid.pipeline.load import configs_of, find_device, read_checkpoint
+from fastvid.loaders.find import read_checkpoint
+from fastvid.pipeline.load import configs_of
 from fastvid.pipeline.pipeline import Pipeline, Stream
-from fastvid.planning.plan import Plan
 from fastvid.requests import prompts
 from fastvid.requests.request import Request
 from fastvid.workers import torchrun

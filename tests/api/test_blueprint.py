@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import fastvid
-from fastvid.cli import main, render
+from fastvid.cli import commands, render
 from fastvid.errors import CheckpointError, InvalidRequest, OutOfMemory
-from fastvid.loaders.checkpoint import build_empty
-from fastvid.models.registry import WanTransformer, WanVAEConfig, build_vae
+from fastvid.models.registry import build_empty, build_vae
 from fastvid.models.wan import published
+from fastvid.models.wan.transformer import WanTransformer
+from fastvid.models.wan.vae import WanVAEConfig
 from fastvid.ops.dispatch import bind
 from fastvid.planning import estimate, speed
 
@@ -158,17 +159,17 @@ def test_a_call_is_its_layers() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fastvid.pipeline.pipeline.find_rates", lambda *_, again: RATES)
     np.save(tmp_path / "a.npy", CLIP)
-    assert main.main(["plan", "extend", str(tmp_path / "a.npy"), "--device", "cpu", "--json", "-o", "x.mp4"]) == 0
+    assert commands.main(["plan", "extend", str(tmp_path / "a.npy"), "--device", "cpu", "--json", "-o", "x.mp4"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["num_frames"] == 25 and found["seconds"] > 0 and found["bytes_frames"] == 0
-    assert main.main(["plan", "--model", "wan2.1-t2v-14b", "--size", "832x480", "--device-memory", "24GB"]) == 0
+    assert commands.main(["plan", "--model", "wan2.1-t2v-14b", "--size", "832x480", "--device-memory", "24GB"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and "32,760 tokens" in out and "blocks are streamed" in out and "23.0 GiB are free" in out
     assert "time" not in [line.split()[0] for line in out.splitlines()]
-    assert main.main(["plan", "--model", "wan2.1-i2v-14b-480p", "--device-memory", "24GB"]) == 2
+    assert commands.main(["plan", "--model", "wan2.1-i2v-14b-480p", "--device-memory", "24GB"]) == 2
     assert "give --image=" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main.cli_args.parse(["plan", "--help"])
+        commands.parser.parse(["plan", "--help"])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from fastvid import errors
-from fastvid.cli import arguments, main, parser
+from fastvid.cli import arguments, commands, parser
 from fastvid.cli import flags as cli_flags
 from fastvid.cli.progress import Progress, Stopwatch, duration
 from fastvid.media.writer import read_recipe, read_video
@@ -139,7 +139,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipe:
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    status = main.main(list(words))
+    status = commands.main(list(words))
     out, err = capsys.readouterr()
     return status, out, err
 
@@ -442,14 +442,14 @@ def test_a_signal_is_an_interruption(capsys: pytest.CaptureFixture[str], pipe: F
 
 def test_main_runs_in_any_thread(capsys: pytest.CaptureFixture[str]) -> None:
     found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(main.main(["--version"])))
+    thread = threading.Thread(target=lambda: found.append(commands.main(["--version"])))
     thread.start()
     thread.join()
     assert found == [0]
 
 
 def child(*words: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from fastvid.cli.main import main; s = main(sys.argv[1:]); "
+    code = "import sys; from fastvid.cli.commands import main; s = main(sys.argv[1:]); "
     code += "print('torch' in sys.modules, file=sys.stderr); sys.exit(s)"
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, **kwargs)
 

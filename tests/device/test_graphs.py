@@ -19,7 +19,7 @@ from fastvid.device import cuda_graphs
 from fastvid.device.cuda_graphs import CudaCapture, Graphs
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.layers.kv_cache import KVCache
-from fastvid.models.registry import WanTransformer, WanTransformerConfig
+from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
 from fastvid.models.wan.vace import WanVACEConfig, WanVACETransformer
 from fastvid.pipeline import load
 from fastvid.planning import plan

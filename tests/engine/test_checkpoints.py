@@ -304,7 +304,7 @@ def test_another_model_or_request_is_refused_by_name(pipes, folder, kept, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads + 1)
         refused(rf"other device \(.*, {threads} threads then, .*, {threads + 1} threads now\)")
-    monkeypatch.setattr(fastvid, "__version__", "0.0.9")
+    monkeypatch.setattr("fastvid.engine.resume_identity.__version__", "0.0.9")
     refused(r"other fastvid \(\S+ then, 0.0.9 now\)")
 
 

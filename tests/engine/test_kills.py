@@ -19,7 +19,7 @@ from fastvid.media.writer import read_video
 # One process imports everything; each command runs in a child of it, so that a kill costs no start.
 PARENT = """
 import json, os, sys
-from fastvid.cli import main as cli
+from fastvid.cli import commands as cli
 import fastvid.pipeline.pipeline
 from fastvid.media.writer import FrameSink
 

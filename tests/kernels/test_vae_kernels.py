@@ -20,7 +20,8 @@ from test_gemm_kernels import NAN, apart, check, error, laid_out, random
 from torch import Tensor
 
 from fastvid.models.common.vae_stream import Stream
-from fastvid.models.registry import WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.vae import WanVAE, WanVAEConfig
+from fastvid.models.wan.vae22 import WanVAE22, WanVAE22Config
 from fastvid.models.wan.vae_layers import SpatialAttention
 from fastvid.ops import reference, rgb, vae, vae_gpu
 

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastvid
-from fastvid.cli.main import main
+from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import convert_files, safetensors
+from fastvid.loaders.checkpoint import open_checkpoint
 from fastvid.loaders.convert import convert
 from fastvid.loaders.convert_files import Tensors, write_weights
-from fastvid.models.registry import WanTransformer, WanTransformerConfig, open_checkpoint
+from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
 from fastvid.models.wan.weight_name_rules import DIFFUSERS, ORIGINAL
 from fastvid.models.wan.weight_names import origins
 from fastvid.ops import reference

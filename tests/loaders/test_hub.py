@@ -16,7 +16,7 @@ from hub_server import COMMIT, serve
 from fastvid.errors import CheckpointError
 from fastvid.loaders import hub
 from fastvid.loaders.convert import convert
-from fastvid.pipeline.load import find_folder
+from fastvid.loaders.find import find_folder
 
 EMBEDDED = find_folder("embedded")
 LOAD = """

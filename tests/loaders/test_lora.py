@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastvid
 from fastvid.cli import parser
-from fastvid.cli.main import main
+from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders.lora import Lora, Term, check, merge, read_lora, touched
 from fastvid.models.wan.weight_name_rules import ORIGINAL, rules

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fastvid.errors import CheckpointError
 from fastvid.loaders import safetensors
-from fastvid.models.registry import open_checkpoint
+from fastvid.loaders.checkpoint import open_checkpoint
 
 QUICK = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 HEADER = {

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastvid
 from fastvid.api import inspect
-from fastvid.cli.main import main
+from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import safetensors
 from fastvid.models.common.tokenizer import TextTokenizer, clean_prompt
@@ -154,7 +154,7 @@ def test_a_picture_model(tmp_path: Path) -> None:
     """With clip_vision; the encoder of the published width, since its heads follow from that."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    from fastvid.models.registry import open_checkpoint
+    from fastvid.loaders.checkpoint import open_checkpoint
 
     tiny.write_checkpoint(
         tmp_path / "m", in_channels=36, out_channels=16, image_dim=1280, added_kv_proj_dim=128, **HEADS

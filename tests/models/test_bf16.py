@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
 import fastvid
+from fastvid.loaders.checkpoint import load_part, open_checkpoint
 from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
-from fastvid.models.registry import load_part, open_checkpoint
 from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
 from fastvid.models.wan.vace import WanVACEConfig, WanVACETransformer
 

@@ -15,17 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from fastvid.errors import CheckpointError
 from fastvid.loaders import safetensors
-from fastvid.loaders.checkpoint import OPTIONAL
-from fastvid.models.registry import (
-    KINDS,
-    VARIANTS,
-    UMT5Config,
-    WanTransformerConfig,
-    WanVAEConfig,
-    find_recipe,
-    load_part,
-    open_checkpoint,
-)
+from fastvid.loaders.checkpoint import load_part, open_checkpoint
+from fastvid.models.common.umt5 import UMT5Config
+from fastvid.models.registry import KINDS, OPTIONAL
+from fastvid.models.wan.presets import VARIANTS, find_recipe
+from fastvid.models.wan.transformer import WanTransformerConfig
+from fastvid.models.wan.vae import WanVAEConfig
 from fastvid.ops import reference
 
 TRANSFORMER = {

@@ -16,18 +16,14 @@ import torch
 
 from fastvid.api import inspect
 from fastvid.errors import CheckpointError
+from fastvid.loaders.checkpoint import open_checkpoint
 from fastvid.loaders.safetensors import read_header
 from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.patterns import EXPERIMENTAL, NATIVE, REFUSED, REIMPOSED
-from fastvid.models.registry import (
-    KINDS,
-    VARIANTS,
-    WanVAE22Config,
-    WanVAEConfig,
-    find_recipe,
-    find_variants,
-    open_checkpoint,
-)
+from fastvid.models.registry import KINDS
+from fastvid.models.wan.presets import VARIANTS, find_recipe, find_variants
+from fastvid.models.wan.vae import WanVAEConfig
+from fastvid.models.wan.vae22 import WanVAE22Config
 from fastvid.models.wan.weight_name_rules import ORIGINAL
 from fastvid.models.wan.weight_names import origins
 from fastvid.ops import reference

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastvid.errors import InvalidRequest, OutOfMemory
 from fastvid.models.common.vae_stream import Cache, Stream
-from fastvid.models.registry import WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.vae import WanVAE, WanVAEConfig
+from fastvid.models.wan.vae22 import WanVAE22, WanVAE22Config
 from fastvid.planning.vae_memory import cache_bytes, choose_stripes, decode_bytes
 
 NETWORKS = {

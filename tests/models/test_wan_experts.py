@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastvid
-from fastvid.cli.main import main
+from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError
 from fastvid.loaders.convert import convert
-from fastvid.models.registry import Experts, WanVAE22
+from fastvid.models.common.experts import Experts
+from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.sampling import make_sigmas, timesteps
 
 SIGMAS = [1.0, 0.95, 0.88, 0.8, 0.6875, 0.55, 0.38, 0.2]

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 import fastvid
 from fastvid.errors import CheckpointError
-from fastvid.models.registry import KINDS, WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
+from fastvid.models.registry import KINDS
 from fastvid.models.wan import vae22
-from fastvid.models.wan.vae22 import add_spread, average_down, patchify, unpatchify
+from fastvid.models.wan.vae import WanVAE, WanVAEConfig
+from fastvid.models.wan.vae22 import WanVAE22, WanVAE22Config, add_spread, average_down, patchify, unpatchify
 from fastvid.ops import reference, winograd
 from fastvid.ops import vae as ops
 from fastvid.planning import plan, vae_memory

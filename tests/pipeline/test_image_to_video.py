@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import write_tokenizer
 
 import fastvid
-from fastvid.cli.main import main
+from fastvid.cli.commands import main
 
 Model = tuple[str, Any, fastvid.Pipeline]  # kind, diffusers', ours
 SIGMAS = [1.0, 0.93, 0.84, 0.72, 0.6, 0.45, 0.3, 0.15]

@@ -16,7 +16,7 @@ from test_vace_pipeline import HEIGHT, WIDTH, clip, noise, region, write
 from test_vace_pipeline import same as share
 
 import fastvid
-from fastvid.cli.main import main
+from fastvid.cli.commands import main
 from fastvid.engine import control
 from fastvid.engine.pixels import Known
 from fastvid.engine.source_clip import SourceClip

@@ -16,8 +16,9 @@ from tiny import write_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvid
-from fastvid.cli.main import main
+from fastvid.cli.commands import main
 from fastvid.engine import control, pixels
+from fastvid.engine.decode import decode_chunk
 from fastvid.loaders.convert import convert
 from fastvid.media.writer import FrameSink, read_recipe
 from fastvid.models.wan.vace import WanVACEConfig, WanVACETransformer
@@ -282,7 +283,7 @@ class TestWhatTheModelSees:
         parts, frames = pipe._parts, torch.rand(1, 3, 9, 192, 192) * 2 - 1
         options = {"prompt": "a", "num_frames": 9, "size": "192x192"}
         segment = pipe._prepare("generate", options).job.timeline.segments[0]
-        assert plan.decode_chunk(segment) == 1
+        assert decode_chunk(segment) == 1
         with torch.no_grad():
             wanted, _ = parts.vae.encode(frames)
             torch.testing.assert_close(pixels.encode(parts, frames, segment), wanted)

@@ -10,18 +10,13 @@ from live_memory import LiveMemory
 from torch import Tensor
 
 from fastvid.errors import OutOfMemory
-from fastvid.loaders.checkpoint import weigh_part
 from fastvid.models.common.clip import CLIPVisionConfig
-from fastvid.models.registry import (
-    VARIANTS,
-    UMT5Config,
-    UMT5Encoder,
-    WanTransformer,
-    WanTransformerConfig,
-    WanVAE22Config,
-    WanVAEConfig,
-    build_vae,
-)
+from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
+from fastvid.models.registry import build_vae, weigh_part
+from fastvid.models.wan.presets import VARIANTS
+from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
+from fastvid.models.wan.vae import WanVAEConfig
+from fastvid.models.wan.vae22 import WanVAE22Config
 from fastvid.ops import vae as vae_ops
 from fastvid.planning import memory, plan
 from fastvid.planning.memory import Memory

@@ -22,11 +22,11 @@ from fastvid.distributed.cost_model import CORE, H200, INFINIBAND, LOOPBACK, NVL
 from fastvid.distributed.layout import every
 from fastvid.distributed.links import ASSUMED, FOUND, SAID, Links, card_of, find
 from fastvid.distributed.mesh import Layout, Mesh
-from fastvid.engine.events import Step
+from fastvid.engine.events import Plan, Step
 from fastvid.errors import InvalidRequest, OutOfMemory
-from fastvid.pipeline.load import Parts, load_parts, outline
+from fastvid.models.loaded import Model
+from fastvid.pipeline.load import load_parts, outline
 from fastvid.pipeline.pipeline import Pipeline, plan_of
-from fastvid.planning.plan import Plan
 
 GIB = 2**30
 CUDA = torch.device("cuda")
@@ -195,7 +195,7 @@ def same_everywhere(mesh: Mesh) -> None:
     """Ranks that have other memory free, see other links, or would predict otherwise, still take the same layout."""
     parts = replace(outline("wan2.1-t2v-14b", free=80 * GIB, **BLOCKS), mesh=mesh)
 
-    def taken(parts: Parts, free: int) -> Plan:
+    def taken(parts: Model, free: int) -> Plan:
         plan = plan_of(parts, "a", "generate", LARGE, estimate=False, free=free)
         chosen = [*map(str, every(mesh.size, 40, True))].index(plan.parallel)
         assert len(set(mesh.gather(torch.tensor([chosen]), (1,) * mesh.size, 0).tolist())) == 1

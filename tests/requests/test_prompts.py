@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import fastvid
 from fastvid import env
 from fastvid.benchmarks.quality.vocabulary import words
-from fastvid.cli import main
+from fastvid.cli import commands
 from fastvid.requests import prompts
 
 KEY = "sk-a-secret-key"
@@ -274,12 +274,12 @@ def test_other_models_ask_the_endpoint() -> None:
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "a.npy")
     few = ["--num-frames", "1", "--steps", "1", "--seed", "3", "--quiet", "--json"]
-    assert main.main(["generate", "square, night", "--expand-prompt", "-o", out, *few]) == 0
+    assert commands.main(["generate", "square, night", "--expand-prompt", "-o", out, *few]) == 0
     recipe = json.loads(capsys.readouterr().out)["recipe"]
     assert recipe["original_prompt"] == "square, night" and "square" in recipe["prompt"]
     again = str(tmp_path / "b.npy")
-    assert main.main(["generate", "--recipe", out, "-o", again, "--quiet", "--json"]) == 0
+    assert commands.main(["generate", "--recipe", out, "-o", again, "--quiet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recipe"] == recipe
     assert Path(again).read_bytes() == Path(out).read_bytes()
-    assert main.main(["generate", "a", "--prompt-model", "m", "-o", out, "--quiet"]) == 2
+    assert commands.main(["generate", "a", "--prompt-model", "m", "-o", out, "--quiet"]) == 2
     assert "--prompt-model is given without" in capsys.readouterr().err

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fastvid
 from fastvid import env
 from fastvid.cli import arguments, parser, render
 from fastvid.cli.flags import RESUMED, with_flags
 from fastvid.cli.progress import Progress, Stopwatch, duration
 from fastvid.errors import Cancelled, Error, InvalidRequest
+from fastvid.version import __version__
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _version(flags: argparse.Namespace) -> None:
-    print(f"fastvid {fastvid.__version__}")
+    print(f"fastvid {__version__}")
 
 
 def _make(flags: argparse.Namespace) -> None:

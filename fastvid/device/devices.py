@@ -1,0 +1,81 @@
+"""Which device and precision a model runs on, and how much memory is free there."""
+
+from __future__ import annotations
+
+import difflib
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvid.errors import InvalidRequest
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on a device."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for reuse
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return min(int(line.split()[1]) * 1024, _cgroup_free())
+    return 1 << 62  # no way to know on this system: refuse nothing
+
+
+def _cgroup_free() -> int:
+    """What the container's own limit leaves, if there is one."""
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    return max(0, int(limit) - int(used)) if limit.isdecimal() and used.isdecimal() else 1 << 62
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_device(device: Any) -> torch.device:
+    """The device asked for; what it must be is checked again where the back ends are bound."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InvalidRequest(f"device={device!r:.60}: allowed is 'cpu', 'cuda' or 'cuda:<number>'") from None
+    if where.type not in ("cpu", "cuda"):
+        raise InvalidRequest(f"device={str(where)!r}: allowed is 'cpu', 'cuda' or 'cuda:<number>'")
+    return where
+
+
+def resolve_dtype(dtype: Any, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _named_dtype("dtype", dtype)
+
+
+def resolve_vae_dtype(dtype: Any) -> torch.dtype:
+    """What the VAE computes in: fp32, as published, if nothing is asked for."""
+    return torch.float32 if dtype is None else _named_dtype("vae_dtype", dtype)
+
+
+def _named_dtype(name: str, dtype: Any) -> torch.dtype:
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            near = difflib.get_close_matches(dtype, DTYPES, 1, 0)[0]
+            raise InvalidRequest(f"{name}={dtype!r:.40}: allowed is {', '.join(DTYPES)}; the nearest is {near}")
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise InvalidRequest(f"{name}={dtype!r:.40}: allowed is {', '.join(DTYPES)}, by name or as torch.dtype")
+    return dtype
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return match.group(1) if match else platform.processor() or platform.machine()

@@ -1,0 +1,96 @@
+"""What a checkpoint is, known before any weight is read: its parts, and what is missing or wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastvid.errors import CheckpointError
+from fastvid.models.registry import EXPERTS, Config, kind_of
+from fastvid.models.wan import weight_names
+from fastvid.models.wan.presets import Recipe
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of a checkpoint. config is None where no module can be made of it; problems say why. stated: what its
+    config.json says, or would say in diffusers' layout; None if that can't be read."""
+
+    name: str
+    config: Config | None
+    stated: Mapping[str, Any] | None = None
+    files: tuple[Path, ...] = ()
+    parameters: int = 0
+    dtypes: tuple[str, ...] = ()
+    bytes: int = 0
+    problems: tuple[str, ...] = ()
+    origins: Mapping[str, weight_names.Origin] | None = field(
+        default=None, repr=False
+    )  # where files name weights otherwise
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model: a folder, or the file of its transformer. recipe and text_length are None where what they follow from
+    could not be read.
+
+    pipeline: the class that model_index.json names. alternatives: other variants with the very same shapes.
+    """
+
+    folder: Path
+    pipeline: str
+    parts: tuple[Part, ...]
+    recipe: Recipe | None
+    alternatives: tuple[str, ...]
+    text_length: int | None
+    problems: tuple[str, ...]
+    tokenizer: Path = Path()
+
+    def part(self, name: str) -> Part:
+        """The transformer, transformer_2, vae or text_encoder."""
+        return next(part for part in self.parts if part.name == name)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The names of its transformers, the one for high noise first."""
+        return tuple(part.name for part in self.parts if part.name in EXPERTS)
+
+    def check(self) -> Checkpoint:
+        """Itself if nothing is missing or wrong; CheckpointError with all of its problems otherwise."""
+        if self.problems:
+            raise CheckpointError(
+                f"{self.folder} cannot be loaded:\n" + "\n".join(f"- {text}" for text in self.problems)
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        parts = {part.name: _describe(part, self.folder) for part in self.parts}
+        recipe = asdict(self.recipe) if self.recipe else None
+        rest = {"text_length": self.text_length, "tokenizer": _short(self.tokenizer, self.folder)}
+        rest |= {"problems": list(self.problems)}
+        named = {"recipe": recipe, "alternatives": list(self.alternatives)}
+        return {"folder": str(self.folder), "pipeline": self.pipeline, **named, "parts": parts, **rest}
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """A config as its file has it: VACE's transformer without a level of its own."""
+    values = asdict(config)
+    return values.pop("transformer", {}) | values
+
+
+def _short(file: Path, folder: Path) -> str:
+    """A path as it is shown: within the model's folder from there on; nothing for one that is missing."""
+    if file == Path():
+        return ""
+    return str(file.relative_to(folder)) if file != folder and file.is_relative_to(folder) else str(file)
+
+
+def _describe(part: Part, folder: Path) -> dict[str, Any]:
+    files = [_short(file, folder) for file in part.files]
+    config = _flat(part.config) if part.config else part.stated and dict(part.stated)
+    kind = {"class": (part.stated or {}).get("_class_name", kind_of(part.name).class_name), "config": config}
+    size = {"parameters": part.parameters, "dtypes": list(part.dtypes), "bytes": part.bytes}
+    return {**kind, **size, "files": files, "problems": list(part.problems)}
