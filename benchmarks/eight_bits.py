@@ -49,7 +49,7 @@ def make(
 ) -> np.ndarray:
     pipe = fastvid.load("embedded", device="cpu")
     if attention:
-        for module in pipe._parts.experts.modules[0].modules():
+        for module in pipe._model.experts.modules[0].modules():
             if hasattr(module, "ops"):
                 module.ops = replace(module.ops, functions={**module.ops.functions, "attention": attention})
     return pipe.generate(prompt, seed=seed, width=width, height=height, num_frames=frames).frames

@@ -29,7 +29,7 @@ class Blueprint:
     """A model without its weights, to plan with. Make one with `fastvid.blueprint`."""
 
     def __init__(self, parts: Model, free: int | None = None) -> None:
-        self._parts, self._free = parts, free
+        self._model, self._free = parts, free
 
     def plan(
         self,
@@ -49,7 +49,7 @@ class Blueprint:
         if estimate and self._free is not None:
             raise InvalidRequest("estimate: nothing is known of another card's rates; leave device_memory out, or it")
         given = {"estimate": estimate, "free": self._free, "keep_frames": keep_frames}
-        return plan_of(self._parts, prompt, verb, options, **given)
+        return plan_of(self._model, prompt, verb, options, **given)
 
 
 def blueprint(

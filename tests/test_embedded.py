@@ -49,8 +49,8 @@ def test_diffusers_loads_it_and_makes_the_same_first_step(pipe):
     latents = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = theirs.transformer(latents, torch.tensor([700.0]), text[0]).sample
-        embeds = pipe._parts.embed("a red circle moving right")
-        made = pipe._parts.transformer(latents, torch.tensor([700.0]), embeds)
+        embeds = pipe._model.embed("a red circle moving right")
+        made = pipe._model.transformer(latents, torch.tensor([700.0]), embeds)
     torch.testing.assert_close(embeds, text[0], rtol=1e-4, atol=1e-5)
     assert float((made - wanted).norm() / wanted.norm()) < 1e-5
 
@@ -58,7 +58,7 @@ def test_diffusers_loads_it_and_makes_the_same_first_step(pipe):
 def test_its_vae_keeps_a_clip(pipe):
     scene = Scene("red", "circle", "moving right", "white", across=0.4)
     clip = draw(scene, 17, 64, 64).movedim(0, 1)[None]
-    vae = pipe._parts.vae
+    vae = pipe._model.vae
     with torch.no_grad():
         again = vae.decode(vae.encode(clip)[0])[0]
     assert float(-10 * torch.log10(((again - clip) / 2).square().mean())) > 26

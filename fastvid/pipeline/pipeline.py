@@ -92,7 +92,7 @@ class Pipeline:
     """
 
     def __init__(self, parts: Model, max_running: int = RUNNING) -> None:
-        self._parts, self._place = parts, None
+        self._model, self._place = parts, None
         self._queue = Queue(MAX_RUNNING("max_running", max_running))
 
     def generate(self, prompt: str | None = None, **options: Any) -> Video:
@@ -228,21 +228,21 @@ class Pipeline:
                 was given then; the message says which.
         """
         saved = checkpoints.read(path)
-        checkpoints.check(saved, self._parts)
-        prepared = self._prepare(*checkpoints.options(saved, given), layout=checkpoints.layout_of(saved, self._parts))
+        checkpoints.check(saved, self._model)
+        prepared = self._prepare(*checkpoints.options(saved, given), layout=checkpoints.layout_of(saved, self._model))
         checkpoints.check_request(saved, prepared.recipe)
         prepared = replace(prepared, recipe=saved.about["recipe"])
         said = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
-        return self._stream(prepared, keep_latents, checkpoints.go_on(saved, self._parts, said))
+        return self._stream(prepared, keep_latents, checkpoints.go_on(saved, self._model, said))
 
     def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
         said, options = checkpoints.split(options)
-        options = prompts.expanded(options, self._parts.recipe.name, verb)
+        options = prompts.expanded(options, self._model.recipe.name, verb)
         prepared = self._prepare(verb, options, keep_frames)
         return self._stream(
             prepared,
             keep_latents,
-            checkpoints.begin(self._parts, verb, options, prepared.recipe, said, prepared.job.layout),
+            checkpoints.begin(self._model, verb, options, prepared.recipe, said, prepared.job.layout),
         )
 
     def _stream(self, prepared: Prepared, keep_latents: bool, keeper: checkpoints.Keeper | None) -> Stream:
@@ -290,26 +290,26 @@ class Pipeline:
     ) -> Plan:
         """What a request would cost, without running it. The prompt may be left out. estimate: also how long it takes,
         by this machine's rates, which are measured (2 s) if that was not done before."""
-        return plan_of(self._parts, prompt, verb, options, estimate=estimate)
+        return plan_of(self._model, prompt, verb, options, estimate=estimate)
 
     def embed(self, prompt: str) -> Tensor:
         """Text embeddings [1, L, text_dim] of a prompt, as `prompt_embeds=` takes them."""
-        return steps.embed(self._parts, prompt)
+        return steps.embed(self._model, prompt)
 
     def encode(self, frames: Any) -> Tensor:
         """Normalised latents [1, C, T', H/8, W/8], fp32, of uint8 RGB frames [T, H, W, 3]; T is 4k + 1, T' is k + 1.
 
         H and W are multiples of the VAE's scale (8; 16 for Wan 2.2's 5B). Raises InvalidRequest for other sizes.
         """
-        return steps.encode(self._parts, frames)
+        return steps.encode(self._model, frames)
 
     def decode(self, latents: Any) -> np.ndarray:
         """Frames, uint8 RGB [4T - 3, 8h, 8w, 3], of normalised latents [1, C, T, h, w] such as `video.latents`."""
-        return steps.decode(self._parts, latents)
+        return steps.decode(self._model, latents)
 
     def describe(self) -> dict[str, Any]:
         """What was loaded and what every operation runs on."""
-        parts = self._parts
+        parts = self._model
         return {
             "model": parts.model,
             "variant": parts.recipe.name,
@@ -327,7 +327,7 @@ class Pipeline:
 
     def inspect(self) -> dict[str, Any]:
         """What the checkpoint is: parts, parameters, types, recipe."""
-        return self._parts.checkpoint.to_dict()
+        return self._model.checkpoint.to_dict()
 
     def set_loras(self, loras: Sequence[Any] = ()) -> None:
         """Use these LoRAs, as `fastvid.load` takes them, in place of those that were loaded; none takes all away.
@@ -335,7 +335,7 @@ class Pipeline:
         What they change is read again from the model's files, so nothing of former ones is left. Finish running
         streams first: they go on with the new weights. Raises as `fastvid.load` does, and then nothing is changed.
         """
-        self._parts = change_loras(self._parts, loras)
+        self._model = change_loras(self._model, loras)
 
     def close(self) -> None:
         """End the processes of a pipeline on several ranks. There is nothing to do for one in this process."""
@@ -351,7 +351,7 @@ class Pipeline:
     def _prepare(
         self, verb: str, options: dict[str, Any], keep_frames: bool = False, layout: Layout | None = None
     ) -> Prepared:
-        return prepare(self._parts, verb, options, keep_frames, layout=layout)
+        return prepare(self._model, verb, options, keep_frames, layout=layout)
 
     # ------------------------------------------------------------ running
 
@@ -364,7 +364,7 @@ class Pipeline:
         switch: Switch,
     ) -> Iterator[Event]:
         with keeper or contextlib.nullcontext():
-            yield from self._events(prepared, Session(self._parts, prepared.job, place, keep_latents, keeper, switch))
+            yield from self._events(prepared, Session(self._model, prepared.job, place, keep_latents, keeper, switch))
 
     def _events(self, prepared: Prepared, session: Session) -> Iterator[Event]:
         request, timeline = prepared.job.request, prepared.job.timeline

@@ -141,7 +141,7 @@ def test_an_estimate_is_of_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_call_is_its_layers() -> None:
     """Against a transformer's own operations, at a rate of one a second."""
     ones = ((1.0, 1.0), (2.0, 2.0))
-    config = fastvid.blueprint("embedded", device="cpu")._parts.transformer.config
+    config = fastvid.blueprint("embedded", device="cpu")._model.transformer.config
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):

@@ -240,8 +240,8 @@ def test_a_call_that_cannot_be_captured_says_so(tape: Tape, monkeypatch: pytest.
 def pipe(tape: Tape) -> fastvid.Pipeline:
     loaded = fastvid.load("embedded", device="cpu")
     run = Graphs(tape)
-    loaded._parts = replace(loaded._parts, graphs=run)
-    loaded._parts.transformer.run = run
+    loaded._model = replace(loaded._model, graphs=run)
+    loaded._model.transformer.run = run
     return loaded
 
 
@@ -252,22 +252,22 @@ def test_a_request_is_the_same_and_new_loras_let_go(pipe: fastvid.Pipeline, tape
     assert torch.equal(found.latents, plain.latents) and (found.frames == plain.frames).all()
     assert (tape.captured, tape.played) == (1, 5), "two calls a step, the first of them eager"
     pipe.set_loras([])
-    assert len(pipe._parts.graphs) == 0 and tape.released == 1
+    assert len(pipe._model.graphs) == 0 and tape.released == 1
 
 
 def test_a_plan_counts_what_graphs_keep(pipe: fastvid.Pipeline) -> None:
     plain = fastvid.load("embedded", device="cpu")
     assert pipe.plan(PROMPT).bytes_device > plain.plan(PROMPT).bytes_device
-    cost = plan.cost(plan.whole_clip(*_request(plain)), plain._parts.transformer.config, plain._parts.vae.config, 4)
+    cost = plan.cost(plan.whole_clip(*_request(plain)), plain._model.transformer.config, plain._model.vae.config, 4)
     kept = plan.cost(
-        plan.whole_clip(*_request(plain)), plain._parts.transformer.config, plain._parts.vae.config, 4, graphs=True
+        plan.whole_clip(*_request(plain)), plain._model.transformer.config, plain._model.vae.config, 4, graphs=True
     )
     assert kept.graphs > kept.activations == cost.activations and cost.graphs == 0
     assert kept.total == cost.total + kept.graphs
 
 
 def _request(pipe: fastvid.Pipeline) -> tuple[Any, Any]:
-    return fastvid.requests.Request.make(prompt="").resolve(pipe._parts.recipe), pipe._parts.vae.config
+    return fastvid.requests.Request.make(prompt="").resolve(pipe._model.recipe), pipe._model.vae.config
 
 
 # ---------------------------------------------------------------- the choice
@@ -331,4 +331,4 @@ def test_requests_in_threads_with_graphs_are_what_they_are_without() -> None:
         found = list(pool.map(lambda seed: replayed.generate(PROMPT, seed=seed, **options), range(4)))
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a.latents, b.latents) and (a.frames == b.frames).all()
-    assert len(replayed._parts.graphs) == 1 and replayed.describe()["cuda_graphs"] == "on: asked for"
+    assert len(replayed._model.graphs) == 1 and replayed.describe()["cuda_graphs"] == "on: asked for"

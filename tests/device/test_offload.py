@@ -284,7 +284,7 @@ def test_every_way_makes_the_same_bytes(pipes: dict[str, fastvid.Pipeline]) -> N
 
 def test_the_encoders_weights_go_home(pipes: dict[str, fastvid.Pipeline]) -> None:
     for mode in ("text", "blocks"):
-        parts = pipes[mode]._parts
+        parts = pipes[mode]._model
         homes = {n: p.data_ptr() for n, p in parts.text_encoder.named_parameters()}
         pipes[mode].embed("a")
         assert {n: p.data_ptr() for n, p in parts.text_encoder.named_parameters()} == homes

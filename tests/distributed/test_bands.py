@@ -205,10 +205,10 @@ def pipelines(mesh: Mesh) -> None:
     made, true = pipe.decode(latents), alone.decode(latents)
     assert np.abs(made.astype(int) - true).max() <= 1 and mesh.counted.bytes > before
     assert torch.equal(pipe.embed("a red circle"), alone.embed("a red circle"))
-    held = [p.device.type for p in pipe._parts.text_encoder.parameters()]
+    held = [p.device.type for p in pipe._model.text_encoder.parameters()]
     assert set(held) == {"cpu" if mesh.rank == 0 else "meta"}  # one rank reads the text
     with pytest.raises(AssertionError):  # messages of two threads would meet
-        decode.Beside(decode.Decoder(pipe._parts, None), None)
+        decode.Beside(decode.Decoder(pipe._model, None), None)
 
 
 def everything(mesh: Mesh, seed: str) -> None:

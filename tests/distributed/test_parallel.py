@@ -160,11 +160,11 @@ def other_models(mesh: Mesh, folder: str) -> None:
         true = causal.storyboard(SHOTS, **given, **SIZE)
         shown = image.generate("a red circle", image=picture(), num_frames=9, num_inference_steps=3, **given, **SIZE)
         for layout in every(mesh.size, 2, scale != 1):
-            parts = replace(causal._parts, mesh=mesh, layout=layout)
+            parts = replace(causal._model, mesh=mesh, layout=layout)
             made = Pipeline(parts).storyboard(SHOTS, **given, **SIZE)
             assert relative(made.latents, true.latents) < 1e-4 and off(made.frames, true.frames) <= 1, layout
             goes_on(mesh, Pipeline(parts), f"{folder}/{scale}-{layout}", made, SHOTS, {**given, **SIZE})
-            pipe = Pipeline(replace(image._parts, mesh=mesh, layout=layout))
+            pipe = Pipeline(replace(image._model, mesh=mesh, layout=layout))
             made = pipe.generate("a red circle", image=picture(), num_frames=9, num_inference_steps=3, **given, **SIZE)
             assert relative(made.latents, shown.latents) < 1e-4 and off(made.frames, shown.frames) <= 1, layout
 

@@ -27,13 +27,13 @@ def pipe(tmp_path_factory):
 
 
 def with_recipe(pipe, **changed):
-    recipe = dataclasses.replace(pipe._parts.recipe, per_token_timesteps=True, **changed)
-    return type(pipe)(dataclasses.replace(pipe._parts, recipe=recipe))
+    recipe = dataclasses.replace(pipe._model.recipe, per_token_timesteps=True, **changed)
+    return type(pipe)(dataclasses.replace(pipe._model, recipe=recipe))
 
 
 def calls_of(pipe, monkeypatch, run):
     """What `run` gives, and (latents, timesteps, where the columns stand) of every call of the transformer in it."""
-    calls, transformer = [], pipe._parts.transformer
+    calls, transformer = [], pipe._model.transformer
     forward = transformer.forward
 
     def spy(latents, timestep, text, **options):

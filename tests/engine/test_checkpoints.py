@@ -45,8 +45,8 @@ def pipes(folder):
 
 def changed(pipe, **recipe):
     """A pipeline whose model is said to be of another kind."""
-    known = dataclasses.replace(pipe._parts.recipe, patterns=EVERYTHING, **recipe)
-    return Pipeline(dataclasses.replace(pipe._parts, recipe=known))
+    known = dataclasses.replace(pipe._model.recipe, patterns=EVERYTHING, **recipe)
+    return Pipeline(dataclasses.replace(pipe._model, recipe=known))
 
 
 def clip(frames=9, seed=0):

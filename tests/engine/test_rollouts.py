@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 def load(folder, dtype: str = "float32") -> fastvid.Pipeline:
     """With frames that look at each other and at their text: random weights hardly do."""
     pipe = fastvid.load(str(folder), device="cpu", dtype=dtype)
-    for block in pipe._parts.transformer.blocks:
+    for block in pipe._model.transformer.blocks:
         for attention in (block.attn1, block.attn2):
             attention.norm_q.weight.data *= 4
             attention.to_out[0].weight.data *= 20
@@ -54,7 +54,7 @@ def plain(folder):
 def with_recipe(pipe: fastvid.Pipeline, recipe: Recipe, **changes: Any) -> fastvid.Pipeline:
     """The pipeline as if it were of another kind, of this checkpoint's sizes."""
     made = replace(recipe, spatial_multiple=16, temporal=4, **changes)
-    return fastvid.Pipeline(replace(pipe._parts, recipe=made))
+    return fastvid.Pipeline(replace(pipe._model, recipe=made))
 
 
 def picture() -> np.ndarray:
@@ -68,7 +68,7 @@ def clip(count: int) -> np.ndarray:
 
 def transformer(pipe: fastvid.Pipeline, attention: Callable[..., Tensor]) -> WanTransformer:
     """The pipeline's weights with plain operations and this self-attention."""
-    own = pipe._parts.transformer
+    own = pipe._model.transformer
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return (attention if q.shape[1] == k.shape[1] else reference.attention)(q, k, v)
@@ -132,7 +132,7 @@ def explicit(
     origin: int = 0,
 ) -> Tensor:
     """Clean latents [1, 16, T, h, w] of a rollout over these blocks."""
-    recipe = pipe._parts.recipe
+    recipe = pipe._model.recipe
     rollout, solver = recipe.rollout, find_solver(recipe.solver)
     sigmas = recipe.sigmas or make_sigmas(recipe.num_inference_steps, recipe.flow_shift, recipe.solver).tolist()
     dense = Dense(pipe, visible(blocks, rollout.window, rollout.sink))
@@ -209,7 +209,7 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], dict[str, Any], int, int]] = {
 def test_a_pipeline_is_the_explicit_rollout(plain, case):
     recipe, changes, options, columns, alone = CASES[case]
     pipe = with_recipe(plain, recipe, **changes)
-    blocks = blocks_of(columns, pipe._parts.recipe.rollout.frames_per_block, alone)
+    blocks = blocks_of(columns, pipe._model.recipe.rollout.frames_per_block, alone)
     known = pipe.encode(picture()[None]) if "image" in options else None
     wanted = explicit(pipe, blocks, known=known, scale=options.get("guidance_scale", 1.0), seed=11)
     assert wanted.shape[2] == columns
@@ -271,7 +271,7 @@ class Notebook:
     """A rollout that writes down the keys and values of every frame, and looks up those that it is told to."""
 
     def __init__(self, pipe: fastvid.Pipeline) -> None:
-        self.net, self.rollout = transformer(pipe, self.attention), pipe._parts.recipe.rollout
+        self.net, self.rollout = transformer(pipe, self.attention), pipe._model.recipe.rollout
         self.notes: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -306,7 +306,7 @@ class Notebook:
 @torch.no_grad()
 def switched(pipe, prompts: dict[int, str], columns: int, scale: float, seed: int) -> Tensor:
     """Clean latents of a rollout whose prompt changes at these columns."""
-    recipe, notes, other = pipe._parts.recipe, Notebook(pipe), Notebook(pipe)
+    recipe, notes, other = pipe._model.recipe, Notebook(pipe), Notebook(pipe)
     size, negative = recipe.rollout.frames_per_block, pipe.embed(NEGATIVE)
     clean = torch.zeros(1, 16, 0, HEIGHT // 8, WIDTH // 8)
     for start in range(0, columns, size):
@@ -339,7 +339,7 @@ def test_another_prompt(plain, recache, scale):
     pipe = with_recipe(plain, LONGLIVE, rollout=replace(SMALL, recache=recache))
     options = {"guidance_scale": scale, "negative_prompt": NEGATIVE, "seed": 2, **SIZE}
     calls, events = [], []
-    hook = plain._parts.transformer.register_forward_hook(lambda *_: calls.append(1))
+    hook = plain._model.transformer.register_forward_hook(lambda *_: calls.append(1))
     for event in pipe.stream(verb="storyboard", shots=SHOTS, **options):
         events.append(event)
     hook.remove()
@@ -355,7 +355,7 @@ def test_without_a_window_all_frames_are_passed_again(plain):
     pipe = with_recipe(plain, LONGLIVE, rollout=Rollout(frames_per_block=2, recache=True))
     shots = [("a red circle", 9 / 16), ("a blue square", 1.0)]
     video = pipe.storyboard(shots, seed=4, **SIZE)
-    full = replace(pipe._parts.recipe, rollout=Rollout(frames_per_block=2, window=8, recache=True))
+    full = replace(pipe._model.recipe, rollout=Rollout(frames_per_block=2, window=8, recache=True))
     held = with_recipe(plain, full)
     assert error(video.latents, switched(held, {0: shots[0][0], 4: shots[1][0]}, 8, 1.0, 4)[:, :, :7]) < 1e-5
 
@@ -414,7 +414,7 @@ def buffers(caches: Sequence[Any]) -> list[Tensor]:
 @pytest.mark.parametrize("num_frames", [37, 77])
 def test_the_cache_does_not_grow(plain, monkeypatch, num_frames):
     made, pipe, seen = recorded(monkeypatch), with_recipe(plain, LONGLIVE, rollout=SMALL), []
-    config = pipe._parts.transformer.config
+    config = pipe._model.transformer.config
     for event in pipe.stream(PROMPT, num_frames=num_frames, seed=0, **SIZE):
         if isinstance(event, Step):
             seen.append(sorted((b.data_ptr(), b.nbytes) for b in buffers(made)))
@@ -429,9 +429,9 @@ def test_a_cache_in_bf16(folder, monkeypatch):
     video = pipe.generate(PROMPT, num_frames=21, seed=1, **SIZE)
     assert {b.dtype for b in buffers(made)} == {torch.bfloat16} and video.latents.dtype == torch.float32
     dense = explicit(pipe, blocks, seed=1)
-    half._parts.transformer.float()
-    half._parts.text_encoder.float()
+    half._model.transformer.float()
+    half._model.text_encoder.float()
     exact = explicit(
-        with_recipe(fastvid.Pipeline(replace(half._parts, dtype=torch.float32)), SELF_FORCING), blocks, seed=1
+        with_recipe(fastvid.Pipeline(replace(half._model, dtype=torch.float32)), SELF_FORCING), blocks, seed=1
     )
     assert 0 < error(video.latents, exact) <= 2 * error(dense, exact) < 0.5

@@ -104,9 +104,9 @@ def pipe(tmp_path_factory):
     tiny.write_checkpoint(folder)
     loaded = fastvid.load(str(folder), device="cpu")
     recipe = dataclasses.replace(
-        loaded._parts.recipe, per_token_timesteps=True, patterns=EVERYTHING, window=6, context=2, carries=True
+        loaded._model.recipe, per_token_timesteps=True, patterns=EVERYTHING, window=6, context=2, carries=True
     )
-    return type(loaded)(dataclasses.replace(loaded._parts, recipe=recipe))
+    return type(loaded)(dataclasses.replace(loaded._model, recipe=recipe))
 
 
 STEPS = {"num_inference_steps": 2, "guidance_scale": 1.0, "seed": 1}

@@ -29,8 +29,8 @@ def pipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tiny.write_checkpoint(folder)
     loaded = fastvid.load(str(folder), device="cpu")
-    recipe = dataclasses.replace(loaded._parts.recipe, window=3, carries=True)
-    loaded._parts = dataclasses.replace(loaded._parts, recipe=recipe)
+    recipe = dataclasses.replace(loaded._model.recipe, window=3, carries=True)
+    loaded._model = dataclasses.replace(loaded._model, recipe=recipe)
     return loaded
 
 
@@ -71,7 +71,7 @@ def test_frames_beside_are_those_in_place(pipe, monkeypatch):
 def test_a_window_is_decoded_while_the_next_is_denoised(pipe, beside, monkeypatch):
     """The denoiser waits for a chunk that is being decoded at the same time, which only a second thread can do."""
     decoded, seen = threading.Event(), []
-    decode, step = decoding.Decoder.decode, type(pipe._parts.transformer).forward
+    decode, step = decoding.Decoder.decode, type(pipe._model.transformer).forward
 
     def watched(self, latents):
         seen.append(threading.current_thread().name)
@@ -87,16 +87,16 @@ def test_a_window_is_decoded_while_the_next_is_denoised(pipe, beside, monkeypatc
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(decoding.Decoder, "decode", watched)
-    monkeypatch.setattr(type(pipe._parts.transformer), "forward", slow)
+    monkeypatch.setattr(type(pipe._model.transformer), "forward", slow)
     pipe.generate("a", num_frames=17, seed=0, **SMALL)
     assert len(calls) > 3 and all(name.startswith("fastvid-decode") for name in seen)
 
 
 def test_segments_wait_for_the_frames_they_begin_with(pipe, monkeypatch):
     """A loop over many windows of a model that does not carry latents on."""
-    recipe = dataclasses.replace(pipe._parts.recipe, carries=False)
+    recipe = dataclasses.replace(pipe._model.recipe, carries=False)
     other = pipe.at(pipe.new_place())
-    other._parts, other._place = dataclasses.replace(pipe._parts, recipe=recipe), None
+    other._model, other._place = dataclasses.replace(pipe._model, recipe=recipe), None
     request = {"num_frames": 21, "seed": 5, **SMALL}
     alone = other.generate("a red circle", **request)
     monkeypatch.setattr(decoding, "worth_it", lambda device: True)
@@ -112,7 +112,7 @@ def test_an_error_of_the_decoder_comes_through(pipe, beside, monkeypatch):
         calls.append(None)
         raise KeyError("full")
 
-    monkeypatch.setattr(type(pipe._parts.vae), "decode_rgb", broken)
+    monkeypatch.setattr(type(pipe._model.vae), "decode_rgb", broken)
     with pytest.raises(KeyError, match="full"):
         pipe.generate("a", num_frames=25, **SMALL)
     assert len(calls) == 1 and not ours()
@@ -221,7 +221,7 @@ def test_four_threads_and_four_tasks_equal_each_alone(pipe, at_once, monkeypatch
 
 
 def test_requests_take_turns_and_one_step_runs_at_a_time(pipe, monkeypatch):
-    forward, running, order, most = type(pipe._parts.transformer).forward, [], [], []
+    forward, running, order, most = type(pipe._model.transformer).forward, [], [], []
 
     def watched(self, x, *args, **kwargs):
         running.append(None)
@@ -233,7 +233,7 @@ def test_requests_take_turns_and_one_step_runs_at_a_time(pipe, monkeypatch):
         finally:
             running.pop()
 
-    monkeypatch.setattr(type(pipe._parts.transformer), "forward", watched)
+    monkeypatch.setattr(type(pipe._model.transformer), "forward", watched)
     pipe._queue = Queue()
     options = SMALL | {"num_inference_steps": 12, "num_frames": 5}
     threads = [threading.Thread(target=lambda w=w: pipe.generate("a", **options | {"width": w})) for w in (64, 80, 96)]

@@ -33,9 +33,9 @@ def fused() -> tuple[fastvid.Pipeline, list[int]]:
         return made
 
     pipe = fastvid.load("embedded", device="cpu")
-    ops = pipe._parts.ops
+    ops = pipe._model.ops
     bound = Ops({**ops.functions, "solver_step": step}, {**ops.bound, "solver_step": "triton"}, ops.reasons)
-    pipe._parts = replace(pipe._parts, ops=bound)
+    pipe._model = replace(pipe._model, ops=bound)
     return pipe, calls
 
 

@@ -22,8 +22,8 @@ def test_the_embedded_model() -> None:
     pipe = fastvid.load("embedded", device="cpu", backend=",".join(f"{op}=triton" for op in KERNELS))
     used: set[str] = set()
     # What a pipeline binds it has to use: a kernel that nothing calls would prove nothing here.
-    for op, function in pipe._parts.ops.functions.items():
-        vars(pipe._parts.ops)[op] = lambda *x, op=op, function=function, **y: used.add(op) or function(*x, **y)
+    for op, function in pipe._model.ops.functions.items():
+        vars(pipe._model.ops)[op] = lambda *x, op=op, function=function, **y: used.add(op) or function(*x, **y)
     made = pipe.generate(prompt, **OPTIONS)
     error = (made.latents - wanted.latents).norm() / wanted.latents.norm()
     assert 0 < error < 1e-4, "other sums round elsewhere, and no more"

@@ -517,7 +517,7 @@ def test_a_pipeline_hands_its_operations_to_the_vae() -> None:
     import fastvid
 
     backend = ",".join(f"{op}=triton" for op in FORMS)
-    parts = fastvid.load("embedded", device="cpu", backend=backend)._parts
+    parts = fastvid.load("embedded", device="cpu", backend=backend)._model
     assert all(parts.ops.bound[op] == "triton" for op in FORMS)
     users = [module for module in parts.vae.modules() if hasattr(module, "ops")]
     assert len(users) > 30 and all(module.ops is parts.ops for module in users)

@@ -314,7 +314,7 @@ def test_a_lora_out_of_a_pickle(tmp_path: Path) -> None:
     assert made["parts"] == {"lora": "wan-lora"}
     assert_same(load_file(tmp_path / "lora.safetensors"), names)
     plain, merged = (
-        fastvid.load("embedded", device="cpu", loras=loras)._parts.transformer.state_dict()
+        fastvid.load("embedded", device="cpu", loras=loras)._model.transformer.state_dict()
         for loras in ((), [tmp_path / "lora.safetensors"])
     )
     changed = "blocks.2.attn1.to_q.weight"

@@ -231,7 +231,7 @@ def embedded_lora(path: Path, seed: int = 0) -> dict[str, Tensor]:
 
 
 def state(pipe: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in pipe._parts.transformer.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in pipe._model.transformer.state_dict().items()}
 
 
 def test_loaded_changed_and_removed(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_loaded_changed_and_removed(tmp_path: Path) -> None:
     assert changed == {"blocks.2.attn1.to_q.weight", "blocks.1.scale_shift_table"}
     assert {name: t.dtype for name, t in merged.items()} == {name: t.dtype for name, t in base.items()}
     stem = "diffusion_model.blocks.2.self_attn.q"
-    full = fastvid.load("embedded", device="cpu", dtype="float32")._parts.transformer.state_dict()
+    full = fastvid.load("embedded", device="cpu", dtype="float32")._model.transformer.state_dict()
     exact = full["blocks.2.attn1.to_q.weight"].double() + 0.8 * 2 / 4 * (
         tensors[f"{stem}.lora_up.weight"].double() @ tensors[f"{stem}.lora_down.weight"].double()
     )

@@ -148,7 +148,7 @@ def test_fp32_parts_are_those_of_diffusers(folder: Path) -> None:
         # Their rope is a table; ours is made anew, in fp32.
         assert set(theirs._keep_in_fp32_modules) - {"rope"} == set(ours.FP32_PARTS) == KEPT
     theirs = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
-    parts = fastvid.load(str(folder), device="cpu", dtype="bfloat16")._parts
+    parts = fastvid.load(str(folder), device="cpu", dtype="bfloat16")._model
     dtypes = {name: parameter.dtype for name, parameter in theirs.named_parameters()}
     assert {name: tensor.dtype for name, tensor in parts.transformer.state_dict().items()} == dtypes
     assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
@@ -161,7 +161,7 @@ def test_clip_is_loaded_in_fp32(tmp_path: Path) -> None:
     import test_image_to_video
 
     test_image_to_video.write(tmp_path, "i2v")
-    parts = fastvid.load(str(tmp_path), device="cpu", dtype="bfloat16")._parts
+    parts = fastvid.load(str(tmp_path), device="cpu", dtype="bfloat16")._model
     assert {p.dtype for p in parts.image_encoder.parameters()} == {torch.float32}
     kept = {name for name, p in parts.transformer.named_parameters() if p.dtype == torch.float32}
     theirs = WanTransformer3DModel.from_pretrained(tmp_path / "transformer", torch_dtype=torch.bfloat16)

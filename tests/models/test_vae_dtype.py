@@ -88,7 +88,7 @@ def test_what_a_model_says_of_it(pipes: dict[str, fastvid.Pipeline]) -> None:
         planned = fastvid.blueprint("embedded", device="cpu", vae_dtype=name).plan("x")
         assert (planned.bytes_weights, planned.bytes_decoder) == (plan.bytes_weights, plan.bytes_decoder)
     whole, half = plans["float32"], plans["bfloat16"]
-    held = sum(weight.nbytes for weight in pipes["float32"]._parts.vae.parameters())
+    held = sum(weight.nbytes for weight in pipes["float32"]._model.vae.parameters())
     assert whole.bytes_weights - half.bytes_weights == held // 2
     assert whole.bytes_decoder == 2 * half.bytes_decoder and plans["float16"].bytes_decoder == half.bytes_decoder
 

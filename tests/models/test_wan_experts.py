@@ -100,7 +100,7 @@ def spy(module: nn.Module, seen: list[float]) -> Callable[[], None]:
 @pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
 def test_each_expert_sees_its_own_timesteps(pipe: fastvid.Pipeline, solver: str) -> None:
     seen: list[list[float]] = [[], []]
-    hooks = [spy(module, seen[i]) for i, module in enumerate(pipe._parts.experts.modules)]
+    hooks = [spy(module, seen[i]) for i, module in enumerate(pipe._model.experts.modules)]
     options = {"height": 64, "width": 64, "num_frames": 1, "solver": solver, "sigmas": SIGMAS}
     pipe.generate("a", guidance_scale=2.0, guidance_scale_2=1.0, **options)
     for remove in hooks:
@@ -175,7 +175,7 @@ CHANGED = "blocks.1.attn1.to_q.weight"
 
 
 def states(pipe: fastvid.Pipeline) -> list[dict[str, Tensor]]:
-    return [{k: v.clone() for k, v in module.state_dict().items()} for module in pipe._parts.experts.modules]
+    return [{k: v.clone() for k, v in module.state_dict().items()} for module in pipe._model.experts.modules]
 
 
 def assert_same_states(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> None:
@@ -258,7 +258,7 @@ def test_an_original_folder_with_two_experts(two: tuple[Path, Any], tmp_path: Pa
         (folder / "diffusers_extras.json").unlink()
     ours, theirs = (fastvid.load(str(path), device="cpu", loras=file) for path in (folder, two[0]))
     assert_same_states(states(ours), states(theirs))
-    assert ours._parts.experts.boundary == pytest.approx(1000 * (BOUNDARY if extras else 0.875))
+    assert ours._model.experts.boundary == pytest.approx(1000 * (BOUNDARY if extras else 0.875))
     ours.set_loras()
     assert_same_states(states(ours), states(fastvid.load(str(two[0]), device="cpu")))
 
@@ -270,8 +270,8 @@ def test_an_original_folder_of_the_5b(tmp_path: Path) -> None:
     assert (tmp_path / "original" / "Wan2.2_VAE.safetensors").is_file()
     asked = {"prompt": "a red circle", "height": 64, "width": 64, "num_frames": 5, "seed": 1, "num_inference_steps": 1}
     pipes = [fastvid.load(str(tmp_path / name), device="cpu") for name in ("made", "original")]
-    assert all(isinstance(pipe._parts.vae, WanVAE22) and pipe._parts.recipe.per_token_timesteps for pipe in pipes)
-    assert pipes[0]._parts.recipe == pipes[1]._parts.recipe
+    assert all(isinstance(pipe._model.vae, WanVAE22) and pipe._model.recipe.per_token_timesteps for pipe in pipes)
+    assert pipes[0]._model.recipe == pipes[1]._model.recipe
     assert np.array_equal(*(pipe.generate(**asked).frames for pipe in pipes))
 
 
@@ -337,7 +337,7 @@ def test_broken_pairs_are_refused(two: tuple[Path, Any], file: str, changes: dic
 def test_the_5b_equals_diffusers(tmp_path: Path) -> None:
     theirs = tiny.write_checkpoint(tmp_path, vae_config=VAE_22, expand_timesteps=True)
     pipe = fastvid.load(str(tmp_path), device="cpu")
-    assert pipe._parts.recipe.per_token_timesteps and pipe._parts.recipe.spatial_multiple == 32
+    assert pipe._model.recipe.per_token_timesteps and pipe._model.recipe.spatial_multiple == 32
     latents = torch.randn(1, 48, 3, 4, 6, generator=torch.Generator().manual_seed(6))
     options = {"guidance_scale": 4.0, "height": 64, "width": 96, "num_frames": 9}
     ours = pipe.generate(**PROMPTS, **options, solver="euler", sigmas=SIGMAS, latents=latents).frames

@@ -142,7 +142,7 @@ def test_every_frame_count_comes_out(pipe, count):
 
 def test_given_embeddings_stand_for_the_prompt(pipe):
     options = {"num_inference_steps": 2, "num_frames": 5, "height": 64, "width": 64, "seed": 3, "guidance_scale": 1.0}
-    embeds = pipe._parts.embed("a red circle")
+    embeds = pipe._model.embed("a red circle")
     ours = pipe.generate(prompt_embeds=embeds, **options)
     assert np.array_equal(ours.frames, pipe.generate("a red circle", **options).frames)
     assert not np.array_equal(ours.frames, pipe.generate("a blue square", **options).frames)

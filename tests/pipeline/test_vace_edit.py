@@ -46,7 +46,7 @@ def pipe(theirs: Any, folder: Path) -> fastvid.Pipeline:
 @pytest.fixture(scope="module")
 def short(pipe: fastvid.Pipeline) -> fastvid.Pipeline:
     """The same in segments of three columns, each shown the last one of the segment before."""
-    return type(pipe)(replace(pipe._parts, recipe=replace(pipe._parts.recipe, window=3, context=1)))
+    return type(pipe)(replace(pipe._model, recipe=replace(pipe._model.recipe, window=3, context=1)))
 
 
 def drawn(seed: int, frames: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -209,7 +209,7 @@ def test_segments_are_shown_their_part(
     found = short.plan("a", verb="edit", video=video, **asked, **FAST)
     assert found.segments == len(segments) == len(shown) == (3 if frames == 21 else 2)
     one = replace(segments[0], num_frames=frames, made_frames=frames + 3)
-    source = SourceClip(short._parts, one, Known(), job.request.mask)
+    source = SourceClip(short._model, one, Known(), job.request.mask)
     whole, masks = control.lay_out(job.request, one, Known(), source)
     for segment, (frames_of, masks_of) in zip(segments, shown, strict=True):
         start, count = segment.source_start, segment.num_frames
@@ -238,7 +238,7 @@ def test_streaming_and_going_on_after_any_step(
     copies = snapshots(
         short.stream(verb="edit", **given, **options, checkpoint=path, checkpoint_every=0), path, tmp_path
     )
-    other = type(short)(replace(fastvid.load(str(folder), device="cpu")._parts, recipe=short._parts.recipe))
+    other = type(short)(replace(fastvid.load(str(folder), device="cpu")._model, recipe=short._model.recipe))
     for copy in copies if kind == "region" else copies[1:2]:
         assert same(run(other.resume(copy, **given)), whole)
 
@@ -269,16 +269,16 @@ def test_from_the_command_line(
 
 def test_the_plan_counts_what_is_encoded(pipe: fastvid.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stays and what changes, and the clip itself."""
-    encoded, encode = [], pipe._parts.vae.encode
+    encoded, encode = [], pipe._model.vae.encode
     monkeypatch.setattr(
-        pipe._parts.vae, "encode", lambda x, cache=None, **_: encoded.append(x.shape[2]) or encode(x, cache)
+        pipe._model.vae, "encode", lambda x, cache=None, **_: encoded.append(x.shape[2]) or encode(x, cache)
     )
     for verb, size in (("edit", None), ("generate", f"{WIDTH}x{HEIGHT}")):
         options = {"video": drawn(12, 9), "mask": region(9), "num_inference_steps": 1, "size": size}
         encoded.clear()
         getattr(pipe, verb)(prompt="a", **options)
         job = pipe._prepare(verb, {"prompt": "a", **options}).job
-        needs = planning.Needs(pipe._parts, job.request, job.timeline, keep=False)
+        needs = planning.Needs(pipe._model, job.request, job.timeline, keep=False)
         assert needs._seen(job.timeline.segments[0]) == sum(encoded) == (27 if verb == "edit" else 18)
 
 

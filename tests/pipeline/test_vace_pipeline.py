@@ -280,7 +280,7 @@ class TestWhatTheModelSees:
         assert same(pipe.decode(seeded.latents), seeded.frames) == 1
 
     def test_encoding_in_chunks_is_encoding_at_once(self, pipe: fastvid.Pipeline) -> None:
-        parts, frames = pipe._parts, torch.rand(1, 3, 9, 192, 192) * 2 - 1
+        parts, frames = pipe._model, torch.rand(1, 3, 9, 192, 192) * 2 - 1
         options = {"prompt": "a", "num_frames": 9, "size": "192x192"}
         segment = pipe._prepare("generate", options).job.timeline.segments[0]
         assert decode_chunk(segment) == 1
@@ -315,7 +315,7 @@ class TestCounting:
         assert ours / plan.denoise_flops(tokens, 64, config.transformer) == pytest.approx(6.2 / 4, rel=0.05)
 
     def test_the_plan_counts_the_branch(self, pipe: fastvid.Pipeline) -> None:
-        parts, options = pipe._parts, {"num_frames": 9, "size": "96x64"}
+        parts, options = pipe._model, {"num_frames": 9, "size": "96x64"}
         found, longer = pipe.plan("a", **options), pipe.plan("a", reference_images=REFERENCES, **options)
         plain = plan.denoise_flops(found.tokens, 16, parts.transformer.config)
         assert found.flops_denoise > 1.4 * found.model_calls * plain

@@ -43,7 +43,7 @@ def pipe():
 
 
 def with_recipe(pipe, **changed):
-    return type(pipe)(replace(pipe._parts, recipe=replace(pipe._parts.recipe, **changed)))
+    return type(pipe)(replace(pipe._model, recipe=replace(pipe._model.recipe, **changed)))
 
 
 def clip(frames: int = 9, height: int = 64, width: int = 64, scene: Scene = SCENE) -> np.ndarray:
@@ -82,7 +82,7 @@ def test_loop_and_blend_keep_their_clips(pipe, carries, added):
 
 def test_the_strength_of_an_edit_that_says_none(pipe):
     frames, mask = clip(5), np.ones((64, 64), bool)
-    own, other = pipe._parts.recipe, with_recipe(pipe, edit_strength=None)
+    own, other = pipe._model.recipe, with_recipe(pipe, edit_strength=None)
 
     def strength(at, **options):
         return at._prepare("edit", {"video": frames, "prompt": "a", **FAST, **options}).job.request.strength
@@ -134,7 +134,7 @@ def test_flow_edit_to_the_same_prompt_gives_the_source_back(pipe):
 def test_flow_edit_runs_eulers_method_unless_told(pipe):
     def solver(**options):
         request = Request.make("edit", prompt="a", video=clip(5), **options)
-        return request.resolve(pipe._parts.recipe).solver
+        return request.resolve(pipe._model.recipe).solver
 
     assert solver() == "unipc" and solver(source_prompt="b") == "euler"
     assert solver(source_prompt="b", solver="dpm++") == "dpm++"
@@ -155,9 +155,9 @@ def test_known_latents_come_out_as_the_vae_has_them(pipe):
 
 
 def test_noise_of_what_comes_before_has_indices_below_zero(pipe):
-    rules = rules_of(pipe._parts)
+    rules = rules_of(pipe._model)
     request = Request.make("extend", video=clip(9), prompt="", num_frames=100, direction="both", seed=3)
-    laid = lay_out(read(request).resolve(pipe._parts.recipe), rules)
+    laid = lay_out(read(request).resolve(pipe._model.recipe), rules)
     kept = next(i for i, part in enumerate(laid.parts) if isinstance(part, Kept))
     indices = [
         range(s.origin + s.left_columns, s.origin + s.columns - s.right_columns)
@@ -177,7 +177,7 @@ def test_what_leads_up_to_a_clip_is_made_from_right_to_left(pipe):
     """Windows from left to right would not know of the clip until the last one: nothing would join."""
     pipe, given_clip = with_recipe(pipe, window=5, context=2), clip(9)
     stretch = Stretch(40, 64, 64, after=timeline.Edge(given_clip), after_frames=9)
-    laid = timeline.Timeline(tuple(lay(stretch, rules_of(pipe._parts))))
+    laid = timeline.Timeline(tuple(lay(stretch, rules_of(pipe._model))))
     assert len(laid.parts) > 2 and laid.order() == list(range(len(laid.parts)))[::-1]
     near = pipe.extend(given_clip, "a red circle", num_frames=12, direction="before", **FAST).frames
     assert near.shape == (21, 64, 64, 3) and np.array_equal(near[12:], given_clip)
@@ -188,7 +188,7 @@ def test_a_clip_that_comes_later_is_encoded_as_in_mid_stream(pipe):
     whole = clip(29)
     known = Known(right=whole[17:])
     segment = replace(lay(Stretch(17, 64, 64), Rules())[0], made_frames=29, right=12)
-    ((column, latents),) = conditioning._known_latents(pipe._parts, segment, known)
+    ((column, latents),) = conditioning._known_latents(pipe._model, segment, known)
     there = pipe.encode(whole)[:, :, 5:]
     assert column == 5 and latents.shape == there.shape
     away = (latents - there).flatten(3).norm(dim=(1, 3)) / there.flatten(3).norm(dim=(1, 3))
@@ -242,11 +242,11 @@ def test_every_stretch_is_laid_whole(frames, before, after, window, context, car
 def test_the_window_that_joins_has_as_much_to_make_as_it_can(pipe):
     pipe = with_recipe(pipe, window=7, overlap=2, context=2)
     request = Request.make("loop", video=clip(9), prompt="", num_frames=33, seed=1)
-    (segment,) = lay_out(read(request).resolve(pipe._parts.recipe), rules_of(pipe._parts)).segments
-    found = spans(pipe._parts, segment)
+    (segment,) = lay_out(read(request).resolve(pipe._model.recipe), rules_of(pipe._model)).segments
+    found = spans(pipe._model, segment)
     assert found[-1] == (segment.columns - 7, segment.columns) and found[-2][1] == segment.columns - 5
     short = replace(segment, num_frames=4, made_frames=segment.left + 4 + segment.right)
-    assert spans(pipe._parts, short) == [(0, short.columns)]  # what fits is one window
+    assert spans(pipe._model, short) == [(0, short.columns)]  # what fits is one window
 
 
 def test_a_shot_begins_with_the_nearest_column():

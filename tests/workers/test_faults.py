@@ -332,7 +332,7 @@ def test_they_end_with_their_program() -> None:
 
 def lora(path: Path) -> Path:
     """One that is strong enough to be seen."""
-    state = fastvid.load("embedded", device="cpu")._parts.transformer.state_dict()
+    state = fastvid.load("embedded", device="cpu")._model.transformer.state_dict()
     name = next(key for key in state if key.endswith("ffn.net.2.weight"))
     rows, columns = state[name].shape
     stem = f"transformer.{name.removesuffix('.weight')}"
