@@ -31,7 +31,7 @@ from ranks import run_ranks  # noqa: E402
 from fastvid.benchmarks.harness import save  # noqa: E402
 from fastvid.distributed.cost_model import H200, INFINIBAND, NVLINK, PCIE, Device, Link, Work, curve, predict  # noqa: E402
 from fastvid.distributed.layout import every  # noqa: E402
-from fastvid.distributed.mesh import Mesh, Seat  # noqa: E402
+from fastvid.distributed.mesh import Mesh, RankView  # noqa: E402
 from fastvid.layers.linear import Linear  # noqa: E402
 from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig  # noqa: E402
 from fastvid.ops.dispatch import bind  # noqa: E402
@@ -103,10 +103,10 @@ def rank(mesh: Mesh, to: str) -> None:
     work, rows = Work(CONFIG, GRID, guided=True, text_rows=ROWS, itemsize=4), []
     for layout in every(mesh.size, CONFIG.num_attention_heads, True):
         predicted = predict(work, layout, device, link)  # before it is done
-        seat = Seat(mesh, layout)
+        view = RankView(mesh, layout)
 
-        def step(seat: Seat = seat) -> None:
-            seat.both(*[lambda: model(x, times, context, seat=seat)] * 2, x)
+        def step(view: RankView = view) -> None:
+            view.both(*[lambda: model(x, times, context, view=view)] * 2, x)
 
         rows.append({"layout": str(layout), "predicted": predicted.seconds, "measured": median(step, mesh)})
     if mesh.rank == 0:

@@ -202,7 +202,7 @@ def _header(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankView:
     """A rank's place in a layout: which half of guidance it is of, and where it is in ring and Ulysses group."""
 
     mesh: Mesh

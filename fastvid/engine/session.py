@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvid.device.precision import ieee_fp32
-from fastvid.distributed.mesh import Layout, Seat
+from fastvid.distributed.mesh import Layout, RankView
 from fastvid.engine import conditioning, decode, rollouts
 from fastvid.engine.conditioning import Conditions, Region, anchored
 from fastvid.engine.events import Event, Frames, Step
@@ -211,7 +211,7 @@ class SegmentMaker:
     def __init__(self, session: Session, segment: Segment, known: Known, number: int = 0) -> None:
         self.session, self.segment, self.parts, self.number = session, segment, session.parts, number
         self.request, self.sigmas = session.job.request, session.job.sigmas
-        self.seat = Seat(session.parts.mesh, session.job.layout)
+        self.view = RankView(session.parts.mesh, session.job.layout)
         self._noise_kept: tuple[tuple[int, int], Tensor] | None = None
         self._contexts: dict[tuple[int, int], Any] = {}
         self._caches: dict[int, KVCache] = {}
@@ -349,7 +349,7 @@ class SegmentMaker:
                 partial(self._velocity, row, region, expert, self.prompt_of(row)),
                 partial(self._velocity, row, region, expert, NEGATIVE),
                 scale,
-                self.seat.both,
+                self.view.both,
             )
             for expert, scale in enumerate(scales)
         ]
@@ -419,7 +419,7 @@ class SegmentMaker:
             if key not in self._contexts:
                 self._contexts[key] = self.conditions.context(transformer, embeds)
             behind, context = self.conditions.behind(row), self._contexts[key]
-            shown = {"known": behind, "rope_offset": offset, "cache": cache, "seat": self.seat}
+            shown = {"known": behind, "rope_offset": offset, "cache": cache, "view": self.view}
             made = transformer(given, times[None], context, **shown)
         return made if anchor is None else made[:, :, 1:]
 

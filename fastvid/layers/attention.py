@@ -34,7 +34,7 @@ def self_attention(
     holds its share. blocks: to those alone that they say, of all of the video's tokens; where ranks share them, in
     stretches that end where a tile does.
     """
-    if split is not None and split.seat.layout.sequence > 1:
+    if split is not None and split.view.layout.sequence > 1:
         return _shared(ops, (q, k, v), cache, split, blocks).flatten(2)
     k, v = (k, v) if cache is None else cache.update(k, v)
     return (ops.attention(q, k, v) if blocks is None else ops.sparse_attention(q, k, v, blocks)).flatten(2)
@@ -49,8 +49,8 @@ def _shared(
     ops: Any, qkv: tuple[Tensor, Tensor, Tensor], cache: LayerCache | None, split: Split, blocks: Blocks | None
 ) -> Tensor:
     """[B, n, H, D] of this rank's tokens -> the same."""
-    seat, heads = split.seat, qkv[0].shape[2]
-    ulysses = seat.layout.ulysses
+    view, heads = split.view, qkv[0].shape[2]
+    ulysses = view.layout.ulysses
     each = heads // ulysses
     if heads % ulysses:
         raise ValueError(f"{heads} heads cannot be divided among {ulysses} ranks")
@@ -86,9 +86,9 @@ def _attend(
 ) -> Tensor:
     """Attention of this Ulysses group's tokens to those of all groups of the ring, and to what caches hold."""
     if cache is not None:
-        sizes = split.of_ring(split.seat.ring)
+        sizes = split.of_ring(split.view.ring)
         k, v = cache.update(*(_by_frames(x, split.frames, sizes) for x in (k, v)))
-    per_frame = [sum(split.of_ring(ring)) for ring in range(split.seat.layout.ring)]
+    per_frame = [sum(split.of_ring(ring)) for ring in range(split.view.layout.ring)]
     frames = split.frames if cache is None else cache.frames
     return Ring(split, ops, [frames * size for size in per_frame]).attend(q, k, v, tiles)
 

@@ -18,30 +18,30 @@ import torch
 from torch import Tensor
 
 from fastvid.distributed.layout import GROUPS
-from fastvid.distributed.mesh import Seat, shares, starts
+from fastvid.distributed.mesh import RankView, shares, starts
 from fastvid.ops.eager_attention import merge
 from fastvid.ops.sparse import Blocks, heads_of, tiles_of
 
 
 @dataclass(frozen=True)
 class Split:
-    """The shares of the ranks at `seat`.
+    """The shares of the ranks at `view`.
 
     sizes: how many tokens of a frame each of the ranks that share them holds, in the order of the tokens; frames: how
-    many frames there are along time. So this rank has frames * sizes[seat.sequence] tokens. groups: of heads, whose
+    many frames there are along time. So this rank has frames * sizes[view.sequence] tokens. groups: of heads, whose
     exchanges and attention run beside each other.
     """
 
-    seat: Seat
+    view: RankView
     sizes: tuple[int, ...]
     frames: int = 1
     groups: int = GROUPS
 
     @classmethod
-    def of_grid(cls, seat: Seat, grid: tuple[int, int, int]) -> Split:
+    def of_grid(cls, view: RankView, grid: tuple[int, int, int]) -> Split:
         """A grid (t, h, w) of tokens, as evenly as it goes."""
         t, h, w = grid
-        return cls(seat, shares(h * w, seat.layout.sequence), t)
+        return cls(view, shares(h * w, view.layout.sequence), t)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -51,12 +51,12 @@ class Split:
     @property
     def stretch(self) -> slice:
         """This rank's tokens of a frame."""
-        begin, end = starts(self.sizes)[self.seat.sequence : self.seat.sequence + 2]
+        begin, end = starts(self.sizes)[self.view.sequence : self.view.sequence + 2]
         return slice(begin, end)
 
     def of_ring(self, ring: int) -> tuple[int, ...]:
         """Tokens of a frame that each rank of a Ulysses group holds."""
-        ulysses = self.seat.layout.ulysses
+        ulysses = self.view.layout.ulysses
         return self.sizes[ring * ulysses : (ring + 1) * ulysses]
 
     # ------------------------------------------------------------ entry and exit
@@ -79,12 +79,12 @@ class Split:
         """The latents [B, C, T, H, W] that the parts of all ranks make, which are x [B, C, T, ph, n * pw] here."""
         pw = patch[2]
         sizes = [size * pw for size in self.sizes]
-        x = self.seat.mesh.gather(x, sizes, 4, self.seat.sharers)
+        x = self.view.mesh.gather(x, sizes, 4, self.view.sharers)
         return x.unflatten(4, (height // patch[1], -1)).transpose(3, 4).flatten(3, 4)
 
     @property
     def _mine(self) -> int:
-        return self.sizes[self.seat.sequence]
+        return self.sizes[self.view.sequence]
 
 
 class Heads:
@@ -96,9 +96,9 @@ class Heads:
 
     def __init__(self, split: Split, first: int, last: int) -> None:
         self.split, self.first, self.last = split, first, last
-        seat = split.seat
-        self.ranks = [seat.rank(ulysses=u) for u in range(seat.layout.ulysses)]
-        self.counts = [split.frames * size for size in split.of_ring(seat.ring)]
+        view = split.view
+        self.ranks = [view.rank(ulysses=u) for u in range(view.layout.ulysses)]
+        self.counts = [split.frames * size for size in split.of_ring(view.ring)]
 
     def send(self, *tensors: Tensor) -> tuple[Any, list[Tensor]]:
         """q, k, v [B, n, H, D] of this rank's tokens -> messages on their way, and where the group's tokens will be:
@@ -119,16 +119,16 @@ class Heads:
             for u, rank in enumerate(self.ranks)
             for i, b, h in places
         ]
-        return self.split.seat.mesh.exchange(sends, receives), [x.transpose(1, 2) for x in into.unbind(0)]
+        return self.split.view.mesh.exchange(sends, receives), [x.transpose(1, 2) for x in into.unbind(0)]
 
     def send_back(self, x: Tensor) -> tuple[Any, Tensor]:
         """[B, N, heads, D] of the group's tokens -> messages on their way, and where this rank's tokens will be:
         [ranks, n, B, heads, D]."""
         x = x.transpose(0, 1).contiguous()
-        n = self.counts[self.split.seat.ulysses]
+        n = self.counts[self.split.view.ulysses]
         into = x.new_empty(len(self.ranks), n, *x.shape[1:])
         sends, receives = (list(zip(self.ranks, part, strict=True)) for part in (x.split(self.counts), into.unbind(0)))
-        return self.split.seat.mesh.exchange(sends, receives), into
+        return self.split.view.mesh.exchange(sends, receives), into
 
 
 class Ring:
@@ -144,16 +144,16 @@ class Ring:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Blocks] | None) -> Tensor:
         """q [B, N, heads, D], k and v [B, M, heads, D] of this rank's block -> [B, N, heads, D]. blocks: for each block
         of keys the tiles of it that are attended to."""
-        seat, size = self.split.seat, len(self.counts)
+        view, size = self.split.view, len(self.counts)
         if size == 1:
             return self.ops.attention(q, k, v) if blocks is None else self.ops.sparse_attention(q, k, v, blocks[0])
-        after, before = (seat.rank(ring=(seat.ring + step) % size) for step in (1, -1))
+        after, before = (view.rank(ring=(view.ring + step) % size) for step in (1, -1))
         mine, out, lse = torch.stack((k, v)), None, None
         for step in range(size):
-            source, coming, pending = (seat.ring - step) % size, None, None
+            source, coming, pending = (view.ring - step) % size, None, None
             if step + 1 < size:
                 coming = mine.new_empty(2, mine.shape[1], self.counts[(source - 1) % size], *mine.shape[3:])
-                pending = seat.mesh.exchange([(after, mine)], [(before, coming)])
+                pending = view.mesh.exchange([(after, mine)], [(before, coming)])
             if q.shape[1] and mine.shape[2]:
                 part = self._part(q, *mine, None if blocks is None else blocks[source])
                 out, lse = part if out is None else merge(out, lse, *part)
@@ -175,9 +175,9 @@ def parts_of(split: Split, blocks: Blocks, heads: int, first: int, last: int) ->
 
     Raises ValueError unless every ring group's tokens end where a tile does.
     """
-    seat = split.seat
-    edges = starts([split.frames * sum(split.of_ring(ring)) for ring in range(seat.layout.ring)])
-    each = heads // seat.layout.ulysses
-    mine = heads_of(blocks, heads, seat.ulysses * each + first, seat.ulysses * each + last)
-    queries = slice(*edges[seat.ring : seat.ring + 2])
-    return [tiles_of(mine, queries, slice(*edges[ring : ring + 2])) for ring in range(seat.layout.ring)]
+    view = split.view
+    edges = starts([split.frames * sum(split.of_ring(ring)) for ring in range(view.layout.ring)])
+    each = heads // view.layout.ulysses
+    mine = heads_of(blocks, heads, view.ulysses * each + first, view.ulysses * each + last)
+    queries = slice(*edges[view.ring : view.ring + 2])
+    return [tiles_of(mine, queries, slice(*edges[ring : ring + 2])) for ring in range(view.layout.ring)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from fastvid.distributed.mesh import Layout, Mesh, Seat, choose, shares, starts
+from fastvid.distributed.mesh import Layout, Mesh, RankView, choose, shares, starts
 
 
 def on_each(mesh: Mesh) -> None:
@@ -45,7 +45,7 @@ def test_exchanges(size: int) -> None:
 
 def test_places_are_counted_with_ulysses_fastest() -> None:
     layout = Layout(2, 3, 2)
-    places = [Seat(Mesh(rank, 12), layout) for rank in range(12)]
+    places = [RankView(Mesh(rank, 12), layout) for rank in range(12)]
     assert [(p.guidance, p.ring, p.ulysses) for p in places] == [
         (g, r, u) for g in range(2) for r in range(3) for u in range(2)
     ]

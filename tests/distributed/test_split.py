@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from fastvid.distributed.mesh import Layout, Mesh, Seat, shares, starts
+from fastvid.distributed.mesh import Layout, Mesh, RankView, shares, starts
 from fastvid.layers.attention import self_attention
 from fastvid.layers.kv_cache import KVCache
 from fastvid.layers.sequence_parallel import Split
@@ -38,10 +38,10 @@ def token_counts() -> list[int]:
 
 def check(mesh: Mesh, layout: Layout, tokens: int, heads: int, batch: int, groups: int, draw: torch.Generator) -> None:
     """Dense attention of so many tokens; counts what was sent."""
-    seat, ops = Seat(mesh, layout), bind()
+    view, ops = RankView(mesh, layout), bind()
     q, k, v = torch.randn(3, batch, tokens, heads, 8, generator=draw).unbind(0)
-    split = Split(seat, shares(tokens, layout.sequence), 1, groups)
-    mine = slice(*starts(split.counts)[seat.sequence : seat.sequence + 2])
+    split = Split(view, shares(tokens, layout.sequence), 1, groups)
+    mine = slice(*starts(split.counts)[view.sequence : view.sequence + 2])
     before = mesh.counted.bytes
     made = self_attention(ops, q[:, mine], k[:, mine], v[:, mine], split=split)
     sent = torch.tensor([mesh.counted.bytes - before])
@@ -89,11 +89,11 @@ def sparse(mesh: Mesh, seed: str) -> None:
         )
         true = self_attention(ops, q, k, v, blocks=blocks)
         for layout in layouts(mesh.size, heads):
-            seat = Seat(mesh, layout)
+            view = RankView(mesh, layout)
             # Shares end where tiles do.
             cuts = [0, *(int(tiles[at]) for at in starts(shares(tiles.numel() - 1, layout.sequence))[1:])]
-            split = Split(seat, tuple(b - a for a, b in itertools.pairwise(cuts)), 1, 1 + heads % 3)
-            mine = slice(*starts(split.counts)[seat.sequence : seat.sequence + 2])
+            split = Split(view, tuple(b - a for a, b in itertools.pairwise(cuts)), 1, 1 + heads % 3)
+            mine = slice(*starts(split.counts)[view.sequence : view.sequence + 2])
             made = self_attention(ops, q[:, mine], k[:, mine], v[:, mine], split=split, blocks=blocks)
             whole = mesh.gather(made, split.counts, 1)
             assert relative(whole, true) < BAR, (layout, grid, tile)
@@ -103,7 +103,7 @@ def sparse(mesh: Mesh, seed: str) -> None:
             if off[0] not in tiles.tolist():
                 with pytest.raises(ValueError, match="no end of a tile, where shares have to be cut; the nearest is"):
                     self_attention(
-                        ops, q[:, mine], k[:, mine], v[:, mine], split=Split(seat, tuple(off)), blocks=blocks
+                        ops, q[:, mine], k[:, mine], v[:, mine], split=Split(view, tuple(off)), blocks=blocks
                     )
 
 
@@ -114,11 +114,11 @@ def cached(mesh: Mesh, seed: str) -> None:
         heads, chunk, per_frame = numbers.choice([4, 12]), numbers.randrange(1, 4), numbers.randrange(mesh.size, 20)
         capacity, sink = chunk * 3, numbers.randrange(2)
         for layout in layouts(mesh.size, heads):
-            seat = Seat(mesh, layout)
-            split = Split(seat, shares(per_frame, layout.sequence), chunk)
+            view = RankView(mesh, layout)
+            split = Split(view, shares(per_frame, layout.sequence), chunk)
             whole, own = KVCache(1, capacity, sink), KVCache(1, capacity, sink)
             for start in range(0, 6 * chunk, chunk):
-                for _ in range(2):  # the same frames again take the seat of what they left
+                for _ in range(2):  # the same frames again take the place of what they left
                     q, k, v = torch.randn(3, 2, chunk * per_frame, heads, 8, generator=draw).unbind(0)
                     for cache in (whole, own):
                         cache.begin(start, chunk)
@@ -161,10 +161,10 @@ def models(mesh: Mesh, seed: str) -> None:
             given = (x, times, model.prepare_context(text, **control))
             true = model(*given, known=known)
             for layout in layouts(mesh.size, heads):
-                seat = Seat(mesh, layout)
-                made = model(*given, known=known, seat=seat)
+                view = RankView(mesh, layout)
+                made = model(*given, known=known, view=view)
                 assert relative(made, true) < BAR, (layout, number)
-                assert torch.equal(made, model(*given, known=known, seat=seat))
+                assert torch.equal(made, model(*given, known=known, view=view))
 
 
 def moved(layout: Layout, tokens: int, width: int, layers: int, values: int, item: int) -> int:
@@ -187,11 +187,11 @@ def steps(mesh: Mesh, seed: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = WanTransformer(config, bind()).to(dtype)
         for layout in every(mesh.size, 12, True):
-            seat, x, text = Seat(mesh, layout), torch.randn(1, 4, 3, 6, 10), torch.randn(1, 5, 16)
+            view, x, text = RankView(mesh, layout), torch.randn(1, 4, 3, 6, 10), torch.randn(1, 5, 16)
             before = mesh.counted.bytes
             with torch.no_grad():
-                call = functools.partial(model, x, torch.rand(1), model.prepare_context(text), seat=seat)
-                cond, uncond = seat.both(call, call, x)
+                call = functools.partial(model, x, torch.rand(1), model.prepare_context(text), view=view)
+                cond, uncond = view.both(call, call, x)
             assert cond.shape == uncond.shape == x.shape
             total = mesh.gather(torch.tensor([mesh.counted.bytes - before]), (1,) * mesh.size, 0).sum().item()
             assert total == moved(layout, 3 * 3 * 5, config.dim, 3, 4 * 2 * 2, dtype.itemsize), (layout, dtype)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvid.distributed.mesh import Seat
+from fastvid.distributed.mesh import RankView
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.attention import cross_attention, self_attention
 from fastvid.layers.embeddings import RotaryTables, group_timesteps
@@ -288,7 +288,7 @@ class WanTransformer(nn.Module):
         known: Tensor | None = None,
         rope_offset: int | Sequence[int] = 0,
         cache: KVCache | None = None,
-        seat: Seat | None = None,
+        view: RankView | None = None,
     ) -> Tensor:
         """Predict the velocity of latents [B, C, T, H, W]; same shape (with out_channels) and dtype.
 
@@ -299,28 +299,28 @@ class WanTransformer(nn.Module):
         rope_offset: the time of the first latent frame, for windows of a longer video; or that of every one.
         cache: of a causal model. The frames attend to themselves and to those in it, and are put into it in place of
         what it holds of them; `cache.begin` was told of them.
-        seat: this rank's among those that share the tokens; all of them call with the same arguments, each gets the
+        view: this rank's among those that share the tokens; all of them call with the same arguments, each gets the
         whole result, and a cache holds this rank's share.
         """
         grid = self._grid(latents, known)
         context = self.prepare_context(text) if isinstance(text, Tensor) else text
         values, index = (one.to(latents.device) for one in group_timesteps(timestep, latents.shape[0], grid))
         rotary = self.rotary(grid, rope_offset, latents.device)
-        if seat is not None and seat.layout.sequence > 1:
-            split = self._split(seat, grid)
+        if view is not None and view.layout.sequence > 1:
+            split = self._split(view, grid)
             given = self._cut(split, latents, known, values, index, rotary, context)
             return split.join(self._velocity(*given, cache, split), self.config.patch_size, latents.shape[3])
         given = latents, known, values, index, rotary, context
         return self.run(self._velocity, *given) if cache is None else self._velocity(*given, cache)
 
-    def _split(self, seat: Seat, grid: tuple[int, int, int]) -> Split:
-        layout, heads, tokens = seat.layout, self.config.num_attention_heads, grid[1] * grid[2]
+    def _split(self, view: RankView, grid: tuple[int, int, int]) -> Split:
+        layout, heads, tokens = view.layout, self.config.num_attention_heads, grid[1] * grid[2]
         if heads % layout.ulysses or layout.sequence > tokens:
             raise InvalidRequest(
                 f"parallel: {layout} does not fit {heads} heads and {tokens} tokens a frame: ulysses has to divide the "
                 f"heads, and ring x ulysses be at most the tokens of a frame"
             )
-        return Split.of_grid(seat, grid)
+        return Split.of_grid(view, grid)
 
     def _cut(
         self,

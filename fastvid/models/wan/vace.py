@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvid.distributed.mesh import Seat
+from fastvid.distributed.mesh import RankView
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.kv_cache import KVCache
 from fastvid.layers.linear import Linear, linear
@@ -130,7 +130,7 @@ class WanVACETransformer(WanTransformer):
         known: Tensor | None = None,
         rope_offset: int | Sequence[int] = 0,
         cache: KVCache | None = None,
-        seat: Seat | None = None,
+        view: RankView | None = None,
     ) -> Tensor:
         """See WanTransformer.forward; the control has the latents' height and width, and may end before them."""
         self._grid(latents, known)
@@ -142,7 +142,7 @@ class WanVACETransformer(WanTransformer):
                 raise InvalidRequest(
                     f"the control is {[t, *size]} (T, H, W) and does not fit latents of {[latent_t, *latent_size]}"
                 )
-        return super().forward(latents, timestep, text, known=known, rope_offset=rope_offset, seat=seat)
+        return super().forward(latents, timestep, text, known=known, rope_offset=rope_offset, view=view)
 
     def _cut(self, split: Split, *given: Any) -> tuple[Any, ...]:
         *given, context = super()._cut(split, *given)
