@@ -4,9 +4,9 @@
 
 1.3b: Wan 2.1 1.3B, 832x480, 81 frames: one denoising step with guidance (50 of them are *extrapolated* from these, and
 so labelled), and a whole video in 4 steps without guidance, decoded to uint8. 14b: Wan 2.1 14B, 1280x720, 81 frames: a
-denoising step with guidance. On a GPU fastvid's cases come with CUDA graphs (`fastvid.device.cuda_graphs`) too. Peak memory is that
-of a run of its own, weights and graphs included. diffusers is left out where it is not installed, and the result says
-so. On a CPU everything is small: it shows that the script works, and no more.
+denoising step with guidance. On a GPU fastvid's cases come with CUDA graphs (`fastvid.device.cuda_graphs`) too. Peak
+memory is that of a run of its own, weights and graphs included. diffusers is left out where it is not installed, and
+the result says so. On a CPU everything is small: it shows that the script works, and no more.
 """
 
 from __future__ import annotations

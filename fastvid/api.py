@@ -1,6 +1,7 @@
 """`load`, `blueprint` and `inspect`: from a model's name to what makes videos, plans them, or says what it is.
 
-On several ranks `load` starts a process for each (`fastvid.workers.team`), or is one of those that torchrun has started.
+On several ranks `load` starts a process for each (`fastvid.workers.team`), or is one of those that torchrun has
+started.
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ def load(
             single file takes everything else from.
         max_running: how many requests may have begun at once; others wait, first come first served.
         cuda_graphs: True captures the transformer's calls as CUDA graphs, once a shape, and replays them (see
-            `fastvid.device.cuda_graphs`), which is faster where calls are short; their memory is kept until the pipeline is gone.
-            "auto" does so where a committed result shows a gain: nowhere so far.
+            `fastvid.device.cuda_graphs`), which is faster where calls are short; their memory is kept until the
+            pipeline is gone. "auto" does so where a committed result shows a gain: nowhere so far.
         parallel: ranks that make each video together (docs/parallel.md): a number, "auto" (as many as there are GPUs),
             or degrees such as "guidance=2,ulysses=4". Each is a process that this call starts; with one, everything is
             in this process. Under torchrun its processes are the ranks: rank 0 goes on with the pipeline, on the others

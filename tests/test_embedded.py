@@ -75,7 +75,8 @@ SCENES = [
 
 
 def test_videos_show_what_was_asked_for(pipe):
-    """Six captions of the words that every version knows; the whole score is `python -m fastvid.benchmarks.quality.score`."""
+    """Six captions of the words that every version knows; the whole score is
+    `python -m fastvid.benchmarks.quality.score`."""
     shown = [measure(pipe.generate(scene.caption, seed=i).frames) for i, scene in enumerate(SCENES)]
     right = {
         trait: np.mean([getattr(s, trait) == getattr(m, trait) for s, m in zip(SCENES, shown, strict=True)])

@@ -1,6 +1,7 @@
 """Puts trained parts together as a checkpoint in the published diffusers layout, with its model card.
 
-python -m fastvid.benchmarks.quality.assemble --vae runs/vae/vae --dit runs/dit --out fastvid/embedded --scores a.json --verbs b.json
+python -m fastvid.benchmarks.quality.assemble --vae runs/vae/vae --dit runs/dit --out fastvid/embedded \\
+    --scores a.json --verbs b.json
 """
 
 from __future__ import annotations
@@ -78,17 +79,17 @@ the caption's of, and dropped captions.
 
 ## Scores
 
-Measured on decoded frames by `python -m fastvid.benchmarks.quality.score`, random captions over all words, captions as above, default
-options but for the size or length named. {vae_line}
+Measured on decoded frames by `python -m fastvid.benchmarks.quality.score`, random captions over all words, captions as
+above, default options but for the size or length named. {vae_line}
 
 | setting | captions | background | colour | shape | motion |
 | --- | --- | --- | --- | --- | --- |
 {scores}
 
-Verbs, measured by `python -m fastvid.benchmarks.quality.score_verbs`: in how many cases each thing is right. Seams: at most 1.5 times the
-largest of what the clip changes anyhow, the VAE's error there and one level; beside it the median. Path: the centroid
-stays within 10 % of the frame. Shown: what an edit's prompt says; of `long`, a minute at 160x96, one thing of one
-colour and shape throughout.
+Verbs, measured by `python -m fastvid.benchmarks.quality.score_verbs`: in how many cases each thing is right. Seams: at
+most 1.5 times the largest of what the clip changes anyhow, the VAE's error there and one level; beside it the median.
+Path: the centroid stays within 10 % of the frame. Shown: what an edit's prompt says; of `long`, a minute at 160x96, one
+thing of one colour and shape throughout.
 
 {verbs}
 

@@ -1,4 +1,5 @@
-"""Draws the trade-off of an edit by strength, from the result of `fastvid.benchmarks.quality.score_verbs --verb edit_strength`.
+"""Draws the trade-off of an edit by strength, from the result of
+`fastvid.benchmarks.quality.score_verbs --verb edit_strength`.
 
     python -m fastvid.benchmarks.quality.plot_strength benchmarks/results/embedded-verbs.json docs/edit_strength.svg
 

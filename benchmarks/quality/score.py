@@ -1,6 +1,6 @@
 """Scores a checkpoint by what its videos show.
 
-    python -m fastvid.benchmarks.quality.score --model embedded --captions 200 --out benchmarks/results/embedded-scores.json
+    python -m fastvid.benchmarks.quality.score --captions 200 --out benchmarks/results/embedded-scores.json
 
 Generates clips for random captions and measures background, colour, shape and motion on the decoded frames; also
 encodes and decodes drawn clips, to score the VAE alone. Prints a table and writes it as JSON.

@@ -1,11 +1,11 @@
 """Scores every verb by what its videos show.
 
-    python -m fastvid.benchmarks.quality.score_verbs --model embedded --cases 40 --jobs 2 --out benchmarks/results/embedded-verbs.json
-    python -m fastvid.benchmarks.quality.score_verbs --verb loop --cases 4 --sheets /tmp/sheets    # and a picture of the frames
+    python -m fastvid.benchmarks.quality.score_verbs --cases 40 --jobs 2 --out benchmarks/results/embedded-verbs.json
+    python -m fastvid.benchmarks.quality.score_verbs --verb loop --cases 4 --sheets /tmp/sheets    # and pictures
 
-How cases are chosen and what is measured: `fastvid.benchmarks.quality.verb_cases`. A row of the result holds the share of cases in which
-each thing is right, and numbers (medians, and the worst): seams as a share of what is allowed (a seam is right up to
-1.5), pictures as dB under what the VAE alone makes of them
+How cases are chosen and what is measured: `fastvid.benchmarks.quality.verb_cases`. A row of the result holds the share
+of cases in which each thing is right, and numbers (medians, and the worst): seams as a share of what is allowed (a seam
+is right up to 1.5), pictures as dB under what the VAE alone makes of them
 (those behind the first come out as they are, far above it; `changes_beside` then says how they fit in: the change into
 and out of them as a share of what is allowed of seams).
 """

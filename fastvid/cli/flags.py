@@ -1,7 +1,7 @@
 """What the command line says of a request: a flag for every argument of every verb, in one table.
 
-Which verb takes which argument is said in `fastvid.requests.request.VERBS` and `CLIPS`, and nowhere here: a verb's command has
-its clips and its prompt as words, and a flag for each of the rest.
+Which verb takes which argument is said in `fastvid.requests.request.VERBS` and `CLIPS`, and nowhere here: a verb's
+command has its clips and its prompt as words, and a flag for each of the rest.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What joins the ranks of a job and what they compute on, for `fastvid.distributed.cost_model` to predict with: found out where that
-can be, or as the program says, or assumed, and which of these it was.
+"""What joins the ranks of a job and what they compute on, for `fastvid.distributed.cost_model` to predict with: found
+out where that can be, or as the program says, or assumed, and which of these it was.
 
 Ranks agree on it when a model is loaded: the slowest link that one of them finds counts for all, and rank 0's card.
 """

@@ -8,8 +8,8 @@ Where: beside on a GPU, if both fit at once. In place on a CPU: torch's threads 
 saves no work (2.36 against 2.30 processor seconds for 49 frames of 160x96, embedded model, one torch thread); whether
 it gains time on many cores has not been measured. `benchmarks/bench_stream.py beside` does.
 
-Shapes: C channels, T latent frames of a chunk, n frames of it (`fastvid.engine.seams` says which come out), H/W the height and
-width that come out.
+Shapes: C channels, T latent frames of a chunk, n frames of it (`fastvid.engine.seams` says which come out), H/W the
+height and width that come out.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ def load_part(
 ) -> nn.Module:
     """Build a part of a checkpoint and stream its weights in; `name` as `Checkpoint.part` takes it.
 
-    ops: see `fastvid.ops.dispatch.bind`. loras: merged into the weights. Raises CheckpointError if the part has problems, or a
-    LoRA does not fit it.
+    ops: see `fastvid.ops.dispatch.bind`. loras: merged into the weights. Raises CheckpointError if the part has
+    problems, or a LoRA does not fit it.
     """
     part = checkpoint.part(name)
     if part.problems:

@@ -114,8 +114,8 @@ def read_lora(path: str | Path, scale: float = 1.0, expert: str = "") -> Lora:
         )
     if path.suffix in safetensors.PICKLES:
         raise CheckpointError(
-            f"{path} is a pickle, which fastvid does not open; a {safetensors.SUFFIX} file is expected, such as `fastvid "
-            f"convert {path} {path.with_suffix(safetensors.SUFFIX)}` makes of it"
+            f"{path} is a pickle, which fastvid does not open; a {safetensors.SUFFIX} file is expected, such as "
+            f"`fastvid convert {path} {path.with_suffix(safetensors.SUFFIX)}` makes of it"
         )
     tensors, metadata = _read_file(path)
     groups, unknown = _group(tensors)

@@ -47,7 +47,8 @@ class Entry:
 
 
 class Origin(Protocol):
-    """What a weight is made of, where files name or split them otherwise; see `fastvid.models.wan.weight_names.Origin`."""
+    """What a weight is made of, where files name or split them otherwise; see
+    `fastvid.models.wan.weight_names.Origin`."""
 
     @property
     def names(self) -> tuple[str, ...]: ...

@@ -1,7 +1,7 @@
 """Writers: frames in, one at a time, a whole file out. Memory stays constant whatever the length of the video.
 
-A writer fills a staging path that its sink (`fastvid.media.writer.FrameSink`) names, renames and removes. The same frames
-give the same bytes. Here are those of pictures and arrays; encoded video is in `fastvid.media.encoders`.
+A writer fills a staging path that its sink (`fastvid.media.writer.FrameSink`) names, renames and removes. The same
+frames give the same bytes. Here are those of pictures and arrays; encoded video is in `fastvid.media.encoders`.
 """
 
 from __future__ import annotations

@@ -44,10 +44,10 @@ class Model:
     experts: the transformers, one or two; `experts.use` brings the one that is needed to the device. loras: the files
     that are merged, with their scales and where it is one the expert they are for; merged: the weights that they
     changed. sources: the parts that came from elsewhere, as they were given. offload: "none", "text" or "blocks" (see
-    `fastvid.device.offload`); encoders: how the text encoder and the image encoder, in this order, come to the device; sizes:
-    bytes of all weights as loaded. graphs: what replays the transformers' calls, if anything does; graphs_why: why it
-    does or does not. vae_dtype: what the VAE computes in. mesh: the ranks that run it together, each with parts of its
-    own; layout: how they share requests, None if each is shared as suits it; links: what joins them.
+    `fastvid.device.offload`); encoders: how the text encoder and the image encoder, in this order, come to the device;
+    sizes: bytes of all weights as loaded. graphs: what replays the transformers' calls, if anything does; graphs_why:
+    why it does or does not. vae_dtype: what the VAE computes in. mesh: the ranks that run it together, each with parts
+    of its own; layout: how they share requests, None if each is shared as suits it; links: what joins them.
     """
 
     model: str

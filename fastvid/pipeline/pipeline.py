@@ -116,8 +116,8 @@ class Pipeline:
                 bool or uint8 0 and 255 [F, H, W], or one picture for all frames; white is made by the model, black
                 stays), reference_images (pictures of what the video shows; latents then have one frame more for each,
                 in front), conditioning_scale (how much all of this counts: a number, or one for each control layer).
-                expand_prompt=True has the prompt written out first (`fastvid.requests.prompts`; prompt_endpoint, prompt_model
-                and prompt_key say by whom); the recipe holds both, as prompt and original_prompt.
+                expand_prompt=True has the prompt written out first (`fastvid.requests.prompts`; prompt_endpoint,
+                prompt_model and prompt_key say by whom); the recipe holds both, as prompt and original_prompt.
                 checkpoint="job.ckpt" (all verbs take it) keeps a folder from which `resume` goes on if the process ends
                 before the video is done: after every step, but not more often than every checkpoint_every seconds
                 (default 1). It is removed when the request is done (keep_checkpoint=True: not); one that failed or was

@@ -102,9 +102,9 @@ def cost(
 
     rows: of text that the transformer sees; texts: 2 with guidance; pictures: how many CLIP looks at; encoded: frames
     that are encoded at once beside them; frames: those that are kept; cache: tokens in a KV cache; stripes: of rows in
-    which frames are decoded; graphs: calls are replayed (see `fastvid.device.cuda_graphs`); sharers: ranks that share the tokens;
-    bands: ranks that share the rows of frames that are encoded and decoded; itemsize, vae_itemsize: bytes of a number
-    in the transformer and in the VAE.
+    which frames are decoded; graphs: calls are replayed (see `fastvid.device.cuda_graphs`); sharers: ranks that share
+    the tokens; bands: ranks that share the rows of frames that are encoded and decoded; itemsize, vae_itemsize: bytes
+    of a number in the transformer and in the VAE.
     """
     frame, chunk = (segment.made_height, segment.made_width), segment.temporal * decode_chunk(segment)
     concatenated = config.in_channels > config.out_channels

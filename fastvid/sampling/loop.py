@@ -1,9 +1,10 @@
 """Walks a noise table: the one denoising loop.
 
 Columns are latent frames, counted along the whole stream; a row takes a window of them from one noise level each to the
-next. All columns equal is whole-clip sampling; the rows of a table decide everything else (see `fastvid.sampling.noise_table`). The
-loop yields after every row, so that progress, cancelling and streaming need no hook, and hands out latent frames as
-soon as their level is zero. Columns that a window has left behind are gone: memory does not grow with the table.
+next. All columns equal is whole-clip sampling; the rows of a table decide everything else (see
+`fastvid.sampling.noise_table`). The loop yields after every row, so that progress, cancelling and streaming need no
+hook, and hands out latent frames as soon as their level is zero. Columns that a window has left behind are gone: memory
+does not grow with the table.
 
 Shapes: C channels, T columns of the window, h/w latent height and width; latents [1, C, T, h, w].
 """

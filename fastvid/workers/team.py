@@ -1,9 +1,9 @@
 """The workers of a pipeline, seen from the program that has them: started, told what to do, watched, stopped.
 
-They are child processes with pipes (`fastvid.workers.worker`); nothing of the program's own environment or start method is
-touched. One that dies is seen at once, by its end of the pipe and by its exit; one that is silent for `HUNG` seconds,
-or does not answer a command by its deadline, counts as hung. Then all are killed, whoever waits gets WorkerFailed, and
-the next command starts new ones.
+They are child processes with pipes (`fastvid.workers.worker`); nothing of the program's own environment or start method
+is touched. One that dies is seen at once, by its end of the pipe and by its exit; one that is silent for `HUNG`
+seconds, or does not answer a command by its deadline, counts as hung. Then all are killed, whoever waits gets
+WorkerFailed, and the next command starts new ones.
 """
 
 from __future__ import annotations

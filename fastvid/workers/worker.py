@@ -2,9 +2,9 @@
 
 All ranks get the same commands in the same order, and do one after another; so whatever makes them exchange tensors
 they do together, and a request is cancelled at the same step everywhere. Rank 0 answers with what was made, the others
-that it was. Messages (`fastvid.workers.messages`) come on standard input and go on standard output; what anything prints goes to
-standard error. A beat goes out twice a second from a thread of its own, so that the program sees a rank that hangs;
-when the program is gone, so is the worker.
+that it was. Messages (`fastvid.workers.messages`) come on standard input and go on standard output; what anything
+prints goes to standard error. A beat goes out twice a second from a thread of its own, so that the program sees a rank
+that hangs; when the program is gone, so is the worker.
 """
 
 from __future__ import annotations

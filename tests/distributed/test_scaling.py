@@ -32,7 +32,8 @@ FREE = Link("none", 1e30, 0.0)
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 12])
 def test_bytes_are_those_that_are_counted(size: int) -> None:
-    """Where shares are even every rank sends as much, so that all of them are what tests/distributed/test_split.py counts."""
+    """Where shares are even every rank sends as much, so that all of them are what tests/distributed/test_split.py
+    counts."""
     config = WanTransformerConfig(num_attention_heads=12, attention_head_dim=8, ffn_dim=32, num_layers=3)
     work = Work(config, (3, 4 * size, 6), guided=True, itemsize=2)
     for layout in every(size, 12, True):

@@ -1,7 +1,8 @@
 """Wan VACE: the Wan transformer with a second, shorter stack of blocks that sees control latents (known frames, masks,
 reference pictures) and gives hints to the first. Parameter names are those of diffusers' WanVACETransformer3DModel.
 
-Shapes: as in `fastvid.models.wan.transformer`; V control channels (2 latents and a mask channel for each of their pixels: 96).
+Shapes: as in `fastvid.models.wan.transformer`; V control channels (2 latents and a mask channel for each of their
+pixels: 96).
 Maths: Wan2.1 `wan/modules/vace_model.py` (Apache-2.0).
 """
 
