@@ -10,84 +10,17 @@ Shapes: F pixel frames, H/W height and width, V control channels, R references, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastvid.checks import check_frames
 from fastvid.engine import pixels
 from fastvid.engine.pixels import Known
 from fastvid.engine.source_clip import SourceClip
-from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
 from fastvid.models.wan import conditioning
-from fastvid.requests.request import Request, Resolved
+from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
-
-NAMES = ("video", "mask", "reference_images", "conditioning_scale")
-
-
-def read(request: Request) -> dict[str, Any]:
-    """What was given as arrays: video uint8 [F, H, W, 3], mask uint8 [F or 1, H, W], reference_images; and num_frames,
-    that of the video if nothing else is said. Raises as `given.clip` does."""
-    read: dict[str, Any] = {}
-    if request.video is not None:
-        read["video"] = pixels.clip("video", request.video)
-        if request.num_frames is None and request.seconds is None:
-            check_frames(len(read["video"]), "video")
-            read["num_frames"] = len(read["video"])
-    if request.mask is not None:
-        read["mask"] = pixels.mask("mask", request.mask)
-    if request.reference_images is not None:
-        pictures = enumerate(request.reference_images)
-        read["reference_images"] = tuple(pixels.picture(f"reference_images[{i}]", value) for i, value in pictures)
-    return read
-
-
-def check(parts: Model, request: Resolved) -> None:
-    """Raises InvalidRequest if the model has no control branch, or what is for it does not fit."""
-    own = NAMES if request.verb == "generate" else NAMES[2:]  # other verbs have clips and masks of their own
-    asked = [name for name in own if getattr(request, name) is not None]
-    if not parts.control_layers:
-        if asked:
-            raise InvalidRequest(
-                f"{parts.recipe.name} has no control branch; leave {asked[0]} out (VACE models take it)"
-            )
-        return
-    _check_video(request)
-    scale = request.conditioning_scale
-    if isinstance(scale, tuple) and len(scale) != parts.control_layers:
-        raise InvalidRequest(
-            f"conditioning_scale has {len(scale)} values; give one number, or {parts.control_layers}, one for each "
-            "control layer"
-        )
-    for i, picture in enumerate(request.reference_images or ()):
-        _check_reference(i, picture.shape, request, parts.vae.config.spatial_scale)
-
-
-def _check_video(request: Resolved) -> None:
-    if request.video is None or request.verb != "generate":
-        return
-    count = len(request.video)
-    if count < request.num_frames:
-        raise InvalidRequest(f"num_frames={request.num_frames}: video has {count} frames; the nearest is {count}")
-    if request.mask is not None and len(request.mask) not in (1, count):
-        raise InvalidRequest(f"mask has {len(request.mask)} frames; allowed is 1, or {count} as video has")
-
-
-def _check_reference(number: int, shape: tuple[int, ...], request: Resolved, spatial: int) -> None:
-    """Nothing may be left of it neither when its sides become multiples of `spatial` nor when it is put on a frame."""
-    said = f"reference_images[{number}] is {shape[1]}x{shape[0]}"
-    height, width = (side // spatial * spatial for side in shape[:2])
-    if not height or not width:
-        raise InvalidRequest(f"{said}; at least {spatial}x{spatial} is needed")
-    scale = min(request.model_height / height, request.model_width / width)
-    if min(int(height * scale), int(width * scale)) < 1:
-        raise InvalidRequest(
-            f"{said}, too narrow to be seen on a frame of {request.model_width}x{request.model_height}; crop it"
-        )
 
 
 @torch.no_grad()

@@ -1,15 +1,12 @@
-"""Pictures, clips and masks as callers give them, and what is known of a segment: uint8 arrays, laid on a
-segment's frames, encoded.
+"""The known frames of a segment: uint8 arrays, laid on its stream of frames and encoded.
 
 Shapes: H/W height and width as given, F frames; made_height, made_width and T latent frames of the segment.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.engine.decode import decode_chunk
-from fastvid.errors import InvalidRequest
-from fastvid.media.clip import open_clip
 from fastvid.models.loaded import Model
 from fastvid.models.wan import conditioning
 from fastvid.ops import resample
@@ -43,63 +38,6 @@ class Known:
         """The known pictures that say most, first to last."""
         ends = ([] if self.left is None else [self.left[-1]], [] if self.right is None else [self.right[-1]])
         return [*ends[0], *(self.pictures[frame] for frame in sorted(self.pictures)), *ends[1]]
-
-
-def picture(name: str, value: Any) -> np.ndarray:
-    """A picture, uint8 RGB [H, W, 3]: a file (of a video its first frame), an array, a tensor or a Pillow image.
-
-    Raises MediaError for a file that can't be read, InvalidRequest for something that is no picture. An array is
-    copied: what the caller does to it later is not seen.
-    """
-    if len(getattr(value, "shape", (0, 0, 0))) != 3:
-        raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [H, W, 3]")
-    with open_clip(value, name=name) as found:
-        return found.read(0, 1)[0]
-
-
-def clip(name: str, value: Any) -> np.ndarray:
-    """A clip, uint8 RGB [F, H, W, 3]: a file, an array, a tensor, a `Video`, or pictures of one size. Raises as
-    `picture` does."""
-    if len(getattr(value, "shape", (0, 0, 0, 0))) != 4:
-        raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [F, H, W, 3]")
-    with open_clip(value, name=name) as found:
-        return found.read()
-
-
-def mask(name: str, value: Any) -> np.ndarray:
-    """A mask, uint8 [F, H, W], 255 is white: a file, an array or tensor (bool, or uint8 from 0 to 255) [F, H, W] or
-    [H, W], with RGB behind it or not, a Pillow image, or a list of such pictures. F is 1 for a picture.
-
-    Of colours the first channel counts, as in diffusers. Raises as `picture` does.
-    """
-    if isinstance(value, list | tuple):
-        return _stacked(name, [mask(f"{name}[{i}]", one)[0] for i, one in enumerate(value)])
-    array = clip(name, value) if isinstance(value, str | os.PathLike) else _array(value)
-    kind, shape = array.dtype, list(array.shape)
-    if array.ndim > 2 and array.shape[-1] in (1, 3):
-        array = array[..., 0]
-    array = array[None] if array.ndim == 2 else array
-    if array.ndim != 3 or kind not in (np.uint8, np.bool_) or 0 in array.shape:
-        raise InvalidRequest(f"{name} is {kind} {shape}; it must be bool, or uint8 0 and 255, [F, H, W] or [H, W]")
-    if kind == np.bool_:
-        return array.astype(np.uint8) * 255
-    if array.max() == 1:
-        raise InvalidRequest(f"{name} holds 0 and 1 as uint8, where white is 255; give it as bool, or times 255")
-    return np.ascontiguousarray(array)
-
-
-def _array(value: Any) -> np.ndarray:
-    """A copy: what the caller does to it later is not seen, and torch wants memory that can be written to."""
-    if hasattr(value, "convert"):  # Pillow's
-        value = value.convert("RGB")
-    return np.array(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
-
-
-def _stacked(name: str, pictures: list[np.ndarray]) -> np.ndarray:
-    sizes = {one.shape[:2] for one in pictures}
-    if len(sizes) != 1:
-        raise InvalidRequest(f"{name} has pictures of {sorted(sizes)} (H, W); one or more of one size are needed")
-    return np.stack(pictures)
 
 
 # ---------------------------------------------------------------- onto a segment

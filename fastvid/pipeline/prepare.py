@@ -10,7 +10,6 @@ import torch
 
 from fastvid.distributed import layout as parallel
 from fastvid.distributed.mesh import Layout
-from fastvid.engine import control
 from fastvid.engine.events import Plan
 from fastvid.engine.session import Job
 from fastvid.errors import InvalidRequest
@@ -49,7 +48,7 @@ def prepare(
     Raises InvalidRequest, MediaError, OutOfMemory."""
     request = inputs.read(Request.make(verb, **options)).resolve(parts.recipe)
     request = replace(request, seed=parallel.agree(parts.mesh, request.seed, parallel.first))
-    control.check(parts, request)
+    verbs.check_control(parts, request)
     timeline = verbs.lay_out(request, verbs.rules_of(parts))
     verbs.check(parts, request, timeline)
     _check_tensors(parts, request, timeline)

@@ -164,3 +164,51 @@ def _check_channels(parts: Model, request: Resolved, first: Segment) -> None:
             f"num_frames={request.num_frames}: with last_image it must be one that the model makes as it is; the "
             f"nearest is {request.model_frames}"
         )
+
+
+CONTROL_OPTIONS = ("video", "mask", "reference_images", "conditioning_scale")
+
+
+def check_control(parts: Model, request: Resolved) -> None:
+    """Raises InvalidRequest if the model has no control branch, or what is for it does not fit."""
+    # Other verbs have clips and masks of their own.
+    own = CONTROL_OPTIONS if request.verb == "generate" else CONTROL_OPTIONS[2:]
+    asked = [name for name in own if getattr(request, name) is not None]
+    if not parts.control_layers:
+        if asked:
+            raise InvalidRequest(
+                f"{parts.recipe.name} has no control branch; leave {asked[0]} out (VACE models take it)"
+            )
+        return
+    _check_video(request)
+    scale = request.conditioning_scale
+    if isinstance(scale, tuple) and len(scale) != parts.control_layers:
+        raise InvalidRequest(
+            f"conditioning_scale has {len(scale)} values; give one number, or {parts.control_layers}, one for each "
+            "control layer"
+        )
+    for i, picture in enumerate(request.reference_images or ()):
+        _check_reference(i, picture.shape, request, parts.vae.config.spatial_scale)
+
+
+def _check_video(request: Resolved) -> None:
+    if request.video is None or request.verb != "generate":
+        return
+    count = len(request.video)
+    if count < request.num_frames:
+        raise InvalidRequest(f"num_frames={request.num_frames}: video has {count} frames; the nearest is {count}")
+    if request.mask is not None and len(request.mask) not in (1, count):
+        raise InvalidRequest(f"mask has {len(request.mask)} frames; allowed is 1, or {count} as video has")
+
+
+def _check_reference(number: int, shape: tuple[int, ...], request: Resolved, spatial: int) -> None:
+    """Nothing may be left of it neither when its sides become multiples of `spatial` nor when it is put on a frame."""
+    said = f"reference_images[{number}] is {shape[1]}x{shape[0]}"
+    height, width = (side // spatial * spatial for side in shape[:2])
+    if not height or not width:
+        raise InvalidRequest(f"{said}; at least {spatial}x{spatial} is needed")
+    scale = min(request.model_height / height, request.model_width / width)
+    if min(int(height * scale), int(width * scale)) < 1:
+        raise InvalidRequest(
+            f"{said}, too narrow to be seen on a frame of {request.model_width}x{request.model_height}; crop it"
+        )

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvid.checks import MAX_SIDE, MIN_SIDE
-from fastvid.engine import control
-from fastvid.engine import pixels as given
+from fastvid.checks import MAX_SIDE, MIN_SIDE, check_frames
 from fastvid.errors import InvalidRequest, MediaError
 from fastvid.media.clip import Clip, covering, open_clip
 from fastvid.media.writer import read_recipe
@@ -29,12 +27,12 @@ def read(request: Request) -> Request:
     """
     if request.verb in CLIPS:
         return _with_clips(request)
-    found: dict[str, Any] = control.read(request)
+    found: dict[str, Any] = _read_control(request)
     for name in PICTURES:
         if (value := getattr(request, name)) is not None:
-            found[name] = given.picture(name, value)
+            found[name] = read_picture(name, value)
     if request.keyframes:
-        found["keyframes"] = {f: given.picture(f"keyframes[{f}]", p) for f, p in request.keyframes.items()}
+        found["keyframes"] = {f: read_picture(f"keyframes[{f}]", p) for f, p in request.keyframes.items()}
     shapes = [found[name].shape[-3:-1] for name in ("video", *PICTURES) if name in found]
     shapes += [picture.shape[:2] for picture in found.get("keyframes", {}).values()]
     if shapes and (request.height or request.width or request.aspect or request.budget) is None:
@@ -119,7 +117,7 @@ def _is_sized(request: Request) -> bool:
 def _on_canvas(request: Request, clip: Clip) -> Request:
     """The clip at the size that was asked for. An edit that grows the frame has the clip in the middle, and makes what
     is around it (outpainting), of nothing but noise if no strength says otherwise; any other is scaled."""
-    found: dict[str, Any] = {"mask": given.mask("mask", request.mask)} if request.mask is not None else {}
+    found: dict[str, Any] = {"mask": read_mask("mask", request.mask)} if request.mask is not None else {}
     if not _is_sized(request):
         found |= {"height": clip.height, "width": clip.width}
     request = replace(request, **found)
@@ -192,3 +190,77 @@ class Canvas:
         made, (top, left) = np.full((1, self.height, self.width), 255, np.uint8), self._place
         made[:, top : top + self.clip.height, left : left + self.clip.width] = 0
         return made
+
+
+def read_picture(name: str, value: Any) -> np.ndarray:
+    """A picture, uint8 RGB [H, W, 3]: a file (of a video its first frame), an array, a tensor or a Pillow image.
+
+    Raises MediaError for a file that can't be read, InvalidRequest for something that is no picture. An array is
+    copied: what the caller does to it later is not seen.
+    """
+    if len(getattr(value, "shape", (0, 0, 0))) != 3:
+        raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [H, W, 3]")
+    with open_clip(value, name=name) as found:
+        return found.read(0, 1)[0]
+
+
+def read_clip(name: str, value: Any) -> np.ndarray:
+    """A clip, uint8 RGB [F, H, W, 3]: a file, an array, a tensor, a `Video`, or pictures of one size. Raises as
+    `read_picture` does."""
+    if len(getattr(value, "shape", (0, 0, 0, 0))) != 4:
+        raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [F, H, W, 3]")
+    with open_clip(value, name=name) as found:
+        return found.read()
+
+
+def read_mask(name: str, value: Any) -> np.ndarray:
+    """A mask, uint8 [F, H, W], 255 is white: a file, an array or tensor (bool, or uint8 from 0 to 255) [F, H, W] or
+    [H, W], with RGB behind it or not, a Pillow image, or a list of such pictures. F is 1 for a picture.
+
+    Of colours the first channel counts, as in diffusers. Raises as `read_picture` does.
+    """
+    if isinstance(value, list | tuple):
+        return _stack_masks(name, [read_mask(f"{name}[{i}]", one)[0] for i, one in enumerate(value)])
+    array = read_clip(name, value) if isinstance(value, str | os.PathLike) else _as_array(value)
+    kind, shape = array.dtype, list(array.shape)
+    if array.ndim > 2 and array.shape[-1] in (1, 3):
+        array = array[..., 0]
+    array = array[None] if array.ndim == 2 else array
+    if array.ndim != 3 or kind not in (np.uint8, np.bool_) or 0 in array.shape:
+        raise InvalidRequest(f"{name} is {kind} {shape}; it must be bool, or uint8 0 and 255, [F, H, W] or [H, W]")
+    if kind == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.max() == 1:
+        raise InvalidRequest(f"{name} holds 0 and 1 as uint8, where white is 255; give it as bool, or times 255")
+    return np.ascontiguousarray(array)
+
+
+def _as_array(value: Any) -> np.ndarray:
+    """A copy: what the caller does to it later is not seen, and torch wants memory that can be written to."""
+    if hasattr(value, "convert"):  # Pillow's
+        value = value.convert("RGB")
+    return np.array(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+
+
+def _stack_masks(name: str, pictures: list[np.ndarray]) -> np.ndarray:
+    sizes = {one.shape[:2] for one in pictures}
+    if len(sizes) != 1:
+        raise InvalidRequest(f"{name} has pictures of {sorted(sizes)} (H, W); one or more of one size are needed")
+    return np.stack(pictures)
+
+
+def _read_control(request: Request) -> dict[str, Any]:
+    """What `generate` takes for a control branch, as arrays: video uint8 [F, H, W, 3], mask uint8 [F or 1, H, W],
+    reference_images; and num_frames, that of the video if nothing else is said. Raises as `read_clip` does."""
+    found: dict[str, Any] = {}
+    if request.video is not None:
+        found["video"] = read_clip("video", request.video)
+        if request.num_frames is None and request.seconds is None:
+            check_frames(len(found["video"]), "video")
+            found["num_frames"] = len(found["video"])
+    if request.mask is not None:
+        found["mask"] = read_mask("mask", request.mask)
+    if request.reference_images is not None:
+        pictures = enumerate(request.reference_images)
+        found["reference_images"] = tuple(read_picture(f"reference_images[{i}]", value) for i, value in pictures)
+    return found

@@ -22,6 +22,7 @@ from fastvid.engine.decode import decode_chunk
 from fastvid.loaders.convert import convert
 from fastvid.media.writer import FrameSink, read_recipe
 from fastvid.models.wan.vace import WanVACEConfig, WanVACETransformer
+from fastvid.pipeline.verbs import CONTROL_OPTIONS
 from fastvid.planning import plan
 from fastvid.requests.request import fingerprint
 from fastvid.sampling import latent_noise
@@ -393,7 +394,7 @@ def test_from_the_command_line(
     made = pipe.generate("a red circle", seed=3, num_inference_steps=2, size="96x64", **options)
     assert np.array_equal(np.load(tmp_path / "out.npy"), made.frames)
     recipe = read_recipe(tmp_path / "out.npy")
-    assert {name: recipe[name] for name in control.NAMES} == {name: made.recipe[name] for name in control.NAMES}
+    assert {name: recipe[name] for name in CONTROL_OPTIONS} == {name: made.recipe[name] for name in CONTROL_OPTIONS}
     assert recipe["reference_images"] == [fingerprint(one) for one in REFERENCES]
     assert recipe["conditioning_scale"] == [0.5, 0.7]
 

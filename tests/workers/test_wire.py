@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import fastvid
-from fastvid.engine import pixels
 from fastvid.engine.events import Finished
+from fastvid.requests.inputs import read_mask, read_picture
 from fastvid.workers import messages
 
 PLAIN = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text()
@@ -62,7 +62,7 @@ def test_a_picture_arrives_as_it_looks(mode: str) -> None:
     if mode == "P":
         picture.info["transparency"] = 3
     made = messages.unpack(messages.pack({"image": [picture]}))["image"][0]
-    for read in (pixels.picture, pixels.mask):
+    for read in (read_picture, read_mask):
         assert np.array_equal(read("image", made), read("image", picture))
 
 
