@@ -30,7 +30,7 @@ CASES = {
     },
     "cpu": {"1,560 tokens, 2 heads": (1560, 1560, 2), "1,560 tokens, 2 heads, text": (1560, 512, 2)},
 }
-OPERATIONS = True  # what `gpu.sh kernels` runs
+OPERATIONS = True  # what `gpu.sh measure` runs
 HEAD_DIM = 128
 SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,

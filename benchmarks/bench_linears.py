@@ -27,7 +27,7 @@ SIZES = {
     },
     "cpu": {"embedded ffn in": (1280, 256, 1024)},
 }
-OPERATIONS = True  # what `gpu.sh kernels` runs
+OPERATIONS = True  # what `gpu.sh measure` runs
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 

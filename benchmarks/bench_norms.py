@@ -26,7 +26,7 @@ SIZES = {
     "cpu": {"small": ((3, 15, 26), 12, 3)},
 }
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
-OPERATIONS = True  # what `gpu.sh kernels` runs
+OPERATIONS = True  # what `gpu.sh measure` runs
 WARPS = (1, 2, 4, 8)
 TILE = (4, 8, 8)
 EPS = 1e-6

@@ -28,7 +28,7 @@ SIZES = {
     },
     "cpu": {"embedded": ((5, 16, 16), 16, 0, 256), "embedded, known": ((5, 16, 16), 16, 20, 256)},
 }
-OPERATIONS = True  # what `gpu.sh kernels` runs
+OPERATIONS = True  # what `gpu.sh measure` runs
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 PATCH = (1, 2, 2)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvid.ops import rgb
 
-OPERATIONS = True  # what `gpu.sh kernels` runs
+OPERATIONS = True  # what `gpu.sh measure` runs
 SIZES = {"cuda": {"480p": (81, 480, 832), "1080p": (33, 1080, 1920)}, "cpu": {"240p": (17, 240, 416)}}
 
 FILES = {"triton": "rgb.py", "cuda": "csrc"}

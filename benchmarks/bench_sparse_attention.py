@@ -34,7 +34,7 @@ CASES = {
     "cpu": {"240p, 2 heads": ((5, 15, 26), (2, 4, 4), 2)},
 }
 SHARES = (1.0, 0.5, 0.2, 0.1)
-OPERATIONS = True  # what `gpu.sh kernels` runs
+OPERATIONS = True  # what `gpu.sh measure` runs
 HEAD_DIM = 128
 
 

@@ -20,7 +20,7 @@ SIZES = {
     "cuda": {"480p": (1, 16, 21, 60, 104), "720p": (1, 16, 21, 90, 160)},
     "cpu": {"embedded": (1, 16, 5, 16, 16), "480p": (1, 16, 21, 60, 104)},
 }
-OPERATIONS = True  # what `gpu.sh kernels` runs
+OPERATIONS = True  # what `gpu.sh measure` runs
 DEPTHS = {"euler": 0, "unipc": 3}
 
 

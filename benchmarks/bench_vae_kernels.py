@@ -20,7 +20,7 @@ from torch import Tensor
 from fastvid.device.precision import ieee_fp32
 from fastvid.ops import backends, vae_cuda, vae_gpu
 
-OPERATIONS = True  # what `gpu.sh kernels` runs
+OPERATIONS = True  # what `gpu.sh measure` runs
 # name -> operation, channels in and out, (frames, height, width) of the input: Wan 2.1 at 832x480, one latent frame
 SIZES: dict[str, dict[str, tuple[str, int, int, tuple[int, int, int]]]] = {
     "cuda": {

@@ -61,7 +61,7 @@ def test_what_did_not_pass_is_not_measured(tmp_path: Path, monkeypatch: pytest.M
 
     assert why() is None  # never tested
     outcome = {"passed": 3, "failed": [], "ended": "done"}
-    source = harness.ops.source_hash("triton", "attention.py")
+    source = harness.dispatch.source_hash("triton", "attention.py")
     facts = {"covers": {"attention.py": ["tests/test_a.py"]}, "sources": {"attention.py": source}}
     for changed, fine in (({}, True), ({"ended": "stopped after 9 s"}, False), ({"failed": ["x"]}, False)):
         path = harness.save("gpu-tests", {}, device, files={"tests/test_a.py": outcome | changed}, **facts)

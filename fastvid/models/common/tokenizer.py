@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import ftfy
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -80,8 +79,11 @@ class TextTokenizer:
 
 def clean_prompt(prompt: str) -> str:
     """Mend mis-decoded text, undo HTML escapes (also double ones), and make every run of white space one space."""
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", text).strip()
+    if not (prompt.isascii() and prompt.isprintable() and "&" not in prompt):  # else there is nothing to mend
+        import ftfy  # slow to import, and seldom needed
+
+        prompt = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", prompt).strip()
 
 
 def encode_prompt(
