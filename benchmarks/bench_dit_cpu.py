@@ -10,7 +10,8 @@ import argparse
 import torch
 from harness import Case, measure, save, table
 
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
+from fastvid.models.wan.config import WanTransformerConfig
+from fastvid.models.wan.transformer import WanTransformer
 
 CONFIG = WanTransformerConfig(num_attention_heads=12, attention_head_dim=128, text_dim=4096, ffn_dim=8960, num_layers=4)
 

@@ -28,7 +28,8 @@ from harness import Case, Row, _row, save, table
 from torch import nn
 
 from fastvid.loaders import safetensors
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
+from fastvid.models.wan.config import WanTransformerConfig
+from fastvid.models.wan.transformer import WanTransformer
 
 PIECE = 2**24
 BLOCK_BYTES = 2 * (8 * 1536**2 + 2 * 1536 * 8960)  # of the 1.3B in bf16, nearly

@@ -187,8 +187,8 @@ def middling(folder: Path) -> Any:
         num_layers=8,
     )
     pipe = fastvid.load(str(folder), device="cpu")
-    recipe = replace(pipe._model.recipe, window=5, carries=True)
-    pipe._model = replace(pipe._model, recipe=recipe)
+    recipe = replace(pipe._model.preset, window=5, carries=True)
+    pipe._model = replace(pipe._model, preset=recipe)
     return pipe
 
 

@@ -16,7 +16,8 @@ import sys
 import torch
 from harness import Case, measure, save, table
 
-from fastvid.models.wan.vae import WanVAE, WanVAEConfig
+from fastvid.models.wan.config import WanVAEConfig
+from fastvid.models.wan.vae import WanVAE
 
 LATENTS = (1, 16, 5, 30, 52)
 

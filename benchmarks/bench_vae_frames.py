@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvid.errors import BackendUnavailable
-from fastvid.models.wan.vae import WanVAE, WanVAEConfig
+from fastvid.models.wan.config import WanVAEConfig
+from fastvid.models.wan.vae import WanVAE
 from fastvid.ops import dispatch, rgb, vae_cuda, vae_gpu
 
 SIZES = {"480p": (60, 104), "720p": (90, 160), "1080p": (136, 240)}

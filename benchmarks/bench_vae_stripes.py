@@ -13,7 +13,8 @@ import argparse
 import torch
 from harness import Case, measure, save, table
 
-from fastvid.models.wan.vae import WanVAE, WanVAEConfig
+from fastvid.models.wan.config import WanVAEConfig
+from fastvid.models.wan.vae import WanVAE
 from fastvid.planning.vae_memory import cache_bytes, decode_bytes
 
 STRIPES = (1, 2, 4)

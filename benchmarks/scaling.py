@@ -33,7 +33,8 @@ from fastvid.distributed.cost_model import H200, INFINIBAND, NVLINK, PCIE, Devic
 from fastvid.distributed.layout import every  # noqa: E402
 from fastvid.distributed.mesh import Mesh, RankView  # noqa: E402
 from fastvid.layers.linear import Linear  # noqa: E402
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig  # noqa: E402
+from fastvid.models.wan.config import WanTransformerConfig  # noqa: E402
+from fastvid.models.wan.transformer import WanTransformer  # noqa: E402
 from fastvid.ops.dispatch import bind  # noqa: E402
 
 CONFIG = WanTransformerConfig(num_attention_heads=8, attention_head_dim=64, ffn_dim=2048, num_layers=4, text_dim=64)

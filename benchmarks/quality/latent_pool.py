@@ -25,8 +25,9 @@ from torch import Tensor
 
 from fastvid.benchmarks.quality.clips import BACKGROUNDS, COLOURS, SHAPES, Scene, draw, random_scene
 from fastvid.engine.conditioning import LEAD_IN
+from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.presets import EMBEDDED
-from fastvid.models.wan.vae import WanVAE, WanVAEConfig
+from fastvid.models.wan.vae import WanVAE
 
 # (frames, height, width) and how often; the default size and length come most.
 KINDS = {

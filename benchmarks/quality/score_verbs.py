@@ -373,7 +373,7 @@ def main() -> None:
     parser.add_argument("--out", "--json", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="processes that run cases beside each other, a thread each")
     args = parser.parse_args()
-    recipe, named = opened(args)._model.recipe, ("window", "overlap", "context", "carries", "anchor")
+    recipe, named = opened(args)._model.preset, ("window", "overlap", "context", "carries", "anchor")
     named += ("guidance_scale", "known_guidance_scale")
     settings = {"seed": args.seed, "torch": torch.__version__, **{name: getattr(recipe, name) for name in named}}
     rows: dict[str, Any] = {"settings": settings}
@@ -415,7 +415,7 @@ def with_recipe(pipe: fastvid.Pipeline, args: argparse.Namespace) -> fastvid.Pip
         changed["carries"] = args.carries == "latents"
     if not changed:
         return pipe
-    return type(pipe)(replace(pipe._model, recipe=replace(pipe._model.recipe, **changed)))
+    return type(pipe)(replace(pipe._model, preset=replace(pipe._model.preset, **changed)))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from fastvid.benchmarks.quality import latent_pool, vocabulary
 from fastvid.benchmarks.quality.mixed import mixed_precision
 from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
+from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.presets import EMBEDDED
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
+from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops import reference
 
 TRANSFORMER = WanTransformerConfig(

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fastvid.benchmarks.quality.clips import draw, path, random_scene
 from fastvid.benchmarks.quality.mixed import mixed_precision
-from fastvid.models.wan.vae import WanVAE, WanVAEConfig
+from fastvid.models.wan.config import WanVAEConfig
+from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae_layers import Downsample, Upsample
 
 CONFIG = WanVAEConfig(base_dim=16, z_dim=16, num_res_blocks=1)

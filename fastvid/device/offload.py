@@ -121,11 +121,11 @@ def make_lane(device: torch.device) -> Lane:
 # ---------------------------------------------------------------- blocks, one after the other
 
 
-class Conveyor:
+class Prefetcher:
     """Hands out modules one after the other, each with its weights on the device while its turn lasts.
 
     Two buffers of `capacity` bytes: while the module in one computes, the next one's weights are copied into the other.
-    One walk at a time (`Turns` sees to it); starting a walk, or `recall`, ends one that was left unfinished.
+    One walk at a time (`Swapped` sees to it); starting a walk, or `recall`, ends one that was left unfinished.
     homes: the weights in host memory of every parameter that may be handed out.
     """
 
@@ -212,17 +212,17 @@ class Conveyor:
 # ---------------------------------------------------------------- modules that visit
 
 
-class Guest:
-    """A module at home in host memory (pinned for a GPU). With a conveyor its blocks never come as a whole: it walks
+class Offloaded:
+    """A module at home in host memory (pinned for a GPU). With a prefetcher its blocks never come as a whole: it walks
     them there, and only the rest visits."""
 
-    def __init__(self, module: nn.Module, device: torch.device, conveyor: Conveyor | None = None) -> None:
-        self.module, self.device, self.conveyor = module, device, conveyor
+    def __init__(self, module: nn.Module, device: torch.device, prefetcher: Prefetcher | None = None) -> None:
+        self.module, self.device, self.prefetcher = module, device, prefetcher
         self._homes: dict[str, Tensor] = {}
         self._here = False
         self.settle()
-        if conveyor is not None:
-            module.walk = conveyor
+        if prefetcher is not None:
+            module.walk = prefetcher
 
     def settle(self) -> None:
         """Take the weights that the module now has, in host memory, as those at home."""
@@ -234,15 +234,15 @@ class Guest:
             if parameter.data_ptr() != home.data_ptr():
                 home.copy_(parameter.data)
                 parameter.data = home
-        if self.conveyor is not None:
+        if self.prefetcher is not None:
             blocks = streamed_blocks(self.module)
-            self.conveyor.take({p: self._homes[n] for n, p in self.module.named_parameters()}, blocks)
+            self.prefetcher.take({p: self._homes[n] for n, p in self.module.named_parameters()}, blocks)
 
     def arrive(self) -> None:
         """Bring the weights that are not walked to the device, if they are not there."""
         if self._here:
             return
-        walked = {p for b in streamed_blocks(self.module) for p in b.parameters()} if self.conveyor else set()
+        walked = {p for b in streamed_blocks(self.module) for p in b.parameters()} if self.prefetcher else set()
         self._here = True  # also if the device is full half-way: then `leave` has something to do
         for parameter in self.module.parameters():
             if parameter not in walked:
@@ -258,8 +258,8 @@ class Guest:
             self._here = False
 
 
-class Staying:
-    """Modules that stay where they are; the same to ask as Turns."""
+class Resident:
+    """Modules that stay where they are; the same to ask as Swapped."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = tuple(modules)
@@ -275,10 +275,10 @@ class Staying:
         yield
 
 
-class Turns:
+class Swapped:
     """Modules of which one at a time is on the device, for one who asks at a time.
 
-    linger: the last one used stays until another is asked for. stream: blocks are walked on a conveyor, which all of
+    linger: the last one used stays until another is asked for. stream: blocks are walked on a prefetcher, which all of
     them share.
     """
 
@@ -293,18 +293,18 @@ class Turns:
     ) -> None:
         self.modules, self.linger, self._lock = tuple(modules), linger, threading.Lock()
         device = torch.device(device)
-        self.conveyor = Conveyor(device, lane) if stream else None
-        self.guests = [Guest(m, device, self.conveyor if streamed_blocks(m) else None) for m in modules]
+        self.prefetcher = Prefetcher(device, lane) if stream else None
+        self.offloaded = [Offloaded(m, device, self.prefetcher if streamed_blocks(m) else None) for m in modules]
 
     @contextmanager
     def use(self, number: int) -> Iterator[nn.Module]:
         """One of them, on the device until the block ends. Those who ask while another uses one wait for their turn."""
         with self._lock:
-            for other in self.guests:
-                if other is not self.guests[number]:
+            for other in self.offloaded:
+                if other is not self.offloaded[number]:
                     other.leave()
             try:
-                self.guests[number].arrive()
+                self.offloaded[number].arrive()
                 yield self.modules[number]
             except BaseException:
                 self._clear()
@@ -321,15 +321,15 @@ class Turns:
             try:
                 yield
             finally:
-                if self.conveyor is not None:
-                    self.conveyor.homes.clear()  # of parameters that may be gone
-                for guest in self.guests:
+                if self.prefetcher is not None:
+                    self.prefetcher.homes.clear()  # of parameters that may be gone
+                for guest in self.offloaded:
                     guest.settle()
 
     def _clear(self) -> None:
-        if self.conveyor is not None:
-            self.conveyor.close()
-        for guest in self.guests:
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+        for guest in self.offloaded:
             guest.leave()
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fastvid.distributed.layout import GROUPS, every
 from fastvid.distributed.mesh import Layout, shares
 from fastvid.errors import InvalidRequest
-from fastvid.models.wan.transformer import WanTransformerConfig
+from fastvid.models.wan.config import WanTransformerConfig
 
 VELOCITY_BYTES = 4  # velocities are exchanged in fp32
 PASSES = 24  # values a token and channel that a layer reads or writes beside its products and attention, fused

@@ -39,7 +39,7 @@ def identity(parts: Model) -> dict[str, Any]:
         "vae_dtype": str(parts.vae_dtype).removeprefix("torch."),
         "backends": dict(parts.ops.bound),
         "parallel": parts.settings.get("parallel", "1"),
-        "recipe of the model": hashlib.sha256(repr(parts.recipe).encode()).hexdigest(),
+        "recipe of the model": hashlib.sha256(repr(parts.preset).encode()).hexdigest(),
         "weights": dict(_weights(parts)),
     }
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastvid.errors import InvalidRequest
 from fastvid.layers.kv_cache import KVCache
-from fastvid.models.wan.presets import Rollout
+from fastvid.models.preset import Rollout
 from fastvid.requests.timeline import Segment
 from fastvid.sampling import noise_table
 from fastvid.sampling.loop import Row

@@ -146,7 +146,7 @@ class Session:
 
     def _remember(self, number: int, frames: np.ndarray) -> None:
         """Keeps the first and last frames of a segment, as far as neighbours are shown them."""
-        most = 2 * self.parts.recipe.context * self.parts.recipe.temporal + 1
+        most = 2 * self.parts.preset.context * self.parts.preset.temporal + 1
         first, last = self._ends.get(number, (frames[:0], frames[:0]))
         first = first if len(first) >= most else np.concatenate((first, frames))[:most]
         self._ends[number] = (first, np.concatenate((last, frames))[-most:])
@@ -248,7 +248,7 @@ class SegmentMaker:
 
     def _walk(self, position: loop.Position | None) -> Iterator[loop.Walked]:
         """The rows from a position on, or all."""
-        rollout = self.parts.recipe.rollout
+        rollout = self.parts.preset.rollout
         self._first = None if position is None else position.first
         if rollout is None:
             table = rows(self.parts, self.segment, self.sigmas, self.conditions.columns, self.request.schedule)
@@ -262,7 +262,7 @@ class SegmentMaker:
             fresh=self.fresh,
             position=position,
             keep=0 if rollout is None else rollouts.most_refilled(rollout, self.segment, at_any=True),
-            anchor=self.parts.recipe.anchor is not None,
+            anchor=self.parts.preset.anchor is not None,
             # The solvers in eager PyTorch are what the operation's reference is, and need no weights.
             fused=None if self.parts.ops.bound["solver_step"] == "reference" else self.parts.ops.solver_step,
         )
@@ -379,7 +379,7 @@ class SegmentMaker:
         """Where a window begins another prompt may; a causal model's blocks ask when their table gets to them."""
         window, known = (row.start, row.stop), self._window
         self._window = window
-        if window != known and self.parts.recipe.rollout is None:
+        if window != known and self.parts.preset.rollout is None:
             free = row.start + int((row.sigma > 0).long().argmax())
             self._change_prompt(free)
 
@@ -389,7 +389,7 @@ class SegmentMaker:
         prompt = [number for begin, number in turns(self.parts, segment) if begin <= column][-1]
         frame = max(0, (column - segment.lead - 1) * segment.temporal + 1 - segment.skip)
         changed = self.session.change_prompt(prompt, self.session.job.timeline.starts()[self.number] + frame)
-        rollout = self.parts.recipe.rollout
+        rollout = self.parts.preset.rollout
         self.session._refilled += changed and rollout is not None and rollout.recache and column > 0
         return changed
 
@@ -410,10 +410,10 @@ class SegmentMaker:
         times = torch.from_numpy(timesteps(levels.numpy(), self.request.solver))
         offset, cache = self._cache(row, text)
         if anchor is not None:
-            offset = (-parts.recipe.anchor, *range(len(row.sigma)))
+            offset = (-parts.preset.anchor, *range(len(row.sigma)))
         if row.write_cache and cache is not None:
-            times = torch.full_like(times, parts.recipe.rollout.context_noise, dtype=torch.float64)
-        elif parts.recipe.whole_timesteps:
+            times = torch.full_like(times, parts.preset.rollout.context_noise, dtype=torch.float64)
+        elif parts.preset.whole_timesteps:
             times = times.round()
         with parts.experts.use(expert) as transformer, ieee_fp32():
             if key not in self._contexts:
@@ -426,7 +426,7 @@ class SegmentMaker:
     def _anchor(self, row: Row, text: int) -> Tensor | None:
         """The segment's first column, where a model keeps it in view of windows that begin behind it: what a thing
         looks like is lost over many windows otherwise, each of which is shown just the one before."""
-        if self.parts.recipe.anchor is None or row.start == 0:
+        if self.parts.preset.anchor is None or row.start == 0:
             return None
         return self.clip.head if text == SOURCE else self._first
 
@@ -435,7 +435,7 @@ class SegmentMaker:
 
         Windows of other models begin at 0, wherever they are: as they were trained.
         """
-        rollout = self.parts.recipe.rollout
+        rollout = self.parts.preset.rollout
         if rollout is None:
             return 0, None
         kind = min(text, 0)  # one cache for all of the request's own prompts

@@ -20,8 +20,8 @@ def rows(
     parts: Model, segment: Segment, sigmas: np.ndarray, known_columns: Tensor, schedule: str | None = None
 ) -> Iterator[Row]:
     """The noise table of a segment."""
-    if parts.recipe.rollout is not None:
-        return rollouts.rows(parts.recipe.rollout, segment, sigmas)
+    if parts.preset.rollout is not None:
+        return rollouts.rows(parts.preset.rollout, segment, sigmas)
     if schedule == "staggered":
         size, stride = stagger(parts, segment, len(sigmas))
         return noise_table.staggered(sigmas, segment.columns, size, stride, rollouts.known_columns(segment))
@@ -31,7 +31,7 @@ def rows(
 def spans(parts: Model, segment: Segment) -> list[tuple[int, int]]:
     """The windows of a segment: all of it, but where the model carries latents on from one to the next; a causal
     model's blocks."""
-    recipe = parts.recipe
+    recipe = parts.preset
     if recipe.rollout is not None:
         return rollouts.spans(recipe.rollout, segment)
     size = recipe.window + segment.lead if recipe.carries else segment.columns
@@ -46,14 +46,14 @@ def spans(parts: Model, segment: Segment) -> list[tuple[int, int]]:
 
 def stagger(parts: Model, segment: Segment, steps: int) -> tuple[int, int]:
     """(columns of the window, rows between the beginnings of two columns) of a staggered table."""
-    size = min(parts.recipe.window, segment.columns)
-    return size, -(-steps // max(1, size - parts.recipe.overlap))
+    size = min(parts.preset.window, segment.columns)
+    return size, -(-steps // max(1, size - parts.preset.overlap))
 
 
 def turns(parts: Model, segment: Segment) -> list[tuple[int, int]]:
     """(column, prompt) from where on which is meant."""
-    if parts.recipe.rollout is not None:
-        return rollouts.turns(parts.recipe.rollout, segment)
+    if parts.preset.rollout is not None:
+        return rollouts.turns(parts.preset.rollout, segment)
     later = [(segment.turn_column(frame), prompt) for frame, prompt in segment.prompts[1:]]
     return [(0, segment.prompts[0][1]), *later]
 
@@ -63,7 +63,7 @@ def count_rows(parts: Model, segment: Segment, steps: int, schedule: str | None 
     if schedule == "staggered":
         (size, stride), known = stagger(parts, segment, steps), rollouts.known_columns(segment)
         return -(-max(0, known + 1 - size) // size) + stride * (segment.columns - known - 1) + steps
-    if (rollout := parts.recipe.rollout) is None:
+    if (rollout := parts.preset.rollout) is None:
         return steps * len(spans(parts, segment))
     made, passed, refilled = rollouts.count_passes(rollout, segment)
     return made * steps + passed + refilled
@@ -71,8 +71,8 @@ def count_rows(parts: Model, segment: Segment, steps: int, schedule: str | None 
 
 def window_columns(parts: Model, segment: Segment) -> int:
     """The most columns of a segment that are with the model at once."""
-    refilled = 0 if parts.recipe.rollout is None else rollouts.most_refilled(parts.recipe.rollout, segment)
-    at_once = [stop - start + (parts.recipe.anchor is not None and start > 0) for start, stop in spans(parts, segment)]
+    refilled = 0 if parts.preset.rollout is None else rollouts.most_refilled(parts.preset.rollout, segment)
+    at_once = [stop - start + (parts.preset.anchor is not None and start > 0) for start, stop in spans(parts, segment)]
     return max(refilled, *at_once)
 
 
@@ -81,9 +81,9 @@ def count_calls(parts: Model, segment: Segment, sigmas: np.ndarray, request: Res
     free, some = (_calls(parts, sigmas, request, known) for known in (False, True))
     if request.schedule == "staggered":
         return count_rows(parts, segment, len(sigmas), request.schedule) * max(free + some)
-    if parts.recipe.rollout is None:
+    if parts.preset.rollout is None:
         return sum(sum(some if _shown(parts, segment, *span) else free) for span in spans(parts, segment))
-    made, passed, refilled = rollouts.count_passes(parts.recipe.rollout, segment)
+    made, passed, refilled = rollouts.count_passes(parts.preset.rollout, segment)
     return made * sum(free) + passed * free[-1] + refilled
 
 

@@ -19,12 +19,11 @@ from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.tokenizer import TextTokenizer
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.description import Checkpoint, Part, _flat
+from fastvid.models.preset import Preset
 from fastvid.models.registry import CONTROLLED, EXPERTS, KINDS, OPTIONAL, PartKind, kind_of, on_meta
 from fastvid.models.wan import weight_name_rules, weight_names
-from fastvid.models.wan.presets import Recipe, find_recipe, find_variants, read_signature
-from fastvid.models.wan.transformer import WanTransformerConfig
-from fastvid.models.wan.vace import WanVACEConfig
-from fastvid.models.wan.vae22 import VAEConfig
+from fastvid.models.wan.config import VAEConfig, WanTransformerConfig, WanVACEConfig
+from fastvid.models.wan.presets import find_preset, find_variants, read_signature
 from fastvid.ops import reference
 
 PIPELINES = (
@@ -58,9 +57,9 @@ def open_checkpoint(folder: str | Path, given: Mapping[str, str | Path] | None =
     else:
         text_length = _note(problems, lambda: TextTokenizer.read(tokenizer).text_length)
     scheduler = whole and whole.scheduler
-    recipe, alternatives = _note(problems, lambda: _recipe(folder, index, parts, scheduler)) or (None, ())
+    preset, alternatives = _note(problems, lambda: _preset(folder, index, parts, scheduler)) or (None, ())
     problems += _disagreements(parts)
-    rest = (recipe, alternatives, text_length, tuple(problems), tokenizer)
+    rest = (preset, alternatives, text_length, tuple(problems), tokenizer)
     return Checkpoint(folder, index["_class_name"], tuple(parts.values()), *rest)
 
 
@@ -170,19 +169,19 @@ def _read_part(kind: PartKind, stated: dict[str, Any], path: Path) -> tuple[Any,
         raise CheckpointError(f"{path} describes no {kind.class_name} that can be built: {error}") from None
 
 
-def _recipe(
+def _preset(
     folder: Path, index: Mapping[str, Any], parts: Mapping[str, Part], scheduler: Mapping[str, Any] | None
-) -> tuple[Recipe, tuple[str, ...]] | None:
-    """The recipe, and the other variants that it might be; None without what it follows from. Also for a transformer
+) -> tuple[Preset, tuple[str, ...]] | None:
+    """The preset, and the other variants that it might be; None without what it follows from. Also for a transformer
     that can't be built yet: its config.json says which one it is."""
     stated, vae = parts["transformer"].stated, parts["vae"].config
     if stated is None or not isinstance(vae, VAEConfig):
         return None
     scheduler = scheduler or safetensors.read_json(folder / "scheduler" / "scheduler_config.json")
     experts, name = sum(part in EXPERTS for part in parts), f"{_model_name(folder)} {index['_class_name']}"
-    recipe = find_recipe(stated, vae, scheduler, index, name, experts)
+    preset = find_preset(stated, vae, scheduler, index, name, experts)
     same = find_variants(read_signature(stated, experts), name)
-    return recipe, tuple(other.recipe.name for other in same if other.recipe.name != recipe.name)
+    return preset, tuple(other.preset.name for other in same if other.preset.name != preset.name)
 
 
 def _model_name(path: Path) -> str:

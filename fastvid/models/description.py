@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvid.errors import CheckpointError
+from fastvid.models.preset import Preset
 from fastvid.models.registry import EXPERTS, Config, kind_of
 from fastvid.models.wan import weight_names
-from fastvid.models.wan.presets import Recipe
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Checkpoint:
     folder: Path
     pipeline: str
     parts: tuple[Part, ...]
-    recipe: Recipe | None
+    preset: Preset | None
     alternatives: tuple[str, ...]
     text_length: int | None
     problems: tuple[str, ...]
@@ -68,7 +68,7 @@ class Checkpoint:
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
         parts = {part.name: _describe(part, self.folder) for part in self.parts}
-        recipe = asdict(self.recipe) if self.recipe else None
+        recipe = asdict(self.preset) if self.preset else None
         rest = {"text_length": self.text_length, "tokenizer": _short(self.tokenizer, self.folder)}
         rest |= {"problems": list(self.problems)}
         named = {"recipe": recipe, "alternatives": list(self.alternatives)}

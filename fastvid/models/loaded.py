@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid.device.offload import Staying, Turns, Weights
+from fastvid.device.offload import Resident, Swapped, Weights
 from fastvid.distributed.links import Links
 from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.models.common.clip import CLIPVisionEncoder
@@ -16,7 +16,7 @@ from fastvid.models.common.experts import Experts
 from fastvid.models.common.tokenizer import TextTokenizer, encode_prompt
 from fastvid.models.common.umt5 import UMT5Encoder
 from fastvid.models.description import Checkpoint
-from fastvid.models.wan.presets import Recipe
+from fastvid.models.preset import Preset
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae_bands import Bands
@@ -52,7 +52,7 @@ class Model:
 
     model: str
     checkpoint: Checkpoint | None
-    recipe: Recipe
+    preset: Preset
     tokenizer: TextTokenizer | Untold
     text_encoder: UMT5Encoder
     experts: Experts
@@ -66,7 +66,7 @@ class Model:
     merged: frozenset[str] = frozenset()
     image_encoder: CLIPVisionEncoder | None = None
     offload: str = "none"
-    encoders: Staying | Turns | None = None
+    encoders: Resident | Swapped | None = None
     sizes: Sizes | None = None
     sources: tuple[tuple[str, str], ...] = ()
     graphs: Any = None
@@ -142,6 +142,6 @@ def way_of(parts: Model) -> str:
         return CONTROL
     if config.in_channels > config.out_channels:
         return CHANNELS
-    if parts.recipe.per_token_timesteps:
+    if parts.preset.per_token_timesteps:
         return TIMESTEPS  # of causal models too: what their KV cache holds is no part of a window
-    return REIMPOSED if parts.recipe.rollout is None else CACHE
+    return REIMPOSED if parts.preset.rollout is None else CACHE

@@ -12,10 +12,11 @@ from torch import nn
 from fastvid.device import offload
 from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
-from fastvid.models.wan.vace import WanVACEConfig, WanVACETransformer
-from fastvid.models.wan.vae import WanVAE, WanVAEConfig
-from fastvid.models.wan.vae22 import VAEConfig, WanVAE22, WanVAE22Config
+from fastvid.models.wan.config import VAEConfig, WanTransformerConfig, WanVACEConfig, WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.transformer import WanTransformer
+from fastvid.models.wan.vace import WanVACETransformer
+from fastvid.models.wan.vae import WanVAE
+from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.ops import reference
 
 

@@ -12,7 +12,7 @@ import torch
 
 from fastvid.device import cuda_graphs as graphs
 from fastvid.device.devices import available_bytes, find_device, resolve_dtype, resolve_vae_dtype
-from fastvid.device.offload import MODES, Staying, Turns, weigh
+from fastvid.device.offload import MODES, Resident, Swapped, weigh
 from fastvid.distributed import links as scaling_links
 from fastvid.distributed.layout import agree, parse
 from fastvid.distributed.mesh import Layout, Mesh
@@ -24,9 +24,9 @@ from fastvid.models.common.experts import Experts
 from fastvid.models.common.tokenizer import TextTokenizer
 from fastvid.models.description import Checkpoint
 from fastvid.models.loaded import Model, Sizes, Untold
+from fastvid.models.preset import Preset
 from fastvid.models.registry import EXPERTS, build_empty, part_dtype, weigh_module
 from fastvid.models.wan import published
-from fastvid.models.wan.presets import Recipe
 from fastvid.ops import vae_gpu
 from fastvid.ops.dispatch import Ops, bind
 from fastvid.planning import plan
@@ -68,10 +68,10 @@ def load_parts(
     mode = (
         asked
         if asked != AUTO
-        else choose_offload(configs_of(checkpoint), checkpoint.recipe, where, kind, vae_dtype=vae_kind)
+        else choose_offload(configs_of(checkpoint), checkpoint.preset, where, kind, vae_dtype=vae_kind)
     )
     mode = MODES[agree(mesh, MODES.index(mode), max)]
-    stay, caches = experts_stay(checkpoint, mode), checkpoint.recipe.rollout is not None
+    stay, caches = experts_stay(checkpoint, mode), checkpoint.preset.rollout is not None
     replaying, why = graphs.choose(replay, where, stay, caches, mesh.size)
     experts = load_experts(checkpoint, ops, where, kind, merging, mode)
     for module in experts.modules:
@@ -85,12 +85,12 @@ def load_parts(
         configs = configs_of(checkpoint)
         loaded = [build_empty(name, configs[name]).to(part_dtype(name, kind)) for name in names]
     staying = mode == "none" or mesh.rank > 0
-    encoders = Staying(loaded) if staying else Turns(loaded, where, stream=mode == "blocks")
+    encoders = Resident(loaded) if staying else Swapped(loaded, where, stream=mode == "blocks")
     vae = load_part(checkpoint, "vae", ops, where, vae_kind)
     if ops.bound["vae_norm_silu_conv3d"] != "reference":
         vae_gpu.channels_last(vae)  # here once, instead of in every call
     tokenizer = TextTokenizer.read(checkpoint.tokenizer)
-    made = Model(str(model), checkpoint, checkpoint.recipe, tokenizer, loaded[0], experts, vae, ops, where, kind)
+    made = Model(str(model), checkpoint, checkpoint.preset, tokenizer, loaded[0], experts, vae, ops, where, kind)
     image_encoder = loaded[1] if len(loaded) > 1 else None
     image_bytes = weigh(image_encoder).total if image_encoder is not None else 0
     sizes = Sizes(tuple(map(weigh, experts.modules)), weigh(loaded[0]), weigh(vae).total, image_bytes)
@@ -110,26 +110,26 @@ def check_offload(offload: Any) -> str:
 
 def choose_offload(
     configs: Mapping[str, Any],
-    recipe: Recipe,
+    preset: Preset,
     device: torch.device,
     dtype: torch.dtype,
     free: int | None = None,
     vae_dtype: torch.dtype = torch.float32,
 ) -> str:
-    """The least offloading with which what the model's recipe makes fits into the device's free memory; without a GPU,
+    """The least offloading with which what the model's preset makes fits into the device's free memory; without a GPU,
     none: host and device are one memory there. free: bytes, of a device that is not here."""
     if device.type == "cpu":
         return "none"
     made = [configs.get(name) for name in FIT]
     seen = getattr(made[0], "transformer", made[0])  # of one with a control branch
     pictures = 1 + bool(seen.pos_embed_seq_len) if seen.in_channels > seen.out_channels else 0
-    request = Request.make(prompt="").resolve(recipe)
+    request = Request.make(prompt="").resolve(preset)
     given = {"experts": sum(name in EXPERTS for name in configs), "dtype": dtype, "pictures": pictures}
     given["vae_dtype"] = vae_dtype
     try:
         return plan.fit(request, *made, capacity=available_bytes(device) if free is None else free, **given)[0].offload
     except OutOfMemory:
-        return MODES[-1]  # for requests smaller than the recipe's; the others are refused when they are planned
+        return MODES[-1]  # for requests smaller than the preset's; the others are refused when they are planned
 
 
 def configs_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -167,8 +167,8 @@ def outline(
     kind, asked, merging = resolve_dtype(dtype, where), check_offload(offload), read_loras(loras)
     ranks, vae_kind = parse(parallel), resolve_vae_dtype(vae_dtype)
     ops = bind(backend, attention, where) if free is None else Ops({}, {}, {})
-    recipe, configs, rows, checkpoint = _describe(model, parts)
-    mode = asked if asked != AUTO else choose_offload(configs, recipe, where, kind, free, vae_kind)
+    preset, configs, rows, checkpoint = _describe(model, parts)
+    mode = asked if asked != AUTO else choose_offload(configs, preset, where, kind, free, vae_kind)
     empty = {name: build_empty(name, config) for name, config in configs.items()}
     weighed = {name: weigh_module(name, module, kind, vae_kind) for name, module in empty.items()}
     names = [name for name in EXPERTS if name in empty]
@@ -176,10 +176,10 @@ def outline(
     made = Model(
         model=str(model),
         checkpoint=checkpoint,
-        recipe=recipe,
+        preset=preset,
         tokenizer=Untold(rows),
         text_encoder=empty["text_encoder"],
-        experts=Experts([empty[name] for name in names], recipe.boundary_ratio),
+        experts=Experts([empty[name] for name in names], preset.boundary_ratio),
         vae=empty["vae"],
         ops=ops,
         device=where,
@@ -192,14 +192,14 @@ def outline(
         made, vae_dtype=vae_kind, loras=named(merging), mesh=Mesh(size=ranks.ranks or 1), layout=ranks.layout
     )
     made = replace(made, links=scaling_links.find(link, made.mesh, where, planned=True))
-    stays, caches = mode == "none" or (mode == "text" and len(names) == 1), recipe.rollout is not None
+    stays, caches = mode == "none" or (mode == "text" and len(names) == 1), preset.rollout is not None
     want, why = graphs.wanted(cuda_graphs, where, stays, caches, made.mesh.size)
     return replace(made, graphs=graphs.PLANNED if want else None, graphs_why=why)
 
 
 def _describe(
     model: str | Path, parts: Mapping[str, str | Path] | None
-) -> tuple[Recipe, dict[str, Any], int, Checkpoint | None]:
+) -> tuple[Preset, dict[str, Any], int, Checkpoint | None]:
     """Recipe, configurations by part, rows of text, and the checkpoint where there is one."""
     if (name := str(model).lower()) in published.NAMES and not Path(model).exists():
         return *published.describe(name), published.TEXT_LENGTH, None
@@ -210,7 +210,7 @@ def _describe(
             raise
         near = difflib.get_close_matches(name, published.NAMES, 1, 0)[0]
         raise CheckpointError(f"{error}; published models are planned by name, the nearest is {near}") from None
-    return checkpoint.recipe, configs_of(checkpoint), checkpoint.text_length, checkpoint
+    return checkpoint.preset, configs_of(checkpoint), checkpoint.text_length, checkpoint
 
 
 def change_loras(parts: Model, loras: Any) -> Model:
@@ -251,5 +251,5 @@ def load_experts(
     names = checkpoint.experts
     mine = [for_expert(loras, number, len(names)) for number in range(len(names))]
     modules = [load_part(checkpoint, name, ops, at, dtype, own) for name, own in zip(names, mine, strict=True)]
-    turns = Staying(modules) if stay else Turns(modules, device, stream=offload == "blocks", linger=True)
-    return Experts(modules, checkpoint.recipe.boundary_ratio, turns)
+    turns = Resident(modules) if stay else Swapped(modules, device, stream=offload == "blocks", linger=True)
+    return Experts(modules, checkpoint.preset.boundary_ratio, turns)

@@ -237,7 +237,7 @@ class Pipeline:
 
     def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
         said, options = checkpoints.split(options)
-        options = prompts.expanded(options, self._model.recipe.name, verb)
+        options = prompts.expanded(options, self._model.preset.name, verb)
         prepared = self._prepare(verb, options, keep_frames)
         return self._stream(
             prepared,
@@ -312,7 +312,7 @@ class Pipeline:
         parts = self._model
         return {
             "model": parts.model,
-            "variant": parts.recipe.name,
+            "variant": parts.preset.name,
             "device": str(parts.device),
             "dtype": str(parts.dtype).removeprefix("torch."),
             "vae_dtype": str(parts.vae_dtype).removeprefix("torch."),

@@ -46,7 +46,7 @@ def prepare(
     """Check everything about a request and plan it. keep_frames: all of its frames stay in memory. free: bytes of the
     device, if not what can be taken now. rates: for an estimate of time. layout: of a request that goes on.
     Raises InvalidRequest, MediaError, OutOfMemory."""
-    request = inputs.read(Request.make(verb, **options)).resolve(parts.recipe)
+    request = inputs.read(Request.make(verb, **options)).resolve(parts.preset)
     request = replace(request, seed=parallel.agree(parts.mesh, request.seed, parallel.first))
     verbs.check_control(parts, request)
     timeline = verbs.lay_out(request, verbs.rules_of(parts))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import CHANNELS, Model, way_of
-from fastvid.models.patterns import REFUSED
+from fastvid.models.preset import REFUSED
 from fastvid.requests import timeline
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Rules, Segment, Stretch, Timeline
@@ -14,7 +14,7 @@ from fastvid.requests.timeline import Rules, Segment, Stretch, Timeline
 
 def rules_of(parts: Model) -> Rules:
     """What a model can make."""
-    recipe, vae = parts.recipe, parts.vae.config
+    recipe, vae = parts.preset, parts.vae.config
     return Rules(
         spatial=vae.spatial_scale,
         temporal=recipe.temporal,
@@ -108,7 +108,7 @@ def patterns_of(segment: Segment, request: Resolved) -> set[str]:
 
 def check(parts: Model, request: Resolved, laid: Timeline) -> None:
     """Raises InvalidRequest for what a model refuses, or needs and was not given."""
-    name, known = parts.recipe.name, parts.recipe.patterns
+    name, known = parts.preset.name, parts.preset.patterns
     for segment in laid.segments:
         for pattern in sorted(patterns_of(segment, request)):
             if getattr(known, pattern) == REFUSED:
@@ -121,7 +121,7 @@ def check(parts: Model, request: Resolved, laid: Timeline) -> None:
                 )
     if request.schedule == "staggered":
         _check_staggered(parts, request, laid)
-    if request.known_guidance_scale is not None and parts.recipe.rollout is not None:
+    if request.known_guidance_scale is not None and parts.preset.rollout is not None:
         raise InvalidRequest(
             f"known_guidance_scale: {name} has known frames in its cache, beside every block; use guidance_scale"
         )
@@ -141,8 +141,8 @@ _WORDS = {
 
 def _check_staggered(parts: Model, request: Resolved, laid: Timeline) -> None:
     """Levels that rise from left to right: only what stands on the left may be known."""
-    if parts.recipe.patterns.staggered == REFUSED or parts.recipe.rollout is not None:
-        raise InvalidRequest(f"schedule='staggered': {parts.recipe.name} has one level in all frames; leave it out")
+    if parts.preset.patterns.staggered == REFUSED or parts.preset.rollout is not None:
+        raise InvalidRequest(f"schedule='staggered': {parts.preset.name} has one level in all frames; leave it out")
     if len(laid.segments) > 1 or any(s.right or s.source is not None or set(s.pictures) - {0} for s in laid.segments):
         raise InvalidRequest(
             "schedule='staggered': only a first picture or a clip to go on from may be known; leave it out"
@@ -151,7 +151,7 @@ def _check_staggered(parts: Model, request: Resolved, laid: Timeline) -> None:
 
 def _check_channels(parts: Model, request: Resolved, first: Segment) -> None:
     """Models with a picture in their channels need one, most of them a first, some a first and a last."""
-    config, name = parts.transformer.config, parts.recipe.name
+    config, name = parts.transformer.config, parts.preset.name
     both = bool(config.pos_embed_seq_len)
     if not first.left and 0 not in first.pictures:
         raise InvalidRequest(f"{name} makes videos from pictures: give image=")
@@ -177,7 +177,7 @@ def check_control(parts: Model, request: Resolved) -> None:
     if not parts.control_layers:
         if asked:
             raise InvalidRequest(
-                f"{parts.recipe.name} has no control branch; leave {asked[0]} out (VACE models take it)"
+                f"{parts.preset.name} has no control branch; leave {asked[0]} out (VACE models take it)"
             )
         return
     _check_video(request)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvid.models.wan.transformer import WanTransformerConfig
+from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.vae import WanVAE
 from fastvid.planning.speed import Rates
 

@@ -15,8 +15,7 @@ from fastvid.device.offload import MODES, SLOTS
 from fastvid.errors import OutOfMemory
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.loaded import Sizes
-from fastvid.models.wan.transformer import WanTransformerConfig
-from fastvid.models.wan.vae22 import VAEConfig, WanVAE22Config
+from fastvid.models.wan.config import VAEConfig, WanTransformerConfig, WanVAE22Config
 from fastvid.planning import vae_memory
 from fastvid.requests.timeline import Segment
 

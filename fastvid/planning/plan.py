@@ -19,9 +19,7 @@ from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.loaded import Sizes
 from fastvid.models.registry import weigh_part
-from fastvid.models.wan.transformer import WanTransformerConfig
-from fastvid.models.wan.vace import WanVACEConfig
-from fastvid.models.wan.vae22 import VAEConfig
+from fastvid.models.wan.config import VAEConfig, WanTransformerConfig, WanVACEConfig
 from fastvid.planning import memory
 from fastvid.planning.memory import Cost, Memory
 from fastvid.requests.request import Resolved

@@ -155,7 +155,7 @@ class Needs:
         return self._cached(self.largest)
 
     def _cached(self, segment: Segment) -> int:
-        if (rollout := self.parts.recipe.rollout) is None:
+        if (rollout := self.parts.preset.rollout) is None:
             return 0
         columns = min(rollout.window or segment.columns, segment.columns)
         return plan.count_tokens(window_of(segment, columns), self.parts.transformer.config)

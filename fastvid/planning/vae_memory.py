@@ -8,8 +8,7 @@ allocator keeps beyond that is not in it.
 from __future__ import annotations
 
 from fastvid.errors import OutOfMemory
-from fastvid.models.wan.vae import WanVAEConfig
-from fastvid.models.wan.vae22 import VAEConfig
+from fastvid.models.wan.config import VAEConfig, WanVAEConfig
 
 # Rows that a residual block leaves to the next stripe: of each convolution's input 5, with Winograd's tiles of 4 rows,
 # and of the residual 8.

@@ -16,8 +16,8 @@ from fastvid.cli import commands, render
 from fastvid.errors import CheckpointError, InvalidRequest, OutOfMemory
 from fastvid.models.registry import build_empty, build_vae
 from fastvid.models.wan import published
+from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.transformer import WanTransformer
-from fastvid.models.wan.vae import WanVAEConfig
 from fastvid.ops.dispatch import bind
 from fastvid.planning import estimate, speed
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastvid.loaders import safetensors
-from fastvid.models.wan.transformer import WanTransformerConfig
+from fastvid.models.wan.config import WanTransformerConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIG = WanTransformerConfig(8, ffn_dim=4096, num_layers=2, text_dim=512)

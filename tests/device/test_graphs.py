@@ -19,8 +19,9 @@ from fastvid.device import cuda_graphs
 from fastvid.device.cuda_graphs import CudaCapture, Graphs
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.layers.kv_cache import KVCache
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
-from fastvid.models.wan.vace import WanVACEConfig, WanVACETransformer
+from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig
+from fastvid.models.wan.transformer import WanTransformer
+from fastvid.models.wan.vace import WanVACETransformer
 from fastvid.pipeline import load
 from fastvid.planning import plan
 
@@ -267,7 +268,7 @@ def test_a_plan_counts_what_graphs_keep(pipe: fastvid.Pipeline) -> None:
 
 
 def _request(pipe: fastvid.Pipeline) -> tuple[Any, Any]:
-    return fastvid.requests.Request.make(prompt="").resolve(pipe._model.recipe), pipe._model.vae.config
+    return fastvid.requests.Request.make(prompt="").resolve(pipe._model.preset), pipe._model.vae.config
 
 
 # ---------------------------------------------------------------- the choice

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 import fastvid
 from fastvid.device import offload
-from fastvid.device.offload import MODES, Conveyor, Turns, weigh
+from fastvid.device.offload import MODES, Prefetcher, Swapped, weigh
 from fastvid.errors import InvalidRequest
-from fastvid.models.wan.vace import WanVACEConfig, WanVACETransformer
+from fastvid.models.wan.config import WanVACEConfig
+from fastvid.models.wan.vace import WanVACETransformer
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 3, "seed": 3}
 
@@ -83,7 +84,7 @@ def stack(count: int = 5) -> Stack:
 def test_a_walk_copies_ahead_and_never_over_what_is_computed_from(count: int) -> None:
     module, lane, x = stack(count), Recorder(), torch.randn(3, 8)
     wanted, computed = module(x), []
-    turns = Turns([module], "cpu", stream=True, linger=True, lane=lane)
+    turns = Swapped([module], "cpu", stream=True, linger=True, lane=lane)
     for number, block in enumerate(module.blocks):
         block.register_forward_pre_hook(lambda *_, n=number: lane.events.append(("compute", n)))
         block.register_forward_hook(lambda *_, n=number: computed.append(n))
@@ -110,7 +111,7 @@ def test_a_walk_copies_ahead_and_never_over_what_is_computed_from(count: int) ->
 def test_the_recorder_finds_a_missing_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = stack(), torch.randn(3, 8)
     wanted, lane = module(x), Recorder()
-    turns = Turns([module], "cpu", stream=True, lane=lane)
+    turns = Swapped([module], "cpu", stream=True, lane=lane)
     monkeypatch.setattr(lane, "wait", lambda mark: None)
     with turns.use(0) as there:
         assert not torch.equal(there(x), wanted)
@@ -119,21 +120,21 @@ def test_the_recorder_finds_a_missing_wait(monkeypatch: pytest.MonkeyPatch) -> N
 def test_two_buffers_are_all_there_is_of_blocks() -> None:
     module = stack()
     sizes = weigh(module)
-    turns = Turns([module], "cpu", stream=True, linger=True)
-    assert turns.conveyor.capacity == sizes.buffer and sizes.total == sum(p.nbytes for p in module.parameters())
+    turns = Swapped([module], "cpu", stream=True, linger=True)
+    assert turns.prefetcher.capacity == sizes.buffer and sizes.total == sum(p.nbytes for p in module.parameters())
     homes = [p.data_ptr() for p in module.parameters()]
     with turns.use(0) as there:
         for number, block in enumerate(there.walk(there.blocks)):
             away = [n for n, other in enumerate(there.blocks) if other[0].weight.data_ptr() not in homes]
             assert away == [number] and there.first.weight.data_ptr() not in homes
             assert block is there.blocks[number]
-    assert sum(b.nbytes for b in turns.conveyor._buffers) == sizes.streamed - sizes.rest
+    assert sum(b.nbytes for b in turns.prefetcher._buffers) == sizes.streamed - sizes.rest
 
 
 def test_what_visits_is_freed_and_comes_home_unchanged() -> None:
     module = stack()
     before = {name: p.clone() for name, p in module.named_parameters()}
-    turns = Turns([module], "cpu")
+    turns = Swapped([module], "cpu")
     with turns.use(0) as there:
         copy = weakref.ref(there.first.weight.untyped_storage())
         inside = there.first.weight.data_ptr()
@@ -147,7 +148,7 @@ def test_a_walk_that_fails_leaves_nothing_behind(linger: bool) -> None:
     """Also while its traceback, and so its iterator, is still held by somebody."""
     module, lane, x = stack(), Recorder(), torch.randn(3, 8)
     wanted = module(x)
-    turns = Turns([module], "cpu", stream=True, linger=linger, lane=lane)
+    turns = Swapped([module], "cpu", stream=True, linger=linger, lane=lane)
     hook = module.blocks[2].register_forward_pre_hook(lambda *_: 1 / 0)
     held = []
     for _ in range(2):
@@ -158,7 +159,7 @@ def test_a_walk_that_fails_leaves_nothing_behind(linger: bool) -> None:
                 there(x)
         except ZeroDivisionError as error:
             held.append(error)
-        assert all(p.data_ptr() == h.data_ptr() for p, h in turns.conveyor.homes.items())
+        assert all(p.data_ptr() == h.data_ptr() for p, h in turns.prefetcher.homes.items())
     hook.remove()
     assert not lane.pending, "a copy is under way that nothing waits for"
     with turns.use(0) as there:
@@ -173,7 +174,7 @@ def test_a_walk_that_fails_leaves_nothing_behind(linger: bool) -> None:
 def test_one_at_a_time_is_there(stream: bool) -> None:
     """The other goes first, so that the two are never there together; asked for again, the same one stays."""
     modules = [stack(), stack()]
-    turns = Turns(modules, "cpu", stream=stream, linger=True)
+    turns = Swapped(modules, "cpu", stream=stream, linger=True)
     homes = [module.first.weight.data_ptr() for module in modules]
     seen = []
     for number in (0, 0, 1, 1, 0):
@@ -188,7 +189,7 @@ def test_one_at_a_time_is_there(stream: bool) -> None:
 def test_threads_take_turns() -> None:
     modules, x = [stack(), stack(3)], torch.randn(3, 8)
     wanted = [module(x) for module in modules]
-    turns, wrong = Turns(modules, "cpu", stream=True, linger=True), []
+    turns, wrong = Swapped(modules, "cpu", stream=True, linger=True), []
 
     def ask(number: int) -> None:
         for i in range(20):
@@ -206,7 +207,7 @@ def test_threads_take_turns() -> None:
 
 def test_weights_exchanged_at_home_are_those_that_visit() -> None:
     module, x = stack(), torch.randn(3, 8)
-    turns = Turns([module], "cpu", stream=True, linger=True)
+    turns = Swapped([module], "cpu", stream=True, linger=True)
     with turns.use(0) as there:
         there(x)
     with turns.change():
@@ -219,14 +220,14 @@ def test_weights_exchanged_at_home_are_those_that_visit() -> None:
     plain.first.weight.data.mul_(2)
     plain.blocks[1][0].weight.data.mul_(2)
     assert torch.equal(found, plain(x)) and torch.equal(module.blocks[1][0].weight, wanted[0])
-    assert len(turns.conveyor.homes) == len(list(module.parameters()))
+    assert len(turns.prefetcher.homes) == len(list(module.parameters()))
 
 
 def test_a_weight_is_packed_into_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "RUN", 1000)
     module, x = stack(), torch.randn(3, 8)
     wanted = module(x)
-    turns = Turns([module], "cpu")
+    turns = Swapped([module], "cpu")
     assert torch.equal(module(x), wanted)
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in module.parameters()}
     assert len(storages) > 3 and max(storages.values()) < 2000
@@ -235,7 +236,7 @@ def test_a_weight_is_packed_into_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_empty_walk() -> None:
-    assert list(Conveyor(torch.device("cpu"))([])) == []
+    assert list(Prefetcher(torch.device("cpu"))([])) == []
 
 
 @torch.no_grad()
@@ -251,7 +252,7 @@ def test_vace_streams_both_stacks() -> None:
         return module(*given, module.prepare_context(text, control=control))
 
     wanted, walked = run(), []
-    turns = Turns([module], "cpu", stream=True, linger=True)
+    turns = Swapped([module], "cpu", stream=True, linger=True)
     for block in (*module.blocks, *module.vace_blocks):
         block.register_forward_pre_hook(lambda *_, b=block: walked.append(b))
     with turns.use(0):
@@ -383,7 +384,7 @@ def test_large_blocks_stream_right_and_within_two_buffers() -> None:
     for rows in (1, 2048):
         x = torch.randn(rows, 8, device="cuda")
         wanted = staying(x)
-        turns = Turns([module], "cuda", stream=True)
+        turns = Swapped([module], "cuda", stream=True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

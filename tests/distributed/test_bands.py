@@ -19,8 +19,9 @@ from fastvid.errors import InvalidRequest
 from fastvid.models.common.vae_stream import Stream, Window
 from fastvid.models.registry import build_vae
 from fastvid.models.wan import vae as wan_vae
-from fastvid.models.wan.vae import WanVAE, WanVAEConfig
-from fastvid.models.wan.vae22 import WanVAE22, WanVAE22Config
+from fastvid.models.wan.config import WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.vae import WanVAE
+from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.models.wan.vae_bands import Band, Bands, BandStream
 from fastvid.ops import vae as vae_ops
 from fastvid.ops import winograd

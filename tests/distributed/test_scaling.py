@@ -22,7 +22,7 @@ from fastvid.distributed.cost_model import (
 from fastvid.distributed.layout import every
 from fastvid.distributed.mesh import Layout
 from fastvid.errors import InvalidRequest
-from fastvid.models.wan.transformer import WanTransformerConfig
+from fastvid.models.wan.config import WanTransformerConfig
 
 H200 = Device("H200", 650e12, 550e12)
 WAN_14B = WanTransformerConfig()

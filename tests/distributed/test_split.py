@@ -138,8 +138,9 @@ def test_attention(size: int, part) -> None:
 
 
 def models(mesh: Mesh, seed: str) -> None:
-    from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
-    from fastvid.models.wan.vace import WanVACEConfig, WanVACETransformer
+    from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig
+    from fastvid.models.wan.transformer import WanTransformer
+    from fastvid.models.wan.vace import WanVACETransformer
 
     torch.manual_seed(int(seed))
     numbers, ops = random.Random(int(seed)), bind()
@@ -179,7 +180,8 @@ def moved(layout: Layout, tokens: int, width: int, layers: int, values: int, ite
 def steps(mesh: Mesh, seed: str) -> None:
     """What a step sends, in all layouts, and in another type than the latents'."""
     from fastvid.distributed.layout import every
-    from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
+    from fastvid.models.wan.config import WanTransformerConfig
+    from fastvid.models.wan.transformer import WanTransformer
 
     torch.manual_seed(int(seed))
     small = {"attention_head_dim": 8, "text_dim": 16, "freq_dim": 8, "ffn_dim": 32, "num_layers": 3}

@@ -27,8 +27,8 @@ def pipe(tmp_path_factory):
 
 
 def with_recipe(pipe, **changed):
-    recipe = dataclasses.replace(pipe._model.recipe, per_token_timesteps=True, **changed)
-    return type(pipe)(dataclasses.replace(pipe._model, recipe=recipe))
+    recipe = dataclasses.replace(pipe._model.preset, per_token_timesteps=True, **changed)
+    return type(pipe)(dataclasses.replace(pipe._model, preset=recipe))
 
 
 def calls_of(pipe, monkeypatch, run):

@@ -19,7 +19,7 @@ import torch
 import fastvid
 from fastvid.engine import resume, resume_files
 from fastvid.engine.events import Finished, Frames, Started, Step
-from fastvid.models.patterns import EVERYTHING
+from fastvid.models.preset import EVERYTHING
 from fastvid.models.wan.presets import Rollout
 from fastvid.pipeline.pipeline import Pipeline
 from fastvid.sampling import SolverState
@@ -45,8 +45,8 @@ def pipes(folder):
 
 def changed(pipe, **recipe):
     """A pipeline whose model is said to be of another kind."""
-    known = dataclasses.replace(pipe._model.recipe, patterns=EVERYTHING, **recipe)
-    return Pipeline(dataclasses.replace(pipe._model, recipe=known))
+    known = dataclasses.replace(pipe._model.preset, patterns=EVERYTHING, **recipe)
+    return Pipeline(dataclasses.replace(pipe._model, preset=known))
 
 
 def clip(frames=9, seed=0):

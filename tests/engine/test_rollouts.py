@@ -54,7 +54,7 @@ def plain(folder):
 def with_recipe(pipe: fastvid.Pipeline, recipe: Recipe, **changes: Any) -> fastvid.Pipeline:
     """The pipeline as if it were of another kind, of this checkpoint's sizes."""
     made = replace(recipe, spatial_multiple=16, temporal=4, **changes)
-    return fastvid.Pipeline(replace(pipe._model, recipe=made))
+    return fastvid.Pipeline(replace(pipe._model, preset=made))
 
 
 def picture() -> np.ndarray:
@@ -132,7 +132,7 @@ def explicit(
     origin: int = 0,
 ) -> Tensor:
     """Clean latents [1, 16, T, h, w] of a rollout over these blocks."""
-    recipe = pipe._model.recipe
+    recipe = pipe._model.preset
     rollout, solver = recipe.rollout, find_solver(recipe.solver)
     sigmas = recipe.sigmas or make_sigmas(recipe.num_inference_steps, recipe.flow_shift, recipe.solver).tolist()
     dense = Dense(pipe, visible(blocks, rollout.window, rollout.sink))
@@ -209,7 +209,7 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], dict[str, Any], int, int]] = {
 def test_a_pipeline_is_the_explicit_rollout(plain, case):
     recipe, changes, options, columns, alone = CASES[case]
     pipe = with_recipe(plain, recipe, **changes)
-    blocks = blocks_of(columns, pipe._model.recipe.rollout.frames_per_block, alone)
+    blocks = blocks_of(columns, pipe._model.preset.rollout.frames_per_block, alone)
     known = pipe.encode(picture()[None]) if "image" in options else None
     wanted = explicit(pipe, blocks, known=known, scale=options.get("guidance_scale", 1.0), seed=11)
     assert wanted.shape[2] == columns
@@ -271,7 +271,7 @@ class Notebook:
     """A rollout that writes down the keys and values of every frame, and looks up those that it is told to."""
 
     def __init__(self, pipe: fastvid.Pipeline) -> None:
-        self.net, self.rollout = transformer(pipe, self.attention), pipe._model.recipe.rollout
+        self.net, self.rollout = transformer(pipe, self.attention), pipe._model.preset.rollout
         self.notes: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -306,7 +306,7 @@ class Notebook:
 @torch.no_grad()
 def switched(pipe, prompts: dict[int, str], columns: int, scale: float, seed: int) -> Tensor:
     """Clean latents of a rollout whose prompt changes at these columns."""
-    recipe, notes, other = pipe._model.recipe, Notebook(pipe), Notebook(pipe)
+    recipe, notes, other = pipe._model.preset, Notebook(pipe), Notebook(pipe)
     size, negative = recipe.rollout.frames_per_block, pipe.embed(NEGATIVE)
     clean = torch.zeros(1, 16, 0, HEIGHT // 8, WIDTH // 8)
     for start in range(0, columns, size):
@@ -355,7 +355,7 @@ def test_without_a_window_all_frames_are_passed_again(plain):
     pipe = with_recipe(plain, LONGLIVE, rollout=Rollout(frames_per_block=2, recache=True))
     shots = [("a red circle", 9 / 16), ("a blue square", 1.0)]
     video = pipe.storyboard(shots, seed=4, **SIZE)
-    full = replace(pipe._model.recipe, rollout=Rollout(frames_per_block=2, window=8, recache=True))
+    full = replace(pipe._model.preset, rollout=Rollout(frames_per_block=2, window=8, recache=True))
     held = with_recipe(plain, full)
     assert error(video.latents, switched(held, {0: shots[0][0], 4: shots[1][0]}, 8, 1.0, 4)[:, :, :7]) < 1e-5
 

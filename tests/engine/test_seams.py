@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fastvid
 from fastvid.engine.seams import FADE, Seams, known_beside
-from fastvid.models.patterns import EVERYTHING
+from fastvid.models.preset import EVERYTHING
 from fastvid.requests.timeline import Segment
 
 
@@ -104,9 +104,9 @@ def pipe(tmp_path_factory):
     tiny.write_checkpoint(folder)
     loaded = fastvid.load(str(folder), device="cpu")
     recipe = dataclasses.replace(
-        loaded._model.recipe, per_token_timesteps=True, patterns=EVERYTHING, window=6, context=2, carries=True
+        loaded._model.preset, per_token_timesteps=True, patterns=EVERYTHING, window=6, context=2, carries=True
     )
-    return type(loaded)(dataclasses.replace(loaded._model, recipe=recipe))
+    return type(loaded)(dataclasses.replace(loaded._model, preset=recipe))
 
 
 STEPS = {"num_inference_steps": 2, "guidance_scale": 1.0, "seed": 1}

@@ -29,8 +29,8 @@ def pipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tiny.write_checkpoint(folder)
     loaded = fastvid.load(str(folder), device="cpu")
-    recipe = dataclasses.replace(loaded._model.recipe, window=3, carries=True)
-    loaded._model = dataclasses.replace(loaded._model, recipe=recipe)
+    recipe = dataclasses.replace(loaded._model.preset, window=3, carries=True)
+    loaded._model = dataclasses.replace(loaded._model, preset=recipe)
     return loaded
 
 
@@ -94,9 +94,9 @@ def test_a_window_is_decoded_while_the_next_is_denoised(pipe, beside, monkeypatc
 
 def test_segments_wait_for_the_frames_they_begin_with(pipe, monkeypatch):
     """A loop over many windows of a model that does not carry latents on."""
-    recipe = dataclasses.replace(pipe._model.recipe, carries=False)
+    recipe = dataclasses.replace(pipe._model.preset, carries=False)
     other = pipe.at(pipe.new_place())
-    other._model, other._place = dataclasses.replace(pipe._model, recipe=recipe), None
+    other._model, other._place = dataclasses.replace(pipe._model, preset=recipe), None
     request = {"num_frames": 21, "seed": 5, **SMALL}
     alone = other.generate("a red circle", **request)
     monkeypatch.setattr(decoding, "worth_it", lambda device: True)

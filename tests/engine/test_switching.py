@@ -47,7 +47,7 @@ def test_a_causal_model_goes_on_with_the_new_prompt(pipe, recache):
     recipe = replace(
         LONGLIVE, rollout=Rollout(2, window=6, sink=2, recache=recache), spatial_multiple=16, temporal=4, context=2
     )
-    causal = fastvid.Pipeline(replace(pipe._model, recipe=recipe))
+    causal = fastvid.Pipeline(replace(pipe._model, preset=recipe))
     # Blocks of two latents: 5, 8, 8 frames; a block makes 4 steps and one for the cache. The third has the new prompt.
     frames, last, total = changed_after(causal, 7, 21)
     shots = [(FIRST, 13 / 16), (THEN, 8 / 16)]
@@ -63,8 +63,8 @@ def test_a_causal_model_goes_on_with_the_new_prompt(pipe, recache):
 def test_windows_and_segments_begin_with_the_new_prompt(pipe):
     options = {"num_inference_steps": 2, "guidance_scale": 1.0}
     for carries in (True, False):
-        recipe = replace(pipe._model.recipe, window=3, overlap=1, context=1, carries=carries)
-        windowed = fastvid.Pipeline(replace(pipe._model, recipe=recipe))
+        recipe = replace(pipe._model.preset, window=3, overlap=1, context=1, carries=carries)
+        windowed = fastvid.Pipeline(replace(pipe._model, preset=recipe))
         frames, last, _ = changed_after(windowed, 1, 17, **options)
         plain = windowed.generate(FIRST, num_frames=17, **SIZE, **options).frames
         ((at, prompt),) = last.recipe["changed_prompts"]

@@ -20,8 +20,9 @@ from test_gemm_kernels import NAN, apart, check, error, laid_out, random
 from torch import Tensor
 
 from fastvid.models.common.vae_stream import Stream
-from fastvid.models.wan.vae import WanVAE, WanVAEConfig
-from fastvid.models.wan.vae22 import WanVAE22, WanVAE22Config
+from fastvid.models.wan.config import WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.vae import WanVAE
+from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.models.wan.vae_layers import SpatialAttention
 from fastvid.ops import reference, rgb, vae, vae_gpu
 

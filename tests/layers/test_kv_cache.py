@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvid.layers.kv_cache import KVCache
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
+from fastvid.models.wan.config import WanTransformerConfig
+from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops import reference
 
 CONFIG = WanTransformerConfig(

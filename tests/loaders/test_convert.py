@@ -22,7 +22,8 @@ from fastvid.loaders import convert_files, safetensors
 from fastvid.loaders.checkpoint import open_checkpoint
 from fastvid.loaders.convert import convert
 from fastvid.loaders.convert_files import Tensors, write_weights
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
+from fastvid.models.wan.config import WanTransformerConfig
+from fastvid.models.wan.transformer import WanTransformer
 from fastvid.models.wan.weight_name_rules import DIFFUSERS, ORIGINAL
 from fastvid.models.wan.weight_names import origins
 from fastvid.ops import reference

@@ -24,8 +24,9 @@ from transformers import UMT5EncoderModel
 import fastvid
 from fastvid.loaders.checkpoint import load_part, open_checkpoint
 from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
-from fastvid.models.wan.vace import WanVACEConfig, WanVACETransformer
+from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig
+from fastvid.models.wan.transformer import WanTransformer
+from fastvid.models.wan.vace import WanVACETransformer
 
 KEPT = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
 

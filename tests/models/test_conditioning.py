@@ -21,8 +21,9 @@ from torch import Tensor
 
 from fastvid.errors import InvalidRequest
 from fastvid.models.wan import conditioning
+from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.transformer import group_timesteps
-from fastvid.models.wan.vae import WanVAE, WanVAEConfig
+from fastvid.models.wan.vae import WanVAE
 
 HEIGHT, WIDTH = 32, 48
 # Sizes of pictures below: Pillow 13 resizes columns first where the height shrinks more (see `ops.resample`).

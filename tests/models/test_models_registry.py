@@ -18,9 +18,8 @@ from fastvid.loaders import safetensors
 from fastvid.loaders.checkpoint import load_part, open_checkpoint
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.registry import KINDS, OPTIONAL
-from fastvid.models.wan.presets import VARIANTS, find_recipe
-from fastvid.models.wan.transformer import WanTransformerConfig
-from fastvid.models.wan.vae import WanVAEConfig
+from fastvid.models.wan.config import WanTransformerConfig, WanVAEConfig
+from fastvid.models.wan.presets import VARIANTS, find_preset
 from fastvid.ops import reference
 
 TRANSFORMER = {
@@ -164,11 +163,11 @@ SIZES = {
 )
 def test_variants_are_found_by_their_sizes(name: str, expected: tuple[Any, ...]) -> None:
     """The variant's recipe beats the scheduler's file: 3.0 is what the published 1.3B's says."""
-    r = find_recipe(SIZES[name][0], WanVAEConfig(), {"flow_shift": 3.0})
+    r = find_preset(SIZES[name][0], WanVAEConfig(), {"flow_shift": 3.0})
     numbers = (r.num_inference_steps, r.flow_shift, r.guidance_scale, r.num_frames, r.height, r.width)
     assert (r.name, *numbers, r.per_token_timesteps, r.negative_prompt[:4]) == (name, *expected)
     assert (r.fps, r.solver, r.spatial_multiple, r.temporal) == (16, "unipc", 16, 4)
-    assert set(SIZES) <= {variant.recipe.name for variant in VARIANTS}
+    assert set(SIZES) <= {variant.preset.name for variant in VARIANTS}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +176,7 @@ def test_variants_are_found_by_their_sizes(name: str, expected: tuple[Any, ...])
 )
 def test_other_sizes_follow_their_files(scheduler: dict[str, Any], expand: bool | None, shift: float) -> None:
     vae = WanVAEConfig(dim_mult=(1, 2, 4, 4, 4), temperal_downsample=(False, True, True, False))
-    recipe = find_recipe(TRANSFORMER, vae, scheduler, {"expand_timesteps": expand})
+    recipe = find_preset(TRANSFORMER, vae, scheduler, {"expand_timesteps": expand})
     assert (recipe.name, recipe.flow_shift, recipe.per_token_timesteps) == ("wan-custom", shift, bool(expand))
     assert (recipe.spatial_multiple, recipe.height, recipe.width) == (32, 480, 832)
     assert (recipe.num_inference_steps, recipe.guidance_scale, recipe.num_frames) == (50, 5.0, 81)
@@ -185,7 +184,7 @@ def test_other_sizes_follow_their_files(scheduler: dict[str, Any], expand: bool 
 
 def test_the_files_word_on_timesteps_counts() -> None:
     for expand in (True, False):
-        recipe = find_recipe(SIZES["embedded"][0], WanVAEConfig(), {}, {"expand_timesteps": expand})
+        recipe = find_preset(SIZES["embedded"][0], WanVAEConfig(), {}, {"expand_timesteps": expand})
         assert recipe.per_token_timesteps == expand
 
 
@@ -252,7 +251,7 @@ def test_all_problems_are_told_at_once(folder: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(folder).check()
     assert all(name in str(caught.value) for name in ("vae", "tokenizer", "transformer"))
-    assert open_checkpoint(folder).recipe is None
+    assert open_checkpoint(folder).preset is None
 
 
 def message(path: Path | str) -> str:

@@ -19,17 +19,16 @@ from fastvid.errors import CheckpointError
 from fastvid.loaders.checkpoint import open_checkpoint
 from fastvid.loaders.safetensors import read_header
 from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
-from fastvid.models.patterns import EXPERIMENTAL, NATIVE, REFUSED, REIMPOSED
+from fastvid.models.preset import EXPERIMENTAL, NATIVE, REFUSED, REIMPOSED
 from fastvid.models.registry import KINDS
-from fastvid.models.wan.presets import VARIANTS, find_recipe, find_variants
-from fastvid.models.wan.vae import WanVAEConfig
-from fastvid.models.wan.vae22 import WanVAE22Config
+from fastvid.models.wan.config import WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.presets import VARIANTS, find_preset, find_variants
 from fastvid.models.wan.weight_name_rules import ORIGINAL
 from fastvid.models.wan.weight_names import origins
 from fastvid.ops import reference
 from fastvid.sampling import make_sigmas, shift_sigmas, timesteps
 
-RECIPES = {variant.recipe.name: variant.recipe for variant in VARIANTS}
+RECIPES = {variant.preset.name: variant.preset for variant in VARIANTS}
 COMMON = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256, "patch_size": [1, 2, 2], "eps": 1e-6}
 COMMON |= {"in_channels": 16, "out_channels": 16, "image_dim": None, "added_kv_proj_dim": None, "cross_attn_norm": True}
 SMALL = {**COMMON, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
@@ -340,14 +339,14 @@ def test_patterns_are_declared() -> None:
 )
 def test_variants_of_one_shape_are_told_by_name(config: dict[str, Any], name: str, expected: str) -> None:
     vae = WanVAE22Config() if config is MIDDLE else WanVAEConfig()
-    assert find_recipe(config, vae, {}, {}, name).name == expected
+    assert find_preset(config, vae, {}, {}, name).name == expected
 
 
 def test_alternatives_are_shown(shared: Path, tmp_path: Path) -> None:
     publish(PUBLISHED[0], tmp_path / "plain", shared)
     found = inspect(str(tmp_path / "plain"))
     assert found["recipe"]["name"] == "wan2.1-t2v-1.3b"
-    same = {v.recipe.name for v in VARIANTS if v.signature == VARIANTS[1].signature} - {"wan2.1-t2v-1.3b"}
+    same = {v.preset.name for v in VARIANTS if v.signature == VARIANTS[1].signature} - {"wan2.1-t2v-1.3b"}
     assert set(found["alternatives"]) == same and "self-forcing-1.3b" in same
 
 
@@ -363,7 +362,7 @@ def test_alternatives_are_shown(shared: Path, tmp_path: Path) -> None:
 def test_other_sizes_take_known_frames_as_their_class_does(changes: dict[str, Any], first: str) -> None:
     config = {**SMALL, "num_layers": 3, **changes}
     positions = {"pos_embed_seq_len": 514} if "image_dim" in changes else {}
-    recipe = find_recipe({**config, **positions}, WanVAEConfig(), {})
+    recipe = find_preset({**config, **positions}, WanVAEConfig(), {})
     assert (recipe.name, recipe.patterns.first) == ("wan-custom", first)
 
 
@@ -379,14 +378,14 @@ def test_other_sizes_take_known_frames_as_their_class_does(changes: dict[str, An
 )
 def test_broken_configurations_are_told(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
-        find_recipe({**SMALL, **changes}, WanVAEConfig(), {})
+        find_preset({**SMALL, **changes}, WanVAEConfig(), {})
 
 
 def test_the_file_beats_the_recipe_on_the_boundary() -> None:
     def boundary(index: dict[str, Any], experts: int = 2) -> float | None:
-        return find_recipe(LARGE, WanVAEConfig(), {}, index, experts=experts).boundary_ratio
+        return find_preset(LARGE, WanVAEConfig(), {}, index, experts=experts).boundary_ratio
 
     assert boundary({}) == boundary({"boundary_ratio": None}) == 0.875
     assert boundary({"boundary_ratio": 0.5}) == 0.5 and boundary({"boundary_ratio": 1}) == 1.0
     assert boundary({}, experts=1) is None
-    assert find_variants(VARIANTS[8].signature)[0].recipe.name == "wan2.2-t2v-a14b"
+    assert find_variants(VARIANTS[8].signature)[0].preset.name == "wan2.2-t2v-a14b"

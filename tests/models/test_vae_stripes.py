@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastvid.errors import InvalidRequest, OutOfMemory
 from fastvid.models.common.vae_stream import Cache, Stream
-from fastvid.models.wan.vae import WanVAE, WanVAEConfig
-from fastvid.models.wan.vae22 import WanVAE22, WanVAE22Config
+from fastvid.models.wan.config import WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.vae import WanVAE
+from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.planning.vae_memory import cache_bytes, choose_stripes, decode_bytes
 
 NETWORKS = {

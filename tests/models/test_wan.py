@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.embeddings import RotaryTables, rotary_table, timestep_sinusoid
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig, group_timesteps
+from fastvid.models.wan.config import WanTransformerConfig
+from fastvid.models.wan.transformer import WanTransformer, group_timesteps
 from fastvid.ops import reference
 
 SMALL: dict[str, Any] = {

@@ -270,8 +270,8 @@ def test_an_original_folder_of_the_5b(tmp_path: Path) -> None:
     assert (tmp_path / "original" / "Wan2.2_VAE.safetensors").is_file()
     asked = {"prompt": "a red circle", "height": 64, "width": 64, "num_frames": 5, "seed": 1, "num_inference_steps": 1}
     pipes = [fastvid.load(str(tmp_path / name), device="cpu") for name in ("made", "original")]
-    assert all(isinstance(pipe._model.vae, WanVAE22) and pipe._model.recipe.per_token_timesteps for pipe in pipes)
-    assert pipes[0]._model.recipe == pipes[1]._model.recipe
+    assert all(isinstance(pipe._model.vae, WanVAE22) and pipe._model.preset.per_token_timesteps for pipe in pipes)
+    assert pipes[0]._model.preset == pipes[1]._model.preset
     assert np.array_equal(*(pipe.generate(**asked).frames for pipe in pipes))
 
 
@@ -337,7 +337,7 @@ def test_broken_pairs_are_refused(two: tuple[Path, Any], file: str, changes: dic
 def test_the_5b_equals_diffusers(tmp_path: Path) -> None:
     theirs = tiny.write_checkpoint(tmp_path, vae_config=VAE_22, expand_timesteps=True)
     pipe = fastvid.load(str(tmp_path), device="cpu")
-    assert pipe._model.recipe.per_token_timesteps and pipe._model.recipe.spatial_multiple == 32
+    assert pipe._model.preset.per_token_timesteps and pipe._model.preset.spatial_multiple == 32
     latents = torch.randn(1, 48, 3, 4, 6, generator=torch.Generator().manual_seed(6))
     options = {"guidance_scale": 4.0, "height": 64, "width": 96, "num_frames": 9}
     ours = pipe.generate(**PROMPTS, **options, solver="euler", sigmas=SIGMAS, latents=latents).frames

@@ -17,7 +17,8 @@ from torch import Tensor
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import safetensors
 from fastvid.models.wan import embedders, transformer
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
+from fastvid.models.wan.config import OPTIONAL, WanTransformerConfig
+from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops import reference
 
 TEXT = 512  # rows: diffusers' model takes everything in front of the last 512 for pictures
@@ -237,7 +238,7 @@ def test_first_and_last_picture_are_needed_together(models: dict[str, Any]) -> N
 
 
 def test_a_text_model_takes_no_pictures() -> None:
-    plain = {key: value for key, value in I2V.items() if key not in transformer.OPTIONAL}
+    plain = {key: value for key, value in I2V.items() if key not in OPTIONAL}
     model = WanTransformer(WanTransformerConfig.from_dict(plain))
     with pytest.raises(InvalidRequest, match="takes no image embeddings"):
         model.prepare_context(torch.zeros(2, 7, 20), torch.zeros(2, 5, 40))

@@ -11,8 +11,9 @@ from gradients import gradients
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
-from fastvid.models.wan.vace import VACEContext, WanVACEConfig, WanVACETransformer
+from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig
+from fastvid.models.wan.transformer import WanTransformer
+from fastvid.models.wan.vace import VACEContext, WanVACETransformer
 
 SMALL: dict[str, Any] = {
     "num_attention_heads": 3,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastvid.errors import CheckpointError
-from fastvid.models.wan.vae import Cache, WanVAE, WanVAEConfig
+from fastvid.models.wan.config import WanVAEConfig
+from fastvid.models.wan.vae import Cache, WanVAE
 from fastvid.ops import vae as ops
 from fastvid.ops import winograd
 

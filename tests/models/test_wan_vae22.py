@@ -25,8 +25,9 @@ import fastvid
 from fastvid.errors import CheckpointError
 from fastvid.models.registry import KINDS
 from fastvid.models.wan import vae22
-from fastvid.models.wan.vae import WanVAE, WanVAEConfig
-from fastvid.models.wan.vae22 import WanVAE22, WanVAE22Config, add_spread, average_down, patchify, unpatchify
+from fastvid.models.wan.config import MEAN, STD, WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.vae import WanVAE
+from fastvid.models.wan.vae22 import WanVAE22, add_spread, average_down, patchify, unpatchify
 from fastvid.ops import reference, winograd
 from fastvid.ops import vae as ops
 from fastvid.planning import plan, vae_memory
@@ -67,8 +68,8 @@ PUBLISHED: dict[str, Any] = {
     "dropout": 0.0,
     "in_channels": 12,
     "is_residual": True,
-    "latents_mean": list(vae22.MEAN),
-    "latents_std": list(vae22.STD),
+    "latents_mean": list(MEAN),
+    "latents_std": list(STD),
     "num_res_blocks": 2,
     "out_channels": 12,
     "patch_size": 2,

@@ -46,7 +46,7 @@ def pipe(theirs: Any, folder: Path) -> fastvid.Pipeline:
 @pytest.fixture(scope="module")
 def short(pipe: fastvid.Pipeline) -> fastvid.Pipeline:
     """The same in segments of three columns, each shown the last one of the segment before."""
-    return type(pipe)(replace(pipe._model, recipe=replace(pipe._model.recipe, window=3, context=1)))
+    return type(pipe)(replace(pipe._model, preset=replace(pipe._model.preset, window=3, context=1)))
 
 
 def drawn(seed: int, frames: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -238,7 +238,7 @@ def test_streaming_and_going_on_after_any_step(
     copies = snapshots(
         short.stream(verb="edit", **given, **options, checkpoint=path, checkpoint_every=0), path, tmp_path
     )
-    other = type(short)(replace(fastvid.load(str(folder), device="cpu")._model, recipe=short._model.recipe))
+    other = type(short)(replace(fastvid.load(str(folder), device="cpu")._model, preset=short._model.preset))
     for copy in copies if kind == "region" else copies[1:2]:
         assert same(run(other.resume(copy, **given)), whole)
 

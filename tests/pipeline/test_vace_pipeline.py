@@ -21,7 +21,8 @@ from fastvid.engine import control, pixels
 from fastvid.engine.decode import decode_chunk
 from fastvid.loaders.convert import convert
 from fastvid.media.writer import FrameSink, read_recipe
-from fastvid.models.wan.vace import WanVACEConfig, WanVACETransformer
+from fastvid.models.wan.config import WanVACEConfig
+from fastvid.models.wan.vace import WanVACETransformer
 from fastvid.pipeline.verbs import CONTROL_OPTIONS
 from fastvid.planning import plan
 from fastvid.requests.request import fingerprint

@@ -43,7 +43,7 @@ def pipe():
 
 
 def with_recipe(pipe, **changed):
-    return type(pipe)(replace(pipe._model, recipe=replace(pipe._model.recipe, **changed)))
+    return type(pipe)(replace(pipe._model, preset=replace(pipe._model.preset, **changed)))
 
 
 def clip(frames: int = 9, height: int = 64, width: int = 64, scene: Scene = SCENE) -> np.ndarray:
@@ -82,7 +82,7 @@ def test_loop_and_blend_keep_their_clips(pipe, carries, added):
 
 def test_the_strength_of_an_edit_that_says_none(pipe):
     frames, mask = clip(5), np.ones((64, 64), bool)
-    own, other = pipe._model.recipe, with_recipe(pipe, edit_strength=None)
+    own, other = pipe._model.preset, with_recipe(pipe, edit_strength=None)
 
     def strength(at, **options):
         return at._prepare("edit", {"video": frames, "prompt": "a", **FAST, **options}).job.request.strength
@@ -134,7 +134,7 @@ def test_flow_edit_to_the_same_prompt_gives_the_source_back(pipe):
 def test_flow_edit_runs_eulers_method_unless_told(pipe):
     def solver(**options):
         request = Request.make("edit", prompt="a", video=clip(5), **options)
-        return request.resolve(pipe._model.recipe).solver
+        return request.resolve(pipe._model.preset).solver
 
     assert solver() == "unipc" and solver(source_prompt="b") == "euler"
     assert solver(source_prompt="b", solver="dpm++") == "dpm++"
@@ -157,7 +157,7 @@ def test_known_latents_come_out_as_the_vae_has_them(pipe):
 def test_noise_of_what_comes_before_has_indices_below_zero(pipe):
     rules = rules_of(pipe._model)
     request = Request.make("extend", video=clip(9), prompt="", num_frames=100, direction="both", seed=3)
-    laid = lay_out(read(request).resolve(pipe._model.recipe), rules)
+    laid = lay_out(read(request).resolve(pipe._model.preset), rules)
     kept = next(i for i, part in enumerate(laid.parts) if isinstance(part, Kept))
     indices = [
         range(s.origin + s.left_columns, s.origin + s.columns - s.right_columns)
@@ -242,7 +242,7 @@ def test_every_stretch_is_laid_whole(frames, before, after, window, context, car
 def test_the_window_that_joins_has_as_much_to_make_as_it_can(pipe):
     pipe = with_recipe(pipe, window=7, overlap=2, context=2)
     request = Request.make("loop", video=clip(9), prompt="", num_frames=33, seed=1)
-    (segment,) = lay_out(read(request).resolve(pipe._model.recipe), rules_of(pipe._model)).segments
+    (segment,) = lay_out(read(request).resolve(pipe._model.preset), rules_of(pipe._model)).segments
     found = spans(pipe._model, segment)
     assert found[-1] == (segment.columns - 7, segment.columns) and found[-2][1] == segment.columns - 5
     short = replace(segment, num_frames=4, made_frames=segment.left + 4 + segment.right)
@@ -287,7 +287,7 @@ def test_a_text_model_runs_every_verb(text_only, verb, options):
 
 def test_a_model_of_pictures_refuses_what_it_cannot_see(tmp_path):
     """A mask of whole frames says nothing of a region; a causal model sees nothing of what comes later."""
-    from fastvid.models import patterns
+    from fastvid.models import preset as patterns
 
     write_checkpoint(tmp_path)
     pipe = fastvid.load(str(tmp_path), device="cpu")

@@ -13,10 +13,9 @@ from fastvid.errors import OutOfMemory
 from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.registry import build_vae, weigh_part
+from fastvid.models.wan.config import WanTransformerConfig, WanVAE22Config, WanVAEConfig
 from fastvid.models.wan.presets import VARIANTS
-from fastvid.models.wan.transformer import WanTransformer, WanTransformerConfig
-from fastvid.models.wan.vae import WanVAEConfig
-from fastvid.models.wan.vae22 import WanVAE22Config
+from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops import vae as vae_ops
 from fastvid.planning import memory, plan
 from fastvid.planning.memory import Memory
@@ -33,7 +32,7 @@ def fit(
     name: str, config: WanTransformerConfig, card: float, size: str = "832x480", frames: int = 81, **options: object
 ) -> tuple[Memory, dict[str, Memory]]:
     """A published model on a card of so many GiB."""
-    recipe = next(variant.recipe for variant in VARIANTS if variant.recipe.name == name)
+    recipe = next(variant.preset for variant in VARIANTS if variant.preset.name == name)
     request = Request.make(prompt="a", size=size, num_frames=frames).resolve(recipe)
     capacity = int(card * GIB) - CONTEXT
     return plan.fit(request, config, WanVAEConfig(), UMT5Config(), capacity=capacity, **options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from fastvid.device.offload import Staying, Turns
+from fastvid.device.offload import Resident, Swapped
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.sampling.sigmas import TRAIN_TIMESTEPS
 
@@ -23,11 +23,11 @@ class Experts:
     """
 
     def __init__(
-        self, modules: Sequence[WanTransformer], boundary_ratio: float | None, turns: Staying | Turns | None = None
+        self, modules: Sequence[WanTransformer], boundary_ratio: float | None, turns: Resident | Swapped | None = None
     ) -> None:
         if len(modules) > 1 and boundary_ratio is None:
             raise ValueError("two experts need a boundary_ratio")
-        self.modules, self.turns = tuple(modules), turns or Staying(modules)
+        self.modules, self.turns = tuple(modules), turns or Resident(modules)
         self.boundary = boundary_ratio * TRAIN_TIMESTEPS if boundary_ratio is not None and len(modules) > 1 else None
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastvid.errors import CheckpointError
 from fastvid.models.wan import weight_names
-from fastvid.models.wan.vae22 import MEAN, STD
+from fastvid.models.wan.config import MEAN, STD
 from fastvid.models.wan.weight_name_rules import DIFFUSERS
 from fastvid.models.wan.weight_names import Shape
 

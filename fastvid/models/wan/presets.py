@@ -8,14 +8,14 @@ of FastVideo, Self-Forcing, CausVid and LongLive.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastvid.errors import CheckpointError
-from fastvid.models import patterns
-from fastvid.models.patterns import Patterns
-from fastvid.models.wan.vae22 import VAEConfig
+from fastvid.models import preset as patterns
+from fastvid.models.preset import Preset, Rollout, Signature, Variant
+from fastvid.models.wan.config import VAEConfig
 
 # Wan2.1 `wan/configs/shared_config.py`, sample_neg_prompt; the models that take pictures put more in front.
 WAN_NEGATIVE_PROMPT = (
@@ -30,96 +30,12 @@ SIZES_480P, SIZES_720P, SIZES_5B = ("832x480", "480x832"), ("1280x720", "720x128
 SIZES_14B = (*SIZES_720P, *SIZES_480P)
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """How a causal model goes through a video, in latent frames: blocks of frames_per_block; attention to `window` of
-    them (None: to all so far), the first `sink` of the video and the latest. context_noise: the timestep of the pass
-    that fills the KV cache with a finished block. recache: before a block with another prompt, what is in the cache is
-    passed once more with that. picture_in_block: a first picture is the first frame of the first block, at timestep 0;
-    else it only fills the cache."""
-
-    frames_per_block: int = 3
-    window: int | None = None
-    sink: int = 0
-    context_noise: float = 0.0
-    recache: bool = False
-    picture_in_block: bool = False
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A model's defaults. Sizes in pixels, fps in frames a second.
-
-    sigmas: the levels of a model of few steps, used as they are in place of steps and shift. solver "redraw" goes from
-    one to the next by x0 and new noise. guidance_scale_2, boundary_ratio: of models with two experts.
-    known_guidance_scale: in edits, and windows in which some latents are known, which say much of what the text does;
-    None: as elsewhere. edit_strength: of an edit that is given none and no source_prompt; None: 0.6. sizes: what it was
-    trained at, width x height. spatial_multiple: what height and width must divide by. temporal: frames a latent frame,
-    so that the model makes temporal * k + 1 frames. per_token_timesteps: it was trained with known tokens at timestep
-    0. whole_timesteps: what it is told of the levels is rounded. anchor: it was trained with the first latent frame of
-    a video in view of every window, known, as if it stood so many before the window's first; None: it was not.
-    """
-
-    name: str
-    num_inference_steps: int = 50
-    flow_shift: float = 5.0
-    sigmas: tuple[float, ...] | None = None
-    guidance_scale: float = 5.0
-    guidance_scale_2: float | None = None
-    known_guidance_scale: float | None = None
-    edit_strength: float | None = None
-    boundary_ratio: float | None = None
-    fps: float = 16.0
-    num_frames: int = 81
-    height: int = 480
-    width: int = 832
-    sizes: tuple[str, ...] = ()
-    negative_prompt: str = ""
-    solver: str = "unipc"
-    per_token_timesteps: bool = False
-    whole_timesteps: bool = False
-    spatial_multiple: int = 16
-    temporal: int = 4
-    rollout: Rollout | None = None
-    window: int = 21
-    overlap: int = 2
-    context: int = 2
-    carries: bool = False
-    anchor: int | None = None
-    patterns: Patterns = patterns.TEXT_ONLY
-
-
-class Signature(NamedTuple):
-    """What tells the variants apart, from configurations alone. image: it attends to CLIP tokens; positions: of two
-    pictures; control: it has a control branch."""
-
-    dim: int
-    num_layers: int
-    text_dim: int = 4096
-    in_channels: int = 16
-    out_channels: int = 16
-    image: bool = False
-    positions: bool = False
-    control: bool = False
-    experts: int = 1
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A named model. Of those with one signature the first is meant, unless a hint of another stands in the folder's
-    name or in the pipeline's class."""
-
-    recipe: Recipe
-    signature: Signature
-    hints: tuple[str, ...] = ()
-
-
 # ---------------------------------------------------------------- the published models
 
 SMALL, LARGE, MIDDLE = Signature(1536, 30), Signature(5120, 40), Signature(3072, 30, in_channels=48, out_channels=48)
 PICTURE = LARGE._replace(in_channels=36, image=True)
 
-EMBEDDED = Recipe(
+EMBEDDED = Preset(
     "embedded",
     num_inference_steps=20,
     flow_shift=3.0,
@@ -139,7 +55,7 @@ EMBEDDED = Recipe(
     patterns=patterns.EVERYTHING,
 )
 # The 1.3B's scheduler file says flow_shift 3; the original code takes 5.
-WAN_1_3B = Recipe("wan2.1-t2v-1.3b", sizes=SIZES_480P, negative_prompt=WAN_NEGATIVE_PROMPT)
+WAN_1_3B = Preset("wan2.1-t2v-1.3b", sizes=SIZES_480P, negative_prompt=WAN_NEGATIVE_PROMPT)
 WAN_14B = replace(WAN_1_3B, name="wan2.1-t2v-14b", height=720, width=1280, sizes=SIZES_14B)
 WAN_I2V_480P = replace(
     WAN_1_3B,
@@ -337,74 +253,74 @@ def find_variants(signature: Signature, name: str = "") -> list[Variant]:
     return sorted(found, key=lambda variant: variant not in told[:1])
 
 
-def find_recipe(
+def find_preset(
     transformer: Mapping[str, Any],
     vae: VAEConfig,
     scheduler: Mapping[str, Any],
     index: Mapping[str, Any] | None = None,
     name: str = "",
     experts: int = 1,
-) -> Recipe:
-    """The recipe of a model, by its sizes; the general one, with the scheduler file's shift, for sizes unknown here.
+) -> Preset:
+    """The preset of a model, by its sizes; the general one, with the scheduler file's shift, for sizes unknown here.
 
     transformer, scheduler, index: what transformer/config.json, scheduler_config.json and model_index.json say.
     name: what the folder and the pipeline are called. experts: how many transformers there are.
-    What the index says of the boundary and of timesteps beats the recipe.
+    What the index says of the boundary and of timesteps beats the preset.
     """
     index, signature = index or {}, read_signature(transformer, experts)
     variants = find_variants(signature, name)
-    recipe = variants[0].recipe if variants else _custom(signature, scheduler)
+    preset = variants[0].preset if variants else _custom(signature, scheduler)
     expand = index.get("expand_timesteps")
     if isinstance(expand, bool):
-        known = patterns.FIRST_FRAME if expand and not variants and experts == 1 else recipe.patterns
-        recipe = replace(recipe, per_token_timesteps=expand, patterns=known)
-    recipe = replace(recipe, boundary_ratio=_boundary(index.get("boundary_ratio"), recipe, experts))
-    return _fit(recipe, vae, _patch_size(transformer))
+        known = patterns.FIRST_FRAME if expand and not variants and experts == 1 else preset.patterns
+        preset = replace(preset, per_token_timesteps=expand, patterns=known)
+    preset = replace(preset, boundary_ratio=_boundary(index.get("boundary_ratio"), preset, experts))
+    return _fit(preset, vae, _patch_size(transformer))
 
 
-def _custom(signature: Signature, scheduler: Mapping[str, Any]) -> Recipe:
-    recipe = Recipe("wan-custom", flow_shift=_file_shift(scheduler))
+def _custom(signature: Signature, scheduler: Mapping[str, Any]) -> Preset:
+    preset = Preset("wan-custom", flow_shift=_file_shift(scheduler))
     if signature.control:
-        recipe = replace(recipe, patterns=patterns.CONTROL)
+        preset = replace(preset, patterns=patterns.CONTROL)
     elif signature.image or signature.in_channels > signature.out_channels:
         picture = patterns.TWO_PICTURES if signature.positions else patterns.PICTURE
-        recipe = replace(recipe, patterns=picture, context=1)
+        preset = replace(preset, patterns=picture, context=1)
     if signature.experts > 1:
-        one_level = patterns.one_level(recipe.patterns)
-        recipe = replace(recipe, guidance_scale_2=recipe.guidance_scale, patterns=one_level)
-    return recipe
+        one_level = patterns.one_level(preset.patterns)
+        preset = replace(preset, guidance_scale_2=preset.guidance_scale, patterns=one_level)
+    return preset
 
 
-def _fit(recipe: Recipe, vae: VAEConfig, patch_size: tuple[int, int, int]) -> Recipe:
-    """The recipe with its sizes rounded up to what this VAE and these patches can make."""
+def _fit(preset: Preset, vae: VAEConfig, patch_size: tuple[int, int, int]) -> Preset:
+    """The preset with its sizes rounded up to what this VAE and these patches can make."""
     multiple = vae.spatial_scale * patch_size[1]
     return replace(
-        recipe,
-        height=ceil(recipe.height / multiple) * multiple,
-        width=ceil(recipe.width / multiple) * multiple,
+        preset,
+        height=ceil(preset.height / multiple) * multiple,
+        width=ceil(preset.width / multiple) * multiple,
         spatial_multiple=multiple,
         temporal=vae.temporal_scale * patch_size[0],
     )
 
 
-def _boundary(given: Any, recipe: Recipe, experts: int) -> float | None:
-    """boundary_ratio of model_index.json, the recipe's if it says nothing; None for a model with one transformer."""
+def _boundary(given: Any, preset: Preset, experts: int) -> float | None:
+    """boundary_ratio of model_index.json, the preset's if it says nothing; None for a model with one transformer."""
     if given is not None and (isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1):
         raise CheckpointError(f"model_index.json: boundary_ratio is {given!r}; a number from 0 to 1 is needed")
     if experts == 1:
         if given is not None:
             raise CheckpointError(f"model_index.json: boundary_ratio is {given!r}, but there is no transformer_2")
         return None
-    if given is None and recipe.boundary_ratio is None:
+    if given is None and preset.boundary_ratio is None:
         raise CheckpointError(
             "model_index.json names a transformer_2 but no boundary_ratio; a number from 0 to 1 is needed"
         )
-    return recipe.boundary_ratio if given is None else float(given)
+    return preset.boundary_ratio if given is None else float(given)
 
 
 def _file_shift(scheduler: Mapping[str, Any]) -> float:
     """flow_shift of a multistep scheduler's file, shift of an Euler one's."""
-    value = scheduler.get("flow_shift", scheduler.get("shift", Recipe.flow_shift))
+    value = scheduler.get("flow_shift", scheduler.get("shift", Preset.flow_shift))
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise CheckpointError(f"scheduler/scheduler_config.json: flow_shift is {value!r}; a positive number is needed")
     return float(value)

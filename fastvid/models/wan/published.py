@@ -9,11 +9,9 @@ from typing import Any
 
 from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.umt5 import UMT5Config
-from fastvid.models.wan.presets import EMBEDDED, VARIANTS, Recipe, Signature
-from fastvid.models.wan.transformer import WanTransformerConfig
-from fastvid.models.wan.vace import WanVACEConfig
-from fastvid.models.wan.vae import WanVAEConfig
-from fastvid.models.wan.vae22 import WanVAE22Config
+from fastvid.models.preset import Preset, Signature
+from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.presets import EMBEDDED, VARIANTS
 
 FFN_DIM = {1536: 8960, 3072: 14336, 5120: 13824}  # by width
 VACE_STEP = {1536: 2, 5120: 5}  # every so many blocks there is a control block
@@ -21,20 +19,20 @@ HEAD_DIM = 128
 TWO_PICTURES = 514  # CLIP tokens of a first and a last picture
 TEXT_LENGTH = 512
 
-NAMES = tuple(variant.recipe.name for variant in VARIANTS if variant.recipe is not EMBEDDED)
+NAMES = tuple(variant.preset.name for variant in VARIANTS if variant.preset is not EMBEDDED)
 """The models that are known by name. The embedded one is there as files."""
 
 
-def describe(name: str) -> tuple[Recipe, dict[str, Any]]:
+def describe(name: str) -> tuple[Preset, dict[str, Any]]:
     """The recipe of a published model, and the configuration of each of its parts, as a checkpoint names them."""
-    variant = next(variant for variant in VARIANTS if variant.recipe.name == name)
+    variant = next(variant for variant in VARIANTS if variant.preset.name == name)
     signature = variant.signature
     transformer, text = transformer_config(signature), UMT5Config()
     configs: dict[str, Any] = {"transformer": transformer}
     if signature.experts > 1:
         configs["transformer_2"] = transformer
     configs |= {"vae": WanVAE22Config() if signature.out_channels == 48 else WanVAEConfig(), "text_encoder": text}
-    return variant.recipe, configs | ({"image_encoder": CLIPVisionConfig()} if signature.image else {})
+    return variant.preset, configs | ({"image_encoder": CLIPVisionConfig()} if signature.image else {})
 
 
 def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACEConfig:

@@ -9,82 +9,27 @@ Maths: Wan2.1 `wan/modules/model.py` (Apache-2.0).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.distributed.mesh import RankView
-from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid.errors import InvalidRequest
 from fastvid.layers.attention import cross_attention, self_attention
-from fastvid.layers.embeddings import RotaryTables, group_timesteps
+from fastvid.layers.embeddings import RotaryTables, group_timesteps, timestep_sinusoid
 from fastvid.layers.fused import FusedLinear
 from fastvid.layers.kv_cache import KVCache, LayerCache
-from fastvid.layers.linear import FeedForward, Linear, linear
+from fastvid.layers.linear import FeedForward, Linear, TwoLinears, linear, linear_gelu_tanh
 from fastvid.layers.parameters import normal_parameter
 from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import Split
-from fastvid.models.common.config_reader import read_fields
-from fastvid.models.wan.embedders import ConditionEmbedder
+from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.ops import reference
 
-QK_NORM = "rms_norm_across_heads"
-OPTIONAL = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
-
-
-@dataclass(frozen=True)
-class WanTransformerConfig:
-    """What `transformer/config.json` says. Width d is num_attention_heads * attention_head_dim.
-
-    image_dim, added_kv_proj_dim: width of a picture's tokens before and after the image embedder; 0 in models that see
-    no CLIP tokens. pos_embed_seq_len: how many tokens first and last picture have together; 0 if they get no positions.
-    """
-
-    num_attention_heads: int = 40
-    attention_head_dim: int = 128
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    ffn_dim: int = 13824
-    num_layers: int = 40
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    cross_attn_norm: bool = True
-    eps: float = 1e-6
-    image_dim: int = 0
-    added_kv_proj_dim: int = 0
-    pos_embed_seq_len: int = 0
-
-    @property
-    def dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> WanTransformerConfig:
-        """Read a diffusers config; CheckpointError for values that this model does not implement."""
-        config = {**config, "out_channels": config.get("out_channels") or config.get("in_channels", cls.in_channels)}
-        config = {key: value for key, value in config.items() if key not in OPTIONAL or value is not None}
-        if config.get("vace_layers") is not None:
-            raise CheckpointError("transformer/config.json has vace_layers: it is a VACE model, not a plain one")
-        if config.get("qk_norm", QK_NORM) != QK_NORM:
-            raise CheckpointError(
-                f"transformer/config.json has qk_norm={config['qk_norm']!r}; only {QK_NORM!r} is known"
-            )
-        made = read_fields(cls, config, "transformer/config.json", ignored=("qk_norm", "rope_max_seq_len"))
-        if made.attention_head_dim % 2 or made.freq_dim % 2:
-            raise CheckpointError("transformer/config.json: attention_head_dim and freq_dim have to be even")
-        made._check_image_widths()
-        return made
-
-    def _check_image_widths(self) -> None:
-        if self.added_kv_proj_dim != (self.dim if self.image_dim else 0):
-            raise CheckpointError(
-                f"transformer/config.json has image_dim={self.image_dim} (width of a CLIP picture) and "
-                f"added_kv_proj_dim={self.added_kv_proj_dim} (attention to picture tokens); a model needs both, the "
-                f"second as wide as the model ({self.dim}), or neither"
-            )
+IMAGE_NORM_EPS = 1e-5  # of the norms around the image embedder, whatever the config's eps
 
 
 class Modulation(NamedTuple):
@@ -206,6 +151,53 @@ class Block(nn.Module):
             x, y = self.ops.gated_residual_layer_norm(x, y, gate1, index, *norm)
         x, y = self.ops.residual_norm(x, self.attn2(y, *context), shift2, scale2, index, self.eps)
         return Stream(x, self.ffn(y), gate2)
+
+
+class ImageEmbedder(nn.Module):
+    """CLIP tokens to the width of the model; first and last picture told apart by learned positions, if it has them."""
+
+    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
+        super().__init__()
+        self.ops = ops
+        self.norm1 = nn.LayerNorm(config.image_dim, IMAGE_NORM_EPS)
+        self.ff = FeedForward(config.image_dim, config.image_dim, config.dim, ops, exact=True)
+        self.norm2 = nn.LayerNorm(config.dim, IMAGE_NORM_EPS)
+        self.pos_embed = None
+        if config.pos_embed_seq_len:
+            self.pos_embed = normal_parameter(1, config.pos_embed_seq_len, config.image_dim, std=0.02)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """[B, M, image_dim] -> [B, M, d]."""
+        pictures = pictures.to(self.ff.net[2].weight.dtype)
+        x = pictures if self.pos_embed is None else pictures + self.pos_embed
+        x = self.ff(self.ops.layer_norm(x, self.norm1.weight, self.norm1.bias, IMAGE_NORM_EPS))
+        return self.ops.layer_norm(x, self.norm2.weight, self.norm2.bias, IMAGE_NORM_EPS)
+
+
+class ConditionEmbedder(nn.Module):
+    """Timesteps to modulation rows, text and pictures to the width of the model."""
+
+    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
+        super().__init__()
+        self.ops, self.freq_dim = ops, config.freq_dim
+        self.time_embedder = TwoLinears(config.freq_dim, config.dim)
+        self.time_proj = Linear(config.dim, 6 * config.dim)
+        self.text_embedder = TwoLinears(config.text_dim, config.dim)
+        self.image_embedder = ImageEmbedder(config, ops) if config.image_dim else None
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Distinct timesteps [K] -> fp32 embedding [K, d] for the head and fp32 rows [K, 6, d] for the blocks."""
+        layers = self.time_embedder
+        wave = timestep_sinusoid(timestep, self.freq_dim).to(layers.linear_1.weight.dtype)
+        embedding = layers.linear_2(F.silu(layers.linear_1(wave)))
+        rows = self.time_proj(F.silu(embedding).to(self.time_proj.weight.dtype))
+        return embedding.float(), rows.float().unflatten(-1, (6, -1))
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """[B, L, text_dim] -> [B, L, d]."""
+        layers = self.text_embedder
+        text = text.to(layers.linear_1.weight.dtype)
+        return layers.linear_2(linear_gelu_tanh(self.ops, layers.linear_1, text))
 
 
 def call(function: Callable[..., Tensor], *args: Any) -> Tensor:

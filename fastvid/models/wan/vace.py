@@ -1,65 +1,28 @@
 """Wan VACE: the Wan transformer with a second, shorter stack of blocks that sees control latents (known frames, masks,
 reference pictures) and gives hints to the first. Parameter names are those of diffusers' WanVACETransformer3DModel.
 
-Shapes: as in `fastvid.models.wan.transformer`; V control channels (2 latents and a mask channel for each of their
-pixels: 96).
+Shapes: as in `fastvid.models.wan.transformer`; V control channels (2 latents and a mask channel for each
+of their pixels: 96).
 Maths: Wan2.1 `wan/modules/vace_model.py` (Apache-2.0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.distributed.mesh import RankView
-from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid.errors import InvalidRequest
 from fastvid.layers.kv_cache import KVCache
 from fastvid.layers.linear import Linear, linear
 from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import Split
-from fastvid.models.wan.transformer import Block, Modulation, WanTransformer, WanTransformerConfig
+from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig
+from fastvid.models.wan.transformer import Block, Modulation, WanTransformer
 from fastvid.ops import reference
-
-
-@dataclass(frozen=True)
-class WanVACEConfig:
-    """What `transformer/config.json` says: the transformer, and the control stack beside it.
-
-    vace_layers: the block of the transformer that each control block hints at, ascending from 0.
-    """
-
-    transformer: WanTransformerConfig
-    vace_layers: tuple[int, ...] = (0, 5, 10, 15, 20, 25, 30, 35)
-    vace_in_channels: int = 96
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> WanVACEConfig:
-        """Read a diffusers config; CheckpointError for values that this model does not implement."""
-        layers = config.get("vace_layers", cls.vace_layers)
-        channels = config.get("vace_in_channels", cls.vace_in_channels)
-        rest = {key: value for key, value in config.items() if key not in ("vace_layers", "vace_in_channels")}
-        transformer = WanTransformerConfig.from_dict(rest)
-        if not _ascending(layers, transformer.num_layers):
-            raise CheckpointError(
-                f"transformer/config.json: vace_layers is {layers!r}; a list of layers is needed that ascends from 0 "
-                f"and stays below num_layers={transformer.num_layers}"
-            )
-        if type(channels) is not int or channels < 1:
-            raise CheckpointError(
-                f"transformer/config.json: vace_in_channels is {channels!r}; a positive number is needed"
-            )
-        return cls(transformer, tuple(layers), channels)
-
-
-def _ascending(layers: Any, end: int) -> bool:
-    """Whether these are whole numbers 0 = a < b < ... < end."""
-    if not isinstance(layers, list | tuple) or not layers or not all(type(layer) is int for layer in layers):
-        return False
-    return layers[0] == 0 and layers[-1] < end and all(a < b for a, b in zip(layers[:-1], layers[1:], strict=True))
 
 
 class VACEContext(NamedTuple):

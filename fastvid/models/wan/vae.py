@@ -14,76 +14,23 @@ Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvid.errors import CheckpointError
-from fastvid.models.common.config_reader import read_vae_config
 from fastvid.models.common.vae_stream import Cache, Stream
 from fastvid.models.wan.vae_bands import Band, Bands, band_of, stream_of
 from fastvid.models.wan.vae_layers import CausalConv3d, Downsample, MidBlock, ResidualBlock, RMSNorm, Upsample
 from fastvid.ops import reference, vae
 
 if TYPE_CHECKING:
-    from fastvid.models.wan.vae22 import VAEConfig
+    from fastvid.models.wan.config import VAEConfig
 
 # Values of the widest activation that one step on a CPU may make: 64 MB, or one latent frame if that is more.
 CPU_CHUNK = 2**24
-
-
-@dataclass(frozen=True)
-class WanVAEConfig:
-    """What `vae/config.json` says. Channel widths are base_dim * dim_mult; temporal scale is 2 per True."""
-
-    base_dim: int = 96
-    z_dim: int = 16
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    temperal_downsample: tuple[bool, ...] = (False, True, True)
-    latents_mean: tuple[float, ...] = (0.0,) * 16
-    latents_std: tuple[float, ...] = (1.0,) * 16
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> WanVAEConfig:
-        """Reads a diffusers AutoencoderKLWan configuration.
-
-        Raises:
-            CheckpointError: the configuration asks for what this network cannot do.
-        """
-        if config.get("is_residual"):
-            raise CheckpointError("vae/config.json describes a Wan 2.2 VAE (is_residual): read it as WanVAE22Config")
-        if config.get("patch_size") not in (None, 1):
-            raise CheckpointError(
-                f"vae/config.json has patch_size={config['patch_size']}; only the Wan 2.2 VAE (is_residual) has patches"
-            )
-        return read_vae_config(cls, config)
-
-    @property
-    def decoder_base_dim(self) -> int:
-        return self.base_dim
-
-    @property
-    def frame_channels(self) -> int:
-        """Channels of the frames as the network's first layer sees them."""
-        return 3
-
-    @property
-    def widest(self) -> int:
-        """Values that the widest activation holds for each pixel of a frame."""
-        return self.base_dim
-
-    @property
-    def spatial_scale(self) -> int:
-        return 2 ** (len(self.dim_mult) - 1)
-
-    @property
-    def temporal_scale(self) -> int:
-        return 2 ** sum(self.temperal_downsample)
 
 
 class Encoder(nn.Module):

@@ -12,8 +12,7 @@ Autoencoder for Efficient High-Resolution Diffusion Models", 2024.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -22,88 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
-from fastvid.models.common.config_reader import read_vae_config
 from fastvid.models.common.vae_stream import Cache, Stream
-from fastvid.models.wan.vae import Decoder, Encoder, WanVAE, WanVAEConfig
+from fastvid.models.wan.config import WanVAE22Config
+from fastvid.models.wan.vae import Decoder, Encoder, WanVAE
 from fastvid.models.wan.vae_bands import Bands, band_of
 from fastvid.models.wan.vae_layers import Downsample, ResidualBlock, Upsample
-
-# Of the published latents, by Wan2.2 `wan/modules/vae2_2.py`.
-# fmt: off
-MEAN = (
-    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
-)
-STD = (
-    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
-)
-# fmt: on
-
-
-@dataclass(frozen=True)
-class WanVAE22Config:
-    """What `vae/config.json` says; the defaults are the published ones. Channel widths are base_dim * dim_mult in the
-    encoder and decoder_base_dim * dim_mult in the decoder; temporal scale is 2 per True.
-    """
-
-    base_dim: int = 160
-    decoder_base_dim: int = 256
-    z_dim: int = 48
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    temperal_downsample: tuple[bool, ...] = (False, True, True)
-    patch_size: int = 2
-    latents_mean: tuple[float, ...] = MEAN
-    latents_std: tuple[float, ...] = STD
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> WanVAE22Config:
-        """Reads a diffusers AutoencoderKLWan configuration with is_residual.
-
-        Raises:
-            CheckpointError: the configuration asks for what this network cannot do.
-        """
-        if not config.get("is_residual"):
-            raise CheckpointError("vae/config.json describes a Wan 2.1 VAE (no is_residual): read it as WanVAEConfig")
-        defaults = {"patch_size": 1, "decoder_base_dim": config.get("base_dim", cls.base_dim)}
-        unset = {key: value for key, value in defaults.items() if config.get(key) is None}
-        vae = read_vae_config(cls, {**config, **unset})
-        vae._check(config)
-        return vae
-
-    def _check(self, config: Mapping[str, Any]) -> None:
-        for key in ("in_channels", "out_channels"):
-            if config.get(key, 3) != self.frame_channels:
-                raise CheckpointError(
-                    f"vae/config.json has {key}={config.get(key, 3)}; RGB in patches of patch_size={self.patch_size} "
-                    f"needs {self.frame_channels}"
-                )
-
-    @property
-    def frame_channels(self) -> int:
-        """Channels of the frames as the network's first layer sees them."""
-        return 3 * self.patch_size**2
-
-    @property
-    def widest(self) -> int:
-        """Values that the widest activation, the last upsampler's, holds for each pixel of a frame."""
-        return self.decoder_base_dim * self.dim_mult[:2][-1] // self.patch_size**2
-
-    @property
-    def spatial_scale(self) -> int:
-        return self.patch_size * 2 ** (len(self.dim_mult) - 1)
-
-    @property
-    def temporal_scale(self) -> int:
-        return 2 ** sum(self.temperal_downsample)
-
-
-VAEConfig = WanVAEConfig | WanVAE22Config
 
 
 def patchify(frames: Tensor, size: int) -> Tensor:

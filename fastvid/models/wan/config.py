@@ -1,0 +1,235 @@
+"""What the configuration files of Wan's networks say: dataclasses for the transformers and the VAEs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastvid.errors import CheckpointError
+from fastvid.models.common.config_reader import read_fields, read_vae_config
+
+QK_NORM = "rms_norm_across_heads"
+
+
+OPTIONAL = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+
+
+@dataclass(frozen=True)
+class WanTransformerConfig:
+    """What `transformer/config.json` says. Width d is num_attention_heads * attention_head_dim.
+
+    image_dim, added_kv_proj_dim: width of a picture's tokens before and after the image embedder; 0 in models that see
+    no CLIP tokens. pos_embed_seq_len: how many tokens first and last picture have together; 0 if they get no positions.
+    """
+
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    image_dim: int = 0
+    added_kv_proj_dim: int = 0
+    pos_embed_seq_len: int = 0
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> WanTransformerConfig:
+        """Read a diffusers config; CheckpointError for values that this model does not implement."""
+        config = {**config, "out_channels": config.get("out_channels") or config.get("in_channels", cls.in_channels)}
+        config = {key: value for key, value in config.items() if key not in OPTIONAL or value is not None}
+        if config.get("vace_layers") is not None:
+            raise CheckpointError("transformer/config.json has vace_layers: it is a VACE model, not a plain one")
+        if config.get("qk_norm", QK_NORM) != QK_NORM:
+            raise CheckpointError(
+                f"transformer/config.json has qk_norm={config['qk_norm']!r}; only {QK_NORM!r} is known"
+            )
+        made = read_fields(cls, config, "transformer/config.json", ignored=("qk_norm", "rope_max_seq_len"))
+        if made.attention_head_dim % 2 or made.freq_dim % 2:
+            raise CheckpointError("transformer/config.json: attention_head_dim and freq_dim have to be even")
+        made._check_image_widths()
+        return made
+
+    def _check_image_widths(self) -> None:
+        if self.added_kv_proj_dim != (self.dim if self.image_dim else 0):
+            raise CheckpointError(
+                f"transformer/config.json has image_dim={self.image_dim} (width of a CLIP picture) and "
+                f"added_kv_proj_dim={self.added_kv_proj_dim} (attention to picture tokens); a model needs both, the "
+                f"second as wide as the model ({self.dim}), or neither"
+            )
+
+
+@dataclass(frozen=True)
+class WanVACEConfig:
+    """What `transformer/config.json` says: the transformer, and the control stack beside it.
+
+    vace_layers: the block of the transformer that each control block hints at, ascending from 0.
+    """
+
+    transformer: WanTransformerConfig
+    vace_layers: tuple[int, ...] = (0, 5, 10, 15, 20, 25, 30, 35)
+    vace_in_channels: int = 96
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> WanVACEConfig:
+        """Read a diffusers config; CheckpointError for values that this model does not implement."""
+        layers = config.get("vace_layers", cls.vace_layers)
+        channels = config.get("vace_in_channels", cls.vace_in_channels)
+        rest = {key: value for key, value in config.items() if key not in ("vace_layers", "vace_in_channels")}
+        transformer = WanTransformerConfig.from_dict(rest)
+        if not _ascending(layers, transformer.num_layers):
+            raise CheckpointError(
+                f"transformer/config.json: vace_layers is {layers!r}; a list of layers is needed that ascends from 0 "
+                f"and stays below num_layers={transformer.num_layers}"
+            )
+        if type(channels) is not int or channels < 1:
+            raise CheckpointError(
+                f"transformer/config.json: vace_in_channels is {channels!r}; a positive number is needed"
+            )
+        return cls(transformer, tuple(layers), channels)
+
+
+def _ascending(layers: Any, end: int) -> bool:
+    """Whether these are whole numbers 0 = a < b < ... < end."""
+    if not isinstance(layers, list | tuple) or not layers or not all(type(layer) is int for layer in layers):
+        return False
+    return layers[0] == 0 and layers[-1] < end and all(a < b for a, b in zip(layers[:-1], layers[1:], strict=True))
+
+
+@dataclass(frozen=True)
+class WanVAEConfig:
+    """What `vae/config.json` says. Channel widths are base_dim * dim_mult; temporal scale is 2 per True."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = (0.0,) * 16
+    latents_std: tuple[float, ...] = (1.0,) * 16
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> WanVAEConfig:
+        """Reads a diffusers AutoencoderKLWan configuration.
+
+        Raises:
+            CheckpointError: the configuration asks for what this network cannot do.
+        """
+        if config.get("is_residual"):
+            raise CheckpointError("vae/config.json describes a Wan 2.2 VAE (is_residual): read it as WanVAE22Config")
+        if config.get("patch_size") not in (None, 1):
+            raise CheckpointError(
+                f"vae/config.json has patch_size={config['patch_size']}; only the Wan 2.2 VAE (is_residual) has patches"
+            )
+        return read_vae_config(cls, config)
+
+    @property
+    def decoder_base_dim(self) -> int:
+        return self.base_dim
+
+    @property
+    def frame_channels(self) -> int:
+        """Channels of the frames as the network's first layer sees them."""
+        return 3
+
+    @property
+    def widest(self) -> int:
+        """Values that the widest activation holds for each pixel of a frame."""
+        return self.base_dim
+
+    @property
+    def spatial_scale(self) -> int:
+        return 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def temporal_scale(self) -> int:
+        return 2 ** sum(self.temperal_downsample)
+
+
+# Of the published latents, by Wan2.2 `wan/modules/vae2_2.py`.
+# fmt: off
+MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)
+
+
+STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class WanVAE22Config:
+    """What `vae/config.json` says; the defaults are the published ones. Channel widths are base_dim * dim_mult in the
+    encoder and decoder_base_dim * dim_mult in the decoder; temporal scale is 2 per True.
+    """
+
+    base_dim: int = 160
+    decoder_base_dim: int = 256
+    z_dim: int = 48
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    patch_size: int = 2
+    latents_mean: tuple[float, ...] = MEAN
+    latents_std: tuple[float, ...] = STD
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> WanVAE22Config:
+        """Reads a diffusers AutoencoderKLWan configuration with is_residual.
+
+        Raises:
+            CheckpointError: the configuration asks for what this network cannot do.
+        """
+        if not config.get("is_residual"):
+            raise CheckpointError("vae/config.json describes a Wan 2.1 VAE (no is_residual): read it as WanVAEConfig")
+        defaults = {"patch_size": 1, "decoder_base_dim": config.get("base_dim", cls.base_dim)}
+        unset = {key: value for key, value in defaults.items() if config.get(key) is None}
+        vae = read_vae_config(cls, {**config, **unset})
+        vae._check(config)
+        return vae
+
+    def _check(self, config: Mapping[str, Any]) -> None:
+        for key in ("in_channels", "out_channels"):
+            if config.get(key, 3) != self.frame_channels:
+                raise CheckpointError(
+                    f"vae/config.json has {key}={config.get(key, 3)}; RGB in patches of patch_size={self.patch_size} "
+                    f"needs {self.frame_channels}"
+                )
+
+    @property
+    def frame_channels(self) -> int:
+        """Channels of the frames as the network's first layer sees them."""
+        return 3 * self.patch_size**2
+
+    @property
+    def widest(self) -> int:
+        """Values that the widest activation, the last upsampler's, holds for each pixel of a frame."""
+        return self.decoder_base_dim * self.dim_mult[:2][-1] // self.patch_size**2
+
+    @property
+    def spatial_scale(self) -> int:
+        return self.patch_size * 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def temporal_scale(self) -> int:
+        return 2 ** sum(self.temperal_downsample)
+
+
+VAEConfig = WanVAEConfig | WanVAE22Config
