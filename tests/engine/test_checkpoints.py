@@ -19,8 +19,7 @@ import torch
 import fastvid
 from fastvid.engine import resume, resume_files
 from fastvid.engine.events import Finished, Frames, Started, Step
-from fastvid.models.preset import EVERYTHING
-from fastvid.models.wan.presets import Rollout
+from fastvid.models.preset import EVERYTHING, Rollout
 from fastvid.pipeline.pipeline import Pipeline
 from fastvid.sampling import SolverState
 from fastvid.sampling.loop import Position

@@ -18,8 +18,8 @@ from torch import Tensor
 import fastvid
 from fastvid.engine import rollouts
 from fastvid.engine.events import Finished, Frames, Step
+from fastvid.models.preset import Preset, Rollout
 from fastvid.models.wan import presets
-from fastvid.models.wan.presets import Recipe, Rollout
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops import reference
 from fastvid.sampling import combine, find_solver, latent_noise, make_sigmas
@@ -51,7 +51,7 @@ def plain(folder):
     return load(folder)
 
 
-def with_recipe(pipe: fastvid.Pipeline, recipe: Recipe, **changes: Any) -> fastvid.Pipeline:
+def with_recipe(pipe: fastvid.Pipeline, recipe: Preset, **changes: Any) -> fastvid.Pipeline:
     """The pipeline as if it were of another kind, of this checkpoint's sizes."""
     made = replace(recipe, spatial_multiple=16, temporal=4, **changes)
     return fastvid.Pipeline(replace(pipe._model, preset=made))

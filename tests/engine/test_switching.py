@@ -11,7 +11,8 @@ import torch
 
 import fastvid
 from fastvid.engine.events import Finished, Frames, Started, Step
-from fastvid.models.wan.presets import LONGLIVE, Rollout
+from fastvid.models.preset import Rollout
+from fastvid.models.wan.presets import LONGLIVE
 
 SIZE = {"height": 64, "width": 64, "fps": 16, "seed": 4}
 FIRST, THEN = "a red circle moving right", "a blue square growing"
