@@ -175,7 +175,7 @@ SELF_FORCING, CAUSVID, LONGLIVE, LONGLIVE_2 = (
 )
 SMALL = Rollout(frames_per_block=2, window=5, sink=1, recache=True)
 # A recipe, what of it is changed, how it is asked, the columns that come out of it, and those that are known alone.
-CASES: dict[str, tuple[Recipe, dict[str, Any], dict[str, Any], int, int]] = {
+CASES: dict[str, tuple[Preset, dict[str, Any], dict[str, Any], int, int]] = {
     "self-forcing": (SELF_FORCING, {}, {"num_frames": 21}, 6, 0),
     "a part of a block": (SELF_FORCING, {}, {"num_frames": 18}, 6, 0),
     "one frame": (SELF_FORCING, {}, {"num_frames": 1}, 3, 0),
