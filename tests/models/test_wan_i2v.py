@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import safetensors
-from fastvid.models.wan import embedders, transformer
+from fastvid.models.wan import transformer as embedders, transformer
 from fastvid.models.wan.config import OPTIONAL, WanTransformerConfig
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops import reference
