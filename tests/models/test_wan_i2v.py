@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import safetensors
-from fastvid.models.wan import transformer as embedders, transformer
+from fastvid.models.wan import transformer
 from fastvid.models.wan.config import OPTIONAL, WanTransformerConfig
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops import reference
@@ -116,7 +116,7 @@ def test_known_channels_may_come_by_themselves() -> None:
 
 
 def wrong_eps(model: WanTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedders, "IMAGE_NORM_EPS", 1e-6)
+    monkeypatch.setattr(transformer, "IMAGE_NORM_EPS", 1e-6)
 
 
 def wrong_gelu(model: WanTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
