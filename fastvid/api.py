@@ -16,8 +16,8 @@ from fastvid.distributed import layout as ranks
 from fastvid.engine.events import Plan
 from fastvid.engine.queue import RUNNING
 from fastvid.errors import InvalidRequest
-from fastvid.loaders.checkpoint import lora_problems
 from fastvid.loaders.find import read_checkpoint
+from fastvid.loaders.lora import lora_problems
 from fastvid.models.loaded import Model
 from fastvid.pipeline.load import load_parts, outline, read_loras
 from fastvid.pipeline.pipeline import MAX_RUNNING, Pipeline, plan_of

@@ -75,7 +75,7 @@ def replace_parts(folder: Path, index: Mapping[str, Any], given: Given) -> Whole
     index = dict(index) | {name: _class_of(part) for name, part in parts.items()}
     if "transformer" in parts:
         index["_class_name"] = original.pipeline_of(parts["transformer"].identity)
-    tokenizer = sources.read_tokenizer(given[TOKENIZER]) if TOKENIZER in given else folder / TOKENIZER
+    tokenizer = sources.find_tokenizer(given[TOKENIZER]) if TOKENIZER in given else folder / TOKENIZER
     return Whole(folder, tuple(parts.values()), index, None, None, tokenizer)
 
 
@@ -129,11 +129,11 @@ def _find(wanted: Wanted, file: Path, given: Given) -> FoundPart:
 
 def _tokenizer(text: FoundPart | None, file: Path, given: Given) -> Path:
     if source := given.get(TOKENIZER, given.get(BASE)):
-        return sources.read_tokenizer(source)
+        return sources.find_tokenizer(source)
     if "text_encoder" in given and given["text_encoder"].is_dir():
         for place in (given["text_encoder"], given["text_encoder"].parent):
             try:
-                return sources.read_tokenizer(place)
+                return sources.find_tokenizer(place)
             except CheckpointError:
                 continue
     return sources.search_tokenizer(text, file)

@@ -5,7 +5,7 @@ their safetensors files, held against the modules that would be built from them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import nn
 
 from fastvid.errors import CheckpointError
 from fastvid.loaders import assembled, lora, original, safetensors
-from fastvid.loaders.lora import Lora
+from fastvid.loaders.lora import Lora, note_problem
+from fastvid.loaders.sources import read_tokenizer
 from fastvid.models.common.clip import CLIPVisionConfig
-from fastvid.models.common.tokenizer import TextTokenizer
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.description import Checkpoint, Part, _flat
 from fastvid.models.preset import Preset
@@ -55,9 +55,9 @@ def open_checkpoint(folder: str | Path, given: Mapping[str, str | Path] | None =
     if "tokenizer" in missing:
         problems.append(missing["tokenizer"])
     else:
-        text_length = _note(problems, lambda: TextTokenizer.read(tokenizer).text_length)
+        text_length = note_problem(problems, lambda: read_tokenizer(tokenizer).text_length)
     scheduler = whole and whole.scheduler
-    preset, alternatives = _note(problems, lambda: _preset(folder, index, parts, scheduler)) or (None, ())
+    preset, alternatives = note_problem(problems, lambda: _preset(folder, index, parts, scheduler)) or (None, ())
     problems += _disagreements(parts)
     rest = (preset, alternatives, text_length, tuple(problems), tokenizer)
     return Checkpoint(folder, index["_class_name"], tuple(parts.values()), *rest)
@@ -103,20 +103,15 @@ def fill(
     only: Container[str] | None = None,
 ) -> None:
     """Stream a part's weights, with LoRAs merged in, into its module: all of them, or `only` some, read again."""
-    _check_loras(module, part, loras)
+    lora.check_part(loras, module, part)
     merge = (lambda key, tensor: lora.merge(key, tensor, loras)) if loras else None
     safetensors.load_into(module, part.files, device, dtype, origins=part.origins, merge=merge, only=only)
 
 
 def check_fill(module: nn.Module, part: Part, loras: Sequence[Lora] = ()) -> None:
     """Raise what `fill` would raise, without reading a weight."""
-    _check_loras(module, part, loras)
+    lora.check_part(loras, module, part)
     safetensors.read_fitting(module, part.files, part.origins)
-
-
-def _check_loras(module: nn.Module, part: Part, loras: Sequence[Lora]) -> None:
-    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    lora.check(loras, shapes, str(part.files[0].parent))
 
 
 def _part_names(index: Mapping[str, Any]) -> list[str]:
@@ -138,16 +133,16 @@ def _open_part(
     given, path = _class_of(index, name), folder / name / "config.json"
     if given is None:
         return Part(name, None, problems=(f"{INDEX}: {name} is a None; only {kind.class_name} is supported",))
-    stated = found.config if found else _note(problems, lambda: safetensors.read_json(path))
+    stated = found.config if found else note_problem(problems, lambda: safetensors.read_json(path))
     config = module = None
     if given not in (kind.class_name, kind.also):
         problems.append(f"{INDEX}: {name} is a {given}; only {kind.class_name} is supported")
     elif stated is not None:
-        config, module = _note(problems, lambda: _read_part(kind, stated, path)) or (None, None)
+        config, module = note_problem(problems, lambda: _read_part(kind, stated, path)) or (None, None)
         if config is not None and given == CONTROLLED != stated.get("_class_name", given):
             problems.append(f"{INDEX}: {name} is a {given}, but {path} is of a {stated['_class_name']}")
-    files = found.files if found else _note(problems, lambda: safetensors.find_files(folder / name)) or ()
-    entries = found.entries if found else _note(problems, lambda: safetensors.read_headers(files)) or {}
+    files = found.files if found else note_problem(problems, lambda: safetensors.find_files(folder / name)) or ()
+    entries = found.entries if found else note_problem(problems, lambda: safetensors.read_headers(files)) or {}
     origins = weight_names.origins(entries, weight_name_rules.DIFFUSERS) if found else None
     entries = entries if origins is None else safetensors.made_of(origins, entries)
     if module is not None and entries:
@@ -267,25 +262,3 @@ def _class_of(index: Mapping[str, Any], name: str) -> str | None:
     """The class that model_index.json names for a component: the second of [library, class]."""
     value = index.get(name)
     return value[1] if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) else None
-
-
-def _note(problems: list[str], read: Callable[[], Any]) -> Any:
-    """What `read` returns, or None with the reason added to the problems."""
-    try:
-        return read()
-    except CheckpointError as error:
-        problems.append(str(error))
-        return None
-
-
-def lora_problems(checkpoint: Checkpoint, merging: Lora) -> list[str]:
-    """What keeps a LoRA from being merged into a model's transformers; empty if nothing does."""
-    problems: list[str] = []
-    for part in map(checkpoint.part, lora.experts_of(merging, checkpoint.experts, problems)):
-        if part.config is None:
-            problems.append(f"the {part.name} cannot be read")
-            continue
-        state = on_meta(kind_of(part.name), part.config, reference).state_dict()
-        shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-        _note(problems, lambda shapes=shapes: lora.check([merging], shapes))
-    return list(dict.fromkeys(problems))  # two experts of one shape say the same

@@ -17,18 +17,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvid.checks import nearest_name
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import safetensors
+from fastvid.models.description import Checkpoint, Part
+from fastvid.models.registry import build_empty
 from fastvid.models.wan.weight_name_rules import DIFFUSERS, rules
 from fastvid.models.wan.weight_names import Shape, some
 
@@ -224,6 +226,36 @@ def check(loras: Iterable[Lora], shapes: Mapping[str, Sequence[int]], model: str
             sentences.append(f"wrong shapes: {some(wrong)}")
         if sentences:
             raise CheckpointError(f"{lora.path} does not fit {model}: " + "; ".join(sentences))
+
+
+def check_part(loras: Iterable[Lora], module: nn.Module, part: Part) -> None:
+    """Hold LoRAs against the module of a part. Raises CheckpointError."""
+    check(loras, _shapes(module), str(part.files[0].parent))
+
+
+def lora_problems(checkpoint: Checkpoint, merging: Lora) -> list[str]:
+    """What keeps a LoRA from being merged into a model's transformers; empty if nothing does."""
+    problems: list[str] = []
+    for part in map(checkpoint.part, experts_of(merging, checkpoint.experts, problems)):
+        if part.config is None:
+            problems.append(f"the {part.name} cannot be read")
+            continue
+        shapes = _shapes(build_empty(part.name, part.config))
+        note_problem(problems, lambda shapes=shapes: check([merging], shapes))
+    return list(dict.fromkeys(problems))  # two experts of one shape say the same
+
+
+def note_problem(problems: list[str], read: Callable[[], T]) -> T | None:
+    """What `read` returns, or None with the reason added to the problems."""
+    try:
+        return read()
+    except CheckpointError as error:
+        problems.append(str(error))
+        return None
+
+
+def _shapes(module: nn.Module) -> dict[str, Shape]:
+    return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
 
 
 def touched(loras: Iterable[Lora]) -> frozenset[str]:

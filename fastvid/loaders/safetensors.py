@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
+from fastvid.models.common.config_reader import read_json, unique_names
 from fastvid.models.registry import target_dtype
 
 SUFFIX = ".safetensors"
@@ -54,28 +55,6 @@ class Origin(Protocol):
     def names(self) -> tuple[str, ...]: ...
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]: ...
     def make(self, read: Callable[[str], Tensor]) -> Tensor: ...
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; CheckpointError that names the file if it is missing or holds anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; an object {{...}} is expected")
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which no name stands twice: readers differ in which of the two they take."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{twice[:80]!r} stands there twice")
-    return made
 
 
 def find_files(folder: Path, others: Iterable[Path] = ()) -> tuple[Path, ...]:
@@ -116,7 +95,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             f"{length}; download it again (with git: git lfs pull)"
         )
     try:
-        header = json.loads(text, object_pairs_hook=_once)
+        header = json.loads(text, object_pairs_hook=unique_names)
         entries = {name: _entry(value, path, 8 + length) for name, value in header.items() if name != "__metadata__"}
         spans = sorted(value["data_offsets"] for name, value in header.items() if name != "__metadata__")
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:

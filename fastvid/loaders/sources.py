@@ -12,6 +12,7 @@ one in fp32 is taken, if there is just one; otherwise the caller has to say whic
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from fastvid.errors import CheckpointError
 from fastvid.loaders import original, safetensors
 from fastvid.loaders.original import FoundPart
 from fastvid.loaders.safetensors import Entry
-from fastvid.models.common.tokenizer import SPIECE_FILE, holds_spiece
+from fastvid.models.common.tokenizer import TextTokenizer
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.weight_names import some
 
@@ -34,6 +35,7 @@ NEAR = {
     "text_encoder": ("text_encoders", "clip", "text_encoder"),
     "image_encoder": ("clip_vision", "image_encoder"),
 }
+SPIECE_FILE, SPIECE_TENSOR = "spiece.model", "spiece_model"
 TOKENIZERS = ("tokenizer", original.TOKENIZER, "umt5-xxl")
 NOISE = re.compile(r"(?<![a-z])(high|low)(?![a-z])|(high|low)(?=[-_ ]?noise)", re.IGNORECASE)
 DEPTH = 2  # people sort their files into folders of their own
@@ -105,7 +107,7 @@ def held_parts(files: Iterable[Path]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found.part for found in weight_names.find_parts(safetensors.read_headers(files))))
 
 
-def read_tokenizer(path: Path) -> Path:
+def find_tokenizer(path: Path) -> Path:
     """The tokenizer in a folder of its own, in a whole model's folder, or in a file; CheckpointError if it is none."""
     places = [path, *(path / inner for inner in TOKENIZERS)] if path.is_dir() else [path]
     if found := next((place for place in places if _is_tokenizer(place)), None):
@@ -287,3 +289,36 @@ def _is_tokenizer(path: Path) -> bool:
     if path.name.endswith(safetensors.SUFFIX):
         return path.is_file() and holds_spiece(safetensors.read_header(path))
     return path.is_file() and path.suffix == ".model"
+
+
+def holds_spiece(names: Iterable[str]) -> bool:
+    """Whether tensors of these names have a sentencepiece model among them."""
+    return any(name.split(".")[-1] == SPIECE_TENSOR for name in names)
+
+
+def read_tokenizer(path: Path) -> TextTokenizer:
+    """Read a tokenizer folder, a spiece.model, or a safetensors file that holds one as `spiece_model`.
+
+    A folder with spiece.model alone is read as that file. Raises CheckpointError if it is missing or broken.
+    """
+    if path.is_dir() and not (path / "tokenizer.json").is_file() and (path / SPIECE_FILE).is_file():
+        path = path / SPIECE_FILE
+    if not path.is_file():
+        return TextTokenizer.from_folder(path)
+    return TextTokenizer.from_spiece(_read_spiece(path), str(path))
+
+
+def _read_spiece(path: Path) -> bytes:
+    """The sentencepiece model that a file is, or holds as a tensor of bytes."""
+    try:
+        if not path.name.endswith(safetensors.SUFFIX):
+            return path.read_bytes()
+        entries = safetensors.read_header(path)
+        found = [entry for name, entry in entries.items() if holds_spiece([name])]
+        if len(found) != 1 or found[0].dtype not in ("U8", "I8"):
+            raise CheckpointError(f"{path} holds no sentencepiece model as the bytes of a tensor {SPIECE_TENSOR}")
+        with path.open("rb") as file:
+            file.seek(found[0].offset)
+            return file.read(math.prod(found[0].shape))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None

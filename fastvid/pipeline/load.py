@@ -20,8 +20,8 @@ from fastvid.errors import CheckpointError, InvalidRequest, OutOfMemory
 from fastvid.loaders.checkpoint import check_fill, fill, load_part
 from fastvid.loaders.find import EMBEDDED, read_checkpoint
 from fastvid.loaders.lora import Lora, for_expert, named, read_loras, touched
+from fastvid.loaders.sources import read_tokenizer
 from fastvid.models.common.experts import Experts
-from fastvid.models.common.tokenizer import TextTokenizer
 from fastvid.models.description import Checkpoint
 from fastvid.models.loaded import Model, Sizes, Untold
 from fastvid.models.preset import Preset
@@ -89,7 +89,7 @@ def load_parts(
     vae = load_part(checkpoint, "vae", ops, where, vae_kind)
     if ops.bound["vae_norm_silu_conv3d"] != "reference":
         vae_gpu.channels_last(vae)  # here once, instead of in every call
-    tokenizer = TextTokenizer.read(checkpoint.tokenizer)
+    tokenizer = read_tokenizer(checkpoint.tokenizer)
     made = Model(str(model), checkpoint, checkpoint.preset, tokenizer, loaded[0], experts, vae, ops, where, kind)
     image_encoder = loaded[1] if len(loaded) > 1 else None
     image_bytes = weigh(image_encoder).total if image_encoder is not None else 0

@@ -20,7 +20,8 @@ from fastvid.api import inspect
 from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import safetensors
-from fastvid.models.common.tokenizer import TextTokenizer, clean_prompt
+from fastvid.loaders.sources import read_tokenizer
+from fastvid.models.common.tokenizer import clean_prompt
 from fastvid.models.wan.weight_name_rules import DIFFUSERS, ORIGINAL
 from fastvid.models.wan.weight_names import origins
 from tests import tiny
@@ -256,7 +257,7 @@ def test_inspect_says_where_parts_come_from(
 
 def test_ids_are_those_of_sentencepiece() -> None:
     """tiny_spiece.json was written by the sentencepiece library from the same model."""
-    tokenizer = TextTokenizer.read(DATA / "tiny_spiece.model")
+    tokenizer = read_tokenizer(DATA / "tiny_spiece.model")
     rows = json.loads((DATA / "tiny_spiece.json").read_text())
     assert len(rows) > 30
     for text, ids in rows.items():
@@ -267,7 +268,7 @@ def test_ids_are_those_of_sentencepiece() -> None:
 def test_the_tokenizer_inside_a_text_encoder(tmp_path: Path) -> None:
     folder = tmp_path / "published"
     tiny.write_checkpoint(folder, vocab_size=64, **HEADS)
-    tokenizer = TextTokenizer.read(DATA / "tiny_spiece.model")
+    tokenizer = read_tokenizer(DATA / "tiny_spiece.model")
     tokenizer.inner.save(str(folder / "tokenizer" / "tokenizer.json"))
     config = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 512}))
@@ -291,7 +292,7 @@ def test_the_tokenizer_inside_a_text_encoder(tmp_path: Path) -> None:
 def test_broken_sentencepiece_models(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"spiece\.model is no sentencepiece model that can be used"):
-        TextTokenizer.read(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 # ---------------------------------------------------------------- what is wrong

@@ -1,10 +1,13 @@
-"""A config.json, as a frozen dataclass."""
+"""JSON files read with checks, and a config.json as a frozen dataclass."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastvid.errors import CheckpointError
@@ -13,6 +16,29 @@ T = TypeVar("T")
 
 # Modules are built, without weights, to see what a config asks for: a depth that nobody publishes would take forever.
 DEPTHS, DEEPEST = ("num_layers", "num_hidden_layers", "num_res_blocks"), 512
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError if the file is missing or holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_names)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; an object {{...}} is expected")
+    return value
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: an object without duplicate names, of which readers would take different ones. Raises
+    ValueError."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice[:80]!r} stands there twice")
+    return made
 
 
 def read_fields(

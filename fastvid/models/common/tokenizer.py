@@ -6,9 +6,8 @@ Shapes: B prompts, L tokens, d width of the text encoder.
 from __future__ import annotations
 
 import html
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
-from fastvid.loaders import safetensors
+from fastvid.models.common.config_reader import read_json
 from fastvid.models.common.spiece import PAD, read_spiece
 
 MAX_TEXT_LENGTH = 512  # rows of text that Wan was trained with
-SPIECE_FILE, SPIECE_TENSOR = "spiece.model", "spiece_model"
 
 
 @dataclass(frozen=True)
@@ -34,19 +32,12 @@ class TextTokenizer:
     pad_id: int
 
     @classmethod
-    def read(cls, path: Path) -> TextTokenizer:
-        """Read a tokenizer folder, a spiece.model, or a safetensors file that holds one as `spiece_model`.
+    def from_spiece(cls, data: bytes, source: str) -> TextTokenizer:
+        """Of a sentencepiece model, which says nothing of lengths: 512 tokens, as Wan was trained with.
 
-        A folder with spiece.model alone is read as that file. Raises CheckpointError if it is missing or broken.
+        Raises CheckpointError, with `source` in front, for bytes that are none.
         """
-        if path.is_dir() and not (path / "tokenizer.json").is_file() and (path / SPIECE_FILE).is_file():
-            path = path / SPIECE_FILE
-        return cls.from_spiece(path) if path.is_file() else cls.from_folder(path)
-
-    @classmethod
-    def from_spiece(cls, path: Path) -> TextTokenizer:
-        """Of a sentencepiece model, which says nothing of lengths: 512 tokens, as Wan was trained with."""
-        inner = read_spiece(_spiece_bytes(path), str(path))
+        inner = read_spiece(data, source)
         inner.enable_truncation(MAX_TEXT_LENGTH)
         return cls(inner, MAX_TEXT_LENGTH, inner.token_to_id(PAD))
 
@@ -56,7 +47,7 @@ class TextTokenizer:
 
         text_length is model_max_length, at most 512.
         """
-        config = safetensors.read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         text_length = _text_length(config.get("model_max_length"), folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -102,27 +93,6 @@ def encode_prompt(
     ids, mask = (tensor.to(device) for tensor in tokenizer(prompts))
     embeds = text_encoder(ids, mask).masked_fill(mask.unsqueeze(-1) == 0, 0)
     return F.pad(embeds, (0, 0, 0, rows - embeds.shape[1]))
-
-
-def holds_spiece(names: Iterable[str]) -> bool:
-    """Whether tensors of these names have a sentencepiece model among them."""
-    return any(name.split(".")[-1] == SPIECE_TENSOR for name in names)
-
-
-def _spiece_bytes(path: Path) -> bytes:
-    """The sentencepiece model that a file is, or holds as a tensor of bytes."""
-    try:
-        if not path.name.endswith(safetensors.SUFFIX):
-            return path.read_bytes()
-        entries = safetensors.read_header(path)
-        found = [entry for name, entry in entries.items() if holds_spiece([name])]
-        if len(found) != 1 or found[0].dtype not in ("U8", "I8"):
-            raise CheckpointError(f"{path} holds no sentencepiece model as the bytes of a tensor {SPIECE_TENSOR}")
-        with path.open("rb") as file:
-            file.seek(found[0].offset)
-            return file.read(math.prod(found[0].shape))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _text_length(value: object, folder: Path) -> int:
