@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastvid.device.precision import ieee_fp32
-from fastvid.engine.queue import Line, Place
+from fastvid.engine.queue import Scheduler, Ticket
 from fastvid.models.loaded import Model
 from fastvid.requests.timeline import Segment
 
@@ -71,13 +71,13 @@ class Decoder:
 class InPlace:
     """Decodes in the caller's thread. `finish` and `close` have nothing to do."""
 
-    def __init__(self, decoder: Decoder, place: Place) -> None:
-        self.decoder, self._place = decoder, place
+    def __init__(self, decoder: Decoder, ticket: Ticket) -> None:
+        self.decoder, self._ticket = decoder, ticket
 
     def put(self, chunks: Sequence[Tensor]) -> Iterator[Decoded]:
         """Give the next chunks [1, C, T, h, w]; yields what is decoded by now."""
         for chunk in chunks:
-            with self._place.step():
+            with self._ticket.step():
                 decoded = self.decoder.decode(chunk)
             yield decoded
 
@@ -92,10 +92,10 @@ class InPlace:
 class Beside:
     """Decodes in a thread of its own; the same to use as InPlace. An error is raised where its frames would come."""
 
-    def __init__(self, decoder: Decoder, place: Place) -> None:
+    def __init__(self, decoder: Decoder, ticket: Ticket) -> None:
         # Ranks decode together: the messages of this thread would meet those of the denoiser.
         assert decoder.parts.mesh.size == 1
-        self.decoder, self._place, self._device = decoder, place, decoder.parts.device
+        self.decoder, self._ticket, self._device = decoder, ticket, decoder.parts.device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastvid-decode")
         self._coming: deque[Future[Decoded]] = deque()
         self._failed = False
@@ -120,26 +120,26 @@ class Beside:
     def _decode(self, latents: Tensor, made: Any) -> Decoded:
         """made: the event after which the latents are there."""
         try:
-            with self._place.decoding() as line, self._on_side(line, latents, made):
+            with self._ticket.decoding() as scheduler, self._on_side(scheduler, latents, made):
                 assert not self._failed  # nobody takes what comes after an error
                 return self.decoder.decode(latents)
         except BaseException:
             self._failed = True
             raise
 
-    def _on_side(self, line: Line, latents: Tensor, made: Any) -> Any:
+    def _on_side(self, scheduler: Scheduler, latents: Tensor, made: Any) -> Any:
         if made is None:
             return nullcontext()
         # One stream for all: what torch's allocator keeps for a stream, no other can have.
-        line.tool = line.tool or torch.cuda.Stream(self._device)
-        line.tool.wait_event(made)
-        latents.record_stream(line.tool)
-        return torch.cuda.stream(line.tool)
+        scheduler.decode_stream = scheduler.decode_stream or torch.cuda.Stream(self._device)
+        scheduler.decode_stream.wait_event(made)
+        latents.record_stream(scheduler.decode_stream)
+        return torch.cuda.stream(scheduler.decode_stream)
 
 
-def open_decoder(parts: Model, segment: Segment, place: Place, beside: bool, stripes: int = 1) -> InPlace | Beside:
-    """The decoder of a segment of the request that has this place, frames in so many stripes of rows."""
-    return (Beside if beside else InPlace)(Decoder(parts, segment, stripes), place)
+def open_decoder(parts: Model, segment: Segment, ticket: Ticket, beside: bool, stripes: int = 1) -> InPlace | Beside:
+    """The decoder of a segment of the request that has this ticket, frames in so many stripes of rows."""
+    return (Beside if beside else InPlace)(Decoder(parts, segment, stripes), ticket)
 
 
 def decode_chunk(segment: Segment) -> int:

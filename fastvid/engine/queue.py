@@ -1,12 +1,11 @@
-"""Requests on one pipeline, and whose turn it is.
+"""The scheduler of a pipeline: which requests may begin, and whose turn it is.
 
-Beginning: first come, first served, at most `running` at once. A request that has not begun holds what was given with
-it and nothing on the device. A stream that its caller leaves alone for PATIENCE seconds does not count while that
-lasts: somebody who pulls several streams by turns, from one thread or many, never waits for what only he can move.
+Begin: first come, first served, at most `running` at once. A request that waits to begin holds only its inputs, and
+nothing on the device. A stream that its caller has not pulled for PATIENCE seconds does not count as running, so a
+caller who pulls several streams in turn, from one thread or from many, never waits for himself.
 
-Steps: those that have begun take turns, `steps` at a time. Who has made a step stands at the end of the line again, so
-with one step at a time it is round robin. Text, pictures and decoding in the same place take turns in that line too;
-decoding beside denoising has a line of its own, one chunk at a time.
+Turns: running requests work in turns, round robin, `steps` at a time: a denoising step, a text, a chunk decoded in
+place. Chunks decoded beside denoising have a line of their own, one at a time.
 """
 
 from __future__ import annotations
@@ -19,141 +18,136 @@ from typing import Any
 
 from fastvid.errors import Cancelled
 
-RUNNING = 4  # requests at once if nothing else is said: each has latents, texts and a decoder's cache on the device
-PATIENCE = 0.5  # seconds: far more than a caller takes over frames, far less than a request
+RUNNING = 4  # the default: each request has latents, texts and a decoder's cache on the device
+PATIENCE = 0.5  # seconds: far longer than a caller handles frames, far shorter than a request
 
 
-class Line:
-    """Who may work now: the first `width` of those in line. No state of a request is in it.
+class Ticket:
+    """One request in a pipeline's scheduler. It works only inside `admitted`, and there only in its turns."""
 
-    tool: what one after the other works with, and is made by the first to need it, such as a CUDA stream.
-    """
-
-    def __init__(self, width: int = 1) -> None:
-        self._width, self._line, self._change = width, [], threading.Condition()
-        self.tool: Any = None
-
-    @contextmanager
-    def turn(self, place: Place) -> Iterator[Line]:
-        """A turn, once those who came before have had theirs. Raises Cancelled if the request is, before or while it
-        waits."""
-        mine = object()
-        try:
-            with self._change:
-                self._line.append(mine)
-                self._change.wait_for(lambda: place.stopped or mine in self._line[: self._width])
-            place.check()
-            yield self
-        finally:
-            with self._change:
-                self._line.remove(mine)
-                self._change.notify_all()
-
-    def wake(self) -> None:
-        """Those who wait look again whether they were stopped."""
-        with self._change:
-            self._change.notify_all()
-
-
-class Place:
-    """One request among the others on its pipeline. It works only inside `begun`, and there in turns."""
-
-    def __init__(self, queue: Queue) -> None:
-        self._queue, self._stopped = queue, threading.Event()
-        self.left_alone: float | None = None  # since when its caller does something else
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler, self._cancelled = scheduler, threading.Event()
+        self.idle_since: float | None = None  # when its caller stopped waiting for it
 
     @property
-    def stopped(self) -> bool:
-        """Whether the request was cancelled."""
-        return self._stopped.is_set()
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
 
     def check(self) -> None:
-        """Raises Cancelled if it was."""
-        if self.stopped:
+        """Raises Cancelled if the request was cancelled."""
+        if self.cancelled:
             raise Cancelled("the request was cancelled")
 
-    def stop(self) -> None:
-        """Cancel it, from any thread, also while it waits."""
-        self._stopped.set()
-        self._queue.wake()
+    def cancel(self) -> None:
+        """Cancel the request, from any thread, also while it waits."""
+        self._cancelled.set()
+        self._scheduler.notify()
 
     @contextmanager
-    def begun(self) -> Iterator[None]:
-        """Waits until the request may begin; until the block ends it is one of those that have. Raises Cancelled."""
+    def admitted(self) -> Iterator[None]:
+        """Waits until the request may begin; it counts as running until the block ends. Raises Cancelled."""
         try:
-            self._queue.admit(self)
+            self._scheduler.admit(self)
             yield
         finally:
-            self._queue.leave(self)
+            self._scheduler.leave(self)
 
     @contextmanager
     def pulled(self) -> Iterator[None]:
-        """Its caller waits for it until the block ends."""
-        self.left_alone = None
+        """The caller waits for the request until the block ends."""
+        self.idle_since = None
         try:
             yield
         finally:
-            self.left_alone = time.monotonic()
-            self._queue.look_again()
+            self.idle_since = time.monotonic()
+            self._scheduler.notify_waiting()
 
-    def step(self) -> AbstractContextManager[Line]:
-        """A turn to make a step, or to do what else the device does for it. Raises Cancelled."""
-        return self._queue.steps.turn(self)
+    def step(self) -> AbstractContextManager[None]:
+        """A turn for a step, or for other work on the device. Raises Cancelled, also while waiting."""
+        return self._scheduler.step_turn(self)
 
-    def decoding(self) -> AbstractContextManager[Line]:
-        """A turn to decode a chunk beside denoising. Raises Cancelled."""
-        return self._queue.decoding.turn(self)
+    def decoding(self) -> AbstractContextManager[Scheduler]:
+        """A turn to decode a chunk beside denoising. Raises Cancelled, also while waiting."""
+        return self._scheduler.decode_turn(self)
 
 
-class Queue:
-    """The order of the requests on one pipeline: see the head of this file."""
+class Scheduler:
+    """Decides for all requests on one pipeline. It holds no state of a request but its tickets.
+
+    decode_stream: the CUDA stream of all chunks that are decoded beside denoising; the first of them makes it.
+    """
 
     def __init__(self, running: int = RUNNING, steps: int = 1) -> None:
-        self.steps, self.decoding, self._most = Line(steps), Line(), running
+        self._max_running, self._max_steps = running, steps
         self._change = threading.Condition()
-        self._waiting: list[Place] = []
-        self._begun: list[Place] = []
+        self._waiting: list[Ticket] = []
+        self._running: list[Ticket] = []
+        self._step_line: list[object] = []
+        self._decode_line: list[object] = []
+        self.decode_stream: Any = None
 
-    def admit(self, place: Place) -> None:
+    def admit(self, ticket: Ticket) -> None:
         """Waits until a request may begin. Raises Cancelled."""
         with self._change:
-            self._waiting.append(place)
+            self._waiting.append(ticket)
             try:
-                while not place.stopped and (seconds := self._until_free(place)) != 0:
+                while not ticket.cancelled and (seconds := self._seconds_to_wait(ticket)) != 0:
                     self._change.wait(seconds)
-                place.check()
-                self._begun.append(place)
+                ticket.check()
+                self._running.append(ticket)
             finally:
-                self._waiting.remove(place)
+                self._waiting.remove(ticket)
                 self._change.notify_all()
 
-    def leave(self, place: Place) -> None:
-        """A request has ended, if it had begun."""
+    def leave(self, ticket: Ticket) -> None:
+        """A request has ended, whether it had begun or not."""
         with self._change:
-            self._begun = [other for other in self._begun if other is not place]
+            self._running = [other for other in self._running if other is not ticket]
             self._change.notify_all()
 
-    def look_again(self) -> None:
-        """Those who wait to begin count again."""
+    def step_turn(self, ticket: Ticket) -> AbstractContextManager[None]:
+        """See Ticket.step."""
+        return self._turn(ticket, self._step_line, self._max_steps)
+
+    @contextmanager
+    def decode_turn(self, ticket: Ticket) -> Iterator[Scheduler]:
+        """See Ticket.decoding."""
+        with self._turn(ticket, self._decode_line, 1):
+            yield self
+
+    def notify(self) -> None:
+        """All who wait look again whether they may go on, or were cancelled."""
+        with self._change:
+            self._change.notify_all()
+
+    def notify_waiting(self) -> None:
+        """The same, but free where no request waits to begin."""
         if self._waiting:
+            self.notify()
+
+    @contextmanager
+    def _turn(self, ticket: Ticket, line: list[object], width: int) -> Iterator[None]:
+        turn = object()
+        try:
             with self._change:
+                line.append(turn)
+                self._change.wait_for(lambda: ticket.cancelled or turn in line[:width])
+            ticket.check()
+            yield
+        finally:
+            with self._change:
+                line.remove(turn)
                 self._change.notify_all()
 
-    def wake(self) -> None:
-        """Those who wait, to begin or for a turn, look whether they were cancelled."""
-        self.look_again()
-        self.steps.wake()
-        self.decoding.wake()
-
-    def _until_free(self, place: Place) -> float | None:
-        """Seconds until a request may begin, as things are; None if something has to happen first."""
-        if self._waiting[0] is not place:
+    def _seconds_to_wait(self, ticket: Ticket) -> float | None:
+        """Seconds until a request may begin, as things are now; None if something has to happen first."""
+        if self._waiting[0] is not ticket:
             return None
         now = time.monotonic()
-        until = [None if (since := p.left_alone) is None else since + PATIENCE - now for p in self._begun]
-        counted = [seconds for seconds in until if seconds is None or seconds > 0]
-        if len(counted) < self._most:
+        left = [None if (since := other.idle_since) is None else since + PATIENCE - now for other in self._running]
+        counted = [seconds for seconds in left if seconds is None or seconds > 0]
+        excess = len(counted) - self._max_running
+        if excess < 0:
             return 0
-        pauses = sorted(seconds for seconds in counted if seconds is not None)
-        excess = len(counted) - self._most
-        return pauses[excess] if excess < len(pauses) else None
+        idle = sorted(seconds for seconds in counted if seconds is not None)
+        return idle[excess] if excess < len(idle) else None

@@ -90,8 +90,8 @@ def begin(
     recipe: dict[str, Any],
     said: Mapping[str, Any],
     layout: Layout | None = None,
-) -> Keeper | None:
-    """A Keeper of a new request, or None if there are to be no checkpoints. Nothing is written yet. layout: how ranks
+) -> Resume | None:
+    """The Resume of a new request, or None if there are to be no checkpoints. Nothing is written yet. layout: how ranks
     share it."""
     if not said:
         return None
@@ -120,13 +120,13 @@ def _place(path: Any, mesh: Mesh) -> Path:
     return files.folder_of(path)
 
 
-def go_on(saved: Saved, parts: Model, said: Mapping[str, Any]) -> Keeper:
-    """The Keeper of a request that goes on."""
+def go_on(saved: Saved, parts: Model, said: Mapping[str, Any]) -> Resume:
+    """The Resume of a request that goes on."""
     return _keeper(saved, parts, said)
 
 
-def _keeper(saved: Saved, parts: Model, said: Mapping[str, Any]) -> Keeper:
-    return (Follower if parts.mesh.rank else Keeper)(saved, parts.device, **_how(said), mesh=parts.mesh)
+def _keeper(saved: Saved, parts: Model, said: Mapping[str, Any]) -> Resume:
+    return (Follower if parts.mesh.rank else Resume)(saved, parts.device, **_how(said), mesh=parts.mesh)
 
 
 def _how(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def options(saved: Saved, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]
 # ---------------------------------------------------------------- while it runs
 
 
-class Keeper:
+class Resume:
     """Writes one request's checkpoint while it runs, and brings back what an earlier process has saved.
 
     A context: it holds the folder's lock; left by an exception the checkpoint stays, else it is removed.
@@ -216,7 +216,7 @@ class Keeper:
         self._again = iter(saved.clean)
         self._ahead = next(self._again, None)
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> Resume:
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -335,13 +335,13 @@ class Keeper:
         return made
 
 
-class Follower(Keeper):
+class Follower(Resume):
     """That of a rank beside rank 0, which writes its part of a causal model's caches alone, and brings back its part.
 
     What it reads of rank 0's is there until all have made the next row together.
     """
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> Resume:
         head, self._at = self._saved.head, time.monotonic()
         if head.places:
             own = files.get_json(self.folder, self._note(head.rows))

@@ -4,6 +4,7 @@ order in which they come out. All state of a request is here, and nowhere else.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,12 +21,11 @@ from fastvid.engine import conditioning, decode, rollouts
 from fastvid.engine.conditioning import Conditions, Region, anchored
 from fastvid.engine.events import Event, Frames, Step
 from fastvid.engine.pixels import Known
-from fastvid.engine.queue import Place
-from fastvid.engine.resume import Keeper
+from fastvid.engine.queue import Ticket
+from fastvid.engine.resume import Resume
 from fastvid.engine.seams import Seams, known_beside
 from fastvid.engine.source_clip import SourceClip
 from fastvid.engine.spool import Spool
-from fastvid.engine.switching import Switch
 from fastvid.engine.windows import count_rows, rows, turns
 from fastvid.layers.kv_cache import KVCache
 from fastvid.models.loaded import CACHE, REIMPOSED, TIMESTEPS, Model
@@ -68,17 +68,39 @@ class Job:
     layout: Layout = Layout()
 
 
+class PromptChanges:
+    """Prompts that the caller changes, from any thread, while a request runs: each from the next window, block or segment
+    on."""
+
+    def __init__(self) -> None:
+        self._lock, self._asked = threading.Lock(), None
+        self.taken: list[tuple[int, str]] = []  # (first frame, prompt), in the order in which they were taken
+
+    def ask(self, prompt: str) -> None:
+        """Ask for a prompt; one that was asked for before and not taken yet is dropped."""
+        with self._lock:
+            self._asked = prompt
+
+    def take(self, frame: int) -> str | None:
+        """The prompt from this frame on, once; None if none was asked for."""
+        with self._lock:
+            asked, self._asked = self._asked, None
+            if asked is not None:
+                self.taken.append((frame, asked))
+            return asked
+
+
 @dataclass
 class Session:
-    """Runs a job. `latents` are the clean ones of all segments so far, if they are kept; `keeper` saves how far it is,
-    and knows what an earlier process has made; `switch` is where prompts come from that are changed while it runs."""
+    """Runs a job. `latents` are the clean ones of all segments so far, if they are kept; `resume` saves how far it is,
+    and knows what an earlier process has made; `changes` is where prompts come from that are changed while it runs."""
 
     parts: Model
     job: Job
-    place: Place
+    ticket: Ticket
     keep_latents: bool = True
-    keeper: Keeper | None = None
-    switch: Switch = field(default_factory=Switch)
+    resume: Resume | None = None
+    changes: PromptChanges = field(default_factory=PromptChanges)
     latents: list[Tensor] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"text": 0.0, "denoise": 0.0, "decode": 0.0})
     _ends: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # of segments: first, last frames
@@ -95,7 +117,7 @@ class Session:
     def run(self) -> Iterator[Event]:
         """Step and Frames events, frames in order. Raises Cancelled."""
         timeline, spool, start, due = self.job.timeline, Spool(), 0, 0
-        self._step = 0 if self.keeper is None else self.keeper.rows
+        self._step = 0 if self.resume is None else self.resume.rows
         try:
             for number in timeline.order():
                 part = timeline.parts[number]
@@ -118,13 +140,13 @@ class Session:
 
     def _kept(self, part: Kept) -> Iterator[np.ndarray]:
         for start in range(part.start, part.stop, KEPT_AT_ONCE):
-            self.place.check()
+            self.ticket.check()
             yield part.clip.read(start, min(start + KEPT_AT_ONCE, part.stop))
 
     def _made(self, number: int, segment: Segment) -> Iterator[Any]:
         """Step events and uint8 frames of a segment."""
         total = self.total_steps
-        with self.place.step():
+        with self.ticket.step():
             mark = time.perf_counter()
             for prompt in self._prompts(segment):
                 self.text(prompt)
@@ -176,9 +198,9 @@ class Session:
     def change_prompt(self, number: int, frame: int) -> bool:
         """Has another prompt stand for the one of this number from a frame on, if the caller wants that; whether it
         does."""
-        if (wanted := self.switch.take(frame)) is None:
+        if (wanted := self.changes.take(frame)) is None:
             return False
-        new = len(self.job.request.prompts) + len(self.switch.taken) - 1
+        new = len(self.job.request.prompts) + len(self.changes.taken) - 1
         with torch.no_grad(), ieee_fp32():
             self._texts[new] = self.parts.embed(wanted)
         self._prompts_in_use[number] = new
@@ -229,10 +251,10 @@ class SegmentMaker:
 
     def run(self) -> Iterator[Any]:
         """(sigma, seconds) after every row, and uint8 frames [n, height, width, 3] as they are decoded."""
-        session, keeper = self.session, self.session.keeper
-        walked = self._walk(None) if keeper is None else keeper.walk(self.number, self._caches, self._walk)
+        session, resume = self.session, self.session.resume
+        walked = self._walk(None) if resume is None else resume.walk(self.number, self._caches, self._walk)
         decoder = decode.open_decoder(
-            self.parts, self.segment, session.place, session.job.beside, session.job.decode_stripes
+            self.parts, self.segment, session.ticket, session.job.beside, session.job.decode_stripes
         )
         try:
             while (stepped := self._next(walked)) is not None:
@@ -269,7 +291,7 @@ class SegmentMaker:
 
     def _next(self, walked: Iterator[loop.Walked]) -> tuple[loop.Walked, float] | None:
         """The next row and the seconds it took, in this request's turn; None after the last one."""
-        with self.session.place.step():
+        with self.session.ticket.step():
             mark = time.perf_counter()
             row = next(walked, None)
             decode.settle(self.parts.device)

@@ -13,13 +13,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastvid.engine.events import Event
-from fastvid.engine.queue import Place
+from fastvid.engine.queue import Ticket
 
 Run = Callable[..., Awaitable[Any]]
 
 
 @asynccontextmanager
-async def thread_of(place: Place, close: Callable[[], None]) -> AsyncIterator[Run]:
+async def thread_of(ticket: Ticket, close: Callable[[], None]) -> AsyncIterator[Run]:
     """await run(call, *args) in a thread for one request. When the block ends, however it does, the request is stopped
     and `close` is called in the thread, after what it was at."""
     pool, loop = ThreadPoolExecutor(1, thread_name_prefix="fastvid-request"), asyncio.get_running_loop()
@@ -27,7 +27,7 @@ async def thread_of(place: Place, close: Callable[[], None]) -> AsyncIterator[Ru
     try:
         yield run
     finally:
-        place.stop()
+        ticket.cancel()
         closing = run(close)
         try:
             await asyncio.shield(closing)  # who cancels twice does not wait, and it is closed all the same
@@ -35,15 +35,15 @@ async def thread_of(place: Place, close: Callable[[], None]) -> AsyncIterator[Ru
             pool.shutdown(wait=closing.done())
 
 
-async def events(place: Place, start: Callable[[], Iterator[Event]]) -> AsyncIterator[Event]:
-    """The events of the request that has this place and that `start` starts; each is made when it is asked for."""
+async def events(ticket: Ticket, start: Callable[[], Iterator[Event]]) -> AsyncIterator[Event]:
+    """The events of the request that has this ticket and that `start` starts; each is made when it is asked for."""
     opened: list[Any] = []
 
     def close() -> None:
         for stream in opened:
             stream.close()
 
-    async with thread_of(place, close) as run:
+    async with thread_of(ticket, close) as run:
         await run(lambda: opened.append(start()))
         while (event := await run(next, opened[0], None)) is not None:
             yield event
@@ -54,9 +54,9 @@ def twin(method: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
 
     @functools.wraps(method)
     async def call(pipe: Any, *args: Any, **options: Any) -> Any:
-        place = pipe.new_place()
-        async with thread_of(place, lambda: None) as run:
-            return await run(functools.partial(method, pipe.at(place), *args, **options))
+        ticket = pipe.new_ticket()
+        async with thread_of(ticket, lambda: None) as run:
+            return await run(functools.partial(method, pipe.with_ticket(ticket), *args, **options))
 
     call.__name__ = call.__qualname__ = f"a{method.__name__}"
     call.__doc__ = f"`{method.__name__}` as a coroutine. Cancelling its task stops it before the next step."

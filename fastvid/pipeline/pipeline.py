@@ -20,11 +20,11 @@ from torch import Tensor
 
 from fastvid import checks
 from fastvid.distributed.mesh import Layout
-from fastvid.engine import resume as checkpoints
+from fastvid.engine import resume
 from fastvid.engine.events import Event, Finished, Frames, Plan, Started, Step
-from fastvid.engine.queue import RUNNING, Place, Queue
-from fastvid.engine.session import Session
-from fastvid.engine.switching import Switch
+from fastvid.engine.queue import RUNNING, Scheduler, Ticket
+from fastvid.engine.resume import Resume
+from fastvid.engine.session import PromptChanges, Session
 from fastvid.errors import InvalidRequest
 from fastvid.media.video import Video
 from fastvid.models.loaded import Model
@@ -53,14 +53,14 @@ MAX_RUNNING = checks.whole(1, 1000)
 class Stream:
     """The events of one running request. Iterate over it; `cancel()`, from any thread, ends it with Cancelled."""
 
-    def __init__(self, events: Iterator[Event], place: Place, switch: Switch | None = None) -> None:
-        self._events, self._place, self._switch = events, place, switch
+    def __init__(self, events: Iterator[Event], ticket: Ticket, changes: PromptChanges | None = None) -> None:
+        self._events, self._ticket, self._changes = events, ticket, changes
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Event:
-        with self._place.pulled():
+        with self._ticket.pulled():
             return next(self._events)
 
     def change_prompt(self, prompt: str) -> None:
@@ -70,13 +70,13 @@ class Stream:
 
         Raises InvalidRequest for what is no prompt, and for a request with a checkpoint, which could not be resumed.
         """
-        if self._switch is None:
+        if self._changes is None:
             raise InvalidRequest("a request with a checkpoint keeps its prompts; leave checkpoint out")
-        self._switch.want(checks.text("prompt", prompt))
+        self._changes.ask(checks.text("prompt", prompt))
 
     def cancel(self) -> None:
         """Stop before the next step or chunk, or while it waits; the iteration then raises fastvid.Cancelled."""
-        self._place.stop()
+        self._ticket.cancel()
 
     def close(self) -> None:
         """Free what the request holds, once what it is at in other threads has ended. Not while it is iterated over."""
@@ -92,8 +92,8 @@ class Pipeline:
     """
 
     def __init__(self, parts: Model, max_running: int = RUNNING) -> None:
-        self._model, self._place = parts, None
-        self._queue = Queue(MAX_RUNNING("max_running", max_running))
+        self._model, self._ticket = parts, None
+        self._scheduler = Scheduler(MAX_RUNNING("max_running", max_running))
 
     def generate(self, prompt: str | None = None, **options: Any) -> Video:
         """Make a video from a prompt, and perhaps from pictures.
@@ -178,7 +178,7 @@ class Pipeline:
 
     def _video(self, verb: str, **options: Any) -> Video:
         frames: list[np.ndarray] = []
-        # Closed also where an exception's traceback keeps the stream: others wait for its place.
+        # Closed also where an exception's traceback keeps the stream: others wait for its turn to end.
         with contextlib.closing(self._start(verb, options, keep_frames=True, keep_latents=True)) as stream:
             for event in stream:
                 if isinstance(event, Frames):
@@ -227,28 +227,28 @@ class Pipeline:
                 device (on a CPU: with another number of threads) or in another precision, or what is given is not what
                 was given then; the message says which.
         """
-        saved = checkpoints.read(path)
-        checkpoints.check(saved, self._model)
-        prepared = self._prepare(*checkpoints.options(saved, given), layout=checkpoints.layout_of(saved, self._model))
-        checkpoints.check_request(saved, prepared.recipe)
+        saved = resume.read(path)
+        resume.check(saved, self._model)
+        prepared = self._prepare(*resume.options(saved, given), layout=resume.layout_of(saved, self._model))
+        resume.check_request(saved, prepared.recipe)
         prepared = replace(prepared, recipe=saved.about["recipe"])
         said = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
-        return self._stream(prepared, keep_latents, checkpoints.go_on(saved, self._model, said))
+        return self._stream(prepared, keep_latents, resume.go_on(saved, self._model, said))
 
     def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
-        said, options = checkpoints.split(options)
+        said, options = resume.split(options)
         options = prompts.expanded(options, self._model.preset.name, verb)
         prepared = self._prepare(verb, options, keep_frames)
         return self._stream(
             prepared,
             keep_latents,
-            checkpoints.begin(self._model, verb, options, prepared.recipe, said, prepared.job.layout),
+            resume.begin(self._model, verb, options, prepared.recipe, said, prepared.job.layout),
         )
 
-    def _stream(self, prepared: Prepared, keep_latents: bool, keeper: checkpoints.Keeper | None) -> Stream:
-        place, switch = self._place or self.new_place(), Switch()
-        events = self._run(prepared, place, keep_latents, keeper, switch)
-        return Stream(events, place, switch if keeper is None else None)
+    def _stream(self, prepared: Prepared, keep_latents: bool, saving: Resume | None) -> Stream:
+        ticket, changes = self._ticket or self.new_ticket(), PromptChanges()
+        events = self._run(prepared, ticket, keep_latents, saving, changes)
+        return Stream(events, ticket, changes if saving is None else None)
 
     # ------------------------------------------------------------ for services
 
@@ -258,9 +258,9 @@ class Pipeline:
         What is wrong with the request is raised with the first event. Cancelling the task, or `aclose()`, stops the
         request before its next step; when that is done, all that it held is free.
         """
-        place = self.new_place()
-        run = functools.partial(self.at(place).stream, prompt, **options)
-        async with contextlib.aclosing(asynchronous.events(place, run)) as events:
+        ticket = self.new_ticket()
+        run = functools.partial(self.with_ticket(ticket).stream, prompt, **options)
+        async with contextlib.aclosing(asynchronous.events(ticket, run)) as events:
             async for event in events:
                 yield event
 
@@ -273,14 +273,14 @@ class Pipeline:
     astoryboard = asynchronous.twin(storyboard)
     afinalize = asynchronous.twin(finalize)
 
-    def new_place(self) -> Place:
-        """A place for one more request, with which it can be stopped (see `fastvid.engine.queue`)."""
-        return Place(self._queue)
+    def new_ticket(self) -> Ticket:
+        """A ticket for one more request, with which it can be stopped (see `fastvid.engine.queue`)."""
+        return Ticket(self._scheduler)
 
-    def at(self, place: Place) -> Pipeline:
-        """This pipeline, for the one request that has this place."""
+    def with_ticket(self, ticket: Ticket) -> Pipeline:
+        """This pipeline, for the one request that has this ticket."""
         other = copy.copy(self)
-        other._place = place
+        other._ticket = ticket
         return other
 
     # ------------------------------------------------------------ without running
@@ -358,13 +358,13 @@ class Pipeline:
     def _run(
         self,
         prepared: Prepared,
-        place: Place,
+        ticket: Ticket,
         keep_latents: bool,
-        keeper: checkpoints.Keeper | None,
-        switch: Switch,
+        saving: Resume | None,
+        changes: PromptChanges,
     ) -> Iterator[Event]:
-        with keeper or contextlib.nullcontext():
-            yield from self._events(prepared, Session(self._model, prepared.job, place, keep_latents, keeper, switch))
+        with saving or contextlib.nullcontext():
+            yield from self._events(prepared, Session(self._model, prepared.job, ticket, keep_latents, saving, changes))
 
     def _events(self, prepared: Prepared, session: Session) -> Iterator[Event]:
         request, timeline = prepared.job.request, prepared.job.timeline
@@ -378,10 +378,10 @@ class Pipeline:
             total_steps=session.total_steps,
             recipe=prepared.recipe,
         )
-        with session.place.begun():
+        with session.ticket.admitted():
             yield from session.run()
         clean = torch.cat(session.latents, dim=2) if session.keep_latents else None
-        changed = {"changed_prompts": [list(pair) for pair in session.switch.taken]} if session.switch.taken else {}
+        changed = {"changed_prompts": [list(pair) for pair in session.changes.taken]} if session.changes.taken else {}
         recipe = prepared.recipe | changed
         yield Finished(request.seed, timeline.num_frames, request.fps, clean, recipe, session.seconds)
 
@@ -396,7 +396,7 @@ def plan_of(
     free: int | None = None,
     keep_frames: bool = True,
 ) -> Plan:
-    others = (*prompts.OPTIONS, *checkpoints.OPTIONS)
+    others = (*prompts.OPTIONS, *resume.OPTIONS)
     options = {name: value for name, value in options.items() if name not in others}
     if "prompt_embeds" not in options and verb != "storyboard":
         options["prompt"] = prompt or ""

@@ -19,10 +19,10 @@ from torch import Tensor
 from fastvid.device.devices import find_device
 from fastvid.distributed import layout
 from fastvid.distributed.layout import Asked
-from fastvid.engine import resume as checkpoints
+from fastvid.engine import resume
 from fastvid.engine.events import Event, Plan, Started, Step
-from fastvid.engine.queue import RUNNING, Place, Queue
-from fastvid.engine.switching import Switch
+from fastvid.engine.queue import RUNNING, Scheduler, Ticket
+from fastvid.engine.session import PromptChanges
 from fastvid.errors import Error, InvalidRequest, WorkerFailed
 from fastvid.loaders.find import read_checkpoint
 from fastvid.pipeline.load import configs_of
@@ -85,8 +85,8 @@ class RemotePipeline(Pipeline):
     """
 
     def __init__(self, workers: Workers, max_running: int = RUNNING) -> None:
-        self._workers, self._place = workers, None
-        self._queue, self._ids = Queue(max_running), itertools.count(1)
+        self._workers, self._ticket = workers, None
+        self._scheduler, self._ids = Scheduler(max_running), itertools.count(1)
         self._left: deque[tuple[int, int]] = deque()  # (start, stream) to be let go of
         self._warm: set[tuple[int, ...]] = set()  # (start, shape) of what a whole request has been through
 
@@ -97,10 +97,10 @@ class RemotePipeline(Pipeline):
     # ------------------------------------------------------------ requests
 
     def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
-        said, _ = checkpoints.split(options)
+        said, _ = resume.split(options)
         self._workers.start()
         options = prompts.expanded(options, self._workers.described["variant"], verb)
-        Request.make(verb, **checkpoints.split(options)[1])  # what is wrong in itself does not wait for others' steps
+        Request.make(verb, **resume.split(options)[1])  # what is wrong in itself does not wait for others' steps
         kept = {"keep_frames": keep_frames, "keep_latents": keep_latents}
         return self._open(bool(said), "start", verb=verb, options=options, **kept)
 
@@ -118,12 +118,12 @@ class RemotePipeline(Pipeline):
         return self._open(True, "resume", path=str(path), options={"keep_checkpoint": keep_checkpoint, **options})
 
     def _open(self, checkpointed: bool, do: str, **values: Any) -> Stream:
-        place, switch = self._place or self.new_place(), Switch()
+        ticket, changes = self._ticket or self.new_ticket(), PromptChanges()
         self._let_go()
         number = next(self._ids)
         self._workers.command(do, id=number, folder=os.getcwd(), **values)
-        events = Events(self, self._workers.generation, number, place, switch)
-        return Stream(events, place, None if checkpointed else switch)
+        events = Events(self, self._workers.generation, number, ticket, changes)
+        return Stream(events, ticket, None if checkpointed else changes)
 
     def _let_go(self) -> None:
         """Closes what nobody holds any more."""
@@ -180,9 +180,11 @@ def _absolute(lora: Any) -> Any:
 class Events:
     """The events of a stream that the workers have open; closed here, it is closed there."""
 
-    def __init__(self, pipe: RemotePipeline, generation: int, number: int, place: Place, switch: Switch) -> None:
+    def __init__(
+        self, pipe: RemotePipeline, generation: int, number: int, ticket: Ticket, changes: PromptChanges
+    ) -> None:
         self._workers, self._left, self._warm = pipe._workers, pipe._left, pipe._warm
-        self._at, self._place, self._switch = (generation, number), place, switch
+        self._at, self._ticket, self._changes = (generation, number), ticket, changes
         self._open, self._events = True, self._made()
 
     def __iter__(self) -> Iterator[Event]:
@@ -219,10 +221,10 @@ class Events:
         yield started
         deadline, shape = deadline_of(started), (self._at[0], *shape_of(started))
         made = torch.device(started.plan.device).type == "cpu"  # all kernels that it needs
-        with self._place.begun():
+        with self._ticket.admitted():
             event, limit = started, deadline + FIRST
             while event is not None:
-                with self._place.step():
+                with self._ticket.step():
                     event = self._next(limit)
                 if isinstance(event, Step):
                     limit = deadline if made or shape in self._warm else deadline + FIRST
@@ -234,7 +236,7 @@ class Events:
         generation, number = self._at
         if not self._workers.running(generation):
             raise self._workers.failure(generation) or Error("this pipeline was closed; load the model again")
-        return self._workers.command("next", deadline, id=number, prompt=self._switch.take(0))
+        return self._workers.command("next", deadline, id=number, prompt=self._changes.take(0))
 
 
 def deadline_of(started: Started) -> float:

@@ -17,7 +17,7 @@ import fastvid
 from fastvid.engine import decode as decoding
 from fastvid.engine import queue as queueing
 from fastvid.engine.events import Finished, Frames, Started, Step
-from fastvid.engine.queue import Place, Queue
+from fastvid.engine.queue import Scheduler, Ticket
 from fastvid.media.beside import Beside as WriteBeside
 
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
@@ -95,8 +95,8 @@ def test_a_window_is_decoded_while_the_next_is_denoised(pipe, beside, monkeypatc
 def test_segments_wait_for_the_frames_they_begin_with(pipe, monkeypatch):
     """A loop over many windows of a model that does not carry latents on."""
     recipe = dataclasses.replace(pipe._model.preset, carries=False)
-    other = pipe.at(pipe.new_place())
-    other._model, other._place = dataclasses.replace(pipe._model, preset=recipe), None
+    other = pipe.with_ticket(pipe.new_ticket())
+    other._model, other._ticket = dataclasses.replace(pipe._model, preset=recipe), None
     request = {"num_frames": 21, "seed": 5, **SMALL}
     alone = other.generate("a red circle", **request)
     monkeypatch.setattr(decoding, "worth_it", lambda device: True)
@@ -131,7 +131,7 @@ def test_no_thread_is_left_behind(pipe, beside, end):
     elif end == "close":
         stream.close()
     del stream
-    assert not ours() and not pipe._queue._begun
+    assert not ours() and not pipe._scheduler._running
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -201,7 +201,7 @@ OTHERS = [
 def test_four_threads_and_four_tasks_equal_each_alone(pipe, at_once, monkeypatch):
     monkeypatch.setattr(decoding, "worth_it", lambda device: at_once != 2)
     alone = [pipe.generate("a red circle", **o).frames for o in OTHERS]
-    pipe._queue = Queue(at_once, steps=min(at_once, 2))
+    pipe._scheduler = Scheduler(at_once, steps=min(at_once, 2))
     got: dict[int, np.ndarray] = {}
     threads = [
         threading.Thread(target=lambda i=i: got.update({i: pipe.generate("a red circle", **OTHERS[i]).frames}))
@@ -217,7 +217,7 @@ def test_four_threads_and_four_tasks_equal_each_alone(pipe, at_once, monkeypatch
 
     tasks = [video.frames for video in asyncio.run(all_of_them())]
     assert all(np.array_equal(got[i], alone[i]) and np.array_equal(tasks[i], alone[i]) for i in range(4))
-    assert not ours() and not pipe._queue._begun
+    assert not ours() and not pipe._scheduler._running
 
 
 def test_requests_take_turns_and_one_step_runs_at_a_time(pipe, monkeypatch):
@@ -234,7 +234,7 @@ def test_requests_take_turns_and_one_step_runs_at_a_time(pipe, monkeypatch):
             running.pop()
 
     monkeypatch.setattr(type(pipe._model.transformer), "forward", watched)
-    pipe._queue = Queue()
+    pipe._scheduler = Scheduler()
     options = SMALL | {"num_inference_steps": 12, "num_frames": 5}
     threads = [threading.Thread(target=lambda w=w: pipe.generate("a", **options | {"width": w})) for w in (64, 80, 96)]
     for thread in threads:
@@ -247,10 +247,10 @@ def test_requests_take_turns_and_one_step_runs_at_a_time(pipe, monkeypatch):
 
 
 def test_a_request_that_waits_has_made_nothing_and_can_be_cancelled(pipe):
-    pipe._queue = Queue(running=1)
+    pipe._scheduler = Scheduler(running=1)
     first, second = (pipe.stream("a", num_frames=5, **SMALL) for _ in range(2))
     next(first), next(first)
-    with first._place.pulled():  # as while it makes a step
+    with first._ticket.pulled():  # as while it makes a step
         assert isinstance(next(second), Started)
         ended: list[BaseException] = []
 
@@ -263,14 +263,14 @@ def test_a_request_that_waits_has_made_nothing_and_can_be_cancelled(pipe):
         thread = threading.Thread(target=wait)
         thread.start()
         time.sleep(2 * queueing.PATIENCE)
-        assert thread.is_alive() and pipe._queue._begun == [first._place]
+        assert thread.is_alive() and pipe._scheduler._running == [first._ticket]
         second.cancel()
         thread.join(5)
-    assert ended and isinstance(list(first)[-1], Finished) and not pipe._queue._begun
+    assert ended and isinstance(list(first)[-1], Finished) and not pipe._scheduler._running
 
 
 def test_who_pulls_many_streams_from_one_thread_never_waits_for_himself(pipe):
-    pipe._queue = Queue(running=1)
+    pipe._scheduler = Scheduler(running=1)
     streams = [pipe.stream("a", seed=i, num_frames=5, **SMALL) for i in range(3)]
     running, start = list(streams), time.monotonic()
     while running:
@@ -279,15 +279,15 @@ def test_who_pulls_many_streams_from_one_thread_never_waits_for_himself(pipe):
 
 
 def test_beginning_is_first_come_first_served():
-    queue, order = Queue(running=1), []
-    places = [Place(queue) for _ in range(5)]
+    queue, order = Scheduler(running=1), []
+    places = [Ticket(queue) for _ in range(5)]
 
     def work(number: int) -> None:
-        with places[number].begun():
+        with places[number].admitted():
             order.append(number)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
-    with places[0].begun():
+    with places[0].admitted():
         for count, thread in enumerate(threads, 1):
             thread.start()
             while len(queue._waiting) < count:
@@ -337,7 +337,7 @@ def test_cancelling_a_task_cancels_the_request(pipe, beside):
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert not pipe._queue._begun
+            assert not pipe._scheduler._running
         return steps
 
     assert 0 < len(asyncio.run(main())) < 400
