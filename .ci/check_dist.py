@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SOURCES = (".ci", "benchmarks", "csrc", "fastvid", "kernels", "tests", "tools")
+SOURCES = (".ci", "benchmarks", "csrc", "fastvid", "kernels", "tests", "docs")
 BESIDE = ("MANIFEST.in", "constraints.txt", "pyproject.toml", "setup.py")
 BINARY = re.compile(r"fastvid/_C\.[\w-]+\.so")
 

@@ -1,9 +1,16 @@
-"""What the tests share: which of them run on this machine."""
+"""What the tests share: threads, which tests run on this machine, and how many examples hypothesis draws.
+
+Two tiers: `pytest -n 2` runs the fast one; `pytest -n 2 -m slow --hypothesis-profile thorough` the rest.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+
+# Before torch is imported, and for every child process: one thread, and no spinning on a core that others need.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
@@ -11,8 +18,8 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests marked `gpu` where there is none (skipped), and those marked `interpret` unless Triton
-    interprets (deselected: they run in a child process that the file's own test starts)."""
+    """Skip tests marked `gpu` where there is none. Deselect those marked `interpret` unless Triton interprets: they run
+    in a child process that the file's own test starts."""
     for item in items:
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -30,6 +37,7 @@ def _has_gpu() -> bool:
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings
 
-    # A shared, slow machine must not fail a test for its speed, and a run must be repeatable.
-    settings.register_profile("fastvid", deadline=None, derandomize=True, max_examples=25)
+    # No deadline, since a shared machine may be slow; derandomized, so that a run can be repeated.
+    settings.register_profile("thorough", deadline=None, derandomize=True, max_examples=25)
+    settings.register_profile("fastvid", parent=settings.get_profile("thorough"), max_examples=5)
     settings.load_profile("fastvid")
