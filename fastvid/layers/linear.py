@@ -18,6 +18,24 @@ from fastvid.ops import onednn, reference
 MIN_ROWS = 64
 
 
+def normal_parameter(*shape: int, std: float) -> nn.Parameter:
+    """A parameter drawn from N(0, std^2); on the meta device nothing is drawn.
+
+    `normal_` on a meta tensor imports torch._dynamo and sympy, more than a second of start-up, for values that a
+    checkpoint replaces anyway.
+    """
+    values = torch.empty(*shape)
+    return nn.Parameter(values if values.is_meta else values.normal_(std=std))
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, but nothing is drawn on the meta device; see `normal_parameter`."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Linear(nn.Linear):
     """nn.Linear: the same parameters and the same result."""
 

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from fastvid.distributed.mesh import Layout, Mesh, RankView, shares, starts
 from fastvid.layers.attention import self_attention
 from fastvid.layers.kv_cache import KVCache
-from fastvid.layers.sequence_parallel import Split
+from fastvid.layers.sequence_parallel import SequenceParallel
 from fastvid.ops import sparse as sparsity
 from fastvid.ops.dispatch import bind
 
@@ -40,15 +40,15 @@ def check(mesh: Mesh, layout: Layout, tokens: int, heads: int, batch: int, group
     """Dense attention of so many tokens; counts what was sent."""
     view, ops = RankView(mesh, layout), bind()
     q, k, v = torch.randn(3, batch, tokens, heads, 8, generator=draw).unbind(0)
-    split = Split(view, shares(tokens, layout.sequence), 1, groups)
-    mine = slice(*starts(split.counts)[view.sequence : view.sequence + 2])
+    parallel = SequenceParallel(view, shares(tokens, layout.sequence), 1, groups)
+    mine = slice(*starts(parallel.counts)[view.sequence : view.sequence + 2])
     before = mesh.counted.bytes
-    made = self_attention(ops, q[:, mine], k[:, mine], v[:, mine], split=split)
+    made = self_attention(ops, q[:, mine], k[:, mine], v[:, mine], parallel=parallel)
     sent = torch.tensor([mesh.counted.bytes - before])
     true = self_attention(ops, q, k, v)
-    whole = mesh.gather(made, split.counts, 1)
+    whole = mesh.gather(made, parallel.counts, 1)
     assert relative(whole, true) < BAR, (layout, tokens, heads, relative(whole, true))
-    again = self_attention(ops, q[:, mine], k[:, mine], v[:, mine], split=split)
+    again = self_attention(ops, q[:, mine], k[:, mine], v[:, mine], parallel=parallel)
     assert torch.equal(made, again)
     if layout.ring == 1:  # q, k, v there, the result back: 4 N d (P - 1) / P elements, summed over the ranks
         total = mesh.gather(sent, (1,) * mesh.size, 0).sum().item()
@@ -92,18 +92,23 @@ def sparse(mesh: Mesh, seed: str) -> None:
             view = RankView(mesh, layout)
             # Shares end where tiles do.
             cuts = [0, *(int(tiles[at]) for at in starts(shares(tiles.numel() - 1, layout.sequence))[1:])]
-            split = Split(view, tuple(b - a for a, b in itertools.pairwise(cuts)), 1, 1 + heads % 3)
-            mine = slice(*starts(split.counts)[view.sequence : view.sequence + 2])
-            made = self_attention(ops, q[:, mine], k[:, mine], v[:, mine], split=split, blocks=blocks)
-            whole = mesh.gather(made, split.counts, 1)
+            parallel = SequenceParallel(view, tuple(b - a for a, b in itertools.pairwise(cuts)), 1, 1 + heads % 3)
+            mine = slice(*starts(parallel.counts)[view.sequence : view.sequence + 2])
+            made = self_attention(ops, q[:, mine], k[:, mine], v[:, mine], parallel=parallel, blocks=blocks)
+            whole = mesh.gather(made, parallel.counts, 1)
             assert relative(whole, true) < BAR, (layout, grid, tile)
         if mesh.size > 1 and tiles.numel() > 2 and layout.ring > 1:
-            off = [size for size in split.sizes]
+            off = [size for size in parallel.sizes]
             off[0], off[1] = off[0] + off[1] - 1, 1
             if off[0] not in tiles.tolist():
                 with pytest.raises(ValueError, match="no end of a tile, where shares have to be cut; the nearest is"):
                     self_attention(
-                        ops, q[:, mine], k[:, mine], v[:, mine], split=Split(view, tuple(off)), blocks=blocks
+                        ops,
+                        q[:, mine],
+                        k[:, mine],
+                        v[:, mine],
+                        parallel=SequenceParallel(view, tuple(off)),
+                        blocks=blocks,
                     )
 
 
@@ -115,7 +120,7 @@ def cached(mesh: Mesh, seed: str) -> None:
         capacity, sink = chunk * 3, numbers.randrange(2)
         for layout in layouts(mesh.size, heads):
             view = RankView(mesh, layout)
-            split = Split(view, shares(per_frame, layout.sequence), chunk)
+            parallel = SequenceParallel(view, shares(per_frame, layout.sequence), chunk)
             whole, own = KVCache(1, capacity, sink), KVCache(1, capacity, sink)
             for start in range(0, 6 * chunk, chunk):
                 for _ in range(2):  # the same frames again take the place of what they left
@@ -123,9 +128,9 @@ def cached(mesh: Mesh, seed: str) -> None:
                     for cache in (whole, own):
                         cache.begin(start, chunk)
                     true = self_attention(ops, q, k, v, whole.layers[0])
-                    mine = (split.cut_rows(x, 1) for x in (q, k, v))
-                    made = self_attention(ops, *mine, own.layers[0], split)
-                    assert relative(made, split.cut_rows(true, 1)) < BAR, (layout, start)
+                    mine = (parallel.shard_rows(x, 1) for x in (q, k, v))
+                    made = self_attention(ops, *mine, own.layers[0], parallel)
+                    assert relative(made, parallel.shard_rows(true, 1)) < BAR, (layout, start)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.layers.linear import Linear
-from fastvid.layers.parameters import Embedding, normal_parameter
+from fastvid.layers.attention import self_attention
+from fastvid.layers.linear import Embedding, Linear, normal_parameter
 from fastvid.models.common.config_reader import read_fields
 from fastvid.ops import reference, resample
 
@@ -93,7 +93,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(self.ops.attention(q, k, v).flatten(2))
+        return self.out_proj(self_attention(self.ops, q, k, v))
 
 
 class FeedForward(nn.Module):

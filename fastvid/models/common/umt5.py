@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
-from fastvid.layers.parameters import Embedding
+from fastvid.layers.linear import Embedding
 from fastvid.models.common.config_reader import read_fields
 
 GATED = "gated-gelu"

@@ -22,10 +22,9 @@ from fastvid.layers.attention import cross_attention, self_attention
 from fastvid.layers.embeddings import RotaryTables, group_timesteps, timestep_sinusoid
 from fastvid.layers.fused import FusedLinear
 from fastvid.layers.kv_cache import KVCache, LayerCache
-from fastvid.layers.linear import FeedForward, Linear, TwoLinears, linear, linear_gelu_tanh
-from fastvid.layers.parameters import normal_parameter
+from fastvid.layers.linear import FeedForward, Linear, TwoLinears, linear, linear_gelu_tanh, normal_parameter
 from fastvid.layers.residual import Stream
-from fastvid.layers.sequence_parallel import Split
+from fastvid.layers.sequence_parallel import SequenceParallel
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.ops import reference
 
@@ -63,14 +62,14 @@ class SelfAttention(nn.Module):
         tokens: Stream,
         rotary: tuple[Tensor, Tensor],
         cache: LayerCache | None = None,
-        split: Split | None = None,
+        parallel: SequenceParallel | None = None,
     ) -> Tensor:
         """[B, N, d], which is freed on the way, -> [B, N, d]; with a cache, attention goes to what is in it too, and
-        with a split to the tokens of other ranks."""
+        with `parallel` to the tokens of other ranks."""
         qkv, norms = linear(self.ops, self.to_qkv, tokens.take()[0]), (self.norm_q.weight, self.norm_k.weight)
         q, k, v = self.ops.qkv_norm_rope(qkv, *norms, *rotary, self.eps)
         del qkv
-        return linear(self.ops, self.to_out[0], self_attention(self.ops, q, k, v, cache, split))
+        return linear(self.ops, self.to_out[0], self_attention(self.ops, q, k, v, cache, parallel))
 
 
 class CrossAttention(nn.Module):
@@ -92,11 +91,11 @@ class CrossAttention(nn.Module):
 
     def project_context(self, text: Tensor, pictures: Tensor | None = None) -> tuple[Tensor, ...]:
         """Keys and values of the text [B, L, d]: two tensors [B, L, heads, head_dim]; and two of pictures [B, M, d]."""
-        pair = self._keys(self.to_k, self.norm_k, text), self._split(linear(self.ops, self.to_v, text))
+        pair = self._keys(self.to_k, self.norm_k, text), self._to_heads(linear(self.ops, self.to_v, text))
         if pictures is None:
             return pair
         keys = self._keys(self.add_k_proj, self.norm_added_k, pictures)
-        return *pair, keys, self._split(linear(self.ops, self.add_v_proj, pictures))
+        return *pair, keys, self._to_heads(linear(self.ops, self.add_v_proj, pictures))
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """x [B, N, d], keys and values from project_context -> [B, N, d]. Text and pictures have a softmax each."""
@@ -107,9 +106,9 @@ class CrossAttention(nn.Module):
         return linear(self.ops, self.to_out[0], out)
 
     def _keys(self, layer: nn.Module, norm: nn.RMSNorm, x: Tensor) -> Tensor:
-        return self._split(self.ops.rms_norm(linear(self.ops, layer, x), norm.weight, self.eps))
+        return self._to_heads(self.ops.rms_norm(linear(self.ops, layer, x), norm.weight, self.eps))
 
-    def _split(self, x: Tensor) -> Tensor:
+    def _to_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
 
@@ -132,7 +131,7 @@ class Block(nn.Module):
         context: tuple[Tensor, ...],
         rotary: tuple[Tensor, Tensor],
         cache: LayerCache | None = None,
-        split: Split | None = None,
+        parallel: SequenceParallel | None = None,
     ) -> Stream:
         rows, index = self.scale_shift_table + modulation.rows, modulation.index
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
@@ -143,7 +142,7 @@ class Block(nn.Module):
             x, y = self.ops.gated_residual_norm(x, y, gate, shift1, scale1, index, self.eps)
         normed = Stream(y)
         del y
-        y = self.attn1(normed, rotary, cache, split)
+        y = self.attn1(normed, rotary, cache, parallel)
         if self.norm2 is None:
             x = y = self.ops.gated_residual(x, y, gate1, index)
         else:
@@ -299,24 +298,24 @@ class WanTransformer(nn.Module):
         values, index = (one.to(latents.device) for one in group_timesteps(timestep, latents.shape[0], grid))
         rotary = self.rotary(grid, rope_offset, latents.device)
         if view is not None and view.layout.sequence > 1:
-            split = self._split(view, grid)
-            given = self._cut(split, latents, known, values, index, rotary, context)
-            return split.join(self._velocity(*given, cache, split), self.config.patch_size, latents.shape[3])
+            parallel = self._sequence_parallel(view, grid)
+            given = self._shard(parallel, latents, known, values, index, rotary, context)
+            return parallel.gather(self._velocity(*given, cache, parallel), self.config.patch_size, latents.shape[3])
         given = latents, known, values, index, rotary, context
         return self.run(self._velocity, *given) if cache is None else self._velocity(*given, cache)
 
-    def _split(self, view: RankView, grid: tuple[int, int, int]) -> Split:
+    def _sequence_parallel(self, view: RankView, grid: tuple[int, int, int]) -> SequenceParallel:
         layout, heads, tokens = view.layout, self.config.num_attention_heads, grid[1] * grid[2]
         if heads % layout.ulysses or layout.sequence > tokens:
             raise InvalidRequest(
                 f"parallel: {layout} does not fit {heads} heads and {tokens} tokens a frame: ulysses has to divide the "
                 f"heads, and ring x ulysses be at most the tokens of a frame"
             )
-        return Split.of_grid(view, grid)
+        return SequenceParallel.of_grid(view, grid)
 
-    def _cut(
+    def _shard(
         self,
-        split: Split,
+        parallel: SequenceParallel,
         latents: Tensor,
         known: Tensor | None,
         values: Tensor,
@@ -326,9 +325,9 @@ class WanTransformer(nn.Module):
     ) -> tuple[Any, ...]:
         """This rank's part of what `_velocity` takes."""
         patch, tokens = self.config.patch_size, len(rotary[0])
-        known = None if known is None else split.cut(known, patch)
-        rotary = split.cut_rows(rotary[0], 0), split.cut_rows(rotary[1], 0)
-        return split.cut(latents, patch), known, values, split.cut_groups(index, tokens), rotary, context
+        known = None if known is None else parallel.shard(known, patch)
+        rotary = parallel.shard_rows(rotary[0], 0), parallel.shard_rows(rotary[1], 0)
+        return parallel.shard(latents, patch), known, values, parallel.shard_groups(index, tokens), rotary, context
 
     def _velocity(
         self,
@@ -339,13 +338,13 @@ class WanTransformer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         context: Context,
         cache: KVCache | None = None,
-        split: Split | None = None,
+        parallel: SequenceParallel | None = None,
     ) -> Tensor:
         """The part of a call that is work for the device alone: distinct timesteps [K], which each group has [B, G]."""
         embedding, rows = self.condition_embedder.embed_time(values)
         embed = self.patch_embedding.weight, self.patch_embedding.bias
         stream = Stream(self.ops.patch_embed(latents, *embed, known))
-        x = self._run_blocks(stream, Modulation(rows, index), context, rotary, cache, split)
+        x = self._run_blocks(stream, Modulation(rows, index), context, rotary, cache, parallel)
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)
         out, patch = (self.proj_out.weight, self.proj_out.bias), self.config.patch_size
         grid = [n // p for n, p in zip(latents.shape[2:], patch, strict=True)]
@@ -358,11 +357,11 @@ class WanTransformer(nn.Module):
         context: Context,
         rotary: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
-        split: Split | None = None,
+        parallel: SequenceParallel | None = None,
     ) -> Tensor:
         caches = (None,) * len(self.blocks) if cache is None else cache.layers
         for block, layer, kept in zip(self.walk(self.blocks), context.layers, caches, strict=True):
-            stream = block(stream, modulation, layer, rotary, kept, split)
+            stream = block(stream, modulation, layer, rotary, kept, parallel)
         return self._added(stream, modulation)
 
     def _added(self, stream: Stream, modulation: Modulation) -> Tensor:

@@ -19,7 +19,7 @@ from fastvid.errors import InvalidRequest
 from fastvid.layers.kv_cache import KVCache
 from fastvid.layers.linear import Linear, linear
 from fastvid.layers.residual import Stream
-from fastvid.layers.sequence_parallel import Split
+from fastvid.layers.sequence_parallel import SequenceParallel
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig
 from fastvid.models.wan.transformer import Block, Modulation, WanTransformer
 from fastvid.ops import reference
@@ -108,9 +108,9 @@ class WanVACETransformer(WanTransformer):
                 )
         return super().forward(latents, timestep, text, known=known, rope_offset=rope_offset, view=view)
 
-    def _cut(self, split: Split, *given: Any) -> tuple[Any, ...]:
-        *given, context = super()._cut(split, *given)
-        return *given, context._replace(control=split.cut(context.control, self.config.patch_size))
+    def _shard(self, parallel: SequenceParallel, *given: Any) -> tuple[Any, ...]:
+        *given, context = super()._shard(parallel, *given)
+        return *given, context._replace(control=parallel.shard(context.control, self.config.patch_size))
 
     def _run_blocks(
         self,
@@ -119,20 +119,20 @@ class WanVACETransformer(WanTransformer):
         context: VACEContext,
         rotary: tuple[Tensor, Tensor],
         cache: Any = None,
-        split: Split | None = None,
+        parallel: SequenceParallel | None = None,
     ) -> Tensor:
         """A control block runs when its hint is due, so that there is one hint at a time."""
         start, *_ = stream.take()
         control, stream, walk = self._embed_control(context.control, start), Stream(start), self.walk(self._due())
         due = iter(zip(context.vace_layers, context.scales, strict=True))
         for number, layer in enumerate(context.layers):
-            stream = next(walk)(stream, modulation, layer, rotary, None, split)
+            stream = next(walk)(stream, modulation, layer, rotary, None, parallel)
             if number in self.vace_config.vace_layers:
                 vace, (seen, scale) = next(walk), next(due)
                 # The first goes on from the control's tokens and, on top, the video's.
                 control = control if vace.proj_in is None else linear(self.ops, vace.proj_in, control) + start
                 control, start = (
-                    self._added(vace(Stream(control), modulation, seen, rotary, None, split), modulation),
+                    self._added(vace(Stream(control), modulation, seen, rotary, None, parallel), modulation),
                     None,
                 )
                 hint = linear(self.ops, vace.proj_out, control)
