@@ -29,8 +29,7 @@ from harness import Row, save, table
 
 import fastvid
 from fastvid.engine import decode
-from fastvid.media.beside import Beside
-from fastvid.media.writer import FrameSink
+from fastvid.media.writer import BackgroundWriter, FrameSink
 
 PROMPT = "a red circle moving right on a white background"
 PARTS = ("first", "memory", "beside", "full")
@@ -59,7 +58,10 @@ def write(pipe: Any, path: Path, in_thread: bool = True, **request: Any) -> dict
     start, first = time.perf_counter(), 0.0
     stream = pipe.stream(PROMPT, keep_latents=False, **request)
     started = next(stream)
-    with FrameSink(path, width=started.width, height=started.height, fps=started.fps) as sink, Beside(sink) as writing:
+    with (
+        FrameSink(path, width=started.width, height=started.height, fps=started.fps) as sink,
+        BackgroundWriter(sink) as writing,
+    ):
         for event in stream:
             if isinstance(event, fastvid.Frames):
                 first = first or time.perf_counter() - start

@@ -87,7 +87,7 @@ def test_videos_show_what_was_asked_for(pipe):
 
 def test_the_command_line_s_first_line(tmp_path: Path):
     from fastvid.cli.commands import main
-    from fastvid.media.writer import read_video
+    from fastvid.media.metadata import read_video
 
     out = tmp_path / "out.mp4"
     assert main(["generate", "a red circle moving right on a white background", "-o", str(out), "--seed", "1"]) == 0

@@ -26,7 +26,7 @@ def read_recipe(flags: argparse.Namespace) -> dict[str, Any] | None:
     """What --recipe names; None if nothing does. Raises MediaError, and UsageError for one of another verb."""
     if flags.recipe is None:
         return None
-    from fastvid.media.writer import read_recipe as read
+    from fastvid.media.metadata import read_recipe as read
 
     recipe = read(flags.recipe)
     verb = recipe.get("verb", "generate")

@@ -136,8 +136,7 @@ def _run(
 def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> dict[str, Any]:
     """Frames go into the file as they come, so that memory does not grow with the video. Whatever happens, the file is
     whole or not there."""
-    from fastvid.media.beside import Beside
-    from fastvid.media.writer import FrameSink, check_writable
+    from fastvid.media.writer import BackgroundWriter, FrameSink, check_writable
 
     made = None
     with contextlib.ExitStack() as stack:
@@ -152,15 +151,15 @@ def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> di
                 )
                 sink = FrameSink(output, width=event.width, height=event.height, fps=event.fps, recipe=event.recipe)
                 stack.enter_context(sink)
-                beside = stack.enter_context(Beside(sink))
+                writer = stack.enter_context(BackgroundWriter(sink))
             elif kind == "Frames":
-                beside.write(event.frames)
+                writer.write(event.frames)
             elif kind == "Finished":
-                beside.finish()
+                writer.finish()
                 watch.mark("wait")
                 path = sink.close(event.recipe)
                 watch.mark("close")
-                written = beside.seconds + watch.seconds["close"]
+                written = writer.seconds + watch.seconds["close"]
                 made = _summary(path, started, event, watch, written)  # the stream goes on: now its checkpoint may go
             watch.mark("wait")
     if made is None:

@@ -19,7 +19,9 @@ import numpy as np
 
 from fastvid.checks import MAX_FPS, MAX_FRAMES, MAX_SIDE, MIN_FPS, number, one_of, whole
 from fastvid.errors import InvalidRequest
-from fastvid.media.metadata import media_errors, stated_fps
+from fastvid.media.files import media_errors
+from fastvid.media.images import pillow_pixels, resize
+from fastvid.media.metadata import stated_fps
 from fastvid.media.reader import ArraySource, PictureSource, Source, open_source
 
 FITS = ("cover", "stretch")
@@ -98,12 +100,8 @@ class Clip:
     def _sized(self, frame: np.ndarray) -> np.ndarray:
         if frame.shape[:2] == (self.height, self.width):
             return frame
-        import torch
-
-        from fastvid.ops.resample import resize
-
         box = covering(*frame.shape[:2], self.height, self.width) if self.fit == "cover" else np.s_[:, :]
-        return resize(torch.from_numpy(frame[box].copy()), self.height, self.width).numpy()
+        return resize(frame[box], self.height, self.width)
 
     # ------------------------------------------------------------ other rates and sizes
 
@@ -208,8 +206,8 @@ def _clip(source: Source, fps: float | None, name: str) -> Clip:
 def _array(value: Any, name: str) -> np.ndarray:
     """Arrays, tensors and Pillow images as numpy arrays, without copying the first two."""
     if hasattr(value, "convert") and hasattr(value, "getbands"):  # Pillow's
-        value = value.convert("RGBA" if "A" in value.getbands() or "transparency" in value.info else "RGB")
-    elif hasattr(value, "detach"):
+        return pillow_pixels(value, name)
+    if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
     if not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
         raise InvalidRequest(

@@ -7,6 +7,7 @@ look-ups of other files are not reached. It decodes nothing while it opens a fil
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from fastvid.checks import MAX_FRAMES
-from fastvid.errors import MediaError
+from fastvid.errors import Error, MediaError
 
 MIN_SIDE, MAX_SIDE = 16, 8192  # pixels of an input
 MAX_CLIP_PIXELS = 1 << 25  # of one frame of a clip: 8K; a picture may have MAX_SIDE x MAX_SIDE
@@ -50,7 +51,22 @@ KINDS: tuple[tuple[str, bytes], ...] = (
     ("hevc", rb"\x00?\x00\x00\x01[\x40\x46]"),
     ("json", rb"\s*\{"),
 )
+SYSTEM_ERRORS = (OSError, ValueError, RuntimeError, ArithmeticError, LookupError, EOFError)
 KNOWN = "mp4, mov, webm, mkv, gif, avi, mpg, ts, flv, ogv, wmv, ivf, y4m, png, jpg, webp, bmp, tiff, npy"
+
+
+@contextlib.contextmanager
+def media_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises what the system, Pillow and PyAV raise as MediaError with the path in it."""
+    try:
+        yield
+    except Error:
+        raise
+    except Exception as error:
+        if not isinstance(error, SYSTEM_ERRORS) and not type(error).__module__.startswith(("av.", "PIL.")):
+            raise
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise MediaError(f"{os.fspath(path)}: {reason}") from error
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

@@ -1,13 +1,13 @@
-"""One still picture, or one decoded frame, as uint8 RGB [H, W, 3].
+"""One still picture, or one decoded frame, as uint8 RGB [H, W, 3], and resizing.
 
-Everything a file can say about how it is to be seen is applied: colour matrix and range, the turn that a phone notes
-instead of turning the pixels, and alpha (over black, which is what a video player shows behind a video).
+Everything a file says about how to show it is applied: color matrix and range, the rotation that a phone notes instead
+of rotating the pixels, and alpha (over black, which is what a video player shows behind a video).
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
+import io
 import struct
 import zlib
 from typing import Any, BinaryIO
@@ -15,16 +15,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastvid.errors import MediaError
-from fastvid.media.files import MAX_SIDE, THREADS, check_picture_size
+from fastvid.media.files import check_picture_size
 
 MAX_FILE = 1 << 28  # bytes of a picture
 MAX_SCANS = 100  # of a progressive JPEG: each is a few bytes, and costs as much as the whole picture
-DECODERS = {"png": "png", "jpeg": "mjpeg", "webp": "webp", "bmp": "bmp", "tiff": "tiff"}
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"gAMA", b"sRGB")
+FILTERS = ("bicubic", "lanczos")
 # ITU-T H.273 matrix -> swscale's code for it
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 BT709, BT601 = 1, 5
-TIFF = (b"II*\0", b"MM\0*")
 
 
 # ---------------------------------------------------------------- files
@@ -32,26 +31,55 @@ TIFF = (b"II*\0", b"MM\0*")
 
 def read_picture(file: BinaryIO, kind: str, name: str) -> np.ndarray:
     """A still picture, uint8 RGB [H, W, 3]. Its size is checked before it is decoded. Raises MediaError."""
-    import av
+    from PIL import ImageOps
 
     file.seek(0)
     data = file.read(MAX_FILE + 1)
     if len(data) > MAX_FILE:
         raise MediaError(f"{name} has more than {MAX_FILE >> 20} MiB, which is the most that is read of a picture")
-    if kind != "tiff":  # whose size only the decoder finds; it keeps the same limit
-        check_picture_size(name, *_SIZES[kind](data, name))
-    decoder = av.CodecContext.create(DECODERS[kind], "r")
-    decoder.thread_count, decoder.thread_type = THREADS, "SLICE"
-    decoder.options = {
-        "max_pixels": str(MAX_SIDE * MAX_SIDE),
-        "err_detect": "explode" if kind != "tiff" else "crccheck",
+    if kind == "webp":  # Pillow allocates memory for all pixels while it opens one
+        check_picture_size(name, *_webp_size(data))
+    if kind == "jpeg" and data.count(b"\xff\xda") > MAX_SCANS:
+        raise MediaError(f"{name} has more than {MAX_SCANS} scans, which is the most that is read")
+    try:
+        image = _open(plain_png(data, name) if kind == "png" else data, kind)
+        check_picture_size(name, *image.size)
+        if kind == "webp" and getattr(image, "is_animated", False):
+            raise MediaError(f"{name} is an animated WebP, which is not read; give a .gif or .mp4")
+        image.load()
+    except MediaError:
+        raise
+    except Exception as error:  # Pillow raises many types for a damaged file
+        raise MediaError(f"{name} is damaged or cut off: {error}") from error
+    with contextlib.suppress(Exception):  # damaged EXIF is taken as none
+        image = ImageOps.exif_transpose(image)
+    return pillow_pixels(image, name)
+
+
+def _open(data: bytes, kind: str) -> Any:
+    """A Pillow image that has read its header only. Not by `Image.open`: its limit on pixels is the program's to set,
+    and warns."""
+    from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+    readers: dict[str, Any] = {
+        "bmp": BmpImagePlugin.BmpImageFile,
+        "jpeg": JpegImagePlugin.JpegImageFile,
+        "png": PngImagePlugin.PngImageFile,
+        "tiff": TiffImagePlugin.TiffImageFile,
+        "webp": WebPImagePlugin.WebPImageFile,
     }
-    packet = av.Packet(plain_png(data, name) if kind == "png" else data)
-    frames = [*decoder.decode(packet), *decoder.decode(None)]
-    if not frames or frames[0].is_corrupt:
-        raise MediaError(f"{name} is damaged or cut off, or larger than {MAX_SIDE}x{MAX_SIDE}")
-    check_picture_size(name, frames[0].width, frames[0].height)
-    return _turned(_pixels(frames[0]), _EXIF_TURNS.get(_orientation(data)))
+    return readers[kind](io.BytesIO(data))
+
+
+def pillow_pixels(image: Any, name: str) -> np.ndarray:
+    """The pixels of a Pillow image, uint8 RGB [H, W, 3]. Raises MediaError for more than 16 bits a channel."""
+    if image.mode == "F" or image.mode == "I" and image.format != "PNG":  # Pillow 10 opens 16-bit PNGs as I
+        raise MediaError(f"{name} has more than 16 bits a channel, which is not read; save it with 8")
+    if image.mode.startswith("I"):
+        rounded = np.minimum((np.asarray(image).astype(np.int64) + 128) >> 8, 255)
+        return over_black(rounded.astype(np.uint8)[..., None])
+    alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    return over_black(np.asarray(image.convert("RGBA" if alpha else "RGB")))
 
 
 def plain_png(data: bytes, name: str) -> bytes:
@@ -71,38 +99,9 @@ def plain_png(data: bytes, name: str) -> bytes:
     raise MediaError(f"{name} is damaged or cut off at byte {at} of {len(data)}")
 
 
-def _png_size(data: bytes, name: str) -> tuple[int, int]:
-    return struct.unpack(">II", data[16:24].ljust(8, b"\0"))
-
-
-def _bmp_size(data: bytes, name: str) -> tuple[int, int]:
-    width, height = struct.unpack("<ii", data[18:26].ljust(8, b"\0"))
-    if len(data) < int.from_bytes(data[2:6], "little"):
-        raise MediaError(f"{name} is cut off: {len(data)} bytes of {int.from_bytes(data[2:6], 'little')}")
-    return width, abs(height)
-
-
-def _jpeg_size(data: bytes, name: str) -> tuple[int, int]:
-    """From the start-of-frame marker."""
-    if data.count(b"\xff\xda") > MAX_SCANS or b"\xff\xd9" not in data:
-        raise MediaError(f"{name} is damaged or cut off, or has more than {MAX_SCANS} scans")
-    at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return width, height
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    raise MediaError(f"{name} is a damaged JPEG: it does not say how large it is")
-
-
-def _webp_size(data: bytes, name: str) -> tuple[int, int]:
-    """Of the three kinds of first chunk: lossy, lossless, extended."""
-    if len(data) < 8 + int.from_bytes(data[4:8], "little"):
-        raise MediaError(f"{name} is cut off: {len(data)} bytes of {8 + int.from_bytes(data[4:8], 'little')}")
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height from the first chunk: extended, lossless or lossy."""
     kind, body = data[12:16], data[20:30].ljust(10, b"\0")
-    if kind == b"VP8X" and body[0] & 2:
-        raise MediaError(f"{name} is an animated WebP, which is not read; give a .gif or .mp4")
     if kind == b"VP8X":
         return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
     if kind == b"VP8L":
@@ -112,53 +111,43 @@ def _webp_size(data: bytes, name: str) -> tuple[int, int]:
     return width & 0x3FFF, height & 0x3FFF
 
 
-def _orientation(data: bytes) -> int:
-    """EXIF's tag 274 in a JPEG, PNG, WebP or TIFF: how the camera was held, 1 to 8; 1 where nothing says it."""
-    ends = data if len(data) < 1 << 18 or data[:4] in TIFF else data[: 1 << 17] + data[-(1 << 17) :]
-    found = re.search(rb"(?:\A|Exif\0\0|eXIf|EXIF....)(II\*\0|MM\0\*)", ends, re.DOTALL)
-    if found is None:
-        return 1
-    exif, order = found.string[found.start(1) :], "<" if found[1][:1] == b"I" else ">"
-    with contextlib.suppress(struct.error):
-        (at,) = struct.unpack_from(order + "I", exif, 4)
-        for entry in range(struct.unpack_from(order + "H", exif, at)[0]):
-            tag, _, _, value = struct.unpack_from(order + "HHIH", exif, at + 2 + 12 * entry)
-            if tag == 274:
-                return value
-    return 1
+# ---------------------------------------------------------------- resizing
 
 
-# orientation -> a display matrix, see `_display_matrix`
-_EXIF_TURNS = {
-    2: (-1, 0, 0, 1),
-    3: (-1, 0, 0, -1),
-    4: (1, 0, 0, -1),
-    5: (0, 1, 1, 0),
-    6: (0, 1, -1, 0),
-    7: (0, -1, -1, 0),
-    8: (0, -1, 1, 0),
-}
-_SIZES = {"png": _png_size, "jpeg": _jpeg_size, "webp": _webp_size, "bmp": _bmp_size}
+def resize(pictures: np.ndarray, height: int, width: int, method: str = "lanczos") -> np.ndarray:
+    """Pictures uint8 [..., H, W, 3] -> uint8 [..., height, width, 3] with Pillow; method is "lanczos" or "bicubic".
+
+    First along the rows, then along the columns. Pillow 13 takes the other order where the height shrinks much more
+    than the width, and the models were trained on what earlier versions gave; so each direction is a call of its own.
+    Raises ValueError for another dtype, layout, size or method.
+    """
+    from PIL import Image
+
+    if pictures.dtype != np.uint8 or pictures.ndim < 3 or pictures.shape[-1] != 3 or 0 in pictures.shape:
+        raise ValueError(f"resize takes uint8 [..., H, W, 3], not {pictures.dtype} {list(pictures.shape)}")
+    if height < 1 or width < 1 or method not in FILTERS:
+        raise ValueError(f"resize makes at least 1x1 with {' or '.join(FILTERS)}, not {width}x{height} with {method!r}")
+    how = Image.Resampling[method.upper()]
+    lead, (before, _) = pictures.shape[:-3], pictures.shape[-3:-1]
+    made = np.empty((*lead, height, width, 3), np.uint8)
+    for place in np.ndindex(lead):
+        rows = Image.fromarray(pictures[place]).resize((width, before), how)
+        made[place] = np.asarray(rows.resize((width, height), how))
+    return made
 
 
 # ---------------------------------------------------------------- decoded frames
 
 
 def to_rgb(frame: Any, size: tuple[int, int]) -> np.ndarray:
-    """A video's PyAV frame as uint8 RGB [H, W, 3], scaled to `size` (width, height before turning) if it has another,
-    and turned as it is to be seen."""
-    return _turned(_pixels(frame, size), _display_matrix(frame))
-
-
-def _pixels(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A video's PyAV frame as uint8 RGB [H, W, 3], scaled to `size` (width, height before rotating) if it has another,
+    and rotated as it is to be seen."""
     from av.video.reformatter import ColorRange, Interpolation
 
-    width, height = size or (frame.width, frame.height)
     alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
     flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     made = frame.reformat(
-        width,
-        height,
+        *size,
         "rgba" if alpha else "rgb24",
         src_colorspace=_matrix(frame),
         src_color_range=_range(frame),
@@ -166,7 +155,7 @@ def _pixels(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
         interpolation=int(flags),
         threads=1,
     )
-    return _over_black(made.to_ndarray()) if alpha else made.to_ndarray()
+    return _rotated(over_black(made.to_ndarray()), _display_matrix(frame))
 
 
 def _is_yuv(frame: Any) -> bool:
@@ -191,18 +180,14 @@ def _range(frame: Any) -> int | None:
     return int(frame.color_range) or (ColorRange.MPEG if _is_yuv(frame) else None)
 
 
-def _over_black(rgba: np.ndarray) -> np.ndarray:
-    alpha = rgba[..., 3:]
-    if alpha.min() == 255:
-        return np.ascontiguousarray(rgba[..., :3])
-    return ((rgba[..., :3].astype(np.uint16) * alpha + 127) // 255).astype(np.uint8)
-
-
 def over_black(pictures: np.ndarray) -> np.ndarray:
     """uint8 [..., 1], [..., 3] or [..., 4] (gray, RGB, RGBA) -> RGB [..., 3], alpha over black."""
-    if pictures.shape[-1] == 4:
-        return _over_black(pictures)
-    return np.ascontiguousarray(np.broadcast_to(pictures, (*pictures.shape[:-1], 3)))
+    if pictures.shape[-1] != 4:
+        return np.ascontiguousarray(np.broadcast_to(pictures, (*pictures.shape[:-1], 3)))
+    alpha = pictures[..., 3:]
+    if alpha.min() == 255:
+        return np.ascontiguousarray(pictures[..., :3])
+    return ((pictures[..., :3].astype(np.uint16) * alpha + 127) // 255).astype(np.uint8)
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
@@ -219,7 +204,7 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
     return (a, b, c, d) if (a and d and not b and not c) or (b and c and not a and not d) else None
 
 
-def _turned(picture: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
+def _rotated(picture: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
     if matrix is None or matrix == (1, 0, 0, 1):
         return picture
     a, b, c, d = matrix

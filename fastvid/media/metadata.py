@@ -6,32 +6,16 @@ import contextlib
 import json
 import os
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastvid.errors import Error, MediaError
-from fastvid.media.files import MAX_FPS, MIN_FPS, kind_of, open_container, open_regular
+from fastvid.errors import MediaError
+from fastvid.media.files import MAX_FPS, MIN_FPS, kind_of, media_errors, open_container, open_regular
 from fastvid.media.reader import Source, VideoSource, open_source
 
-SYSTEM = (OSError, ValueError, RuntimeError, ArithmeticError, LookupError, EOFError)
 MAX_RECIPE = 1 << 24  # bytes; what is longer was not written here
-
-
-@contextlib.contextmanager
-def media_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What the system and PyAV raise, as MediaError with the path in it."""
-    try:
-        yield
-    except Error:
-        raise
-    except Exception as error:
-        if not isinstance(error, SYSTEM) and not type(error).__module__.startswith("av."):
-            raise
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise MediaError(f"{os.fspath(path)}: {reason}") from error
 
 
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float | None]:

@@ -1,10 +1,13 @@
-"""Frames <-> files: .mp4 (H.264), .webm (VP9), .gif, .png (one frame), .npy, and folders of PNGs.
+"""Frames to files: .mp4 (H.264), .webm (VP9), .gif, .png (one frame), .npy, and folders of PNGs.
 
 A path names a folder of PNGs (000000.png, ...) when it ends in a slash, has no suffix, or is a folder already.
 `FrameSink` takes uint8 RGB frames [T, H, W, 3] as they come and gives the file its name only when it is whole.
-`check_writable` finds out before any work whether that can succeed. Every kind of file carries the recipe:
-.mp4 and .webm in the tag "comment", .gif in a comment extension, .png in a text chunk "fastvid" (in a folder: of the
-first frame), .npy in a second array behind the frames. `read_recipe` reads it back.
+`check_writable` finds out before any work whether that can succeed. Memory does not grow with the length of the video,
+and the same frames give the same bytes.
+
+Every kind of file carries the recipe, which `fastvid.media.metadata.read_recipe` reads back: .mp4 and .webm in the tag
+"comment", .gif in a comment extension, .png in a text chunk "fastvid" (in a folder: of the first frame), .npy in a
+second array behind the frames.
 """
 
 from __future__ import annotations
@@ -16,24 +19,27 @@ import re
 import secrets
 import shutil
 import stat
+import struct
+import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fastvid.errors import InvalidRequest, MediaError
-from fastvid.media.encoders import ENCODINGS, Spec, find_encoder
-from fastvid.media.metadata import media_errors, read_recipe, read_video
-from fastvid.media.write import Writer, open_writer
-
-__all__ = ["FrameSink", "Target", "check_writable", "exact_rate", "read_recipe", "read_video"]
+from fastvid.media.encoders import ENCODINGS, EncodedWriter, Spec, find_encoder
+from fastvid.media.files import media_errors
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".png", ".npy")
 MAX_GIF_FPS = 50  # players show frames of less than 2/100 s for 10/100 s
+RECIPE_KEY = "fastvid"  # keyword of the PNG text chunk
+PNG_LEVEL = 4  # zlib's, 0 to 9
+MAX_PENDING = 2  # chunks of frames that a BackgroundWriter holds before its `write` waits
 
 PathLike = str | os.PathLike[str]
 
@@ -153,7 +159,99 @@ def _check_room(target: Target, num_bytes: int) -> None:
         raise MediaError(f"{target.path} would take {num_bytes / 2**20:.0f} MiB; {free / 2**20:.0f} MiB are free")
 
 
-# ---------------------------------------------------------------- writing
+# ---------------------------------------------------------------- one writer for each kind of file
+
+
+class Writer(Protocol):
+    """Fills a staging path, which `FrameSink` names, renames and removes."""
+
+    def write(self, frame: np.ndarray) -> None:
+        """Take one uint8 RGB frame [H, W, 3]."""
+
+    def finish(self, recipe: str | None) -> Path:
+        """Complete the file; return the path of the whole one (or folder)."""
+
+    def discard(self) -> None:
+        """Let go of open files, in any state."""
+
+
+def save_png(path: Path, frame: np.ndarray, recipe: str | None = None) -> None:
+    """Write a uint8 RGB frame [H, W, 3]."""
+    from PIL import Image, PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    if recipe is not None:
+        info.add_text(RECIPE_KEY, recipe)
+    Image.fromarray(frame).save(path, "PNG", pnginfo=info, compress_level=PNG_LEVEL)
+
+
+class PngWriter:
+    """One picture, or a folder of 000000.png, 000001.png, ...; the recipe is in the first one."""
+
+    def __init__(self, stage: Path, folder: bool) -> None:
+        self._stage, self._folder, self._count = stage, folder, 0
+        if folder:
+            stage.mkdir()
+
+    def _path(self, number: int) -> Path:
+        return self._stage / f"{number:06d}.png" if self._folder else self._stage
+
+    def write(self, frame: np.ndarray) -> None:
+        if self._count == 0:
+            self._first = frame.copy()
+        elif not self._folder:
+            raise MediaError("a .png holds one frame; for more give a folder (a name ending in /), .gif, .webm or .mp4")
+        save_png(self._path(self._count), frame)
+        self._count += 1
+
+    def finish(self, recipe: str | None) -> Path:
+        save_png(self._path(0), self._first, recipe)
+        return self._stage
+
+    def discard(self) -> None: ...
+
+
+class NpyWriter:
+    """uint8 [T, H, W, 3], followed by a second array in the same file, the recipe's bytes: np.load reads the first."""
+
+    def __init__(self, stage: Path, spec: Spec) -> None:
+        self._stage, self._spec, self._count = stage, spec, 0
+        self._file = stage.open("wb")
+        self._file.write(self._header())
+
+    def _header(self) -> bytes:
+        """Always 128 bytes, so that it can be written again when the number of frames is known."""
+        shape = (self._count, self._spec.height, self._spec.width, 3)
+        text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+        return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+    def write(self, frame: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(frame).data)
+        self._count += 1
+
+    def finish(self, recipe: str | None) -> Path:
+        if recipe is not None:
+            np.save(self._file, np.frombuffer(recipe.encode("ascii"), np.uint8), allow_pickle=False)
+        self._file.seek(0)
+        self._file.write(self._header())
+        self._file.close()
+        return self._stage
+
+    def discard(self) -> None:
+        with contextlib.suppress(Exception):
+            self._file.close()
+
+
+def open_writer(target: Target, stage: Path, spec: Spec, recipe: str | None) -> Writer:
+    """`recipe` is JSON in ASCII."""
+    if target.kind == ".npy":
+        return NpyWriter(stage, spec)
+    if target.kind in ("", ".png"):
+        return PngWriter(stage, folder=target.kind == "")
+    return EncodedWriter(ENCODINGS[target.kind], stage, spec, recipe)
+
+
+# ---------------------------------------------------------------- the sink
 
 
 class FrameSink:
@@ -196,7 +294,7 @@ class FrameSink:
         if self.closed:
             raise MediaError(f"{self.path}: the sink is closed")
         if self._writer is None:
-            self._writer = open_writer(self._target.kind, self._stage, self._spec, self._recipe)
+            self._writer = open_writer(self._target, self._stage, self._spec, self._recipe)
         return self._writer
 
     def close(self, recipe: dict[str, Any] | None = None) -> Path:
@@ -240,9 +338,7 @@ class FrameSink:
     def __enter__(self) -> FrameSink:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.close()
         else:
@@ -257,7 +353,7 @@ def _as_json(recipe: dict[str, Any] | None) -> str | None:
 def _put(whole: Path, target: Target) -> None:
     """Give a whole file its name. What is not on the disk yet would be lost by a crash after the rename: sync first."""
     if not whole.is_dir():
-        with whole.open("rb") as file:
+        with whole.open("r+b") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())
         os.replace(whole, target.path)
     elif not target.path.exists():
@@ -269,3 +365,45 @@ def _put(whole: Path, target: Target) -> None:
         for name in set(os.listdir(target.path)) - set(new) - {whole.name}:
             if re.fullmatch(r"\d{6}\.png", name):
                 (target.path / name).unlink()
+
+
+class BackgroundWriter:
+    """Hands frames to a sink in a thread, in order; the file is the same.
+
+        with FrameSink(...) as sink:
+            with BackgroundWriter(sink) as writer:
+                writer.write(frames)    # again and again
+                writer.finish()
+            sink.close(recipe)
+
+    An error of the sink is raised by a later `write`, or by `finish`. Leaving the block waits for the write under way
+    and drops those that have not begun: put it inside of the sink's own block. seconds: how long the sink was at work.
+    """
+
+    def __init__(self, sink: FrameSink) -> None:
+        self._sink, self.seconds = sink, 0.0
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="fastvid-write")
+        self._pending: deque[Future[None]] = deque()
+
+    def write(self, frames: np.ndarray) -> None:
+        """uint8 RGB frames [T, H, W, 3]; they must not change any more. Waits while `MAX_PENDING` are pending, so that
+        memory stays bounded."""
+        while len(self._pending) >= MAX_PENDING:
+            self._pending.popleft().result()
+        self._pending.append(self._executor.submit(self._write, frames))
+
+    def finish(self) -> None:
+        """Wait until all frames are written."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def _write(self, frames: np.ndarray) -> None:
+        start = time.perf_counter()
+        self._sink.write(frames)
+        self.seconds += time.perf_counter() - start
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)

@@ -12,7 +12,7 @@ import numpy as np
 from fastvid.checks import MAX_SIDE, MIN_SIDE, check_frames
 from fastvid.errors import InvalidRequest, MediaError
 from fastvid.media.clip import Clip, covering, open_clip
-from fastvid.media.writer import read_recipe
+from fastvid.media.metadata import read_recipe
 from fastvid.requests.request import CLIPS, SIZE, TOLD, Request, prints_of, recordable
 
 PICTURES = ("image", "last_image")

@@ -23,7 +23,7 @@ from fastvid import errors
 from fastvid.cli import arguments, commands, parser
 from fastvid.cli import flags as cli_flags
 from fastvid.cli.progress import Progress, Stopwatch, duration
-from fastvid.media.writer import read_recipe, read_video
+from fastvid.media.metadata import read_recipe, read_video
 from fastvid.requests import inputs
 from fastvid.requests.request import VERBS, Request
 

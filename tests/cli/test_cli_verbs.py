@@ -11,8 +11,8 @@ import pytest
 from test_cli import FakePipe, failed, pipe, run  # noqa: F401 (the fixture is autouse there)
 
 from fastvid.cli import flags
+from fastvid.media.metadata import read_recipe, read_video
 from fastvid.media.video import Video
-from fastvid.media.writer import read_recipe, read_video
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvid.media.writer import read_video
+from fastvid.media.metadata import read_video
 
 # One process imports everything; each command runs in a child of it, so that a kill costs no start.
 PARENT = """

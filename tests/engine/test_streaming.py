@@ -18,7 +18,7 @@ from fastvid.engine import decode as decoding
 from fastvid.engine import queue as queueing
 from fastvid.engine.events import Finished, Frames, Started, Step
 from fastvid.engine.queue import Scheduler, Ticket
-from fastvid.media.beside import Beside as WriteBeside
+from fastvid.media.writer import BackgroundWriter
 
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
 
@@ -160,13 +160,13 @@ class Sink:
 
 def test_writing_keeps_the_order_and_raises():
     sink, given = Sink(), [np.full((1, 2, 2, 3), i, np.uint8) for i in range(9)]
-    with WriteBeside(sink) as beside:
+    with BackgroundWriter(sink) as beside:
         for frames in given:
             beside.write(frames)
         beside.finish()
         assert [a is b for a, b in zip(sink.got, given, strict=True)] == [True] * 9
     assert threading.current_thread().name not in sink.threads and not ours()
-    with pytest.raises(fastvid.MediaError, match="full"), WriteBeside(Sink(3)) as beside:
+    with pytest.raises(fastvid.MediaError, match="full"), BackgroundWriter(Sink(3)) as beside:
         for frames in given:
             beside.write(frames)
         beside.finish()
@@ -178,7 +178,7 @@ def test_writing_waits_where_the_sink_is_slow():
     plain = sink.write
     sink.write = lambda frames: gate.wait(20) and plain(frames)
     given = iter([np.zeros((1, 2, 2, 3), np.uint8)] * 50)
-    with WriteBeside(sink) as beside:
+    with BackgroundWriter(sink) as beside:
         caller = threading.Thread(target=lambda: [beside.write(frames) for frames in given])
         caller.start()
         time.sleep(0.1)

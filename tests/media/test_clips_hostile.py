@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from fastvid.errors import Error, MediaError
 from fastvid.media.clip import open_clip
-from fastvid.media.write import png_bytes
-from fastvid.media.writer import FrameSink, read_recipe
+from fastvid.media.metadata import read_recipe
+from fastvid.media.writer import FrameSink
 
 READ = """
     import json, resource, sys, time
@@ -54,6 +55,12 @@ def mp4(count: int = 8, name: str = "good.mp4", size: int = 64) -> bytes:
     with FrameSink(name, width=size, height=size, fps=16) as sink:
         sink.write(np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8))
     return Path(name).read_bytes()
+
+
+def png_bytes(frame: np.ndarray) -> bytes:
+    target = io.BytesIO()
+    Image.fromarray(frame).save(target, "PNG")
+    return target.getvalue()
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

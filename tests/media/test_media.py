@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from fastvid.errors import InvalidRequest, MediaError
 from fastvid.media import encoders, metadata, writer
-from fastvid.media.writer import FrameSink, check_writable, read_recipe, read_video
+from fastvid.media.metadata import read_recipe, read_video
+from fastvid.media.writer import FrameSink, check_writable
 
 KINDS = ["out.mp4", "out.webm", "out.gif", "out.npy", "out/", "out"]
 VIDEOS = ["out.mp4", "out.webm"]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fastvid.errors import InvalidRequest, MediaError
+from fastvid.media.metadata import read_recipe, read_video
 from fastvid.media.video import Video
-from fastvid.media.writer import read_recipe, read_video
 
 FRAMES = np.arange(5 * 64 * 66 * 3).reshape(5, 64, 66, 3).astype(np.uint8)
 RECIPE = {"fastvid": "0.1.0", "prompt": "é", "seed": 3, "fps": 16.0}

@@ -20,7 +20,7 @@ from fastvid.cli.commands import main
 from fastvid.engine import control
 from fastvid.engine.pixels import Known
 from fastvid.engine.source_clip import SourceClip
-from fastvid.media.writer import read_recipe
+from fastvid.media.metadata import read_recipe
 from fastvid.planning import planning
 
 FAST = {"num_inference_steps": 2, "strength": 1.0, "seed": 3, "solver": "euler"}

@@ -20,7 +20,8 @@ from fastvid.cli.commands import main
 from fastvid.engine import control, pixels
 from fastvid.engine.decode import decode_chunk
 from fastvid.loaders.convert import convert
-from fastvid.media.writer import FrameSink, read_recipe
+from fastvid.media.metadata import read_recipe
+from fastvid.media.writer import FrameSink
 from fastvid.models.wan.config import WanVACEConfig
 from fastvid.models.wan.vace import WanVACETransformer
 from fastvid.pipeline.verbs import CONTROL_OPTIONS
