@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from fastvid.engine import control, pixels
-from fastvid.engine.pixels import Known
+from fastvid.engine.pixels import Known, clip_pixels
 from fastvid.engine.source_clip import SourceClip
-from fastvid.models.common import clip
 from fastvid.models.loaded import CACHE, CHANNELS, CONTROL, REIMPOSED, TIMESTEPS, Model, way_of
 from fastvid.models.wan import conditioning
 from fastvid.models.wan.transformer import WanTransformer
@@ -176,5 +175,5 @@ def _channels(parts: Model, segment: Segment, known: Known, none: Tensor) -> Con
 def _look(parts: Model, pictures: list[np.ndarray]) -> Tensor:
     """CLIP's tokens of all pictures, one after the other: [1, L, d]."""
     size = parts.image_encoder.config.image_size
-    seen = [clip.preprocess(torch.from_numpy(picture)[None], size).to(parts.device) for picture in pictures]
+    seen = [clip_pixels(torch.from_numpy(picture)[None], size).to(parts.device) for picture in pictures]
     return parts.look(torch.cat(seen)).flatten(0, 1)[None]

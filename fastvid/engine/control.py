@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvid.engine import pixels
-from fastvid.engine.pixels import Known
+from fastvid.engine.pixels import Known, fit_reference
 from fastvid.engine.source_clip import SourceClip
 from fastvid.models.loaded import Model
 from fastvid.models.wan import conditioning
@@ -32,7 +32,7 @@ def prepare(
     frames, mask = lay_out(request, segment, known, source)
     size = segment.made_height, segment.made_width
     references = [
-        conditioning.fit_reference(torch.from_numpy(picture), *size, spatial=segment.spatial)[None]
+        fit_reference(torch.from_numpy(picture), *size, spatial=segment.spatial)[None]
         for picture in request.reference_images or ()
     ]
     return conditioning.vace_condition(

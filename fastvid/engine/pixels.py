@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastvid.engine.decode import decode_chunk
 from fastvid.models.loaded import Model
-from fastvid.models.wan import conditioning
 from fastvid.ops import resample
 from fastvid.requests.timeline import Segment
 
@@ -48,12 +47,12 @@ def fit(frames: np.ndarray, segment: Segment) -> Tensor:
     asked for, and the edge repeated where the model makes more."""
     # One at a time, since the sums are taken in float64.
     sized = [resample.resize(torch.from_numpy(frame), segment.height, segment.width) for frame in frames]
-    return _widen(conditioning.to_signed(torch.stack(sized)), segment)
+    return _widen(to_signed(torch.stack(sized)), segment)
 
 
 def pad(frames: np.ndarray, segment: Segment) -> Tensor:
     """uint8 [F, height, width, C] -> fp32 [F, C, made_height, made_width] in [-1, 1]: as they are."""
-    return _widen(conditioning.to_signed(torch.from_numpy(np.array(frames))), segment)
+    return _widen(to_signed(torch.from_numpy(np.array(frames))), segment)
 
 
 def _widen(frames: Tensor, segment: Segment) -> Tensor:
@@ -88,3 +87,48 @@ def encode(parts: Model, frames: Tensor, segment: Segment) -> Tensor:
         made, cache = parts.vae.encode(chunk.to(parts.device, parts.vae_dtype), cache, bands=parts.bands)
         latents.append(made)
     return torch.cat(latents, dim=2)
+
+
+def to_signed(pictures: Tensor) -> Tensor:
+    """Pictures uint8 [..., H, W, 3] -> fp32 [..., 3, H, W] in [-1, 1]."""
+    return (2 * (pictures.float() / 255) - 1).movedim(-1, -3)
+
+
+def fit_pictures(pictures: Tensor, height: int, width: int) -> Tensor:
+    """Pictures uint8 [..., H, W, 3], stretched (Lanczos) as the pipelines do: fp32 [..., 3, height, width]."""
+    return to_signed(resample.resize(pictures, height, width, "lanczos"))
+
+
+def fit_reference(picture: Tensor, height: int, width: int, *, spatial: int = 8) -> Tensor:
+    """A reference for VACE: uint8 [H, W, 3], its shape kept, in the middle of white: fp32 [3, height, width]."""
+    picture = fit_pictures(picture, *(side // spatial * spatial for side in picture.shape[:2]))
+    scale = min(height / picture.shape[1], width / picture.shape[2])
+    h, w = int(picture.shape[1] * scale), int(picture.shape[2] * scale)
+    top, left = (height - h) // 2, (width - w) // 2
+    canvas = picture.new_ones(3, height, width)
+    canvas[:, top : top + h, left : left + w] = F.interpolate(picture[None], (h, w), mode="bilinear")[0]
+    return canvas
+
+
+# What transformers' OPENAI_CLIP_MEAN and OPENAI_CLIP_STD say, and every published preprocessor_config.json.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_pixels(pictures: Tensor, size: int = 224) -> Tensor:
+    """Pictures uint8 [B, H, W, 3] as CLIP takes them: fp32 [B, 3, size, size], the middle square, normalised.
+
+    The shorter side becomes `size` (bicubic, as Pillow does it), the middle of the longer one is kept. That is what
+    transformers' CLIPImageProcessor, and so diffusers, does; the original code squeezes the whole picture into the
+    square instead. Raises ValueError for another layout or dtype.
+    """
+    if pictures.ndim != 4 or pictures.shape[-1] != 3:
+        raise ValueError(f"pictures are uint8 [B, H, W, 3], not {list(pictures.shape)}")
+    height, width = pictures.shape[1:3]
+    short = min(height, width)
+    height, width = int(size * height / short), int(size * width / short)
+    pictures = resample.resize(pictures, height, width, "bicubic")
+    top, left = (height - size) // 2, (width - size) // 2
+    square = pictures[:, top : top + size, left : left + size]
+    values = (square.double() * (1 / 255)).float()  # in fp64, then rounded: what transformers does
+    return ((values - values.new_tensor(CLIP_MEAN)) / values.new_tensor(CLIP_STD)).permute(0, 3, 1, 2).contiguous()

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig as TheirConfig
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
+from fastvid.engine.pixels import clip_pixels
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import safetensors
-from fastvid.models.common import clip
 from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
 
 try:  # its name without torchvision
@@ -183,7 +183,7 @@ def picture(height: int, width: int) -> np.ndarray:
 def test_preprocessing_equals_transformers(size: tuple[int, int]) -> None:
     image = picture(*size)
     expected = CLIPImageProcessor(**PROCESSOR)(images=Image.fromarray(image), return_tensors="pt").pixel_values
-    found = clip.preprocess(torch.from_numpy(image)[None])
+    found = clip_pixels(torch.from_numpy(image)[None])
     assert found.dtype == torch.float32 and found.shape == (1, 3, 224, 224)
     assert torch.equal(found, expected)
 
@@ -191,4 +191,4 @@ def test_preprocessing_equals_transformers(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(4, 4, 3), (1, 3, 4, 4), (1, 4, 4, 1)])
 def test_pictures_of_another_layout_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\[B, H, W, 3\]"):
-        clip.preprocess(torch.zeros(shape, dtype=torch.uint8))
+        clip_pixels(torch.zeros(shape, dtype=torch.uint8))

@@ -12,33 +12,21 @@ from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
-    WanTransformer3DModel,
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
 from PIL import Image
 from torch import Tensor
 
+from fastvid.engine.pixels import fit_pictures, fit_reference, to_signed
 from fastvid.errors import InvalidRequest
 from fastvid.models.wan import conditioning
 from fastvid.models.wan.config import WanVAEConfig
-from fastvid.models.wan.transformer import group_timesteps
 from fastvid.models.wan.vae import WanVAE
 
 HEIGHT, WIDTH = 32, 48
 # Sizes of pictures below: Pillow 13 resizes columns first where the height shrinks more (see `ops.resample`).
 TINY: dict[str, Any] = {"num_attention_heads": 1, "attention_head_dim": 12, "ffn_dim": 8, "num_layers": 1}
-RESIDUAL = {
-    "decoder_base_dim": 8,
-    "z_dim": 6,
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-    "latents_mean": [0.1, -0.2, 0.3, 0.0, 0.5, -0.6],
-    "latents_std": [1.1, 0.9, 1.3, 0.7, 1.5, 2.0],
-}
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -77,7 +65,7 @@ def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray
 
 
 def signed(number: int, batch: int = 1) -> Tensor:
-    return conditioning.to_signed(torch.from_numpy(np.stack([picture(number + 10 * i) for i in range(batch)])))
+    return to_signed(torch.from_numpy(np.stack([picture(number + 10 * i) for i in range(batch)])))
 
 
 def run_pipeline(pipe: WanImageToVideoPipeline, last: Tensor | None, num_frames: int) -> Tensor:
@@ -93,7 +81,7 @@ def run_pipeline(pipe: WanImageToVideoPipeline, last: Tensor | None, num_frames:
 def test_pictures_are_stretched_as_the_pipeline_does(vae: AutoencoderKLWan, size: tuple[int, int]) -> None:
     image = picture(1, *size)
     expected = i2v_pipeline(vae).video_processor.preprocess(Image.fromarray(image), height=HEIGHT, width=WIDTH)
-    found = conditioning.fit_pictures(torch.from_numpy(image)[None], HEIGHT, WIDTH)
+    found = fit_pictures(torch.from_numpy(image)[None], HEIGHT, WIDTH)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
@@ -143,64 +131,6 @@ def test_frames_that_are_no_whole_latents() -> None:
         conditioning.mask_channels(torch.ones(8, dtype=torch.bool))
 
 
-# ---------------------------------------------------------------- TI2V-5B
-
-
-@torch.no_grad()
-def test_ti2v_equals_the_pipeline() -> None:
-    """Condition and mask by prepare_latents; the model's input and timesteps as the pipeline hands them over."""
-    vae = make_vae(**RESIDUAL)
-    pipe, noise = i2v_pipeline(vae, expand_timesteps=True), torch.randn(1, 6, 3, 4, 6)
-    pictures = conditioning.fit_pictures(torch.from_numpy(picture(1))[None], 64, 96)
-    given = pictures, 1, 6, 64, 96, 9, torch.float32, torch.device("cpu"), None, noise
-    _, expected, mask = pipe.prepare_latents(*given)
-    clean = encoder(vae)(pictures[:, :, None])
-    known = conditioning.known_latents(noise)
-    assert torch.equal(clean, expected) and torch.equal(known, mask == 0)
-    assert torch.equal(conditioning.impose(noise, clean, known), (1 - mask) * expected + mask * noise)
-    t = torch.tensor(937)
-    theirs = (mask[0][0][:, ::2, ::2] * t).flatten()[None]
-    ours = conditioning.token_timesteps(t[None], known)
-    assert torch.equal(ours, theirs)
-    values, index = group_timesteps(ours, 1, (3, 2, 3))
-    assert values.tolist() == [0, 937] and index.tolist() == [[0, 1, 1]]
-
-
-@torch.no_grad()
-def test_ti2v_calls_the_model_as_the_pipeline_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole pipeline, two steps: its model is called with what these functions make of the noise and picture."""
-    vae = make_vae(**RESIDUAL)
-    model = WanTransformer3DModel(**TINY, in_channels=6, out_channels=6, text_dim=4).eval()
-    pipe = i2v_pipeline(vae, transformer=model, expand_timesteps=True)
-    pipe.set_progress_bar_config(disable=True)
-    calls: list[tuple[Tensor, Tensor]] = []
-    forward = model.forward
-
-    def recorded(**given: Any) -> Any:
-        calls.append((given["hidden_states"], given["timestep"]))
-        return forward(**given)
-
-    monkeypatch.setattr(model, "forward", recorded)
-    noise, text = torch.randn(1, 6, 2, 2, 4), torch.randn(1, 3, 4)
-    image = picture(3, 40, 70)
-    given = {"prompt_embeds": text, "latents": noise, "num_frames": 5, "guidance_scale": 1.0}
-    out = pipe(Image.fromarray(image), height=32, width=64, num_inference_steps=2, output_type="latent", **given).frames
-    clean = encoder(vae)(conditioning.fit_pictures(torch.from_numpy(image)[None], 32, 64)[:, :, None])
-    known = conditioning.known_latents(noise)
-    assert torch.equal(calls[0][0], conditioning.impose(noise, clean, known))
-    timestep = calls[0][1][:, -1]
-    assert timestep > 0 and torch.equal(calls[0][1], conditioning.token_timesteps(timestep, known))
-    assert torch.equal(out[:, :, :1], clean)
-
-
-def test_known_parts_of_a_frame() -> None:
-    """Spatial masks: a token follows the first latent of its patch."""
-    known = torch.zeros(1, 1, 1, 4, 4, dtype=torch.bool)
-    known[..., :2, 1:] = True
-    timesteps = conditioning.token_timesteps(torch.tensor([7.0, 9.0]), known)
-    assert timesteps.tolist() == [[7, 0, 7, 7], [9, 0, 9, 9]]
-
-
 # ---------------------------------------------------------------- VACE
 
 
@@ -233,10 +163,10 @@ def control(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_ours(encode: conditioning.Encode, frames: np.ndarray, mask: np.ndarray, references: list[np.ndarray]) -> Tensor:
-    video = conditioning.to_signed(torch.from_numpy(frames)).transpose(0, 1)[None]
+    video = to_signed(torch.from_numpy(frames)).transpose(0, 1)[None]
     # Through [-1, 1] and back, as the pipeline does, which rounds.
-    values = (conditioning.to_signed(torch.from_numpy(mask)).transpose(0, 1)[None, :1] + 1) / 2
-    pictures = [conditioning.fit_reference(torch.from_numpy(r), HEIGHT, WIDTH)[None] for r in references]
+    values = (to_signed(torch.from_numpy(mask)).transpose(0, 1)[None, :1] + 1) / 2
+    pictures = [fit_reference(torch.from_numpy(r), HEIGHT, WIDTH)[None] for r in references]
     return conditioning.vace_condition(encode, video, values, pictures)
 
 
@@ -269,7 +199,7 @@ def test_references_equal_the_pipelines(vace: WanVACEPipeline, size: tuple[int, 
     image = picture(4, *size)
     cpu = torch.device("cpu")
     given = vace.preprocess_conditions(None, None, Image.fromarray(image), 1, HEIGHT, WIDTH, 1, torch.float32, cpu)
-    assert torch.equal(conditioning.fit_reference(torch.from_numpy(image), HEIGHT, WIDTH), given[2][0][0])
+    assert torch.equal(fit_reference(torch.from_numpy(image), HEIGHT, WIDTH), given[2][0][0])
 
 
 def later_mask(mask: Tensor) -> Tensor:

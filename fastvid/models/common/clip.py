@@ -1,4 +1,4 @@
-"""The CLIP vision encoder that Wan 2.1 I2V and FLF2V look at their pictures with (ViT-H/14), and its preprocessing.
+"""The CLIP vision encoder that Wan 2.1 I2V and FLF2V look at their pictures with (ViT-H/14).
 Parameter names are those of transformers' CLIPVisionModel, so its checkpoints load as they are.
 
 Shapes: B pictures, S side of a picture in pixels, M = 1 + (S / patch_size)^2 tokens, d hidden_size.
@@ -20,12 +20,9 @@ from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.attention import self_attention
 from fastvid.layers.linear import Embedding, Linear, normal_parameter
 from fastvid.models.common.config_reader import read_fields
-from fastvid.ops import reference, resample
+from fastvid.ops import reference
 
 ACTIVATION = "gelu"
-# What transformers' OPENAI_CLIP_MEAN and OPENAI_CLIP_STD say, and every published preprocessor_config.json.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ class CLIPVisionEncoder(nn.Module):
         self.ALIASES = {f"vision_model.{name}": name for name, _ in self.named_parameters()}
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """What all layers but the last make of pixels [B, 3, S, S] (from `preprocess`) -> [B, M, d]."""
+        """What all layers but the last make of pixels [B, 3, S, S] (see `fastvid.engine.pixels.clip_pixels`) -> [B, M, d]."""
         size = self.config.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
             raise InvalidRequest(f"pictures are [B, 3, {size}, {size}] for this encoder, not {list(pixels.shape)}")
@@ -157,22 +154,3 @@ class CLIPVisionEncoder(nn.Module):
         for layer in self.encoder.layers[:-1]:
             x = layer(x)
         return x
-
-
-def preprocess(pictures: Tensor, size: int = 224) -> Tensor:
-    """Pictures uint8 [B, H, W, 3] as CLIP takes them: fp32 [B, 3, size, size], the middle square, normalised.
-
-    The shorter side becomes `size` (bicubic, as Pillow does it), the middle of the longer one is kept. That is what
-    transformers' CLIPImageProcessor, and so diffusers, does; the original code squeezes the whole picture into the
-    square instead. Raises ValueError for another layout or dtype.
-    """
-    if pictures.ndim != 4 or pictures.shape[-1] != 3:
-        raise ValueError(f"pictures are uint8 [B, H, W, 3], not {list(pictures.shape)}")
-    height, width = pictures.shape[1:3]
-    short = min(height, width)
-    height, width = int(size * height / short), int(size * width / short)
-    pictures = resample.resize(pictures, height, width, "bicubic")
-    top, left = (height - size) // 2, (width - size) // 2
-    square = pictures[:, top : top + size, left : left + size]
-    values = (square.double() * (1 / 255)).float()  # in fp64, then rounded: what transformers does
-    return ((values - values.new_tensor(MEAN)) / values.new_tensor(STD)).permute(0, 3, 1, 2).contiguous()

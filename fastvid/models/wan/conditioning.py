@@ -1,7 +1,6 @@
-"""What conditioned models are given beside the text, made from known pictures: latents, masks, channels, timesteps.
+"""What models get of known pictures beside the text: latents and masks as more channels, or a control.
 
 - I2V and FLF2V (Wan 2.1), I2V-A14B (Wan 2.2): `image_condition`, to be put behind the noisy latents as more channels.
-- TI2V-5B: the first latent is known: `known_latents` says which, `impose` puts it there, `token_timesteps` makes it 0.
 - VACE: `vace_condition`, the input of the control branch.
 
 Pure functions. `encode` stands for the VAE: frames [B, 3, F, H, W] in [-1, 1], F = temporal * k + 1, to normalised
@@ -13,39 +12,15 @@ Source: diffusers `pipelines/wan/pipeline_wan_i2v.py` and `pipeline_wan_vace.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.errors import InvalidRequest
-from fastvid.ops import resample
 
 Encode = Callable[[Tensor], Tensor]
-
-# ---------------------------------------------------------------- pictures
-
-
-def to_signed(pictures: Tensor) -> Tensor:
-    """Pictures uint8 [..., H, W, 3] -> fp32 [..., 3, H, W] in [-1, 1]."""
-    return (2 * (pictures.float() / 255) - 1).movedim(-1, -3)
-
-
-def fit_pictures(pictures: Tensor, height: int, width: int) -> Tensor:
-    """Pictures uint8 [..., H, W, 3], stretched (Lanczos) as the pipelines do: fp32 [..., 3, height, width]."""
-    return to_signed(resample.resize(pictures, height, width, "lanczos"))
-
-
-def fit_reference(picture: Tensor, height: int, width: int, *, spatial: int = 8) -> Tensor:
-    """A reference for VACE: uint8 [H, W, 3], its shape kept, in the middle of white: fp32 [3, height, width]."""
-    picture = fit_pictures(picture, *(side // spatial * spatial for side in picture.shape[:2]))
-    scale = min(height / picture.shape[1], width / picture.shape[2])
-    h, w = int(picture.shape[1] * scale), int(picture.shape[2] * scale)
-    top, left = (height - h) // 2, (width - w) // 2
-    canvas = picture.new_ones(3, height, width)
-    canvas[:, top : top + h, left : left + w] = F.interpolate(picture[None], (h, w), mode="bilinear")[0]
-    return canvas
 
 
 # ---------------------------------------------------------------- I2V and FLF2V: more channels
@@ -91,34 +66,6 @@ def mask_channels(known: Tensor, temporal: int = 4) -> Tensor:
     return torch.cat((known[:1].expand(temporal), known[1:])).unflatten(0, (-1, temporal)).T
 
 
-# ---------------------------------------------------------------- TI2V-5B: known latents at timestep 0
-
-
-def known_latents(latents: Tensor, frames: Iterable[int] = (0,)) -> Tensor:
-    """Which of latents [B, C, T, h, w] are known, where some whole latent frames are: bool [1, 1, T, h, w]."""
-    known = torch.zeros(1, 1, *latents.shape[2:], dtype=torch.bool, device=latents.device)
-    known[:, :, list(frames)] = True
-    return known
-
-
-def impose(latents: Tensor, clean: Tensor, known: Tensor) -> Tensor:
-    """Latents [B, C, T, h, w] with the known ones in their place: before every call of the model, and at the end.
-
-    clean: [B, C, T, h, w], or [B, C, 1, h, w] where the first is all that is known. known: bool [1 or B, 1, T, h, w].
-    """
-    return torch.where(known, clean.to(latents), latents)
-
-
-def token_timesteps(timestep: Tensor, known: Tensor, patch: tuple[int, int, int] = (1, 2, 2)) -> Tensor:
-    """A timestep [B] for every token, 0 for those that are known: fp32 [B, N].
-
-    known: bool [1 or B, 1, T, h, w]. The first latent of a patch speaks for all of it.
-    """
-    pt, ph, pw = patch
-    free = ~known[:, 0, ::pt, ::ph, ::pw].flatten(1)
-    return timestep.float()[:, None] * free
-
-
 # ---------------------------------------------------------------- VACE: the control branch
 
 
@@ -134,7 +81,7 @@ def vace_condition(
     """What the control branch of a VACE model sees: [B, 2 C + spatial^2, R + T, h, w].
 
     frames: [B, 3, F, H, W] in [-1, 1]. mask: [B, 1, F, H, W], 1 where the model shall make pixels, 0 where those of
-    frames stay. references: R pictures [B, 3, H, W] (see `fit_reference`); they are put in front in time, the last one
+    frames stay. references: R pictures [B, 3, H, W] (see `fastvid.engine.pixels.fit_reference`); they are put in front in time, the last one
     first as diffusers does, so the model makes R latent frames more, to be dropped before decoding.
     Channels: what stays, what is to change, mask. Raises InvalidRequest for sizes that do not fit each other.
     """
