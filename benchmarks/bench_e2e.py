@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastvid.device.cuda_graphs import CudaCapture, Graphs
 from fastvid.models.registry import target_dtype
 from fastvid.models.wan.config import WanVAEConfig
-from fastvid.models.wan.published import describe
+from fastvid.models.wan.presets import published_configs
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.models.wan.vae import WanVAE
 from fastvid.ops import dispatch, rgb, vae_gpu
@@ -119,7 +119,7 @@ def few_steps(model: Model, latents: Tensor, text: Tensor) -> Tensor:
 
 def build(name: str, device: torch.device, backends: list[str], compiled: bool) -> dict[str, Model]:
     """The cases, which share their weights."""
-    config = describe(NAMES[name])[1]["transformer"]
+    config = published_configs(NAMES[name])[1]["transformer"]
     on_gpu = device.type == "cuda"
     config = config if on_gpu else replace(config, num_layers=2)
     dtype = torch.bfloat16 if on_gpu else torch.float32

@@ -21,7 +21,7 @@ from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.description import Checkpoint, Part, _flat
 from fastvid.models.preset import Preset
 from fastvid.models.registry import CONTROLLED, EXPERTS, KINDS, OPTIONAL, PartKind, kind_of, on_meta
-from fastvid.models.wan import weight_name_rules, weight_names
+from fastvid.models.wan import weight_names
 from fastvid.models.wan.config import VAEConfig, WanTransformerConfig, WanVACEConfig
 from fastvid.models.wan.presets import find_preset, find_variants, read_signature
 from fastvid.ops import reference
@@ -143,7 +143,7 @@ def _open_part(
             problems.append(f"{INDEX}: {name} is a {given}, but {path} is of a {stated['_class_name']}")
     files = found.files if found else note_problem(problems, lambda: safetensors.find_files(folder / name)) or ()
     entries = found.entries if found else note_problem(problems, lambda: safetensors.read_headers(files)) or {}
-    origins = weight_names.origins(entries, weight_name_rules.DIFFUSERS) if found else None
+    origins = weight_names.origins(entries, weight_names.DIFFUSERS) if found else None
     entries = entries if origins is None else safetensors.made_of(origins, entries)
     if module is not None and entries:
         where = files[0] if found else folder / name

@@ -24,8 +24,7 @@ from fastvid.loaders.convert_files import SHARD_BYTES, Tensors, describe, nbytes
 from fastvid.loaders.original import CONFIG, EXPERTS, EXTRAS, TOKENIZER, FoundPart
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.detect import Identity
-from fastvid.models.wan.weight_name_rules import DIFFUSERS, LAYOUTS, ORIGINAL
-from fastvid.models.wan.weight_names import Origin
+from fastvid.models.wan.weight_names import DIFFUSERS, LAYOUTS, ORIGINAL, Origin
 
 INDEX = "model_index.json"
 SCHEDULER = Path("scheduler", "scheduler_config.json")

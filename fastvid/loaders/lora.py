@@ -31,8 +31,7 @@ from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import safetensors
 from fastvid.models.description import Checkpoint, Part
 from fastvid.models.registry import build_empty
-from fastvid.models.wan.weight_name_rules import DIFFUSERS, rules
-from fastvid.models.wan.weight_names import Shape, some
+from fastvid.models.wan.weight_names import DIFFUSERS, Shape, rules, some
 
 PREFIXES = (
     *("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "model."),

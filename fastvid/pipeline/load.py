@@ -26,7 +26,7 @@ from fastvid.models.description import Checkpoint
 from fastvid.models.loaded import Model, Sizes, Untold
 from fastvid.models.preset import Preset
 from fastvid.models.registry import EXPERTS, build_empty, part_dtype, weigh_module
-from fastvid.models.wan import published
+from fastvid.models.wan import presets
 from fastvid.ops import vae_gpu
 from fastvid.ops.dispatch import Ops, bind
 from fastvid.planning import plan
@@ -201,14 +201,14 @@ def _describe(
     model: str | Path, parts: Mapping[str, str | Path] | None
 ) -> tuple[Preset, dict[str, Any], int, Checkpoint | None]:
     """Recipe, configurations by part, rows of text, and the checkpoint where there is one."""
-    if (name := str(model).lower()) in published.NAMES and not Path(model).exists():
-        return *published.describe(name), published.TEXT_LENGTH, None
+    if (name := str(model).lower()) in presets.PUBLISHED and not Path(model).exists():
+        return *presets.published_configs(name), presets.TEXT_LENGTH, None
     try:
         checkpoint = read_checkpoint(model, parts).check()
     except CheckpointError as error:
         if Path(model).exists() or "/" in str(model):
             raise
-        near = difflib.get_close_matches(name, published.NAMES, 1, 0)[0]
+        near = difflib.get_close_matches(name, presets.PUBLISHED, 1, 0)[0]
         raise CheckpointError(f"{error}; published models are planned by name, the nearest is {near}") from None
     return checkpoint.preset, configs_of(checkpoint), checkpoint.text_length, checkpoint
 

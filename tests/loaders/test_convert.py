@@ -24,8 +24,7 @@ from fastvid.loaders.convert import convert
 from fastvid.loaders.convert_files import Tensors, write_weights
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.transformer import WanTransformer
-from fastvid.models.wan.weight_name_rules import DIFFUSERS, ORIGINAL
-from fastvid.models.wan.weight_names import origins
+from fastvid.models.wan.weight_names import DIFFUSERS, ORIGINAL, origins
 from fastvid.ops import reference
 from tests import tiny
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
-from fastvid.models.wan.detect import LATENTS, identify
-from fastvid.models.wan.weight_name_rules import DIFFUSERS, ORIGINAL, rules
-from fastvid.models.wan.weight_names import PREFIXES, Origin, find_part, origins
+from fastvid.models.wan.config import LATENT_STATISTICS
+from fastvid.models.wan.detect import identify
+from fastvid.models.wan.weight_names import DIFFUSERS, ORIGINAL, PREFIXES, Origin, find_part, origins, rules
 
 Shapes = dict[str, tuple[int, ...]]
 B14 = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
@@ -29,7 +29,7 @@ VACE_1_3 = {**B1_3, "vace_layers": list(range(0, 30, 2)), "vace_in_channels": 96
 VAE_2_2 = {
     **{"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12},
     **{"out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
-    **{"latents_mean": LATENTS[48][0], "latents_std": LATENTS[48][1]},
+    **{"latents_mean": list(LATENT_STATISTICS[48][0]), "latents_std": list(LATENT_STATISTICS[48][1])},
 }
 # name -> (class, config, tensors of the published file); `wan.md`'s counts leave out what only diffusers has
 PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {

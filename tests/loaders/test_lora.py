@@ -21,7 +21,7 @@ from fastvid.cli import parser
 from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders.lora import Lora, Term, check, merge, read_lora, touched
-from fastvid.models.wan.weight_name_rules import ORIGINAL, rules
+from fastvid.models.wan.weight_names import ORIGINAL, rules
 
 DIM, FFN, BLOCKS, RANK = 8, 12, 2, 3
 # Linear layers that LoRAs are trained on, in diffusers' names: module -> shape

@@ -22,8 +22,7 @@ from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import safetensors
 from fastvid.loaders.sources import read_tokenizer
 from fastvid.models.common.tokenizer import clean_prompt
-from fastvid.models.wan.weight_name_rules import DIFFUSERS, ORIGINAL
-from fastvid.models.wan.weight_names import origins
+from fastvid.models.wan.weight_names import DIFFUSERS, ORIGINAL, origins
 from tests import tiny
 
 DATA = Path(__file__).parents[1] / "data"

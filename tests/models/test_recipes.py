@@ -23,8 +23,7 @@ from fastvid.models.preset import EXPERIMENTAL, NATIVE, REFUSED, REIMPOSED
 from fastvid.models.registry import KINDS
 from fastvid.models.wan.config import WanVAE22Config, WanVAEConfig
 from fastvid.models.wan.presets import VARIANTS, find_preset, find_variants
-from fastvid.models.wan.weight_name_rules import ORIGINAL
-from fastvid.models.wan.weight_names import origins
+from fastvid.models.wan.weight_names import ORIGINAL, origins
 from fastvid.ops import reference
 from fastvid.sampling import make_sigmas, shift_sigmas, timesteps
 

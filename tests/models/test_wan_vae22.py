@@ -25,7 +25,7 @@ import fastvid
 from fastvid.errors import CheckpointError
 from fastvid.models.registry import KINDS
 from fastvid.models.wan import vae22
-from fastvid.models.wan.config import MEAN, STD, WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.config import LATENT_STATISTICS, WanVAE22Config, WanVAEConfig
 from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae22 import WanVAE22, add_spread, average_down, patchify, unpatchify
 from fastvid.ops import reference, winograd
@@ -68,8 +68,8 @@ PUBLISHED: dict[str, Any] = {
     "dropout": 0.0,
     "in_channels": 12,
     "is_residual": True,
-    "latents_mean": list(MEAN),
-    "latents_std": list(STD),
+    "latents_mean": list(LATENT_STATISTICS[48][0]),
+    "latents_std": list(LATENT_STATISTICS[48][1]),
     "num_res_blocks": 2,
     "out_channels": 12,
     "patch_size": 2,

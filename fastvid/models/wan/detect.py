@@ -13,28 +13,15 @@ from typing import Any
 
 from fastvid.errors import CheckpointError
 from fastvid.models.wan import weight_names
-from fastvid.models.wan.config import MEAN, STD
-from fastvid.models.wan.weight_name_rules import DIFFUSERS
-from fastvid.models.wan.weight_names import Shape
+from fastvid.models.wan.config import HEAD_DIM, LATENT_STATISTICS
+from fastvid.models.wan.weight_names import DIFFUSERS, Shape
 
-HEAD_DIM = 128  # of every published transformer
 CLIP_HEADS = {1280: 16}
 TASKS = ("t2v", "i2v", "flf2v", "vace", "ti2v")
 SIZES = {(1536, 30): "1.3B", (3072, 30): "5B", (5120, 40): "14B"}  # (width, layers)
 CUSTOM, STANDARD = "custom", "standard"
 UNCHECKED = ("_class_name", "architectures", "model_type")  # names of classes, which differ between libraries
 Config = dict[str, Any]
-
-# Mean and deviation by channels; of 16 by Wan2.1 `wan/modules/vae.py`.
-LATENTS: Mapping[int, tuple[list[float], list[float]]] = {
-    16: (
-        [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
-        + [0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
-        [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743]
-        + [3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916],
-    ),
-    48: (list(MEAN), list(STD)),
-}
 
 
 @dataclass(frozen=True)
@@ -194,9 +181,9 @@ def _vae_config(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> Config
         "attn_scales": [],
         "dropout": given.get("dropout", 0.0),
     }
-    mean, std = LATENTS.get(z_dim, (None, None))
+    mean, std = LATENT_STATISTICS.get(z_dim, (None, None))
     for key, value in (("latents_mean", mean), ("latents_std", std)):
-        config[key] = given.get(key) or value
+        config[key] = given.get(key) or (value and list(value))
         if config[key] is None:
             raise CheckpointError(f"{key} of a VAE with {z_dim} channels is not known; it has to be in a config.json")
     return config | (_residual_extras(shapes, config, channels) if residual else {})

@@ -14,8 +14,17 @@ from typing import Any
 
 from fastvid.errors import CheckpointError
 from fastvid.models import preset as patterns
+from fastvid.models.common.clip import CLIPVisionConfig
+from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.preset import Preset, Rollout, Signature, Variant
-from fastvid.models.wan.config import VAEConfig
+from fastvid.models.wan.config import (
+    HEAD_DIM,
+    VAEConfig,
+    WanTransformerConfig,
+    WanVACEConfig,
+    WanVAE22Config,
+    WanVAEConfig,
+)
 
 # Wan2.1 `wan/configs/shared_config.py`, sample_neg_prompt; the models that take pictures put more in front.
 WAN_NEGATIVE_PROMPT = (
@@ -344,3 +353,48 @@ def _patch_size(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+# ---------------------------------------------------------------- configurations of the published models
+
+# What shapes and `Signature` do not say: Wan2.1 and Wan2.2 `wan/configs/` and the config.json files on the hub.
+FFN_DIM = {1536: 8960, 3072: 14336, 5120: 13824}  # by width
+VACE_STEP = {1536: 2, 5120: 5}  # every so many blocks there is a control block
+TWO_PICTURES = 514  # CLIP tokens of a first and a last picture
+TEXT_LENGTH = 512
+
+PUBLISHED = tuple(variant.preset.name for variant in VARIANTS if variant.preset is not EMBEDDED)
+"""The models that are known by name. The embedded one is there as files."""
+
+
+def published_configs(name: str) -> tuple[Preset, dict[str, Any]]:
+    """The preset of a published model, and the configuration of each of its parts, as a checkpoint names them."""
+    variant = next(variant for variant in VARIANTS if variant.preset.name == name)
+    signature = variant.signature
+    transformer, text = transformer_config(signature), UMT5Config()
+    configs: dict[str, Any] = {"transformer": transformer}
+    if signature.experts > 1:
+        configs["transformer_2"] = transformer
+    configs |= {"vae": WanVAE22Config() if signature.out_channels == 48 else WanVAEConfig(), "text_encoder": text}
+    return variant.preset, configs | ({"image_encoder": CLIPVisionConfig()} if signature.image else {})
+
+
+def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACEConfig:
+    """A published transformer's configuration."""
+    dim, image = signature.dim, signature.image
+    made = WanTransformerConfig(
+        num_attention_heads=dim // HEAD_DIM,
+        attention_head_dim=HEAD_DIM,
+        in_channels=signature.in_channels,
+        out_channels=signature.out_channels,
+        text_dim=signature.text_dim,
+        ffn_dim=FFN_DIM[dim],
+        num_layers=signature.num_layers,
+        **_picture(dim, signature.positions) if image else {},
+    )
+    return WanVACEConfig(made, tuple(range(0, signature.num_layers, VACE_STEP[dim]))) if signature.control else made
+
+
+def _picture(dim: int, positions: bool) -> Mapping[str, int]:
+    sizes = {"image_dim": CLIPVisionConfig().hidden_size, "added_kv_proj_dim": dim}
+    return sizes | ({"pos_embed_seq_len": TWO_PICTURES} if positions else {})
