@@ -134,6 +134,13 @@ def sigmas(name: str, value: Any) -> tuple[float, ...]:
     return tuple(float(level) for level in levels)
 
 
+def folder(name: str, value: Any) -> Any:
+    """The name of a folder."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value) or "\0" in str(value):
+        raise InvalidRequest(f"{name}={value!r:.60}: give the name of a folder, such as job.ckpt")
+    return value
+
+
 def tensor(name: str, value: Any) -> Any:
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         refuse(name, value, "a tensor or a numpy array")
@@ -220,6 +227,8 @@ def budget(name: str, value: Any) -> int:
     """An area in pixels, by its common name or as a number."""
     if isinstance(value, str) and value.lower() in BUDGETS:
         return math.prod(BUDGETS[value.lower()])
+    if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+        value = int(value)
     if isinstance(value, str):
         refuse(name, value, f"one of {', '.join(BUDGETS)}, or a number of pixels", nearest_name(value, tuple(BUDGETS)))
     return whole(MIN_SIDE**2, MAX_SIDE**2, " pixels")(name, value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastvid.distributed import layout as parallel
+from fastvid.distributed.layout import agree, first
 from fastvid.distributed.mesh import Layout
 from fastvid.engine.events import Plan
 from fastvid.engine.session import Job
@@ -16,12 +17,15 @@ from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
 from fastvid.pipeline import verbs
 from fastvid.planning import planning
-from fastvid.planning.speed import Rates
-from fastvid.requests import inputs
+from fastvid.planning.speed import Rates, find
+from fastvid.requests import inputs, prompts
 from fastvid.requests.request import Request, Resolved
 from fastvid.requests.timeline import Timeline
-from fastvid.sampling import check_sigmas, make_sigmas
+from fastvid.sampling import make_sigmas
 from fastvid.version import __version__
+
+AGAIN = "again"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,36 +37,71 @@ class Prepared:
     recipe: dict[str, Any]
 
 
+def make_request(verb: str, options: dict[str, Any], variant: str) -> Request:
+    """The checked request, its prompt written out if that was asked for. variant: of the model that will make it."""
+    request = prompts.expanded(Request.make(verb, **options), variant)
+    log.debug("request: %s", request)
+    return request
+
+
 def prepare(
-    parts: Model,
-    verb: str,
-    options: dict[str, Any],
+    model: Model,
+    request: Request,
     keep_frames: bool = False,
     *,
     free: int | None = None,
     rates: Rates | None = None,
     layout: Layout | None = None,
 ) -> Prepared:
-    """Check everything about a request and plan it. keep_frames: all of its frames stay in memory. free: bytes of the
-    device, if not what can be taken now. rates: for an estimate of time. layout: of a request that goes on.
-    Raises InvalidRequest, MediaError, OutOfMemory."""
-    request = inputs.read(Request.make(verb, **options)).resolve(parts.preset)
-    request = replace(request, seed=parallel.agree(parts.mesh, request.seed, parallel.first))
-    verbs.check_control(parts, request)
-    timeline = verbs.lay_out(request, verbs.rules_of(parts))
-    verbs.check(parts, request, timeline)
-    _check_tensors(parts, request, timeline)
-    sigmas = sigmas_of(request)
-    recipe = request.to_recipe(model=parts.model, version=__version__, **parts.settings)
-    made, layout = planning.plan_request(parts, request, timeline, sigmas, keep_frames, free, rates, layout)
-    job = Job(request, timeline, sigmas, made.decode_chunk, made.decode_stripes, made.decode_beside, layout)
-    return Prepared(job, made, recipe)
+    """Read what a request works on, check it against the model, lay it out and plan it.
+
+    keep_frames: all of its frames stay in memory. free: bytes of the device, if not what can be taken now. rates: for
+    an estimate of time. layout: of a request that goes on. Raises InvalidRequest, MediaError, OutOfMemory.
+    """
+    resolved = inputs.read(request).resolve(model.preset)
+    resolved = replace(resolved, seed=agree(model.mesh, resolved.seed, first))
+    verbs.check_control(model, resolved)
+    timeline = verbs.lay_out(resolved, verbs.rules_of(model))
+    verbs.check(model, resolved, timeline)
+    _check_tensors(model, resolved, timeline)
+    sigmas = sigmas_of(resolved)
+    recipe = resolved.to_recipe(model=model.model, version=__version__, **model.settings)
+    plan, layout = planning.plan_request(model, resolved, timeline, sigmas, keep_frames, free, rates, layout)
+    log.info("plan: %s", _told(plan))
+    job = Job(resolved, timeline, sigmas, plan.decode_chunk, plan.decode_stripes, plan.decode_beside, layout)
+    return Prepared(job, plan, recipe)
+
+
+def _told(plan: Plan) -> str:
+    return (
+        f"{plan.num_frames} frames of {plan.width}x{plan.height}, {plan.steps} steps in {plan.windows} windows of up to "
+        f"{plan.tokens} tokens, {plan.bytes_device / 2**30:.2f} GiB of {plan.bytes_free / 2**30:.2f} free, "
+        f"offload {plan.offload}"
+    )
+
+
+def plan(
+    model: Model,
+    prompt: str | None,
+    *,
+    verb: str = "generate",
+    estimate: bool | str = False,
+    free: int | None = None,
+    keep_frames: bool = True,
+    **options: Any,
+) -> Plan:
+    """What a request would cost; see `Pipeline.plan` and `Blueprint.plan`."""
+    if "prompt_embeds" not in options and verb != "storyboard":
+        options["prompt"] = prompt or ""
+    request = Request.make(verb, **options)
+    rates = find(model.ops, model.device, model.dtype, again=estimate == AGAIN) if estimate else None
+    return prepare(model, request, keep_frames, free=free, rates=rates).plan
 
 
 def sigmas_of(request: Resolved) -> np.ndarray:
     """The noise levels [N] of a request: of a work on a clip, the share of the steps that its strength says."""
     if request.sigmas is not None:
-        sigmas = check_sigmas(request.sigmas)
+        sigmas = np.array(request.sigmas, np.float64)
     else:
         sigmas = make_sigmas(request.num_inference_steps, request.flow_shift, request.solver)
     if request.strength is None:
@@ -70,8 +109,8 @@ def sigmas_of(request: Resolved) -> np.ndarray:
     return sigmas[len(sigmas) - max(1, int(len(sigmas) * request.strength)) :]
 
 
-def _check_tensors(parts: Model, request: Resolved, timeline: Timeline) -> None:
-    config, segments = parts.transformer.config, timeline.segments
+def _check_tensors(model: Model, request: Resolved, timeline: Timeline) -> None:
+    config, segments = model.transformer.config, timeline.segments
     if request.latents is not None:
         if len(segments) > 1:
             raise InvalidRequest(
@@ -81,7 +120,7 @@ def _check_tensors(parts: Model, request: Resolved, timeline: Timeline) -> None:
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         value = getattr(request, name)
         if value is not None:
-            rows = value.shape[1] if len(value.shape) == 3 else parts.tokenizer.text_length
+            rows = value.shape[1] if len(value.shape) == 3 else model.tokenizer.text_length
             _check_tensor(name, value, (1, max(1, int(rows)), config.text_dim))
 
 

@@ -1,4 +1,5 @@
-"""The steps of a pipeline one by one, for those who put them together themselves: text, frames and latents."""
+"""What a pipeline does beside making videos: the steps one by one, for those who put them together themselves, and what
+it says of its model."""
 
 from __future__ import annotations
 
@@ -15,26 +16,26 @@ from fastvid.models.loaded import Model
 
 
 @torch.no_grad()
-def embed(parts: Model, prompt: str) -> Tensor:
+def embed(model: Model, prompt: str) -> Tensor:
     """See Pipeline.embed."""
     prompt = checks.text("prompt", prompt)
     with ieee_fp32():
-        return parts.embed(prompt)
+        return model.embed(prompt)
 
 
 @torch.no_grad()
-def encode(parts: Model, frames: Any) -> Tensor:
+def encode(model: Model, frames: Any) -> Tensor:
     """See Pipeline.encode."""
-    pixels = _frames(frames, parts)
+    pixels = _frames(frames, model)
     with ieee_fp32():
-        latents, _ = parts.vae.encode(pixels.to(parts.device, torch.float32).div(127.5).sub(1), bands=parts.bands)
+        latents, _ = model.vae.encode(pixels.to(model.device, torch.float32).div(127.5).sub(1), bands=model.bands)
     return latents
 
 
 @torch.no_grad()
-def decode(parts: Model, latents: Any) -> np.ndarray:
+def decode(model: Model, latents: Any) -> np.ndarray:
     """See Pipeline.decode."""
-    given, channels = checks.tensor("latents", latents), parts.vae.config.z_dim
+    given, channels = checks.tensor("latents", latents), model.vae.config.z_dim
     shape = tuple(given.shape)
     if len(shape) != 5 or shape[:2] != (1, channels) or min(shape) < 1:
         raise InvalidRequest(f"latents has shape {list(shape)}; it must be [1, {channels}, T, h, w], as encode returns")
@@ -44,18 +45,18 @@ def decode(parts: Model, latents: Any) -> np.ndarray:
     out, cache = [], None
     with ieee_fp32():
         # One latent frame at a time: the memory that it takes does not grow with the clip.
-        for part in tensor.to(parts.device, torch.float32).split(1, dim=2):
-            decoded, cache = parts.vae.decode_rgb(part, cache, bands=parts.bands)
+        for part in tensor.to(model.device, torch.float32).split(1, dim=2):
+            decoded, cache = model.vae.decode_rgb(part, cache, bands=model.bands)
             out.append(decoded[0].cpu().numpy())
     return np.concatenate(out)
 
 
-def _frames(frames: Any, parts: Model) -> Tensor:
+def _frames(frames: Any, model: Model) -> Tensor:
     """Frames [T, H, W, 3] as [1, 3, T, H, W]; sizes and number as the VAE takes them."""
     given = checks.tensor("frames", frames)
     if len(given.shape) != 4 or given.shape[3] != 3 or not str(given.dtype).endswith("uint8"):
         raise InvalidRequest(f"frames is {given.dtype} {list(given.shape)}; it must be uint8 RGB [T, H, W, 3]")
-    space, time = parts.vae.config.spatial_scale, parts.vae.config.temporal_scale
+    space, time = model.vae.config.spatial_scale, model.vae.config.temporal_scale
     count, height, width = given.shape[:3]
     if count < 1 or (count - 1) % time:
         nearest = max(0, round((count - 1) / time)) * time + 1
@@ -65,3 +66,28 @@ def _frames(frames: Any, parts: Model) -> Tensor:
             nearest = max(1, round(size / space)) * space
             raise InvalidRequest(f"frames have {name} {size}; it must be a multiple of {space}, such as {nearest}")
     return torch.as_tensor(given).permute(3, 0, 1, 2)[None]
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """See Pipeline.describe."""
+    return {
+        "model": model.model,
+        "variant": model.preset.name,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
+        "backends": dict(model.ops.bound),
+        "reasons": dict(model.ops.reasons),
+        "loras": [list(pair) for pair in model.loras],
+        "offload": model.offload,
+        "cuda_graphs": model.graphs_why,
+        "parallel": model.settings.get("parallel", "1"),
+        "parts": dict(model.sources),
+    }
+
+
+def inspect(model: Model) -> dict[str, Any]:
+    """See Pipeline.inspect."""
+    if model.checkpoint is None:
+        return {}
+    return model.checkpoint.to_dict()

@@ -12,9 +12,9 @@ from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Rules, Segment, Stretch, Timeline
 
 
-def rules_of(parts: Model) -> Rules:
+def rules_of(model: Model) -> Rules:
     """What a model can make."""
-    recipe, vae = parts.preset, parts.vae.config
+    recipe, vae = model.preset, model.vae.config
     return Rules(
         spatial=vae.spatial_scale,
         temporal=recipe.temporal,
@@ -106,9 +106,9 @@ def patterns_of(segment: Segment, request: Resolved) -> set[str]:
     return found
 
 
-def check(parts: Model, request: Resolved, laid: Timeline) -> None:
+def check(model: Model, request: Resolved, laid: Timeline) -> None:
     """Raises InvalidRequest for what a model refuses, or needs and was not given."""
-    name, known = parts.preset.name, parts.preset.patterns
+    name, known = model.preset.name, model.preset.patterns
     for segment in laid.segments:
         for pattern in sorted(patterns_of(segment, request)):
             if getattr(known, pattern) == REFUSED:
@@ -120,13 +120,13 @@ def check(parts: Model, request: Resolved, laid: Timeline) -> None:
                     + (", ".join(_WORDS[p] for p in allowed) or "text alone")
                 )
     if request.schedule == "staggered":
-        _check_staggered(parts, request, laid)
-    if request.known_guidance_scale is not None and parts.preset.rollout is not None:
+        _check_staggered(model, request, laid)
+    if request.known_guidance_scale is not None and model.preset.rollout is not None:
         raise InvalidRequest(
             f"known_guidance_scale: {name} has known frames in its cache, beside every block; use guidance_scale"
         )
-    if way_of(parts) == CHANNELS:
-        _check_channels(parts, request, laid.segments[0])
+    if way_of(model) == CHANNELS:
+        _check_channels(model, request, laid.segments[0])
 
 
 _WORDS = {
@@ -139,19 +139,19 @@ _WORDS = {
 }
 
 
-def _check_staggered(parts: Model, request: Resolved, laid: Timeline) -> None:
+def _check_staggered(model: Model, request: Resolved, laid: Timeline) -> None:
     """Levels that rise from left to right: only what stands on the left may be known."""
-    if parts.preset.patterns.staggered == REFUSED or parts.preset.rollout is not None:
-        raise InvalidRequest(f"schedule='staggered': {parts.preset.name} has one level in all frames; leave it out")
+    if model.preset.patterns.staggered == REFUSED or model.preset.rollout is not None:
+        raise InvalidRequest(f"schedule='staggered': {model.preset.name} has one level in all frames; leave it out")
     if len(laid.segments) > 1 or any(s.right or s.source is not None or set(s.pictures) - {0} for s in laid.segments):
         raise InvalidRequest(
             "schedule='staggered': only a first picture or a clip to go on from may be known; leave it out"
         )
 
 
-def _check_channels(parts: Model, request: Resolved, first: Segment) -> None:
+def _check_channels(model: Model, request: Resolved, first: Segment) -> None:
     """Models with a picture in their channels need one, most of them a first, some a first and a last."""
-    config, name = parts.transformer.config, parts.preset.name
+    config, name = model.transformer.config, model.preset.name
     both = bool(config.pos_embed_seq_len)
     if not first.left and 0 not in first.pictures:
         raise InvalidRequest(f"{name} makes videos from pictures: give image=")
@@ -169,26 +169,26 @@ def _check_channels(parts: Model, request: Resolved, first: Segment) -> None:
 CONTROL_OPTIONS = ("video", "mask", "reference_images", "conditioning_scale")
 
 
-def check_control(parts: Model, request: Resolved) -> None:
+def check_control(model: Model, request: Resolved) -> None:
     """Raises InvalidRequest if the model has no control branch, or what is for it does not fit."""
     # Other verbs have clips and masks of their own.
     own = CONTROL_OPTIONS if request.verb == "generate" else CONTROL_OPTIONS[2:]
     asked = [name for name in own if getattr(request, name) is not None]
-    if not parts.control_layers:
+    if not model.control_layers:
         if asked:
             raise InvalidRequest(
-                f"{parts.preset.name} has no control branch; leave {asked[0]} out (VACE models take it)"
+                f"{model.preset.name} has no control branch; leave {asked[0]} out (VACE models take it)"
             )
         return
     _check_video(request)
     scale = request.conditioning_scale
-    if isinstance(scale, tuple) and len(scale) != parts.control_layers:
+    if isinstance(scale, tuple) and len(scale) != model.control_layers:
         raise InvalidRequest(
-            f"conditioning_scale has {len(scale)} values; give one number, or {parts.control_layers}, one for each "
+            f"conditioning_scale has {len(scale)} values; give one number, or {model.control_layers}, one for each "
             "control layer"
         )
     for i, picture in enumerate(request.reference_images or ()):
-        _check_reference(i, picture.shape, request, parts.vae.config.spatial_scale)
+        _check_reference(i, picture.shape, request, model.vae.config.spatial_scale)
 
 
 def _check_video(request: Resolved) -> None:

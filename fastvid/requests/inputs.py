@@ -13,7 +13,9 @@ from fastvid.checks import MAX_SIDE, MIN_SIDE, check_frames
 from fastvid.errors import InvalidRequest, MediaError
 from fastvid.media.clip import Clip, covering, open_clip
 from fastvid.media.metadata import read_recipe
-from fastvid.requests.request import CLIPS, SIZE, TOLD, Request, prints_of, recordable
+from fastvid.requests.arguments import CLIPS
+from fastvid.requests.recipe import prints_of, recordable
+from fastvid.requests.request import PROMPT_OF_CLIP, SIZE, Request
 
 PICTURES = ("image", "last_image")
 DATA = (*PICTURES, "keyframes", "video", "video_2", "mask", "reference_images")
@@ -85,7 +87,7 @@ def _told(request: Request) -> dict[str, Any]:
     """What the clip's own recipe says where nothing else does: the prompt; of a draft also seed and full size."""
     recipe = _recipe_of(request.video)
     found: dict[str, Any] = {}
-    if request.verb in TOLD and request.prompt is None and request.prompt_embeds is None:
+    if request.verb in PROMPT_OF_CLIP and request.prompt is None and request.prompt_embeds is None:
         found["prompt"] = recipe.get("prompt") or ""
     if request.verb != "finalize":
         return found

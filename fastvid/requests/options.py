@@ -1,0 +1,136 @@
+"""The options of every verb with their types, for editors and type checkers (PEP 692).
+
+`fastvid.requests.arguments` has the same names with their checks, their help and their flags. None means that an
+option is left out. Pictures are files, arrays or Pillow images; clips also videos and sequences of pictures.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL.Image import Image
+
+    from fastvid.media.clip import Clip as OpenClip
+    from fastvid.media.video import Video
+
+Array: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
+Path: TypeAlias = "str | os.PathLike[str]"
+Picture: TypeAlias = "Path | Array | Image"
+Clip: TypeAlias = "Picture | Video | OpenClip | Sequence[Picture]"
+Shots: TypeAlias = "Sequence[tuple[str, float]]"
+Solver = Literal["unipc", "euler", "dpm++", "redraw"]
+Schedule = Literal["windows", "staggered"]
+Direction = Literal["after", "before", "both"]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """What every verb takes."""
+
+    negative_prompt: str | None
+    seed: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    guidance_scale_2: float | None
+    known_guidance_scale: float | None
+    flow_shift: float | None
+    sigmas: Sequence[float] | Array | None
+    solver: Solver | None
+    schedule: Schedule | None
+    conditioning_scale: float | Sequence[float] | None
+    latents: Array | None
+    prompt_embeds: Array | None
+    negative_prompt_embeds: Array | None
+    original_prompt: str | None
+    checkpoint: Path | None
+    checkpoint_every: float | None
+    keep_checkpoint: bool | None
+
+
+class PromptOptions(TypedDict, total=False):
+    """Who writes a prompt out."""
+
+    expand_prompt: bool | None
+    prompt_endpoint: str | None
+    prompt_model: str | None
+    prompt_key: str | None
+
+
+class SizeOptions(TypedDict, total=False):
+    """The size of a frame."""
+
+    width: int | None
+    height: int | None
+    size: str | None
+    aspect: str | float | Fraction | None
+    budget: str | int | None
+
+
+class LengthOptions(TypedDict, total=False):
+    """How much is made."""
+
+    num_frames: int | None
+    seconds: float | None
+
+
+class GenerateOptions(SamplingOptions, PromptOptions, SizeOptions, LengthOptions, total=False):
+    """Of `generate`."""
+
+    fps: float | None
+    draft: bool | None
+    image: Picture | None
+    last_image: Picture | None
+    keyframes: Mapping[int, Picture] | None
+    video: Clip | None
+    mask: Clip | None
+    reference_images: Picture | Sequence[Picture] | None
+
+
+class ImageOptions(SamplingOptions, PromptOptions, SizeOptions, total=False):
+    """Of `image`."""
+
+    draft: bool | None
+    reference_images: Picture | Sequence[Picture] | None
+
+
+class BridgeOptions(SamplingOptions, PromptOptions, LengthOptions, total=False):
+    """Of `loop` and `blend`."""
+
+
+class ExtendOptions(BridgeOptions, total=False):
+    """Of `extend`."""
+
+    direction: Direction | None
+
+
+class FinalizeOptions(SamplingOptions, PromptOptions, SizeOptions, total=False):
+    """Of `finalize`."""
+
+    strength: float | None
+
+
+class EditOptions(FinalizeOptions, total=False):
+    """Of `edit`."""
+
+    mask: Clip | None
+    source_prompt: str | None
+
+
+class StoryboardOptions(SamplingOptions, SizeOptions, total=False):
+    """Of `storyboard`."""
+
+    fps: float | None
+    draft: bool | None
+    image: Picture | None
+
+
+class AnyOptions(GenerateOptions, ExtendOptions, EditOptions, total=False):
+    """Of any verb, for `stream` and `plan`: clips and shots are options there."""
+
+    video_2: Clip | None
+    shots: Shots | None
