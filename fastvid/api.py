@@ -20,7 +20,8 @@ from fastvid.loaders.find import read_checkpoint
 from fastvid.loaders.lora import lora_problems
 from fastvid.models.loaded import Model
 from fastvid.pipeline.load import load_parts, outline, read_loras
-from fastvid.pipeline.pipeline import MAX_RUNNING, Pipeline, plan_of
+from fastvid.pipeline.pipeline import MAX_RUNNING, Pipeline
+from fastvid.pipeline.prepare import plan_of
 from fastvid.workers import remote
 
 CUDA_TAKES = 2**30  # bytes of a card: an allowance for its context and libraries
@@ -50,7 +51,7 @@ class Blueprint:
         if estimate and self._free is not None:
             raise InvalidRequest("estimate: nothing is known of another card's rates; leave device_memory out, or it")
         given = {"estimate": estimate, "free": self._free, "keep_frames": keep_frames}
-        return plan_of(self._model, prompt, verb, options, **given)
+        return plan_of(self._model, prompt, verb=verb, **given, **options)
 
 
 def blueprint(

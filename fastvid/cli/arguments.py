@@ -13,10 +13,11 @@ from typing import Any
 
 from fastvid import env
 from fastvid.checks import MAX_PROMPT, nearest_name
-from fastvid.cli.flags import CHECKPOINT, FLAGS, PROMPT, has_prompt, usage_of, words_of
+from fastvid.cli.flags import FLAGS, has_prompt, usage_of, words_of
 from fastvid.cli.parser import UsageError
 from fastvid.errors import InvalidRequest, MediaError
-from fastvid.requests.request import CLIPS, TOLD, VERBS, Request
+from fastvid.requests.arguments import CHECKPOINT, CLIPS, VERBS
+from fastvid.requests.request import PROMPT_OF_CLIP, Request
 
 LOAD_FLAGS = ("device", "dtype", "vae_dtype", "backend", "attention")
 MAX_SHOTS_FILE = 1 << 26  # bytes
@@ -37,8 +38,7 @@ def read_recipe(flags: argparse.Namespace) -> dict[str, Any] | None:
 
 def make(flags: argparse.Namespace, recipe: dict[str, Any] | None) -> Request:
     """The request that flags, beside a recipe or alone, ask for."""
-    names = [name for name in (*words_of(flags.verb), *FLAGS) if name not in PROMPT]
-    asked = {name: getattr(flags, name, None) for name in names}
+    asked = {name: getattr(flags, name, None) for name in (*words_of(flags.verb), *FLAGS)}
     given = {name: value for name, value in asked.items() if value is not None and value is not False}
     if given.get("prompt") == "-":
         given["prompt"] = _read_prompt()
@@ -61,7 +61,7 @@ def _check_words(flags: argparse.Namespace, given: dict[str, Any]) -> None:
             raise UsageError(f"no {words_of(verb)[name]} given: {usage_of(verb)} -o PATH, {see}")
     if not has_prompt(verb) and "shots" not in given:
         raise UsageError(f"no shots given; give --shot PROMPT:SECONDS for each, --shots FILE, {see}")
-    if has_prompt(verb) and verb not in TOLD and "prompt" not in given:
+    if has_prompt(verb) and verb not in PROMPT_OF_CLIP and "prompt" not in given:
         if not flags.planned:
             raise UsageError(f"no prompt given; give one in quotes, {see}")
         given["prompt"] = ""
@@ -112,11 +112,6 @@ def _shot(path: str, number: int, shot: Any) -> Any:
 
 
 # ---------------------------------------------------------------- the model
-
-
-def expanding(flags: argparse.Namespace) -> dict[str, Any]:
-    """What is said about writing the prompt out."""
-    return {name: value for name in PROMPT if (value := getattr(flags, name, None))}
 
 
 def keeping(flags: argparse.Namespace) -> dict[str, Any]:

@@ -82,13 +82,8 @@ def _make(flags: argparse.Namespace) -> None:
     if flags.checkpoint is not None:
         resume_files.free_place(flags.checkpoint)
     arguments.check_same(request, recipe or {})
-    options = {
-        **request.arguments(),
-        **arguments.expanding(flags),
-        **arguments.keeping(flags),
-        "verb": request.verb,
-    }
-    _show(flags, recipe or {}, lambda pipe: pipe.stream(**options, keep_latents=False))
+    options = request.arguments()
+    _show(flags, recipe or {}, lambda pipe: pipe.stream(verb=request.verb, **options, keep_latents=False))
 
 
 def _resume(flags: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
-"""What the command line says of a request: a flag for every argument of every verb, in one table.
+"""The flags of a request, made from the table of arguments (`fastvid.requests.arguments`).
 
-Which verb takes which argument is said in `fastvid.requests.request.VERBS` and `CLIPS`, and nowhere here: a verb's
-command has its clips and its prompt as words, and a flag for each of the rest.
+A verb's command has its clips and its prompt as words, and a flag for each of its other arguments.
 """
 
 from __future__ import annotations
@@ -9,17 +8,14 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from fastvid.checks import BUDGETS, SCHEDULES, SOLVERS
-from fastvid.requests.request import CLIPS, DIRECTIONS, STRENGTH, TOLD, VERBS
+from fastvid.requests.arguments import ARGUMENTS, CHECKPOINT, CLIPS, VERBS, Argument, type_of
+from fastvid.requests.request import PROMPT_OF_CLIP
 
-ONLY_IN_PYTHON = ("latents", "prompt_embeds", "negative_prompt_embeds", "original_prompt")
-CHECKPOINT = ("checkpoint", "checkpoint_every", "keep_checkpoint")  # of every verb, and not of its request
 RESUMED = ("image", "last_image", "video", "video_2", "mask", "reference_images")  # what `resume` may be given again
-PROMPT = ("expand_prompt", "prompt_endpoint", "prompt_model")  # who writes a prompt out: for every verb with a prompt
 
 
 def number(text: str) -> int | float:
@@ -61,127 +57,49 @@ def shot(text: str) -> tuple[str, int | float]:
 
 # ---------------------------------------------------------------- the flags
 
+PARSED: Mapping[str, Mapping[str, Any]] = {
+    "shots": {"type": shot, "action": "append"},
+    "keyframes": {"type": keyframe, "action": "append"},
+    "reference_images": {"action": "append"},
+    "conditioning_scale": {"type": scale},
+    "sigmas": {"type": numbers},
+}
+"""How argparse reads arguments that are more than a number or a text."""
+
 
 @dataclass(frozen=True)
 class Flag:
-    """How an argument is given. name: as it is written; options: of argparse's add_argument; verbs: what is said of it
-    in the help of a verb where it means something else."""
+    """An argument as argparse takes it. name: as it is written; options: of `add_argument`."""
 
     name: str
-    help: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    verbs: Mapping[str, str] = field(default_factory=dict)
+    row: Argument
+    options: Mapping[str, Any]
+
+    def add_to(self, group: Any, dest: str, verb: str = "") -> None:
+        group.add_argument(self.name, dest=dest, help=self.row.help_for(verb), **self.options)
 
 
-def _number(name: str, metavar: str, text: str, **verbs: str) -> Flag:
-    return Flag(name, text, {"type": number, "metavar": metavar}, verbs)
+def _flag(name: str, row: Argument) -> Flag:
+    written, _, metavar = row.flag.partition(" ")
+    if not metavar:
+        return Flag(written, row, {"action": "store_true", "default": None})
+    is_number = type_of(name) in ("int | None", "float | None")
+    how = PARSED.get(name, {"type": number} if is_number else {})
+    return Flag(written, row, {**how, "metavar": metavar})
 
 
-def _text(name: str, metavar: str, text: str, **verbs: str) -> Flag:
-    return Flag(name, text, {"metavar": metavar}, verbs)
+_SHOTS_FILE = Argument(str, 'the same from a JSON file: [["a red circle", 2], ...]', "--shots FILE")
 
 
-_ADDED = dict.fromkeys(("loop", "blend"), "frames of the bridge") | {"extend": "frames to add on each side"}
-_ADDED_SECONDS = {verb: text.replace("frames", "seconds") + " (default: 1)" for verb, text in _ADDED.items()}
-_GROWS = {"edit": "larger than the clip: it stands in the middle, and what is around it is made"}
+def _rows() -> Mapping[str, Argument]:
+    rows: dict[str, Argument] = {}
+    for name, row in ARGUMENTS.items():
+        rows |= {name: row} if row.flag else {}
+        rows |= {"shots_file": _SHOTS_FILE} if name == "shots" else {}
+    return rows
 
-FLAGS: Mapping[str, Flag] = {
-    "negative_prompt": _text("--negative-prompt", "TEXT", "what not to show"),
-    "expand_prompt": Flag(
-        "--expand-prompt", "have the prompt written out first; the recipe keeps both", {"action": "store_true"}
-    ),
-    "prompt_endpoint": _text(
-        "--prompt-endpoint", "URL", "who writes it: OpenAI's chat protocol (not for the embedded model)"
-    ),
-    "prompt_model": _text("--prompt-model", "NAME", "the language model's name there; its key is FASTVID_PROMPT_KEY"),
-    "shots": Flag(
-        "--shot",
-        "a shot: its prompt and how long it is; repeat it, in their order",
-        {"type": shot, "action": "append", "metavar": "PROMPT:SECONDS"},
-    ),
-    "shots_file": _text("--shots", "FILE", 'the same from a JSON file: [["a red circle", 2], ...]'),
-    "direction": _text("--direction", "WHERE", f"{', '.join(DIRECTIONS)} the clip (default: {DIRECTIONS[0]})"),
-    "width": _number("--width", "N", "pixels, 64 to 2048 (video: within 1920x1080 or 1080x1920)"),
-    "height": _number("--height", "N", "pixels, as --width"),
-    "size": _text(
-        "--size",
-        "WxH",
-        "both at once, such as 832x480",
-        finalize="both at once (default: the draft's own full size)",
-        **_GROWS,
-    ),
-    "aspect": _text("--aspect", "W:H", "aspect ratio, such as 16:9: the nearest size within --budget"),
-    "budget": _text("--budget", "AREA", f"{', '.join(BUDGETS)} or a number of pixels (default: the model's own size)"),
-    "num_frames": _number("--num-frames", "N", "frames, 1 to 131072", **_ADDED),
-    "seconds": _number(
-        "--seconds", "S", "length in seconds instead of --num-frames: round(seconds x fps)", **_ADDED_SECONDS
-    ),
-    "fps": _number("--fps", "N", "frames a second, 0.1 to 240"),
-    "draft": Flag(
-        "--draft", "half the size and fewer steps, to look at; see fastvid finalize", {"action": "store_true"}
-    ),
-    "seed": _number("--seed", "N", "0 to 2^63-1 (default: a random one, which is shown)"),
-    "strength": _number(
-        "--strength",
-        "X",
-        "0 to 1: how far it goes from the clip",
-        **{
-            "edit": f"0 to 1: how far it goes from the clip (default: {STRENGTH['edit']}; embedded: 0.4; 1 around a "
-            "clip on a larger frame)",
-            "finalize": f"0 to 1: how far it goes from the draft (default: {STRENGTH['finalize']})",
-        },
-    ),
-    "source_prompt": _text(
-        "--source-prompt", "TEXT", "what the clip shows now: keeps motion and layout better (FlowEdit)"
-    ),
-    "image": _text("--image", "FILE", "a picture: the first frame (I2V, TI2V, VACE, embedded)"),
-    "last_image": _text("--last-image", "FILE", "a picture: the last frame (FLF2V, I2V-A14B, VACE, embedded)"),
-    "keyframes": Flag(
-        "--keyframe",
-        "a picture that is frame FRAME, counted from 0 (VACE, embedded); may be repeated",
-        {"type": keyframe, "action": "append", "metavar": "FRAME=FILE"},
-    ),
-    "video": _text("--video", "FILE", "a control video: depth, pose, or frames to keep (VACE)"),
-    "mask": _text(
-        "--mask",
-        "FILE",
-        "of that video: white is made, black stays; a picture counts for all frames",
-        edit="white may change, black stays as it is; a picture counts for all frames",
-    ),
-    "reference_images": Flag(
-        "--reference-image",
-        "a picture of what the video shows (VACE); may be repeated",
-        {"action": "append", "metavar": "FILE"},
-    ),
-    "conditioning_scale": Flag(
-        "--conditioning-scale",
-        "how much these count (default: 1); A,B,... for each control layer",
-        {"type": scale, "metavar": "X"},
-    ),
-    "num_inference_steps": _number("--steps", "N", "denoising steps, 1 to 1000"),
-    "guidance_scale": _number("--guidance-scale", "X", "weight of the prompt, 0 to 1000; 1: no guidance"),
-    "guidance_scale_2": _number(
-        "--guidance-scale-2",
-        "X",
-        "the same at low noise, for models with two experts (default: as --guidance-scale if that is given)",
-    ),
-    "known_guidance_scale": _number(
-        "--known-guidance-scale",
-        "X",
-        "the same in edits and where some frames are known: pictures, clips, what an earlier window has made (default: "
-        "as --guidance-scale if that is given)",
-    ),
-    "flow_shift": _number("--flow-shift", "X", "shift of the noise levels, 0.01 to 100"),
-    "sigmas": Flag(
-        "--sigmas",
-        "noise levels instead of --steps and --flow-shift: descending, in (0, 1]",
-        {"type": numbers, "metavar": "A,B,..."},
-    ),
-    "solver": _text("--solver", "NAME", f"one of {', '.join(SOLVERS)}"),
-    "schedule": _text(
-        "--schedule", "NAME", f"{SCHEDULES[0]}, one stretch after another, or {SCHEDULES[1]} (default: {SCHEDULES[0]})"
-    ),
-}
+
+FLAGS: Mapping[str, Flag] = {name: _flag(name, row) for name, row in _rows().items()}
 """Every argument that can be given as a flag, in the order in which help shows them."""
 
 SAMPLING = ("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "sigmas", "solver")
@@ -275,15 +193,13 @@ def words_of(verb: str) -> dict[str, str]:
 
 def flags_of(verb: str) -> list[str]:
     """The arguments of a verb that are flags."""
-    takes = {*VERBS[verb], *(PROMPT if has_prompt(verb) else ())} - set(words_of(verb))
-    takes |= {"size"} if "width" in takes else set()
-    takes |= {"shots_file"} if "shots" in takes else set()
+    takes = {*VERBS[verb], *(("shots_file",) if "shots" in VERBS[verb] else ())} - {*words_of(verb), *CHECKPOINT}
     return [name for name in FLAGS if name in takes]
 
 
 def usage_of(verb: str, command: str = "fastvid") -> str:
     """Such as: fastvid extend CLIP [PROMPT] -o PATH."""
-    told = verb in TOLD
+    told = verb in PROMPT_OF_CLIP
     words = [f"[{word}]" if name == "prompt" and told else word for name, word in words_of(verb).items()]
     return " ".join((command, verb, *words, *(["--shot PROMPT:SECONDS ..."] if verb == "storyboard" else [])))
 
@@ -296,8 +212,7 @@ def verbs_with(flag: str) -> list[str]:
 def with_flags(message: str, verb: str = "generate") -> str:
     """Arguments that a message opens with or offers, as the command line spells them."""
     words = {name: word for name, word in words_of(verb).items() if name != "prompt"}
-    others = {name: f"--{name.replace('_', '-')}" for name in CHECKPOINT}
-    spelled = {name: flag.name for name, flag in FLAGS.items()} | others | words
+    spelled = {name: flag.name for name, flag in FLAGS.items()} | words
     names = "|".join(sorted(spelled, key=len, reverse=True))
     opening = r"(^|\(|is |are |and |but |with |give |leave )"
     return re.sub(rf"{opening}({names})(?=[=:\[ ])", lambda found: found[1] + spelled[found[2]], message)

@@ -13,7 +13,8 @@ from fastvid.checks import nearest_name
 from fastvid.cli import flags as cli_flags
 from fastvid.cli.flags import FLAGS, SAMPLING, flags_of, has_prompt, number, usage_of, verbs_with, words_of
 from fastvid.errors import InvalidRequest
-from fastvid.requests.request import TOLD, VERBS
+from fastvid.requests.arguments import CHECKPOINT, VERBS
+from fastvid.requests.request import PROMPT_OF_CLIP
 
 OTHERS = {
     "resume": "go on with a request whose process ended, from its --checkpoint",
@@ -142,10 +143,8 @@ def _verb(verb: str) -> Parser:
     _add_request(parser, verb)
     _add_model(parser)
     group = parser.add_argument_group("checkpoints")
-    group.add_argument(
-        "--checkpoint", metavar="FOLDER", help="what `fastvid resume FOLDER` goes on from, kept up to date"
-    )
-    _add_checkpoint(group)
+    for name in CHECKPOINT:
+        FLAGS[name].add_to(group, name)
     _add_shown(parser)
     return parser
 
@@ -153,21 +152,6 @@ def _verb(verb: str) -> Parser:
 def _add_shown(parser: Parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the video on standard output")
-
-
-def _add_checkpoint(group: Any) -> None:
-    group.add_argument(
-        "--checkpoint-every",
-        type=number,
-        metavar="S",
-        help="the least seconds from one to the next (default: 1; 0: after every step)",
-    )
-    group.add_argument(
-        "--keep-checkpoint",
-        action="store_true",
-        default=None,
-        help="do not remove it when the video is done",
-    )
 
 
 def _resume() -> Parser:
@@ -181,7 +165,8 @@ def _resume() -> Parser:
     )
     parser.add_argument("folder", help="the checkpoint")
     parser.add_argument("-o", "--output", required=True, metavar="PATH", help="as of the verb that is gone on with")
-    _add_checkpoint(parser)
+    for name in CHECKPOINT[1:]:
+        FLAGS[name].add_to(parser, name)
     group = parser.add_argument_group("files that are not where they were")
     for name in ("image", "last-image", "video", "video-2", "mask"):
         group.add_argument(f"--{name}", metavar="FILE", help="the same file as then")
@@ -219,7 +204,7 @@ def _plan(verb: str) -> Parser:
 def _add_words(parser: Parser, verb: str) -> None:
     kind = "a clip: a video, a .gif, a .npy, a picture, or a folder of PNGs"
     for name, word in words_of(verb).items():
-        told = " (default: what the clip was made with)" if verb in TOLD else ""
+        told = " (default: what the clip was made with)" if verb in PROMPT_OF_CLIP else ""
         text = f"what to show; - reads it from standard input{told}" if name == "prompt" else kind
         parser.add_argument(name, nargs="?", metavar=word, help=text)
 
@@ -242,8 +227,7 @@ def _add_request(parser: Parser, verb: str) -> None:
     ):
         group = parser.add_argument_group(title)
         for name in names:
-            flag = FLAGS[name]
-            group.add_argument(flag.name, dest=name, help=flag.verbs.get(verb, flag.help), **flag.options)
+            FLAGS[name].add_to(group, name, verb)
 
 
 def _add_model(parser: Parser, also: str = "") -> None:

@@ -20,7 +20,9 @@ import torch
 
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
-from fastvid.requests.request import RECIPE_CONTEXT, SIZE, VERBS, Request
+from fastvid.requests import recipe as recipes
+from fastvid.requests.arguments import VERBS
+from fastvid.requests.request import SIZE, Request
 from fastvid.version import __version__
 
 SAMPLES, SAMPLE_BYTES, MOST_HEADER = 16, 4096, 2**24
@@ -99,7 +101,7 @@ def check_model(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 
 def arguments(verb: str, options: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A request's arguments as JSON, with what was drawn (seed) or read from a clip's own recipe filled in."""
-    given = Request.make(verb, **options).arguments()
+    given = dict(options)
     found = {name: _kept(value) if name in DATA else _plain(value) for name, value in given.items()}
     filled = ("seed", *(("prompt",) if "prompt_embeds" not in given and "prompt" in VERBS[verb] else ()))
     if verb == "finalize" and not any(name in given for name in SIZE):
@@ -154,7 +156,7 @@ def _back(value: Any) -> Any:
 
 def check_request(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raises InvalidRequest that names everything in which one recipe differs from the other."""
-    then, now = (json.loads(json.dumps({k: v for k, v in one.items() if k not in RECIPE_CONTEXT})) for one in
+    then, now = (json.loads(json.dumps({k: v for k, v in one.items() if k not in recipes.CONTEXT})) for one in
                  (saved, here))  # fmt: skip
     found = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
     if found:

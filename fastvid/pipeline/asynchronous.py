@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from fastvid.engine.events import Event
 from fastvid.engine.queue import Ticket
 
 Run = Callable[..., Awaitable[Any]]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -49,15 +51,18 @@ async def events(ticket: Ticket, start: Callable[[], Iterator[Event]]) -> AsyncI
             yield event
 
 
-def twin(method: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+def twin(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
     """A verb of a pipeline as a coroutine, with the same arguments and result."""
 
     @functools.wraps(method)
-    async def call(pipe: Any, *args: Any, **options: Any) -> Any:
+    async def call(pipe: Any, *args: P.args, **options: P.kwargs) -> T:
         ticket = pipe.new_ticket()
         async with thread_of(ticket, lambda: None) as run:
-            return await run(functools.partial(method, pipe.with_ticket(ticket), *args, **options))
+            made: T = await run(functools.partial(method, pipe.with_ticket(ticket), *args, **options))
+            return made
 
     call.__name__ = call.__qualname__ = f"a{method.__name__}"
-    call.__doc__ = f"`{method.__name__}` as a coroutine. Cancelling its task stops it before the next step."
+    call.__doc__ = (
+        f"`{method.__name__}` as a coroutine. Cancelling its task stops it before the next step.\n\n{method.__doc__}"
+    )
     return call

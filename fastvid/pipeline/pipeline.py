@@ -10,16 +10,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastvid import checks
-from fastvid.distributed.mesh import Layout
 from fastvid.engine import resume
 from fastvid.engine.events import Event, Finished, Frames, Plan, Started, Step
 from fastvid.engine.queue import RUNNING, Scheduler, Ticket
@@ -30,24 +30,36 @@ from fastvid.media.video import Video
 from fastvid.models.loaded import Model
 from fastvid.pipeline import asynchronous, steps
 from fastvid.pipeline.load import change_loras
-from fastvid.pipeline.prepare import Prepared, prepare
-from fastvid.planning.speed import find as find_rates
-from fastvid.requests import prompts
+from fastvid.pipeline.prepare import Prepared, make_request, plan_of, prepare
+from fastvid.requests.arguments import documented
+from fastvid.requests.options import (
+    AnyOptions,
+    BridgeOptions,
+    Clip,
+    EditOptions,
+    ExtendOptions,
+    FinalizeOptions,
+    GenerateOptions,
+    GivenAgain,
+    ImageOptions,
+    Path,
+    Shots,
+    StoryboardOptions,
+)
+from fastvid.requests.request import Request
 
-AGAIN = "again"
-
-__all__ = [
-    "Finished",
-    "Frames",
-    "Pipeline",
-    "Started",
-    "Step",
-    "Stream",
-    "Video",
-    "plan_of",
-]
+__all__ = ["Pipeline", "Stream", "Video"]
 
 MAX_RUNNING = checks.whole(1, 1000)
+CALLS = {
+    "plan": plan_of,
+    "embed": steps.embed,
+    "encode": steps.encode,
+    "decode": steps.decode,
+    "describe": steps.describe,
+    "inspect": steps.inspect,
+}
+log = logging.getLogger(__name__)
 
 
 class Stream:
@@ -89,90 +101,90 @@ class Pipeline:
     Requests may be made from many threads and tasks: they begin in the order in which they came, at most `max_running`
     at once, and take turns step by step (see `fastvid.engine.queue`). Every verb has an async twin: `await
     pipe.agenerate(...)`, `async for event in pipe.astream(...)`.
+
+    A subclass whose model is elsewhere replaces `_variant`, `_run`, `_call`, `resume`, `set_loras` and `close`; the
+    verbs are the same.
     """
 
-    def __init__(self, parts: Model, max_running: int = RUNNING) -> None:
-        self._model, self._ticket = parts, None
+    def __init__(self, model: Model, max_running: int = RUNNING) -> None:
+        self._model = model
+        self._set_up(max_running)
+
+    def _set_up(self, max_running: int) -> None:
+        self._ticket: Ticket | None = None
         self._scheduler = Scheduler(MAX_RUNNING("max_running", max_running))
 
-    def generate(self, prompt: str | None = None, **options: Any) -> Video:
+    # ------------------------------------------------------------ verbs
+
+    @documented
+    def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Video:
         """Make a video from a prompt, and perhaps from pictures.
+
+        A picture is a file, a uint8 array [H, W, 3] or a Pillow image; a clip is a file, uint8 frames [F, H, W, 3], a
+        Video, or pictures. The last picture and keyframes come out as they are. For VACE models: frames of `video` are
+        taken one for one, and are as many as come out if num_frames is left out; a mask is a file, bool, or uint8 0 and
+        255, [F, H, W] or [H, W].
+
+        A checkpoint is a folder from which `resume` goes on if the process ends before the video is done. It is removed
+        when the request is done; one that failed or was cancelled keeps it.
 
         Args:
             prompt: what to show. An empty one is allowed.
-            options: negative_prompt, height, width (pixels) or size="832x480" or aspect and budget, num_frames or
-                seconds, fps, seed, num_inference_steps, guidance_scale, guidance_scale_2 (low noise, in models with two
-                experts; default: guidance_scale if that is given), known_guidance_scale (in edits, and in windows in
-                which some latents are known, from pictures, clips or the window before; the same default), flow_shift
-                or sigmas, solver ("unipc", "euler", "dpm++", "redraw"), image, last_image, keyframes (the first and the
-                last frame, and {frame: picture}: a file, a uint8 array [H, W, 3] or a Pillow image; those behind the
-                first frame come out as they are), latents (initial noise [1, C, T, h, w]), prompt_embeds and
-                negative_prompt_embeds ([1, L, text_dim]), schedule ("windows", one stretch of frames after another; or
-                "staggered", diffusion forcing: frames come early), draft (True: half the size, fewer steps; see
-                `finalize`).
-                What is left out is as the model's recipe says.
-                For VACE: video (depth, pose, or frames to keep: a file, uint8 [F, H, W, 3], or pictures; frames are
-                taken one for one, and are as many as come out if num_frames is left out), mask (of the video: a file,
-                bool or uint8 0 and 255 [F, H, W], or one picture for all frames; white is made by the model, black
-                stays), reference_images (pictures of what the video shows; latents then have one frame more for each,
-                in front), conditioning_scale (how much all of this counts: a number, or one for each control layer).
-                expand_prompt=True has the prompt written out first (`fastvid.requests.prompts`; prompt_endpoint,
-                prompt_model and prompt_key say by whom); the recipe holds both, as prompt and original_prompt.
-                checkpoint="job.ckpt" (all verbs take it) keeps a folder from which `resume` goes on if the process ends
-                before the video is done: after every step, but not more often than every checkpoint_every seconds
-                (default 1). It is removed when the request is done (keep_checkpoint=True: not); one that failed or was
-                cancelled keeps it.
 
         Raises:
             InvalidRequest: an option is out of range; the message names the nearest valid one.
             OutOfMemory: the request does not fit.
+            MediaError: a picture or clip cannot be read.
             PromptError: the prompt could not be expanded.
         """
         return self._video("generate", prompt=prompt, **options)
 
-    def image(self, prompt: str | None = None, **options: Any) -> Video:
-        """Make a picture, up to 2048x2048: a video of one frame. Options as `generate` takes them."""
+    @documented
+    def image(self, prompt: str | None = None, **options: Unpack[ImageOptions]) -> Video:
+        """Make a picture, up to 2048x2048: a video of one frame."""
         return self._video("image", prompt=prompt, **options)
 
-    def extend(self, video: Any, prompt: str | None = None, **options: Any) -> Video:
+    @documented
+    def extend(self, video: Clip, prompt: str | None = None, **options: Unpack[ExtendOptions]) -> Video:
         """A clip, and what comes after it, or before it, or on both sides.
 
         Args:
             video: a file, uint8 frames [T, H, W, 3], or a Video. Its frames come out as they are.
             prompt: what to show; left out, that of the video's own recipe.
-            options: direction ("after", "before", "both"), seconds or num_frames to add on each side (default: a
-                second), and how to sample, as in `generate`.
         """
         return self._video("extend", video=video, prompt=prompt, **options)
 
-    def loop(self, video: Any, prompt: str | None = None, **options: Any) -> Video:
+    @documented
+    def loop(self, video: Clip, prompt: str | None = None, **options: Unpack[BridgeOptions]) -> Video:
         """A clip, and a bridge of `seconds` or num_frames that leads from its end back to its start."""
         return self._video("loop", video=video, prompt=prompt, **options)
 
-    def blend(self, a: Any, b: Any, prompt: str | None = None, **options: Any) -> Video:
+    @documented
+    def blend(self, a: Clip, b: Clip, prompt: str | None = None, **options: Unpack[BridgeOptions]) -> Video:
         """A clip, a bridge of `seconds` or num_frames, and another clip, which is brought to the first one's size and
         rate."""
         return self._video("blend", video=a, video_2=b, prompt=prompt, **options)
 
-    def edit(self, video: Any, prompt: str | None = None, **options: Any) -> Video:
+    @documented
+    def edit(self, video: Clip, prompt: str | None = None, **options: Unpack[EditOptions]) -> Video:
         """A clip made anew after a prompt.
+
+        With a source_prompt the edit follows the difference of the two prompts (FlowEdit). A width and height larger
+        than the clip's: what is around it is made, with a strength of 1.
 
         Args:
             video: a file, uint8 frames [T, H, W, 3], or a Video.
             prompt: what it shall show.
-            options: strength (0 to 1, the share of the steps that are run: how far it goes from the clip; default: as
-                the model's recipe says, or 0.6), mask (white, or True, where it may change; a file, [T, H, W] or
-                [H, W]; the other pixels stay as they are), source_prompt (what the clip shows now: the edit then
-                follows the difference, FlowEdit, which keeps motion and layout), width and height (larger than the
-                clip's: what is around it is made, with a strength of 1), and how to sample, as in `generate`.
         """
         return self._video("edit", video=video, prompt=prompt, **options)
 
-    def storyboard(self, shots: Any, **options: Any) -> Video:
+    @documented
+    def storyboard(self, shots: Shots, **options: Unpack[StoryboardOptions]) -> Video:
         """A video of several shots, [(prompt, seconds), ...], each going on from the one before."""
         return self._video("storyboard", shots=shots, **options)
 
-    def finalize(self, draft: Any, prompt: str | None = None, **options: Any) -> Video:
+    @documented
+    def finalize(self, draft: Clip, prompt: str | None = None, **options: Unpack[FinalizeOptions]) -> Video:
         """A draft (see `generate`) at its full size, or at width and height, with all steps of `strength`."""
         return self._video("finalize", video=draft, prompt=prompt, **options)
 
@@ -183,83 +195,56 @@ class Pipeline:
             for event in stream:
                 if isinstance(event, Frames):
                     frames.append(event.frames)
-        # The loop only ends after Finished: everything else raises.
+        assert isinstance(event, Finished), "everything else raises"
         return Video(np.concatenate(frames), event.fps, event.seed, event.latents, event.recipe)
 
+    @documented
     def stream(
-        self, prompt: Any = None, *, verb: str = "generate", keep_latents: bool = True, **options: Any
+        self,
+        prompt: str | None = None,
+        *,
+        verb: str = "generate",
+        keep_latents: bool = True,
+        **options: Unpack[AnyOptions],
     ) -> Stream:
         """Any verb, as events: Started, Step, Frames, Finished. Frames come out while later ones are still made.
 
         The request is checked and planned before this returns; nothing is computed until the first event is asked for.
         After Started it may have to wait for others. On a GPU decoding runs beside denoising, if both fit: frames then
         come out with the step after that in which they were decoded.
-        verb: "generate", "image", "extend", "loop", "blend", "edit", "storyboard" or "finalize", with its options.
-        keep_latents: whether Finished has them; without, memory does not grow with the video.
+
         A checkpoint goes once what comes after Finished was asked for, that is when a loop over the stream ends: what
         the caller does with Finished may fail, and is safe.
-        """
-        options = options if prompt is None else {"prompt": prompt, **options}
-        return self._start(verb, options, keep_frames=False, keep_latents=keep_latents)
-
-    def resume(
-        self,
-        path: Any,
-        *,
-        keep_latents: bool = True,
-        checkpoint_every: float | None = None,
-        keep_checkpoint: bool = False,
-        **given: Any,
-    ) -> Stream:
-        """Go on with the request whose checkpoint is at `path` (see `generate`), after its process is gone.
-
-        All frames come out, from the first on, as they would have without the interruption: those that were made are
-        decoded again, then the next step is done. Steps are counted on; Finished.seconds are those of this process.
 
         Args:
-            given: pictures, clips and tensors that were not given as files, once more, by the same names. Files are
-                found where they were.
-            keep_latents: see `stream`. checkpoint_every, keep_checkpoint: see `generate`.
-
-        Raises:
-            CheckpointError: there is no checkpoint there, or it is damaged, or the request is still running.
-            InvalidRequest: it was made with other weights, another version of fastvid or torch, on another kind of
-                device (on a CPU: with another number of threads) or in another precision, or what is given is not what
-                was given then; the message says which.
+            verb: "generate", "image", "extend", "loop", "blend", "edit", "storyboard" or "finalize", with its options.
+            keep_latents: whether Finished has them; without, memory does not grow with the video.
         """
-        saved = resume.read(path)
-        resume.check(saved, self._model)
-        prepared = self._prepare(*resume.options(saved, given), layout=resume.layout_of(saved, self._model))
-        resume.check_request(saved, prepared.recipe)
-        prepared = replace(prepared, recipe=saved.about["recipe"])
-        said = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
-        return self._stream(prepared, keep_latents, resume.go_on(saved, self._model, said))
+        return self._start(verb, {"prompt": prompt, **options}, keep_frames=False, keep_latents=keep_latents)
 
     def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
-        said, options = resume.split(options)
-        options = prompts.expanded(options, self._model.preset.name, verb)
-        prepared = self._prepare(verb, options, keep_frames)
-        return self._stream(
-            prepared,
-            keep_latents,
-            resume.begin(self._model, verb, options, prepared.recipe, said, prepared.job.layout),
-        )
-
-    def _stream(self, prepared: Prepared, keep_latents: bool, saving: Resume | None) -> Stream:
-        ticket, changes = self._ticket or self.new_ticket(), PromptChanges()
-        events = self._run(prepared, ticket, keep_latents, saving, changes)
-        return Stream(events, ticket, changes if saving is None else None)
+        """Where all verbs come through."""
+        return self._run(make_request(verb, options, lambda: self._variant), keep_frames, keep_latents)
 
     # ------------------------------------------------------------ for services
 
-    async def astream(self, prompt: Any = None, **options: Any) -> AsyncIterator[Event]:
+    @documented
+    async def astream(
+        self,
+        prompt: str | None = None,
+        *,
+        verb: str = "generate",
+        keep_latents: bool = True,
+        **options: Unpack[AnyOptions],
+    ) -> AsyncIterator[Event]:
         """`stream` as an async generator: the same options and events, made in a thread as they are asked for.
 
         What is wrong with the request is raised with the first event. Cancelling the task, or `aclose()`, stops the
         request before its next step; when that is done, all that it held is free.
         """
         ticket = self.new_ticket()
-        run = functools.partial(self.with_ticket(ticket).stream, prompt, **options)
+        given: dict[str, Any] = {"verb": verb, "keep_latents": keep_latents, **options}
+        run = functools.partial(self.with_ticket(ticket).stream, prompt, **given)
         async with contextlib.aclosing(asynchronous.events(ticket, run)) as events:
             async for event in events:
                 yield event
@@ -285,49 +270,105 @@ class Pipeline:
 
     # ------------------------------------------------------------ without running
 
+    @documented
     def plan(
-        self, prompt: str | None = None, *, verb: str = "generate", estimate: bool = False, **options: Any
+        self,
+        prompt: str | None = None,
+        *,
+        verb: str = "generate",
+        estimate: bool = False,
+        **options: Unpack[AnyOptions],
     ) -> Plan:
         """What a request would cost, without running it. The prompt may be left out. estimate: also how long it takes,
         by this machine's rates, which are measured (2 s) if that was not done before."""
-        return plan_of(self._model, prompt, verb, options, estimate=estimate)
+        made: Plan = self._call("plan", prompt, verb=verb, estimate=estimate, **options)
+        return made
 
     def embed(self, prompt: str) -> Tensor:
         """Text embeddings [1, L, text_dim] of a prompt, as `prompt_embeds=` takes them."""
-        return steps.embed(self._model, prompt)
+        made: Tensor = self._call("embed", prompt)
+        return made
 
     def encode(self, frames: Any) -> Tensor:
         """Normalised latents [1, C, T', H/8, W/8], fp32, of uint8 RGB frames [T, H, W, 3]; T is 4k + 1, T' is k + 1.
 
         H and W are multiples of the VAE's scale (8; 16 for Wan 2.2's 5B). Raises InvalidRequest for other sizes.
         """
-        return steps.encode(self._model, frames)
+        made: Tensor = self._call("encode", frames)
+        return made
 
     def decode(self, latents: Any) -> np.ndarray:
         """Frames, uint8 RGB [4T - 3, 8h, 8w, 3], of normalised latents [1, C, T, h, w] such as `video.latents`."""
-        return steps.decode(self._model, latents)
+        made: np.ndarray = self._call("decode", latents)
+        return made
 
     def describe(self) -> dict[str, Any]:
         """What was loaded and what every operation runs on."""
-        parts = self._model
-        return {
-            "model": parts.model,
-            "variant": parts.preset.name,
-            "device": str(parts.device),
-            "dtype": str(parts.dtype).removeprefix("torch."),
-            "vae_dtype": str(parts.vae_dtype).removeprefix("torch."),
-            "backends": dict(parts.ops.bound),
-            "reasons": dict(parts.ops.reasons),
-            "loras": [list(pair) for pair in parts.loras],
-            "offload": parts.offload,
-            "cuda_graphs": parts.graphs_why,
-            "parallel": parts.settings.get("parallel", "1"),
-            "parts": dict(parts.sources),
-        }
+        made: dict[str, Any] = self._call("describe")
+        return made
 
     def inspect(self) -> dict[str, Any]:
         """What the checkpoint is: parts, parameters, types, recipe."""
-        return self._model.checkpoint.to_dict()
+        made: dict[str, Any] = self._call("inspect")
+        return made
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ with the model
+
+    @property
+    def _variant(self) -> str:
+        """Which model it is, as its preset is called."""
+        return self._model.preset.name
+
+    def _call(self, name: str, *given: Any, **options: Any) -> Any:
+        """One of `CALLS`."""
+        return CALLS[name](self._model, *given, **options)
+
+    def _run(self, request: Request, keep_frames: bool, keep_latents: bool) -> Stream:
+        prepared = prepare(self._model, request, keep_frames)
+        given, said = request.video_arguments(), request.checkpoint_options()
+        saving = resume.begin(self._model, request.verb, given, prepared.recipe, said, prepared.job.layout)
+        return self._stream(prepared, keep_latents, saving)
+
+    def resume(
+        self,
+        path: Path,
+        *,
+        keep_latents: bool = True,
+        checkpoint_every: float | None = None,
+        keep_checkpoint: bool = False,
+        **given: Unpack[GivenAgain],
+    ) -> Stream:
+        """Go on with the request whose checkpoint is at `path` (see `generate`), after its process is gone.
+
+        All frames come out, from the first on, as they would have without the interruption: those that were made are
+        decoded again, then the next step is done. Steps are counted on; Finished.seconds are those of this process.
+
+        Args:
+            given: pictures, clips and tensors that were not given as files, once more, by the same names. Files are
+                found where they were.
+            keep_latents: see `stream`. checkpoint_every, keep_checkpoint: see `generate`.
+
+        Raises:
+            CheckpointError: there is no checkpoint there, or it is damaged, or the request is still running.
+            InvalidRequest: it was made with other weights, another version of fastvid or torch, on another kind of
+                device (on a CPU: with another number of threads) or in another precision, or what is given is not what
+                was given then; the message says which.
+        """
+        saved = resume.read(path)
+        resume.check(saved, self._model)
+        verb, options = resume.options(saved, given)
+        request = make_request(verb, options, lambda: self._variant)
+        prepared = prepare(self._model, request, layout=resume.layout_of(saved, self._model))
+        resume.check_request(saved, prepared.recipe)
+        prepared = replace(prepared, recipe=saved.about["recipe"])
+        said = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
+        return self._stream(prepared, keep_latents, resume.go_on(saved, self._model, said))
 
     def set_loras(self, loras: Sequence[Any] = ()) -> None:
         """Use these LoRAs, as `fastvid.load` takes them, in place of those that were loaded; none takes all away.
@@ -340,34 +381,15 @@ class Pipeline:
     def close(self) -> None:
         """End the processes of a pipeline on several ranks. There is nothing to do for one in this process."""
 
-    def __enter__(self) -> Pipeline:
-        return self
+    def _stream(self, prepared: Prepared, keep_latents: bool, saving: Resume | None) -> Stream:
+        ticket, changes = self._ticket or self.new_ticket(), PromptChanges()
+        session = Session(self._model, prepared.job, ticket, keep_latents, saving, changes)
+        return Stream(_events(prepared, session, saving), ticket, changes if saving is None else None)
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
 
-    # ------------------------------------------------------------ before running
-
-    def _prepare(
-        self, verb: str, options: dict[str, Any], keep_frames: bool = False, layout: Layout | None = None
-    ) -> Prepared:
-        return prepare(self._model, verb, options, keep_frames, layout=layout)
-
-    # ------------------------------------------------------------ running
-
-    def _run(
-        self,
-        prepared: Prepared,
-        ticket: Ticket,
-        keep_latents: bool,
-        saving: Resume | None,
-        changes: PromptChanges,
-    ) -> Iterator[Event]:
-        with saving or contextlib.nullcontext():
-            yield from self._events(prepared, Session(self._model, prepared.job, ticket, keep_latents, saving, changes))
-
-    def _events(self, prepared: Prepared, session: Session) -> Iterator[Event]:
-        request, timeline = prepared.job.request, prepared.job.timeline
+def _events(prepared: Prepared, session: Session, saving: Resume | None) -> Iterator[Event]:
+    request, timeline = prepared.job.request, prepared.job.timeline
+    with saving or contextlib.nullcontext():
         yield Started(
             plan=prepared.plan,
             seed=request.seed,
@@ -379,26 +401,12 @@ class Pipeline:
             recipe=prepared.recipe,
         )
         with session.ticket.admitted():
-            yield from session.run()
+            for event in session.run():
+                if isinstance(event, Step):
+                    log.debug("step %d of %d, sigma %.4f, %.3f s", event.step, event.total, event.sigma, event.seconds)
+                yield event
+        log.info("%s: %d frames, seconds %s", request.verb, timeline.num_frames, session.seconds)
         clean = torch.cat(session.latents, dim=2) if session.keep_latents else None
         changed = {"changed_prompts": [list(pair) for pair in session.changes.taken]} if session.changes.taken else {}
         recipe = prepared.recipe | changed
         yield Finished(request.seed, timeline.num_frames, request.fps, clean, recipe, session.seconds)
-
-
-def plan_of(
-    parts: Model,
-    prompt: str | None,
-    verb: str,
-    options: dict[str, Any],
-    *,
-    estimate: bool | str,
-    free: int | None = None,
-    keep_frames: bool = True,
-) -> Plan:
-    others = (*prompts.OPTIONS, *resume.OPTIONS)
-    options = {name: value for name, value in options.items() if name not in others}
-    if "prompt_embeds" not in options and verb != "storyboard":
-        options["prompt"] = prompt or ""
-    rates = find_rates(parts.ops, parts.device, parts.dtype, again=estimate == AGAIN) if estimate else None
-    return prepare(parts, verb, options, keep_frames, free=free, rates=rates).plan

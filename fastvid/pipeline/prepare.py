@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,11 +38,11 @@ class Prepared:
     recipe: dict[str, Any]
 
 
-def make_request(verb: str, options: dict[str, Any], variant: str) -> Request:
+def make_request(verb: str, options: dict[str, Any], variant: Callable[[], str]) -> Request:
     """The checked request, its prompt written out if that was asked for. variant: of the model that will make it."""
-    request = prompts.expanded(Request.make(verb, **options), variant)
+    request = Request.make(verb, **options)
     log.debug("request: %s", request)
-    return request
+    return prompts.expanded(request, variant()) if request.expand_prompt else request
 
 
 def prepare(
@@ -80,7 +81,7 @@ def _told(plan: Plan) -> str:
     )
 
 
-def plan(
+def plan_of(
     model: Model,
     prompt: str | None,
     *,

@@ -105,9 +105,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     "source_prompt": Argument(
         text, "what the clip shows now: keeps motion and layout better (FlowEdit)", "--source-prompt TEXT"
     ),
-    "image": Argument(
-        checks.picture, "a picture: the first frame (I2V, TI2V, VACE, embedded)", "--image FILE"
-    ),
+    "image": Argument(checks.picture, "a picture: the first frame (I2V, TI2V, VACE, embedded)", "--image FILE"),
     "last_image": Argument(
         checks.picture, "a picture: the last frame (FLF2V, I2V-A14B, VACE, embedded)", "--last-image FILE"
     ),
@@ -131,9 +129,7 @@ ARGUMENTS: Mapping[str, Argument] = {
         checks.scale, "how much these count (default: 1); A,B,... for each control layer", "--conditioning-scale X"
     ),
     "num_inference_steps": Argument(whole(1, checks.MAX_STEPS), "denoising steps, 1 to 1000", "--steps N"),
-    "guidance_scale": Argument(
-        _guidance, "weight of the prompt, 0 to 1000; 1: no guidance", "--guidance-scale X"
-    ),
+    "guidance_scale": Argument(_guidance, "weight of the prompt, 0 to 1000; 1: no guidance", "--guidance-scale X"),
     "guidance_scale_2": Argument(
         _guidance,
         "the same at low noise, for models with two experts (default: as --guidance-scale if that is given)",
@@ -232,7 +228,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 def type_of(name: str) -> str:
     """The type of an option as it is written in `fastvid.requests.options`."""
-    hint = options.AnyOptions.__annotations__[name]
+    hint = options.AnyOptions.__annotations__.get(name, "")
     return str(getattr(hint, "__forward_arg__", hint))
 
 

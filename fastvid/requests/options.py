@@ -134,3 +134,18 @@ class AnyOptions(GenerateOptions, ExtendOptions, EditOptions, total=False):
 
     video_2: Clip | None
     shots: Shots | None
+
+
+class GivenAgain(TypedDict, total=False):
+    """Of `resume`: what a checkpoint does not hold."""
+
+    image: Picture | None
+    last_image: Picture | None
+    keyframes: Mapping[int, Picture] | None
+    video: Clip | None
+    video_2: Clip | None
+    mask: Clip | None
+    reference_images: Picture | Sequence[Picture] | None
+    latents: Array | None
+    prompt_embeds: Array | None
+    negative_prompt_embeds: Array | None

@@ -30,7 +30,7 @@ import numpy as np
 from fastvid import checks
 from fastvid.distributed.layout import parse
 from fastvid.engine.events import Finished, Frames, Step
-from fastvid.errors import BackendUnavailable, Cancelled, CheckpointError, Error, PoolFull, WorkerFailed
+from fastvid.errors import BackendUnavailable, Cancelled, CheckpointError, Error, InvalidRequest, PoolFull, WorkerFailed
 from fastvid.media.video import Video
 from fastvid.requests.request import Request
 from fastvid.workers import messages
@@ -227,7 +227,8 @@ class Pool:
         wait: until there is room in the line, at most `timeout` seconds; False: not at all. Raises PoolFull if there is
         none, InvalidRequest for what no request can be.
         """
-        Request.make(verb, **options)
+        if Request.make(verb, **options).checkpoint is not None:
+            raise InvalidRequest("checkpoint: a pool keeps one for every job; leave it out")
         if options.get("seed") is None:  # begun again, it is the same video
             options["seed"] = secrets.randbelow(2**32)
         job = Job(self, verb, options)

@@ -12,22 +12,18 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from fastvid.device.devices import find_device
 from fastvid.distributed import layout
 from fastvid.distributed.layout import Asked
-from fastvid.engine import resume
-from fastvid.engine.events import Event, Plan, Started, Step
-from fastvid.engine.queue import RUNNING, Scheduler, Ticket
+from fastvid.engine.events import Event, Started, Step
+from fastvid.engine.queue import RUNNING, Ticket
 from fastvid.engine.session import PromptChanges
 from fastvid.errors import Error, InvalidRequest, WorkerFailed
 from fastvid.loaders.find import read_checkpoint
 from fastvid.pipeline.load import configs_of
 from fastvid.pipeline.pipeline import Pipeline, Stream
-from fastvid.requests import prompts
 from fastvid.requests.request import Request
 from fastvid.workers import torchrun
 from fastvid.workers.team import Workers
@@ -85,8 +81,8 @@ class RemotePipeline(Pipeline):
     """
 
     def __init__(self, workers: Workers, max_running: int = RUNNING) -> None:
-        self._workers, self._ticket = workers, None
-        self._scheduler, self._ids = Scheduler(max_running), itertools.count(1)
+        self._workers, self._ids = workers, itertools.count(1)
+        self._set_up(max_running)
         self._left: deque[tuple[int, int]] = deque()  # (start, stream) to be let go of
         self._warm: set[tuple[int, ...]] = set()  # (start, shape) of what a whole request has been through
 
@@ -96,13 +92,16 @@ class RemotePipeline(Pipeline):
 
     # ------------------------------------------------------------ requests
 
-    def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
-        said, _ = resume.split(options)
+    @property
+    def _variant(self) -> str:
         self._workers.start()
-        options = prompts.expanded(options, self._workers.described["variant"], verb)
-        Request.make(verb, **resume.split(options)[1])  # what is wrong in itself does not wait for others' steps
+        return str(self._workers.described["variant"])
+
+    def _run(self, request: Request, keep_frames: bool, keep_latents: bool) -> Stream:
+        self._workers.start()
         kept = {"keep_frames": keep_frames, "keep_latents": keep_latents}
-        return self._open(bool(said), "start", verb=verb, options=options, **kept)
+        checkpointed = request.checkpoint is not None
+        return self._open(checkpointed, "start", verb=request.verb, options=request.arguments(), **kept)
 
     def resume(
         self,
@@ -133,32 +132,6 @@ class RemotePipeline(Pipeline):
             self._workers.command("close", ids=ids)
 
     # ------------------------------------------------------------ the rest
-
-    def plan(
-        self, prompt: str | None = None, *, verb: str = "generate", estimate: bool = False, **options: Any
-    ) -> Plan:
-        """See Pipeline.plan."""
-        return self._call("plan", prompt, verb=verb, estimate=estimate, **options)
-
-    def embed(self, prompt: str) -> Tensor:
-        """See Pipeline.embed."""
-        return self._call("embed", prompt)
-
-    def encode(self, frames: Any) -> Tensor:
-        """See Pipeline.encode."""
-        return self._call("encode", frames)
-
-    def decode(self, latents: Any) -> np.ndarray:
-        """See Pipeline.decode."""
-        return self._call("decode", latents)
-
-    def describe(self) -> dict[str, Any]:
-        """See Pipeline.describe: what rank 0 says."""
-        return self._call("describe")
-
-    def inspect(self) -> dict[str, Any]:
-        """See Pipeline.inspect."""
-        return self._call("inspect")
 
     def set_loras(self, loras: Sequence[Any] = ()) -> None:
         """See Pipeline.set_loras. Workers that are started later have them too."""

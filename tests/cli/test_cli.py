@@ -21,11 +21,11 @@ import pytest
 
 from fastvid import errors
 from fastvid.cli import arguments, commands, parser
-from fastvid.cli import flags as cli_flags
 from fastvid.cli.progress import Progress, Stopwatch, duration
 from fastvid.media.metadata import read_recipe, read_video
 from fastvid.requests import inputs
-from fastvid.requests.request import VERBS, Request
+from fastvid.requests.arguments import VERBS
+from fastvid.requests.request import Request
 
 
 @dataclass(frozen=True)
@@ -488,7 +488,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_argument_of_a_request_has_a_flag(verb: str) -> None:
     found = {action.dest for action in parser.build()[verb]._actions}
-    missing = set(VERBS[verb]) - set(cli_flags.ONLY_IN_PYTHON) - found
+    only_in_python = {"latents", "prompt_embeds", "negative_prompt_embeds", "original_prompt", "prompt_key"}
+    missing = set(VERBS[verb]) - only_in_python - found
     assert missing == ({"prompt"} if verb == "storyboard" else set()), "a storyboard's prompts are those of its shots"
     assert set(arguments.LOAD_FLAGS) <= found and {"recipe", "output", "quiet", "json", "loras", "model"} - found == {
         "loras"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipelines import prepared
 from test_checkpoints import run, same, snapshots
 from test_image_to_video import SIGMAS, run_theirs
 from test_vace_pipeline import HEIGHT, WIDTH, clip, noise, region, write
@@ -204,7 +205,7 @@ def test_segments_are_shown_their_part(
     video = drawn(9, frames)
     asked: dict[str, Any] = {"mask": region(frames)} if kind == "region" else {"size": f"{WIDTH + 20}x{HEIGHT + 9}"}
     made, shown = seen(short, monkeypatch, "edit", video=video, **asked, **FAST)
-    job = short._prepare("edit", {"prompt": "a", "video": video, **asked, **FAST}).job
+    job = prepared(short, "edit", prompt="a", video=video, **asked, **FAST).job
     segments = job.timeline.segments
     found = short.plan("a", verb="edit", video=video, **asked, **FAST)
     assert found.segments == len(segments) == len(shown) == (3 if frames == 21 else 2)
@@ -277,7 +278,7 @@ def test_the_plan_counts_what_is_encoded(pipe: fastvid.Pipeline, monkeypatch: py
         options = {"video": drawn(12, 9), "mask": region(9), "num_inference_steps": 1, "size": size}
         encoded.clear()
         getattr(pipe, verb)(prompt="a", **options)
-        job = pipe._prepare(verb, {"prompt": "a", **options}).job
+        job = prepared(pipe, verb, prompt="a", **options).job
         needs = planning.Needs(pipe._model, job.request, job.timeline, keep=False)
         assert needs._seen(job.timeline.segments[0]) == sum(encoded) == (27 if verb == "edit" else 18)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipelines import prepared
 from test_image_to_video import SIGMAS, picture, run_theirs
 from tiny import write_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +27,7 @@ from fastvid.models.wan.config import WanVACEConfig
 from fastvid.models.wan.vace import WanVACETransformer
 from fastvid.pipeline.verbs import CONTROL_OPTIONS
 from fastvid.planning import plan
-from fastvid.requests.request import fingerprint
+from fastvid.requests.recipe import fingerprint
 from fastvid.sampling import latent_noise
 
 HEIGHT, WIDTH = 64, 96
@@ -211,7 +212,7 @@ class TestEqualsDiffusers:
 
 def lay_out(pipe: fastvid.Pipeline, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     options = {"prompt": "a", "num_inference_steps": 1, "size": f"{WIDTH}x{HEIGHT}", **options}
-    job = pipe._prepare("generate", options).job
+    job = prepared(pipe, **options).job
     segment = job.timeline.segments[0]
     return control.lay_out(job.request, segment, pixels.Known(pictures=segment.pictures))
 
@@ -285,7 +286,7 @@ class TestWhatTheModelSees:
     def test_encoding_in_chunks_is_encoding_at_once(self, pipe: fastvid.Pipeline) -> None:
         parts, frames = pipe._model, torch.rand(1, 3, 9, 192, 192) * 2 - 1
         options = {"prompt": "a", "num_frames": 9, "size": "192x192"}
-        segment = pipe._prepare("generate", options).job.timeline.segments[0]
+        segment = prepared(pipe, **options).job.timeline.segments[0]
         assert decode_chunk(segment) == 1
         with torch.no_grad():
             wanted, _ = parts.vae.encode(frames)

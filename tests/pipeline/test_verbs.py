@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pipelines import prepared
 
 import fastvid
 from fastvid.benchmarks.quality.clips import Scene, draw
@@ -85,7 +86,7 @@ def test_the_strength_of_an_edit_that_says_none(pipe):
     own, other = pipe._model.preset, with_recipe(pipe, edit_strength=None)
 
     def strength(at, **options):
-        return at._prepare("edit", {"video": frames, "prompt": "a", **FAST, **options}).job.request.strength
+        return prepared(at, "edit", video=frames, prompt="a", **FAST, **options).job.request.strength
 
     assert strength(pipe) == strength(pipe, mask=mask) == own.edit_strength == 0.4
     assert strength(other) == strength(other, mask=mask) == strength(pipe, source_prompt="b") == 0.6
@@ -99,9 +100,7 @@ def test_a_mask_is_cut_as_its_clip_is(pipe):
     mask[20:60, 50:110] = True
     frames = np.repeat(np.where(mask, 255, 0)[None, :, :, None], 5, 0).repeat(3, -1).astype(np.uint8)
     for width, height in ((64, 64), (160, 64), (80, 80), (128, 100)):
-        job = pipe._prepare(
-            "edit", {"video": frames, "prompt": "a", "mask": mask, "width": width, "height": height, **FAST}
-        ).job
+        job = prepared(pipe, "edit", video=frames, prompt="a", mask=mask, width=width, height=height, **FAST).job
         shown = job.request.video.read(0, 1)[0, :, :, 0] > 127
         assert job.request.mask.shape == (1, height, width) and 0.1 < shown.mean() < 0.9
         assert ((job.request.mask[0] > 127) != shown).mean() < 0.03, (width, height)

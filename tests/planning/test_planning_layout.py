@@ -26,7 +26,8 @@ from fastvid.engine.events import Plan, Step
 from fastvid.errors import InvalidRequest, OutOfMemory
 from fastvid.models.loaded import Model
 from fastvid.pipeline.load import load_parts, outline
-from fastvid.pipeline.pipeline import Pipeline, plan_of
+from fastvid.pipeline.pipeline import Pipeline
+from fastvid.pipeline.prepare import plan_of
 
 GIB = 2**30
 CUDA = torch.device("cuda")
@@ -196,7 +197,7 @@ def same_everywhere(mesh: Mesh) -> None:
     parts = replace(outline("wan2.1-t2v-14b", free=80 * GIB, **BLOCKS), mesh=mesh)
 
     def taken(parts: Model, free: int) -> Plan:
-        plan = plan_of(parts, "a", "generate", LARGE, estimate=False, free=free)
+        plan = plan_of(parts, "a", free=free, **LARGE)
         chosen = [*map(str, every(mesh.size, 40, True))].index(plan.parallel)
         assert len(set(mesh.gather(torch.tensor([chosen]), (1,) * mesh.size, 0).tolist())) == 1
         return plan
@@ -205,7 +206,7 @@ def same_everywhere(mesh: Mesh) -> None:
     # One rank has too little for that.
     alone = replace(parts, mesh=Mesh(size=mesh.size))
     split, shared = (
-        plan_of(replace(alone, layout=layout), "a", "generate", LARGE, estimate=False, free=80 * GIB).bytes_device
+        plan_of(replace(alone, layout=layout), "a", free=80 * GIB, **LARGE).bytes_device
         for layout in (Layout(2), Layout(1, 2))
     )
     assert shared < split
@@ -213,10 +214,7 @@ def same_everywhere(mesh: Mesh) -> None:
     # Rank 0's prediction counts.
     devices = H200, replace(H200, memory=1e9)  # where memory is slow, a ring's merging is
     links = [Links(near=NVLINK, far=NVLINK, device=device) for device in devices]
-    first, other = (
-        plan_of(replace(alone, links=one), "a", "generate", LARGE, estimate=False, free=split - 1).parallel
-        for one in links
-    )
+    first, other = (plan_of(replace(alone, links=one), "a", free=split - 1, **LARGE).parallel for one in links)
     plan = taken(replace(parts, links=links[mesh.rank]), split - 1)
     assert plan.parallel == first != other and plan.parallel == list(plan.layouts)[0]
     # The slowest link that one of them sees counts for all.

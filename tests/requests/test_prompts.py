@@ -20,6 +20,7 @@ from fastvid import env
 from fastvid.benchmarks.quality.vocabulary import words
 from fastvid.cli import commands
 from fastvid.requests import prompts
+from fastvid.requests.request import Request
 
 KEY = "sk-a-secret-key"
 CAPTION = "A red fox runs through deep snow, seen from the side, in blue morning light."
@@ -265,10 +266,10 @@ def test_expanding_wrongly_is_told(pipe: fastvid.Pipeline, options: dict[str, An
 def test_other_models_ask_the_endpoint() -> None:
     with endpoint(replying(chat(CAPTION))) as (address, asked):
         options = {"expand_prompt": True, "prompt_endpoint": address, "prompt_model": "m", "prompt_key": KEY}
-        made = prompts.expanded({"prompt": "a fox", "seed": 1, **options}, "wan2.1-t2v-14b")
+        made = prompts.expanded(Request.make(prompt="a fox", seed=1, **options), "wan2.1-t2v-14b")
         with pytest.raises(fastvid.InvalidRequest, match="width=7"):
-            prompts.expanded({"prompt": "a fox", "width": 7, **options}, "wan2.1-t2v-14b")
-    assert made == {"prompt": CAPTION, "original_prompt": "a fox", "seed": 1} and len(asked) == 1
+            Request.make(prompt="a fox", width=7, **options)
+    assert made.arguments() == {"prompt": CAPTION, "original_prompt": "a fox", "seed": 1} and len(asked) == 1
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
