@@ -18,7 +18,8 @@ from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
 from fastvid.pipeline import verbs
 from fastvid.planning import planning
-from fastvid.planning.speed import Rates, find
+from fastvid.planning.speed import Rates
+from fastvid.planning.speed import find as find_rates
 from fastvid.requests import inputs, prompts
 from fastvid.requests.request import Request, Resolved
 from fastvid.requests.timeline import Timeline
@@ -95,7 +96,7 @@ def plan_of(
     if "prompt_embeds" not in options and verb != "storyboard":
         options["prompt"] = prompt or ""
     request = Request.make(verb, **options)
-    rates = find(model.ops, model.device, model.dtype, again=estimate == AGAIN) if estimate else None
+    rates = find_rates(model.ops, model.device, model.dtype, again=estimate == AGAIN) if estimate else None
     return prepare(model, request, keep_frames, free=free, rates=rates).plan
 
 

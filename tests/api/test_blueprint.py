@@ -127,7 +127,7 @@ def test_operations_of_the_vae_are_those_of_its_convolutions() -> None:
 
 
 def test_an_estimate_is_of_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastvid.pipeline.pipeline.find_rates", lambda *_, again: RATES)
+    monkeypatch.setattr("fastvid.pipeline.prepare.find_rates", lambda *_, again: RATES)
     pipe = fastvid.blueprint("embedded", device="cpu")
     short, long = (pipe.plan("a", estimate=True, num_inference_steps=steps) for steps in (5, 10))
     assert long.seconds_parts["denoise"] == pytest.approx(2 * short.seconds_parts["denoise"])
@@ -157,7 +157,7 @@ def test_a_call_is_its_layers() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("fastvid.pipeline.pipeline.find_rates", lambda *_, again: RATES)
+    monkeypatch.setattr("fastvid.pipeline.prepare.find_rates", lambda *_, again: RATES)
     np.save(tmp_path / "a.npy", CLIP)
     assert commands.main(["plan", "extend", str(tmp_path / "a.npy"), "--device", "cpu", "--json", "-o", "x.mp4"]) == 0
     found = json.loads(capsys.readouterr().out)
