@@ -17,7 +17,7 @@ from harness import Case, Row, compared, measure, save, table, why_not
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastvid.ops import attention, backends, reference
+from fastvid.ops import attention, dispatch, reference
 
 # Tokens of 81 frames at 480p and at 720p, heads of the 1.3B and the 14B model; keys: the tokens themselves, or a text.
 CASES = {
@@ -37,7 +37,7 @@ SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-FILES = {"triton": "attention.py", "cuda": "csrc", **dict.fromkeys(backends.APPROXIMATE, "csrc")}
+FILES = {"triton": "attention.py", "cuda": "csrc", **dict.fromkeys(dispatch.APPROXIMATE, "csrc")}
 EAGER_BYTES = 8 * 2**30  # scores that eager attention may take
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     groups, told = {}, {}
     for title, size in CASES[device.type].items():
         if args.only in title:
-            told[title] = compared("attention", "any", "reference", **files(device))
+            told[title] = compared("attention", "dense", "reference", **files(device))
             groups[title] = bench(*size, device, args.rounds, args.configs)
             print(table(groups[title], title), end="\n\n", flush=True)
     if args.configs:
@@ -79,14 +79,14 @@ def bench(N: int, M: int, heads: int, device: torch.device, rounds: int, configs
             print(f"{name} is left out: {str(error).splitlines()[0]}")
             continue
         wrong = (sample(out) - right).norm() / right.norm()
-        assert wrong < (0.1 if name in backends.APPROXIMATE else 0.02), f"{name} is off by {wrong:.3f}"
+        assert wrong < (0.1 if name in dispatch.APPROXIMATE else 0.02), f"{name} is off by {wrong:.3f}"
         cases.append(Case(name, lambda function=function: function(q, k, v), **work))
     return measure(cases, device, rounds)
 
 
 def others(device: torch.device, scores: int) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     """Everything else that can run here."""
-    for name in ("triton", "cuda", "flash", *backends.APPROXIMATE):
+    for name in ("triton", "cuda", "flash", *dispatch.APPROXIMATE):
         function = attention.BACKENDS[name]
         if reason := why_not(name, function, FILES.get(name, ""), device):
             print(f"{name} is left out: {reason}")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from harness import Case, Row, compared, measure, save, table
 
-from fastvid.ops import backends, linears
+from fastvid.ops import dispatch, linears
 
 # (rows, inputs, outputs): first and second layer of 1.3B at 480p and of 14B at 720p, a text of 512 tokens
 SIZES = {
@@ -52,7 +52,7 @@ def bench(op: str, size: tuple[int, int, int], dtype: torch.dtype, device: torch
     M, K, N = size
     x = torch.randn(M, K, device=device, dtype=dtype)
     weight, bias = torch.randn(N, K, device=device, dtype=dtype) / K**0.5, torch.randn(N, device=device, dtype=dtype)
-    functions = {name: f for name, f in linears.BACKENDS[op].items() if backends.why_not(name, device) is None}
+    functions = {name: f for name, f in linears.BACKENDS[op].items() if dispatch.why_not(name, device) is None}
     functions["torch.compile"] = torch.compile(linears.BACKENDS[op]["reference"])
     functions["product alone"] = F.linear
     expected = functions["reference"](x, weight, bias)

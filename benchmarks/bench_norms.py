@@ -18,7 +18,7 @@ from bench_rgb import copy_of
 from harness import Case, compared, measure, save, table
 from torch import Tensor
 
-from fastvid.ops import backends, norms
+from fastvid.ops import dispatch, norms
 
 # (tokens along t, h, w; heads of 128), groups of tokens that share a timestep
 SIZES = {
@@ -94,7 +94,7 @@ def calls(
 def beside(name: str, given: tuple[Any, ...], moved: int, device: torch.device) -> list[Case]:
     """Every way to run an operation, each checked against the reference."""
     functions = dict(norms.BACKENDS[name])
-    if backends.why_not("triton", device):
+    if dispatch.why_not("triton", device):
         del functions["triton"]
     torch.compiler.reset()  # or the ninth shape of a function would run uncompiled
     functions["torch.compile"] = torch.compile(functions["reference"], dynamic=False)

@@ -18,7 +18,7 @@ import torch
 from harness import Case, Row, measure, save, table, why_not
 from torch import Tensor
 
-from fastvid.ops import attention, backends
+from fastvid.ops import attention, dispatch
 from fastvid.ops import sparse as sparsity
 from fastvid.ops.sparse import Blocks, Triple
 
@@ -54,40 +54,39 @@ def main() -> None:
 
 
 def bench(grid: Triple, tile: Triple, heads: int, device: torch.device, rounds: int) -> list[Row]:
-    name = "triton" if backends.why_not("triton", device) is None else "reference"
-    dense, sparse = attention.BACKENDS[name], attention.SPARSE_BACKENDS[name]
+    name = "triton" if dispatch.why_not("triton", device) is None else "reference"
+    run = attention.BACKENDS[name]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     N = math.prod(grid)
     q, k, v = (torch.randn(1, N, heads, HEAD_DIM, device=device, dtype=dtype) for _ in range(3))
     flops = 4 * N * N * heads * HEAD_DIM
-    cases = [Case(f"{name}, dense", lambda: dense(q, k, v), flops=flops)]
+    cases = [Case(f"{name}, dense", lambda: run(q, k, v), flops=flops)]
     if name == "triton":
         cases.append(Case("sdpa, dense", lambda: attention.BACKENDS["sdpa"](q, k, v), flops=flops))
-    on_cuda = [name for name in ("cuda", *backends.APPROXIMATE) if runs(name, device)]
+    on_cuda = [name for name in ("cuda", *dispatch.APPROXIMATE) if runs(name, device)]
     for name in on_cuda:
         cases.append(Case(f"{name}, dense", partial(attention.BACKENDS[name], q, k, v), flops=flops))
     for size in windows(grid, tile):
         blocks = sparsity.window(grid, tile, size).to(device)
         kept = sparsity.share(blocks)
         title, work = f"window {'x'.join(map(str, size))} {kept:.1%}", int(flops * kept)
-        cases.append(Case(title, lambda blocks=blocks: sparse(q, k, v, blocks), flops=work))
+        cases.append(Case(title, partial(run, q, k, v, blocks=blocks), flops=work))
         for name in on_cuda:
-            cases.append(
-                Case(f"{name}, {title}", partial(attention.SPARSE_BACKENDS[name], q, k, v, blocks), flops=work)
-            )
-    cases += list(chosen(q, k, v, grid, tile, sparse, flops))
+            kernel = partial(attention.BACKENDS[name], q, k, v, blocks=blocks)
+            cases.append(Case(f"{name}, {title}", kernel, flops=work))
+    cases += list(chosen(q, k, v, grid, tile, run, flops))
     return measure(cases, device, rounds)
 
 
 def runs(name: str, device: torch.device) -> bool:
-    reason = why_not(name, attention.SPARSE_BACKENDS[name], "csrc", device)
+    reason = why_not(name, attention.BACKENDS[name], "csrc", device)
     if reason:
         print(f"{name} is left out: {reason}")
     return reason is None
 
 
 def chosen(
-    q: Tensor, k: Tensor, v: Tensor, grid: Triple, tile: Triple, sparse: Callable[..., Tensor], flops: int
+    q: Tensor, k: Tensor, v: Tensor, grid: Triple, tile: Triple, run: Callable[..., Tensor], flops: int
 ) -> Iterator[Case]:
     """The best tiles, once with the choice in the time and once without it."""
     tiles, largest = sparsity.tile_offsets(grid, tile).to(q.device), math.prod(tile)
@@ -100,8 +99,10 @@ def chosen(
         blocks = choose(count)
         kept = sparsity.share(blocks)
         work = int(flops * kept)
-        yield Case(f"top {count} {kept:.1%}", lambda blocks=blocks: sparse(q, k, v, blocks), flops=work)
-        yield Case(f"top {count} {kept:.1%} + choice", lambda count=count: sparse(q, k, v, choose(count)), flops=work)
+        yield Case(f"top {count} {kept:.1%}", partial(run, q, k, v, blocks=blocks), flops=work)
+        yield Case(
+            f"top {count} {kept:.1%} + choice", lambda count=count: run(q, k, v, blocks=choose(count)), flops=work
+        )
 
 
 def windows(grid: Triple, tile: Triple) -> Iterator[Triple]:

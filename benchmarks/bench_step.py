@@ -12,7 +12,7 @@ from bench_rgb import copy_of
 from harness import Case, Row, compared, measure, save, table
 from torch import Tensor
 
-from fastvid.ops import backends, solver_step
+from fastvid.ops import dispatch, solver_step
 from fastvid.sampling import SOLVERS, SolverState, velocity_to_x0
 from fastvid.sampling.guidance import combine
 
@@ -59,7 +59,7 @@ def bench(solver: str, size: tuple[int, ...], device: torch.device, rounds: int)
     weights = torch.randn((outputs, 2 + len(history), T), dtype=torch.float64)
     args = (x, cond, uncond, 5.0, sigma, sigma_next != sigma, weights, history)
     functions = solver_step.BACKENDS["solver_step"]
-    names = [name for name in functions if backends.why_not(name, device) is None]
+    names = [name for name in functions if dispatch.why_not(name, device) is None]
     expected = functions["reference"](*args)
     for name in names:
         for made, wanted in zip(functions[name](*args), expected, strict=True):

@@ -18,7 +18,7 @@ from harness import Case, Row, compared, measure, save, table, why_not
 from torch import Tensor
 
 from fastvid.device.precision import ieee_fp32
-from fastvid.ops import backends, vae_cuda, vae_gpu
+from fastvid.ops import dispatch, vae_cuda, vae_gpu
 
 OPERATIONS = True  # what `gpu.sh measure` runs
 # name -> operation, channels in and out, (frames, height, width) of the input: Wan 2.1 at 832x480, one latent frame
@@ -105,7 +105,7 @@ def bench(
         "reference": lambda: reference(*plain),
         "reference, channels-last": lambda: reference(*given),
     }
-    if backends.why_not("triton", device) is None:
+    if dispatch.why_not("triton", device) is None:
         runs["triton"] = lambda: triton(*given)
         if op == "vae_norm_silu_conv3d":
             runs["norm, then conv"] = lambda: norm_then_conv(*given)

@@ -13,12 +13,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import attention_eight_reference
 import numpy as np
 import torch
 from harness import save
 
 import fastvid
-from fastvid.ops import eager_attention_eight
 
 PROMPTS = (
     "a red circle moving right on a white background",
@@ -37,7 +37,7 @@ def main() -> None:
     exact = [make(prompt, seed, width, height, args.frames) for seed, prompt in enumerate(PROMPTS)]
     found = {}
     for kind in ("int8", "fp8"):
-        attention = partial(eager_attention_eight.attention, kind=kind)
+        attention = partial(attention_eight_reference.attention, kind=kind)
         videos = [make(prompt, seed, width, height, args.frames, attention) for seed, prompt in enumerate(PROMPTS)]
         found[kind] = [psnr(one, other) for one, other in zip(videos, exact, strict=True)]
         print(f"{kind}: {', '.join(f'{value:.1f}' for value in found[kind])} dB")

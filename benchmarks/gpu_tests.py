@@ -29,7 +29,7 @@ import torch
 from harness import passed, result_of, save
 
 from fastvid import kernels
-from fastvid.ops import backends, dispatch
+from fastvid.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
 # Which kernels a file tests: of kernels/, or all of csrc. What has never run is first.
@@ -55,7 +55,7 @@ def sources() -> dict[str, str]:
     """File of kernels -> hash of its source; all of csrc is one, where it is built."""
     names = sorted(path.name for path in Path(kernels.__path__[0]).glob("*.py"))
     made = {name: dispatch.source_hash("triton", name) for name in names}
-    return made | ({} if isinstance(backends.extension(), str) else {"csrc": dispatch.source_hash("cuda", "csrc")})
+    return made | ({} if isinstance(dispatch.extension(), str) else {"csrc": dispatch.source_hash("cuda", "csrc")})
 
 
 def right(record: dict[str, Any], kernel: str) -> bool:

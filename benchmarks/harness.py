@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from fastvid.ops import backends, dispatch
+from fastvid.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
 L2_FLUSH_BYTES = 256 * 2**20  # several times the L2 of any GPU so far
@@ -139,7 +139,7 @@ def result_of(name: str, device: torch.device) -> dict[str, Any] | None:
 def why_not(backend: str, function: object, file: str, device: torch.device) -> str | None:
     """Why a kernel isn't measured: it cannot run here, or its tests ran on this device and did not pass
     (`gpu_tests.py`), so that it may fault or hang. None if it can be."""
-    if reason := backends.why_not(backend, device) or backends.lacks(function, device):
+    if reason := dispatch.why_not(backend, device) or dispatch.lacks(function, device):
         return reason
     record = result_of("gpu-tests", device)
     if (
@@ -181,7 +181,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
         "device": _device_name(device),
-        "arch": backends.architecture(device),
+        "arch": dispatch.architecture(device),
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid.ops import backends, dispatch, sparse
+from fastvid.ops import dispatch, sparse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 APPROXIMATE = 0.1  # of 8-bit products
-BACKENDS = ("triton", "cuda", *backends.APPROXIMATE)
+BACKENDS = ("triton", "cuda", *dispatch.APPROXIMATE)
 
 
-def inputs(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(operation, arguments): sizes that fill no block."""
+def inputs(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """(operation, arguments), or (operation, arguments, named arguments): sizes that fill no block."""
     torch.manual_seed(0)
 
     def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -45,11 +45,11 @@ def inputs(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "qkv_norm_rope", (random(B, N, 3 * d), weight, bias, *rotary, 1e-6)
     seen = random(B, N, heads, D), random(B, 77, heads, D), random(B, 77, heads, D)
     yield "attention", seen
-    yield "attention_lse", seen
+    yield "attention", seen, {"return_lse": True}
     blocks = sparse.window((t, h, w), (2, 2, 4), (2, 2, 1)).to(DEVICE)
-    own = (*(random(B, N, heads, D) for _ in range(3)), blocks)
-    yield "sparse_attention", own
-    yield "sparse_attention_lse", own
+    own = tuple(random(B, N, heads, D) for _ in range(3))
+    yield "attention", own, {"blocks": blocks}
+    yield "attention", own, {"blocks": blocks, "return_lse": True}
     yield "linear", (x, random(130, d), random(130))
     yield "linear_gelu_tanh", (x, random(130, d), random(130))
     latents = random(B, 16, t, 2 * h, 2 * w, kind=fp32)
@@ -87,7 +87,7 @@ def compare(name: str, backend: str, made: Any, wanted: Any, dtype: torch.dtype)
     pairs = zip(*([one] if isinstance(one, Tensor) else one for one in (made, wanted)), strict=True)
     for one, right in pairs:
         off = float((one.double() - right.double()).norm() / right.double().norm())
-        allowed = APPROXIMATE if backend in backends.APPROXIMATE else TOLERANCE[dtype]
+        allowed = APPROXIMATE if backend in dispatch.APPROXIMATE else TOLERANCE[dtype]
         assert off < allowed, f"{name} by {backend} in {dtype} is {off:.1e} off"
 
 
@@ -98,16 +98,17 @@ def main() -> None:
     table: dict[str, dict[str, Callable[..., Any]]] = dispatch.implementations()
     covered, ran = set(), 0
     for dtype in TOLERANCE if DEVICE == "cuda" else (torch.float32, torch.float16):
-        for name, given in inputs(dtype):
-            wanted = table[name]["reference"](*given)
+        for name, given, *named in inputs(dtype):
+            options = named[0] if named else {}
+            wanted = table[name]["reference"](*given, **options)
             for backend in asked:
                 function = table[name].get(backend)
                 if function is None or dtype not in getattr(function, "dtypes", TOLERANCE):
                     continue
                 device = torch.device(DEVICE)
-                if not (backends.why_not(backend, device) or backends.lacks(function, device)):
+                if not (dispatch.why_not(backend, device) or dispatch.lacks(function, device)):
                     own = (one.clone() if isinstance(one, Tensor) else one for one in given)  # some are written to
-                    compare(name, backend, function(*own), wanted, dtype)
+                    compare(name, backend, function(*own, **options), wanted, dtype)
                     covered.add(name)
                     ran += 1
     left = {name for name, functions in table.items() if "triton" in asked and "triton" in functions} - covered

@@ -6,10 +6,10 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from attention_host import addresses, library, lists_of, words
+from attention_host import addresses, library, words
 from torch import Tensor
 
-from fastvid.ops.attention_eight import KEYS, Lists, prepare, quantized, source_of
+from fastvid.ops.attention_gpu import KEYS, padded_steps, prepare, quantized, source_of
 from fastvid.ops.sparse import Blocks
 
 PARTS = ("queries", "keys", "values")
@@ -37,10 +37,10 @@ def quantize_host(
     mean: Tensor | None,
     made: tuple[Tensor | None, ...],
     kind: str,
-    lists: Lists | None = None,
+    blocks: Blocks | None = None,
 ) -> None:
     """What the kernels of csrc/quantize.cu write. Raises ValueError for what they refuse."""
-    call, tiles = source_of(x, None if part == "queries" else lists)
+    call, tiles = source_of(x, None if part == "queries" else blocks)
     source = Source(*(tuple(v) if isinstance(v, tuple) else v for v in call.values()), pointer(tiles))
     why = ctypes.create_string_buffer(1000)
     pointers = [pointer(t) for t in (x, mean, *made)]
@@ -49,10 +49,10 @@ def quantize_host(
         raise ValueError(why.value.decode())
 
 
-def eights(q: Tensor, k: Tensor, v: Tensor, kind: str, lists: Lists | None, with_lse: bool):
+def eights(q: Tensor, k: Tensor, v: Tensor, kind: str, blocks: Blocks | None, with_lse: bool):
     """What `quantized` gives, made by the host."""
     return quantized(
-        q, k, v, lists, with_lse, lambda part, x, mean, made: quantize_host(part, x, mean, made, kind, lists)
+        q, k, v, blocks, with_lse, lambda part, x, mean, made: quantize_host(part, x, mean, made, kind, blocks)
     )
 
 
@@ -68,9 +68,8 @@ def attention_eight_host(
     grid: int = 3,
 ) -> None:
     """What the kernels write into out and lse on a device of `grid` multiprocessors; see attention_host."""
-    lists = lists_of(blocks)
-    call, walked = prepare(q, k, v, lists)
-    tensors, scales = eights(q, k, v, kind, lists, lse is not None)
+    call, walked = prepare(q, k, v, blocks, padded_steps)
+    tensors, scales = eights(q, k, v, kind, blocks, lse is not None)
     why = ctypes.create_string_buffer(1000)
     factor = ctypes.c_float(q.shape[-1] ** -0.5 if scale is None else scale)
     bf16, int8 = int(q.dtype == torch.bfloat16), int(kind == "int8")

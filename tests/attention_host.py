@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
 
 import torch
 from compiled_host import compile_host
 from torch import Tensor
 
-from fastvid.ops.attention_cuda import prepare
+from fastvid.ops.attention_gpu import exact_steps, prepare
 from fastvid.ops.sparse import Blocks
 
 
@@ -35,10 +34,6 @@ def addresses(walked: list[Tensor]) -> ctypes.Array:
     return (ctypes.c_void_p * 6)(*(x.data_ptr() for x in walked))
 
 
-def lists_of(blocks: Blocks | None) -> tuple[Any, ...] | None:
-    return blocks and (blocks.query_tiles, blocks.key_tiles, blocks.rows, blocks.indices, blocks.largest)
-
-
 def attention_host(
     q: Tensor,
     k: Tensor,
@@ -53,7 +48,7 @@ def attention_host(
 
     Raises ValueError for what it refuses, and for what the hardware would not do or never end.
     """
-    call, walked = prepare(q, k, v, lists_of(blocks))
+    call, walked = prepare(q, k, v, blocks, exact_steps)
     pointers = [ctypes.c_void_p(0 if x is None else x.data_ptr()) for x in (q, k, v, out, lse)]
     why = ctypes.create_string_buffer(1000)
     factor = ctypes.c_float(q.shape[-1] ** -0.5 if scale is None else scale)

@@ -31,7 +31,7 @@ KEPT = ("name", "kernel", "file", "same", "caught_by", "said", "seconds")
 MODULES = (
     "torch",
     "hypothesis",
-    "fastvid.ops.attention_eight",
+    "fastvid.ops.attention_gpu",
     "fastvid.ops.vae_cuda",
 )  # slow to import
 PATIENCE = 2  # seconds that an emulated barrier is waited for
@@ -112,7 +112,7 @@ class Run:
             os.chdir(folder)
             os.environ |= {"TMPDIR": str(folder), "CXX": str(compiler(folder))}
             tempfile.tempdir = str(folder)
-            status = pytest.main(["-xq", "--tb=short", "-rf", "-p", "no:cacheprovider", *tests])
+            status = pytest.main(["-xq", "-m", "", "--tb=short", "-rf", "-p", "no:cacheprovider", *tests])
             sys.stdout.flush()
         finally:
             os._exit(status)

@@ -257,10 +257,10 @@ def rough_caption(caption: str, g: torch.Generator) -> str:
     return " ".join(words)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **_: object) -> Tensor:
     """reference.attention by plain products: on a CPU the backward of torch's fused one takes 3 to 6 times as long."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scores = q @ k.transpose(-1, -2) * (softmax_scale or q.shape[-1] ** -0.5)
+    scores = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
     return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
 

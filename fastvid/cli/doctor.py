@@ -117,9 +117,9 @@ def _nvcc() -> str | None:
 
 
 def _extension() -> dict[str, Any]:
-    from fastvid.ops import backends
+    from fastvid.ops import dispatch
 
-    module = backends.extension()
+    module = dispatch.extension()
     if isinstance(module, str):
         return {"built": False, "why": f"{module}; without it fastvid is pure Python and Triton"}
     return {"built": True, "archs": module.ARCHS, "cuda": module.CUDA_VERSION, "file": module.__file__}

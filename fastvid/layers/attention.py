@@ -17,7 +17,7 @@ from torch import Tensor
 from fastvid.distributed.mesh import shares, starts
 from fastvid.layers.kv_cache import LayerCache
 from fastvid.layers.sequence_parallel import Heads, SequenceParallel
-from fastvid.ops.eager_attention import merge
+from fastvid.ops.attention import merge
 from fastvid.ops.sparse import Blocks, heads_of, tiles_of
 
 
@@ -39,7 +39,7 @@ def self_attention(
     if parallel is not None and parallel.view.layout.sequence > 1:
         return _shared(ops, (q, k, v), cache, parallel, blocks).flatten(2)
     k, v = (k, v) if cache is None else cache.update(k, v)
-    return (ops.attention(q, k, v) if blocks is None else ops.sparse_attention(q, k, v, blocks)).flatten(2)
+    return ops.attention(q, k, v, blocks=blocks).flatten(2)
 
 
 def cross_attention(ops: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class Ring:
         of keys the tiles of it that are attended to."""
         view, size = self.parallel.view, len(self.counts)
         if size == 1:
-            return self.ops.attention(q, k, v) if blocks is None else self.ops.sparse_attention(q, k, v, blocks[0])
+            return self.ops.attention(q, k, v, blocks=None if blocks is None else blocks[0])
         after, before = (view.rank(ring=(view.ring + step) % size) for step in (1, -1))
         mine, out, lse = torch.stack((k, v)), None, None
         for step in range(size):
@@ -147,10 +147,7 @@ class Ring:
         return q.new_empty(q.shape) if out is None else out.to(q.dtype)
 
     def _part(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None) -> tuple[Tensor, Tensor]:
-        if blocks is None:
-            out, lse = self.ops.attention_lse(q, k, v)
-        else:
-            out, lse = self.ops.sparse_attention_lse(q, k, v, blocks)
+        out, lse = self.ops.attention(q, k, v, return_lse=True, blocks=blocks)
         return out.to(lse.dtype), lse
 
 

@@ -1,216 +1,221 @@
-"""Attention of a video's tokens to each other and to a context: all of them, or tile by tile.
+"""Attention, dense or block-sparse, with its log-sum-exp or without: what it means, and what runs it.
 
-    attention          q [B, N, H, D], k and v [B, M, H, D] -> [B, N, H, D]; its meaning is in reference.py
-    attention_lse      the same, and log(sum(exp(scores))) [B, H, N] in fp32: what `merge` needs to put together what
-                       was computed over separate keys (a ring of devices, a cache and what is new)
-    sparse_attention   each tile of queries attends to the tiles of keys that `Blocks` lists (sparsity.py)
+    attention(q, k, v, *, scale=None, return_lse=False, blocks=None) -> out, or (out, lse)
 
-`triton` is kernels/attention.py and kernels/sparse_attention.py, `cuda` attention_cuda.py, `cuda_fp8` and `cuda_int8`
-attention_eight.py (approximations), `flash` the flash-attn package; `sdpa` is what PyTorch has, and what the reference
-calls for `attention`. The eager references of the others are in eager_attention.py.
+    out[b, n, h] = sum_m p[m] v[b, m, h] / sum_m p[m],  p[m] = exp(scale * q[b, n, h] . k[b, m, h])
+    lse[b, h, n] = log(sum_m p[m])
+
+q [B, N, H, D], k and v [B, M, H, D]; scale is 1 / sqrt(D) when None. out has the shape and the type of q, lse is fp32
+(fp64 for fp64). With `blocks` (sparse.py), m runs over the listed tiles of keys only; without any, out is 0 and lse
+-inf. `merge` joins attention to two sets of keys (the ranks of a ring).
+
+Every back end has this one signature: `reference` and `sdpa` are PyTorch, `flash` is the flash-attn package, and the
+others are the registered operators of attention_gpu.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastvid.ops import attention_cuda, attention_eight
-from fastvid.ops import reference as ops
-from fastvid.ops.eager_attention import check as _check
-from fastvid.ops.eager_attention import lse as reference_lse
-from fastvid.ops.eager_attention import merge as merge
-from fastvid.ops.eager_attention import sparse as reference_sparse
-from fastvid.ops.eager_attention import sparse_lse as reference_sparse_lse
-from fastvid.ops.sparse import Blocks
+from fastvid.ops import attention_gpu
+from fastvid.ops.sparse import Blocks, token_mask
 
+Result = Tensor | tuple[Tensor, Tensor]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+SLAB = 2**26  # scores that the reference holds at a time
 
 
-# Of packages
+def check(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None = None) -> None:
+    """Raises ValueError unless q is [B, N, H, D], k and v [B, M, H, D] with M > 0, all of one type, and blocks fit."""
+    if q.ndim != 4 or k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(f"attention takes q [B, N, H, D] and k, v [B, M, H, D], not {_shapes(q, k, v)}")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ValueError(f"q, k, v are of one floating type, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.shape[1] == 0:
+        raise ValueError(f"there are no keys to attend to: q, k, v are {_shapes(q, k, v)}")
+    if blocks is not None and blocks.lists not in {1, q.shape[2], q.shape[0] * q.shape[2]}:
+        fit = f"1, {q.shape[2]} or {q.shape[0] * q.shape[2]} fit {_shapes(q, k, v)}"
+        raise ValueError(f"blocks have {blocks.lists} lists; {fit}")
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> Tensor:
-    """flash-attn's kernel for whatever GPU this is. Raises ValueError for other types than fp16 and bf16."""
-    from flash_attn import flash_attn_func
-
-    _check(q, k, v)
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"flash-attn takes fp16 and bf16, not {q.dtype}")
-    return flash_attn_func(q, k, v, softmax_scale=softmax_scale)
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in tensors)
 
 
-def flash_lse(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """The same, with the logarithm of what its softmax divides by."""
-    from flash_attn import flash_attn_func
-
-    _check(q, k, v)
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"flash-attn takes fp16 and bf16, not {q.dtype}")
-    out, lse, _ = flash_attn_func(q, k, v, softmax_scale=softmax_scale, return_attn_probs=True)
-    return out, lse
+# PyTorch
 
 
-def sdpa_lse(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """The forms of scaled_dot_product_attention that give the logarithm too, by device and type."""
-    _check(q, k, v)
-    aten, scale = torch.ops.aten, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    blocks: Blocks | None = None,
+) -> Result:
+    """What every other back end must equal: PyTorch's own attention if it has this form, else eager scores in fp32."""
+    check(q, k, v, blocks)
+    if blocks is None and not return_lse:
+        return _sdpa(q, k, v, scale)
+    out, lse = _by_slabs(q, k, v, scale, None if blocks is None else token_mask(blocks))
+    return (out, lse) if return_lse else out
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    blocks: Blocks | None = None,
+) -> Result:
+    """scaled_dot_product_attention, and the forms of it that return the log-sum-exp. It has no block-sparse form: the
+    reference does those."""
+    if blocks is not None:
+        return reference(q, k, v, scale=scale, return_lse=return_lse, blocks=blocks)
+    check(q, k, v)
+    return _sdpa_lse(q, k, v, scale) if return_lse else _sdpa(q, k, v, scale)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def _sdpa_lse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    aten, scale = torch.ops.aten, q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
-    elif q.dtype in (torch.float16, torch.bfloat16):
+    elif q.dtype in HALVES:
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
     else:
         out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
-    return out.transpose(1, 2), lse[..., : q.shape[2]]  # one of them fills rows up to a multiple of 32
+    return out.transpose(1, 2), lse[..., : q.shape[2]]  # the last of them pads rows to a multiple of 32
 
 
-# Triton
+def _by_slabs(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention in fp32 or better, some queries at a time; mask bool [lists, N, M], list (b * H + h) % lists."""
+    B, N, H, D = q.shape
+    M = k.shape[1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scale = D**-0.5 if scale is None else scale
+    keys, values = k.permute(0, 2, 3, 1).to(dtype), v.transpose(1, 2).to(dtype)
+    out, lse = q.new_empty(B, H, N, D), q.new_empty(B, H, N, dtype=dtype)
+    rows = max(SLAB // (B * H * M), 1)
+    for start in range(0, N, rows):
+        slab = slice(start, start + rows)
+        scores = q[:, slab].transpose(1, 2).to(dtype) @ keys * scale
+        if mask is not None:
+            kept = mask[:, slab].repeat(B * H // len(mask), 1, 1).view(scores.shape)
+            scores = scores.masked_fill_(~kept, -torch.inf)
+        total = lse[:, :, slab] = scores.logsumexp(-1)
+        weights = torch.exp(scores - total.masked_fill(total == -torch.inf, 0)[..., None])
+        out[:, :, slab] = (weights @ values).to(out.dtype)
+    return out.transpose(1, 2).contiguous(), lse
 
 
-@torch.library.custom_op("fastvid::attention_triton", mutates_args=())
-def triton(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> Tensor:
-    """The Triton kernel."""
-    from fastvid.kernels.attention import attention
-
-    out = _empty(q, k, v)
-    attention(q, k, v, out, None, softmax_scale)
-    return out
-
-
-@torch.library.custom_op("fastvid::attention_lse_triton", mutates_args=())
-def triton_lse(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """The Triton kernel, with the logarithm of what its softmax divides by."""
-    from fastvid.kernels.attention import attention
-
-    out, lse = _empty_lse(q, k, v)
-    attention(q, k, v, out, lse, softmax_scale)
-    return out, lse
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to two sets of keys as attention to both: (out, lse) of each -> (out, lse) of the union."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    total = 0
+    for out, part in ((out_a, lse_a), (out_b, lse_b)):
+        weight = torch.where(part == -torch.inf, 0.0, torch.exp(part - lse))  # not exp(-inf + inf), without any keys
+        total = total + out.to(weight.dtype) * weight.transpose(1, 2)[..., None]
+    return total.to(out_a.dtype), lse
 
 
-def triton_sparse(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, softmax_scale: float | None = None) -> Tensor:
-    """The Triton kernel."""
-    _check(q, k, v, blocks)
-    return _sparse(q, k, v, *_lists(blocks), softmax_scale=softmax_scale)
+# flash-attn
 
 
-def triton_sparse_lse(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, softmax_scale: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """The Triton kernel, with the logarithm of what its softmax divides by."""
-    _check(q, k, v, blocks)
-    return _sparse_lse(q, k, v, *_lists(blocks), softmax_scale=softmax_scale)
-
-
-@torch.library.custom_op("fastvid::sparse_attention_triton", mutates_args=())
-def _sparse(
+def flash(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_tiles: Tensor,
-    key_tiles: Tensor,
-    rows: Tensor,
-    indices: Tensor,
-    largest_query: int,
-    largest_key: int,
     *,
-    softmax_scale: float | None = None,
-) -> Tensor:
-    from fastvid.kernels.sparse_attention import sparse_attention
+    scale: float | None = None,
+    return_lse: bool = False,
+    blocks: Blocks | None = None,
+) -> Result:
+    """The flash-attn package, which picks a kernel for the GPU. Raises ValueError for other types than fp16 and bf16,
+    and for blocks."""
+    from flash_attn import flash_attn_func
 
-    out = _empty(q, k, v)
-    largest = (largest_query, largest_key)
-    sparse_attention(q, k, v, out, query_tiles, key_tiles, rows, indices, largest, None, softmax_scale)
-    return out
-
-
-@torch.library.custom_op("fastvid::sparse_attention_lse_triton", mutates_args=())
-def _sparse_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_tiles: Tensor,
-    key_tiles: Tensor,
-    rows: Tensor,
-    indices: Tensor,
-    largest_query: int,
-    largest_key: int,
-    *,
-    softmax_scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    from fastvid.kernels.sparse_attention import sparse_attention
-
-    out, lse = _empty_lse(q, k, v)
-    largest = (largest_query, largest_key)
-    sparse_attention(q, k, v, out, query_tiles, key_tiles, rows, indices, largest, lse, softmax_scale)
+    check(q, k, v, blocks)
+    if q.dtype not in HALVES:
+        raise ValueError(f"flash-attn takes fp16 and bf16, not {q.dtype}")
+    if blocks is not None:
+        raise ValueError("flash-attn has no block-sparse attention; load with attention='auto' or 'triton'")
+    if not return_lse:
+        return flash_attn_func(q, k, v, softmax_scale=scale)
+    out, lse, _ = flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)
     return out, lse
 
 
-Function = Callable[..., Any]
+# Kernels
 
 
-def _eight(op: str) -> dict[str, Function]:
-    return {f"cuda_{kind}": functions[op] for kind, functions in attention_eight.FUNCTIONS.items()}
+@dataclass(frozen=True)
+class Kernel:
+    """A registered operator as a back end.
+
+    operator(q, k, v, lists, largest, scale, with_lse) -> (out, lse), lse empty unless it is asked for.
+    needs: the only architecture that it is compiled for ("90a"), if there is just one. dtypes: the types that it takes.
+    """
+
+    operator: Callable[..., tuple[Tensor, Tensor]]
+    needs: str | None = None
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        return_lse: bool = False,
+        blocks: Blocks | None = None,
+    ) -> Result:
+        check(q, k, v, blocks)
+        lists, largest = ([], []) if blocks is None else (blocks.tensors, blocks.largest)
+        out, lse = self.operator(q, k, v, lists, largest, scale, return_lse)
+        return (out, lse) if return_lse else out
 
 
-BACKENDS: Mapping[str, Function] = {
-    "reference": ops.attention,
-    "sdpa": ops.attention,
-    "triton": triton,
-    "cuda": attention_cuda.cuda,
+def form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    blocks: Blocks | None = None,
+) -> str:
+    """The shape class of a call, as in verified.json: "dense", "dense lse", "sparse" or "sparse lse"."""
+    return ("dense" if blocks is None else "sparse") + " lse" * return_lse
+
+
+def _cuda(operator: Callable[..., Any]) -> Kernel:
+    return Kernel(operator, needs="90a", dtypes=HALVES)
+
+
+BACKENDS: Mapping[str, Callable[..., Any]] = {
+    "reference": reference,
+    "sdpa": sdpa,
     "flash": flash,
-    **_eight("attention"),
+    "triton": Kernel(attention_gpu.attention_triton),
+    "cuda": _cuda(attention_gpu.attention_cuda),
+    "cuda_fp8": _cuda(partial(attention_gpu.attention_eight, "fp8")),
+    "cuda_int8": _cuda(partial(attention_gpu.attention_eight, "int8")),
 }
-LSE_BACKENDS: Mapping[str, Function] = {
-    "reference": reference_lse,
-    "sdpa": sdpa_lse,
-    "triton": triton_lse,
-    "cuda": attention_cuda.cuda_lse,
-    "flash": flash_lse,
-    **_eight("attention_lse"),
-}
-SPARSE_BACKENDS: Mapping[str, Function] = {
-    "reference": reference_sparse,
-    "triton": triton_sparse,
-    "cuda": attention_cuda.cuda_sparse,
-    **_eight("sparse_attention"),
-}
-SPARSE_LSE_BACKENDS: Mapping[str, Function] = {
-    "reference": reference_sparse_lse,
-    "triton": triton_sparse_lse,
-    "cuda": attention_cuda.cuda_sparse_lse,
-    **_eight("sparse_attention_lse"),
-}
-
-
-# Parts
-
-
-def _lists(blocks: Blocks) -> tuple[Any, ...]:
-    return blocks.query_tiles, blocks.key_tiles, blocks.rows, blocks.indices, *blocks.largest
-
-
-@triton.register_fake
-def _empty(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> Tensor:
-    """The result, not filled in. Raises ValueError for tensors that do not fit."""
-    _check(q, k, v)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-@triton_lse.register_fake
-def _empty_lse(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
-    B, N, H, _ = q.shape
-    return _empty(q, k, v), torch.empty((B, H, N), dtype=torch.float32, device=q.device)
-
-
-@_sparse.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *lists: Any, softmax_scale: float | None = None) -> Tensor:
-    return _empty(q, k, v)
-
-
-@_sparse_lse.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *lists: Any, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
-    return _empty_lse(q, k, v)

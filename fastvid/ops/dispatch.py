@@ -1,31 +1,45 @@
-"""Operations and the choice of what runs them.
+"""Chooses what runs every operation.
 
-`bind` makes an `Ops` once, when a model is loaded; models call `ops.attention(...)`, `ops.to_rgb(...)` and every
-function of `reference.py` on it, and never learn which back end answers. A back end asked for by name works or raises
-BackendUnavailable; only `auto` chooses, and it chooses a kernel only if verified.json shows a committed result for it
-on this architecture, from this very source.
+`bind` makes an `Ops` once, when a model is loaded. Models call every function of `reference.py` on it, such as
+`ops.attention(...)`, and do not know which back end answers:
+
+    reference             eager PyTorch, everywhere
+    triton                kernels/, on CUDA devices, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1)
+    cuda                  csrc/, on the architectures that fastvid._C was built for
+    sdpa                  PyTorch's scaled_dot_product_attention, everywhere (attention only)
+    flash                 the flash-attn package (attention only)
+    cuda_fp8, cuda_int8   csrc/ with 8-bit products, an approximation (attention only)
+
+A back end asked for by name works or raises BackendUnavailable. Only `auto` chooses. It takes a kernel only if
+verified.json has a committed result for it on this architecture, from the very source that is here.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
-from fastvid.ops import backends, linears, norms, patches, reference, rgb, solver_step, vae_cuda, vae_gpu
+from fastvid.ops import linears, norms, patches, reference, rgb, solver_step, vae_cuda, vae_gpu
 
 Function = Callable[..., Any]
-DENSE, SPARSE = ("attention", "attention_lse"), ("sparse_attention", "sparse_attention_lse")
+NAMES = ("reference", "triton", "cuda")
+APPROXIMATE = ("cuda_fp8", "cuda_int8")
+ATTENTION = ("sdpa", "flash", *APPROXIMATE)
+MIN_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ class ByClass:
 
 def shape_classes() -> dict[str, Function]:
     """Operation -> which class its arguments are of, where speed depends on that; "any" of the others."""
-    return {}
+    return {"attention": attentions.form}
 
 
 def implementations() -> dict[str, dict[str, Function]]:
@@ -72,9 +86,6 @@ def implementations() -> dict[str, dict[str, Function]]:
     public = {name: f for name, f in vars(reference).items() if inspect.isfunction(f) and not name.startswith("_")}
     table = {name: {"reference": f} for name, f in public.items() if f.__module__ == reference.__name__}
     table["attention"] = dict(attentions.BACKENDS)
-    table["attention_lse"] = dict(attentions.LSE_BACKENDS)
-    table["sparse_attention"] = dict(attentions.SPARSE_BACKENDS)
-    table["sparse_attention_lse"] = dict(attentions.SPARSE_LSE_BACKENDS)
     table["to_rgb"] = dict(rgb.BACKENDS)
     for family in (norms, patches, linears, solver_step, vae_gpu):
         for name, functions in family.BACKENDS.items():
@@ -93,8 +104,8 @@ def bind(
     """Choose what runs every operation on a device.
 
     backend: "auto", "reference", "triton" or "cuda" for all of them, or a list such as "to_rgb=cuda,rms_norm=reference"
-        with `auto` for the rest. attention: the same for attention alone, with and without the log-sum-exp, also
-        "sdpa", "flash", or "cuda_fp8" and "cuda_int8", which approximate; wins over backend.
+        with `auto` for the rest. attention: the same for attention alone, also "sdpa", "flash", or "cuda_fp8" and
+        "cuda_int8", which approximate; wins over backend.
     verified: the kernels that `auto` may take; those of verified.json when None.
     Raises InvalidRequest for an unknown name, BackendUnavailable when what was asked for cannot run here.
     """
@@ -123,7 +134,7 @@ def read_verified() -> list[dict[str, str]]:
 def source_hash(backend: str, file: str) -> str | None:
     """The hash that a row of verified.json must have: of the kernel's file, or of all of csrc for the extension."""
     if backend == "cuda":
-        return getattr(backends.extension(), "SOURCE_HASH", None)
+        return getattr(extension(), "SOURCE_HASH", None)
     spec = importlib.util.find_spec("fastvid.kernels")
     folders = spec.submodule_search_locations if spec else None
     path = Path(folders[0], file) if folders else None
@@ -134,7 +145,7 @@ def _auto(
     op: str, functions: Mapping[str, Function], device: torch.device, rows: list[Mapping[str, str]]
 ) -> tuple[Function, str, str]:
     """(function, name, reason) that `auto` gives an operation: verified kernels, or what PyTorch itself has."""
-    name = "sdpa" if op in DENSE else "reference"
+    name = "sdpa" if op == "attention" else "reference"
     found = {row["shape_class"]: row for row in rows if _fits(row, op, functions, device)}
     if every := found.get("any"):
         return functions[every["backend"]], every["backend"], f"verified: {every['result']}"
@@ -144,21 +155,21 @@ def _auto(
         results = ", ".join(sorted({row["result"] for row in found.values()}))
         function = ByClass(shape_classes()[op], kernels, functions[name])
         return function, f"{told}, else {name}", f"verified: {results}"
-    if op in DENSE:
+    if op == "attention":
         return functions[name], name, "PyTorch's own"
     return functions[name], name, device.type if device.type == "cpu" else "no committed GPU result"
 
 
 def _fits(row: Mapping[str, str], op: str, functions: Mapping[str, Function], device: torch.device) -> bool:
     """Whether a row is of this operation, this architecture and the very source that is here, and can run."""
-    same = (row["op"], row["arch"]) == (op, backends.architecture(device))
+    same = (row["op"], row["arch"]) == (op, architecture(device))
     return (
         same
         and row["backend"] in functions
-        and row["backend"] not in backends.APPROXIMATE
+        and row["backend"] not in APPROXIMATE
         and row["source"] == source_hash(row["backend"], row["file"])
-        and not backends.why_not(row["backend"], device)
-        and not backends.lacks(functions[row["backend"]], device)
+        and not why_not(row["backend"], device)
+        and not lacks(functions[row["backend"]], device)
     )
 
 
@@ -169,7 +180,7 @@ def _missing(asked: Mapping[str, str], table: Mapping[str, Mapping[str, Function
         if name != "auto":
             reason = f"there is no {name} back end"
             if here := table[op].get(name):
-                reason = backends.why_not(name, device) or backends.lacks(here, device)
+                reason = why_not(name, device) or lacks(here, device)
             reasons.setdefault(reason or "", []).append(op)
     return "; ".join(f"{reason} ({', '.join(ops)})" for reason, ops in reasons.items() if reason)
 
@@ -180,15 +191,13 @@ def _asked(backend: str, attention: str, table: Mapping[str, object]) -> dict[st
         pairs = [part.strip().partition("=") for part in backend.split(",")]
         named = {_known(op, table, "operation"): name for op, _, name in pairs}
     else:
-        named = dict.fromkeys(table, _known(backend, ("auto", *backends.NAMES), "backend"))
+        named = dict.fromkeys(table, _known(backend, ("auto", *NAMES), "backend"))
     asked = {op: named.get(op, "auto") for op in table}
     if attention != "auto":
-        # Packages have dense attention alone; what is sparse is then chosen as if nothing had been asked for.
-        asked |= {op: attention for op in (*DENSE, *SPARSE) if op in DENSE or attention in table[op]}
+        asked["attention"] = attention
     for op, name in asked.items():
-        more = {**dict.fromkeys(DENSE, backends.DENSE_ATTENTION), **dict.fromkeys(SPARSE, backends.APPROXIMATE)}
-        allowed = (*backends.NAMES, *more.get(op, ()))
-        _known(name, ("auto", *allowed), "attention" if op in DENSE else f"back end of {op}")
+        more = ATTENTION if op == "attention" else ()
+        _known(name, ("auto", *NAMES, *more), "attention" if more else f"back end of {op}")
     return asked
 
 
@@ -209,3 +218,105 @@ def _device(device: str | torch.device) -> torch.device:
     if where.type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable(f"device is {str(where)!r}, and no CUDA device is found; 'cpu' always runs")
     return where
+
+
+# Which back ends can run on a device
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """None if the back end can run on this device of this machine, else the reason that it cannot."""
+    if backend == "triton":
+        return _why_not_triton(device)
+    if backend == "cuda" or backend in APPROXIMATE:
+        return _why_not_cuda(device)
+    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    return None
+
+
+def lacks(function: object, device: torch.device) -> str | None:
+    """What a form of an operation lacks on a device on which its back end runs; None if nothing.
+
+    Its attribute `needs`, if it has one ("90a"), names the only architecture that it is compiled for.
+    """
+    needs, module = getattr(function, "needs", None), extension()
+    if needs is None:
+        return None
+    if isinstance(module, str):
+        return module
+    if not runs_on(needs, torch.cuda.get_device_capability(device)):
+        return f"it is for sm_{needs} alone, and the device is {architecture(device)}: ask for triton"
+    if needs not in module.ARCHS.split(";"):
+        return f"it is for sm_{needs}, and {_built_without(needs, module.ARCHS)}"
+    return None
+
+
+def extension() -> ModuleType | str:
+    """The module fastvid._C, or the reason that there is none."""
+    try:
+        return importlib.import_module("fastvid._C")
+    except ModuleNotFoundError:
+        return "fastvid._C was not built: install with FASTVID_BUILD_CUDA=1 where nvcc is"
+    except ImportError as error:
+        return f"fastvid._C does not load: {error}"
+
+
+def runs_on(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for archs ("80;90a") runs on a device: sm_80 on any 8.x, sm_90a on 9.0 alone."""
+    for number, minor, suffix in re.findall(r"(\d+)(\d)([af]?)", archs):
+        built = (int(number), int(minor))
+        if built == capability or (suffix != "a" and built[0] == capability[0] and built[1] <= capability[1]):
+            return True
+    return False
+
+
+def architecture(device: torch.device) -> str:
+    """sm_90 and the like for a CUDA device, else the device's type."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (there is one for Linux)"
+    if importlib.import_module("triton").knobs.runtime.interpret:
+        return None
+    if reason := _why_not_gpu(device):
+        return reason
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return f"{architecture(device)} is older than sm_80"
+    return None
+
+
+def _why_not_cuda(device: torch.device) -> str | None:
+    module = extension()
+    if isinstance(module, str):
+        return module
+    if reason := _why_not_gpu(device):
+        return reason
+    if not module.device_count():
+        return (
+            f"fastvid._C finds no device; most likely the driver is older than CUDA {module.CUDA_VERSION}, which "
+            "fastvid._C was built with: update the driver, install with an older nvcc, or ask for triton"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if runs_on(module.ARCHS, (major, minor)):
+        return None
+    if (major, minor) < MIN_CAPABILITY:
+        return f"{architecture(device)} is older than sm_80: ask for reference"
+    own = f"{major}{minor}{'a' if major >= 9 else ''}"  # from Hopper on there are instructions of each alone
+    return f"the device is {architecture(device)}, and {_built_without(own, module.ARCHS)}"
+
+
+def _built_without(arch: str, archs: str) -> str:
+    return (
+        f"fastvid._C was built for {archs}: install with FASTVID_BUILD_CUDA=1 FASTVID_CUDA_ARCHS='{archs};{arch}' "
+        "where nvcc is, or ask for triton"
+    )
+
+
+def _why_not_gpu(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it needs a CUDA device, and the device is {device}"
+    return None if torch.cuda.is_available() else "no CUDA device is found"

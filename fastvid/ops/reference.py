@@ -14,18 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvid.ops import eager_attention, rgb, vae
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None) -> Tensor:
-    """softmax(q k^T * softmax_scale) v over all of k, v; q [B, N, H, D], k and v [B, M, H, D] -> [B, N, H, D].
-
-    softmax_scale is 1 / sqrt(D) when None.
-    """
-    if q.ndim != 4 or k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(f"attention takes q [B, N, H, D] and k, v [B, M, H, D], not {_shapes(q, k, v)}")
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale).transpose(1, 2)
+from fastvid.ops import attention as attentions
+from fastvid.ops import rgb, vae
 
 
 def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor | None = None) -> Tensor:
@@ -191,9 +181,7 @@ def _shapes(*tensors: Tensor) -> str:
 
 
 # What models call under these names has its meaning in files of its own.
-attention_lse = eager_attention.lse
-sparse_attention = eager_attention.sparse
-sparse_attention_lse = eager_attention.sparse_lse
+attention = attentions.reference
 to_rgb = rgb.reference
 vae_rms_norm = vae.rms_norm
 vae_conv3d = vae.conv3d

@@ -43,6 +43,11 @@ class Blocks:
     def lists(self) -> int:
         return (self.rows.numel() - 1) // (self.query_tiles.numel() - 1)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What a kernel is given of them, beside `largest`."""
+        return [self.query_tiles, self.key_tiles, self.rows, self.indices]
+
     def to(self, device: torch.device | str) -> Blocks:
         names = ("query_tiles", "key_tiles", "rows", "indices")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})

@@ -55,7 +55,7 @@ def test_a_broken_part_is_reported_not_raised(clean: pytest.MonkeyPatch) -> None
 def test_extension_is_built_or_says_why_not(clean: pytest.MonkeyPatch) -> None:
     extension = doctor.doctor("cpu")["extension"]
     assert extension["built"] == ("why" not in extension)
-    clean.setattr("fastvid.ops.backends.extension", lambda: "fastvid._C was not built")
+    clean.setattr("fastvid.ops.dispatch.extension", lambda: "fastvid._C was not built")
     assert "pure Python and Triton" in doctor.doctor("cpu")["extension"]["why"]
 
 

@@ -109,7 +109,7 @@ class Dense:
     def __post_init__(self) -> None:
         self.net = transformer(self.pipe, self.attention)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         frames = q.shape[1] // TOKENS
         mask = self.see[:frames, :frames].repeat_interleave(TOKENS, 0).repeat_interleave(TOKENS, 1)
         scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5
@@ -274,7 +274,7 @@ class Notebook:
         self.net, self.rollout = transformer(pipe, self.attention), pipe._model.preset.rollout
         self.notes: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         keys, values = k.split(TOKENS, dim=1), v.split(TOKENS, dim=1)
         new = {frame: (keys[i], values[i]) for i, frame in enumerate(self.frames)}
         for frame, pair in new.items():

@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastvid.errors import BackendUnavailable
-from fastvid.ops import backends, dispatch
+from fastvid.ops import dispatch
 
 ALL = "80;90a;100a"
-ANY, HOPPER = "to_rgb", ("attention", "sparse_attention_lse", "vae_causal_conv3d")  # HOPPER: for sm_90a alone
+ANY, HOPPER = "to_rgb", ("attention", "vae_causal_conv3d")  # HOPPER: for sm_90a alone
 
 
 def fit(monkeypatch: pytest.MonkeyPatch, archs: str, capability: tuple[int, int], devices: int = 1) -> None:
     """As if fastvid._C was built for archs, and there was such a device."""
     built = SimpleNamespace(ARCHS=archs, CUDA_VERSION="13.0", device_count=lambda: devices)
-    monkeypatch.setattr(backends, "extension", lambda: built)
+    monkeypatch.setattr(dispatch, "extension", lambda: built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
@@ -75,7 +75,7 @@ def test_a_build_that_lacks_the_device(
     told = refused(op)
     assert f"the device is sm_{capability[0]}{capability[1]}" in told and f"built for {archs}:" in told
     assert f"FASTVID_CUDA_ARCHS='{remedy}'" in told and op in told
-    assert backends.runs_on(remedy, capability)  # so that doing it helps
+    assert dispatch.runs_on(remedy, capability)  # so that doing it helps
 
 
 @pytest.mark.parametrize("archs", ["90", "80;90"])
@@ -121,7 +121,7 @@ def refused_by_binding(archs: str, needs: str, capability: int) -> str:
 
 
 def check_both_sides(archs: str, capability: tuple[int, int]) -> None:
-    number, runs = 10 * capability[0] + capability[1], backends.runs_on(archs, capability)
+    number, runs = 10 * capability[0] + capability[1], dispatch.runs_on(archs, capability)
     assert bool(library().runs_on(archs.encode(), number)) is runs, (archs, number)
     assert (refused_by_binding(archs, "", number) == "") is runs
     hopper = refused_by_binding(archs, "90a", number) == ""

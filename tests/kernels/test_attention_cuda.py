@@ -7,33 +7,24 @@ import ctypes
 import itertools
 import math
 import random as chance
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from attention_host import addresses, attention_host, library, lists_of, words
+from attention_cases import HALVES, assert_edges_untouched, check, fake_blocks, make, on_gpu, poisoned, random_blocks
+from attention_host import addresses, attention_host, library, words
 from compiled_host import CXX
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention_kernels import (
-    HALVES,
-    assert_as_good_as,
-    assert_edges_untouched,
-    assert_log_as_good_as,
-    make,
-    numpy_attention,
-    on_gpu,
-    poisoned,
-)
-from test_sparse_attention import check, random_blocks
 from torch import Tensor
 
 from fastvid.errors import BackendUnavailable
-from fastvid.ops import attention, attention_cuda, sparse
+from fastvid.ops import attention, attention_gpu, sparse
 from fastvid.ops.dispatch import bind
 from fastvid.ops.sparse import Blocks
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler is found")
+cuda = attention.BACKENDS["cuda"]
 LAYOUTS = ("token-major", "head-major", "one of three")
 LENGTHS = st.one_of(st.integers(1, 300), st.sampled_from((1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 384, 513)))
 TILE_SIZES = st.lists(st.integers(1, 200), min_size=1, max_size=4)
@@ -48,13 +39,6 @@ def run(
     assert_edges_untouched(buffer)
     assert_edges_untouched(edges)
     return out, lse
-
-
-def check_dense(q: Tensor, k: Tensor, v: Tensor, made: tuple[Tensor, Tensor], scale: float | None = None) -> None:
-    true, total = numpy_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
-    eager, eager_lse = attention.reference_lse(q, k, v, softmax_scale=scale)
-    assert_as_good_as(made[0], eager, true)
-    assert_log_as_good_as(made[1], eager_lse, total)
 
 
 # The kernel, interpreted
@@ -84,7 +68,7 @@ def test_dense(
     B, H = heads
     seed = chance.randrange(2**31)
     q, k, v = (make((B, size, H, head_dim), dtype, seed + i, layout) for i, size in enumerate((n, m, m)))
-    check_dense(q, k, v, run(q, k, v, scale=scale, grid=grid), scale)
+    check(q, k, v, run(q, k, v, scale=scale, grid=grid), scale)
 
 
 @settings(max_examples=25, deadline=None)
@@ -111,7 +95,7 @@ def test_sparse(
     seed = chance.randrange(2**31)
     blocks = random_blocks(sizes, lists, density, seed)
     q, k, v = (make((B, sum(sizes[i > 0]), H, head_dim), dtype, seed + i, layout) for i in range(3))
-    check(q, k, v, blocks, run(q, k, v, blocks, grid=grid), None)
+    check(q, k, v, run(q, k, v, blocks, grid=grid), blocks=blocks)
 
 
 def test_patterns_of_a_video() -> None:
@@ -126,7 +110,7 @@ def test_patterns_of_a_video() -> None:
         sparse.causal(grid, (1, 4, 4), 1, 1, 1),
         sparse.top_k(q, k, tiles, math.prod(tile), 3),
     ):
-        check(q, k, v, blocks, run(q, k, v, blocks), None)
+        check(q, k, v, run(q, k, v, blocks), blocks=blocks)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -134,9 +118,9 @@ def test_rings_go_round_many_times(head_dim: int) -> None:
     """Long keys, several works a block: each stage is filled again and again, in works of different lengths."""
     pytest.importorskip("triton")
     q, k, v = (make((2, n, 2, head_dim), torch.float16, i) for i, n in enumerate((400, 2000, 2000)))
-    check_dense(q, k, v, run(q, k, v, grid=2))
+    check(q, k, v, run(q, k, v, grid=2))
     blocks = random_blocks(([130, 20, 250], [300, 7, 128, 565, 1000]), 4, 0.6, chance.randrange(99))
-    check(q, k, v, blocks, run(q, k, v, blocks, grid=2), None)
+    check(q, k, v, run(q, k, v, blocks, grid=2), blocks=blocks)
 
 
 def test_scores_far_apart() -> None:
@@ -146,7 +130,7 @@ def test_scores_far_apart() -> None:
     q[0, 2:, 0, 1:] = torch.randn(128, 63)
     k[0, :, 0, 1:] = torch.randn(400, 63) * 10
     v.normal_()
-    check_dense(q, k, v, run(q, k, v), None)
+    check(q, k, v, run(q, k, v), None)
 
 
 def test_nan_stays_in_its_row() -> None:
@@ -164,7 +148,7 @@ def test_nan_stays_in_its_row() -> None:
 
 def works(q: Tensor, k: Tensor, blocks: Blocks | None) -> list[tuple[int, int, range, list[int]]]:
     """(batch, head, queries, keys in the order in which they are walked over) of every work of a launch."""
-    call, walked = attention_cuda.prepare(q, k, k, lists_of(blocks))
+    call, walked = attention_gpu.prepare(q, k, k, blocks, attention_gpu.exact_steps)
     lib, room, made = library(), 4 + 2 * 400, []
     told, at = words(call), addresses(walked)
     to = (ctypes.c_int * room)()
@@ -172,7 +156,7 @@ def works(q: Tensor, k: Tensor, blocks: Blocks | None) -> list[tuple[int, int, r
         steps = lib.attention_work(told, at, ctypes.c_int64(number), to, room)
         assert 4 + 2 * steps <= room
         pairs = [(to[4 + 2 * i], to[5 + 2 * i]) for i in range(steps)]
-        assert all(1 <= count <= attention_cuda.KEYS for _, count in pairs)
+        assert all(1 <= count <= attention_gpu.KEYS for _, count in pairs)
         keys = [key for first, count in pairs for key in range(first, first + count)]
         made.append((to[0], to[1], range(to[2], max(to[3], to[2])), keys))
     return made
@@ -275,21 +259,22 @@ def test_what_is_refused(head_dim: int, layout: str | None, message: str) -> Non
 def test_a_dimension_of_one_may_have_any_stride() -> None:
     q, k, v = (make((1, 70, 1, 64), torch.float16, i) for i in range(3))
     odd = [x.as_strided(x.shape, (0, 64, 3, 1)) for x in (q, k, v)]
-    check_dense(q, k, v, run(*odd))
+    check(q, k, v, run(*odd))
 
 
-@pytest.mark.parametrize("name", attention_cuda.FUNCTIONS)
-def test_wrong_tensors_are_refused(name: str) -> None:
-    function, more = attention_cuda.FUNCTIONS[name], ()
-    if name.startswith("sparse"):
-        more = (random_blocks(([4], [4]), 1, 1.0, 0),)
+FORMS = [(return_lse, sparse) for return_lse in (False, True) for sparse in (False, True)]
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda_fp8", "cuda_int8"])
+@pytest.mark.parametrize(("return_lse", "tiled"), FORMS)
+def test_wrong_tensors_are_refused(name: str, return_lse: bool, tiled: bool) -> None:
+    blocks = random_blocks(([4], [4]), 1, 1.0, 0) if tiled else None
+    function = partial(attention.BACKENDS[name], return_lse=return_lse, blocks=blocks)
     q = make((1, 4, 2, 64), torch.float16)
     with pytest.raises(ValueError, match="one CUDA device"):
-        function(q, q, q, *more)
+        function(q, q, q)
     with pytest.raises(ValueError, match="nearest: bfloat16"):
-        function(q.float(), q.float(), q.float(), *more)
-    with pytest.raises(ValueError, match="there are no keys"):
-        function(q, q[:, :0], q[:, :0], *more)
+        function(q.float(), q.float(), q.float())
 
 
 def test_asked_for_by_name_it_works_or_says_why_not() -> None:
@@ -298,22 +283,20 @@ def test_asked_for_by_name_it_works_or_says_why_not() -> None:
     assert bind().bound["attention"] == "sdpa"  # never chosen by itself
 
 
-@pytest.mark.parametrize("name", attention_cuda.FUNCTIONS)
-def test_fakes_have_the_shapes_of_the_reference(name: str) -> None:
+@pytest.mark.parametrize("name", ["triton", "cuda", "cuda_fp8", "cuda_int8"])
+@pytest.mark.parametrize(("return_lse", "tiled"), FORMS)
+def test_fakes_have_the_shapes_of_the_reference(name: str, return_lse: bool, tiled: bool) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    blocks = random_blocks(([5, 2], [3, 6]), 1, 1.0, 0)
     with FakeTensorMode() as mode:
         q, k = (mode.from_tensor(make((2, n, 3, 64), torch.bfloat16)) for n in (7, 9))
-        more = () if not name.startswith("sparse") else (replace(blocks, **fakes(mode, blocks)),)
-        made = attention_cuda.FUNCTIONS[name](q, k, k, *more)
-    out, *lse = (made,) if isinstance(made, torch.Tensor) else made
+    blocks = random_blocks(([5, 2], [3, 6]), 1, 1.0, 0)
+    with mode:
+        options = {"blocks": fake_blocks(mode, blocks)} if tiled else {}
+        made = attention.BACKENDS[name](q, k, k, return_lse=return_lse, **options)
+    out, *lse = made if return_lse else (made,)
     assert out.shape == q.shape and out.dtype == torch.bfloat16 and out.is_contiguous()
-    assert [(x.shape, x.dtype) for x in lse] == ([((2, 3, 7), torch.float32)] if "lse" in name else [])
-
-
-def fakes(mode: object, blocks: Blocks) -> dict[str, Tensor]:
-    return {name: mode.from_tensor(getattr(blocks, name)) for name in ("query_tiles", "key_tiles", "rows", "indices")}
+    assert [(x.shape, x.dtype) for x in lse] == [((2, 3, 7), torch.float32)] * return_lse
 
 
 # On a GPU
@@ -326,8 +309,8 @@ def fakes(mode: object, blocks: Blocks) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (127, 129), (1000, 512), (2049, 4111), (256, 128)])
 def test_on_a_gpu(n: int, m: int, layout: str, head_dim: int, dtype: torch.dtype) -> None:
     q, k, v = (on_gpu(make((2, size, 3, head_dim), dtype, chance.randrange(2**31), layout)) for size in (n, m, m))
-    check_dense(q, k, v, attention_cuda.cuda_lse(q, k, v))
-    assert torch.equal(attention_cuda.cuda(q, k, v), attention_cuda.cuda_lse(q, k, v)[0])
+    check(q, k, v, cuda(q, k, v, return_lse=True))
+    assert torch.equal(cuda(q, k, v), cuda(q, k, v, return_lse=True)[0])
 
 
 @pytest.mark.gpu
@@ -339,14 +322,14 @@ def test_sparse_on_a_gpu(lists: int, head_dim: int, dtype: torch.dtype) -> None:
         sizes = tuple([chance.randint(1, 400) for _ in range(7)] for _ in range(2))
         blocks = random_blocks(sizes, lists, density, chance.randrange(2**31)).to("cuda")
         q, k, v = (make((2, sum(sizes[i > 0]), 3, head_dim), dtype, i).cuda() for i in range(3))
-        check(q, k, v, blocks, attention_cuda.cuda_sparse_lse(q, k, v, blocks), None)
+        check(q, k, v, cuda(q, k, v, return_lse=True, blocks=blocks), blocks=blocks)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_thousand_runs_give_the_same_bits(head_dim: int) -> None:
     q, k, v = (make((1, n, 4, head_dim), torch.bfloat16, i).cuda() for i, n in enumerate((3000, 2500, 2500)))
-    first, lse = attention_cuda.cuda_lse(q, k, v)
+    first, lse = cuda(q, k, v, return_lse=True)
     for _ in range(1000):
-        again = attention_cuda.cuda_lse(q, k, v)
+        again = cuda(q, k, v, return_lse=True)
         assert torch.equal(first, again[0]) and torch.equal(lse, again[1])

@@ -6,17 +6,11 @@ from __future__ import annotations
 import ctypes
 import math
 import random as chance
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from attention_eight_host import attention_eight_host, eights, quantize_host
-from attention_host import library
-from compiled_host import CXX
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_attention_cuda import LAYOUTS, LENGTHS, TILE_SIZES, fakes
-from test_attention_kernels import (
+from attention_cases import (
     HALVES,
     assert_edges_untouched,
     error,
@@ -24,18 +18,26 @@ from test_attention_kernels import (
     numpy_attention,
     on_gpu,
     poisoned,
+    random_blocks,
 )
-from test_sparse_attention import random_blocks
+from attention_eight_host import attention_eight_host, eights, quantize_host
+from attention_host import library
+from compiled_host import CXX
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from fastvid.benchmarks import attention_eight_reference as eager
 from fastvid.errors import BackendUnavailable, InvalidRequest
-from fastvid.ops import attention_eight, backends, eager_attention, sparse
-from fastvid.ops import eager_attention_eight as eager
+from fastvid.ops import attention, dispatch, sparse
 from fastvid.ops.dispatch import bind
 from fastvid.ops.sparse import Blocks
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler is found")
-KINDS = st.sampled_from(attention_eight.KINDS)
+KINDS = ("fp8", "int8")
+LAYOUTS = ("token-major", "head-major", "one of three")
+LENGTHS = st.one_of(st.integers(1, 300), st.sampled_from((1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 384, 513)))
+TILE_SIZES = st.lists(st.integers(1, 200), min_size=1, max_size=4)
 # Of random values, as products of 8-bit ones have them: fp32 attention is 1,000 times as good.
 WORST = {"fp8": 0.06, "int8": 0.045}
 
@@ -70,7 +72,7 @@ def check_eager(
     scale: float | None = None,
 ) -> None:
     """As the eager form, but for the result's own rounding and the few weights that e4m3 has rounded another way."""
-    out, lse = eager.attention_lse(q, k, v, blocks, kind=kind, softmax_scale=scale)
+    out, lse = eager.attention(q, k, v, scale=scale, return_lse=True, blocks=blocks, kind=kind)
     size = out.float().norm().item()
     assert (made[0].float() - out.float()).norm().item() <= 2 * torch.finfo(q.dtype).eps * size + 1e-30
     assert torch.equal(lse == -math.inf, made[1] == -math.inf)
@@ -118,7 +120,7 @@ def decode(x: Tensor, kind: str) -> Tensor:
     head_dim=st.sampled_from((64, 128)),
     dtype=st.sampled_from(HALVES),
     layout=st.sampled_from(LAYOUTS),
-    kind=KINDS,
+    kind=st.sampled_from(KINDS),
 )
 def test_quantized_as_the_eager_form(
     n: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, layout: str, kind: str
@@ -145,14 +147,14 @@ def test_quantized_as_the_eager_form(
         assert torch.equal(block_scales[:, :, block, 1], exponent[:, 0, :, 0])
 
 
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_tiles_begin_at_blocks(kind: str) -> None:
     """Keys of uneven tiles, some of them empty: each in its own blocks, with its own scales, zeros behind them."""
     sizes = [130, 1, 128, 0, 300]
     tiles = torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32)
     k, v = (make((1, sum(sizes), 2, 64), torch.float16, i) for i in range(2))
-    lists = (tiles, tiles, torch.tensor([0, 0]), torch.tensor([], dtype=torch.int32), (300, 300))
-    (_, k8, v8), (_, _, block_scales) = eights(k, k, v, kind, lists, False)
+    blocks = Blocks(tiles, tiles, torch.tensor([0, 0]), torch.tensor([], dtype=torch.int32), (300, 300))
+    (_, k8, v8), (_, _, block_scales) = eights(k, k, v, kind, blocks, False)
     assert k8.shape == (1, 2, len(sizes) * 3 * 128, 64) and v8.shape == (1, 2, len(sizes) * 3, 64, 128)
     mean = k.mean(1, dtype=torch.float32)
     for tile, size in enumerate(sizes):
@@ -184,7 +186,7 @@ def test_tiles_begin_at_blocks(kind: str) -> None:
     dtype=st.sampled_from(HALVES),
     layout=st.sampled_from(LAYOUTS),
     scale=st.sampled_from((None, 0.3)),
-    kind=KINDS,
+    kind=st.sampled_from(KINDS),
     grid=st.sampled_from((1, 2, 3, 132)),
 )
 def test_dense(
@@ -211,7 +213,7 @@ def test_dense(
     density=st.sampled_from((0.0, 0.4, 0.8, 1.0)),
     head_dim=st.sampled_from((64, 128)),
     dtype=st.sampled_from(HALVES),
-    kind=KINDS,
+    kind=st.sampled_from(KINDS),
     grid=st.sampled_from((1, 4, 132)),
 )
 def test_sparse(
@@ -231,7 +233,7 @@ def test_sparse(
     check_eager(q, k, v, run(q, k, v, kind, blocks, grid=grid), kind, blocks)
 
 
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_patterns_of_a_video(kind: str) -> None:
     pytest.importorskip("triton")
     grid, tile = (3, 6, 11), (2, 4, 4)
@@ -248,7 +250,7 @@ def test_patterns_of_a_video(kind: str) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_rings_go_round_many_times(kind: str, head_dim: int) -> None:
     pytest.importorskip("triton")
     q, k, v = (make((2, n, 2, head_dim), torch.float16, i) for i, n in enumerate((400, 2000, 2000)))
@@ -262,7 +264,7 @@ def test_rings_go_round_many_times(kind: str, head_dim: int) -> None:
     assert abs(made[1].double().numpy() - total).max() <= 0.05
 
 
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_keys_with_a_common_part_lose_nothing(kind: str) -> None:
     """Keys far from 0, all in the same way, as those of real models are: as good as without it, log-sum-exp too."""
     q, k, v = (make((1, 300, 2, 64), torch.float16, i) for i in range(3))
@@ -280,7 +282,7 @@ def test_keys_with_a_common_part_lose_nothing(kind: str) -> None:
     assert (rough - exact).abs().max() > 5 * 8 * 0.05
 
 
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_values_of_very_different_size(kind: str) -> None:
     """Blocks of values 2^20 apart, and one of zeros: powers of two go into the weights and out again."""
     q, k, v = (make((1, n, 1, 64), torch.bfloat16, i) for i, n in enumerate((130, 700, 700)))
@@ -292,7 +294,7 @@ def test_values_of_very_different_size(kind: str) -> None:
     assert not run(q, k, zeros, kind)[0].any()
 
 
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_look_at_small_values_alone_are_as_good(kind: str) -> None:
     """Values of two tiles 2^60 apart: queries that list the small ones, and those whose weights are all there."""
     pytest.importorskip("triton")
@@ -312,7 +314,7 @@ def test_rows_that_look_at_small_values_alone_are_as_good(kind: str) -> None:
     assert error(made[0], true) <= {"fp8": WORST["fp8"], "int8": 0.3}[kind]
 
 
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_scores_far_apart(kind: str) -> None:
     q, k, v = (torch.zeros(1, n, 1, 64, dtype=torch.float16) for n in (130, 400, 400))
     q[0, 0, 0, 0], q[0, 1, 0, 0], k[0, :, 0, 0] = 8, -8, torch.linspace(-60, 60, 400)
@@ -323,7 +325,7 @@ def test_scores_far_apart(kind: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_finite_shows(kind: str, bad: float) -> None:
     """In a query: its own row. In a key or a value: every row of the head. Nowhere a number that is made up."""
     for which in range(3):
@@ -347,7 +349,7 @@ def test_shared_memory(head_dim: int) -> None:
 # What is refused
 
 
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_refused(kind: str) -> None:
     q = make((1, 20, 3, 64), torch.float16)
     for scale in (0.0, -1.0, 1e-7, 1e7, math.nan):
@@ -363,26 +365,11 @@ def test_what_is_refused(kind: str) -> None:
         quantize_host("queries", shifted, None, (None, None, None), kind)
 
 
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
-@pytest.mark.parametrize("name", attention_eight.FUNCTIONS["fp8"])
-def test_wrong_tensors_are_refused(name: str, kind: str) -> None:
-    function = attention_eight.FUNCTIONS[kind][name]
-    more = (random_blocks(([4], [4]), 1, 1.0, 0),) if name.startswith("sparse") else ()
-    q = make((1, 4, 2, 64), torch.float16)
-    with pytest.raises(ValueError, match="one CUDA device"):
-        function(q, q, q, *more)
-    with pytest.raises(ValueError, match="nearest: bfloat16"):
-        function(q.float(), q.float(), q.float(), *more)
-    with pytest.raises(ValueError, match="there are no keys"):
-        function(q, q[:, :0], q[:, :0], *more)
-
-
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_by_name_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"cuda_{kind}"
-    for op in ("attention", "attention_lse", "sparse_attention", "sparse_attention_lse"):
-        with pytest.raises(BackendUnavailable, match=r"CUDA device|not built"):
-            bind(f"{op}={name}")
+    with pytest.raises(BackendUnavailable, match=r"CUDA device|not built"):
+        bind(f"attention={name}")
     with pytest.raises(BackendUnavailable, match=r"CUDA device|not built"):
         bind(attention=name)
     with pytest.raises(InvalidRequest, match="back end of rms_norm"):
@@ -390,47 +377,42 @@ def test_by_name_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidRequest, match="nearest: 'cuda_fp8'"):
         bind(attention="cuda_fp4")
     # However fast a result says that it is: a row of it is not one that auto may take.
-    monkeypatch.setattr(backends, "why_not", lambda *_: None)
-    monkeypatch.setattr(backends, "lacks", lambda *_: None)
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: None)
+    monkeypatch.setattr(dispatch, "lacks", lambda *_: None)
     monkeypatch.setattr("fastvid.ops.dispatch.source_hash", lambda *_: "same")
-    row = {"op": "attention", "shape_class": "any", "arch": "cpu", "file": "csrc", "source": "same", "result": "x.json"}
+    row = {
+        "op": "attention",
+        "shape_class": "dense",
+        "arch": "cpu",
+        "file": "csrc",
+        "source": "same",
+        "result": "x.json",
+    }
     assert bind(verified=[row | {"backend": name}]).bound["attention"] == "sdpa"
-    assert bind(verified=[row | {"backend": "cuda"}]).bound["attention"] == "cuda"  # the row is as rows are
-
-
-@pytest.mark.parametrize("name", attention_eight.FUNCTIONS["fp8"])
-def test_fakes_have_the_shapes_of_the_reference(name: str) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    blocks = random_blocks(([5, 2], [3, 6]), 1, 1.0, 0)
-    with FakeTensorMode() as mode:
-        q, k = (mode.from_tensor(make((2, n, 3, 64), torch.bfloat16)) for n in (7, 9))
-        more = () if not name.startswith("sparse") else (replace(blocks, **fakes(mode, blocks)),)
-        made = attention_eight.FUNCTIONS["int8"][name](q, k, k, *more)
-    out, *lse = (made,) if isinstance(made, torch.Tensor) else made
-    assert out.shape == q.shape and out.dtype == torch.bfloat16 and out.is_contiguous()
-    assert [(x.shape, x.dtype) for x in lse] == ([((2, 3, 7), torch.float32)] if "lse" in name else [])
+    assert (
+        bind(verified=[row | {"backend": "cuda"}]).bound["attention"] == "cuda for dense, else sdpa"
+    )  # the row is as rows are
 
 
 # On a GPU
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (127, 129), (1000, 512), (2049, 4111), (256, 128)])
 def test_on_a_gpu(n: int, m: int, layout: str, head_dim: int, dtype: torch.dtype, kind: str) -> None:
     q, k, v = (on_gpu(make((2, size, 3, head_dim), dtype, chance.randrange(2**31), layout)) for size in (n, m, m))
-    functions = attention_eight.FUNCTIONS[kind]
-    made = functions["attention_lse"](q, k, v)
+    function = attention.BACKENDS[f"cuda_{kind}"]
+    made = function(q, k, v, return_lse=True)
     check_eager(q, k, v, made, kind)
-    assert torch.equal(functions["attention"](q, k, v), made[0])
+    assert torch.equal(function(q, k, v), made[0])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("lists", [1, 3, 6])
 def test_sparse_on_a_gpu(lists: int, head_dim: int, kind: str) -> None:
@@ -438,16 +420,17 @@ def test_sparse_on_a_gpu(lists: int, head_dim: int, kind: str) -> None:
         sizes = tuple([chance.randint(1, 400) for _ in range(7)] for _ in range(2))
         blocks = random_blocks(sizes, lists, density, chance.randrange(2**31)).to("cuda")
         q, k, v = (make((2, sum(sizes[i > 0]), 3, head_dim), torch.bfloat16, i).cuda() for i in range(3))
-        check_eager(q, k, v, attention_eight.FUNCTIONS[kind]["sparse_attention_lse"](q, k, v, blocks), kind, blocks)
+        made = attention.BACKENDS[f"cuda_{kind}"](q, k, v, return_lse=True, blocks=blocks)
+        check_eager(q, k, v, made, kind, blocks)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", attention_eight.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_thousand_runs_give_the_same_bits(kind: str) -> None:
     q, k, v = (make((1, n, 4, 128), torch.bfloat16, i).cuda() for i, n in enumerate((3000, 2500, 2500)))
-    function = attention_eight.FUNCTIONS[kind]["attention_lse"]
+    function = partial(attention.BACKENDS[f"cuda_{kind}"], return_lse=True)
     first, lse = function(q, k, v)
-    true = eager_attention.lse(q, k, v)[0]
+    true = attention.reference(q, k, v)
     assert (first.float() - true.float()).norm() <= WORST[kind] * true.float().norm()
     for _ in range(1000):
         again = function(q, k, v)

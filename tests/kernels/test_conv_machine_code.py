@@ -12,7 +12,7 @@ import pytest
 from compiled_host import ROOT
 from conv_host import library
 
-from fastvid.ops import backends
+from fastvid.ops import dispatch
 
 WIDTHS = (96, 128, 192)
 
@@ -67,7 +67,7 @@ def test_instructions(compiled: tuple[str, Path]) -> None:
 
 def test_what_the_binding_refuses() -> None:
     """Where the extension is built: clear errors of the binding and the launcher, without a launch."""
-    if isinstance(backends.extension(), str):
+    if isinstance(dispatch.extension(), str):
         pytest.skip("fastvid._C is not built")
     from fastvid import _C
 

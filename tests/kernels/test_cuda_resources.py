@@ -17,7 +17,7 @@ from compiled_host import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import cuda_resources
 
-from fastvid.ops import backends
+from fastvid.ops import dispatch
 
 SETUP = cuda_resources.build()
 needs_nvcc = pytest.mark.skipif(
@@ -179,7 +179,7 @@ def check_registers(lines: list[str], producer: int, consumer: int) -> None:
 
 def test_what_the_binding_refuses() -> None:
     """Where the extension is built: clear errors of the binding and the launcher, without a launch."""
-    if isinstance(backends.extension(), str):
+    if isinstance(dispatch.extension(), str):
         pytest.skip("fastvid._C is not built")
     from fastvid import _C
 
@@ -202,7 +202,7 @@ def test_what_the_binding_refuses() -> None:
 
 
 def test_what_the_binding_of_8_bit_attention_refuses() -> None:
-    if isinstance(backends.extension(), str):
+    if isinstance(dispatch.extension(), str):
         pytest.skip("fastvid._C is not built")
     from fastvid import _C
 

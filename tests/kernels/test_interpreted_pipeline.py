@@ -35,8 +35,8 @@ def test_the_embedded_model() -> None:
 
 
 # Norms of pictures' tokens, which this model sees none of; queries and keys apart, which its models have as one;
-# frames to bytes, which its last convolution does; what a ring of ranks and sparse patterns need.
-UNUSED = {"layer_norm", "rms_norm_rope", "to_rgb", "attention_lse", "sparse_attention", "sparse_attention_lse"}
+# frames to bytes, which its last convolution does.
+UNUSED = {"layer_norm", "rms_norm_rope", "to_rgb"}
 
 
 def test_under_the_interpreter() -> None:

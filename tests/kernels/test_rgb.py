@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastvid.ops import backends, rgb
+from fastvid.ops import dispatch, rgb
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = st.sampled_from((1, 2, 3, 4, 5, 8, 13, 16, 31, 64, 137))
 needs_extension = pytest.mark.skipif(
-    isinstance(backends.extension(), str), reason="fastvid._C is not built (FASTVID_BUILD_CUDA=1, where nvcc is)"
+    isinstance(dispatch.extension(), str), reason="fastvid._C is not built (FASTVID_BUILD_CUDA=1, where nvcc is)"
 )
 FAR = [(64, 2**30), (2**30, 64)]
 ToRgb = Callable[[Tensor], Tensor]
@@ -186,7 +186,7 @@ def test_extension_knows_what_it_was_built_from() -> None:
     from fastvid import _C
 
     assert re.fullmatch(r"[0-9a-f]{64}", _C.SOURCE_HASH) and re.fullmatch(r"\d+\.\d+", _C.CUDA_VERSION)
-    assert backends.runs_on(_C.ARCHS, (9, 0)) or "90a" not in _C.ARCHS
+    assert dispatch.runs_on(_C.ARCHS, (9, 0)) or "90a" not in _C.ARCHS
 
 
 # Triton
@@ -262,7 +262,7 @@ def test_under_the_interpreter() -> None:
 def test_triton_compiles_ahead_of_time(arch: int, dtype: str, group: int) -> None:
     triton = pytest.importorskip("triton")
     compiler = pytest.importorskip("triton.compiler")
-    from triton.backends.compiler import GPUTarget
+    from triton.dispatch.compiler import GPUTarget
 
     from fastvid.kernels.rgb import rgb_kernel
 

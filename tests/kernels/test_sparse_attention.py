@@ -5,71 +5,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import product
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from interpreted import run_interpreted
-from test_attention_kernels import (
+from attention_cases import (
     HALVES,
     assert_as_good_as,
     assert_edges_untouched,
-    assert_log_as_good_as,
+    check,
     far_apart,
     make,
     numpy_attention,
     on_gpu,
     poisoned,
+    random_blocks,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpreted import run_interpreted
 from torch import Tensor
 
-from fastvid.ops import attention, sparse
+from fastvid.ops import attention, attention_gpu, sparse
 from fastvid.ops.sparse import Blocks, Triple
 
 GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
 TILES = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 4))
-
-
-def random_blocks(sizes: tuple[list[int], list[int]], lists: int, density: float, seed: int) -> Blocks:
-    """Any tiles may be listed, or none at all; tiles of all sizes."""
-    query_tiles, key_tiles = (torch.tensor([0, *size]).cumsum(0).int() for size in sizes)
-    mask = torch.rand(lists * len(sizes[0]), len(sizes[1]), generator=torch.Generator().manual_seed(seed)) < density
-    rows = torch.cat((torch.zeros(1, dtype=torch.long), mask.sum(1).cumsum(0)))
-    return Blocks(query_tiles, key_tiles, rows, mask.nonzero()[:, 1].int(), (max(sizes[0]), max(sizes[1])))
-
-
-def numpy_sparse(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """In fp64, each tile with the keys of its list alone: out [B, N, H, D] and lse [B, H, N]."""
-    B, N, H, _ = q.shape
-    out, lse = np.zeros(q.shape), np.full((B, H, N), -np.inf)
-    queries, keys, rows, indices = (
-        x.tolist() for x in (blocks.query_tiles, blocks.key_tiles, blocks.rows, blocks.indices)
-    )
-    for b, h, tile in product(range(B), range(H), range(len(queries) - 1)):
-        number = (b * H + h) % blocks.lists * (len(queries) - 1) + tile
-        listed = indices[rows[number] : rows[number + 1]]
-        tokens = [token for key in listed for token in range(keys[key], keys[key + 1])]
-        if tokens:
-            own = slice(queries[tile], queries[tile + 1])
-            parts = q[b : b + 1, own, h : h + 1], *(x[b : b + 1, tokens, h : h + 1] for x in (k, v))
-            made, total = numpy_attention(*parts, scale)
-            out[b, own, h], lse[b, h, own] = made[0, :, 0], total[0, 0]
-    return out, lse
-
-
-def check(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, made: tuple[Tensor, Tensor], scale: float | None) -> None:
-    """As near to the truth as the reference is; zero and -inf where nothing is attended to."""
-    true, total = numpy_sparse(q, k, v, blocks, q.shape[-1] ** -0.5 if scale is None else scale)
-    eager, eager_lse = attention.reference_sparse_lse(q, k, v, blocks, softmax_scale=scale)
-    nothing = torch.from_numpy(np.isneginf(total)).to(made[0].device)
-    assert torch.equal(made[1] == -torch.inf, nothing) and torch.equal(eager_lse == -torch.inf, nothing)
-    assert (made[0].transpose(1, 2)[nothing] == 0).all() and (eager.transpose(1, 2)[nothing] == 0).all()
-    if not nothing.all():
-        assert_as_good_as(made[0], eager, true)
-        assert_log_as_good_as(made[1][~nothing], eager_lse[~nothing], total[~nothing.cpu().numpy()])
+with_lse = partial(attention.reference, return_lse=True)
+triton = attention.BACKENDS["triton"]
 
 
 TILE_SIZES = st.lists(st.integers(1, 37), min_size=1, max_size=5)
@@ -86,28 +50,19 @@ def test_reference_is_dense_attention_to_what_is_listed(
 ) -> None:
     blocks = random_blocks(sizes, lists, density, 0)
     q, k, v = (make((2, sum(sizes[i > 0]), 2, 8), torch.float64, i) for i in range(3))
-    out, lse = attention.reference_sparse_lse(q, k, v, blocks)
-    true, total = numpy_sparse(q, k, v, blocks, 8**-0.5)
+    out, lse = with_lse(q, k, v, blocks=blocks)
+    true, total = numpy_attention(q, k, v, 8**-0.5, blocks)
     np.testing.assert_allclose(out.numpy(), true, rtol=1e-11, atol=1e-13)
     np.testing.assert_allclose(lse.numpy(), total, rtol=1e-11, atol=1e-13)
-    assert torch.equal(attention.reference_sparse(q, k, v, blocks), out)
+    assert torch.equal(attention.reference(q, k, v, blocks=blocks), out)
 
 
 @given(grid=GRIDS, tile=TILES)
 def test_full_blocks_are_dense_attention(grid: Triple, tile: Triple) -> None:
     q, k, v = (make((2, math.prod(grid), 3, 8), seed=i) for i in range(3))
-    dense = attention.reference_lse(q, k, v)
-    for a, b in zip(attention.reference_sparse_lse(q, k, v, sparse.full(grid, tile)), dense, strict=True):
+    dense = with_lse(q, k, v)
+    for a, b in zip(with_lse(q, k, v, blocks=sparse.full(grid, tile)), dense, strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("name", ["reference", "triton"])
-def test_lists_that_do_not_fit_are_refused(name: str) -> None:
-    blocks = random_blocks(([4, 2], [3, 3]), 3, 0.5, 0)
-    q, k = make((2, 6, 2, 8)), make((2, 6, 2, 8))
-    for table in (attention.SPARSE_BACKENDS, attention.SPARSE_LSE_BACKENDS):
-        with pytest.raises(ValueError, match="blocks have 3 lists; 1, 2 or 4 fit"):
-            table[name](q, k, k, blocks)
 
 
 # What the kernel walks over
@@ -155,8 +110,7 @@ def run_kernel(
 
     B, N, H, _ = q.shape
     (buffer, out), (edges, lse) = poisoned(q.shape, q.dtype), poisoned((B, H, N), torch.float32)
-    lists = blocks.query_tiles, blocks.key_tiles, blocks.rows, blocks.indices, blocks.largest
-    sparse_attention(q, k, v, out, *lists, lse, scale, Config(block, block, 4, 1), tma)
+    sparse_attention(q, k, v, out, *blocks.tensors, blocks.largest, lse, scale, Config(block, block, 4, 1), tma)
     assert_edges_untouched(buffer)
     assert_edges_untouched(edges)
     return out, lse
@@ -186,7 +140,7 @@ def test_triton(
     B, H, lists = heads
     blocks = random_blocks(sizes, lists, density, 1)
     q, k, v = (make((B, sum(sizes[i > 0]), H, head_dim), dtype, i, layout) for i in range(3))
-    check(q, k, v, blocks, run_kernel(q, k, v, blocks, scale, tma), scale)
+    check(q, k, v, run_kernel(q, k, v, blocks, scale, tma), scale, blocks)
 
 
 @pytest.mark.interpret
@@ -201,7 +155,7 @@ def test_triton_with_the_patterns_of_a_video(tma: bool) -> None:
         sparse.causal(grid, tile, 1, 1, 1),
         sparse.top_k(q, k, tiles, 12, 2),
     ):
-        check(q, k, v, blocks, run_kernel(q, k, v, blocks, tma=tma), None)
+        check(q, k, v, run_kernel(q, k, v, blocks, tma=tma), None, blocks)
 
 
 @pytest.mark.interpret
@@ -234,14 +188,13 @@ def test_triton_has_64_bit_offsets(strides: tuple[int, int, int], tma: bool) -> 
 def test_triton_as_an_operator_of_torch() -> None:
     blocks = random_blocks(([3, 4], [5, 2]), 2, 0.7, 0)
     q, k, v = (make((1, 7, 2, 16), seed=i) for i in range(3))
-    arguments = (q, k, v, *attention._lists(blocks))
-    torch.library.opcheck(attention._sparse, arguments, {"softmax_scale": 0.3})
-    torch.library.opcheck(attention._sparse_lse, arguments)
-    for name in ("triton", "reference"):
-        out, lse = attention.SPARSE_LSE_BACKENDS[name](q, k, v, blocks, softmax_scale=0.3)
-        assert torch.equal(attention.SPARSE_BACKENDS[name](q, k, v, blocks, softmax_scale=0.3), out)
-        check(q, k, v, blocks, (out, lse), 0.3)
-    assert attention.triton_sparse(q[:, :0], k, v, blocks).shape == (1, 0, 2, 16)
+    for options in ((0.3, False), (None, True)):
+        torch.library.opcheck(attention_gpu.attention_triton, (q, k, v, blocks.tensors, blocks.largest, *options))
+    for run in (triton, attention.reference):
+        out, lse = run(q, k, v, blocks=blocks, scale=0.3, return_lse=True)
+        assert torch.equal(run(q, k, v, blocks=blocks, scale=0.3), out)
+        check(q, k, v, (out, lse), 0.3, blocks)
+    assert triton(q[:, :0], k, v, blocks=blocks).shape == (1, 0, 2, 16)
 
 
 def test_triton_refuses_what_it_cannot_do() -> None:
@@ -260,10 +213,7 @@ def test_triton_refuses_what_it_cannot_do() -> None:
     }.items():
         wrong = replace(blocks, **changed)
         with pytest.raises(ValueError, match=message):
-            lists = wrong.query_tiles, wrong.key_tiles, wrong.rows, wrong.indices, wrong.largest
-            sparse_attention(q, q, q, q.clone(), *lists)
-    with pytest.raises(ValueError, match="out must be contiguous"):
-        sparse_attention(q, q, q, q.clone()[:, ::2], *lists)
+            sparse_attention(q, q, q, q.clone(), *wrong.tensors, wrong.largest)
 
 
 def test_programs_are_cut_by_the_largest_tile() -> None:
@@ -295,7 +245,7 @@ def test_on_a_gpu(dtype: torch.dtype, head_dim: int, tile: Triple) -> None:
             sparse.causal(grid, tile, tile[0], 1, 0).to("cuda"),
             sparse.top_k(q, k, tiles, math.prod(tile), 2),
         ):
-            check(q, k, v, blocks, attention.triton_sparse_lse(q, k, v, blocks), None)
+            check(q, k, v, triton(q, k, v, return_lse=True, blocks=blocks), None, blocks)
 
 
 @pytest.mark.gpu
@@ -303,17 +253,17 @@ def test_of_a_video_on_a_gpu() -> None:
     """480p: full lists give what dense attention gives, and a window what its keys alone give."""
     grid, tile = (21, 30, 52), (4, 8, 8)
     q, k, v = (torch.randn(1, math.prod(grid), 12, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    dense = attention.triton(q, k, v)
-    full = attention.triton_sparse(q, k, v, sparse.full(grid, tile).to("cuda"))
+    dense = triton(q, k, v)
+    full = triton(q, k, v, blocks=sparse.full(grid, tile).to("cuda"))
     torch.testing.assert_close(full, dense, rtol=2e-2, atol=1e-3)
     blocks = sparse.window(grid, tile, (3, 3, 3))
-    out = attention.triton_sparse(q, k, v, blocks.to("cuda"))
+    out = triton(q, k, v, blocks=blocks.to("cuda"))
     mask = sparse.tile_mask(blocks)[0]
     for number in (0, 57, len(mask) - 1):
         own = slice(*blocks.query_tiles[number : number + 2].tolist())
         kept = mask[number].repeat_interleave(blocks.key_tiles.diff()).cuda()
-        true, _ = attention.reference_lse(*(x.double() for x in (q[:, own], k[:, kept], v[:, kept])))
-        eager = attention.reference_lse(q[:, own], k[:, kept], v[:, kept])[0]
+        true, _ = with_lse(*(x.double() for x in (q[:, own], k[:, kept], v[:, kept])))
+        eager = with_lse(q[:, own], k[:, kept], v[:, kept])[0]
         assert_as_good_as(out[:, own], eager, true.cpu().numpy())
 
 
@@ -325,7 +275,7 @@ def test_a_capture_of_top_k_replays() -> None:
     q, k, v = (torch.randn(1, math.prod(grid), 2, 64, device="cuda", dtype=torch.float16) for _ in range(3))
 
     def run() -> Tensor:
-        return attention.triton_sparse(q, k, v, sparse.top_k(q, k, tiles, math.prod(tile), 3))
+        return triton(q, k, v, blocks=sparse.top_k(q, k, tiles, math.prod(tile), 3))
 
     wanted = run()
     graph = torch.cuda.CUDAGraph()
@@ -342,5 +292,6 @@ def test_a_capture_of_top_k_replays() -> None:
 def test_operator_of_torch_on_a_gpu() -> None:
     blocks = random_blocks(([130, 40], [50, 120]), 2, 0.7, 0).to("cuda")
     q, k, v = (torch.randn(1, 170, 2, 64, device="cuda", dtype=torch.float16) for _ in range(3))
-    torch.library.opcheck(attention._sparse, (q, k, v, *attention._lists(blocks)))
-    torch.library.opcheck(attention._sparse_lse, (q, k, v, *attention._lists(blocks)))
+    for with_lse in (False, True):
+        arguments = (q, k, v, blocks.tensors, blocks.largest, None, with_lse)
+        torch.library.opcheck(attention_gpu.attention_triton, arguments)

@@ -147,7 +147,7 @@ def test_text_and_pictures_have_a_softmax_each(models: dict[str, Any]) -> None:
     given = inputs("i2v")
     calls: list[int] = []
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
         calls.append(k.shape[1])
         return reference.attention(q, k, v)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastvid.errors import BackendUnavailable, InvalidRequest
-from fastvid.ops import backends, dispatch, reference, rgb
+from fastvid.ops import attention, dispatch, reference, rgb, sparse
 
 
 def row(**changes: str) -> dict[str, str]:
@@ -22,8 +22,8 @@ def row(**changes: str) -> dict[str, str]:
 
 def test_auto_binds_the_reference_where_nothing_is_verified() -> None:
     bound = dispatch.bind()
-    assert {bound.bound[op] for op in bound.bound if op not in dispatch.DENSE} == {"reference"}
-    assert {bound.bound[op] for op in dispatch.DENSE} == {"sdpa"} and bound.to_rgb is rgb.reference
+    assert {bound.bound[op] for op in bound.bound if op != "attention"} == {"reference"}
+    assert bound.bound["attention"] == "sdpa" and bound.to_rgb is rgb.reference
     assert bound.reasons["to_rgb"] == "cpu"
 
 
@@ -68,7 +68,7 @@ def test_unknown_names_are_refused_with_the_nearest(arguments: dict[str, str], n
     [
         ({"backend": "triton"}, r"it needs a CUDA device, and the device is cpu \(.*rms_norm"),
         ({"backend": "cuda"}, r"there is no cuda back end \(.*rms_norm"),
-        ({"attention": "flash"}, r"the package flash-attn is not installed \(attention, attention_lse\)"),
+        ({"attention": "flash"}, r"the package flash-attn is not installed \(attention\)"),
         ({"backend": "to_rgb=triton"}, r"it needs a CUDA device, and the device is cpu \(to_rgb\)"),
         ({"backend": "to_rgb=cuda"}, r"it needs a CUDA device|_C was not built"),
     ],
@@ -85,7 +85,7 @@ def test_a_device_that_is_not_there() -> None:
 
 
 def test_one_operation_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "why_not", lambda backend, device: None)
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device: None)
     bound = dispatch.bind(backend="to_rgb=triton, rms_norm=reference", attention="reference")
     assert bound.to_rgb is rgb.triton
     assert {bound.reasons[op] for op in ("to_rgb", "rms_norm", "attention")} == {"asked for"}
@@ -93,7 +93,7 @@ def test_one_operation_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_takes_a_verified_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "why_not", lambda backend, device: None)
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device: None)
     bound = dispatch.bind(verified=[row()])
     assert bound.to_rgb is rgb.triton
     assert bound.reasons["to_rgb"] == "verified: benchmarks/results/rgb.json"
@@ -105,7 +105,7 @@ def frames_class(frames: torch.Tensor) -> str:
 
 def test_auto_takes_a_kernel_for_the_shapes_it_is_verified_for(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr(backends, "why_not", lambda backend, device: None)
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device: None)
     monkeypatch.setattr(dispatch, "shape_classes", lambda: {"to_rgb": frames_class})
     monkeypatch.setitem(rgb.BACKENDS, "triton", lambda frames: called.append(frames.shape) or rgb.reference(frames))
     bound = dispatch.bind(verified=[row(shape_class="many frames"), row(shape_class="huge frames")])
@@ -119,16 +119,30 @@ def test_auto_takes_a_kernel_for_the_shapes_it_is_verified_for(monkeypatch: pyte
     assert dispatch.bind(verified=[row(shape_class="many frames")]).bound["to_rgb"] == "reference"
 
 
+def test_a_kernel_that_is_verified_for_dense_attention_runs_no_other_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device: None)
+    monkeypatch.setitem(attention.BACKENDS, "triton", lambda q, k, v, **options: q)
+    source = dispatch.source_hash("triton", "attention.py")
+    verified = row(op="attention", shape_class="dense", file="attention.py", source=source)
+    bound = dispatch.bind(verified=[verified])
+    assert bound.bound["attention"] == "triton for dense, else sdpa"
+    q, k, v = torch.randn(3, 1, 4, 2, 8).unbind(0)
+    assert bound.attention(q, k, v) is q
+    for options in ({"return_lse": True}, {"blocks": sparse.full((1, 2, 2), (1, 1, 2))}):
+        made, wanted = (run(q, k, v, **options) for run in (bound.attention, attention.sdpa))
+        torch.testing.assert_close(made, wanted, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("change", [{"op": "rms_norm"}, {"arch": "sm_90"}, {"source": "0"}, {"file": "gone.py"}])
 def test_auto_leaves_a_kernel_that_was_verified_as_something_else(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(backends, "why_not", lambda backend, device: None)
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device: None)
     assert dispatch.bind(verified=[row(**change)]).bound["to_rgb"] == "reference"
 
 
 def test_auto_leaves_a_verified_kernel_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "why_not", lambda backend, device: "no")
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device: "no")
     assert dispatch.bind(verified=[row()]).bound["to_rgb"] == "reference"
 
 
@@ -146,7 +160,7 @@ def test_auto_leaves_a_verified_kernel_that_cannot_run(monkeypatch: pytest.Monke
     ],
 )
 def test_which_devices_a_build_runs_on(archs: str, capability: tuple[int, int], runs: bool) -> None:
-    assert backends.runs_on(archs, capability) is runs
+    assert dispatch.runs_on(archs, capability) is runs
 
 
 def test_models_get_the_oracle_and_torch_the_same_attention() -> None:

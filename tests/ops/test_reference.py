@@ -75,19 +75,19 @@ def test_norm_and_rotation_against_their_formula(dtype: torch.dtype, tokens: int
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "context"), [(1, 1), (13, 137), (130, 512)])
-@pytest.mark.parametrize("softmax_scale", [None, 0.3])
+@pytest.mark.parametrize("scale", [None, 0.3])
 def test_attention_against_its_formula(
-    dtype: torch.dtype, tokens: int, context: int, softmax_scale: float | None
+    dtype: torch.dtype, tokens: int, context: int, scale: float | None
 ) -> None:
     torch.manual_seed(tokens)
     q = torch.randn(2, tokens, 3, 24).to(dtype)
     k, v = torch.randn(2, context, 3, 2, 24).to(dtype).unbind(3)
 
     def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * (softmax_scale or 24**-0.5)
+        scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * (scale or 24**-0.5)
         return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
 
-    made = reference.attention(q, k, v, softmax_scale=softmax_scale)
+    made = reference.attention(q, k, v, scale=scale)
     assert made.shape == q.shape and made.dtype == dtype
     truth = formula(q.double(), k.double(), v.double())
     assert within_torch(made, formula(q.float(), k.float(), v.float()).to(dtype), truth)

@@ -1,5 +1,6 @@
 """Attention with 8-bit products in eager PyTorch, block by block as csrc/quantize.h and csrc/attention_eight.h compute
-it: to test them by, and to see on any device what the approximation costs. Shapes as in attention.py.
+it: a reference for their tests, and a way to see on any device what the approximation costs. Shapes as in
+fastvid/ops/attention.py.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastvid.ops.eager_attention import check
+from fastvid.ops.attention import check
 from fastvid.ops.sparse import Blocks
 
 KEYS = 128  # of a block
@@ -53,19 +54,20 @@ def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
     return round_e4m3(v * torch.exp2(-exponent)), exponent
 
 
-def attention_lse(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    blocks: Blocks | None = None,
     *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    blocks: Blocks | None = None,
     kind: str = "fp8",
-    softmax_scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(out [B, N, H, D] of q's type, lse [B, H, N] in fp32). kind: "fp8" or "int8", of q and k."""
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As `ops.attention` has it. kind: "fp8" or "int8", of the products of q and k."""
     check(q, k, v, blocks)
     B, N, H, D = q.shape
-    scale = D**-0.5 if softmax_scale is None else softmax_scale
+    scale = D**-0.5 if scale is None else scale
     mean = k.mean(1, dtype=torch.float32)
     q8, q_scale = quantize_queries(q, kind)
     shift = torch.einsum("bnhd,bhd->bhn", q.float(), mean) * scale
@@ -97,20 +99,7 @@ def attention_lse(
         if parts:
             out[b, queries.start : queries.stop, h] = (made / total * torch.exp2(unit - UP)).to(q.dtype)
             lse[b, h, queries.start : queries.stop] = (highest + total.log())[:, 0]
-    return out, lse + shift
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Blocks | None = None,
-    *,
-    kind: str = "fp8",
-    softmax_scale: float | None = None,
-) -> Tensor:
-    """The same without the log-sum-exp."""
-    return attention_lse(q, k, v, blocks, kind=kind, softmax_scale=softmax_scale)[0]
+    return (out, lse + shift) if return_lse else out
 
 
 def _cut(tiles: list[int]) -> list[list[tuple[int, int]]]:

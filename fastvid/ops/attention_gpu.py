@@ -1,0 +1,310 @@
+"""Attention's kernels as operators of torch: Triton (kernels/) and CUDA (csrc/), dense and block-sparse.
+
+    operator(q, k, v, lists, largest, scale, with_lse) -> (out, lse)
+
+lists and largest: `Blocks.tensors` and `Blocks.largest`, both empty for dense attention. lse is empty unless with_lse.
+`attention.check` has been passed. Nothing falls back and nothing is copied: what a kernel cannot take raises
+ValueError.
+
+attention_triton   any GPU since sm_80, fp32 and 16-bit types, head_dim up to 128
+attention_cuda     sm_90a, 16-bit types, head_dim 64 or 128, strides of multiples of 16 bytes. With lists, keys that
+                   follow a tile are read where the tile fills no block of 128, with weight 0: their values must be
+                   finite. `schedule` of the Triton kernel cuts the lists, so Triton has to be installed for them.
+attention_eight    the same with 8-bit products, an approximation: q and k become e4m3 or int8, v and the weights of
+                   the softmax e4m3, and sums are fp32. csrc/quantize.h has the scales (one a query, one for 128 keys
+                   and one for 128 values, after the mean of all keys is subtracted), csrc/attention_eight.h the
+                   products. A query that is not finite makes its result NaN, a key every result of its head, a value
+                   those that read its block. Each tile of keys is padded to whole blocks of 128.
+
+The two for CUDA have not been verified on a GPU yet, so `auto` never takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastvid.ops.sparse import Blocks
+
+KEYS = 128  # of a block: one step of the CUDA kernels
+Call = dict[str, tuple[int, ...] | int]
+
+
+@torch.library.custom_op("fastvid::attention_triton", mutates_args=())
+def attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Sequence[Tensor],
+    largest: Sequence[int],
+    scale: float | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """kernels/attention.py and kernels/sparse_attention.py."""
+    out, lse = _outputs(q, with_lse)
+    wanted = lse if with_lse else None
+    if lists:
+        from fastvid.kernels.sparse_attention import sparse_attention
+
+        sparse_attention(q, k, v, out, *lists, tuple(largest), wanted, scale)
+    else:
+        from fastvid.kernels.attention import attention
+
+        attention(q, k, v, out, wanted, scale)
+    return out, lse
+
+
+@torch.library.custom_op("fastvid::attention_cuda", mutates_args=())
+def attention_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Sequence[Tensor],
+    largest: Sequence[int],
+    scale: float | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """csrc/attention.cu."""
+    out, lse = _outputs(q, with_lse)
+    _check_tensors("cuda", q, k, v)
+    if out.numel() == 0:
+        return out, lse
+    from fastvid import _C
+
+    blocks = _blocks(lists, largest)
+    with torch.cuda.device_of(q):
+        stream = torch.cuda.current_stream(q.device)
+        call, walked = prepare(q, k, v, blocks, exact_steps)
+        pointers = [_address(x) for x in (q, k, v, out, lse if with_lse else None)]
+        places = [_address(x) for x in walked]
+        _C.attention(*pointers, _name(q), call, places, _scale(q, scale), q.device.index, stream.cuda_stream)
+        for x in (q, k, v, *walked):
+            x.record_stream(stream)  # the caller may drop what came from another stream at once
+    return out, lse
+
+
+@torch.library.custom_op("fastvid::attention_eight", mutates_args=())
+def attention_eight(
+    kind: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Sequence[Tensor],
+    largest: Sequence[int],
+    scale: float | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """csrc/quantize.cu, then csrc/attention_eight.cu; kind, of the products of q and k: "fp8" or "int8"."""
+    out, lse = _outputs(q, with_lse)
+    _check_tensors(f"cuda_{kind}", q, k, v)
+    if out.numel() == 0:
+        return out, lse
+    from fastvid import _C
+
+    blocks, device = _blocks(lists, largest), q.device.index
+    with torch.cuda.device_of(q):
+        stream = torch.cuda.current_stream(q.device)
+        at = stream.cuda_stream
+
+        def quantize(part: str, x: Tensor, mean: Tensor | None, made: tuple[Tensor | None, ...]) -> None:
+            call, tiles = source_of(x, None if part == "queries" else blocks)
+            _C.quantize(part, *map(_address, (x, mean, *made)), kind, _name(q), call, _address(tiles), device, at)
+
+        call, walked = prepare(q, k, v, blocks, padded_steps)
+        for x in (q, k, v, *walked, *lists):
+            x.record_stream(stream)  # the caller may drop what came from another stream at once
+        tensors, scales = quantized(q, k, v, blocks, with_lse, quantize)
+        held, factors, places = ([_address(x) for x in of] for of in (tensors, scales, walked))
+        written = out.data_ptr(), _address(lse if with_lse else None)
+        how = (kind, _name(q), call, places, _scale(q, scale), device, at)
+        _C.attention_eight(held, factors, tensors[1].shape[2] // KEYS, *written, *how)
+    return out, lse
+
+
+@attention_triton.register_fake
+@attention_cuda.register_fake
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Sequence[Tensor],
+    largest: Sequence[int],
+    scale: float | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    return _outputs(q, with_lse)
+
+
+@attention_eight.register_fake
+def _fake_eight(
+    kind: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Sequence[Tensor],
+    largest: Sequence[int],
+    scale: float | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    return _outputs(q, with_lse)
+
+
+def _outputs(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse), not filled in."""
+    B, N, H, _ = q.shape
+    lse = torch.empty((B, H, N) if with_lse else (0,), dtype=torch.float32, device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+def _check_tensors(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    given = ", ".join(f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (q, k, v))
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"attention by {name} takes float16 or bfloat16 (nearest: bfloat16), not {given}")
+    if q.device.type != "cuda" or k.device != q.device or v.device != q.device:
+        raise ValueError(f"attention by {name} takes tensors of one CUDA device, not {given}")
+    for label, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(-1) != 1:
+            raise ValueError(f"the last dimension of {label} has stride {x.stride(-1)}; it must have 1")
+
+
+# What the device code is told
+
+
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, steps: Callable[[Blocks], list[Tensor]]
+) -> tuple[Call, list[Tensor]]:
+    """`Call` of csrc/attention_call.h, in its order, and the tensors whose addresses go with it, in the order of
+    `Lists` there. steps: what cuts the lists into steps of the kernel.
+
+    Raises ValueError for lists that the kernel cannot walk; their contents are not read.
+    """
+    B, N, H, D = q.shape
+    call: Call = {
+        "batch": B,
+        "queries": N,
+        "keys": k.shape[1],
+        "heads": H,
+        "head_dim": D,
+        "q_strides": q.stride()[:3],
+        "k_strides": k.stride()[:3],
+        "v_strides": v.stride()[:3],
+        "tiles": 0,
+        "largest": 0,
+        "lists": 1,
+    }
+    if blocks is None:
+        return call, []
+    from fastvid.kernels.sparse_attention import check_lists
+
+    check_lists(q, *blocks.tensors, blocks.largest)
+    tiles = blocks.query_tiles.numel() - 1
+    call |= {"tiles": tiles, "largest": blocks.largest[0], "lists": blocks.lists}
+    return call, [blocks.query_tiles, *steps(blocks)]
+
+
+def exact_steps(blocks: Blocks) -> list[Tensor]:
+    """The runs of tiles that every row of lists has, cut into blocks of 128 keys and what is left over."""
+    from fastvid.kernels.sparse_attention import schedule
+
+    cut = schedule(blocks.key_tiles, blocks.rows, blocks.indices, blocks.largest[1], KEYS)
+    return [x.contiguous() for x in cut]
+
+
+def padded_steps(blocks: Blocks) -> list[Tensor]:
+    """The blocks that every row of lists has where each tile is padded to whole blocks: int64 [rows + 1] and the first
+    key of full ones, then int64 [rows + 1], the first key and the end of those that are not full.
+
+    Made on the device, without waiting for it.
+    """
+    each, size, indices = _blocks_each(blocks), blocks.indices.numel(), blocks.indices.long()
+    counts = blocks.key_tiles.diff()[indices]
+    first = indices * each * KEYS
+    whole = _sums(counts // KEYS)
+    places = torch.arange(each, device=indices.device)
+    slots = torch.where(places < (counts // KEYS)[:, None], whole[:-1, None] + places, size * each)
+    full_starts = blocks.key_tiles.new_empty(size * each + 1)
+    full_starts.scatter_(0, slots.flatten(), (first[:, None] + places * KEYS).int().flatten())
+    parts = counts % KEYS > 0
+    cut = _sums(parts)
+    slots = torch.where(parts, cut[:-1], size)
+    part_starts, part_ends = (blocks.key_tiles.new_empty(size + 1) for _ in range(2))
+    part_starts.scatter_(0, slots, (first + counts // KEYS * KEYS).int())
+    part_ends.scatter_(0, slots, (first + counts).int())
+    return [whole[blocks.rows], full_starts, cut[blocks.rows], part_starts, part_ends]
+
+
+def quantized(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, with_lse: bool, quantize: Callable[..., None]
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor]]:
+    """q8 [B, H, N, D], k8 [B, H, blocks * 128, D] and v8 [B, H, blocks, D, 128] as bytes, and their scales: one a
+    query, what is added to a query's scores (with the log-sum-exp only), and for each block the scale of its keys and
+    the exponent of its values.
+
+    quantize(part, x, mean, (out, scales, shift)): makes "queries", "keys" or "values".
+    """
+    (B, N, H, D), device = q.shape, q.device
+    count = block_count(k, blocks)
+    q8 = torch.empty(B, H, N, D, dtype=torch.uint8, device=device)
+    k8 = torch.empty(B, H, count * KEYS, D, dtype=torch.uint8, device=device)
+    v8 = torch.empty(B, H, count, D, KEYS, dtype=torch.uint8, device=device)
+    scales = torch.empty(B, H, N, dtype=torch.float32, device=device)
+    shifts = torch.empty_like(scales) if with_lse else None
+    block_scales = torch.empty(B, H, count, 2, dtype=torch.float32, device=device)
+    mean = k.mean(1, dtype=torch.float32)
+    quantize("queries", q, mean if with_lse else None, (q8, scales, shifts))
+    quantize("keys", k, mean, (k8, block_scales, None))
+    quantize("values", v, None, (v8, block_scales, None))
+    return (q8, k8, v8), (scales, shifts, block_scales)
+
+
+def source_of(x: Tensor, blocks: Blocks | None) -> tuple[Call, Tensor | None]:
+    """`Call` of csrc/quantize.h, in its order, for q, k or v, and the tiles that it is cut by."""
+    B, tokens, H, D = x.shape
+    tiles, each = (1, -(-tokens // KEYS)) if blocks is None else (_key_tiles(blocks), _blocks_each(blocks))
+    call: Call = {
+        "batch": B,
+        "tokens": tokens,
+        "heads": H,
+        "head_dim": D,
+        "strides": x.stride()[:3],
+        "count": tiles,
+        "each": each,
+    }
+    return call, None if blocks is None else blocks.key_tiles
+
+
+def block_count(k: Tensor, blocks: Blocks | None) -> int:
+    """Blocks of 128 keys in all."""
+    return -(-k.shape[1] // KEYS) if blocks is None else _key_tiles(blocks) * _blocks_each(blocks)
+
+
+def _key_tiles(blocks: Blocks) -> int:
+    return blocks.key_tiles.numel() - 1
+
+
+def _blocks_each(blocks: Blocks) -> int:
+    """Blocks of 128 keys in a tile."""
+    return -(-blocks.largest[1] // KEYS)
+
+
+def _blocks(lists: Sequence[Tensor], largest: Sequence[int]) -> Blocks | None:
+    return Blocks(*lists, (largest[0], largest[1])) if lists else None
+
+
+def _sums(counts: Tensor) -> Tensor:
+    """[n] -> int64 [n + 1]: the sum of all that come before."""
+    return torch.cat((counts.new_zeros(1, dtype=torch.long), counts.cumsum(0)))
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
