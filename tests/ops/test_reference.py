@@ -76,9 +76,7 @@ def test_norm_and_rotation_against_their_formula(dtype: torch.dtype, tokens: int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "context"), [(1, 1), (13, 137), (130, 512)])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_attention_against_its_formula(
-    dtype: torch.dtype, tokens: int, context: int, scale: float | None
-) -> None:
+def test_attention_against_its_formula(dtype: torch.dtype, tokens: int, context: int, scale: float | None) -> None:
     torch.manual_seed(tokens)
     q = torch.randn(2, tokens, 3, 24).to(dtype)
     k, v = torch.randn(2, context, 3, 2, 24).to(dtype).unbind(3)
