@@ -1,11 +1,11 @@
-"""Clips: frames from anywhere, read a few at a time. F frames of H x W pixels, uint8 RGB [F, H, W, 3].
+"""Clips: frames of any source, read on demand. F frames of H x W pixels, uint8 RGB [F, H, W, 3].
 
     clip = open_clip("phone.mp4")
     clip.num_frames, clip.height, clip.width, clip.fps
     clip.resampled(16).resized(480, 832).tail(17)
 
-Nothing but the frames that are asked for is in memory. Alpha is shown over black, turned videos are turned, sound is
-left alone, pixels are taken as square.
+Only the frames that are asked for are in memory. Alpha is shown over black, rotation is applied, sound is ignored,
+pixels are taken as square.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from fastvid.media.metadata import stated_fps
 from fastvid.media.reader import ArraySource, PictureSource, Source, open_source
 
 FITS = ("cover", "stretch")
-EVEN = 0.25  # of a frame: frames no further than this from an even grid stand on it (files round their times)
+EVEN = 0.25  # of a frame: times no further than this from an even grid count as even (files round them)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Clip:
     """Frames that are read when they are asked for. Make one with `open_clip`.
 
-    num_frames is exact. fps: frames a second, None where nothing says it (pictures, arrays). height and width are
-    those of the frames that come out.
+    num_frames is exact; height and width are those of the frames that come out; fps: frames a second, None for pictures
+    and arrays, which state none. source_frames: for each frame of the clip, its number in the source.
     """
 
     source: Source
-    picks: np.ndarray  # the source's frame for each of this clip's
+    source_frames: np.ndarray
     height: int
     width: int
     fps: float | None
@@ -46,7 +46,7 @@ class Clip:
 
     @property
     def num_frames(self) -> int:
-        return len(self.picks)
+        return len(self.source_frames)
 
     @property
     def seconds(self) -> float | None:
@@ -62,7 +62,7 @@ class Clip:
     # ------------------------------------------------------------ reading
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Frames start to stop - 1 as a new array, uint8 [stop - start, H, W, 3]. In order is fast; any order is right.
+        """Frames start to stop - 1 as a new array, uint8 [stop - start, H, W, 3]. Reading in order is fastest.
 
         Raises InvalidRequest outside of 0 <= start <= stop <= num_frames, MediaError for a file that changed.
         """
@@ -72,7 +72,7 @@ class Clip:
         made = np.empty((stop - start, self.height, self.width, 3), np.uint8)
         last = None
         with media_errors(self.name):
-            for place, wanted in enumerate(self.picks[start:stop].tolist()):
+            for place, wanted in enumerate(self.source_frames[start:stop].tolist()):
                 made[place] = made[place - 1] if wanted == last else self._sized(self.source.frame(wanted))
                 last = wanted
         return made
@@ -100,15 +100,17 @@ class Clip:
     def _sized(self, frame: np.ndarray) -> np.ndarray:
         if frame.shape[:2] == (self.height, self.width):
             return frame
-        box = covering(*frame.shape[:2], self.height, self.width) if self.fit == "cover" else np.s_[:, :]
+        box = (
+            center_crop(frame.shape[0], frame.shape[1], self.height, self.width) if self.fit == "cover" else np.s_[:, :]
+        )
         return resize(frame[box], self.height, self.width)
 
     # ------------------------------------------------------------ other rates and sizes
 
     def resampled(self, fps: float | None = None) -> Clip:
-        """The same at another rate (default: its own): what is seen at frame n is the frame nearest in time to n / fps,
-        the later one of two as near, as FFmpeg's filter `fps` has it. A clip whose frames are not evenly spaced (a
-        phone's, a screen recording) is laid on an even grid. One without a rate takes this one as its own.
+        """The same clip at another rate (default: its own). Frame n is the one nearest in time to n / fps, of two as near
+        the later one, as with FFmpeg's filter `fps`. Unevenly spaced frames (of a phone, a screen recording) become
+        even. A clip without a rate keeps its frames and takes this rate.
 
         Raises InvalidRequest for a rate out of bounds, or one at which there would be too many frames.
         """
@@ -127,25 +129,25 @@ class Clip:
                 f"the nearest is {MAX_FRAMES / times[-1]:g} fps"
             )
         shown = np.searchsorted(slots[:-1], np.arange(max(1, int(slots[-1]))), side="right") - 1
-        return replace(self, picks=self.picks[shown], fps=rate)
+        return replace(self, source_frames=self.source_frames[shown], fps=rate)
 
     def _times(self) -> np.ndarray:
         """The second at which each frame begins, and at which the last one ends."""
         stated = self.source.times
-        if stated is not None and np.array_equal(self.picks, np.arange(self.source.num_frames)):
+        if stated is not None and np.array_equal(self.source_frames, np.arange(self.source.num_frames)):
             return stated
         assert self.fps is not None
         return np.arange(self.num_frames + 1) / self.fps
 
     def resized(self, height: int, width: int, fit: str = "cover") -> Clip:
-        """The same at another size, with Lanczos as Pillow does it. fit "cover": cut around the centre to the new
-        shape, then scaled; "stretch": scaled to it as it is. Raises InvalidRequest for a size or fit out of bounds."""
+        """The same clip at another size, with Pillow's Lanczos filter. fit "cover": cropped around the center to the new
+        shape, then scaled; "stretch": scaled without cropping. Raises InvalidRequest for a size or fit out of bounds."""
         side = whole(1, MAX_SIDE, " pixels")
         return replace(self, height=side("height", height), width=side("width", width), fit=one_of(FITS)("fit", fit))
 
     def close(self) -> None:
-        """Let go of the file's decoder; reading on opens it again."""
-        getattr(self.source, "close", lambda: None)()
+        """Release the file's decoder; the next read opens it again."""
+        self.source.close()
 
     def __enter__(self) -> Clip:
         return self
@@ -154,8 +156,8 @@ class Clip:
         self.close()
 
 
-def covering(height: int, width: int, new_height: int, new_width: int) -> tuple[slice, slice]:
-    """The largest part in the middle that has the new shape."""
+def center_crop(height: int, width: int, new_height: int, new_width: int) -> tuple[slice, slice]:
+    """The largest centered part that has the new aspect ratio."""
     cut_height = min(height, max(1, round(width * new_height / new_width)))
     cut_width = min(width, max(1, round(height * new_width / new_height)))
     top, left = (height - cut_height) // 2, (width - cut_width) // 2

@@ -1,8 +1,8 @@
-"""Files from anywhere, opened so that they can do no harm: what they are is told by their first bytes and held to, so a
-playlist never names another file; sizes and counts are checked before anything is decoded or allocated.
+"""Opens files that may be hostile. The first bytes decide what a file is, and it is opened as nothing else, so a playlist
+never names another file; sizes and counts are checked before anything is decoded or allocated.
 
-PyAV is given an open file, not a name, and the one format that was found; FFmpeg's own guessing, its network and its
-look-ups of other files are not reached. It decodes nothing while it opens a file (`codec_whitelist`).
+PyAV gets an open file instead of a name, and the one format that was found. So FFmpeg does not guess formats, use the
+network or open other files, and it decodes nothing while it opens a file (`codec_whitelist`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from typing import Any, BinaryIO
 from fastvid.checks import MAX_FRAMES
 from fastvid.errors import Error, MediaError
 
-MIN_SIDE, MAX_SIDE = 16, 8192  # pixels of an input
-MAX_CLIP_PIXELS = 1 << 25  # of one frame of a clip: 8K; a picture may have MAX_SIDE x MAX_SIDE
-MIN_FPS, MAX_FPS = 0.01, 1000.0
+MIN_INPUT_SIDE, MAX_INPUT_SIDE = 16, 8192  # pixels
+MAX_CLIP_PIXELS = 1 << 25  # of one frame of a clip: 8K; a picture may have MAX_INPUT_SIDE on both sides
+MIN_INPUT_FPS, MAX_INPUT_FPS = 0.01, 1000.0
 MAX_INDEX = 1 << 26  # bytes of an .mp4 that are not frames
-MAX_SAMPLES = 1 << 21  # entries of all its tracks together; a reader keeps 24 bytes for each
+MAX_SAMPLES = 1 << 21  # of all its tracks together; a reader keeps 24 bytes for each
 MAX_BOXES = 1 << 17
-THREADS = 4  # of a decoder, at most
 
 PICTURES = ("png", "jpeg", "webp", "bmp", "tiff")
 KINDS: tuple[tuple[str, bytes], ...] = (
@@ -51,7 +50,8 @@ KINDS: tuple[tuple[str, bytes], ...] = (
     ("hevc", rb"\x00?\x00\x00\x01[\x40\x46]"),
     ("json", rb"\s*\{"),
 )
-SYSTEM_ERRORS = (OSError, ValueError, RuntimeError, ArithmeticError, LookupError, EOFError)
+# SyntaxError is Pillow's for a damaged header.
+SYSTEM_ERRORS = (OSError, ValueError, RuntimeError, ArithmeticError, LookupError, EOFError, SyntaxError)
 KNOWN = "mp4, mov, webm, mkv, gif, avi, mpg, ts, flv, ogv, wmv, ivf, y4m, png, jpg, webp, bmp, tiff, npy"
 
 
@@ -70,56 +70,57 @@ def media_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """An ordinary file, open for reading. Raises MediaError for a device, a pipe or a socket, which may have no end,
-    without waiting for one; OSError where there is none."""
-    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        os.close(number)
+    """Opens an ordinary file for reading. Raises OSError where there is none, and MediaError at once for a device, a pipe
+    or a socket, which may have no end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise MediaError(f"{os.fspath(path)} is not an ordinary file (a folder, pipe or device); give a file")
-    return os.fdopen(number, "rb")
+    return os.fdopen(descriptor, "rb")
 
 
 def kind_of(file: BinaryIO) -> str:
-    """What a file is, by its first bytes: "png", "mov" (.mp4 too), ...; "" if it is none of what can be read."""
+    """What a file is by its first bytes: "png", "mov" (.mp4 too), ...; "" for a kind that is not read."""
     file.seek(0)
     start = file.read(4096)
     file.seek(0)
     return next((name for name, magic in KINDS if re.match(magic, start, re.DOTALL)), "")
 
 
-def check_picture_size(name: str, width: int, height: int, most: int = MAX_SIDE * MAX_SIDE) -> None:
+def check_picture_size(name: str, width: int, height: int, most: int = MAX_INPUT_SIDE**2) -> None:
     """Raises MediaError for sides or an area out of bounds."""
-    if not (min(width, height) >= MIN_SIDE and max(width, height) <= MAX_SIDE and width * height <= most):
-        area = "" if most == MAX_SIDE * MAX_SIDE else f", at most {most} pixels a frame"
-        raise MediaError(f"{name} is {width}x{height}; allowed are sides of {MIN_SIDE} to {MAX_SIDE} pixels{area}")
+    low, high = MIN_INPUT_SIDE, MAX_INPUT_SIDE
+    if not (min(width, height) >= low and max(width, height) <= high and width * height <= most):
+        area = "" if most == high**2 else f", at most {most} pixels a frame"
+        raise MediaError(f"{name} is {width}x{height}; allowed are sides of {low} to {high} pixels{area}")
 
 
-def check_count(name: str, count: int) -> None:
+def check_frame_count(name: str, count: int) -> None:
     if count > MAX_FRAMES:
         raise MediaError(f"{name} has more than {MAX_FRAMES} frames, which is the most that is read; cut it")
 
 
-def check_rate(name: str, fps: float) -> None:
-    if not MIN_FPS <= fps <= MAX_FPS:
-        raise MediaError(f"{name} states {fps:g} frames a second; allowed are {MIN_FPS:g} to {MAX_FPS:g}")
+def check_fps(name: str, fps: float) -> None:
+    if not MIN_INPUT_FPS <= fps <= MAX_INPUT_FPS:
+        raise MediaError(f"{name} states {fps:g} frames a second; allowed are {MIN_INPUT_FPS:g} to {MAX_INPUT_FPS:g}")
 
 
-class _Nameless:
-    """A file as PyAV reads it, without a name that could say what to make of it."""
+class _AnonymousFile:
+    """What PyAV needs to read a file, without the name: FFmpeg would guess the format from that."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
 def open_container(file: BinaryIO, kind: str, name: str) -> Any:
-    """A PyAV container of a checked file. Nothing is decoded, no other file is opened."""
+    """Opens a file of a known kind as a PyAV container. Decodes nothing and opens no other file."""
     import av
 
     if kind == "mov":
         check_boxes(file, name)
     file.seek(0)
     options = {"codec_whitelist": "none", "protocol_whitelist": "none", "enable_drefs": "0"}
-    return av.open(_Nameless(file), format=kind, container_options=options, io_open=_refuse, buffer_size=1 << 17)
+    return av.open(_AnonymousFile(file), format=kind, container_options=options, io_open=_refuse, buffer_size=1 << 17)
 
 
 def _refuse(url: str, flags: int, options: dict[str, str]) -> Any:
@@ -130,8 +131,8 @@ def _refuse(url: str, flags: int, options: dict[str, str]) -> Any:
 
 
 def check_boxes(file: BinaryIO, name: str) -> None:
-    """Counts in an .mp4's index that stand for entries without bytes of their own: a file of 1 KB may claim 2^32 frames
-    of equal size, and FFmpeg would make room for them. Raises MediaError."""
+    """Limits the counts in an .mp4's index that need no bytes in the file: a file of 1 KB may claim 2^32 frames of equal
+    size, and FFmpeg would allocate memory for them. Raises MediaError."""
     samples = index = 0
     for kind, start, end in _boxes(file, 0, file.seek(0, os.SEEK_END), name):
         if kind == b"mdat":
@@ -150,7 +151,7 @@ def check_boxes(file: BinaryIO, name: str) -> None:
 
 
 def _boxes(file: BinaryIO, start: int, end: int, name: str) -> Iterator[tuple[bytes, int, int]]:
-    """(kind, first byte of the content, byte behind it) of the boxes in a range; the last may be cut short."""
+    """(kind, start and end of the content) of the boxes in a range of bytes; the last one may be cut short."""
     for _ in range(MAX_BOXES):
         file.seek(start)
         head = file.read(16)
@@ -169,8 +170,8 @@ def _boxes(file: BinaryIO, start: int, end: int, name: str) -> Iterator[tuple[by
 
 
 def _samples(kind: bytes, data: bytes, name: str) -> int:
-    """How many entries a box claims, wherever in it they stand. FFmpeg obeys a box in any place, so all bytes that look
-    like one count."""
+    """How many samples a box claims, in boxes at any depth: FFmpeg accepts them anywhere, so all bytes that look like
+    such a box count."""
     if b"cmov" in data or kind == b"cmov":
         raise MediaError(f"{name} has a compressed index, which is not read; write it again, as ffmpeg -c copy does")
     if b"iinf" in data:
@@ -186,8 +187,8 @@ def _samples(kind: bytes, data: bytes, name: str) -> int:
 
 
 def _is_plain_sound(track: bytes, count: int) -> bool:
-    """Uncompressed sound has an entry a sample, and is read by chunks: millions of entries cost nothing."""
+    """Whether a track is uncompressed sound. FFmpeg reads it in chunks, so its millions of samples cost nothing."""
     alone = track.count(b"stsz") == track.count(b"stts") == 1 and b"stz2" not in track
-    one_tick = b"\0\0\0\1" + struct.pack(">II", count, 1)  # one run of so many samples, each one tick long
+    one_tick = struct.pack(">III", 1, count, 1)  # one run of `count` samples, each one tick long
     times = track[(at := track.find(b"stts") + 8) : at + 12]
     return alone and b"soun" in track and b"vide" not in track and times == one_tick

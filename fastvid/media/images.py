@@ -42,7 +42,7 @@ def read_picture(file: BinaryIO, kind: str, name: str) -> np.ndarray:
     if kind == "jpeg" and data.count(b"\xff\xda") > MAX_SCANS:
         raise MediaError(f"{name} has more than {MAX_SCANS} scans, which is the most that is read")
     try:
-        image = _open(plain_png(data, name) if kind == "png" else data, kind)
+        image = _open(strip_png(data, name) if kind == "png" else data, kind)
         check_picture_size(name, *image.size)
         if kind == "webp" and getattr(image, "is_animated", False):
             raise MediaError(f"{name} is an animated WebP, which is not read; give a .gif or .mp4")
@@ -82,9 +82,9 @@ def pillow_pixels(image: Any, name: str) -> np.ndarray:
     return over_black(np.asarray(image.convert("RGBA" if alpha else "RGB")))
 
 
-def plain_png(data: bytes, name: str) -> bytes:
-    """A PNG without what does not change its pixels: texts and profiles there may be bombs (a few KB that inflate to
-    gigabytes). Raises MediaError for one that is cut off or damaged."""
+def strip_png(data: bytes, name: str) -> bytes:
+    """A PNG without texts, profiles and all else that does not change its pixels: a few KB there may inflate to
+    gigabytes. Raises MediaError for one that is cut off or damaged."""
     at, kept = 8, [data[:8]]
     while at + 12 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, at)
@@ -141,7 +141,7 @@ def resize(pictures: np.ndarray, height: int, width: int, method: str = "lanczos
 
 def to_rgb(frame: Any, size: tuple[int, int]) -> np.ndarray:
     """A video's PyAV frame as uint8 RGB [H, W, 3], scaled to `size` (width, height before rotating) if it has another,
-    and rotated as it is to be seen."""
+    and rotated as it is to be shown."""
     from av.video.reformatter import ColorRange, Interpolation
 
     alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
@@ -163,7 +163,7 @@ def _is_yuv(frame: Any) -> bool:
 
 
 def _matrix(frame: Any) -> int | None:
-    """What the file says; where it says nothing, BT.709 from 720p on and BT.601 below, as players guess."""
+    """What the file states, else BT.709 from 720p on and BT.601 below, as players guess."""
     if not _is_yuv(frame):
         return None
     guess = BT709 if frame.width >= 1280 or frame.height > 576 else BT601
@@ -191,7 +191,7 @@ def over_black(pictures: np.ndarray) -> np.ndarray:
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
-    """The signs (a, b, c, d) of a display matrix: a pixel at (x, y) is seen at (ax + cy, bx + dy)."""
+    """The signs (a, b, c, d) of a display matrix: a pixel at (x, y) is shown at (ax + cy, bx + dy)."""
     from av.sidedata.sidedata import Type
 
     found = None

@@ -1,18 +1,17 @@
-"""Files -> frames, and the recipe that a file carries. Kinds are told by their first bytes, not by their names."""
+"""All frames of a file, and the recipe in it. The first bytes of a file decide its kind, not its name."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastvid.errors import MediaError
-from fastvid.media.files import MAX_FPS, MIN_FPS, kind_of, media_errors, open_container, open_regular
+from fastvid.media.files import MAX_INPUT_FPS, MIN_INPUT_FPS, kind_of, media_errors, open_container, open_regular
 from fastvid.media.reader import Source, VideoSource, open_source
 
 MAX_RECIPE = 1 << 24  # bytes; what is longer was not written here
@@ -21,7 +20,7 @@ MAX_RECIPE = 1 << 24  # bytes; what is longer was not written here
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float | None]:
     """All frames, uint8 RGB [T, H, W, 3], and frames a second (None where the file does not say).
 
-    Reads what `FrameSink` writes and whatever PyAV decodes, see `fastvid.media.clip`. Raises MediaError.
+    For what can be read see `fastvid.media.clip.open_clip`. Raises MediaError.
     """
     with media_errors(path):
         source = open_source(path)
@@ -30,18 +29,18 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float | None]:
 
 
 def stated_fps(path: str | os.PathLike[str], source: Source) -> float | None:
-    """Frames a second: as the recipe says where the kind of file can't or not exactly (.gif), else as the file does."""
+    """Frames a second: from the recipe where the kind of file states none or not exactly (.gif), else from the file."""
     if isinstance(source, VideoSource) and source.kind != "gif":
         return source.fps
     with contextlib.suppress(MediaError):
         fps = read_recipe(path).get("fps")
-        if isinstance(fps, (int, float)) and MIN_FPS <= fps <= MAX_FPS:
+        if isinstance(fps, (int, float)) and MIN_INPUT_FPS <= fps <= MAX_INPUT_FPS:
             return float(fps)
     return source.fps
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The recipe in a file or folder of frames that fastvid has written, or in a .json file of its own.
+    """The recipe in a file or folder of frames that fastvid has written, or of a .json file that holds just that.
 
     Raises MediaError for a file that cannot be read or has none.
     """
@@ -89,18 +88,10 @@ def _from_npy(path: Path) -> str | None:
 
 
 def _from_png(path: Path) -> str | None:
-    with path.open("rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            size, kind = struct.unpack(">I4s", head)
-            if kind == b"tEXt" and size <= MAX_RECIPE:
-                key, _, text = file.read(size).partition(b"\0")
-                if key == b"fastvid":
-                    return text.decode("ascii")
-                file.seek(4, os.SEEK_CUR)
-            else:
-                file.seek(size + 4, os.SEEK_CUR)
-    return None
+    from PIL import PngImagePlugin
+
+    with open_regular(path) as file:
+        return PngImagePlugin.PngImageFile(file).info.get("fastvid")  # reads up to the pixels only
 
 
 def _from_gif(path: Path) -> str | None:

@@ -1,8 +1,8 @@
-"""Where frames come from: a video file, pictures, arrays. Each source gives frame i when asked, uint8 RGB [H, W, 3].
+"""Sources of frames: video files, pictures, arrays. Each gives any frame when asked, uint8 RGB [H, W, 3].
 
-Asking in order is fast (a video's decoder stays open, where it stands) and any order is right; memory does not grow
-with the number of frames. `times` are the seconds at which the frames begin, and last the second at which the last one
-ends: float64 [num_frames + 1], or None for pictures and arrays, which have no time of their own.
+Reading in order is fast, since a video's decoder stays open where it is; any other order is correct too. Memory does not
+grow with the number of frames. `times` are the seconds at which the frames begin, and at last the second at which the
+last one ends: float64 [num_frames + 1], or None for pictures and arrays, which have no times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,82 +24,75 @@ from fastvid.media.files import (
     KNOWN,
     MAX_CLIP_PIXELS,
     PICTURES,
-    THREADS,
-    check_count,
+    check_fps,
+    check_frame_count,
     check_picture_size,
-    check_rate,
     kind_of,
     open_container,
     open_regular,
 )
-from fastvid.media.images import over_black, plain_png, read_picture, to_rgb
+from fastvid.media.images import over_black, read_picture, strip_png, to_rgb
 
 SEEKABLE = ("mov", "matroska")  # whose index leads to a key frame exactly
 VP8_SHOWN = 0x10  # bit of a packet's first byte (RFC 6386, 9.1): libvpx writes packets that show nothing
+THREADS = 4  # of a decoder, at most
 
 
-class Source(Protocol):
+class Source:
     num_frames: int
     height: int
     width: int
-    fps: float | None
-    times: np.ndarray | None
+    fps: float | None = None
+    times: np.ndarray | None = None
 
     def frame(self, number: int) -> np.ndarray:
-        """Frame `number`, uint8 RGB [H, W, 3]. It may be shared: not to be written to."""
+        """Frame `number`, uint8 RGB [H, W, 3]. It may be shared: do not write to it."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release what can be opened again."""
 
 
 # ---------------------------------------------------------------- pictures and arrays
 
 
-class ArraySource:
+class ArraySource(Source):
     """uint8 [F, H, W, C], C = 1, 3 or 4, in memory; [H, W, C] is one frame, [F, H, W] and [H, W] are gray."""
 
-    fps = times = None
-
     def __init__(self, array: np.ndarray, name: str) -> None:
-        self._array = array.reshape(_frames_shape(array.shape, array.dtype, name))
+        try:
+            shape = _frames_shape(array.shape, array.dtype, name)
+        except MediaError as error:
+            raise InvalidRequest(str(error)) from None
+        self._array = array.reshape(shape)
         self.num_frames, self.height, self.width = self._array.shape[:3]
 
     def frame(self, number: int) -> np.ndarray:
         return over_black(self._array[number])
 
 
-def _frames_shape(shape: tuple[int, ...], dtype: np.dtype, name: str) -> tuple[int, int, int, int]:
-    colours = len(shape) in (3, 4) and shape[-1] in (1, 3, 4)
-    whole = {2: (1, *shape, 1), 3: (1, *shape) if colours else (*shape, 1), 4: shape if colours else None}
-    full = whole.get(len(shape))
+def _frames_shape(shape: tuple[int, ...], dtype: np.dtype, name: str) -> tuple[int, ...]:
+    """The shape as [F, H, W, C]. Raises MediaError for another dtype or layout, too many frames or a size out of bounds."""
+    has_channels = len(shape) in (3, 4) and shape[-1] in (1, 3, 4)
+    by_ndim = {2: (1, *shape, 1), 3: (1, *shape) if has_channels else (*shape, 1), 4: shape if has_channels else None}
+    full = by_ndim.get(len(shape))
     if dtype != np.uint8 or full is None or 0 in full:
-        raise InvalidRequest(
+        raise MediaError(
             f"{name} is {dtype} {list(shape)}; it must be uint8 RGB [F, H, W, 3] or [H, W, 3] (or gray, or RGBA)"
         )
-    _check_given(name, *full[:3])
+    check_frame_count(name, full[0])
+    check_picture_size(name, full[2], full[1])
     return full
 
 
-def _check_given(name: str, count: int, height: int, width: int) -> None:
-    """Like a file's, but what is wrong with an argument is the caller's."""
-    try:
-        check_count(name, count)
-        check_picture_size(name, width, height)
-    except MediaError as error:
-        raise InvalidRequest(str(error)) from None
-
-
-class NpySource:
+class NpySource(Source):
     """A .npy file, read frame by frame; the array must be uint8 in C order, of a shape that `ArraySource` takes."""
-
-    fps = times = None
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-        try:
-            full = _frames_shape(shape, dtype, name)
-        except InvalidRequest as error:
-            raise MediaError(str(error)) from None
-        self.num_frames, self.height, self.width, self._channels = full
+        self.num_frames, self.height, self.width, self._channels = _frames_shape(shape, dtype, name)
         self._file, self._start, self._name = file, file.tell(), name
         self._bytes = self.height * self.width * self._channels
         missing = self._start + self._bytes * self.num_frames - file.seek(0, os.SEEK_END)
@@ -112,15 +105,13 @@ class NpySource:
         return over_black(data.reshape(self.height, self.width, self._channels))
 
 
-class PictureSource:
-    """Pictures of one size, each read when its frame is asked for. The first is read at once, for the size."""
-
-    fps = times = None
+class PictureSource(Source):
+    """Pictures of one size, each read when its frame is asked for; the first one at once, for the size."""
 
     def __init__(self, count: int, read: Callable[[int], np.ndarray], name: str) -> None:
         if count == 0:
             raise MediaError(f"{name}: there are no pictures in it")
-        check_count(name, count)
+        check_frame_count(name, count)
         self.num_frames, self._read, self._name = count, read, name
         self._last = (0, read(0))
         self.height, self.width = self._last[1].shape[:2]
@@ -160,9 +151,12 @@ def _read_file(path: Path) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Index:
-    """A video's frames in the order in which they are seen. pts: their times in ticks, or None where the file does not
-    say them (then a frame is known by its place alone); keys: the times of key frames, ascending."""
+class FrameIndex:
+    """A video's frames in the order in which they are shown.
+
+    pts: their times in ticks, or None where the file does not state them (then decoded frames are counted); keys: the
+    times of key frames, ascending; last_duration: of the last frame in ticks, 0 if unknown.
+    """
 
     count: int
     pts: tuple[int, ...] | None
@@ -170,9 +164,9 @@ class Index:
     last_duration: int
 
 
-class VideoSource:
-    """The first video track of a file. Frames are those that its packets announce: one that cannot be decoded shows the
-    frame before it, as in players, so that count and times stay."""
+class VideoSource(Source):
+    """The first video track of a file. There is one frame for each packet: where one cannot be decoded, the frame before
+    it is shown again, as in players, so that count and times stay."""
 
     def __init__(self, file: BinaryIO, kind: str, name: str) -> None:
         self._file, self.kind, self._name = file, kind, name
@@ -182,14 +176,14 @@ class VideoSource:
         self.num_frames = self._index.count
         self.fps, self.times = self._rate()
         self._decoded: Iterator[tuple[int, Any]] = iter(())
-        self._at = -1  # the frame that _frame is
+        self._at = -1  # the number of _frame
         self._ahead: tuple[int, Any] | None = None
         self._frame = self._first()
         self.height, self.width = self._frame.shape[:2]
 
     # ------------------------------------------------------------ the first pass: no decoding
 
-    def _scan(self) -> Index:
+    def _scan(self) -> FrameIndex:
         pts: list[int | None] = []
         keys, hidden, latest, last = [], 0, None, 0
         with contextlib.closing(self._open()) as container:
@@ -199,7 +193,7 @@ class VideoSource:
                     hidden += packet.size > 0
                     continue
                 pts.append(packet.pts)
-                check_count(self._name, len(pts))
+                check_frame_count(self._name, len(pts))
                 if packet.pts is not None and packet.is_keyframe:
                     keys.append(packet.pts)
                 if packet.pts is not None and (latest is None or packet.pts > latest):
@@ -210,25 +204,26 @@ class VideoSource:
             raise MediaError(f"{self._name}: there are no frames in it")
         if stated > len(pts) + hidden:
             raise MediaError(f"{self._name} is cut off: it has {len(pts) + hidden} of {stated} frames")
-        # An .avi has times in the order of decoding only: its frames are known by the order in which they come out.
-        known = self.kind != "avi" and None not in pts and len(set(pts)) == len(pts)
-        return Index(len(pts), tuple(sorted(pts)) if known else None, tuple(sorted(keys)), last)  # type: ignore[type-var]
+        # An .avi states times in the order of decoding only, so its decoded frames are counted.
+        times = sorted(time for time in pts if time is not None)
+        known = self.kind != "avi" and len(set(times)) == len(pts)
+        return FrameIndex(len(pts), tuple(times) if known else None, tuple(sorted(keys)), last)
 
     def _rate(self) -> tuple[float | None, np.ndarray | None]:
         """Frames a second, and the times of all frames."""
         fps, index = float(self._average or 0), self._index
         if index.pts is None:
             if index.count > 1 or fps:
-                check_rate(self._name, fps)
+                check_fps(self._name, fps)
             return (fps, np.arange(index.count + 1) / fps) if fps else (None, None)
         times = (np.array(index.pts, np.float64) - index.pts[0]) * float(self._time_base)
         if index.count > 1 and times[-1] > 0:
             fps = fps or (index.count - 1) / times[-1]
         if index.count == 1 and not fps:
             return None, None
-        check_rate(self._name, fps)
+        check_fps(self._name, fps)
         usual = float(np.median(np.diff(times))) if index.count > 1 else 1 / fps
-        # Some files state one tick for the last frame, which would then not be seen at all.
+        # Some files state one tick for the last frame, which would then not be shown at all.
         end = times[-1] + max(index.last_duration * float(self._time_base), usual)
         return fps, np.append(times, end)
 
@@ -256,7 +251,7 @@ class VideoSource:
         return max((key for key in keys if key <= pts[number]), default=keys[0])
 
     def _restart(self, number: int) -> None:
-        """Decode from the key frame before a frame, where the file leads there exactly, else from the beginning."""
+        """Decode from the key frame before a frame, or from the beginning where the file cannot seek there exactly."""
         self._begin()
         if self.kind not in SEEKABLE or self._index.pts is None or self._key(number) <= self._index.pts[0]:
             return
@@ -272,14 +267,14 @@ class VideoSource:
         self._container = self._open()
         self._stream = _track(self._container, self._name)
         codec = self._stream.codec_context
-        # Not FRAME: such threads hold more frames, and PyAV hangs when it frees them in the middle of a video.
+        # Not FRAME: such threads hold more frames, and PyAV hangs when it frees them in mid-stream.
         codec.thread_count, codec.thread_type = min(THREADS, os.cpu_count() or 1), "SLICE"
-        # strict: H.264 that does not say how far it reorders is given the most, so that no frame comes too late
+        # strict: assume the most reordering for H.264 that does not state it, so that no frame comes too late
         codec.options = {"max_pixels": str(MAX_CLIP_PIXELS), "strict": "1"}
         self._decoded, self._ahead, self._at = self._decode(), None, -1
 
     def _decode(self) -> Iterator[tuple[int, Any]]:
-        """(frame number, decoded frame) in the order of decoding; what was not announced is left out."""
+        """(frame number, decoded frame) in the order of decoding, without frames that are not in the index."""
         order = None if self._index.pts is None else {pts: number for number, pts in enumerate(self._index.pts)}
         for count, frame in enumerate(self._frames()):
             number = count if order is None else order.get(frame.pts, -1)
@@ -291,12 +286,12 @@ class VideoSource:
 
         for packet in self._container.demux(self._stream):
             if self._stream.codec_context.name == "png" and packet.size:
-                packet = _without_texts(packet, self._name)
+                packet = _strip_packet(packet, self._name)
             with contextlib.suppress(av.error.InvalidDataError):
                 yield from self._stream.codec_context.decode(packet if packet.size else None)
 
     def _step(self) -> None:
-        """Go to the next frame. Nothing decoded for it: the picture stays."""
+        """Go to the next frame. If none could be decoded for it, the picture stays."""
         if self._ahead is None or self._ahead[0] <= self._at:
             self._ahead = next((made for made in self._decoded if made[0] > self._at), None)
         self._at += 1
@@ -308,7 +303,7 @@ class VideoSource:
         self._frame = to_rgb(frame, self._size)
 
     def _first(self) -> np.ndarray:
-        """The first frame that can be decoded: it tells the size, and stands for those before it that can't."""
+        """The first frame that can be decoded. It determines the size, and is shown for those before it that cannot."""
         self._begin()
         width, height = self._stream.codec_context.width, self._stream.codec_context.height
         if width and height:
@@ -326,7 +321,7 @@ class VideoSource:
         return self._frame
 
     def close(self) -> None:
-        """Let go of the decoder; the next frame opens one again."""
+        """Release the decoder; the next frame opens one again."""
         container = getattr(self, "_container", None)
         if container is not None:
             self._decoded = iter(())
@@ -335,7 +330,7 @@ class VideoSource:
 
 
 def _track(container: Any, name: str) -> Any:
-    """The first video track that is no cover picture; the others are skipped unread where the format allows."""
+    """The first video track that is not a cover picture. The others are skipped where the format allows."""
     import av.stream
 
     found = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
@@ -367,10 +362,10 @@ def _is_gif_comment(block: bytes) -> bool:
     return block[at : at + 1] != b","
 
 
-def _without_texts(packet: Any, name: str) -> Any:
+def _strip_packet(packet: Any, name: str) -> Any:
     import av
 
-    plain = av.Packet(plain_png(bytes(packet), name))
+    plain = av.Packet(strip_png(bytes(packet), name))
     plain.pts, plain.dts, plain.time_base = packet.pts, packet.dts, packet.time_base
     plain.is_keyframe = packet.is_keyframe
     return plain
@@ -393,13 +388,13 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             with file:
                 return ArraySource(read_picture(file, kind, name), name)
         if kind == "apng":
-            file = _plain_file(file, name)
+            file = _strip_file(file, name)
         return NpySource(file, name) if kind == "npy" else VideoSource(file, kind, name)
     except BaseException:
         file.close()
         raise
 
 
-def _plain_file(file: BinaryIO, name: str) -> BinaryIO:
+def _strip_file(file: BinaryIO, name: str) -> BinaryIO:
     with file:
-        return io.BytesIO(plain_png(file.read(), name))
+        return io.BytesIO(strip_png(file.read(), name))

@@ -32,13 +32,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastvid.errors import InvalidRequest, MediaError
-from fastvid.media.encoders import ENCODINGS, EncodedWriter, Spec, find_encoder
+from fastvid.media.encoders import ENCODINGS, EncodedWriter, VideoSpec, find_encoder
 from fastvid.media.files import media_errors
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".png", ".npy")
 MAX_GIF_FPS = 50  # players show frames of less than 2/100 s for 10/100 s
 RECIPE_KEY = "fastvid"  # keyword of the PNG text chunk
-PNG_LEVEL = 4  # zlib's, 0 to 9
+PNG_LEVEL = 2  # zlib's, 0 to 9: higher ones take much longer for little
 MAX_PENDING = 2  # chunks of frames that a BackgroundWriter holds before its `write` waits
 
 PathLike = str | os.PathLike[str]
@@ -77,26 +77,26 @@ def check_writable(
     height: int | None = None,
     fps: float | None = None,
 ) -> Target:
-    """Whether a video can be written there, found out by trying: a probe file is made beside it and removed.
+    """Checks that a video can be written there, by writing a small file next to it and removing that again.
 
     Raises InvalidRequest for a name or a kind of file that cannot hold this video, MediaError for a folder that is
-    missing, read-only or full, or an encoder that is missing. What is known of the video may be given.
+    missing, read-only or full, or an encoder that is missing. Give what is known of the video.
     """
-    target = _target(path)
+    target = _parse_target(path)
     if target.kind == ".png" and (num_frames or 1) != 1:
         raise InvalidRequest(f"{path}: a .png holds one frame, not {num_frames}; give a folder such as {path}/ or .mp4")
     if target.kind == ".gif" and fps is not None and fps > MAX_GIF_FPS:
         raise InvalidRequest(f"{path}: a .gif plays at most {MAX_GIF_FPS} fps, not {fps:g}; give .mp4 or .webm")
     with media_errors(path):
-        _check_place(target)
+        _check_location(target)
         if target.kind == ".npy" and num_frames and width and height:
-            _check_room(target, num_frames * width * height * 3)
+            _check_free_space(target, num_frames * width * height * 3)
     if target.kind in ENCODINGS:
         find_encoder(ENCODINGS[target.kind])
     return target
 
 
-def _target(path: PathLike) -> Target:
+def _parse_target(path: PathLike) -> Target:
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise InvalidRequest(f"the output must be a path such as out.mp4, not {path!r:.60}")
@@ -120,7 +120,7 @@ def _nearest_suffix(kind: str) -> str:
     return known.get(kind) or max(SUFFIXES, key=lambda suffix: len(set(suffix) & set(kind)))
 
 
-def _check_place(target: Target) -> None:
+def _check_location(target: Target) -> None:
     path = target.path
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         _check_existing(target, path.stat().st_mode)
@@ -153,7 +153,7 @@ def _is_ours(name: str) -> bool:
     return re.fullmatch(r"\d{6}\.png|[0-9a-f]{8}\.partial", name) is not None
 
 
-def _check_room(target: Target, num_bytes: int) -> None:
+def _check_free_space(target: Target, num_bytes: int) -> None:
     free = shutil.disk_usage(target.path.parent).free
     if free < num_bytes:
         raise MediaError(f"{target.path} would take {num_bytes / 2**20:.0f} MiB; {free / 2**20:.0f} MiB are free")
@@ -214,13 +214,13 @@ class PngWriter:
 class NpyWriter:
     """uint8 [T, H, W, 3], followed by a second array in the same file, the recipe's bytes: np.load reads the first."""
 
-    def __init__(self, stage: Path, spec: Spec) -> None:
+    def __init__(self, stage: Path, spec: VideoSpec) -> None:
         self._stage, self._spec, self._count = stage, spec, 0
         self._file = stage.open("wb")
         self._file.write(self._header())
 
     def _header(self) -> bytes:
-        """Always 128 bytes, so that it can be written again when the number of frames is known."""
+        """Always 128 bytes, so that it can be overwritten once the number of frames is known."""
         shape = (self._count, self._spec.height, self._spec.width, 3)
         text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
         return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
@@ -242,7 +242,7 @@ class NpyWriter:
             self._file.close()
 
 
-def open_writer(target: Target, stage: Path, spec: Spec, recipe: str | None) -> Writer:
+def open_writer(target: Target, stage: Path, spec: VideoSpec, recipe: str | None) -> Writer:
     """`recipe` is JSON in ASCII."""
     if target.kind == ".npy":
         return NpyWriter(stage, spec)
@@ -255,15 +255,15 @@ def open_writer(target: Target, stage: Path, spec: Spec, recipe: str | None) -> 
 
 
 class FrameSink:
-    """Writes uint8 RGB frames as they come. Sides in pixels, fps in frames a second.
+    """Writes uint8 RGB frames to a file as they come. Sides in pixels, fps in frames a second.
 
         with FrameSink("out.mp4", width=64, height=64, fps=16) as sink:
             sink.write(frames)      # [T, 64, 64, 3], any T, again and again
             sink.close(recipe)      # now out.mp4 is there, whole
 
-    Until then the frames are in a file beside it whose name ends in .partial (of an .mp4 it plays as far as it is
-    written). Anything that goes wrong, an exception in the block or a full disk, removes it and leaves the path as it
-    was. An existing file is replaced at once; in an existing folder of frames the old ones go.
+    Until then the frames are in a file next to it whose name ends in .partial (that of an .mp4 already plays). An
+    exception in the block or a full disk removes it and leaves the path as it was. An existing file is replaced in one
+    step; in an existing folder of frames the old frames are removed.
     """
 
     def __init__(
@@ -271,13 +271,13 @@ class FrameSink:
     ) -> None:
         self.path, self.num_frames, self.closed = path, 0, False
         self._target = check_writable(path, fps=fps)
-        self._spec = Spec(width, height, exact_rate(fps))
+        self._spec = VideoSpec(width, height, exact_rate(fps))
         self._recipe = _as_json(recipe)
         self._stage = self._target.staging()
         self._writer: Writer | None = None
 
     def write(self, frames: np.ndarray) -> None:
-        """Frames [T, H, W, 3] in order. Raises MediaError; then nothing is left of the file."""
+        """Append frames [T, H, W, 3]. Raises MediaError; then nothing is left of the file."""
         frames = np.asarray(frames)
         wanted = (self._spec.height, self._spec.width, 3)
         if frames.ndim != 4 or frames.shape[1:] != wanted or frames.dtype != np.uint8:
@@ -298,14 +298,15 @@ class FrameSink:
         return self._writer
 
     def close(self, recipe: dict[str, Any] | None = None) -> Path:
-        """Complete the file, with this recipe or that given at first, and give it its name. Once is enough."""
+        """Complete the file, with this recipe or the one given first, and give it its name. A second call does
+        nothing."""
         if self.closed:
             return self._target.path
         with self._aborting():
             if self.num_frames == 0:
                 raise MediaError(f"{self.path}: there are no frames to write")
             whole = self._open().finish(self._recipe if recipe is None else _as_json(recipe))
-            _put(whole, self._target)
+            _publish(whole, self._target)
         self.closed = True
         self._clean()
         return self._target.path
@@ -346,12 +347,12 @@ class FrameSink:
 
 
 def _as_json(recipe: dict[str, Any] | None) -> str | None:
-    """In ASCII: every container takes it, and no name of a code page is needed."""
+    """In ASCII, which every container takes."""
     return None if recipe is None else json.dumps(recipe, allow_nan=False)
 
 
-def _put(whole: Path, target: Target) -> None:
-    """Give a whole file its name. What is not on the disk yet would be lost by a crash after the rename: sync first."""
+def _publish(whole: Path, target: Target) -> None:
+    """Give a whole file its name. It is synced first, or a crash after the rename could lose its content."""
     if not whole.is_dir():
         with whole.open("r+b") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())

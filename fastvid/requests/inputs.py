@@ -11,7 +11,7 @@ import numpy as np
 
 from fastvid.checks import MAX_SIDE, MIN_SIDE, check_frames
 from fastvid.errors import InvalidRequest, MediaError
-from fastvid.media.clip import Clip, covering, open_clip
+from fastvid.media.clip import Clip, center_crop, open_clip
 from fastvid.media.metadata import read_recipe
 from fastvid.requests.arguments import CLIPS
 from fastvid.requests.recipe import prints_of, recordable
@@ -155,7 +155,7 @@ def _with_mask(request: Request, clip: Clip) -> Request:
             f"mask is {width}x{height}; video is {clip.width}x{clip.height}, and so should the mask be"
         )
     # Cut as the clip is, so that it stays where it was drawn.
-    inside = covering(height, width, request.height, request.width)
+    inside = center_crop(height, width, request.height, request.width)
     cut = request.mask[(slice(None), *inside)]
     rows, columns = (np.arange(n) * o // n for n, o in zip((request.height, request.width), cut.shape[1:], strict=True))
     return replace(request, mask=np.ascontiguousarray(cut[:, rows][:, :, columns]))

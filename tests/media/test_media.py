@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastvid.errors import InvalidRequest, MediaError
-from fastvid.media import encoders, metadata, writer
+from fastvid.media import encoders, files, writer
 from fastvid.media.metadata import read_recipe, read_video
 from fastvid.media.writer import FrameSink, check_writable
 
@@ -187,9 +187,9 @@ def test_what_is_not_there_is_told() -> None:
     "error", [OSError(28, "No space left"), av.error.ExternalError(1, "from a library"), ValueError()]
 )
 def test_errors_of_the_system_name_the_file(error: Exception) -> None:
-    with pytest.raises(MediaError, match="out.mp4: (No space|from|ValueError)"), metadata.media_errors("out.mp4"):
+    with pytest.raises(MediaError, match="out.mp4: (No space|from|ValueError)"), files.media_errors("out.mp4"):
         raise error
-    with pytest.raises(TypeError), metadata.media_errors("out.mp4"):  # a bug stays one
+    with pytest.raises(TypeError), files.media_errors("out.mp4"):  # a bug stays one
         raise TypeError
 
 
