@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.engine.decode import decode_chunk
+from fastvid.media.images import resize
 from fastvid.models.loaded import Model
-from fastvid.ops import resample
 from fastvid.requests.timeline import Segment
 
 
@@ -45,9 +45,7 @@ class Known:
 def fit(frames: np.ndarray, segment: Segment) -> Tensor:
     """uint8 [F, H, W, C] -> fp32 [F, C, made_height, made_width] in [-1, 1]: stretched (Lanczos) to the size that was
     asked for, and the edge repeated where the model makes more."""
-    # One at a time, since the sums are taken in float64.
-    sized = [resample.resize(torch.from_numpy(frame), segment.height, segment.width) for frame in frames]
-    return _widen(to_signed(torch.stack(sized)), segment)
+    return _widen(to_signed(torch.from_numpy(resize(frames, segment.height, segment.width))), segment)
 
 
 def pad(frames: np.ndarray, segment: Segment) -> Tensor:
@@ -96,7 +94,7 @@ def to_signed(pictures: Tensor) -> Tensor:
 
 def fit_pictures(pictures: Tensor, height: int, width: int) -> Tensor:
     """Pictures uint8 [..., H, W, 3], stretched (Lanczos) as the pipelines do: fp32 [..., 3, height, width]."""
-    return to_signed(resample.resize(pictures, height, width, "lanczos"))
+    return to_signed(torch.from_numpy(resize(pictures.numpy(), height, width)))
 
 
 def fit_reference(picture: Tensor, height: int, width: int, *, spatial: int = 8) -> Tensor:
@@ -127,7 +125,7 @@ def clip_pixels(pictures: Tensor, size: int = 224) -> Tensor:
     height, width = pictures.shape[1:3]
     short = min(height, width)
     height, width = int(size * height / short), int(size * width / short)
-    pictures = resample.resize(pictures, height, width, "bicubic")
+    pictures = torch.from_numpy(resize(pictures.numpy(), height, width, "bicubic"))
     top, left = (height - size) // 2, (width - size) // 2
     square = pictures[:, top : top + size, left : left + size]
     values = (square.double() * (1 / 255)).float()  # in fp64, then rounded: what transformers does

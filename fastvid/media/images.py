@@ -115,7 +115,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def resize(pictures: np.ndarray, height: int, width: int, method: str = "lanczos") -> np.ndarray:
-    """Pictures uint8 [..., H, W, 3] -> uint8 [..., height, width, 3] with Pillow; method is "lanczos" or "bicubic".
+    """Pictures uint8 [..., H, W, C] -> uint8 [..., height, width, C] with Pillow, C 1 or 3; method: "lanczos", "bicubic".
 
     First along the rows, then along the columns. Pillow 13 takes the other order where the height shrinks much more
     than the width, and the models were trained on what earlier versions gave; so each direction is a call of its own.
@@ -123,17 +123,18 @@ def resize(pictures: np.ndarray, height: int, width: int, method: str = "lanczos
     """
     from PIL import Image
 
-    if pictures.dtype != np.uint8 or pictures.ndim < 3 or pictures.shape[-1] != 3 or 0 in pictures.shape:
-        raise ValueError(f"resize takes uint8 [..., H, W, 3], not {pictures.dtype} {list(pictures.shape)}")
+    if pictures.dtype != np.uint8 or pictures.ndim < 3 or pictures.shape[-1] not in (1, 3) or 0 in pictures.shape:
+        raise ValueError(f"resize takes uint8 [..., H, W, 1 or 3], not {pictures.dtype} {list(pictures.shape)}")
     if height < 1 or width < 1 or method not in FILTERS:
         raise ValueError(f"resize makes at least 1x1 with {' or '.join(FILTERS)}, not {width}x{height} with {method!r}")
-    how = Image.Resampling[method.upper()]
-    lead, (before, _) = pictures.shape[:-3], pictures.shape[-3:-1]
-    made = np.empty((*lead, height, width, 3), np.uint8)
-    for place in np.ndindex(lead):
-        rows = Image.fromarray(pictures[place]).resize((width, before), how)
-        made[place] = np.asarray(rows.resize((width, height), how))
-    return made
+    *lead, old_height, _, channels = pictures.shape
+    resample = Image.Resampling[method.upper()]
+    resized = np.empty((*lead, height, width, channels), np.uint8)
+    for index in np.ndindex(*lead):
+        image = Image.fromarray(pictures[index] if channels == 3 else pictures[index][..., 0])
+        image = image.resize((width, old_height), resample).resize((width, height), resample)
+        resized[index] = np.asarray(image).reshape(height, width, channels)
+    return resized
 
 
 # ---------------------------------------------------------------- decoded frames

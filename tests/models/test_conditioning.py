@@ -25,7 +25,7 @@ from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.vae import WanVAE
 
 HEIGHT, WIDTH = 32, 48
-# Sizes of pictures below: Pillow 13 resizes columns first where the height shrinks more (see `ops.resample`).
+# Sizes of pictures below: Pillow 13 resizes columns first where the height shrinks more (see `media.images.resize`).
 TINY: dict[str, Any] = {"num_attention_heads": 1, "attention_head_dim": 12, "ffn_dim": 8, "num_layers": 1}
 
 

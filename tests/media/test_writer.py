@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from fastvid.errors import InvalidRequest, MediaError
 from fastvid.media import encoders, files, writer
@@ -52,11 +53,6 @@ def error_of(frames: np.ndarray, expected: np.ndarray) -> float:
 def content(path: Path) -> bytes:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return b"".join(file.read_bytes() for file in files)
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 # ---------------------------------------------------------------- what is in the file
@@ -194,8 +190,6 @@ def test_errors_of_the_system_name_the_file(error: Exception) -> None:
 
 
 def test_pngs_and_arrays_are_read_by_others() -> None:
-    from PIL import Image
-
     frames = clip(3, 65, 67)
     folder = save("out/", frames, recipe=RECIPE)
     assert sorted(os.listdir(folder)) == ["000000.png", "000001.png", "000002.png"]
@@ -408,6 +402,7 @@ def test_a_killed_process_leaves_a_file_that_plays(name: str, tmp_path: Path) ->
     assert len(read_video(left)[0]) > 60
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_length() -> None:
     """Peak memory of 16 and of 400 frames of 480x270 in fresh processes; 384 more frames are 142 MiB as RGB."""
     code = """
