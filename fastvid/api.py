@@ -16,7 +16,7 @@ from fastvid.distributed import layout as ranks
 from fastvid.engine.events import Plan
 from fastvid.engine.queue import RUNNING
 from fastvid.errors import InvalidRequest
-from fastvid.loaders.find import read_checkpoint
+from fastvid.loaders.checkpoint import open_checkpoint
 from fastvid.loaders.lora import lora_problems
 from fastvid.models.loaded import Model
 from fastvid.pipeline.load import load_parts, outline, read_loras
@@ -141,6 +141,6 @@ def load(
 
 def inspect(model: str, loras: Sequence[Any] = (), parts: Mapping[str, str | Path] | None = None) -> dict[str, Any]:
     """What a checkpoint is, read from its configurations and file headers, without loading it; whether LoRAs fit it."""
-    checkpoint = read_checkpoint(model, parts)
+    checkpoint = open_checkpoint(model, parts)
     described = [{**lora.to_dict(), "problems": lora_problems(checkpoint, lora)} for lora in read_loras(loras)]
     return checkpoint.to_dict() | ({"loras": described} if described else {})

@@ -13,64 +13,80 @@ import torch
 from torch import nn
 
 from fastvid.errors import CheckpointError
-from fastvid.loaders import assembled, lora, original, safetensors
-from fastvid.loaders.lora import Lora, note_problem
-from fastvid.loaders.sources import read_tokenizer
+from fastvid.loaders import layouts, lora, safetensors
+from fastvid.loaders.find import (
+    FoundModel,
+    FoundPart,
+    find_diffusers,
+    find_folder,
+    find_original,
+    find_sources,
+    note_problem,
+    part_names,
+    read_tokenizer,
+)
+from fastvid.loaders.layouts import CONFIG, INDEX
+from fastvid.loaders.lora import Lora
+from fastvid.loaders.single_files import find_single_file
 from fastvid.models.common.clip import CLIPVisionConfig
+from fastvid.models.common.config_reader import read_json
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.description import Checkpoint, Part, _flat
 from fastvid.models.preset import Preset
-from fastvid.models.registry import CONTROLLED, EXPERTS, KINDS, OPTIONAL, PartKind, kind_of, on_meta
+from fastvid.models.registry import CONTROLLED, EXPERTS, PartKind, kind_of, on_meta
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.config import VAEConfig, WanTransformerConfig, WanVACEConfig
 from fastvid.models.wan.presets import find_preset, find_variants, read_signature
 from fastvid.ops import reference
 
-PIPELINES = (
-    "WanPipeline",
-    "WanImageToVideoPipeline",
-    "WanVACEPipeline",
-    "WanDMDPipeline",  # FastVideo's, of distilled models
-    "WanCausalDMDPipeline",
-)
-INDEX = "model_index.json"
 
+def open_checkpoint(
+    model: str | Path, parts: Mapping[str, str | Path] | None = None, download: bool = False
+) -> Checkpoint:
+    """Read everything of a model but its weights.
 
-def open_checkpoint(folder: str | Path, given: Mapping[str, str | Path] | None = None) -> Checkpoint:
-    """Read everything of a model but its weights. folder: that of a model, or the single file of a transformer. given:
-    parts that come from elsewhere, see `fastvid.load`.
-
+    model: a name, a folder, or the single file of a transformer. parts: those that come from elsewhere, see
+    `fastvid.load`. download: fetch what is missing of a hub name.
     What is missing or wrong inside goes into `problems`. Raises CheckpointError for a path that is no model of this
     kind at all, saying what was expected and what is nearest; InvalidRequest for parts that do not exist.
     """
-    folder, paths = Path(folder).expanduser(), assembled.check_parts(given)
-    whole = _describe_whole(folder, paths)
-    index = _check_index(whole.index, folder) if whole else _read_index(folder)
-    tokenizer = whole.tokenizer if whole else folder / "tokenizer"
-    found = {part.name: part for part in whole.parts} if whole else {}
-    missing = whole.missing if whole else {}
-    parts = {name: _open_part(folder, name, index, found.get(name), missing) for name in _part_names(index)}
-    problems = [text for part in parts.values() for text in part.problems]
+    sources = find_sources(parts, download)
+    folder = find_folder(model, download).expanduser()
+    found = _find_model(folder, sources)
+    by_name = {part.name: part for part in found.parts}
+    opened = {}
+    for name in part_names(found.index):
+        part = by_name.get(name) or FoundPart(name, problems=(f"{folder} has no {name}",))
+        opened[name] = _open_part(part, layouts.class_of(found.index, name), folder)
+    problems = [text for part in opened.values() for text in part.problems] + list(found.problems)
     text_length = None
-    if "tokenizer" in missing:
-        problems.append(missing["tokenizer"])
-    else:
-        text_length = note_problem(problems, lambda: read_tokenizer(tokenizer).text_length)
-    scheduler = whole and whole.scheduler
-    preset, alternatives = note_problem(problems, lambda: _preset(folder, index, parts, scheduler)) or (None, ())
-    problems += _disagreements(parts)
-    rest = (preset, alternatives, text_length, tuple(problems), tokenizer)
-    return Checkpoint(folder, index["_class_name"], tuple(parts.values()), *rest)
+    if found.tokenizer != Path():
+        text_length = note_problem(problems, lambda: read_tokenizer(found.tokenizer).text_length)
+    preset, alternatives = note_problem(problems, lambda: _preset(folder, found, opened)) or (None, ())
+    return Checkpoint(
+        folder,
+        found.index["_class_name"],
+        tuple(opened.values()),
+        preset,
+        alternatives,
+        text_length,
+        (*problems, *_disagreements(opened)),
+        found.tokenizer,
+    )
 
 
-def _describe_whole(folder: Path, given: Mapping[str, Path]) -> original.Whole | None:
-    """What is not simply a diffusers folder, described as one; None for one that is."""
-    if folder.is_file() and folder.suffix in original.FILES:
-        return assembled.describe_file(folder, given)
-    if _is_original(folder):
-        described = original.read_original(folder) if not given else None
-        return described or assembled.describe_file(assembled.transformer_file(folder), given)
-    return assembled.replace_parts(folder, _read_index(folder), given) if given else None
+def _find_model(path: Path, sources: Mapping[str, Path]) -> FoundModel:
+    if path.is_file() and path.suffix in layouts.WEIGHT_FILES:
+        return find_single_file(path, sources)
+    if layouts.is_original(path):
+        if not sources:
+            return find_original(path)
+        return find_single_file(layouts.original_transformers(path)["transformer"][0], sources)
+    if not path.is_dir():
+        raise CheckpointError(_not_a_folder(path))
+    if not (path / INDEX).is_file():
+        raise CheckpointError(f"{path} has no {INDEX}{_nearest_folder(path)}")
+    return find_diffusers(path, sources)
 
 
 def load_part(
@@ -114,48 +130,42 @@ def check_fill(module: nn.Module, part: Part, loras: Sequence[Lora] = ()) -> Non
     safetensors.read_fitting(module, part.files, part.origins)
 
 
-def _part_names(index: Mapping[str, Any]) -> list[str]:
-    experts = [name for name in EXPERTS if name == EXPERTS[0] or _class_of(index, name)]
-    return [*experts, *(n for n in KINDS if n not in EXPERTS and (n not in OPTIONAL or _class_of(index, n)))]
-
-
-def _open_part(
-    folder: Path,
-    name: str,
-    index: Mapping[str, Any],
-    found: original.FoundPart | None,
-    missing: Mapping[str, str],
-) -> Part:
-    """A part of a diffusers folder, or one that was `found` elsewhere, or is known to be `missing`."""
-    kind, problems = kind_of(name), []
-    if name in missing:
-        return Part(name, None, problems=(missing[name],))
-    given, path = _class_of(index, name), folder / name / "config.json"
-    if given is None:
-        return Part(name, None, problems=(f"{INDEX}: {name} is a None; only {kind.class_name} is supported",))
-    stated = found.config if found else note_problem(problems, lambda: safetensors.read_json(path))
-    config = module = None
-    if given not in (kind.class_name, kind.also):
-        problems.append(f"{INDEX}: {name} is a {given}; only {kind.class_name} is supported")
-    elif stated is not None:
-        config, module = note_problem(problems, lambda: _read_part(kind, stated, path)) or (None, None)
-        if config is not None and given == CONTROLLED != stated.get("_class_name", given):
-            problems.append(f"{INDEX}: {name} is a {given}, but {path} is of a {stated['_class_name']}")
-    files = found.files if found else note_problem(problems, lambda: safetensors.find_files(folder / name)) or ()
-    entries = found.entries if found else note_problem(problems, lambda: safetensors.read_headers(files)) or {}
-    origins = weight_names.origins(entries, weight_names.DIFFUSERS) if found else None
-    entries = entries if origins is None else safetensors.made_of(origins, entries)
+def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
+    """What was found of a part, held against the module that its config describes. class_name: as model_index.json has
+    it."""
+    kind, problems, config, module = kind_of(found.name), list(found.problems), None, None
+    where = found.files[0] if found.identity else folder / found.name
+    stated_in = where if found.identity else where / CONFIG
+    if class_name not in (kind.class_name, kind.also):
+        problems.append(f"{INDEX}: {found.name} is a {class_name}; only {kind.class_name} is supported")
+    elif found.config is not None:
+        built = note_problem(problems, lambda: _build_empty(kind, found.config, stated_in))
+        config, module = built or (None, None)
+        stated_class = found.config.get("_class_name", class_name)
+        if config is not None and class_name == CONTROLLED != stated_class:
+            problems.append(f"{INDEX}: {found.name} is a {class_name}, but {stated_in} is of a {stated_class}")
+    entries, origins = found.entries, None
+    if found.identity:
+        origins = weight_names.origins(entries, weight_names.DIFFUSERS)
+        entries = safetensors.made_of(origins, entries)
     if module is not None and entries:
-        where = files[0] if found else folder / name
         problems += [f"{where}: {text}" for text in safetensors.mismatches(module, entries)]
         entries = safetensors.renamed(module, entries)
-    held = sum(safetensors.nbytes(entry) for entry in found.entries.values()) if found else 0
-    sizes = held or sum(file.stat().st_size for file in files)
-    counts = (safetensors.count_parameters(entries), safetensors.dtypes(entries), sizes)
-    return Part(name, config, stated, files, *counts, tuple(problems), origins)
+    stored = sum(map(safetensors.nbytes, found.entries.values())) if found.identity else 0
+    return Part(
+        found.name,
+        config,
+        found.config,
+        found.files,
+        safetensors.count_parameters(entries),
+        safetensors.dtypes(entries),
+        stored or sum(file.stat().st_size for file in found.files),
+        tuple(problems),
+        origins,
+    )
 
 
-def _read_part(kind: PartKind, stated: dict[str, Any], path: Path) -> tuple[Any, nn.Module]:
+def _build_empty(kind: PartKind, stated: dict[str, Any], path: Path) -> tuple[Any, nn.Module]:
     """The config that a file holds, and the module that it describes, without weights."""
     config = kind.read_config(stated)
     try:
@@ -164,17 +174,15 @@ def _read_part(kind: PartKind, stated: dict[str, Any], path: Path) -> tuple[Any,
         raise CheckpointError(f"{path} describes no {kind.class_name} that can be built: {error}") from None
 
 
-def _preset(
-    folder: Path, index: Mapping[str, Any], parts: Mapping[str, Part], scheduler: Mapping[str, Any] | None
-) -> tuple[Preset, tuple[str, ...]] | None:
+def _preset(folder: Path, found: FoundModel, parts: Mapping[str, Part]) -> tuple[Preset, tuple[str, ...]] | None:
     """The preset, and the other variants that it might be; None without what it follows from. Also for a transformer
     that can't be built yet: its config.json says which one it is."""
     stated, vae = parts["transformer"].stated, parts["vae"].config
     if stated is None or not isinstance(vae, VAEConfig):
         return None
-    scheduler = scheduler or safetensors.read_json(folder / "scheduler" / "scheduler_config.json")
-    experts, name = sum(part in EXPERTS for part in parts), f"{_model_name(folder)} {index['_class_name']}"
-    preset = find_preset(stated, vae, scheduler, index, name, experts)
+    scheduler = found.scheduler or read_json(folder / layouts.SCHEDULER)
+    experts, name = sum(part in EXPERTS for part in parts), f"{_model_name(folder)} {found.index['_class_name']}"
+    preset = find_preset(stated, vae, scheduler, found.index, name, experts)
     same = find_variants(read_signature(stated, experts), name)
     return preset, tuple(other.preset.name for other in same if other.preset.name != preset.name)
 
@@ -213,30 +221,9 @@ def _disagreements(parts: Mapping[str, Part]) -> list[str]:
     return [f"{name} is {a}, but {other} is {b}" for name, a, other, b in pairs if a != b]
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise CheckpointError(_not_a_folder(folder))
-    if not (folder / INDEX).is_file():
-        raise CheckpointError(f"{folder} has no {INDEX}{_nearest_folder(folder)}")
-    return _check_index(safetensors.read_json(folder / INDEX), folder)
-
-
-def _is_original(folder: Path) -> bool:
-    return not (folder / INDEX).is_file() and original.is_original(folder)
-
-
-def _check_index(index: dict[str, Any], folder: Path) -> dict[str, Any]:
-    if (given := index.get("_class_name")) not in PIPELINES:
-        raise CheckpointError(
-            f"{folder / INDEX} describes a {given}; the kinds known so far are {', '.join(PIPELINES)} (Wan, such as "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers)"
-        )
-    return index
-
-
 def _not_a_folder(path: Path) -> str:
     if path.suffix == ".gguf":
-        return f"{path} is quantized (GGUF), which is not supported; take the fp16 or bf16 {safetensors.SUFFIX} file"
+        return f"{path} is quantized (GGUF): {weight_names.QUANTIZED}; take the fp16 or bf16 {safetensors.SUFFIX} file"
     if path.exists():
         return f"{path} is a file; give the folder that holds {INDEX}" + _nearest_folder(path.parent)
     around = path.parent.iterdir() if path.parent.is_dir() else ()
@@ -256,9 +243,3 @@ def _nearest_folder(folder: Path) -> str:
         "; the diffusers layout is expected (model_index.json, transformer/, vae/, text_encoder/, tokenizer/), or the "
         "original one (config.json, diffusion_pytorch_model*.safetensors, models_t5*, Wan2.*_VAE*)"
     )
-
-
-def _class_of(index: Mapping[str, Any], name: str) -> str | None:
-    """The class that model_index.json names for a component: the second of [library, class]."""
-    value = index.get(name)
-    return value[1] if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) else None

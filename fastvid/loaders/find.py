@@ -1,36 +1,83 @@
-"""From a model's name to the folder or file it is in: shipped, local, or on the hub."""
+"""Finds a model and its parts: a name, a folder in diffusers' or the original layout, a file, each read to the headers
+of its weights. What stands around a transformer's single file is found by single_files.py.
+
+A part is what its tensors' names and shapes say it is (models/wan/detect.py), never what its file is called.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
+from fastvid.checks import nearest_name
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.loaders import hub
-from fastvid.loaders.assembled import check_parts
-from fastvid.loaders.checkpoint import open_checkpoint
-from fastvid.models.description import Checkpoint
+from fastvid.loaders import hub, layouts, safetensors
+from fastvid.loaders.layouts import CONFIG, INDEX, TOKENIZER, Config
+from fastvid.loaders.safetensors import Entry
+from fastvid.models.common.config_reader import read_json
+from fastvid.models.common.tokenizer import TextTokenizer
+from fastvid.models.registry import EXPERTS, KINDS, OPTIONAL
+from fastvid.models.wan import weight_names
+from fastvid.models.wan.detect import Identity, identify
 
 EMBEDDED = "embedded"
+BASE = "base"  # a whole model that a single file takes everything else from
+PART_NAMES = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", TOKENIZER, BASE)
+PIPELINES = (
+    "WanPipeline",
+    "WanImageToVideoPipeline",
+    "WanVACEPipeline",
+    "WanDMDPipeline",  # FastVideo's, of distilled models
+    "WanCausalDMDPipeline",
+)
+SPIECE_FILE, SPIECE_TENSOR = "spiece.model", "spiece_model"
+TOKENIZER_FOLDERS = (TOKENIZER, layouts.ORIGINAL_TOKENIZER, "umt5-xxl")
+T = TypeVar("T")
 
 
-def read_checkpoint(
-    model: str | Path, parts: Mapping[str, str | Path] | None = None, download: bool = False
-) -> Checkpoint:
-    """What a model is, from its name, folder or file, without reading weights; see `fastvid.load` for `parts`. Raises
-    CheckpointError."""
-    given = {name: _find_part(name, path, download) for name, path in check_parts(parts).items()}
-    return open_checkpoint(find_folder(model, download), given)
+@dataclass(frozen=True)
+class FoundPart:
+    """One part of a model, by its name in model_index.json: its files, their tensors, and its config.json in diffusers'
+    words. identity: what the tensors are; None in a diffusers folder, where config.json says it. problems: why it can't
+    be read."""
+
+    name: str
+    files: tuple[Path, ...] = ()
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    config: Config | None = None
+    identity: Identity | None = None
+    problems: tuple[str, ...] = ()
 
 
-def _find_part(name: str, path: Path, download: bool) -> Path:
-    """Where a part that was given is: the package's model, a path, or a hub name."""
-    if path.exists() or str(path) == EMBEDDED or hub.is_hub_name(str(path)):
-        return find_folder(path if path.exists() else str(path), download)
-    raise InvalidRequest(
-        f"parts: {name}: {path} does not exist; a file, a folder or a file of a hub repository is needed"
-    )
+@dataclass(frozen=True)
+class FoundModel:
+    """A model's parts, and the JSON files that describe them in diffusers' layout.
+
+    scheduler: None where the folder has one. tokenizer: its folder or file; Path() if there is none, problems say why.
+    """
+
+    parts: tuple[FoundPart, ...]
+    index: Config
+    tokenizer: Path
+    scheduler: Config | None = None
+    image_processor: Config | None = None
+    problems: tuple[str, ...] = ()
+
+
+def note_problem(problems: list[str], read: Callable[[], T]) -> T | None:
+    """What `read` returns, or None with the reason added to the problems."""
+    try:
+        return read()
+    except CheckpointError as error:
+        problems.append(str(error))
+        return None
+
+
+# ---------------------------------------------------------------- by name
 
 
 def find_folder(model: str | Path, download: bool = False) -> Path:
@@ -52,7 +99,7 @@ def find_folder(model: str | Path, download: bool = False) -> Path:
         return Path(model)
     if hub.is_hub_name(model):
         return _from_hub(model, download)
-    return Path(model) if "/" in model or "\\" in model else _unknown(model)
+    return Path(model) if "/" in model or "\\" in model else _refuse_unknown(model)
 
 
 def _from_hub(model: str, download: bool) -> Path:
@@ -65,9 +112,294 @@ def _from_hub(model: str, download: bool) -> Path:
     return folder or hub.download(model)
 
 
-def _unknown(model: str) -> Path:
+def _refuse_unknown(model: str) -> Path:
     near = f" (did you mean {EMBEDDED!r}?)" if difflib.get_close_matches(model.lower(), [EMBEDDED]) else ""
     raise CheckpointError(
         f"model={model!r:.80} is not known{near}; allowed is {EMBEDDED!r}, a folder in diffusers' layout, or a hub id "
         "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     )
+
+
+def find_sources(parts: Any, download: bool = False) -> dict[str, Path]:
+    """`parts=` of `fastvid.load`: names -> folders or files. Raises InvalidRequest for what is none of that."""
+    if parts is None:
+        return {}
+    if not isinstance(parts, Mapping):
+        raise InvalidRequest(
+            f'parts={parts!r:.60}: names and paths are expected, such as {{"vae": "wan_2.1_vae.safetensors"}}'
+        )
+    for name, path in parts.items():
+        if name not in PART_NAMES:
+            near = nearest_name(str(name), PART_NAMES)
+            allowed = ", ".join(PART_NAMES)
+            raise InvalidRequest(f"parts: {name!r:.40} is not known; allowed is {allowed}; nearest: {near}")
+        if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
+            raise InvalidRequest(f"parts: {name} is {path!r:.60}; a file or a folder is expected")
+    return {name: _find_source(name, Path(path).expanduser(), download) for name, path in parts.items()}
+
+
+def _find_source(name: str, path: Path, download: bool) -> Path:
+    if path.exists() or str(path) == EMBEDDED or hub.is_hub_name(str(path)):
+        return find_folder(path if path.exists() else str(path), download)
+    raise InvalidRequest(
+        f"parts: {name}: {path} does not exist; a file, a folder or a file of a hub repository is needed"
+    )
+
+
+# ---------------------------------------------------------------- a whole model's folder
+
+
+def find_diffusers(folder: Path, sources: Mapping[str, Path]) -> FoundModel:
+    """A diffusers folder, with some parts from other sources."""
+    if BASE in sources:
+        raise InvalidRequest(f"parts: {BASE} is for a model that is a single file; {folder} is a whole folder")
+    index = _check_index(read_json(folder / INDEX), folder)
+    replaced = {name: find_part(name, path) for name, path in sources.items() if name != TOKENIZER}
+    for name, part in replaced.items():
+        library, class_name = layouts.CLASSES[name]
+        index[name] = [library, part.config.get("_class_name", class_name)]
+    if "transformer" in replaced:
+        index["_class_name"] = layouts.pipeline_of(replaced["transformer"].identity)
+    parts = tuple(replaced.get(name) or _diffusers_part(folder, name, index) for name in part_names(index))
+    tokenizer = find_tokenizer(sources[TOKENIZER]) if TOKENIZER in sources else folder / TOKENIZER
+    return FoundModel(parts, index, tokenizer)
+
+
+def part_names(index: Mapping[str, Any]) -> list[str]:
+    """The parts that a model_index.json names, or has to name."""
+    wanted = [EXPERTS[0], *(name for name in KINDS if name not in (*EXPERTS, *OPTIONAL))]
+    named = [name for name in (EXPERTS[1], *OPTIONAL) if layouts.class_of(index, name)]
+    order = [*EXPERTS, *KINDS]
+    return sorted(wanted + named, key=order.index)
+
+
+def _diffusers_part(folder: Path, name: str, index: Mapping[str, Any]) -> FoundPart:
+    if layouts.class_of(index, name) is None:
+        return FoundPart(name)
+    problems: list[str] = []
+    config = note_problem(problems, lambda: read_json(folder / name / CONFIG))
+    files = note_problem(problems, lambda: safetensors.find_files(folder / name)) or ()
+    entries = note_problem(problems, lambda: safetensors.read_headers(files)) or {}
+    return FoundPart(name, files, entries, config, problems=tuple(problems))
+
+
+def find_original(
+    folder: Path, read_entries: Callable[[Iterable[Path]], Mapping[str, Entry]] | None = None
+) -> FoundModel:
+    """An original folder. read_entries: reads pickles too. Raises CheckpointError that names what is missing, broken or
+    a pickle."""
+    if read_entries is None:
+        _refuse_pickles(folder)
+    extras = read_json(folder / layouts.EXTRAS) if (folder / layouts.EXTRAS).is_file() else {}
+    configs = extras.get("configs") if isinstance(extras.get("configs"), dict) else {}
+    files = layouts.original_transformers(folder) | _original_files(folder)
+    parts = {}
+    for name, found in files.items():
+        config = dict(configs.get(name) or {}) | (_original_config(folder, name) if name in EXPERTS else {})
+        parts[name] = identify_part(name, found, (read_entries or safetensors.read_headers)(found), config)
+        if (actual := parts[name].identity.part) != kind_name(name):
+            raise CheckpointError(f"{found[0]} should hold a {kind_name(name)}, but it is a {actual}")
+    identity, experts = parts["transformer"].identity, "transformer_2" in parts
+    if identity.task in ("i2v", "flf2v") and identity.family == "wan2.1" and "image_encoder" not in parts:
+        wanted = layouts.ORIGINAL_NAMES["image_encoder"]
+        raise CheckpointError(f"{folder} lacks {wanted} (or .pth), which {identity.name} needs")
+    tokenizer = folder / layouts.ORIGINAL_TOKENIZER
+    if not (tokenizer / "tokenizer.json").is_file():
+        raise CheckpointError(f"{tokenizer} has no tokenizer.json; it comes with the original model")
+    index = extras.get("model_index")
+    index = index or layouts.make_index(identity, {name: part.config for name, part in parts.items()}, experts)
+    scheduler = extras.get("scheduler") or layouts.make_scheduler(identity, experts)
+    processor = extras.get("image_processor") or layouts.make_image_processor()
+    processor = processor if "image_encoder" in parts else None
+    return FoundModel(tuple(parts.values()), _check_index(index, folder), tokenizer, scheduler, processor)
+
+
+def _original_files(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """The files of the encoders and the VAE."""
+    files = {}
+    for part in ("vae", "text_encoder", "image_encoder"):
+        if found := layouts.original_file(folder, part):
+            files[part] = (found,)
+        elif part not in OPTIONAL:
+            name = layouts.ORIGINAL_NAMES[part].format(version="2.1")
+            raise CheckpointError(f"{folder} lacks {name} (or .pth), the {part} of the original layout")
+    return files
+
+
+def _original_config(folder: Path, name: str) -> Config:
+    inner = folder / layouts.EXPERT_FOLDERS[name]
+    config = (inner if inner.is_dir() else folder) / CONFIG
+    return layouts.to_diffusers_words(read_json(config)) if config.is_file() else {}
+
+
+def _refuse_pickles(folder: Path) -> None:
+    found = [path for part in layouts.ORIGINAL_PATTERNS if (path := layouts.original_file(folder, part))]
+    if pickles := [path.name for path in found if path.suffix in safetensors.PICKLES]:
+        raise CheckpointError(
+            f"{folder} is in the original Wan layout, with pickles ({', '.join(pickles)}), which fastvid does not "
+            f"open; use `fastvid convert {folder} NEW-FOLDER`, or give the '-Diffusers' copy of the model"
+        )
+
+
+def _check_index(index: Config, folder: Path) -> Config:
+    if (given := index.get("_class_name")) not in PIPELINES:
+        raise CheckpointError(
+            f"{folder / INDEX} describes a {given}; the kinds known so far are {', '.join(PIPELINES)} (Wan, such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers)"
+        )
+    return index
+
+
+# ---------------------------------------------------------------- one part
+
+
+def kind_name(name: str) -> str:
+    """What the part of that name is: both experts are transformers."""
+    return "transformer" if name in EXPERTS else name
+
+
+def find_part(name: str, path: Path) -> FoundPart:
+    """The part `name` (all but the tokenizer) in a file, in a folder of its own, or in a whole model's folder.
+
+    Raises CheckpointError if it is not there, or is none that is read.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{name}: {path} does not exist")
+    if layouts.is_original(path):
+        found = {part.name: part for part in find_original(path).parts}
+        if name not in found:
+            raise CheckpointError(f"{path} has no {name}; it holds {', '.join(found)}")
+        return found[name]
+    if path.is_file():
+        shards = next((group for group in weight_groups(path.parent) if path in group), (path,))
+        return read_part(name, shards)
+    return read_part(name, safetensors.find_files(path / name if (path / INDEX).is_file() else path))
+
+
+def read_part(name: str, files: tuple[Path, ...]) -> FoundPart:
+    """The part `name` in files that hold it, alone or beside others. Raises CheckpointError."""
+    entries, kind = _read_headers(files), kind_name(name)
+    found = weight_names.find_parts(entries)
+    mine = [one for one in found if one.part == kind]
+    if found and not mine:
+        held = ", ".join(dict.fromkeys(one.part for one in found))
+        hint = f"; give the transformer itself, and this as parts={{{held!r}: ...}}" if name == "transformer" else ""
+        raise CheckpointError(f"{files[0]} holds no {kind}, it is a {held}{hint}")
+    if len(mine) == 1 and len(found) > 1:
+        entries = _behind_prefix(entries, mine[0].prefix, [one.prefix for one in found])
+    return identify_part(name, files, entries, _config_beside(files[0]))
+
+
+def identify_part(
+    name: str, files: tuple[Path, ...], entries: Mapping[str, Entry], config: Mapping[str, Any] | None = None
+) -> FoundPart:
+    """The part that tensors are, by their names and shapes. config: what is known of its configuration from elsewhere.
+    Raises CheckpointError."""
+    where = files[0] if len(files) == 1 else files[0].parent
+    try:
+        identity = identify({key: entry.shape for key, entry in entries.items()})
+        return FoundPart(name, files, entries, identity.config(config), identity)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def held_kinds(files: Iterable[Path]) -> tuple[str, ...]:
+    """The kinds of parts that files hold."""
+    return tuple(dict.fromkeys(found.part for found in weight_names.find_parts(safetensors.read_headers(files))))
+
+
+def weight_groups(folder: Path) -> Iterator[tuple[Path, ...]]:
+    """The files with weights in a folder; shards of one index together."""
+    files = sorted(path for path in folder.glob("*") if path.suffix in layouts.WEIGHT_FILES and path.is_file())
+    sharded: set[Path] = set()
+    for index in sorted(folder.glob(f"*{safetensors.SUFFIX}.index.json")):
+        table = read_json(index).get("weight_map")
+        names = set(table.values()) if isinstance(table, dict) else set()
+        group = tuple(file for file in files if file.name in names)
+        if group and len(group) == len(names):
+            sharded.update(group)
+            yield group
+    yield from ((file,) for file in files if file not in sharded)
+
+
+def _read_headers(files: tuple[Path, ...]) -> dict[str, Entry]:
+    for file in files:
+        if file.suffix in safetensors.PICKLES:
+            raise CheckpointError(
+                f"{file} is a pickle, which fastvid does not open; turn it into safetensors with `fastvid convert "
+                f"{file} {file.with_suffix(safetensors.SUFFIX)} --to original`"
+            )
+        if not file.name.endswith(safetensors.SUFFIX):
+            raise CheckpointError(f"{file} is no {safetensors.SUFFIX} file, the only kind that is read")
+    return safetensors.read_headers(files)
+
+
+def _behind_prefix(entries: Mapping[str, Entry], prefix: str, others: Iterable[str]) -> dict[str, Entry]:
+    """The tensors behind a prefix, but not those behind a longer one of another part. What a file of several parts
+    holds behind none of them belongs to other programs."""
+    longer = tuple(other for other in others if other != prefix and other.startswith(prefix))
+    inside = {name: entry for name, entry in entries.items() if name.startswith(prefix)}
+    return {name: entry for name, entry in inside.items() if not (longer and name.startswith(longer))}
+
+
+def _config_beside(file: Path) -> Config:
+    """config.json in the folder of a file that is named as diffusers and the original repositories name theirs."""
+    config = file.parent / CONFIG
+    if not file.name.startswith(("diffusion_pytorch_model", "model")) or not config.is_file():
+        return {}
+    return layouts.to_diffusers_words(read_json(config))
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+
+def find_tokenizer(path: Path) -> Path:
+    """The tokenizer in a folder of its own, in a whole model's folder, or in a file; CheckpointError if it is none."""
+    places = [path, *(path / inner for inner in TOKENIZER_FOLDERS)] if path.is_dir() else [path]
+    if found := next(filter(is_tokenizer, places), None):
+        return found
+    raise CheckpointError(
+        f"tokenizer: {path} holds none; a folder with tokenizer.json and tokenizer_config.json, a {SPIECE_FILE}, or a "
+        "text encoder's file with the tensor spiece_model is expected"
+    )
+
+
+def is_tokenizer(path: Path) -> bool:
+    """Whether a folder or file is a tokenizer, or holds one as a tensor."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in ("tokenizer.json", SPIECE_FILE))
+    if path.name.endswith(safetensors.SUFFIX):
+        return path.is_file() and holds_spiece(safetensors.read_header(path))
+    return path.is_file() and path.suffix == ".model"
+
+
+def holds_spiece(names: Iterable[str]) -> bool:
+    """Whether tensors of these names have a sentencepiece model among them."""
+    return any(name.split(".")[-1] == SPIECE_TENSOR for name in names)
+
+
+def read_tokenizer(path: Path) -> TextTokenizer:
+    """Read a tokenizer folder, a spiece.model, or a safetensors file that holds one as `spiece_model`.
+
+    A folder with spiece.model alone is read as that file. Raises CheckpointError if it is missing or broken.
+    """
+    if path.is_dir() and not (path / "tokenizer.json").is_file() and (path / SPIECE_FILE).is_file():
+        path = path / SPIECE_FILE
+    if not path.is_file():
+        return TextTokenizer.from_folder(path)
+    return TextTokenizer.from_spiece(_read_spiece(path), str(path))
+
+
+def _read_spiece(path: Path) -> bytes:
+    """The sentencepiece model that a file is, or holds as a tensor of bytes."""
+    try:
+        if not path.name.endswith(safetensors.SUFFIX):
+            return path.read_bytes()
+        found = [entry for name, entry in safetensors.read_header(path).items() if holds_spiece([name])]
+        if len(found) != 1 or found[0].dtype not in ("U8", "I8"):
+            raise CheckpointError(f"{path} holds no sentencepiece model as the bytes of a tensor {SPIECE_TENSOR}")
+        with path.open("rb") as file:
+            file.seek(found[0].offset)
+            return file.read(math.prod(found[0].shape))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fastvid.checks import nearest_name
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import safetensors
+from fastvid.models.common.config_reader import read_json
 from fastvid.models.description import Checkpoint, Part
 from fastvid.models.registry import build_empty
 from fastvid.models.wan.weight_names import DIFFUSERS, Shape, rules, some
@@ -239,18 +240,11 @@ def lora_problems(checkpoint: Checkpoint, merging: Lora) -> list[str]:
         if part.config is None:
             problems.append(f"the {part.name} cannot be read")
             continue
-        shapes = _shapes(build_empty(part.name, part.config))
-        note_problem(problems, lambda shapes=shapes: check([merging], shapes))
+        try:
+            check([merging], _shapes(build_empty(part.name, part.config)))
+        except CheckpointError as error:
+            problems.append(str(error))
     return list(dict.fromkeys(problems))  # two experts of one shape say the same
-
-
-def note_problem(problems: list[str], read: Callable[[], T]) -> T | None:
-    """What `read` returns, or None with the reason added to the problems."""
-    try:
-        return read()
-    except CheckpointError as error:
-        problems.append(str(error))
-        return None
 
 
 def _shapes(module: nn.Module) -> dict[str, Shape]:
@@ -365,7 +359,7 @@ def _peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             raise CheckpointError(f"{path} has broken {METADATA} in its header: an object is expected")
         settings = {key.removeprefix("transformer."): value for key, value in told.items()}
     elif path.name.startswith("adapter_model") and (path.parent / "adapter_config.json").is_file():
-        settings = safetensors.read_json(path.parent / "adapter_config.json")
+        settings = read_json(path.parent / "adapter_config.json")
     else:
         return {}
     if settings.get("use_dora"):

@@ -1,22 +1,31 @@
-"""The child process of `fastvid convert` that opens a pickle: torch.load with weights_only, which makes nothing but
-tensors. The file is mapped, so that no more than a tensor of it is in memory.
+"""Pickles, opened in a child process alone: torch.load with weights_only, which makes nothing but tensors. The file is
+mapped, so that no more than one tensor of it is in memory.
 
     python -m fastvid.loaders.pickles FILE [KEY]
 
-First line out: {"tensors": {name: [dtype, shape]}} or {"error": text}. Then for every line in, a name as a JSON string,
-the tensor's bytes go out.
+The child first writes a line: {"tensors": {name: [dtype, shape, bytes]}} or {"error": text}. Then, for every line that
+it reads, a name as a JSON string, it writes the tensor's bytes. `PickleReader` is the parent's side.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
 import sys
-from typing import Any
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from fastvid.errors import CheckpointError
+
+CHUNK = 2**24  # bytes read at once
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -32,12 +41,84 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 # Where checkpoints of training code keep the weights; averaged ones first.
-INSIDE = (
+WEIGHT_KEYS = (
     *("generator_ema", "ema", "params_ema", "generator", "generator_lora"),
     *("state_dict", "model_state_dict", "model", "module"),
 )
 # What wrappers of modules (FSDP, activation checkpointing, torch.compile) put into names, wherever they stand.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+class PickleReader:
+    """A child process that has a pickle open, and hands out its tensors. Nothing is unpickled in this process.
+
+    tensors: name -> (dtype as safetensors writes it, shape, bytes).
+    """
+
+    def __init__(self, path: Path, key: str = "") -> None:
+        self.path = path
+        self.tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        # The child finds what this process finds, and starts where no file of the user's can stand for a module.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "fastvid.loaders.pickles", str(path.resolve()), key],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            cwd=Path(__file__).parents[2],
+            env=environment,
+        )
+
+    def __enter__(self) -> PickleReader:
+        try:
+            told = json.loads(self._child.stdout.readline() or "null")
+            if not isinstance(told, dict) or "tensors" not in told:
+                raise CheckpointError(f"{self.path} {told['error'] if told else self._why_it_ended()}")
+        except BaseException:
+            self.__exit__()
+            raise
+        self.tensors = {name: (dtype, tuple(shape), size) for name, (dtype, shape, size) in told["tensors"].items()}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError):  # a child that is gone
+            self._child.stdin.close()
+        self._child.terminate()
+        self._child.wait()
+        self._child.stdout.close()
+        self._errors.close()
+
+    def chunks(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        """Bytes [begin, end) of a tensor, in pieces; all of it goes through the pipe."""
+        try:
+            self._child.stdin.write(json.dumps(name).encode() + b"\n")
+            self._child.stdin.flush()
+        except OSError:
+            raise CheckpointError(f"{self.path} {self._why_it_ended()}") from None
+        at = 0
+        for chunk in read_exactly(self._child.stdout, self.tensors[name][2], f"{self.path} ended within {name}"):
+            yield chunk[max(0, begin - at) : max(0, end - at)]
+            at += len(chunk)
+
+    def _why_it_ended(self) -> str:
+        code = self._child.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return f"cannot be read: its process ended with {code} ({lines[-1][:200] if lines else 'silent'})"
+
+
+def read_exactly(file: IO[bytes], size: int, problem: str) -> Iterator[bytes]:
+    """So many bytes of a file, in pieces. Raises CheckpointError(problem) if it ends before."""
+    while size > 0:
+        chunk = file.read(min(CHUNK, size))
+        if not chunk:
+            raise CheckpointError(problem)
+        size -= len(chunk)
+        yield chunk
+
+
+# ---------------------------------------------------------------- in the child
 
 
 class Refused(Exception):
@@ -48,8 +129,8 @@ def main(path: str, key: str = "") -> int:
     """Serve one file, or what stands in it under `key`, on standard input and output."""
     out, sys.stdout = sys.stdout.buffer, sys.stderr
     try:
-        tensors = read(path, key)
-        told = {name: [DTYPES[tensor.dtype], list(tensor.shape)] for name, tensor in tensors.items()}
+        tensors = _load(path, key)
+        told = {name: [DTYPES[one.dtype], list(one.shape), one.nbytes] for name, one in tensors.items()}
         out.write(json.dumps({"tensors": told}).encode() + b"\n")
     except Refused as error:
         out.write(json.dumps({"error": str(error)}).encode() + b"\n")
@@ -62,7 +143,7 @@ def main(path: str, key: str = "") -> int:
     return 0
 
 
-def read(path: str, key: str = "") -> dict[str, Tensor]:
+def _load(path: str, key: str = "") -> dict[str, Tensor]:
     """The tensors of a file, mapped, by their names without those of wrappers. Raises Refused."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -80,10 +161,10 @@ def read(path: str, key: str = "") -> dict[str, Tensor]:
                 "piece by piece; it was not opened. Download it again or, if you trust it, load and save it with torch"
             ) from None
         raise Refused(f"cannot be read as a torch file ({' '.join(str(error).split())[:200]})") from None
-    return check(unwrapped(inside(chosen(state, key))))
+    return _check(_without_wrappers(_find_tensors(_under_key(state, key))))
 
 
-def chosen(state: Any, key: str) -> Any:
+def _under_key(state: Any, key: str) -> Any:
     """What stands under `key`, or all of it if that is empty."""
     if not key:
         return state
@@ -94,7 +175,7 @@ def chosen(state: Any, key: str) -> Any:
     return state[key]
 
 
-def unwrapped(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
+def _without_wrappers(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
     """The same without the names of wrappers, unless two would become one."""
     made = {}
     for name, tensor in tensors.items():
@@ -107,22 +188,22 @@ def unwrapped(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
     return made
 
 
-def inside(state: Any) -> dict[str, Tensor]:
+def _find_tensors(state: Any) -> dict[str, Tensor]:
     """The dict of tensors in what was loaded: itself, or the entry that holds the weights."""
     for _ in range(4):
         if not isinstance(state, dict):
             break
         if tensors := {name: value for name, value in state.items() if isinstance(value, Tensor)}:
             return tensors
-        known = [name for name in INSIDE if isinstance(state.get(name), dict)]
+        known = [name for name in WEIGHT_KEYS if isinstance(state.get(name), dict)]
         if not known:
             break
         state = state[known[0]]
     names = ", ".join(map(str, list(state)[:10])) if isinstance(state, dict) else type(state).__name__
-    raise Refused(f"holds no dict of tensors ({names or 'nothing'}); looked for are {', '.join(INSIDE)}")
+    raise Refused(f"holds no dict of tensors ({names or 'nothing'}); looked for are {', '.join(WEIGHT_KEYS)}")
 
 
-def check(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _check(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same, if safetensors has a place for all of it."""
     for name, tensor in tensors.items():
         if not isinstance(name, str) or tensor.layout != torch.strided or tensor.is_meta:

@@ -17,10 +17,9 @@ from fastvid.distributed import links as scaling_links
 from fastvid.distributed.layout import agree, parse
 from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.errors import CheckpointError, InvalidRequest, OutOfMemory
-from fastvid.loaders.checkpoint import check_fill, fill, load_part
-from fastvid.loaders.find import EMBEDDED, read_checkpoint
+from fastvid.loaders.checkpoint import check_fill, fill, load_part, open_checkpoint
+from fastvid.loaders.find import EMBEDDED, read_tokenizer
 from fastvid.loaders.lora import Lora, for_expert, named, read_loras, touched
-from fastvid.loaders.sources import read_tokenizer
 from fastvid.models.common.experts import Experts
 from fastvid.models.description import Checkpoint
 from fastvid.models.loaded import Model, Sizes, Untold
@@ -64,7 +63,7 @@ def load_parts(
     ops = bind(backend, attention, where)
     merging, asked, replay = read_loras(loras), check_offload(offload), graphs.check(cuda_graphs)
     links = scaling_links.find(link, mesh, where)
-    checkpoint = read_checkpoint(model, parts, download=True).check()
+    checkpoint = open_checkpoint(model, parts, download=True).check()
     mode = (
         asked
         if asked != AUTO
@@ -204,7 +203,7 @@ def _describe(
     if (name := str(model).lower()) in presets.PUBLISHED and not Path(model).exists():
         return *presets.published_configs(name), presets.TEXT_LENGTH, None
     try:
-        checkpoint = read_checkpoint(model, parts).check()
+        checkpoint = open_checkpoint(model, parts).check()
     except CheckpointError as error:
         if Path(model).exists() or "/" in str(model):
             raise

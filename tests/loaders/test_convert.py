@@ -18,10 +18,9 @@ from torch import Tensor
 import fastvid
 from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.loaders import convert_files, safetensors
+from fastvid.loaders import pickles, safetensors
 from fastvid.loaders.checkpoint import open_checkpoint
-from fastvid.loaders.convert import convert
-from fastvid.loaders.convert_files import Tensors, write_weights
+from fastvid.loaders.convert import TensorReader, convert, write_weights
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.models.wan.weight_names import DIFFUSERS, ORIGINAL, origins
@@ -356,7 +355,7 @@ def test_bytes_come_back(
 
 
 def rewrite(files: list[Path], target: Path, to: str, shard: int) -> list[Path]:
-    with Tensors() as tensors:
+    with TensorReader() as tensors:
         entries = tensors.entries(files)
         return write_weights(target, origins(entries, to), tensors, entries, shard)
 
@@ -374,8 +373,8 @@ def test_pieces(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """No tensor is read whole: any size of piece gives the same."""
     state = {name: tensor.flatten()[:40].clone() for name, tensor in tensors_of(published / "text_encoder").items()}
     torch.save(state, tmp_path / "a.pth")
-    monkeypatch.setattr(convert_files, "PIECE", 7)
-    with Tensors() as tensors:
+    monkeypatch.setattr(pickles, "CHUNK", 7)
+    with TensorReader() as tensors:
         entries = tensors.entries([tmp_path / "a.pth"])
         for name, entry in entries.items():
             data = state[name].numpy().tobytes()

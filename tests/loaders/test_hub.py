@@ -23,10 +23,11 @@ LOAD = """
 import sys
 from fastvid.loaders import hub
 from fastvid.errors import Error
-from fastvid.pipeline.load import find_folder, read_checkpoint
+from fastvid.loaders.checkpoint import open_checkpoint
+from fastvid.loaders.find import find_folder
 before = hub.find(sys.argv[1])
 try:
-    print(before, read_checkpoint(sys.argv[1], download=True).check().folder)
+    print(before, open_checkpoint(sys.argv[1], download=True).check().folder)
     assert hub.find(sys.argv[1]) == find_folder(sys.argv[1])
 except Error as error:
     sys.exit(f"{type(error).__name__}: {error}")
@@ -196,7 +197,7 @@ def test_one_file_of_a_repository(tmp_path: Path) -> None:
         snapshot = tmp_path / "home" / "hub" / "models--org--name" / "snapshots" / COMMIT
         assert fetched(snapshot) == {inner}
         seen.clear()
-        code = LOAD.replace("read_checkpoint(sys.argv[1], download=True)", "read_checkpoint(*eval(sys.argv[2]), True)")
+        code = LOAD.replace("open_checkpoint(sys.argv[1], download=True)", "open_checkpoint(*eval(sys.argv[2]), True)")
         parts = {
             "vae": "org/name/split_files/vae/v.safetensors",
             "base": "embedded",

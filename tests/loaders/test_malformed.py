@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fastvid.errors import CheckpointError
 from fastvid.loaders import safetensors
 from fastvid.loaders.checkpoint import open_checkpoint
+from fastvid.models.common.config_reader import read_json
 
 QUICK = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 HEADER = {
@@ -161,4 +162,4 @@ def test_a_name_that_stands_twice(tmp_path: Path, text: str) -> None:
         safetensors.read_header(tmp_path / "a.safetensors")
     (tmp_path / "i.json").write_text('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}')
     with pytest.raises(CheckpointError, match="'a' stands there twice"):
-        safetensors.read_json(tmp_path / "i.json")
+        read_json(tmp_path / "i.json")

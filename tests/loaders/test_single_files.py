@@ -20,7 +20,7 @@ from fastvid.api import inspect
 from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import safetensors
-from fastvid.loaders.sources import read_tokenizer
+from fastvid.loaders.find import read_tokenizer
 from fastvid.models.common.tokenizer import clean_prompt
 from fastvid.models.wan.weight_names import DIFFUSERS, ORIGINAL, origins
 from tests import tiny

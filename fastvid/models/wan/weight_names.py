@@ -204,6 +204,7 @@ def _numbers(names: Iterable[str], pattern: str) -> set[int]:
 
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
 SHOWN = 10  # names in a message
+QUANTIZED = "quantized weights are not supported"
 Shape = tuple[int, ...]
 
 # The tensors of CLIP that are more than renamed: (original, diffusers, leading ones dropped, transposed).
@@ -403,9 +404,7 @@ def _canonical(name: str, found: Found, names: Container[str]) -> str:
 
 def _check_known(unknown: list[str], found: Found) -> None:
     if quantized := [name for name in unknown if _QUANTIZED.fullmatch(name.removeprefix(found.prefix))]:
-        raise CheckpointError(
-            f"quantized weights are not supported: {some(quantized)}; take the fp16, bf16 or fp32 file of this model"
-        )
+        raise CheckpointError(f"{QUANTIZED}: {some(quantized)}; take the fp16, bf16 or fp32 file of this model")
     if unknown:
         raise CheckpointError(f"weights that a Wan {found.part} in {found.layout} names does not have: {some(unknown)}")
 

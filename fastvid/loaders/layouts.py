@@ -1,0 +1,185 @@
+"""What a model's folder looks like: file names, and JSON files, of diffusers' layout and of the original repositories.
+
+    diffusers  model_index.json  transformer/ vae/ text_encoder/ tokenizer/ scheduler/ (transformer_2/ image_encoder/)
+    original   config.json + diffusion_pytorch_model*.safetensors, or (Wan 2.2 A14B) those in high_noise_model/ and
+               low_noise_model/; models_t5_umt5-xxl-enc-bf16.pth; Wan2.1_VAE.pth or Wan2.2_VAE.pth;
+               models_clip_*.pth (2.1 with pictures); google/umt5-xxl/ with the tokenizer
+
+The original encoders are published as pickles, which only `fastvid convert` opens; as .safetensors of the same names
+they are read as they are. The original layout has no place for the encoders' configurations and for the scheduler: they
+follow from the variant, or stand in EXTRAS, which `fastvid convert --to original` writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastvid.errors import CheckpointError
+from fastvid.loaders import safetensors
+from fastvid.models.wan import presets
+from fastvid.models.wan.detect import Identity
+
+Config = dict[str, Any]
+
+INDEX, CONFIG = "model_index.json", "config.json"
+SCHEDULER = Path("scheduler", "scheduler_config.json")
+IMAGE_PROCESSOR = Path("image_processor", "preprocessor_config.json")
+TOKENIZER = "tokenizer"
+# part -> [library, class] of model_index.json
+CLASSES = {
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "image_encoder": ["transformers", "CLIPVisionModel"],
+}
+
+EXTRAS = "diffusers_extras.json"
+EXPERT_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+ORIGINAL_TOKENIZER = "google/umt5-xxl"
+ORIGINAL_NAMES = {
+    "vae": "Wan{version}_VAE.safetensors",
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16.safetensors",
+    "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors",
+}
+ORIGINAL_PATTERNS = {"vae": "*_VAE", "text_encoder": "models_t5*", "image_encoder": "models_clip*"}
+WEIGHT_FILES = (safetensors.SUFFIX, *safetensors.PICKLES)
+
+# original word of a transformer's config.json -> diffusers'
+_WORDS = {
+    "num_heads": "num_attention_heads",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "vace_in_dim": "vace_in_channels",
+    **{key: key for key in ("eps", "ffn_dim", "freq_dim", "num_layers", "vace_layers")},
+}
+_PIPELINES = {"t2v": "WanPipeline", "ti2v": "WanPipeline", "vace": "WanVACEPipeline"}  # by task
+# Shift by (task, two experts), where the expert changes by task.
+_FLOW_SHIFT = {
+    ("flf2v", False): presets.WAN_FLF2V.flow_shift,
+    ("vace", False): presets.WAN_VACE_14B.flow_shift,
+    ("t2v", True): presets.WAN_T2V_A14B.flow_shift,
+}
+_BOUNDARY = {"t2v": presets.WAN_T2V_A14B.boundary_ratio, "i2v": presets.WAN_I2V_A14B.boundary_ratio}
+
+
+# ---------------------------------------------------------------- files
+
+
+def class_of(index: Mapping[str, Any], name: str) -> str | None:
+    """The class that model_index.json names for a component: the second of [library, class]."""
+    value = index.get(name)
+    return value[1] if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) else None
+
+
+def is_original(folder: Path) -> bool:
+    """Whether a folder is a whole model in the original layout: a transformer beside an encoder or a VAE."""
+    if not folder.is_dir() or (folder / INDEX).is_file():
+        return False
+    return any(original_file(folder, part) for part in ("vae", "text_encoder"))
+
+
+def original_file(folder: Path, part: str) -> Path | None:
+    """The file of an encoder or VAE in an original folder, safetensors before pickles."""
+    for suffix in WEIGHT_FILES:
+        if found := sorted(folder.glob(ORIGINAL_PATTERNS[part] + suffix)):
+            return found[0]
+    return None
+
+
+def original_transformers(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """Files of an original folder's transformer, or of both experts. Raises CheckpointError."""
+    inner = {name: folder / inside for name, inside in EXPERT_FOLDERS.items() if (folder / inside).is_dir()}
+    if len(inner) == 1:
+        missing = next(inside for name, inside in EXPERT_FOLDERS.items() if name not in inner)
+        raise CheckpointError(f"{folder / missing} is missing; models with two experts need both")
+    if inner:
+        return {name: safetensors.find_files(path) for name, path in inner.items()}
+    others = {file for pattern in ORIGINAL_PATTERNS.values() for file in folder.glob(pattern + safetensors.SUFFIX)}
+    return {"transformer": safetensors.find_files(folder, others)}
+
+
+def original_name(part: str, identity: Identity) -> str:
+    """The file name of an encoder or VAE in the original layout."""
+    return ORIGINAL_NAMES[part].format(version="2.2" if identity.family == "wan2.2" else "2.1")
+
+
+# ---------------------------------------------------------------- JSON files
+
+
+def to_diffusers_words(config: Mapping[str, Any]) -> Config:
+    """What an original transformer's config.json says, in diffusers' words; a diffusers config as it is."""
+    if "dim" not in config:
+        return dict(config)
+    made = {ours: config[theirs] for theirs, ours in _WORDS.items() if config.get(theirs) is not None}
+    heads, dim = config.get("num_heads"), config["dim"]
+    if type(heads) is int and type(dim) is int and heads > 0 and dim % heads == 0:
+        made["attention_head_dim"] = dim // heads
+    return made
+
+
+def to_original_words(config: Mapping[str, Any], task: str | None) -> Config:
+    """A diffusers transformer's config as the original repositories save theirs."""
+    made = {theirs: config[ours] for theirs, ours in _WORDS.items() if config.get(ours) is not None}
+    names = {"_class_name": "VaceWanModel" if task == "vace" else "WanModel", "model_type": task or "t2v"}
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    return dict(sorted({**names, "dim": dim, "text_len": 512, **made}.items()))
+
+
+def pipeline_of(identity: Identity) -> str:
+    """diffusers' pipeline class for a transformer."""
+    return _PIPELINES.get(identity.task or "t2v", "WanImageToVideoPipeline")
+
+
+def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool) -> Config:
+    """model_index.json. identity: the transformer's; configs: of the parts; experts: there are two transformers."""
+    task, pipeline = identity.task or "t2v", pipeline_of(identity)
+    transformer = ["diffusers", configs["transformer"]["_class_name"]]
+    index: Config = {
+        "_class_name": pipeline,
+        "_diffusers_version": "0.35.0",
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": CLASSES["text_encoder"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": transformer,
+        "transformer_2": transformer if experts else [None, None],
+        "boundary_ratio": _BOUNDARY.get(task, 0.9) if experts else None,
+        "vae": CLASSES["vae"],
+    }
+    if pipeline == "WanImageToVideoPipeline":
+        image = configs.get("image_encoder")
+        index["image_encoder"] = ["transformers", image["architectures"][0]] if image else [None, None]
+        index["image_processor"] = ["transformers", "CLIPImageProcessor"] if image else [None, None]
+    return dict(sorted((index | ({"expand_timesteps": True} if task == "ti2v" else {})).items()))
+
+
+def make_scheduler(identity: Identity, experts: bool) -> Config:
+    """scheduler_config.json, with the shift that the original code takes."""
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "_diffusers_version": "0.35.0",
+        "flow_shift": _FLOW_SHIFT.get((identity.task or "t2v", experts), 5.0),
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+    }
+
+
+def make_image_processor() -> Config:
+    """preprocessor_config.json: what CLIP expects, as openai/clip and the published Wan folders say."""
+    return {
+        "crop_size": {"height": 224, "width": 224},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": 224},
+    }

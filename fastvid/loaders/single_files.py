@@ -1,0 +1,282 @@
+"""Finds what belongs to a transformer's single file: its other expert, VAE, encoders and tokenizer, as ComfyUI keeps
+them in neighbouring folders, inside the same file, or named by the caller.
+
+    models/diffusion_models/ (or unet/)   the transformer; the high and the low noise expert of Wan 2.2
+    models/text_encoders/ (or clip/)      UMT5, the tokenizer inside as the tensor `spiece_model`
+    models/vae/  models/clip_vision/      the VAE, the image encoder
+
+Each part comes from the first of: where the caller says (`parts=`), the transformer's own file, the caller's `base`
+folder, the folders around the file. There a file is taken if it fits the transformer: a VAE by its channels, an encoder
+by its width. Of several that fit, the one in fp32 is taken, if there is just one; otherwise the caller has to say which.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid.loaders import layouts, safetensors
+from fastvid.loaders.find import (
+    BASE,
+    SPIECE_FILE,
+    TOKENIZER_FOLDERS,
+    FoundModel,
+    FoundPart,
+    find_part,
+    find_tokenizer,
+    held_kinds,
+    holds_spiece,
+    is_tokenizer,
+    note_problem,
+    read_part,
+    weight_groups,
+)
+from fastvid.loaders.layouts import TOKENIZER
+from fastvid.models.wan.weight_names import QUANTIZED, some
+
+Sources = Mapping[str, Path]
+
+TRANSFORMER_FOLDERS = ("diffusion_models", "unet", "transformer", "transformer_2", "checkpoints")
+TRANSFORMER_FOLDERS += tuple(layouts.EXPERT_FOLDERS.values())
+# Beside those of transformers.
+PART_FOLDERS = {
+    "vae": ("vae",),
+    "text_encoder": ("text_encoders", "clip", "text_encoder"),
+    "image_encoder": ("clip_vision", "image_encoder"),
+}
+DEPTH = 2  # people sort their files into folders of their own
+NOISE = re.compile(r"(?<![a-z])(high|low)(?![a-z])|(high|low)(?=[-_ ]?noise)", re.IGNORECASE)
+OTHER_NOISE = {"high": "low", "low": "high"}
+
+
+class Need(NamedTuple):
+    """A part that a transformer needs, and the value of its configuration that has to be the transformer's."""
+
+    name: str
+    key: str
+    value: int
+
+
+def find_single_file(file: Path, sources: Sources) -> FoundModel:
+    """The model whose transformer is in `file`. Parts that can't be found have the reason in their problems.
+
+    Raises CheckpointError for a file that holds no transformer, InvalidRequest for parts that contradict each other.
+    """
+    parts = _find_experts(file, sources)
+    main = parts["transformer"]
+    for need in _needs(main):
+        parts[need.name] = _or_missing(need.name, lambda need=need: _find_needed(need, main.files[0], sources))
+    problems: list[str] = []
+    text_files = parts["text_encoder"].files
+    tokenizer = note_problem(problems, lambda: _find_tokenizer(text_files, main.files[0], sources))
+    configs = {name: part.config for name, part in parts.items() if part.config is not None}
+    experts = "transformer_2" in parts
+    index = layouts.make_index(main.identity, configs, experts)
+    index |= {name: layouts.CLASSES[name] for name in parts if name not in configs}
+    scheduler = layouts.make_scheduler(main.identity, experts)
+    return FoundModel(tuple(parts.values()), index, tokenizer or Path(), scheduler, problems=tuple(problems))
+
+
+def _needs(transformer: FoundPart) -> tuple[Need, ...]:
+    config = transformer.config
+    needs = [Need("vae", "z_dim", config["out_channels"]), Need("text_encoder", "d_model", config["text_dim"])]
+    if config.get("image_dim"):
+        needs.append(Need("image_encoder", "hidden_size", config["image_dim"]))
+    return tuple(needs)
+
+
+def _or_missing(name: str, find: Callable[[], FoundPart]) -> FoundPart:
+    """What is found, or a part with the reason why it is not."""
+    try:
+        return find()
+    except CheckpointError as error:
+        return FoundPart(name, problems=(str(error),))
+
+
+# ---------------------------------------------------------------- experts
+
+
+def _find_experts(file: Path, sources: Sources) -> dict[str, FoundPart]:
+    """The transformer, and the one for low noise where there are two."""
+    noise = _noise_of(file)
+    if noise == "low" and "transformer" not in sources and "transformer_2" not in sources:
+        partner = _find_partner(file)  # without the first there is nothing to describe
+        return {
+            "transformer": read_part("transformer", partner),
+            "transformer_2": find_part("transformer_2", file),
+        }
+    if "transformer" in sources:
+        if noise != "low" or "transformer_2" in sources:
+            raise InvalidRequest(f"parts: {file} is the transformer already; take `transformer` out")
+        return {
+            "transformer": find_part("transformer", sources["transformer"]),
+            "transformer_2": find_part("transformer_2", file),
+        }
+    other = sources.get("transformer_2")
+    if other and noise == "low" and _noise_of(other) == "high":
+        raise InvalidRequest(f"parts: {file} is for low noise by its name, {other} for high: give them the other way")
+    parts = {"transformer": find_part("transformer", file)}
+    identity = parts["transformer"].identity
+    if other or noise or (identity.family, identity.task) == ("wan2.2", "i2v"):
+        parts["transformer_2"] = _or_missing("transformer_2", lambda: _find_low_noise(file, other, noise))
+    return parts
+
+
+def _find_low_noise(file: Path, other: Path | None, noise: str) -> FoundPart:
+    if other:
+        return find_part("transformer_2", other)
+    if not noise:
+        raise CheckpointError(
+            f"{file} is one of the two experts of a Wan 2.2 picture model, and its name does not say which; give the "
+            'high noise file as the model and the other as parts={"transformer_2": PATH}, --part transformer_2=PATH'
+        )
+    return read_part("transformer_2", _find_partner(file))
+
+
+def _noise_of(file: Path) -> str:
+    """ "high" or "low" if the name of a file, or of its folder, says for which expert it is; "" otherwise."""
+    for name in (file.name, file.parent.name):
+        if found := NOISE.search(name):
+            return (found[1] or found[2]).lower()
+    return ""
+
+
+def _find_partner(file: Path) -> tuple[Path, ...]:
+    """The file of the other expert: the one whose name says high for low, or low for high. Raises CheckpointError."""
+    noise = _noise_of(file)
+    folders = [file.parent]
+    if NOISE.search(file.parent.name):
+        folders += [path for path in sorted(file.parent.parent.iterdir()) if path.is_dir()]
+    wanted = _letters(file).replace(noise, OTHER_NOISE[noise])
+    groups = [group for folder in dict.fromkeys(folders) for group in weight_groups(folder)]
+    fitting = [group for group in groups if any(_letters(one) == wanted for one in group)]
+    if len(fitting) == 1:
+        return fitting[0]
+    listed = f"; {', '.join(str(group[0]) for group in fitting)} could be it" if fitting else ""
+    raise CheckpointError(
+        f"{file} is the {noise} noise expert of a model with two; the {OTHER_NOISE[noise]} noise one is not "
+        f'in {", ".join(map(str, folders))}{listed}; give parts={{"transformer_2": PATH}}, --part transformer_2=PATH'
+    )
+
+
+def _letters(file: Path) -> str:
+    """Folder and name of a file, without what separates words: publishers are not consistent in that."""
+    folder = file.parent.name if NOISE.search(file.parent.name) else ""
+    return "".join(letter for letter in f"{folder}/{file.name}".lower() if letter.isalnum())
+
+
+# ---------------------------------------------------------------- VAE and encoders
+
+
+def _find_needed(need: Need, file: Path, sources: Sources) -> FoundPart:
+    if need.name in sources:
+        return find_part(need.name, sources[need.name])
+    if need.name in held_kinds([file]):
+        return read_part(need.name, (file,))
+    return find_part(need.name, sources[BASE]) if BASE in sources else _search(need, file)
+
+
+def _search(need: Need, file: Path) -> FoundPart:
+    """The part that fits, from the folders around a transformer's file. Raises CheckpointError that says where was
+    looked, what is there and what to give, if there is none, or not one alone."""
+    folders, refused, fitting = _folders_of(need.name, file), [], []
+    for folder in folders:
+        for group in _groups_below(folder, DEPTH if folder.name in PART_FOLDERS[need.name] else 0):
+            part = _try_group(need, group, refused)
+            fitting += [part] if part else []
+    chosen = fitting if len(fitting) == 1 else [part for part in fitting if _dtypes(part)[:1] == ("F32",)]
+    if len(chosen) == 1:
+        return chosen[0]
+    give = f'give parts={{"{need.name}": PATH}}, --part {need.name}=PATH'
+    if fitting:
+        listed = "; ".join(f"{part.files[0]} ({', '.join(_dtypes(part))})" for part in fitting)
+        raise CheckpointError(f"{need.name}: {len(fitting)} files fit, {listed}; {give}")
+    names = ", ".join(PART_FOLDERS[need.name])
+    looked = ", ".join(map(str, folders)) or f"{file.parent} and folders named {names} beside it"
+    there = f"; what is there does not fit: {'; '.join(refused)}" if refused else ""
+    raise CheckpointError(
+        f"{need.name} ({need.key} {need.value}) is missing: looked in {looked}{there}; {give}, a file or a folder"
+    )
+
+
+def _folders_of(name: str, file: Path) -> list[Path]:
+    root = _root_of(file)
+    near = [root / inner for inner in PART_FOLDERS[name] if (root / inner).is_dir()]
+    return near if root != file.parent else [*near, root]  # a folder with everything side by side
+
+
+def _root_of(file: Path) -> Path:
+    """The folder that has those of PART_FOLDERS inside."""
+    home = next((path for path in list(file.parents)[:3] if path.name.lower() in TRANSFORMER_FOLDERS), None)
+    return home.parent if home else file.parent
+
+
+def _groups_below(folder: Path, depth: int) -> Iterator[tuple[Path, ...]]:
+    """Files with weights in a folder, and in those inside it, so many folders down."""
+    yield from weight_groups(folder)
+    for inner in sorted(path for path in folder.iterdir() if depth and path.is_dir()):
+        yield from _groups_below(inner, depth - 1)
+
+
+def _try_group(need: Need, files: tuple[Path, ...], refused: list[str]) -> FoundPart | None:
+    """The part, if these files are one that fits; what is near but does not fit goes into `refused`."""
+    name = files[0].name
+    if files[0].suffix in safetensors.PICKLES:
+        refused.append(f"{name} is a pickle (see `fastvid convert --help`)")
+        return None
+    try:
+        if need.name not in held_kinds(files):
+            return None
+        part = read_part(need.name, files)
+    except CheckpointError as error:
+        refused.append(str(error))
+        return None
+    if unknown := [kind for kind in _dtypes(part) if kind not in safetensors.FLOATS]:
+        refused.append(f"{name} is {some(unknown)} ({QUANTIZED} yet)")
+    elif part.config.get(need.key) != need.value:
+        refused.append(f"{name} has {need.key} {part.config.get(need.key)}")
+    else:
+        return part
+    return None
+
+
+def _dtypes(part: FoundPart) -> tuple[str, ...]:
+    return safetensors.dtypes({name: entry for name, entry in part.entries.items() if not holds_spiece([name])})
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+
+def _find_tokenizer(text_files: tuple[Path, ...], file: Path, sources: Sources) -> Path:
+    if source := sources.get(TOKENIZER, sources.get(BASE)):
+        return find_tokenizer(source)
+    text = sources.get("text_encoder")
+    if text and text.is_dir() and (beside := next(filter(None, map(_try_tokenizer, (text, text.parent))), None)):
+        return beside
+    return _search_tokenizer(text_files, file)
+
+
+def _try_tokenizer(folder: Path) -> Path | None:
+    try:
+        return find_tokenizer(folder)
+    except CheckpointError:
+        return None
+
+
+def _search_tokenizer(text_files: tuple[Path, ...], file: Path) -> Path:
+    """The tokenizer inside a text encoder's file, or in the folders around it or around the transformer."""
+    inside = [one for one in (*text_files, file) if holds_spiece(safetensors.read_header(one))]
+    around = [place for one in (*text_files[:1], file) for place in (one.parent, _root_of(one), one.parent.parent)]
+    around = list(dict.fromkeys(around))
+    places = [place / inner for place in around for inner in TOKENIZER_FOLDERS]
+    places += [place / SPIECE_FILE for place in around]
+    if found := next(filter(is_tokenizer, (*inside, *places)), None):
+        return found
+    raise CheckpointError(
+        "tokenizer is missing: the text encoder's file has no tensor spiece_model, and there is no folder "
+        f"{' or '.join(TOKENIZER_FOLDERS)} in {', '.join(map(str, around))}; "
+        'give parts={"tokenizer": PATH}, --part tokenizer=PATH'
+    )
