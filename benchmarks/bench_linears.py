@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from harness import Case, Row, compared, measure, save, table
 
-from fastvid.ops import dispatch, linears
+from fastvid.ops import dispatch, transformer
 
 # (rows, inputs, outputs): first and second layer of 1.3B at 480p and of 14B at 720p, a text of 512 tokens
 SIZES = {
@@ -52,8 +52,8 @@ def bench(op: str, size: tuple[int, int, int], dtype: torch.dtype, device: torch
     M, K, N = size
     x = torch.randn(M, K, device=device, dtype=dtype)
     weight, bias = torch.randn(N, K, device=device, dtype=dtype) / K**0.5, torch.randn(N, device=device, dtype=dtype)
-    functions = {name: f for name, f in linears.BACKENDS[op].items() if dispatch.why_not(name, device) is None}
-    functions["torch.compile"] = torch.compile(linears.BACKENDS[op]["reference"])
+    functions = {name: f for name, f in transformer.BACKENDS[op].items() if dispatch.why_not(name, device) is None}
+    functions["torch.compile"] = torch.compile(transformer.BACKENDS[op]["reference"])
     functions["product alone"] = F.linear
     expected = functions["reference"](x, weight, bias)
     for name in functions.keys() - {"product alone"}:

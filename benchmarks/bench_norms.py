@@ -18,7 +18,7 @@ from bench_rgb import copy_of
 from harness import Case, compared, measure, save, table
 from torch import Tensor
 
-from fastvid.ops import dispatch, norms
+from fastvid.ops import dispatch, sparse, transformer
 
 # (tokens along t, h, w; heads of 128), groups of tokens that share a timestep
 SIZES = {
@@ -71,7 +71,7 @@ def calls(
     index = torch.arange(groups, device=device)[None]
     weight, bias = torch.randn((2, d), device=device, dtype=dtype).unbind(0)
     angles = torch.rand((N, 64), device=device) * 6
-    rotary, order = (angles.cos(), angles.sin()), norms.tile_order(grid, TILE, device)[0].int()
+    rotary, order = (angles.cos(), angles.sin()), sparse.tile_order(grid, TILE).to(device, torch.int32)
     row, angle = x.numel() * x.element_size(), 2 * angles.numel() * angles.element_size()
     return {
         "modulated_layer_norm": ("modulated_layer_norm", (x, shift, scale, index, EPS), 2 * row),
@@ -93,7 +93,7 @@ def calls(
 
 def beside(name: str, given: tuple[Any, ...], moved: int, device: torch.device) -> list[Case]:
     """Every way to run an operation, each checked against the reference."""
-    functions = dict(norms.BACKENDS[name])
+    functions = dict(transformer.BACKENDS[name])
     if dispatch.why_not("triton", device):
         del functions["triton"]
     torch.compiler.reset()  # or the ninth shape of a function would run uncompiled
@@ -112,7 +112,7 @@ def sweep(name: str, given: tuple[Any, ...], moved: int) -> list[Case]:
     from fastvid.kernels import qk_norm_rope, row_norms
 
     configured = (qk_norm_rope if "rope" in name else row_norms).CONFIGS
-    before, function = dict(configured), norms.BACKENDS[name]["triton"]
+    before, function = dict(configured), transformer.BACKENDS[name]["triton"]
 
     def run(configs: dict[tuple[int, int], dict[str, int]]) -> None:
         configured.update(configs)

@@ -16,7 +16,7 @@ from bench_rgb import copy_of
 from harness import Case, Row, compared, measure, save, table
 from torch import Tensor
 
-from fastvid.ops import dispatch, patches
+from fastvid.ops import dispatch, transformer
 
 # name -> (latent frames, height, width), channels of the latents, known channels behind them, width d
 SIZES = {
@@ -101,8 +101,8 @@ def compare(
 ) -> list[Row]:
     """All back ends, torch.compile and what else there is, checked against the reference."""
     device, dtype = args[0].device, args[4].dtype if op == "head" else args[1].dtype
-    functions = {name: f for name, f in patches.BACKENDS[op].items() if dispatch.why_not(name, device) is None}
-    functions["torch.compile"] = torch.compile(patches.BACKENDS[op]["reference"])
+    functions = {name: f for name, f in transformer.BACKENDS[op].items() if dispatch.why_not(name, device) is None}
+    functions["torch.compile"] = torch.compile(transformer.BACKENDS[op]["reference"])
     runs = {name: (lambda f=f: f(*args)) for name, f in functions.items()} | dict(more)
     expected = runs["reference"]()
     for name, run in runs.items():

@@ -18,7 +18,7 @@ from harness import Case, Row, compared, measure, save, table, why_not
 from torch import Tensor
 
 from fastvid.device.precision import ieee_fp32
-from fastvid.ops import dispatch, vae_cuda, vae_gpu
+from fastvid.ops import dispatch, vae_gpu, vae_kernels
 
 OPERATIONS = True  # what `gpu.sh measure` runs
 # name -> operation, channels in and out, (frames, height, width) of the input: Wan 2.1 at 832x480, one latent frame
@@ -124,7 +124,7 @@ def bench(
 
 def cuda(op: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Any] | None:
     """The form on csrc/, where it runs and takes the type: in 16 bits, on sm_90."""
-    function = vae_cuda.BACKENDS.get(op, {}).get("cuda")
+    function = vae_gpu.BACKENDS[op].get("cuda")
     if function is None or dtype not in function.dtypes or why_not("cuda", function, "csrc", device):
         return None
     return function
@@ -133,7 +133,7 @@ def cuda(op: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Any
 def norm_then_conv(x: Tensor, past: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """vae_norm_silu_conv3d with a normalised copy of x."""
     copy = torch.empty_like(x)
-    vae_gpu.norm_triton(x, gamma.view(-1), None, copy, True)
+    vae_kernels.norm_triton(x, gamma.view(-1), None, copy, True)
     return vae_gpu.causal_conv3d(copy, past, weight, bias, (1, 1))[0]
 
 

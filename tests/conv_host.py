@@ -10,7 +10,7 @@ import torch
 from compiled_host import compile_host
 from torch import Tensor
 
-from fastvid.ops.vae_cuda import call_of
+from fastvid.ops.vae_kernels import call_of
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def conv_host(
     *how: object,
     width: int = 0,
 ) -> None:
-    """What the kernel writes into `out`; arguments of `vae_cuda.conv_cuda`. Raises ValueError for what it refuses."""
+    """What the kernel writes into `out`; arguments of `vae_kernels.conv_cuda`. Raises ValueError for what it refuses."""
     assert scale is None and gamma is None and weight.permute(0, 2, 3, 4, 1).is_contiguous()
     if out.numel() == 0:
         return
@@ -53,7 +53,7 @@ def conv_host(
 
 
 def norm_host(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
-    """The same of `vae_cuda.norm_cuda`."""
+    """The same of `vae_kernels.norm_cuda`."""
     B, C, T, H, W = x.shape
     strides = [(one.stride(0), *one.stride()[2:]) for one in (x, out)]
     shape = (ctypes.c_int64 * 14)(B, T, H, W, C, *strides[0], *strides[1], int(silu))

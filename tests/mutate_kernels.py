@@ -32,7 +32,7 @@ MODULES = (
     "torch",
     "hypothesis",
     "fastvid.ops.attention_gpu",
-    "fastvid.ops.vae_cuda",
+    "fastvid.ops.vae_gpu",
 )  # slow to import
 PATIENCE = 2  # seconds that an emulated barrier is waited for
 TESTS = {

@@ -20,7 +20,6 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +32,7 @@ import torch
 
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
-from fastvid.ops import linears, norms, patches, reference, rgb, solver_step, vae_cuda, vae_gpu
+from fastvid.ops import rgb, solver_step, transformer, vae_gpu
 
 Function = Callable[..., Any]
 NAMES = ("reference", "triton", "cuda")
@@ -82,17 +81,10 @@ def shape_classes() -> dict[str, Function]:
 
 
 def implementations() -> dict[str, dict[str, Function]]:
-    """Operation -> back end -> function."""
-    public = {name: f for name, f in vars(reference).items() if inspect.isfunction(f) and not name.startswith("_")}
-    table = {name: {"reference": f} for name, f in public.items() if f.__module__ == reference.__name__}
-    table["attention"] = dict(attentions.BACKENDS)
-    table["to_rgb"] = dict(rgb.BACKENDS)
-    for family in (norms, patches, linears, solver_step, vae_gpu):
-        for name, functions in family.BACKENDS.items():
-            table[name] = dict(functions)
-    for name, functions in vae_cuda.BACKENDS.items():
-        table[name] |= functions
-    return table
+    """Operation -> back end -> function. Each name is one of `reference.py`."""
+    families = (transformer.BACKENDS, solver_step.BACKENDS, vae_gpu.BACKENDS)
+    table = {"attention": attentions.BACKENDS, "to_rgb": rgb.BACKENDS}
+    return {name: dict(functions) for of in (table, *families) for name, functions in of.items()}
 
 
 def bind(

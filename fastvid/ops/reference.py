@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvid.ops import attention as attentions
 from fastvid.ops import rgb, vae
+from fastvid.ops import solver_step as stepping
 
 
 def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor | None = None) -> Tensor:
@@ -141,7 +142,7 @@ def qkv_norm_rope(
 
     Kernels lay them out as [B, H, N, D] in memory; here v is a part of what was given, where order is None.
     order [N], in int32 or int64: position p of all three has token order[p], which is turned by that token's cos and
-    sin. It has to be a permutation (see `ops.norms.tile_order`).
+    sin. It has to be a permutation (see `ops.sparse.tile_order`).
     """
     q, k, v = qkv.chunk(3, -1)
     q, k = rms_norm_rope(q, weight_q, cos, sin, eps), rms_norm_rope(k, weight_k, cos, sin, eps)
@@ -183,6 +184,7 @@ def _shapes(*tensors: Tensor) -> str:
 # What models call under these names has its meaning in files of its own.
 attention = attentions.reference
 to_rgb = rgb.reference
+solver_step = stepping.solver_step
 vae_rms_norm = vae.rms_norm
 vae_conv3d = vae.conv3d
 vae_causal_conv3d = vae.causal_conv3d

@@ -1,24 +1,24 @@
-"""The VAEs' operations, `vae_...`: `vae.py` has the meaning; `triton` is kernels/vae_conv.py and kernels/vae_norm.py.
-`vae_cuda.py` runs the same functions on csrc/.
+"""The VAEs' operations on kernels: Triton for all types, CUDA for 16-bit types on sm_90a. `vae.py` has their meaning.
 
-The Triton forms read inputs of any strides where they lie and give results whose channels lie side by side, so that a
-network that is bound to them works channels-last from its first layer on. They never copy activations (but a residual
-that is not channels-last). A weight is copied unless its memory is channels-last: `channels_last` lays a module's out.
-They take no gradient.
+Each is one call of the two kernels of vae_kernels.py; `kernels` says whose. Results are channels-last, so a network that
+is bound to them is channels-last from its first layer on. Triton reads inputs of any strides without a copy (except a
+residual that is not channels-last). A weight is copied unless its memory is channels-last: `channels_last` lays out a
+module's. They take no gradient.
 
 Shapes as in `vae.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastvid.ops import vae
+from fastvid.ops.vae_kernels import CUDA, CUDA_DTYPES, TRITON, Kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAST = torch.channels_last_3d
@@ -29,58 +29,6 @@ def channels_last(module: nn.Module) -> None:
     for weight in module.parameters():
         if weight.ndim == 5:
             weight.data = weight.data.contiguous(memory_format=LAST)
-
-
-@torch.library.custom_op("fastvid::vae_conv_triton", mutates_args=("out",))
-def conv_triton(
-    x: Tensor,
-    past: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    history: int,
-    pad: Sequence[int],
-    top: int,
-    stride: int,
-    stride_t: int,
-    doubled: bool,
-    interleaved: bool,
-    add: bool,
-) -> None:
-    """The Triton kernel, into `out`; see `conv` and `Form` in kernels/vae_conv.py."""
-    from fastvid.kernels.vae_conv import Form, conv
-
-    form = Form((pad[0], pad[1]), top, stride, stride_t, doubled, interleaved, add)
-    conv(x, past, scale, gamma, weight, bias, out, history, form)
-
-
-@torch.library.custom_op("fastvid::vae_norm_triton", mutates_args=("scale", "out"))
-def norm_triton(x: Tensor, gamma: Tensor, scale: Tensor | None, out: Tensor | None, silu: bool) -> None:
-    """The Triton kernel, into `scale` and `out`; see `norm` in kernels/vae_norm.py."""
-    from fastvid.kernels.vae_norm import norm
-
-    norm(x, gamma, scale, out, silu)
-
-
-@conv_triton.register_fake
-@norm_triton.register_fake
-def _nothing(*args: Any) -> None:
-    """What is written has been made by the caller."""
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What runs the operations below. on_load: the convolution normalises what it loads, with the statistics of `norm`;
-    otherwise `norm(x, gamma, out, silu)` makes all of what it takes."""
-
-    conv: Callable[..., None]
-    norm: Callable[..., None]
-    on_load: bool
-
-
-TRITON = Kernels(conv_triton, norm_triton, on_load=True)
 
 
 def rms_norm(x: Tensor, gamma: Tensor, *, kernels: Kernels = TRITON) -> Tensor:
@@ -219,19 +167,6 @@ def halve_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, *
     return _run(kernels, x, past, weight, bias, out, before, stride_t=2)
 
 
-BACKENDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
-    "vae_rms_norm": {"reference": vae.rms_norm, "triton": rms_norm},
-    "vae_conv3d": {"reference": vae.conv3d, "triton": conv3d},
-    "vae_causal_conv3d": {"reference": vae.causal_conv3d, "triton": causal_conv3d},
-    "vae_norm_silu_conv3d": {"reference": vae.norm_silu_conv3d, "triton": norm_silu_conv3d},
-    "vae_norm_silu_conv3d_rgb": {"reference": vae.norm_silu_conv3d_rgb, "triton": norm_silu_conv3d_rgb},
-    "vae_upsample_conv2d": {"reference": vae.upsample_conv2d, "triton": upsample_conv2d},
-    "vae_downsample_conv2d": {"reference": vae.downsample_conv2d, "triton": downsample_conv2d},
-    "vae_double_frames": {"reference": vae.double_frames, "triton": double_frames},
-    "vae_halve_frames": {"reference": vae.halve_frames, "triton": halve_frames},
-}
-
-
 def _run(
     kernels: Kernels,
     x: Tensor,
@@ -337,3 +272,29 @@ def _check_edges(op: str, x: Tensor, edges: tuple[int, int]) -> None:
 
 def _shapes(*tensors: Tensor) -> str:
     return ", ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors)
+
+
+def _backends(operation: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """The back ends of an operation of this file."""
+    found = {"reference": getattr(vae, operation.__name__), "triton": operation}
+    if operation is not norm_silu_conv3d_rgb:  # which makes 3 channels: the CUDA convolution has no form for it
+        found["cuda"] = partial(operation, kernels=CUDA)
+        found["cuda"].needs = "90a"  # the only architecture that it is compiled for; `dispatch.lacks` asks
+        found["cuda"].dtypes = CUDA_DTYPES  # what benchmarks give it
+    return found
+
+
+OPERATIONS = (
+    rms_norm,
+    conv3d,
+    causal_conv3d,
+    norm_silu_conv3d,
+    norm_silu_conv3d_rgb,
+    upsample_conv2d,
+    downsample_conv2d,
+    double_frames,
+    halve_frames,
+)
+BACKENDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    f"vae_{operation.__name__}": _backends(operation) for operation in OPERATIONS
+}

@@ -1,5 +1,5 @@
 """csrc/'s convolutions and norm: on the CPU, the kernels' own code over interpreted TMA, mbarriers and wgmma, against
-float64; what the compiler makes of them for sm_90a; on a GPU, the kernels. Operations are `vae_kernels.py`'s, with the
+float64; what the compiler makes of them for sm_90a; on a GPU, the kernels. Operations are those of `ops/vae_gpu.py`, with the
 same meanings as in test_vae_kernels.py, whose exact forms judge here too. Results lie in the middle of NaN.
 """
 
@@ -22,15 +22,15 @@ from test_vae_kernels import exact_conv, exact_double, exact_downsample, exact_n
 from torch import Tensor
 
 from fastvid.errors import BackendUnavailable
-from fastvid.ops import vae, vae_cuda, vae_gpu
+from fastvid.ops import vae, vae_gpu, vae_kernels
 from fastvid.ops.dispatch import bind
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler is found")
 LAST = torch.channels_last_3d
 HALF, BF16 = torch.float16, torch.bfloat16
 ROUNDING = {HALF: 2.0**-10, BF16: 2.0**-7}
-HOST = vae_gpu.Kernels(conv_host, norm_host, on_load=False)
-CUDA = vae_cuda.KERNELS
+HOST = vae_kernels.Kernels(conv_host, norm_host, on_load=False)
+CUDA = vae_kernels.CUDA
 on_gpu = pytest.mark.gpu
 
 
@@ -49,7 +49,9 @@ def check(made: Tensor, eager: Tensor, exact: Tensor) -> None:
     assert (made.double() - exact).norm() <= 2 * ROUNDING[made.dtype] * exact.norm()
 
 
-def run_all(kernels: vae_gpu.Kernels, C: int, N: int, T: int, H: int, W: int, dtype: torch.dtype, device: str) -> None:
+def run_all(
+    kernels: vae_kernels.Kernels, C: int, N: int, T: int, H: int, W: int, dtype: torch.dtype, device: str
+) -> None:
     """Every operation on one size: with a past and without one, with edges, with a residual."""
     draw = partial(drawn, dtype=dtype, device=device)
     x, past, gamma = draw(1, C, T, H, W), draw(1, C, 2, H, W), draw(C, 1, 1, 1)
@@ -233,7 +235,7 @@ def test_sizes_that_do_not_fit() -> None:
     for shape in [(1, 88, 2, 4, 5), (1, 96, 3, 4, 5), (2, 96, 2, 4, 5)]:
         out = torch.empty(shape, dtype=HALF).contiguous(memory_format=LAST)
         with pytest.raises(ValueError, match="do not fit"):
-            vae_cuda.call_of(x, None, weight, out, 2, (1, 1), 0, 1, 1, False, False, False)
+            vae_kernels.call_of(x, None, weight, out, 2, (1, 1), 0, 1, 1, False, False, False)
 
 
 def test_channels_that_make_no_eights_are_padded() -> None:
@@ -242,12 +244,12 @@ def test_channels_that_make_no_eights_are_padded() -> None:
     weight, bias = drawn(16, 3, 3, 3, 3) / 9, drawn(16)
 
     def padded(x: Tensor, past: Tensor, scale: None, gamma: None, weight: Tensor, *rest: Any) -> None:
-        groups = map(vae_cuda.channel_groups, (x, past, weight))
+        groups = map(vae_kernels.channel_groups, (x, past, weight))
         x, past, weight = groups
         assert x.shape[1] == past.shape[1] == weight.shape[1] == 8
         conv_host(x, past, None, None, weight, *rest)
 
-    kernels = vae_gpu.Kernels(padded, norm_host, on_load=False)
+    kernels = vae_kernels.Kernels(padded, norm_host, on_load=False)
     made, _ = vae_gpu.causal_conv3d(x, past, weight, bias, (1, 1), kernels=kernels)
     check(made, vae.causal_conv3d(x, past, weight, bias, (1, 1))[0], exact_conv(x, past, weight, bias, (1, 1)))
 
@@ -261,7 +263,7 @@ def test_asked_for_by_name_it_works_or_says_why_not() -> None:
 
 def test_wrong_tensors_are_refused() -> None:
     x, weight, bias = drawn(1, 16, 2, 4, 5), drawn(96, 16, 3, 3, 3), drawn(96)
-    function: Callable[..., Any] = vae_cuda.BACKENDS["vae_causal_conv3d"]["cuda"]
+    function: Callable[..., Any] = vae_gpu.BACKENDS["vae_causal_conv3d"]["cuda"]
     with pytest.raises(ValueError, match="one CUDA device"):
         function(x, None, weight, bias, (1, 1))
     with pytest.raises(ValueError, match="float16 or bfloat16"):
@@ -283,6 +285,6 @@ def test_on_a_gpu(C: int, N: int, dtype: torch.dtype) -> None:
 def test_a_thousand_runs_give_the_same_bits() -> None:
     x, past = drawn(1, 96, 4, 40, 52, device="cuda"), drawn(1, 96, 2, 40, 52, device="cuda")
     weight, bias, gamma = drawn(96, 96, 3, 3, 3, device="cuda") / 50, drawn(96, device="cuda"), drawn(96, device="cuda")
-    function = vae_cuda.BACKENDS["vae_norm_silu_conv3d"]["cuda"]
+    function = vae_gpu.BACKENDS["vae_norm_silu_conv3d"]["cuda"]
     first, _ = function(x, past, gamma, weight, bias)
     assert all(torch.equal(first, function(x, past, gamma, weight, bias)[0]) for _ in range(1000))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from interpreted import run_interpreted
 from torch import Tensor
 
-from fastvid.ops import linears, patches, reference
+from fastvid.ops import reference, transformer
 
 HALVES = (torch.float32, torch.float16)
 DTYPES = (*HALVES, torch.bfloat16)
@@ -143,7 +143,7 @@ def refused(run: Callable[..., Tensor], *args: object) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    linear, embed = linears.BACKENDS["linear"]["triton"], patches.BACKENDS["patch_embed"]["triton"]
+    linear, embed = transformer.BACKENDS["linear"]["triton"], transformer.BACKENDS["patch_embed"]["triton"]
     refused(linear, random(2, 5), random(7, 6), None)
     refused(linear, random(2, 5), random(7, 5), random(6))
     refused(linear, random(2, 5), random(7, 5).half(), None)
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused() -> None:
     refused(embed, latents, weight[:, :3], None)
     refused(embed, latents, weight, None, latents)
     refused(embed, latents[:, :2], weight, None, latents[:, 2:, :1])
-    head, args = patches.BACKENDS["head"]["triton"], make_head(2, (2, 3, 4), (1, 2, 2), 5, 11, 2)
+    head, args = transformer.BACKENDS["head"]["triton"], make_head(2, (2, 3, 4), (1, 2, 2), 5, 11, 2)
     for at, bad in ((0, args[0][:, 1:]), (1, args[1][:1]), (3, args[3][:1]), (4, args[4][1:]), (6, (2, 3)), (7, (7,))):
         refused(head, *args[:at], bad, *args[at + 1 :])
 
@@ -201,7 +201,7 @@ def test_gelu_at_its_ends() -> None:
     """Far below 0 the result is 0 or a little less, far above x itself; infinity and NaN do as they do eagerly."""
     x = torch.tensor([-1e30, -1e4, -50.0, -11.0, -5.0, -1e-30, 0.0, 1e-30, 3.0, 1e4, 1e30, math.inf, NAN])
     values, eye = x[:, None], torch.ones(1, 1)
-    made = linears.linear_gelu_tanh_triton(values, eye, None)[:, 0]
+    made = transformer.linear_gelu_tanh_triton(values, eye, None)[:, 0]
     exact = x.double() * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x.double() + 0.044715 * x.double() ** 3))
     torch.testing.assert_close(made[:11].double(), exact[:11], rtol=2e-5, atol=1e-37)
     assert made[11] == math.inf and bool(made[12].isnan())
@@ -236,8 +236,8 @@ def test_linear_of_nothing_and_of_what_it_does_not_take() -> None:
     from fastvid.kernels.linear_gelu import Config, linear
 
     x, weight = random(4, 8), random(6, 8, seed=1)
-    assert linears.linear_triton(x[:0], weight, None).shape == (0, 6)
-    assert torch.equal(linears.linear_triton(x[:, :0], weight[:, :0], random(6)), random(6).expand(4, 6))
+    assert transformer.linear_triton(x[:0], weight, None).shape == (0, 6)
+    assert torch.equal(transformer.linear_triton(x[:, :0], weight[:, :0], random(6)), random(6).expand(4, 6))
     with pytest.raises(ValueError, match=r"out must be \[4, 6\]"):
         linear(x, weight, None, torch.empty(4, 7), False)
     with pytest.raises(ValueError, match="bias must be contiguous"):
@@ -251,7 +251,7 @@ def test_linear_of_nothing_and_of_what_it_does_not_take() -> None:
 @pytest.mark.interpret
 def test_linear_of_a_slice_of_a_batch() -> None:
     x, weight, bias = random(2, 7, 8)[:, 1:5], random(6, 8, seed=1), random(6, seed=2)
-    torch.testing.assert_close(linears.linear_triton(x, weight, bias), reference.linear(x, weight, bias))
+    torch.testing.assert_close(transformer.linear_triton(x, weight, bias), reference.linear(x, weight, bias))
 
 
 GRIDS = st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 5))
@@ -309,7 +309,7 @@ def test_patch_embed_has_64_bit_offsets(which: str) -> None:
     near, far = random(1, 3, 2, 2, 4, dtype=torch.float16), apart((1, 3, 2, 2, 4), (1, 2**30, 64, 8, 1))
     weight = random(8, 6, 1, 2, 2, dtype=torch.float16, seed=1)
     pair = (near, far.copy_(random(1, 3, 2, 2, 4, seed=2))) if which == "known" else (far.copy_(near), near)
-    made = patches.patch_embed_triton(pair[0], weight, None, pair[1])
+    made = transformer.patch_embed_triton(pair[0], weight, None, pair[1])
     check(
         made, reference.patch_embed(pair[0], weight, None, pair[1]), exact_patch_embed(pair[0], weight, None, pair[1])
     )
@@ -318,7 +318,7 @@ def test_patch_embed_has_64_bit_offsets(which: str) -> None:
 @pytest.mark.interpret
 def test_patch_embed_with_more_features_than_are_kept_on_chip() -> None:
     latents, weight = random(1, 200, 1, 4, 4), random(5, 200, 1, 2, 2, dtype=torch.float16, seed=1)
-    made = patches.patch_embed_triton(latents, weight, None)
+    made = transformer.patch_embed_triton(latents, weight, None)
     check(made, reference.patch_embed(latents, weight, None), exact_patch_embed(latents, weight, None, None))
 
 
@@ -327,7 +327,7 @@ def test_patch_embed_of_nothing_and_of_what_it_does_not_take() -> None:
     from fastvid.kernels.patch_embed import patch_embed
 
     latents, weight = random(1, 4, 1, 2, 2), random(8, 4, 1, 2, 2)
-    assert patches.patch_embed_triton(latents[:0], weight, None).shape == (0, 1, 8)
+    assert transformer.patch_embed_triton(latents[:0], weight, None).shape == (0, 1, 8)
     with pytest.raises(ValueError, match="out must be contiguous"):
         patch_embed(latents, weight, None, None, torch.empty(1, 2, 8))
     with pytest.raises(ValueError, match="must be contiguous"):
@@ -380,7 +380,7 @@ def test_head_with_tokens_far_from_a_mean_of_0(groups: int, dtype: torch.dtype) 
     x = (args[0] / 5 + 100).to(dtype)
     x[:, 5] = 7.0
     args = (x, *args[1:4], args[4].to(dtype), args[5].to(dtype), *args[6:])
-    check(patches.head_triton(*args), reference.head(*args), exact_head(*args))
+    check(transformer.head_triton(*args), reference.head(*args), exact_head(*args))
 
 
 @pytest.mark.interpret
@@ -415,7 +415,13 @@ def test_head_of_nothing_and_of_what_it_does_not_take() -> None:
     from fastvid.kernels.head import head
 
     x, shift, scale, index, weight, bias, grid, patch, eps = make_head(1, (1, 2, 2), (1, 2, 2), 3, 20, 1)
-    assert patches.head_triton(x[:0], shift, scale, index[:0], weight, bias, grid, patch, eps).shape == (0, 3, 1, 4, 4)
+    assert transformer.head_triton(x[:0], shift, scale, index[:0], weight, bias, grid, patch, eps).shape == (
+        0,
+        3,
+        1,
+        4,
+        4,
+    )
     out = torch.empty(1, 3, 1, 4, 4)
     for bad, message in (
         ({"x": x.double()}, "fp32, fp16 or bf16"),
@@ -435,11 +441,11 @@ def test_head_of_nothing_and_of_what_it_does_not_take() -> None:
 @pytest.mark.interpret
 def test_operators_of_torch() -> None:
     x, weight, bias = random(2, 3, 16), random(8, 16, seed=1), random(8, seed=2)
-    torch.library.opcheck(linears.linear_triton, (x, weight, bias))
-    torch.library.opcheck(linears.linear_gelu_tanh_triton, (x, weight, None))
+    torch.library.opcheck(transformer.linear_triton, (x, weight, bias))
+    torch.library.opcheck(transformer.linear_gelu_tanh_triton, (x, weight, None))
     latents, weight = random(1, 4, 1, 4, 4), random(8, 6, 1, 2, 2, seed=1)
-    torch.library.opcheck(patches.patch_embed_triton, (latents, weight, bias, latents[:, :2]))
-    torch.library.opcheck(patches.head_triton, (*make_head(1, (1, 2, 2), (1, 2, 2), 3, 20, 1), torch.float16))
+    torch.library.opcheck(transformer.patch_embed_triton, (latents, weight, bias, latents[:, :2]))
+    torch.library.opcheck(transformer.head_triton, (*make_head(1, (1, 2, 2), (1, 2, 2), 3, 20, 1), torch.float16))
 
 
 def test_under_the_interpreter() -> None:
@@ -471,7 +477,7 @@ def test_linear_on_a_gpu(dtype: torch.dtype, gelu: bool, M: int, N: int, K: int)
     x, weight = random(M, K, dtype=dtype, device="cuda"), random(N, K, dtype=dtype, seed=1, device="cuda") / K**0.5
     bias = random(N, dtype=dtype, seed=2, device="cuda")
     name = "linear_gelu_tanh" if gelu else "linear"
-    back = linears.BACKENDS[name]
+    back = transformer.BACKENDS[name]
     exact = exact_linear(x, weight, bias, gelu)
     check(back["triton"](x, weight, bias), back["reference"](x, weight, bias), exact)
     if K % 2:
@@ -494,7 +500,7 @@ def test_patch_embed_on_a_gpu(
     for latents_dtype in {dtype, torch.float32}:
         latents = random(2, channels, *size, dtype=latents_dtype, seed=2, device="cuda")
         known = random(2, behind, *size, dtype=latents_dtype, seed=3, device="cuda") if behind else None
-        made = patches.patch_embed_triton(latents, weight, bias, known)
+        made = transformer.patch_embed_triton(latents, weight, bias, known)
         rounded = None if known is None else known.to(dtype)
         exact = exact_patch_embed(latents, weight, bias, rounded)
         check(made, reference.patch_embed(latents, weight, bias, known), exact)
@@ -509,8 +515,8 @@ def test_head_on_a_gpu(dtype: torch.dtype, C: int, d: int, groups: str) -> None:
     count = {"one": 1, "frames": 3, "tokens": math.prod(grid)}[groups]
     args = make_head(2, grid, (1, 2, 2), C, d, count, dtype, device="cuda")
     exact = exact_head(*args)
-    check(patches.head_triton(*args), reference.head(*args), exact)
-    widened = patches.head_triton(*args, dtype=torch.float32)
+    check(transformer.head_triton(*args), reference.head(*args), exact)
+    widened = transformer.head_triton(*args, dtype=torch.float32)
     assert error(widened, exact) <= max(2 * error(reference.head(*args), exact), torch.finfo(dtype).eps)
 
 
@@ -519,6 +525,6 @@ def test_more_than_2_31_elements_on_a_gpu() -> None:
     rows = 2**31 // 8960 + 77
     x = torch.randn(rows, 64, device="cuda", dtype=torch.bfloat16)
     weight = random(8960, 64, dtype=torch.bfloat16, device="cuda")
-    out = linears.linear_triton(x, weight, None)
+    out = transformer.linear_triton(x, weight, None)
     for at in (slice(0, 300), slice(rows - 300, rows)):
         check(out[at], reference.linear(x[at], weight, None), exact_linear(x[at], weight, None, False))

@@ -4,7 +4,6 @@ interpreter and on a GPU, with at most twice the error of eager PyTorch in the s
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,11 +15,12 @@ from hypothesis import strategies as st
 from interpreted import run_interpreted
 from torch import Tensor
 
-from fastvid.ops import norms, reference
+from fastvid.ops import reference, sparse, transformer
 
 EPS = 1e-6
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ROW_OPS = tuple(name for name in norms.BACKENDS if "rope" not in name)
+NORMS = {name: of for name, of in transformer.BACKENDS.items() if "norm" in name or "residual" in name}
+ROW_OPS = tuple(name for name in NORMS if "rope" not in name)
 # Around one, two and three warps' accesses of 16 bytes, and around widths that are one power of two, or two.
 WIDTHS = (1, 2, 13, 64, 100, 137, 255, 256, 257, 511, 513, 640, 767, 768, 769, 1151, 1536, 1537, 2049)
 FAR = 2**30  # elements between two of three rows, the last of which lies 2^31 behind the first
@@ -121,7 +121,7 @@ def floor(dtype: torch.dtype) -> float:
 
 
 def check_rows(name: str, args: tuple[Any, ...]) -> None:
-    outs = {backend: results(f(*args)) for backend, f in norms.BACKENDS[name].items()}
+    outs = {backend: results(f(*args)) for backend, f in NORMS[name].items()}
     truths = {backend: formula(name, args, out[0]) for backend, out in outs.items()}
     for i, (ours, eager) in enumerate(zip(outs["triton"], outs["reference"], strict=True)):
         assert ours.dtype == eager.dtype and ours.shape == eager.shape and ours.is_contiguous()
@@ -138,14 +138,14 @@ def check_heads(args: tuple[Tensor, ...], order: Tensor | None) -> None:
         turned(x[1], weight_k, cos, sin),
         x[2].unflatten(-1, (-1, cos.shape[1] * 2)),
     ]
-    eager, ours = (norms.BACKENDS["qkv_norm_rope"][name](*args, EPS, order) for name in ("reference", "triton"))
+    eager, ours = (NORMS["qkv_norm_rope"][name](*args, EPS, order) for name in ("reference", "triton"))
     for a, b, truth in zip(ours, eager, truths, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape and a.transpose(1, 2).is_contiguous()
         truth = truth if order is None else truth[:, order.long()]
         assert error(a, truth.double()) <= max(2 * error(b, truth.double()), floor(a.dtype)), tuple(a.shape)
     assert torch.equal(ours[2], eager[2])
     for i, weight in enumerate((weight_q, weight_k)):
-        a, b = (norms.BACKENDS["rms_norm_rope"][name](x[i], weight, cos, sin, EPS) for name in ("reference", "triton"))
+        a, b = (NORMS["rms_norm_rope"][name](x[i], weight, cos, sin, EPS) for name in ("reference", "triton"))
         assert a.dtype == b.dtype and a.shape == b.shape and b.is_contiguous()
         assert error(b, truths[i]) <= max(2 * error(a, truths[i]), floor(a.dtype)), tuple(a.shape)
 
@@ -158,7 +158,7 @@ def check_heads(args: tuple[Tensor, ...], order: Tensor | None) -> None:
 @pytest.mark.parametrize("name", ["gated_residual_norm", "gated_residual_layer_norm", "residual_norm"])
 def test_reference_is_the_formula(name: str, N: int, G: int, K: int, d: int, dtype: torch.dtype) -> None:
     args = row_arguments(2, N, G, K, d, dtype)[name]
-    stream, normed = norms.BACKENDS[name]["reference"](*args)
+    stream, normed = NORMS[name]["reference"](*args)
     for out, truth in zip((stream, normed), formula(name, args, stream), strict=True):
         assert out.dtype == dtype and out.shape == (2, N, d)
         assert error(out, truth) <= floor(dtype)
@@ -178,26 +178,6 @@ def test_reference_of_queries_keys_and_values(N: int, H: int, D: int, ordered: b
         assert error(out, truth) <= 2 * floor(dtype)  # rounded twice
     assert torch.equal(v.flatten(2), qkv[:, rows, 2 * H * D : 3 * H * D])
     assert ordered or v.data_ptr() == qkv[..., 2 * H * D :].data_ptr(), "there is nothing to copy"
-
-
-SIZE = st.integers(1, 9)
-
-
-@given(grid=st.tuples(SIZE, SIZE, SIZE), tile=st.tuples(SIZE, SIZE, SIZE))
-def test_tiles_follow_one_another(grid: tuple[int, int, int], tile: tuple[int, int, int]) -> None:
-    order, inverse = norms.tile_order(grid, tile)
-    (t, h, w), expected = grid, []
-    for corner in itertools.product(*(range(0, size, step) for size, step in zip(grid, tile, strict=True))):
-        inside = (range(a, min(a + step, n)) for a, step, n in zip(corner, tile, grid, strict=True))
-        expected += [(i * h + j) * w + k for i, j, k in itertools.product(*inside)]
-    assert order.tolist() == expected and len(expected) == t * h * w
-    assert torch.equal(order[inverse], torch.arange(t * h * w)) and order.dtype == inverse.dtype == torch.int64
-
-
-@pytest.mark.parametrize(("grid", "tile"), [((0, 1, 1), (1, 1, 1)), ((2, 2, 2), (2, 0, 2)), ((2, 2), (1, 1))])
-def test_tiles_of_no_size_are_refused(grid: tuple[int, ...], tile: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="three sizes"):
-        norms.tile_order(grid, tile)
 
 
 # The kernels, interpreted
@@ -263,15 +243,15 @@ def check_one_pass(every: dict[str, tuple[Any, ...]]) -> None:
     """Bit for bit, so that fusing changes no video."""
     x, y, gate, shift, scale, index, _ = every["gated_residual_norm"]
     weight, bias = every["gated_residual_layer_norm"][4:6]
-    stream = norms.gated_residual_triton(x, y, gate, index)
-    total, out = norms.gated_residual_norm_triton(x, y, gate, shift, scale, index, EPS)
+    stream = transformer.gated_residual_triton(x, y, gate, index)
+    total, out = transformer.gated_residual_norm_triton(x, y, gate, shift, scale, index, EPS)
     assert torch.equal(total, stream)
-    assert torch.equal(out, norms.modulated_layer_norm_triton(stream, shift, scale, index, EPS))
-    total, out = norms.gated_residual_layer_norm_triton(x, y, gate, index, weight, bias, EPS)
-    assert torch.equal(total, stream) and torch.equal(out, norms.layer_norm_triton(stream, weight, bias, EPS))
-    total, out = norms.residual_norm_triton(x, y, shift, scale, index, EPS)
+    assert torch.equal(out, transformer.modulated_layer_norm_triton(stream, shift, scale, index, EPS))
+    total, out = transformer.gated_residual_layer_norm_triton(x, y, gate, index, weight, bias, EPS)
+    assert torch.equal(total, stream) and torch.equal(out, transformer.layer_norm_triton(stream, weight, bias, EPS))
+    total, out = transformer.residual_norm_triton(x, y, shift, scale, index, EPS)
     assert torch.equal(total, x + y)
-    assert torch.equal(out, norms.modulated_layer_norm_triton(x + y, shift, scale, index, EPS))
+    assert torch.equal(out, transformer.modulated_layer_norm_triton(x + y, shift, scale, index, EPS))
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -329,7 +309,7 @@ def test_rows_have_64_bit_offsets(axis: int) -> None:
     x, y = (far_apart(t.shape, axis).copy_(t) for t in (x, y))
     total, out = (far_apart(x.shape, axis).fill_(float("nan")) for _ in range(2))
     row_norm(x, out, eps=EPS, weight=scale, bias=shift, y=y, gate=gate, total=total, index=index, modulated=True)
-    expected = norms.gated_residual_norm_triton(*args)
+    expected = transformer.gated_residual_norm_triton(*args)
     assert torch.equal(total, expected[0]) and torch.equal(out, expected[1])
 
 
@@ -338,8 +318,10 @@ def test_tables_have_64_bit_offsets() -> None:
     x, y, gate, shift, scale, index, _ = row_arguments(3, 2, 1, 3, 40, torch.float16)["gated_residual_norm"]
     index = torch.tensor([[2], [0], [1]])
     rows = far_apart((3, 3, 40), 0, torch.float32).copy_(torch.stack((gate, shift, scale), 1))
-    given_far = norms.gated_residual_norm_triton(x, y, *rows.unbind(1), index, EPS)
-    for a, b in zip(given_far, norms.gated_residual_norm_triton(x, y, gate, shift, scale, index, EPS), strict=True):
+    given_far = transformer.gated_residual_norm_triton(x, y, *rows.unbind(1), index, EPS)
+    for a, b in zip(
+        given_far, transformer.gated_residual_norm_triton(x, y, gate, shift, scale, index, EPS), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -353,7 +335,7 @@ def test_heads_have_64_bit_offsets(axis: int) -> None:
     q, k, v = (far_apart((3, 3, 3, 8), axis).fill_(float("nan")) for _ in range(3))
     order = torch.tensor([2, 0, 1])
     qkv_norm_rope(qkv, *args[1:], EPS, order, (q, k, v))
-    for out, truth in zip((q, k, v), norms.qkv_norm_rope_triton(*args, EPS, order), strict=True):
+    for out, truth in zip((q, k, v), transformer.qkv_norm_rope_triton(*args, EPS, order), strict=True):
         assert torch.equal(out, truth)
 
 
@@ -362,23 +344,23 @@ def test_rows_of_any_number_of_dimensions() -> None:
     weight, bias = randn(2, 40, seed=1).unbind(0)
     for x in (randn(40), randn(3, 40), randn(2, 3, 40), randn(2, 2, 3, 40), randn(2, 2, 3, 80)[..., :40]):
         torch.testing.assert_close(
-            norms.layer_norm_triton(x, weight, bias, EPS), reference.layer_norm(x, weight, bias, EPS)
+            transformer.layer_norm_triton(x, weight, bias, EPS), reference.layer_norm(x, weight, bias, EPS)
         )
-        torch.testing.assert_close(norms.rms_norm_triton(x, weight, EPS), reference.rms_norm(x, weight, EPS))
+        torch.testing.assert_close(transformer.rms_norm_triton(x, weight, EPS), reference.rms_norm(x, weight, EPS))
 
 
 @pytest.mark.interpret
 def test_nothing_gives_nothing() -> None:
     for name, args in row_arguments(2, 0, 1, 2, 40, torch.float32).items():
-        assert all(out.shape == (2, 0, 40) for out in results(norms.BACKENDS[name]["triton"](*args)))
+        assert all(out.shape == (2, 0, 40) for out in results(NORMS[name]["triton"](*args)))
     args = head_arguments(2, 0, 3, 8, torch.float32)
-    assert all(out.shape == (2, 0, 3, 8) for out in norms.qkv_norm_rope_triton(*args, EPS))
+    assert all(out.shape == (2, 0, 3, 8) for out in transformer.qkv_norm_rope_triton(*args, EPS))
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", norms.BACKENDS)
+@pytest.mark.parametrize("name", NORMS)
 def test_as_operators_of_torch(name: str) -> None:
-    torch.library.opcheck(norms.BACKENDS[name]["triton"], arguments(name))
+    torch.library.opcheck(NORMS[name]["triton"], arguments(name))
 
 
 def arguments(name: str, device: str = "cpu") -> tuple[Any, ...]:
@@ -424,7 +406,7 @@ REFUSED = {
 def test_what_kernels_cannot_take_is_refused(message: str) -> None:
     name = REFUSED[message][0]
     with pytest.raises(ValueError, match=message):
-        norms.BACKENDS[name]["triton"](*wrong(*REFUSED[message]))
+        NORMS[name]["triton"](*wrong(*REFUSED[message]))
 
 
 @pytest.mark.interpret
@@ -494,7 +476,7 @@ def test_queries_keys_and_values_on_a_gpu(dtype: torch.dtype) -> None:
         for grid in [(1, 1, 1), (3, 5, 7), (2, 30, 52)]:
             args = head_arguments(2, grid[0] * grid[1] * grid[2], H, D, dtype, device="cuda")
             check_heads(args, None)
-            check_heads(args, norms.tile_order(grid, (2, 8, 8), "cuda")[0].int())
+            check_heads(args, sparse.tile_order(grid, (2, 8, 8)).to("cuda", torch.int32))
 
 
 @pytest.mark.gpu
@@ -503,13 +485,13 @@ def test_more_than_2_31_elements_on_a_gpu() -> None:
     x = torch.empty((1, N, d), dtype=torch.bfloat16, device="cuda").normal_()
     shift, scale = randn(2, 1, d, device="cuda").unbind(0)
     index = torch.zeros((1, 1), dtype=torch.int64, device="cuda")
-    out = norms.modulated_layer_norm_triton(x, shift, scale, index, EPS)
+    out = transformer.modulated_layer_norm_triton(x, shift, scale, index, EPS)
     for part in (slice(0, 50), slice(N - 50, N)):
         expected = reference.modulated_layer_norm(x[:, part], shift, scale, index, EPS)
         torch.testing.assert_close(out[:, part], expected)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", norms.BACKENDS)
+@pytest.mark.parametrize("name", NORMS)
 def test_as_operators_of_torch_on_a_gpu(name: str) -> None:
-    torch.library.opcheck(norms.BACKENDS[name]["triton"], arguments(name, "cuda"))
+    torch.library.opcheck(NORMS[name]["triton"], arguments(name, "cuda"))

@@ -1,28 +1,79 @@
-"""The VAEs' operations on csrc/: `cuda`, for 16-bit types on sm_90 (not verified on a GPU yet, so by name alone).
+"""The VAEs' two kernels, a convolution and an RMS norm, as operators of torch: Triton (kernels/) and CUDA (csrc/).
 
-`vae.py` has the meaning, `vae_kernels.py` the operations: here are only the two kernels that they run. The convolution
-takes normalised values: RMS norm and SiLU are a pass of their own (csrc/conv.cu says why). Activations are read where
-they lie if their channels lie side by side; others, or a number of channels that is no multiple of 8, as the first
-layer of a network has, are copied. Nothing falls back: what it cannot take raises ValueError.
+They write into what the caller has allocated; vae_gpu.py makes the VAEs' operations of them and checks shapes. Nothing
+falls back: what a kernel cannot take raises ValueError.
 
-`vae_norm_silu_conv3d_rgb`, which makes 3 channels, has no form here.
+Triton   any types and strides; it normalizes what it loads, with the statistics of its norm.
+CUDA     16-bit types on sm_90a. It takes normalized values: RMS norm and SiLU are a pass of their own (csrc/conv.cu says
+         why). Activations are read where they lie if their channels are contiguous. Others, and a number of channels
+         that is not a multiple of 8 (the first layer of a network), are copied. Not verified on a GPU yet, so `auto`
+         never takes it.
+
+Shapes: x [B, C, T, H, W], weight [N, C, kt, kh, kw], gamma [C], statistics (`scale`) fp32 [B, T, H, W].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvid.ops import vae_gpu
-
-DTYPES = (torch.float16, torch.bfloat16)
+CUDA_DTYPES = (torch.float16, torch.bfloat16)
 LAST = torch.channels_last_3d
-GROUP = 8  # channels, 16 bytes: what TMA counts strides in
+GROUP = 8  # channels, 16 bytes: the unit of TMA's strides
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What runs the operations below. on_load: the convolution normalises what it loads, with the statistics of `norm`;
+    otherwise `norm(x, gamma, out, silu)` makes all of what it takes."""
+
+    conv: Callable[..., None]
+    norm: Callable[..., None]
+    on_load: bool
+
+
+# Triton
+
+
+@torch.library.custom_op("fastvid::vae_conv_triton", mutates_args=("out",))
+def conv_triton(
+    x: Tensor,
+    past: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    history: int,
+    pad: Sequence[int],
+    top: int,
+    stride: int,
+    stride_t: int,
+    doubled: bool,
+    interleaved: bool,
+    add: bool,
+) -> None:
+    """The Triton kernel, into `out`; see `conv` and `Form` in kernels/vae_conv.py."""
+    from fastvid.kernels.vae_conv import Form, conv
+
+    form = Form((pad[0], pad[1]), top, stride, stride_t, doubled, interleaved, add)
+    conv(x, past, scale, gamma, weight, bias, out, history, form)
+
+
+@torch.library.custom_op("fastvid::vae_norm_triton", mutates_args=("scale", "out"))
+def norm_triton(x: Tensor, gamma: Tensor, scale: Tensor | None, out: Tensor | None, silu: bool) -> None:
+    """The Triton kernel, into `scale` and `out`; see `norm` in kernels/vae_norm.py."""
+    from fastvid.kernels.vae_norm import norm
+
+    norm(x, gamma, scale, out, silu)
+
+
+# CUDA
 
 
 def channel_groups(x: Tensor) -> Tensor:
@@ -99,7 +150,7 @@ def conv_cuda(
     interleaved: bool,
     add: bool,
 ) -> None:
-    """The CUDA kernel, into `out`; arguments as `vae_kernels.conv_triton` has them, without scale and gamma."""
+    """The CUDA kernel, into `out`; arguments as `conv_triton` has them, without scale and gamma."""
     _check("vae_conv", x, *(one for one in (past, weight, bias, out) if one is not None))
     if scale is not None or gamma is not None or not weight.permute(0, 2, 3, 4, 1).is_contiguous():
         raise ValueError(
@@ -143,40 +194,17 @@ def norm_cuda(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
         tensor.record_stream(stream)
 
 
+@conv_triton.register_fake
+@norm_triton.register_fake
 @conv_cuda.register_fake
 @norm_cuda.register_fake
 def _nothing(*args: Any) -> None:
-    """What is written has been made by the caller."""
-
-
-KERNELS = vae_gpu.Kernels(conv_cuda, norm_cuda, on_load=False)
-OPERATIONS = (
-    vae_gpu.rms_norm,
-    vae_gpu.conv3d,
-    vae_gpu.causal_conv3d,
-    vae_gpu.norm_silu_conv3d,
-    vae_gpu.upsample_conv2d,
-    vae_gpu.downsample_conv2d,
-    vae_gpu.double_frames,
-    vae_gpu.halve_frames,
-)
-
-
-def _bound(operation: Callable[..., Any], kernels: vae_gpu.Kernels) -> Callable[..., Any]:
-    function = partial(operation, kernels=kernels)
-    function.needs = "90a"  # which of the architectures of fastvid._C; `backends.why_not` asks
-    function.dtypes = DTYPES  # what benchmarks give it
-    return function
-
-
-BACKENDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
-    f"vae_{operation.__name__}": {"cuda": _bound(operation, KERNELS)} for operation in OPERATIONS
-}
+    """The caller has allocated what is written."""
 
 
 def _check(op: str, x: Tensor, *others: Tensor) -> None:
     given = ", ".join(f"{one.dtype} {tuple(one.shape)} on {one.device}" for one in (x, *others))
-    if x.ndim != 5 or x.dtype not in DTYPES or any(one.dtype != x.dtype for one in others):
+    if x.ndim != 5 or x.dtype not in CUDA_DTYPES or any(one.dtype != x.dtype for one in others):
         raise ValueError(f"{op} by cuda takes [B, C, T, H, W] in float16 or bfloat16, all of one type, not {given}")
     if x.device.type != "cuda" or any(one.device != x.device for one in others):
         raise ValueError(f"{op} by cuda takes tensors of one CUDA device, not {given}")
@@ -189,3 +217,7 @@ def _strides(x: Tensor) -> tuple[int, int, int, int]:
 
 def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
+
+
+TRITON = Kernels(conv_triton, norm_triton, on_load=True)
+CUDA = Kernels(conv_cuda, norm_cuda, on_load=False)
