@@ -44,12 +44,12 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises MediaError for a file that cannot be read or has none.
     """
-    readers = {"png": _from_png, "gif": _from_gif, "npy": _from_npy, "json": _from_json}
+    readers = {"png": _from_png, "npy": _from_npy, "json": _from_json}
     with media_errors(path):
         file = Path(path)
-        kind = _kind(file)
-        if kind == "folder":
-            file, kind = file / "000000.png", "png"
+        file = file / "000000.png" if file.is_dir() else file
+        with open_regular(file) as opened:
+            kind = kind_of(opened)
         text = readers[kind](file) if kind in readers else _from_tags(file, kind)
     with contextlib.suppress(ValueError, RecursionError):
         recipe = json.loads(text) if text else None
@@ -58,20 +58,13 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     raise MediaError(f"{path}: there is no fastvid recipe in it")
 
 
-def _kind(path: Path) -> str:
-    if path.is_dir():
-        return "folder"
-    with open_regular(path) as file:
-        return kind_of(file)
-
-
 def _from_json(path: Path) -> str:
     with path.open("rb") as file:
         return file.read(MAX_RECIPE).decode()
 
 
 def _from_tags(path: Path, kind: str) -> str | None:
-    if kind not in ("mov", "matroska"):
+    if kind not in ("mov", "matroska", "gif"):
         return None
     with open_regular(path) as file, open_container(file, kind, str(path)) as container:
         return {name.lower(): value for name, value in container.metadata.items()}.get("comment")
@@ -92,35 +85,3 @@ def _from_png(path: Path) -> str | None:
 
     with open_regular(path) as file:
         return PngImagePlugin.PngImageFile(file).info.get("fastvid")  # reads up to the pixels only
-
-
-def _from_gif(path: Path) -> str | None:
-    """Walk the blocks of a GIF89a to its comment, which stands last."""
-    with path.open("rb") as file:
-        header = file.read(13)
-        _skip_palette(file, header[10])
-        while (kind := file.read(1)) in (b"!", b","):
-            if kind == b",":
-                _skip_palette(file, file.read(9)[8])
-                file.read(1)
-            label = file.read(1) if kind == b"!" else b""
-            data = _sub_blocks(file, keep=label == b"\xfe")
-            if data.startswith(b"{"):
-                return data.decode("ascii")
-    return None
-
-
-def _skip_palette(file: Any, flags: int) -> None:
-    if flags & 0x80:
-        file.seek(3 << (flags & 7) + 1, os.SEEK_CUR)
-
-
-def _sub_blocks(file: Any, keep: bool) -> bytes:
-    parts, total = [], 0
-    while size := (file.read(1) or b"\0")[0]:
-        if keep and total < MAX_RECIPE:
-            parts.append(file.read(size))
-            total += size
-        else:
-            file.seek(size, os.SEEK_CUR)
-    return b"".join(parts)

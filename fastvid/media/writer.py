@@ -19,7 +19,6 @@ import re
 import secrets
 import shutil
 import stat
-import struct
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -217,13 +216,13 @@ class NpyWriter:
     def __init__(self, stage: Path, spec: VideoSpec) -> None:
         self._stage, self._spec, self._count = stage, spec, 0
         self._file = stage.open("wb")
-        self._file.write(self._header())
+        self._write_header()
 
-    def _header(self) -> bytes:
-        """Always 128 bytes, so that it can be overwritten once the number of frames is known."""
+    def _write_header(self) -> None:
+        """Of constant length, so that it can be overwritten once the number of frames is known."""
         shape = (self._count, self._spec.height, self._spec.width, 3)
-        text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
-        return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
 
     def write(self, frame: np.ndarray) -> None:
         self._file.write(np.ascontiguousarray(frame).data)
@@ -233,7 +232,7 @@ class NpyWriter:
         if recipe is not None:
             np.save(self._file, np.frombuffer(recipe.encode("ascii"), np.uint8), allow_pickle=False)
         self._file.seek(0)
-        self._file.write(self._header())
+        self._write_header()
         self._file.close()
         return self._stage
 
