@@ -3,7 +3,7 @@
 python benchmarks/bench_vae_stripes.py [--rounds 1]
 
 Time: interleaved, random weights of base_dim 96, all stripes counts checked against the first. Memory: what torch has
-allocated at the worst moment of one later latent frame above what it had before, the cache reused, beside decode_bytes.
+allocated at the worst moment of one later latent frame above what it had before, the cache reused, beside decoder_bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from harness import Case, measure, save, table
 
 from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.vae import WanVAE
-from fastvid.planning.vae_memory import cache_bytes, decode_bytes
+from fastvid.planning.memory import cache_bytes, decoder_bytes
 
 STRIPES = (1, 2, 4)
 TIMED = (1, 16, 2, 60, 104)
@@ -38,12 +38,12 @@ def main() -> None:
     rows = measure(cases, "cpu", args.rounds, warm_up=0)
     errors = {n: float((made[n] - made[1]).norm() / made[1].norm()) for n in STRIPES}
     print(table(rows, f"VAE decode, relative errors {errors}"))
-    facts = {n: {"peak_bytes": peak, "decode_bytes": want} for n, (peak, want) in memory.items()}
+    facts = {n: {"peak_bytes": peak, "decoder_bytes": want} for n, (peak, want) in memory.items()}
     print(save("vae-stripes", rows, "cpu", relative_error=errors, memory_240x416=facts))
 
 
 def weigh(vae: WanVAE, stripes: int) -> tuple[int, int]:
-    """Bytes that decoding one later latent frame adds, and what decode_bytes says of it."""
+    """Bytes that decoding one later latent frame adds, and what decoder_bytes says of it."""
     height, width = WEIGHED
     latents = torch.randn(1, 16, 2, height // 8, width // 8)
     _, cache = vae.decode(latents[:, :, :1], stripes=stripes)
@@ -54,7 +54,9 @@ def weigh(vae: WanVAE, stripes: int) -> tuple[int, int]:
     for event in sorted(events, key=lambda e: e.start_ns()):
         alive += event.nbytes()
         peak = max(peak, alive)
-    return peak, decode_bytes(vae.config, height, width, 1, stripes) - cache_bytes(vae.config, height, width)
+    return peak, decoder_bytes(vae.config, height, width, vae.config.temporal_scale, stripes) - cache_bytes(
+        vae.config, height, width
+    )
 
 
 if __name__ == "__main__":

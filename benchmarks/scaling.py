@@ -8,7 +8,7 @@ a step of a random transformer is predicted in every layout of 1, 2 and 4 ranks,
 down. Ranks beyond the cores share them: their rates are measured as they are shared.
 
 draw: docs/scaling.svg, the share of ideal that a step keeps on 1 to 64 H200, by the model: a prediction, from rates and
-links that `scaling.H200` names, nothing of which was measured here.
+links that `cost_model.H200` names, nothing of which was measured here.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ sys.path.insert(0, str(ROOT / "tests"))
 from ranks import run_ranks  # noqa: E402
 
 from fastvid.benchmarks.harness import save  # noqa: E402
-from fastvid.distributed.cost_model import H200, INFINIBAND, NVLINK, PCIE, Device, Link, Work, curve, predict  # noqa: E402
+from fastvid.distributed.cost_model import H200, INFINIBAND, NVLINK, PCIE, Device, Link, curve, predict  # noqa: E402
 from fastvid.distributed.layout import every  # noqa: E402
 from fastvid.distributed.mesh import Mesh, RankView  # noqa: E402
 from fastvid.layers.linear import Linear  # noqa: E402
 from fastvid.models.wan.config import WanTransformerConfig  # noqa: E402
 from fastvid.models.wan.transformer import WanTransformer  # noqa: E402
 from fastvid.ops.dispatch import bind  # noqa: E402
+from fastvid.planning.layout import work_of  # noqa: E402
 
 CONFIG = WanTransformerConfig(num_attention_heads=8, attention_head_dim=64, ffn_dim=2048, num_layers=4, text_dim=64)
 GRID, ROWS, RUNS = (4, 24, 24), 64, 3
 SMALL, LARGE = 64, 1 << 20  # values of an exchange
 
 MODELS = {
-    "14B, 720p, 81 frames": Work(WanTransformerConfig(), (21, 45, 80), guided=True),
-    "1.3B, 480p, 81 frames": Work(
+    "14B, 720p, 81 frames": work_of(WanTransformerConfig(), (21, 45, 80), guided=True),
+    "1.3B, 480p, 81 frames": work_of(
         WanTransformerConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30), (21, 30, 52), guided=True
     ),
-    "5B, 1088p, 121 frames": Work(
+    "5B, 1088p, 121 frames": work_of(
         WanTransformerConfig(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
         (31, 34, 60),
         guided=True,
@@ -101,7 +102,7 @@ def rank(mesh: Mesh, to: str) -> None:
     context, found = model.prepare_context(text), parts(mesh)
     device = Device("this", found["linear"], found["attention"], found["memory"])
     link = Link("gloo", found["bandwidth"], found["latency"])
-    work, rows = Work(CONFIG, GRID, guided=True, text_rows=ROWS, itemsize=4), []
+    work, rows = work_of(CONFIG, GRID, True, ROWS, itemsize=4), []
     for layout in every(mesh.size, CONFIG.num_attention_heads, True):
         predicted = predict(work, layout, device, link)  # before it is done
         view = RankView(mesh, layout)

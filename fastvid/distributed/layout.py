@@ -1,9 +1,11 @@
-"""What `parallel=` says, and the layout that a request gets from it. Ranks agree on all that decides what they do
-next, and an impossible layout is refused with the nearest possible one.
+"""What `parallel=` means, and the layouts that a request can have.
+
+Ranks agree on everything that decides what they do next. An impossible layout is refused with the nearest possible one.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -11,27 +13,30 @@ from typing import Any
 
 import torch
 
-from fastvid.distributed.mesh import Layout, Mesh, choose
+from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.errors import InvalidRequest
 
 AUTO = "auto"
 MOST = 1024  # ranks
+GROUPS = 2  # of heads: while one group is attended to, the tokens of the next one travel
 NAMES = tuple(field.name for field in fields(Layout))
 ALLOWED = f"'auto', a number of ranks, or degrees such as 'ulysses=4,ring=2' ({', '.join(NAMES)})"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for: so many ranks (None: as many as there are devices), laid out like this (None: for each
-    request as suits it)."""
+    """What `parallel=` asks for. ranks: None for as many as there are devices. layout: None to choose one for each
+    request."""
 
     ranks: int | None = None
     layout: Layout | None = None
 
 
 def parse(parallel: Any) -> Asked:
-    """`parallel=` as `fastvid.load` takes it: "auto", a number, "ulysses=4,ring=2", {"ulysses": 4} or a Layout. Raises
-    InvalidRequest."""
+    """Read `parallel=` as `fastvid.load` takes it: "auto", a number, "ulysses=4,ring=2", {"ulysses": 4} or a Layout.
+
+    Raises InvalidRequest.
+    """
     if isinstance(parallel, Layout):
         degrees = {name: getattr(parallel, name) for name in NAMES}
     elif isinstance(parallel, Mapping):
@@ -64,18 +69,17 @@ def _degree(name: str, value: Any) -> int:
 def layouts_for(
     asked: Layout | None, size: int, heads: int, tokens: int, guided: bool, per_host: int | None = None
 ) -> list[Layout]:
-    """How `size` ranks can share a request of a model with so many heads, with `tokens` a latent frame: as was asked,
-    or in every way that there is, in the order in which they are taken where nothing else tells them apart.
+    """The layouts in which `size` ranks can share a request: the one asked for, or all, the default one first.
 
-    guided: with guidance; per_host: ranks on each host, None if all are on one. Raises InvalidRequest for what cannot
-    be, with the nearest that can.
+    heads: of the model. tokens: of a latent frame. guided: with guidance. per_host: ranks on each host, None if all are
+    on one. Raises InvalidRequest for an impossible layout, with the nearest possible one.
     """
     possible = [layout for layout in every(size, heads, guided) if layout.sequence <= tokens]
     if asked is None:
-        rule = choose(size, heads, guided, per_host)
+        default = default_layout(size, heads, guided, per_host)
         if possible:
-            return sorted(possible, key=lambda one: (one != rule, -one.guidance, -one.ulysses))
-        fewer = next(n for n in range(size - 1, 0, -1) if _possible(n, heads, tokens, guided))
+            return sorted(possible, key=lambda one: (one != default, -one.guidance, -one.ulysses))
+        fewer = _fewer_ranks(size, heads, tokens, guided)
         raise InvalidRequest(
             f"parallel={size}: a latent frame has {tokens} tokens here, which is less than the ranks that would share "
             f"them; the nearest is parallel={fewer}"
@@ -89,15 +93,14 @@ def layouts_for(
         "guidance=2 needs a request with guidance": asked.guidance == 2 and not guided,
         f"a latent frame has {tokens} tokens for {asked.sequence} ranks": asked.sequence > tokens,
     }
-    why = "; ".join(reason for reason, so in reasons.items() if so)
+    why = "; ".join(reason for reason, holds in reasons.items() if holds)
     near = min(possible, key=lambda layout: _distance(layout, asked), default=None)
-    if near is None:
-        near = f"parallel={next(n for n in range(size - 1, 0, -1) if _possible(n, heads, tokens, guided))}"
-    raise InvalidRequest(f"parallel: {asked} cannot be: {why}; the nearest is {near}")
+    nearest = near or f"parallel={_fewer_ranks(size, heads, tokens, guided)}"
+    raise InvalidRequest(f"parallel: {asked} cannot be: {why}; the nearest is {nearest}")
 
 
 def every(size: int, heads: int, guided: bool) -> list[Layout]:
-    """All layouts of so many ranks for a model with so many heads."""
+    """All layouts of `size` ranks for a model with so many heads."""
     divisors = [n for n in range(1, size + 1) if size % n == 0]
     return [
         Layout(guidance, size // guidance // ulysses, ulysses)
@@ -107,8 +110,24 @@ def every(size: int, heads: int, guided: bool) -> list[Layout]:
     ]
 
 
-def _possible(size: int, heads: int, tokens: int, guided: bool) -> bool:
-    return any(layout.sequence <= tokens for layout in every(size, heads, guided))
+def default_layout(size: int, heads: int, guided: bool, per_host: int | None = None) -> Layout:
+    """The layout of `size` ranks where no times are predicted.
+
+    Both velocities of guidance at once if there are two and the ranks are even: that exchanges next to nothing. Then
+    Ulysses as far as the heads divide, within one host, since its exchanges all happen at once. The rest is ring, whose
+    exchanges follow each other and hide behind attention. per_host: ranks of a host, None if all are on one.
+    """
+    guidance = 2 if guided and size % 2 == 0 else 1
+    sequence = size // guidance
+    local = sequence if per_host is None or per_host >= sequence else math.gcd(per_host, sequence)
+    ulysses = math.gcd(heads, local)
+    return Layout(guidance, sequence // ulysses, ulysses)
+
+
+def _fewer_ranks(size: int, heads: int, tokens: int, guided: bool) -> int:
+    """The most ranks, fewer than `size`, that can share so many tokens."""
+    counts = range(size - 1, 0, -1)
+    return next(n for n in counts if any(one.sequence <= tokens for one in every(n, heads, guided)))
 
 
 def _distance(layout: Layout, asked: Layout) -> int:
@@ -116,8 +135,8 @@ def _distance(layout: Layout, asked: Layout) -> int:
 
 
 def agree(mesh: Mesh, value: int, how: Callable[[list[int]], int] = min) -> int:
-    """What all ranks make of a number that each has one of: the least, if nothing else is said."""
-    if mesh.group is None:  # one rank, or ranks that are only planned for
+    """One number for all ranks, made of each rank's own by `how`: the least, by default."""
+    if mesh.group is None:  # one rank, or ranks that are planned for and do not run
         return value
     mine = torch.tensor([value], dtype=torch.int64, device=mesh.device)
     return how(mesh.gather(mine, (1,) * mesh.size, 0).tolist())
@@ -126,6 +145,3 @@ def agree(mesh: Mesh, value: int, how: Callable[[list[int]], int] = min) -> int:
 def first(values: list[int]) -> int:
     """Rank 0's."""
     return values[0]
-
-
-GROUPS = 2  # of heads: while one is attended to, the next one's tokens travel

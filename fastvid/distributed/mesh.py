@@ -1,51 +1,47 @@
-"""Ranks that work on one video: how they share it out, and how tensors get from one to another. Nothing at size one.
+"""Ranks that make one video together: how they share it, and how tensors get from one rank to another.
 
-A rank is a process with a device. `Layout` says what ranks are for: which half of guidance they compute, and which part
-of a video's tokens they hold (guidance x ring x Ulysses, counted with Ulysses fastest). What is moved goes from rank to
-rank, each message of its own: what a collective would do is the messages of all ranks together. So parts may be of
-different lengths, ranks with nothing to say are left out, no sum depends on an order of arrival, and any group of ranks
-can exchange without a communicator of its own. Every rank makes the same exchanges in the same order, from one thread
-at a time.
+A rank is a process with a device. `Layout` says which part of guidance and which part of the tokens each rank has. All
+exchanges are point-to-point messages, so parts may have different lengths, ranks without data are skipped, no sum
+depends on the order of arrival, and any group of ranks can exchange without a communicator of its own. Every rank makes
+the same exchanges in the same order, from one thread at a time. A single rank exchanges nothing.
 
-Imports nothing of fastvid: torch.distributed alone (NCCL between GPUs, gloo between CPUs, and between GPUs through host
-memory where NCCL cannot be had, as with two ranks on one GPU).
+Uses torch.distributed alone: NCCL between GPUs, gloo between CPUs, and gloo through host memory between GPUs where NCCL
+does not work, as with two ranks on one GPU.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-FOREVER = timedelta(days=7)  # hangs are seen by heartbeats, not by a limit on how long a message may take
+FOREVER = timedelta(days=7)  # heartbeats detect a hang, so messages have no time limit of their own
 
 
 def shares(count: int, ranks: int) -> tuple[int, ...]:
-    """`count` things over so many ranks, as evenly as they go: the first ones have one more."""
+    """How many of `count` things each rank has: as even as possible, the first ranks have one more."""
     each, more = divmod(count, ranks)
     return tuple(each + (rank < more) for rank in range(ranks))
 
 
 def starts(sizes: Sequence[int]) -> tuple[int, ...]:
     """Where each share begins, and where the last one ends."""
-    ends = [0]
-    for size in sizes:
-        ends.append(ends[-1] + size)
-    return tuple(ends)
+    return (0, *accumulate(sizes))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks share a video: guidance (1, or 2: each half makes one of the two velocities) x ring x ulysses.
+    """How ranks share a video: guidance x ring x ulysses, numbered with ulysses fastest.
 
-    ulysses: ranks that exchange tokens for heads (arXiv 2309.14509), a divisor of the number of heads. ring: groups of
-    such ranks whose keys and values go around (arXiv 2310.01889).
+    guidance: 1, or 2 where each half of the ranks computes one of the two velocities. ulysses: ranks that exchange
+    tokens for heads (arXiv 2309.14509); divides the number of heads. ring: groups of such ranks that pass keys and
+    values around (arXiv 2310.01889).
     """
 
     guidance: int = 1
@@ -54,7 +50,7 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """All ranks."""
+        """The number of ranks."""
         return self.guidance * self.ring * self.ulysses
 
     @property
@@ -67,7 +63,7 @@ class Layout:
 
 
 class Pending:
-    """Messages on their way. What is sent is kept alive, and must not be written to, until `wait`."""
+    """Messages in flight. Sent tensors are kept alive, and must not be written to, until `wait`."""
 
     def __init__(
         self, works: Iterable[Any], kept: Iterable[Tensor], copies: Iterable[tuple[Tensor, Tensor]] = ()
@@ -75,17 +71,17 @@ class Pending:
         self._works, self._kept, self._copies = list(works), list(kept), list(copies)
 
     def wait(self) -> None:
-        """What was to be received is there: on a GPU for what the current stream does next, on a CPU now."""
+        """Wait for the messages: on a GPU the current stream waits, on a CPU the caller does."""
         for work in self._works:
             work.wait()
         for to, staged in self._copies:
-            to.copy_(staged, non_blocking=False)
+            to.copy_(staged)
         self._works, self._kept, self._copies = [], [], []
 
 
 @dataclass
 class Counted:
-    """What this rank has sent to others, in bytes and messages."""
+    """How much this rank has sent to others."""
 
     bytes: int = 0
     messages: int = 0
@@ -93,11 +89,11 @@ class Counted:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a job, seen from one of them. The default is a job of one rank, which exchanges nothing.
+    """The ranks of a job, seen from one of them. The default is a job of one rank.
 
-    group: their process group; None at size one. device: where this rank's tensors are. staged: tensors of a GPU go
-    through host memory, since the group (gloo) takes those of a CPU alone. per_host: ranks on each host, None if all
-    are on one. counted: what this rank has sent.
+    group: their process group; None for one rank. device: where this rank's tensors are. staged: GPU tensors go through
+    host memory, since gloo takes CPU tensors only. per_host: ranks on each host, None if all are on one. counted: what
+    this rank has sent.
     """
 
     rank: int = 0
@@ -110,17 +106,17 @@ class Mesh:
 
     @classmethod
     def of_group(cls, group: Any = None, device: torch.device | str = "cpu") -> Mesh:
-        """That of an initialised process group of torch.distributed; None: of the default one."""
+        """The mesh of an initialised process group of torch.distributed; None: the default group."""
         group = dist.group.WORLD if group is None else group
         device = torch.device(device)
         staged = device.type != "cpu" and dist.get_backend(group) == "gloo"
         return cls(dist.get_rank(group), dist.get_world_size(group), group, device, staged)
 
     def exchange(self, sends: Iterable[tuple[int, Tensor]], receives: Iterable[tuple[int, Tensor]]) -> Pending:
-        """Starts sending tensors to ranks and receiving into others: (rank, contiguous tensor).
+        """Start sending tensors and receiving into others, each as (rank, contiguous tensor).
 
-        Between two ranks messages arrive in the order in which both list them, over all exchanges. Empty tensors are
-        left out on both sides. A message to itself is a copy.
+        Two ranks list the messages between them in the same order. Empty tensors are skipped on both sides. A message
+        of a rank to itself is a copy.
         """
         sends = [(to, x) for to, x in sends if x.numel()]
         receives = [(source, x) for source, x in receives if x.numel()]
@@ -146,9 +142,10 @@ class Mesh:
         return Pending(dist.batch_isend_irecv(operations) if operations else (), kept, copies)
 
     def gather(self, x: Tensor, sizes: Sequence[int], dim: int, ranks: Sequence[int] | None = None) -> Tensor:
-        """The parts of these ranks (None: of all), which are x here, one after the other along a dimension.
+        """Concatenate the parts of these ranks (None: all) along a dimension; x is this rank's part.
 
-        sizes: the length of each rank's part along it; other lengths are the same everywhere. This rank is one of them.
+        sizes: the length of each rank's part along that dimension; the other lengths are equal everywhere. This rank is
+        one of `ranks`.
         """
         ranks = range(self.size) if ranks is None else ranks
         assert x.shape[dim] == sizes[list(ranks).index(self.rank)], (x.shape, dim, sizes)
@@ -160,16 +157,17 @@ class Mesh:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
     def broadcast(self, x: Tensor | None = None, source: int = 0, device: torch.device | str | None = None) -> Tensor:
-        """The tensor x of the rank `source`, on all ranks; others give no x. Shape and type travel with it. device: on
-        which a rank wants it, if not on its own."""
+        """The tensor x of the rank `source`, on all ranks. Other ranks give no x; they learn its shape and type. device:
+        where this rank wants it, if not on its own device."""
         if self.size == 1:
             assert x is not None
             return x
-        hosts = replace(self, staged=False) if self.staged else self  # a header that is on the host already
+        hosts = replace(self, staged=False) if self.staged else self  # the header is in host memory already
         device = self.device if device is None else torch.device(device)
         where = torch.device("cpu") if self.staged else device
         others = [rank for rank in range(self.size) if rank != source]
         if self.rank == source:
+            assert x is not None
             header = _header(x).to(where)
             hosts.exchange([(rank, header) for rank in others], []).wait()
             self.exchange([(rank, x) for rank in others], []).wait()
@@ -203,7 +201,7 @@ def _header(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RankView:
-    """A rank's place in a layout: which half of guidance it is of, and where it is in ring and Ulysses group."""
+    """A rank's coordinates in a layout: its half of guidance, its place in the ring and in its Ulysses group."""
 
     mesh: Mesh
     layout: Layout
@@ -217,7 +215,7 @@ class RankView:
 
     @property
     def sequence(self) -> int:
-        """Which of the ranks that share the tokens."""
+        """This rank's number among those that share the tokens."""
         return self.mesh.rank % self.layout.sequence
 
     @property
@@ -229,18 +227,17 @@ class RankView:
         return self.sequence % self.layout.ulysses
 
     def rank(self, *, guidance: int | None = None, ring: int | None = None, ulysses: int | None = None) -> int:
-        """The rank at a place: this one's, but for what is given."""
-        at = [
-            mine if given is None else given
-            for given, mine in ((guidance, self.guidance), (ring, self.ring), (ulysses, self.ulysses))
-        ]
-        return (at[0] * self.layout.ring + at[1]) * self.layout.ulysses + at[2]
+        """The rank with these coordinates; those that are not given are this rank's."""
+        guidance = self.guidance if guidance is None else guidance
+        ring = self.ring if ring is None else ring
+        ulysses = self.ulysses if ulysses is None else ulysses
+        return (guidance * self.layout.ring + ring) * self.layout.ulysses + ulysses
 
     def both(
         self, cond: Callable[[], Tensor], uncond: Callable[[], Tensor] | None, like: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The two velocities of guidance, or the first alone, on all ranks: with guidance=2 each half of the ranks
-        makes one and gives it to the other. They are as `like` is."""
+        """The two velocities of guidance, or the first alone, on all ranks. With guidance=2 each half of the ranks
+        computes one and sends it to the other. like: a tensor of their shape and type."""
         if self.layout.guidance == 1:
             return cond(), None if uncond is None else uncond()
         partner, first = self.rank(guidance=1 - self.guidance), self.guidance == 0
@@ -251,24 +248,12 @@ class RankView:
         )
         sends = [] if mine is None else [(partner, mine)]
         self.mesh.exchange(sends, [] if other is None else [(partner, other)]).wait()
-        return (mine, other) if first else (other, mine)
+        velocity, unguided = (mine, other) if first else (other, mine)
+        assert velocity is not None
+        return velocity, unguided
 
     @property
     def sharers(self) -> tuple[int, ...]:
-        """The ranks that share the tokens with this one, itself among them, in the order of their shares."""
+        """The ranks that share the tokens with this one, itself included, in the order of their shares."""
         first = self.guidance * self.layout.sequence
         return tuple(range(first, first + self.layout.sequence))
-
-
-def choose(size: int, heads: int, guided: bool, per_host: int | None = None) -> Layout:
-    """The layout of so many ranks for a model with so many heads, if nothing is known of how long each would take.
-
-    Both velocities of guidance at once where there are two and the ranks are even: it exchanges next to nothing. The
-    rest is Ulysses as far as heads can be divided, and no further than a host goes (its exchanges all meet at once, the
-    ring's follow each other and hide behind attention), then ring. per_host: ranks of a host, None if all are on one.
-    """
-    guidance = 2 if guided and size % 2 == 0 else 1
-    sequence = size // guidance
-    local = sequence if per_host is None or per_host >= sequence else math.gcd(per_host, sequence)
-    ulysses = math.gcd(heads, local)
-    return Layout(guidance, sequence // ulysses, ulysses)

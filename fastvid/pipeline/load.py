@@ -13,10 +13,10 @@ import torch
 from fastvid.device import cuda_graphs as graphs
 from fastvid.device.devices import available_bytes, find_device, resolve_dtype, resolve_vae_dtype
 from fastvid.device.offload import MODES, Resident, Swapped, weigh
-from fastvid.distributed import links as scaling_links
 from fastvid.distributed.layout import agree, parse
+from fastvid.distributed.links import find_links
 from fastvid.distributed.mesh import Layout, Mesh
-from fastvid.errors import CheckpointError, InvalidRequest, OutOfMemory
+from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders.checkpoint import check_fill, fill, load_part, open_checkpoint
 from fastvid.loaders.find import EMBEDDED, read_tokenizer
 from fastvid.loaders.lora import Lora, for_expert, named, read_loras, touched
@@ -28,12 +28,11 @@ from fastvid.models.registry import EXPERTS, build_empty, part_dtype, weigh_modu
 from fastvid.models.wan import presets
 from fastvid.ops import vae_gpu
 from fastvid.ops.dispatch import Ops, bind
-from fastvid.planning import plan
-from fastvid.requests.request import Request
+from fastvid.planning import memory
+from fastvid.requests.request import default_request
 
 AUTO = "auto"
 ENCODERS = ("text_encoder", "image_encoder")
-FIT = ("transformer", "vae", *ENCODERS)  # what plan.fit takes, in this order
 
 
 def load_parts(
@@ -62,7 +61,7 @@ def load_parts(
     kind, vae_kind = resolve_dtype(dtype, where), resolve_vae_dtype(vae_dtype)
     ops = bind(backend, attention, where)
     merging, asked, replay = read_loras(loras), check_offload(offload), graphs.check(cuda_graphs)
-    links = scaling_links.find(link, mesh, where)
+    links = find_links(link, mesh, where)
     checkpoint = open_checkpoint(model, parts, download=True).check()
     mode = (
         asked
@@ -119,16 +118,8 @@ def choose_offload(
     none: host and device are one memory there. free: bytes, of a device that is not here."""
     if device.type == "cpu":
         return "none"
-    made = [configs.get(name) for name in FIT]
-    seen = getattr(made[0], "transformer", made[0])  # of one with a control branch
-    pictures = 1 + bool(seen.pos_embed_seq_len) if seen.in_channels > seen.out_channels else 0
-    request = Request.make(prompt="").resolve(preset)
-    given = {"experts": sum(name in EXPERTS for name in configs), "dtype": dtype, "pictures": pictures}
-    given["vae_dtype"] = vae_dtype
-    try:
-        return plan.fit(request, *made, capacity=available_bytes(device) if free is None else free, **given)[0].offload
-    except OutOfMemory:
-        return MODES[-1]  # for requests smaller than the preset's; the others are refused when they are planned
+    capacity = available_bytes(device) if free is None else free
+    return memory.choose_offload(configs, default_request(preset), capacity, dtype, vae_dtype)
 
 
 def configs_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -190,7 +181,7 @@ def outline(
     made = replace(
         made, vae_dtype=vae_kind, loras=named(merging), mesh=Mesh(size=ranks.ranks or 1), layout=ranks.layout
     )
-    made = replace(made, links=scaling_links.find(link, made.mesh, where, planned=True))
+    made = replace(made, links=find_links(link, made.mesh, where, planned=True))
     stays, caches = mode == "none" or (mode == "text" and len(names) == 1), preset.rollout is not None
     want, why = graphs.wanted(cuda_graphs, where, stays, caches, made.mesh.size)
     return replace(made, graphs=graphs.PLANNED if want else None, graphs_why=why)

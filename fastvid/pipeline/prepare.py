@@ -17,9 +17,8 @@ from fastvid.engine.session import Job
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
 from fastvid.pipeline import verbs
-from fastvid.planning import planning
-from fastvid.planning.speed import Rates
-from fastvid.planning.speed import find as find_rates
+from fastvid.planning.plan import plan_request
+from fastvid.planning.speed import Rates, find_rates
 from fastvid.requests import inputs, prompts
 from fastvid.requests.request import Request, Resolved
 from fastvid.requests.timeline import Timeline
@@ -68,7 +67,7 @@ def prepare(
     _check_tensors(model, resolved, timeline)
     sigmas = sigmas_of(resolved)
     recipe = resolved.to_recipe(model=model.model, version=__version__, **model.settings)
-    plan, layout = planning.plan_request(model, resolved, timeline, sigmas, keep_frames, free, rates, layout)
+    plan, layout = plan_request(model, resolved, timeline, sigmas, keep_frames, free, rates, layout)
     log.info("plan: %s", _told(plan))
     job = Job(resolved, timeline, sigmas, plan.decode_chunk, plan.decode_stripes, plan.decode_beside, layout)
     return Prepared(job, plan, recipe)

@@ -1,86 +1,111 @@
-"""How ranks share a request: of the layouts that its heads, tokens and guidance allow, those that fit into memory, and
-of these the one whose steps the cost model (`fastvid.distributed.cost_model`) predicts to be the fastest.
+"""Chooses how ranks share a request: of the layouts that fit into memory, the one with the fastest predicted step.
 
-What decides is the same on all ranks and in every run: configurations, the links that ranks have agreed on, a kind of
-device rather than what was measured on one, and the least memory that a rank has. Rank 0's choice is everyone's.
+All ranks and all runs choose the same. The choice depends only on configurations, on the links that ranks have agreed
+on, on the kind of device (not on its measured rates) and on the least memory that a rank has. Rank 0's choice counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
 
 from fastvid.distributed import cost_model
-from fastvid.distributed import layout as parallel
 from fastvid.distributed.cost_model import Prediction, Work
+from fastvid.distributed.layout import agree, first, layouts_for
 from fastvid.distributed.mesh import Layout
 from fastvid.models.loaded import Model
+from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment, Timeline
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout. made: predictions of a step in those that fit, the fastest first. left_out: those that do not fit.
-    asked: there was nothing to choose."""
+    """A layout. predictions: of a step in each layout that fits, the chosen one first. too_large: layouts that do not
+    fit. asked: the caller gave the layout."""
 
     layout: Layout
-    made: tuple[Prediction, ...] = ()
-    left_out: tuple[Layout, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
+    too_large: tuple[Layout, ...] = ()
     asked: bool = False
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Predicted of a step, by layout."""
-        return {str(one.layout): one.seconds for one in self.made}
+        """Predicted seconds of a step by layout."""
+        return {str(one.layout): one.seconds for one in self.predictions}
 
     def why(self, device: str) -> str:
-        """In a sentence."""
-        if not self.made:
+        """The reason in a sentence; empty on one rank."""
+        if not self.predictions:
             return ""
-        said = [f"{self.made[0].seconds:.3g} s a step are predicted on {device}"]
+        best, *others = self.predictions
+        reasons = [f"{best.seconds:.3g} s a step are predicted on {device}"]
         if self.asked:
-            return f"as was asked; {said[0]}"
-        if len(self.made) > 1:
-            said.append(f"{self.made[1].seconds:.3g} s with {self.made[1].layout}, the next best")
-        if self.left_out:
-            said.append(f"{', '.join(map(str, self.left_out))} would not fit into memory")
-        return "; ".join(said)
+            return f"as was asked; {reasons[0]}"
+        if others:
+            reasons.append(f"{others[0].seconds:.3g} s with {others[0].layout}, the next best")
+        if self.too_large:
+            reasons.append(f"{', '.join(map(str, self.too_large))} would not fit into memory")
+        return "; ".join(reasons)
 
 
-def layouts_of(
-    parts: Model, request: Resolved, timeline: Timeline, asked: Layout | None = None
-) -> tuple[list[Layout], bool]:
-    """How ranks can share a request, and whether that is as was asked (asked: in this request, before what the model
-    was loaded with). Raises InvalidRequest."""
-    config, mesh, asked = parts.transformer.config, parts.mesh, asked or parts.layout
+def work_of(
+    config: WanTransformerConfig,
+    grid: tuple[int, int, int],
+    guided: bool,
+    text_rows: int = 512,
+    itemsize: int = 2,
+    control_layers: int = 0,
+) -> Work:
+    """The sizes of a step of a transformer on a grid (t, h, w) of tokens, for the cost model. The layers of a control
+    branch count like others."""
+    return Work(
+        grid=grid,
+        dim=config.dim,
+        ffn_dim=config.ffn_dim,
+        heads=config.num_attention_heads,
+        layers=config.num_layers + control_layers,
+        velocity=config.out_channels * prod(config.patch_size),
+        guided=guided,
+        text_rows=text_rows,
+        itemsize=itemsize,
+    )
+
+
+def step_work(model: Model, request: Resolved, window: Segment) -> Work:
+    """The sizes of a step on what is with the model at once."""
+    config = model.transformer.config
+    t, h, w = (n // p for n, p in zip(window.latent_shape(1)[1:], config.patch_size, strict=True))
+    guided = request.guided(len(model.experts))
+    rows, itemsize = model.tokenizer.text_length, model.dtype.itemsize
+    return work_of(config, (t, h, w), guided, rows, itemsize, model.control_layers)
+
+
+def layouts_of(model: Model, request: Resolved, timeline: Timeline, asked: Layout | None) -> list[Layout]:
+    """The layouts that a request can have; only the one asked for, if there is one. Raises InvalidRequest."""
+    config, mesh = model.transformer.config, model.mesh
     _, ph, pw = config.patch_size
     shapes = [segment.latent_shape(1)[2:] for segment in timeline.segments]
     tokens = min((h // ph * (w // pw) for h, w in shapes), default=mesh.size)
-    heads, guided = config.num_attention_heads, request.guided(len(parts.experts))
-    return parallel.layouts_for(asked, mesh.size, heads, tokens, guided, parts.links.per_host), asked is not None
+    heads, guided = config.num_attention_heads, request.guided(len(model.experts))
+    return layouts_for(asked, mesh.size, heads, tokens, guided, model.links.per_host)
 
 
-def work_of(parts: Model, request: Resolved, window: Segment) -> Work:
-    """A step, with a control branch's layers as more of the same."""
-    config = parts.transformer.config
-    t, h, w = (n // p for n, p in zip(window.latent_shape(1)[1:], config.patch_size, strict=True))
-    config = replace(config, num_layers=config.num_layers + parts.control_layers)
-    guided = request.guided(len(parts.experts))
-    return Work(config, (t, h, w), guided, parts.tokenizer.text_length, parts.dtype.itemsize)
-
-
-def choose(
-    parts: Model, work: Work, layouts: Sequence[Layout], asked: bool, taken: Callable[[Layout], int], capacity: int
+def choose_layout(
+    model: Model, work: Work, layouts: list[Layout], asked: bool, taken: Callable[[Layout], int], capacity: int
 ) -> Choice:
-    """taken: bytes of the device that a request takes in a layout. Where it fits in none, the one that takes the
-    least: what is planned with it is refused, and says what would fit."""
-    if parts.mesh.size == 1:
+    """The layout of a request on the model's ranks. taken: bytes that the request takes of a device in a layout.
+
+    If no layout fits, the one that takes the least is chosen; the request is then refused with what would fit.
+    """
+    if model.mesh.size == 1:
         return Choice(layouts[0])
     needs = {layout: taken(layout) for layout in layouts}
     fits = [layout for layout in layouts if needs[layout] <= capacity] or [min(layouts, key=lambda one: needs[one])]
-    links = parts.links
-    made = cost_model.ranked(fits, work, links.device, links.near, links.far, links.per_host or parts.mesh.size)
-    best = fits[parallel.agree(parts.mesh, fits.index(made[0].layout), parallel.first)]
-    made.sort(key=lambda one: one.layout != best)
-    return Choice(best, tuple(made), tuple(one for one in layouts if one not in fits), asked)
+    links = model.links
+    per_host = links.per_host or model.mesh.size
+    predictions = cost_model.ranked(fits, work, links.device, links.near, links.far, per_host)
+    best = fits[agree(model.mesh, fits.index(predictions[0].layout), first)]
+    predictions.sort(key=lambda one: one.layout != best)
+    return Choice(best, tuple(predictions), tuple(one for one in layouts if one not in fits), asked)

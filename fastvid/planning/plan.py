@@ -1,189 +1,221 @@
-"""What a request will cost, before anything is computed: sizes, model calls, arithmetic, memory, and the choices made.
+"""Plans a request on a model: sizes, model calls, arithmetic, memory and the choices made, before anything runs.
 
-A request that does not fit is refused here, with the number that does not fit and the nearest request that does.
-Formulas for arithmetic: N tokens, width d, ffn f, L text rows; linear 2N(6d^2 + 2df), self-attention 4 N^2 d,
-cross-attention 4 N L d, a layer and call each.
+A request that does not fit is refused with the number that does not fit and the nearest request that does.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
-import torch
+import numpy as np
 
-from fastvid.device.offload import MODES
-from fastvid.engine.decode import decode_chunk
-from fastvid.models.common.clip import CLIPVisionConfig
-from fastvid.models.common.umt5 import UMT5Config
-from fastvid.models.loaded import Sizes
-from fastvid.models.registry import weigh_part
-from fastvid.models.wan.config import VAEConfig, WanTransformerConfig, WanVACEConfig
-from fastvid.planning import memory
-from fastvid.planning.memory import Cost, Memory
+from fastvid.device.devices import available_bytes
+from fastvid.distributed.layout import agree
+from fastvid.distributed.mesh import Layout
+from fastvid.engine import decode
+from fastvid.engine.conditioning import lead_in
+from fastvid.engine.events import Plan
+from fastvid.engine.windows import spans, window_columns
+from fastvid.models.loaded import CHANNELS, CONTROL, Model, way_of
+from fastvid.planning import speed
+from fastvid.planning.layout import Choice, choose_layout, layouts_of, step_work
+from fastvid.planning.memory import STRIPES, ModelFacts, Needs, count_tokens, refuse
+from fastvid.planning.speed import Calls, Rates
 from fastvid.requests.request import Resolved
-from fastvid.requests.timeline import Segment
+from fastvid.requests.timeline import Segment, Timeline, window_of
 
-CLIP_TOKENS = 257
-STRIPES = (1, 2, 4, 8)  # in which frames may be decoded: the fewest that fit
-
-
-def whole_clip(request: Resolved, vae: VAEConfig) -> Segment:
-    """A request as one segment that the model makes at once."""
-    return Segment(
-        num_frames=request.num_frames,
-        height=request.height,
-        width=request.width,
-        made_frames=request.model_frames,
-        made_height=request.model_height,
-        made_width=request.model_width,
-        spatial=vae.spatial_scale,
-        temporal=vae.temporal_scale,
-        lead=len(request.reference_images or ()),
-    )
+log = logging.getLogger("fastvid.plan")
 
 
-def count_tokens(segment: Segment, config: WanTransformerConfig) -> int:
-    """Tokens of the whole clip."""
-    shape = segment.latent_shape(1)[1:]
-    return math.prod(n // p for n, p in zip(shape, config.patch_size, strict=True))
-
-
-def share_of(tokens: int, frames: int, sharers: int) -> int:
-    """The most tokens that one rank has where so many share each frame's."""
-    return frames * -(-tokens // frames // sharers)
-
-
-def denoise_flops(
-    tokens: int, text_rows: int, config: WanTransformerConfig, control_layers: int = 0, keys: int | None = None
-) -> float:
-    """Floating point operations of one model call. control_layers: of a control branch beside it. keys: tokens that
-    are attended to, where there are more (a KV cache)."""
-    d, f = config.dim, config.ffn_dim
-    layer = 2 * tokens * (6 * d * d + 2 * d * f) + 4 * tokens * (keys or tokens) * d + 4 * tokens * text_rows * d
-    # What goes into the control branch is projected once, what comes out in every layer.
-    control = control_layers * layer + (control_layers + 1) * 2 * tokens * d * d if control_layers else 0
-    return float(config.num_layers * layer + control)
-
-
-def attention_flops(
-    tokens: int, text_rows: int, config: WanTransformerConfig, control_layers: int = 0, keys: int | None = None
-) -> float:
-    """Of these, those of attention."""
-    return (config.num_layers + control_layers) * 4.0 * tokens * ((keys or tokens) + text_rows) * config.dim
-
-
-def cost(
-    segment: Segment,
-    config: WanTransformerConfig,
-    vae: VAEConfig,
-    itemsize: int,
-    solver_copies: int = 6,
-    *,
-    text: UMT5Config | None = None,
-    rows: int = 512,
-    texts: int = 2,
-    experts: int = 1,
-    pictures: int = 0,
-    encoded: int = 0,
-    control_layers: int = 0,
-    frames: int = 0,
-    cache: int = 0,
-    stripes: int = 1,
-    graphs: bool = False,
-    sharers: int = 1,
-    bands: int = 1,
-    vae_itemsize: int = 4,
-) -> Cost:
-    """Peak bytes of a request, weights left out; see `plan_memory.Cost`. segment: what the model makes at once.
-
-    rows: of text that the transformer sees; texts: 2 with guidance; pictures: how many CLIP looks at; encoded: frames
-    that are encoded at once beside them; frames: those that are kept; cache: tokens in a KV cache; stripes: of rows in
-    which frames are decoded; graphs: calls are replayed (see `fastvid.device.cuda_graphs`); sharers: ranks that share
-    the tokens; bands: ranks that share the rows of frames that are encoded and decoded; itemsize, vae_itemsize: bytes
-    of a number in the transformer and in the VAE.
-    """
-    frame, chunk = (segment.made_height, segment.made_width), segment.temporal * decode_chunk(segment)
-    concatenated = config.in_channels > config.out_channels
-    given = segment.made_frames if control_layers or (concatenated and pictures) else max(encoded, min(pictures, 1))
-    seen = pictures * CLIP_TOKENS if config.image_dim else 0
-    seen_by_control = 2 * vae.z_dim + segment.spatial**2 if control_layers else 0
-    masks = 2 if control_layers else 0  # as given and rounded
-    tokens = share_of(count_tokens(segment, config), segment.columns // config.patch_size[0], sharers)
-    activations = memory.activation_bytes(tokens, config, itemsize, control_layers)
-    inputs = memory.context_bytes(rows + seen, 1, 1, config, itemsize)
-    inputs += math.prod(segment.latent_shape(2 * vae.z_dim + config.in_channels + seen_by_control)) * 4
-    shared = {"bands": bands, "itemsize": vae_itemsize}
-    return Cost(
-        activations=activations,
-        decoder=memory.decoder_bytes(vae, *frame, chunk, stripes, **shared),
-        latents=math.prod(segment.latent_shape(vae.z_dim * solver_copies + seen_by_control)) * 4,
-        frames=frames * segment.height * segment.width * 3,
-        encoder=memory.encoder_bytes(vae, *frame, min(chunk, given), given, masks, **shared) if given else 0,
-        context=memory.context_bytes(rows + seen, texts, experts, config, itemsize)
-        + memory.context_bytes(-(-cache // sharers), texts, 1, config, itemsize),
-        text=memory.text_bytes(rows, text, itemsize) if text else 0,
-        graphs=activations + inputs * experts if graphs else 0,
-    )
-
-
-def fit(
+def plan_request(
+    model: Model,
     request: Resolved,
-    transformer: WanTransformerConfig | WanVACEConfig,
-    vae: VAEConfig,
-    text_encoder: UMT5Config,
-    image_encoder: CLIPVisionConfig | None = None,
-    *,
-    capacity: int,
-    experts: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    pictures: int = 0,
-    vae_dtype: torch.dtype = torch.float32,
-) -> tuple[Memory, dict[str, Memory]]:
-    """Whether and how a model that need not be loaded, nor be here, makes a request in `capacity` bytes of a device.
+    timeline: Timeline,
+    sigmas: np.ndarray,
+    keep: bool = False,
+    free: int | None = None,
+    rates: Rates | None = None,
+    layout: Layout | None = None,
+) -> tuple[Plan, Layout]:
+    """The plan of a request, and the layout in which ranks share it.
 
-    dtype: of transformer and text encoder; vae_dtype: of the VAE; the image encoder is in fp32. Returns the choice,
-    and every way of offloading by its name. Raises OutOfMemory if none of them fits.
+    keep: all frames stay in memory. free: bytes that can be taken of the device, None to ask it; ranks use the least of
+    all. rates: of this machine, to estimate the time. layout: None to choose one. Raises OutOfMemory if the request
+    does not fit, InvalidRequest if ranks cannot share it as was asked.
     """
-    one, text = weigh_part("transformer", transformer, dtype), weigh_part("text_encoder", text_encoder, dtype)
-    control = len(transformer.vace_layers) if isinstance(transformer, WanVACEConfig) else 0
-    transformer = transformer.transformer if isinstance(transformer, WanVACEConfig) else transformer
-    image = weigh_part("image_encoder", image_encoder, dtype).total if image_encoder else 0
-    sizes = Sizes((one,) * experts, text, weigh_part("vae", vae, dtype, vae_dtype).total, image)
-    segment = whole_clip(request, vae)
-    options = {"text": text_encoder, "texts": 1 + request.guided(experts), "experts": experts, "pictures": pictures}
-    options |= {"control_layers": control, "vae_itemsize": vae_dtype.itemsize}
+    free = available_bytes(model.device) if free is None else free
+    free, capacity = (agree(model.mesh, count) for count in (free, free + model.bytes_held))
+    frames, needs, asked = timeline.num_frames, needs_of(model, request, timeline, keep), layout or model.layout
+    window, work = needs.segment, step_work(model, request, needs.segment)
 
-    def chosen(t: Segment) -> Memory:
-        made = memory.choose(sizes, cost(t, transformer, vae, dtype.itemsize, **options), capacity)
-        if made.device > capacity:  # nothing more to put away: frames in stripes
-            striped = cost(t, transformer, vae, dtype.itemsize, stripes=STRIPES[-1], **options)
-            made = memory.choose(sizes, striped, capacity)
-        return made
+    def taken(layout: Layout) -> int:
+        return bytes_taken(model, replace(needs, sharers=layout.sequence), frames)
 
-    found = chosen(segment)
-    if found.device > capacity:
-        hint = nearest(
-            segment.num_frames,
-            segment.temporal,
-            lambda n: chosen(replace(segment, num_frames=n, made_frames=n)).device <= capacity,
-        )
-        memory.refuse(found, found.device, capacity, segment, hint)
-    need = cost(segment, transformer, vae, dtype.itemsize, **options)
-    return found, {mode: memory.memory(sizes, need, mode) for mode in MODES}
+    layouts = layouts_of(model, request, timeline, asked)
+    choice = choose_layout(model, work, layouts, asked is not None, taken, capacity)
+    needs = replace(needs, sharers=choice.layout.sequence)
+    needs = replace(needs, stripes=choose_stripes(model, needs, frames, capacity))
+    check_fits(model, needs, frames, capacity)
+
+    calls = [speed.calls_of(model, request, segment, sigmas) for segment in timeline.segments]
+    plan = Plan(
+        **_sizes(model, request, timeline, window),
+        **_arithmetic(model, calls, len(sigmas)),
+        **_memory(model, needs, frames, capacity),
+        **_ranks(model, choice),
+        **(speed.estimate(model, timeline, window, calls, work, choice.layout, rates) if rates else {}),
+        bytes_free=free,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        backends=model.ops.bound,
+    )
+    log.info("offload=%s, decoded in %d stripes: %s", plan.offload, plan.decode_stripes, "; ".join(plan.choices))
+    if plan.parallel:
+        log.info("parallel=%s: %s", plan.parallel, plan.parallel_why)
+    return plan, choice.layout
 
 
-def nearest(frames: int, temporal: int, fits: Callable[[int], bool]) -> str:
-    """The end of a sentence that says how many frames, up to these, would fit."""
-    most = most_frames(frames, temporal, fits)
-    return f"the nearest that fits is num_frames={most}" if most else "ask for a smaller size"
+# ---------------------------------------------------------------- what the request needs
+
+
+def needs_of(model: Model, request: Resolved, timeline: Timeline, keep: bool) -> Needs:
+    """What a request asks of a model at once. keep: all frames stay in memory."""
+    largest = largest_segment(model, timeline)
+    window = window_of(largest, window_columns(model, largest))
+    return Needs(
+        ModelFacts.of(model),
+        window,
+        texts=1 + request.guided(len(model.experts)) + (request.source_prompt is not None),
+        pictures=_pictures(model, timeline),
+        encoded=_encoded(timeline, window),
+        frames=timeline.num_frames if keep else 0,
+        cached=speed.cached_tokens(model, largest),
+        bands=model.mesh.size,
+    )
+
+
+def largest_segment(model: Model, timeline: Timeline) -> Segment:
+    return max(timeline.segments, key=lambda segment: window_columns(model, segment))
+
+
+def _pictures(model: Model, timeline: Timeline) -> int:
+    """How many pictures CLIP sees, or whether any are known."""
+    shown = max(len(segment.pictures) + bool(segment.left) + bool(segment.right) for segment in timeline.segments)
+    return min(shown, 2 if way_of(model) in (CHANNELS, CONTROL) else 1)
+
+
+def _encoded(timeline: Timeline, window: Segment) -> int:
+    """The most frames that are encoded at once."""
+    segments = timeline.segments
+    known = max(max(one.left, one.right and one.right + lead_in(one)) for one in segments)
+    return max(known, window.temporal if any(one.source is not None for one in segments) else 0)
+
+
+def with_frames(needs: Needs, frames: int) -> Needs:
+    """What the request needs if it makes only so many frames."""
+    window = needs.segment
+    if frames < window.made_frames:
+        window = window_of(window, frames // window.temporal + 1)
+    return replace(needs, segment=window, frames=min(needs.frames, frames))
+
+
+def bytes_taken(model: Model, needs: Needs, frames: int) -> int:
+    """Bytes of the device for so many frames; on a CPU also those of the host, which is the same memory."""
+    needs = with_frames(needs, frames)
+    memory = needs.memory(model.offload)
+    return memory.device + (memory.host + needs.cost().frames if model.device.type == "cpu" else 0)
+
+
+def choose_stripes(model: Model, needs: Needs, frames: int, capacity: int) -> int:
+    """The fewest stripes in which decoding fits; the most if none does. Ranks share rows instead."""
+    rows = needs.segment.made_height // needs.segment.spatial if model.mesh.size == 1 else 1
+    possible = [count for count in STRIPES if count <= rows]
+    fits = (n for n in possible if bytes_taken(model, replace(needs, stripes=n), frames) <= capacity)
+    return next(fits, possible[-1])
+
+
+def check_fits(model: Model, needs: Needs, frames: int, capacity: int) -> None:
+    """Raise OutOfMemory, with the nearest number of frames that fits, if a request takes more than there is."""
+    if (needed := bytes_taken(model, needs, frames)) > capacity:
+        temporal = needs.segment.temporal
+        most = most_frames(frames, temporal, lambda count: bytes_taken(model, needs, count) <= capacity)
+        hint = f"the nearest that fits is num_frames={most}" if most else "ask for a smaller size"
+        refuse(with_frames(needs, frames), model.offload, needed, capacity, frames, hint)
 
 
 def most_frames(frames: int, temporal: int, fits: Callable[[int], bool]) -> int:
-    """The largest number 4k + 1 of frames up to this one for which `fits(number)`, 0 if none."""
+    """The largest number temporal * k + 1 of frames, up to this one, for which `fits(number)`; 0 if there is none."""
     low, high = 0, (frames - 1) // temporal + 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits((middle - 1) * temporal + 1) else (low, middle - 1)
     return (low - 1) * temporal + 1 if low else 0
+
+
+# ---------------------------------------------------------------- fields of the plan
+
+
+def _sizes(model: Model, request: Resolved, timeline: Timeline, window: Segment) -> dict[str, Any]:
+    config, segments = model.transformer.config, timeline.segments
+    return {
+        "height": window.height,
+        "width": window.width,
+        "num_frames": timeline.num_frames,
+        "model_height": window.made_height,
+        "model_width": window.made_width,
+        "model_frames": sum(segment.made_frames - segment.left - segment.right for segment in segments),
+        "fps": request.fps,
+        "latent_shape": largest_segment(model, timeline).latent_shape(config.out_channels),
+        "segments": len(segments),
+        "windows": sum(len(spans(model, segment)) for segment in segments),
+        "tokens": count_tokens(window, config),
+        "decode_chunk": decode.decode_chunk(window),
+    }
+
+
+def _arithmetic(model: Model, calls: Sequence[Calls], steps: int) -> dict[str, Any]:
+    config, control = model.transformer.config, model.control_layers
+    return {
+        "steps": steps,
+        "model_calls": sum(each.count for each in calls),
+        "flops_denoise": sum(each.count * speed.denoise_flops(each, config, control) for each in calls),
+        "flops_attention": sum(each.count * speed.attention_flops(each, config, control) for each in calls),
+    }
+
+
+def _memory(model: Model, needs: Needs, frames: int, capacity: int) -> dict[str, Any]:
+    needs = with_frames(needs, frames)
+    cost, memory = needs.cost(), needs.memory(model.offload)
+    # Decoding beside denoising takes the most memory together. Ranks decode together, so no device is free meanwhile.
+    both = memory.phases["denoising"] + cost.decoder
+    beside = decode.worth_it(model.device) and both <= capacity and model.mesh.size == 1
+    choices = memory.choices + (("decoding runs beside denoising, on a stream of its own",) if beside else ())
+    return {
+        "decode_stripes": needs.stripes,
+        "bytes_weights": needs.model.sizes.total,
+        "bytes_activations": cost.activations,
+        "bytes_decoder": cost.decoder,
+        "bytes_latents": cost.latents,
+        "bytes_frames": cost.frames,
+        "bytes_encoder": cost.encoder,
+        "bytes_context": cost.context,
+        "bytes_graphs": cost.graphs,
+        "bytes_device": max(memory.device, both) if beside else memory.device,
+        "bytes_host": memory.host,
+        "offload": memory.offload,
+        "choices": choices,
+        "decode_beside": beside,
+    }
+
+
+def _ranks(model: Model, choice: Choice) -> dict[str, Any]:
+    shared = choice.layout.size > 1
+    return {
+        "parallel": str(choice.layout) if shared else "",
+        "layouts": choice.seconds,
+        "parallel_why": choice.why(model.links.device.name),
+        "link": str(model.links) if shared else "",
+    }

@@ -1,8 +1,9 @@
-"""How fast this machine is: seconds of a linear layer, an attention and a convolution at a few sizes, measured once and
-kept in the user's cache folder, so that a plan can say how long a request takes.
+"""How long a request takes: what it computes, and how fast this machine computes it.
 
-Rates are of the very functions that models call, bound as the model's are. Between two sizes the speed is interpolated
-over the logarithm of the work; above the largest it stays; a call smaller than the smallest takes as long as that one.
+Rates are seconds of a linear layer, an attention and a convolution at a few sizes, measured once with the functions
+that models call, and kept in the user's cache folder. Between two sizes the time is interpolated over the logarithm of
+the work; above the largest the speed stays; a smaller call takes as long as the smallest. Norms, rotations, the reading
+of weights and the text encoder are not counted.
 """
 
 from __future__ import annotations
@@ -13,25 +14,41 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastvid.device.devices import cpu_name
 from fastvid.device.precision import ieee_fp32
+from fastvid.distributed import cost_model
+from fastvid.distributed.cost_model import Work
+from fastvid.distributed.mesh import Layout
+from fastvid.engine.decode import decode_chunk
+from fastvid.engine.windows import count_calls, window_columns
 from fastvid.layers.attention import self_attention
 from fastvid.layers.linear import Linear
+from fastvid.models.loaded import CHANNELS, CONTROL, Model, way_of
+from fastvid.models.wan.config import WanTransformerConfig
+from fastvid.models.wan.vae import WanVAE
 from fastvid.ops.dispatch import Ops
+from fastvid.planning.memory import count_tokens
+from fastvid.requests.request import Resolved
+from fastvid.requests.timeline import Segment, Timeline, window_of
 
-BUDGET = 0.6  # seconds for each of the three
-SHARES = 4  # parts of it: a size has one, at least
-RUNS = 3  # at least
-LONG = 5e-3  # seconds of a run that all threads work on
+SIDE = 8  # of the latents on which a VAE's operations are counted
+BUDGET = 0.6  # seconds to measure each kind of work
+SHARES = 4  # a size gets at least one of so many shares of the budget
+RUNS = 3  # of a size, at least
+LONG = 5e-3  # seconds from which all threads work on a run
 Points = tuple[tuple[float, float], ...]  # (operations of a call, its seconds), ascending
 
 # (rows, width); (tokens, heads, width of a head); (channels, frames, height, width).
@@ -42,18 +59,18 @@ CONVOLUTION = ((32, 4, 16, 16), (96, 2, 16, 16), (96, 4, 64, 64), (192, 4, 96, 9
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured: (floating point operations of a call, its seconds), ascending, of each kind of work."""
+    """What was measured for each kind of work: (floating point operations of a call, its seconds), ascending."""
 
     linear: Points
     attention: Points
     convolution: Points
 
     def seconds(self, kind: str, flops: float, calls: float = 1) -> float:
-        """Of `calls` calls with `flops` operations each; kind: the name of a field."""
-        return calls * time_of(getattr(self, kind), flops)
+        """Seconds of `calls` calls with `flops` operations each. kind: the name of a field."""
+        return calls * interpolate(getattr(self, kind), flops)
 
 
-def time_of(points: Points, flops: float) -> float:
+def interpolate(points: Points, flops: float) -> float:
     """Seconds of a call with so many operations."""
     if flops <= points[0][0]:
         return points[0][1] if flops > 0 else 0.0
@@ -64,18 +81,159 @@ def time_of(points: Points, flops: float) -> float:
     return points[-1][1] * flops / points[-1][0]
 
 
-# ---------------------------------------------------------------- kept
+# ---------------------------------------------------------------- what is computed
 
 
-def find(ops: Ops, device: torch.device, dtype: torch.dtype, again: bool = False) -> Rates:
-    """The rates of this machine, from the user's cache folder, or measured, which takes about 2 s, and put there.
-    again: measured in any case."""
+@dataclass(frozen=True)
+class Calls:
+    """So many calls of the transformer, each with `tokens` that attend to `keys` tokens and to `rows` of text."""
+
+    count: int
+    tokens: int
+    keys: int
+    rows: int
+
+
+def calls_of(model: Model, request: Resolved, segment: Segment, sigmas: np.ndarray) -> Calls:
+    """How often the model is called for a segment, and with how many tokens."""
+    window = window_of(segment, window_columns(model, segment))
+    tokens = count_tokens(window, model.transformer.config)
+    count = count_calls(model, segment, sigmas, request)
+    return Calls(count, tokens, max(tokens, cached_tokens(model, segment)), model.tokenizer.text_length)
+
+
+def cached_tokens(model: Model, segment: Segment) -> int:
+    """Tokens in the full KV cache of a causal model; 0 for others."""
+    if (rollout := model.preset.rollout) is None:
+        return 0
+    columns = min(rollout.window or segment.columns, segment.columns)
+    return count_tokens(window_of(segment, columns), model.transformer.config)
+
+
+def denoise_flops(call: Calls, config: WanTransformerConfig, control_layers: int = 0) -> float:
+    """Floating point operations of one of the calls. control_layers: of a control branch.
+
+    A layer with N tokens, K keys, width d, feed-forward f and L rows of text takes 2N(6d^2 + 2df) in linear layers,
+    4NKd in self-attention and 4NLd in cross-attention.
+    """
+    n, d, f = call.tokens, config.dim, config.ffn_dim
+    layer = 2 * n * (6 * d * d + 2 * d * f) + 4 * n * call.keys * d + 4 * n * call.rows * d
+    # The input of the control branch is projected once, its output in every layer.
+    control = control_layers * layer + (control_layers + 1) * 2 * n * d * d if control_layers else 0
+    return float(config.num_layers * layer + control)
+
+
+def attention_flops(call: Calls, config: WanTransformerConfig, control_layers: int = 0) -> float:
+    """The part of `denoise_flops` that is attention."""
+    return (config.num_layers + control_layers) * 4.0 * call.tokens * (call.keys + call.rows) * config.dim
+
+
+@dataclass(frozen=True)
+class Convolutions:
+    """What a VAE computes for each pixel of a frame: floating point operations, in so many convolutions a chunk."""
+
+    flops: float
+    count: int
+
+
+@torch.no_grad()
+def count_vae(vae: WanVAE, decode: bool = True) -> Convolutions:
+    """What decoding takes, or encoding. vae: with weights or without."""
+    config = vae.config
+    with torch.device("meta"):
+        empty = type(vae)(config)
+    side, frames = SIDE * config.spatial_scale, config.temporal_scale
+    counted = []
+    for latents in (2, 3):  # the second latent frame and all later ones are alike
+        with FlopCounterMode(display=False) as counter:
+            if decode:
+                empty.decode(torch.empty(1, config.z_dim, latents, SIDE, SIDE, device="meta"))
+            else:
+                empty.encode(torch.empty(1, 3, frames * (latents - 1) + 1, side, side, device="meta"))
+        counted.append(counter.get_total_flops())
+    half = empty.decoder if decode else empty.encoder
+    count = sum(isinstance(module, nn.Conv2d | nn.Conv3d) for module in half.modules())
+    return Convolutions((counted[1] - counted[0]) / (side**2 * frames), count)
+
+
+def frames_encoded(model: Model, segment: Segment) -> int:
+    """Frames of a segment that are encoded; a control branch sees what stays and what changes, beside a source."""
+    if way_of(model) == CONTROL:
+        return (2 + (segment.source is not None)) * segment.made_frames + segment.lead
+    if segment.source is not None or way_of(model) == CHANNELS:
+        return segment.made_frames
+    return segment.left + segment.right + len(segment.pictures)
+
+
+# ---------------------------------------------------------------- how long it takes
+
+
+def estimate(
+    model: Model,
+    timeline: Timeline,
+    window: Segment,
+    calls: Sequence[Calls],
+    work: Work,
+    layout: Layout,
+    rates: Rates,
+) -> dict[str, Any]:
+    """A plan's seconds, seconds_parts and efficiency. On several ranks of denoising alone."""
+    config, control = model.transformer.config, model.control_layers
+    parts = {"denoise": sum(denoise_seconds(each, config, control, rates) for each in calls)}
+    share = None
+    if layout.size > 1:
+        share = efficiency(model, work, layout, max(calls, key=lambda each: each.tokens), rates)
+        parts["denoise"] /= layout.size * share
+    else:
+        encoded = sum(frames_encoded(model, segment) for segment in timeline.segments)
+        decoded = sum(segment.made_frames for segment in timeline.segments)
+        parts["encode"] = vae_seconds(model.vae, window, encoded, rates, decode=False)
+        parts["decode"] = vae_seconds(model.vae, window, decoded, rates, decode=True)
+    return {"seconds": sum(parts.values()), "seconds_parts": parts, "efficiency": share}
+
+
+def denoise_seconds(calls: Calls, config: WanTransformerConfig, control_layers: int, rates: Rates) -> float:
+    """Seconds of all of these calls."""
+    d, n, layers = config.dim, calls.tokens, config.num_layers + control_layers
+    linear = rates.seconds("linear", 2.0 * n * d * d, 6) + rates.seconds("linear", 2.0 * n * d * config.ffn_dim, 2)
+    attention = rates.seconds("attention", 4.0 * n * calls.keys * d)
+    attention += rates.seconds("attention", 4.0 * n * calls.rows * d)
+    hints = rates.seconds("linear", 2.0 * n * d * d, control_layers + 1) if control_layers else 0.0
+    return calls.count * (layers * (linear + attention) + hints)
+
+
+def vae_seconds(vae: WanVAE, window: Segment, frames: int, rates: Rates, decode: bool) -> float:
+    """Seconds of decoding so many frames, or encoding them, in chunks as large as those of a window."""
+    if not frames:
+        return 0.0
+    work, pixels = count_vae(vae, decode), window.made_height * window.made_width
+    chunk = window.temporal * decode_chunk(window) * pixels
+    return frames * pixels / chunk * rates.seconds("convolution", work.flops * chunk / work.count, work.count)
+
+
+def efficiency(model: Model, work: Work, layout: Layout, call: Calls, rates: Rates) -> float:
+    """The share of ideal speed that a step keeps in a layout, by this machine's rates and the links between ranks."""
+    links, dim = model.links, model.transformer.config.dim
+    linear, attention = 2.0 * call.tokens * dim**2, 4.0 * call.tokens * call.keys * dim
+    device = cost_model.Device(
+        "this", linear / rates.seconds("linear", linear), attention / rates.seconds("attention", attention)
+    )
+    per_host = links.per_host or layout.size
+    return cost_model.predict(work, layout, device, links.near, links.far, per_host).efficiency
+
+
+# ---------------------------------------------------------------- rates in the cache folder
+
+
+def find_rates(ops: Ops, device: torch.device, dtype: torch.dtype, again: bool = False) -> Rates:
+    """The rates of this machine, from the user's cache folder; measured first, in about 2 s, if they are not there.
+    again: measure in any case."""
     key = _key(ops, device, dtype)
     path = _folder() / f"rates-{sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
     if not again and (kept := _read(path, key)) is not None:
         return kept
     made = measure(ops, device, dtype)
-    with contextlib.suppress(OSError):  # a folder that can't be written to costs 2 s the next time
+    with contextlib.suppress(OSError):  # without a writable folder it takes 2 s the next time too
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{secrets.token_hex(4)}.partial")
         part.write_text(json.dumps({"key": key, "rates": asdict(made)}, indent=1), encoding="utf-8")
@@ -84,9 +242,9 @@ def find(ops: Ops, device: torch.device, dtype: torch.dtype, again: bool = False
 
 
 def _folder() -> Path:
-    """Where users' programs keep what can be made again."""
+    """The user's cache folder."""
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "fastvid"
+    return Path(base or os.path.expanduser("~/.cache")) / "fastvid"
 
 
 def _key(ops: Ops, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -102,7 +260,7 @@ def _key(ops: Ops, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _read(path: Path, key: dict[str, Any]) -> Rates | None:
-    """What a file holds, if that is whole and of this very machine."""
+    """The rates in a file, if they are complete and of this machine."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         made = Rates(
@@ -115,12 +273,12 @@ def _read(path: Path, key: dict[str, Any]) -> Rates | None:
     return made if whole and found.get("key") == key else None
 
 
-# ---------------------------------------------------------------- measured
+# ---------------------------------------------------------------- measuring
 
 
 @torch.no_grad()
 def measure(ops: Ops, device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure now: from small to large as far as the time allows."""
+    """Measure now, from small to large sizes, as far as the budget allows."""
     with ieee_fp32():
         return Rates(
             _points(_linear(device, dtype), device),
@@ -129,11 +287,12 @@ def measure(ops: Ops, device: torch.device, dtype: torch.dtype) -> Rates:
         )
 
 
-Case = tuple[float, Callable[[], Any]]  # operations, and what does them
+Case = tuple[float, Callable[[], Any]]  # floating point operations, and the call that does them
 
 
 def _points(cases: Iterator[Case], device: torch.device) -> Points:
-    end, found = time.perf_counter() + BUDGET, []
+    end = time.perf_counter() + BUDGET
+    found: list[tuple[float, float]] = []
     for flops, run in cases:
         found.append((flops, _time(run, device)))
         # The next one is some ten times as much work.
@@ -143,19 +302,20 @@ def _points(cases: Iterator[Case], device: torch.device) -> Points:
 
 
 def _time(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a run: the fastest, since what else runs on the machine only adds; of as many at a time as take 1 ms,
-    since clocks and launches have their grain."""
+    """Seconds of the fastest run, since other load only adds. Short runs are timed together, up to 1 ms, since clocks
+    are coarse."""
     run()
     count = max(1, min(1000, int(1e-3 / _clock(run, device, 1))))
-    end, taken = time.perf_counter() + BUDGET / SHARES, []
+    end = time.perf_counter() + BUDGET / SHARES
+    taken: list[float] = []
     while len(taken) < RUNS or time.perf_counter() < end:
         taken.append(_clock(run, device, count))
     return min(taken)
 
 
 def _clock(run: Callable[[], Any], device: torch.device, count: int) -> float:
-    """Seconds of a run. Of a long one on the CPU no more than the process had of its threads: what others took of the
-    machine meanwhile is not counted. (A short one may be too small to be divided among threads.)"""
+    """Seconds of a run. A long run on the CPU counts at most the processor time that its threads had, so that other
+    load on the machine is left out; a short one may not use all threads."""
     _wait(device)
     start, used = time.perf_counter(), time.process_time()
     for _ in range(count):
@@ -176,17 +336,17 @@ def _linear(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     for rows, width in LINEAR:
         layer = Linear(width, width, device=device, dtype=dtype)
         x = torch.randn(1, rows, width, device=device, dtype=dtype)
-        yield 2.0 * rows * width**2, lambda layer=layer, x=x: layer(x)
+        yield 2.0 * rows * width**2, partial(layer, x)
 
 
 def _attention(ops: Ops, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     for tokens, heads, width in ATTENTION:
         q, k, v = torch.randn(3, 1, tokens, heads, width, device=device, dtype=dtype)
-        yield 4.0 * tokens**2 * heads * width, lambda q=q, k=k, v=v: self_attention(ops, q, k, v)
+        yield 4.0 * tokens**2 * heads * width, partial(self_attention, ops, q, k, v)
 
 
 def _convolution(ops: Ops, device: torch.device) -> Iterator[Case]:
-    """Of the VAE's residual blocks, in fp32 as the VAE is."""
+    """Convolutions of the VAE's residual blocks, in fp32."""
     for channels, frames, height, width in CONVOLUTION:
         x, past = (torch.randn(1, channels, t, height, width, device=device) for t in (frames, 2))
         weight, bias = (
@@ -194,6 +354,5 @@ def _convolution(ops: Ops, device: torch.device) -> Iterator[Case]:
             torch.zeros(channels, device=device),
         )
         gamma = torch.ones(channels, 1, 1, 1, device=device)
-        given = (x, past, gamma, weight, bias)
         work = 2.0 * weight.numel() * frames * height * width
-        yield work, lambda given=given: ops.vae_norm_silu_conv3d(*given)
+        yield work, partial(ops.vae_norm_silu_conv3d, x, past, gamma, weight, bias)

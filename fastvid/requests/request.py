@@ -384,3 +384,8 @@ _FOLLOWING: Mapping[str, tuple[str, ...]] = {"generate": ()} | dict.fromkeys(
     ("extend", "loop", "blend"), ("width", "height", "fps")
 )
 """What is not recorded because it follows: from the clip, from the shots, or since there is one frame."""
+
+
+def default_request(preset: PresetLike) -> Resolved:
+    """What a model makes of a prompt alone."""
+    return Request(prompt="").resolve(preset)

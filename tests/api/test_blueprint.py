@@ -19,7 +19,7 @@ from fastvid.models.wan import presets
 from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops.dispatch import bind
-from fastvid.planning import estimate, speed
+from fastvid.planning import speed
 
 GIB = 2**30
 CLIP = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8)
@@ -86,9 +86,11 @@ def test_other_cards() -> None:
 
 
 def test_seconds_between_and_beyond_what_was_measured() -> None:
-    assert speed.time_of(POINTS, 0) == 0 and speed.time_of(POINTS, 10) == 1e-4
-    assert speed.time_of(POINTS, 1e9) == pytest.approx(1e-2) and speed.time_of(POINTS, 10**7.5) == pytest.approx(1e-3)
-    assert speed.time_of(POINTS, 1e12) == pytest.approx(5.0)
+    assert speed.interpolate(POINTS, 0) == 0 and speed.interpolate(POINTS, 10) == 1e-4
+    assert speed.interpolate(POINTS, 1e9) == pytest.approx(1e-2) and speed.interpolate(
+        POINTS, 10**7.5
+    ) == pytest.approx(1e-3)
+    assert speed.interpolate(POINTS, 1e12) == pytest.approx(5.0)
 
 
 def test_rates_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,14 +98,14 @@ def test_rates_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     measured: list[int] = []
     monkeypatch.setattr(speed, "measure", lambda *_: measured.append(1) or RATES)
     given = (bind(), torch.device("cpu"), torch.float32)
-    assert speed.find(*given) == RATES == speed.find(*given) and measured == [1]
-    assert speed.find(*given, again=True) == RATES and measured == [1, 1]
+    assert speed.find_rates(*given) == RATES == speed.find_rates(*given) and measured == [1]
+    assert speed.find_rates(*given, again=True) == RATES and measured == [1, 1]
     (file,) = (tmp_path / "fastvid").iterdir()
     for broken in ("", "{}", json.dumps({"key": 1, "rates": {}}), file.read_text().replace("0.05", "-1")):
         file.write_text(broken)
-        assert speed.find(*given) == RATES
+        assert speed.find_rates(*given) == RATES
     assert len(measured) == 6
-    speed.find(given[0], given[1], torch.bfloat16)
+    speed.find_rates(given[0], given[1], torch.bfloat16)
     assert len(measured) == 7, "another dtype, other rates"
 
 
@@ -120,9 +122,9 @@ def test_operations_of_the_vae_are_those_of_its_convolutions() -> None:
     for module in vae.decoder.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
             seen.append(module)
-    counted = estimate.count_vae(vae)
+    counted = speed.count_vae(vae)
     assert counted.count == len(seen) and counted.flops > 2 * 27 * 8 * 3  # its last layer alone
-    wider = estimate.count_vae(build_vae(replace(config, base_dim=16)))
+    wider = speed.count_vae(build_vae(replace(config, base_dim=16)))
     assert 3 < wider.flops / counted.flops < 4.01, "nearly all layers grow in both widths"
 
 
@@ -149,7 +151,7 @@ def test_a_call_is_its_layers() -> None:
         context = model.prepare_context(torch.empty(1, 32, config.text_dim))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.empty(1, config.in_channels, 3, 16, 16), torch.empty(1), context)
-    guessed = estimate.denoise_seconds(estimate.Calls(1, 192, 192, 32), config, 0, speed.Rates(ones, ones, ones))
+    guessed = speed.denoise_seconds(speed.Calls(1, 192, 192, 32), config, 0, speed.Rates(ones, ones, ones))
     assert guessed == pytest.approx(counter.get_total_flops(), rel=0.03)  # patches, timesteps and the head are left out
 
 

@@ -23,7 +23,8 @@ from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.models.wan.vace import WanVACETransformer
 from fastvid.pipeline import load
-from fastvid.planning import plan
+from fastvid.planning.memory import ModelFacts, Needs, whole_clip
+from fastvid.requests.request import default_request
 
 CONFIG = WanTransformerConfig(
     num_attention_heads=2, attention_head_dim=24, in_channels=6, out_channels=4, text_dim=8, ffn_dim=40, num_layers=2
@@ -259,16 +260,11 @@ def test_a_request_is_the_same_and_new_loras_let_go(pipe: fastvid.Pipeline, tape
 def test_a_plan_counts_what_graphs_keep(pipe: fastvid.Pipeline) -> None:
     plain = fastvid.load("embedded", device="cpu")
     assert pipe.plan(PROMPT).bytes_device > plain.plan(PROMPT).bytes_device
-    cost = plan.cost(plan.whole_clip(*_request(plain)), plain._model.transformer.config, plain._model.vae.config, 4)
-    kept = plan.cost(
-        plan.whole_clip(*_request(plain)), plain._model.transformer.config, plain._model.vae.config, 4, graphs=True
-    )
+    facts = ModelFacts.of(plain._model)
+    segment = whole_clip(default_request(plain._model.preset), facts.vae)
+    cost, kept = (Needs(replace(facts, graphs=graphs), segment).cost() for graphs in (False, True))
     assert kept.graphs > kept.activations == cost.activations and cost.graphs == 0
     assert kept.total == cost.total + kept.graphs
-
-
-def _request(pipe: fastvid.Pipeline) -> tuple[Any, Any]:
-    return fastvid.requests.Request.make(prompt="").resolve(pipe._model.preset), pipe._model.vae.config
 
 
 # ---------------------------------------------------------------- the choice

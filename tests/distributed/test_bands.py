@@ -12,6 +12,7 @@ import pytest
 import torch
 from live_memory import LiveMemory
 from ranks import run_ranks
+from sharing import SIZES, relative
 
 from fastvid.distributed.mesh import Mesh
 from fastvid.engine import decode
@@ -25,7 +26,7 @@ from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.models.wan.vae_bands import Band, Bands, BandStream
 from fastvid.ops import vae as vae_ops
 from fastvid.ops import winograd
-from fastvid.planning import memory as plan_memory
+from fastvid.planning.memory import decoder_bytes, encoder_bytes
 
 BAR = {torch.float32: 1e-5, torch.float64: 1e-12}
 SMALL = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "latents_mean": (0.1,) * 4, "latents_std": (1.5,) * 4}
@@ -60,10 +61,6 @@ def scaled(vae: WanVAE) -> WanVAE:
         if parameter.ndim > 1 and parameter[0].numel() > 1:
             torch.nn.init.normal_(parameter, std=1.5 / parameter[0].numel() ** 0.5)
     return vae.requires_grad_(False)
-
-
-def relative(made: torch.Tensor, true: torch.Tensor) -> float:
-    return ((made.double() - true.double()).norm() / true.double().norm()).item()
 
 
 def compare(vae: WanVAE, latents: torch.Tensor, parts: list[int], bands: Bands, reuse: bool) -> None:
@@ -178,8 +175,8 @@ def memory(mesh: Mesh) -> None:
             vae.encode: [frames[:, :, :1], frames[:, :, 1:]],
         }
         says = {
-            vae.decode_rgb: plan_memory.decoder_bytes(config, rows * scale, width * scale, 4, bands=mesh.size),
-            vae.encode: plan_memory.encoder_bytes(config, rows * scale, width * scale, 4, 0, bands=mesh.size),
+            vae.decode_rgb: decoder_bytes(config, rows * scale, width * scale, 4, bands=mesh.size),
+            vae.encode: encoder_bytes(config, rows * scale, width * scale, 4, 0, bands=mesh.size),
         }
         for form in (vae_ops.channels_last, lambda *tensors: False):
             for method, given in chunks.items():
@@ -227,7 +224,7 @@ def everything(mesh: Mesh, seed: str) -> None:
     pipelines(mesh)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_ranks(size: int) -> None:
     """One start for all: most of the time goes into that."""
     run_ranks(size, everything, str(random.randrange(2**31)))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from fastvid.distributed.mesh import Layout, Mesh, RankView, choose, shares, starts
+from fastvid.distributed.layout import default_layout
+from fastvid.distributed.mesh import Layout, Mesh, RankView, shares, starts
 
 
 def on_each(mesh: Mesh) -> None:
@@ -69,7 +70,7 @@ def test_places_are_counted_with_ulysses_fastest() -> None:
     ],
 )
 def test_layouts_chosen(size: int, heads: int, guided: bool, per_host: int | None, expected: tuple) -> None:
-    layout = choose(size, heads, guided, per_host)
+    layout = default_layout(size, heads, guided, per_host)
     assert (layout.guidance, layout.ring, layout.ulysses) == expected
     assert layout.size == size and heads % layout.ulysses == 0
 

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from ranks import run_ranks
+from sharing import SIZES, relative
 
 import fastvid
 from fastvid.cli import render
@@ -54,7 +55,7 @@ def requests(mesh: Mesh) -> None:
         assert off(pipe.generate(PROMPT, **given).frames, alone.generate(PROMPT, **given).frames) <= 1
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_requests(size: int) -> None:
     run_ranks(size, requests)
 
@@ -182,10 +183,6 @@ def goes_on(mesh: Mesh, pipe: Pipeline, folder: str, true: fastvid.Video, shots:
         mesh.gather(torch.zeros(1), (1,) * mesh.size, 0)
         frames = np.concatenate([event.frames for event in made if isinstance(event, Frames)])
         assert torch.equal(made[-1].latents, true.latents) and np.array_equal(frames, true.frames), rows
-
-
-def relative(made: torch.Tensor, true: torch.Tensor) -> float:
-    return ((made - true).norm() / true.norm()).item()
 
 
 @pytest.mark.parametrize("size", [2, 4])

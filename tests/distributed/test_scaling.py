@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from test_split import moved
+from sharing import bytes_of_a_step
 
 from fastvid.distributed.cost_model import (
     INFINIBAND,
@@ -13,7 +13,6 @@ from fastvid.distributed.cost_model import (
     PCIE,
     Device,
     Link,
-    Work,
     best,
     candidates,
     curve,
@@ -23,6 +22,7 @@ from fastvid.distributed.layout import every
 from fastvid.distributed.mesh import Layout
 from fastvid.errors import InvalidRequest
 from fastvid.models.wan.config import WanTransformerConfig
+from fastvid.planning.layout import work_of
 
 H200 = Device("H200", 650e12, 550e12)
 WAN_14B = WanTransformerConfig()
@@ -32,18 +32,17 @@ FREE = Link("none", 1e30, 0.0)
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 12])
 def test_bytes_are_those_that_are_counted(size: int) -> None:
-    """Where shares are even every rank sends as much, so that all of them are what tests/distributed/test_split.py
+    """Where shares are even every rank sends as much, so that all of them send what tests/distributed/test_split.py
     counts."""
     config = WanTransformerConfig(num_attention_heads=12, attention_head_dim=8, ffn_dim=32, num_layers=3)
-    work = Work(config, (3, 4 * size, 6), guided=True, itemsize=2)
+    work = work_of(config, (3, 4 * size, 6), guided=True)
     for layout in every(size, 12, True):
         sent = predict(work, layout, H200, NVLINK).sent * size
-        values = config.out_channels * 4
-        assert sent == moved(layout, work.tokens, config.dim, 3, values, 2), layout
+        assert sent == bytes_of_a_step(layout, work.tokens, config.dim, 3, config.out_channels * 4, 2), layout
 
 
 def test_one_rank_sends_nothing_and_is_its_own_measure() -> None:
-    made = predict(Work(WAN_14B, (21, 45, 80), guided=True), Layout(), H200, NVLINK)
+    made = predict(work_of(WAN_14B, (21, 45, 80), guided=True), Layout(), H200, NVLINK)
     assert made.efficiency == 1 and made.sent == made.exposed == 0
     # Two calls of 40 layers: 2 N (6 d^2 + 2 d f) and 4 N^2 d + 4 N L d.
     N, d, f = 75600, 5120, 13824
@@ -53,9 +52,9 @@ def test_one_rank_sends_nothing_and_is_its_own_measure() -> None:
 
 def test_without_a_price_for_exchanges_only_uneven_shares_cost() -> None:
     for size in (2, 4, 5, 8):
-        made = best(size, Work(WAN_14B, (21, 45, 80), guided=True), H200, FREE)
+        made = best(size, work_of(WAN_14B, (21, 45, 80), guided=True), H200, FREE)
         assert made.efficiency == pytest.approx(1, abs=1e-9) and made.exposed < 1e-20
-    uneven = predict(Work(WAN_14B, (21, 9, 11), guided=False), Layout(ring=7), H200, FREE)
+    uneven = predict(work_of(WAN_14B, (21, 9, 11), guided=False), Layout(ring=7), H200, FREE)
     assert uneven.efficiency == pytest.approx(99 / 7 / 15, rel=1e-6)
 
 
@@ -63,7 +62,7 @@ def test_slower_links_never_help() -> None:
     numbers = random.Random(random.randrange(2**31))
     for _ in range(50):
         config = numbers.choice([WAN_14B, WAN_1_3B])
-        work = Work(
+        work = work_of(
             config,
             (numbers.randrange(1, 22), numbers.randrange(8, 46), numbers.randrange(8, 81)),
             numbers.random() < 0.5,
@@ -78,11 +77,11 @@ def test_slower_links_never_help() -> None:
 
 
 def test_more_ranks_are_faster_and_less_efficient() -> None:
-    made = list(curve(Work(WAN_14B, (21, 45, 80), guided=True), H200, NVLINK, INFINIBAND))
+    made = list(curve(work_of(WAN_14B, (21, 45, 80), guided=True), H200, NVLINK, INFINIBAND))
     assert [one.layout.size for one in made] == [1, 2, 4, 8, 16, 32, 64]
     assert all(a.seconds > b.seconds and a.efficiency >= b.efficiency for a, b in zip(made[:-1], made[1:], strict=True))
 
 
 def test_what_cannot_be_shared_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="6 tokens a frame are too few; the nearest is parallel=12"):
-        best(64, Work(WAN_14B, (5, 2, 3), guided=True), H200, NVLINK)
+        best(64, work_of(WAN_14B, (5, 2, 3), guided=True), H200, NVLINK)

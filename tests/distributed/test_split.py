@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from ranks import run_ranks
+from sharing import SIZES, bytes_of_a_step, relative
 
 from fastvid.distributed.mesh import Layout, Mesh, RankView, shares, starts
 from fastvid.layers.attention import self_attention
@@ -18,10 +19,6 @@ from fastvid.ops import sparse as sparsity
 from fastvid.ops.dispatch import bind
 
 BAR = 1e-5  # relative, in fp32
-
-
-def relative(made: torch.Tensor, true: torch.Tensor) -> float:
-    return ((made.double() - true.double()).norm() / true.double().norm()).item()
 
 
 def layouts(size: int, heads: int) -> list[Layout]:
@@ -133,7 +130,7 @@ def cached(mesh: Mesh, seed: str) -> None:
                     assert relative(made, parallel.shard_rows(true, 1)) < BAR, (layout, start)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("part", [dense, sparse, cached])
 def test_attention(size: int, part) -> None:
     run_ranks(size, part, str(random.randrange(2**31)))
@@ -173,15 +170,6 @@ def models(mesh: Mesh, seed: str) -> None:
                 assert torch.equal(made, model(*given, known=known, view=view))
 
 
-def moved(layout: Layout, tokens: int, width: int, layers: int, values: int, item: int) -> int:
-    """Bytes that all ranks send in a step with guidance, as docs/parallel.md says: `values` of a velocity a token,
-    in fp32, and `item` bytes for each value of a token inside the model."""
-    group, ring, ranks = layout.ulysses, layout.ring, layout.sequence
-    attention = 4 * tokens * width * (group - 1) // group + 2 * tokens * width * (ring - 1)
-    calls = 2 * (layers * attention * item + 4 * tokens * values * (ranks - 1))
-    return calls + (2 * ranks * 4 * tokens * values if layout.guidance == 2 else 0)
-
-
 def steps(mesh: Mesh, seed: str) -> None:
     """What a step sends, in all layouts, and in another type than the latents'."""
     from fastvid.distributed.layout import every
@@ -201,10 +189,13 @@ def steps(mesh: Mesh, seed: str) -> None:
                 cond, uncond = view.both(call, call, x)
             assert cond.shape == uncond.shape == x.shape
             total = mesh.gather(torch.tensor([mesh.counted.bytes - before]), (1,) * mesh.size, 0).sum().item()
-            assert total == moved(layout, 3 * 3 * 5, config.dim, 3, 4 * 2 * 2, dtype.itemsize), (layout, dtype)
+            assert total == bytes_of_a_step(layout, 3 * 3 * 5, config.dim, 3, 4 * 2 * 2, dtype.itemsize), (
+                layout,
+                dtype,
+            )
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("part", [models, steps])
 def test_models(size: int, part) -> None:
     run_ranks(size, part, str(random.randrange(2**31)))

@@ -14,12 +14,9 @@ from hypothesis import strategies as st
 from test_wan_vae import error
 from torch import Tensor
 
-from fastvid.errors import InvalidRequest, OutOfMemory
+from fastvid.errors import InvalidRequest
 from fastvid.models.common.vae_stream import Cache, Stream
-from fastvid.models.wan.config import WanVAE22Config, WanVAEConfig
 from fastvid.models.wan.vae import WanVAE
-from fastvid.models.wan.vae22 import WanVAE22
-from fastvid.planning.vae_memory import cache_bytes, choose_stripes, decode_bytes
 
 NETWORKS = {
     "2.1": (vae21, vae21.SMALL),
@@ -154,38 +151,3 @@ def test_numbers_of_stripes_that_cannot_be_are_refused(networks: dict[str, WanVA
     for verb in ("decode", "encode"):
         with pytest.raises(InvalidRequest, match="stripes is .* 1 to 4"):
             getattr(networks["2.1"], verb)(draw(networks["2.1"], verb, 1, 4, 1), stripes=stripes)
-
-
-@pytest.mark.parametrize(
-    ("network", "config"),
-    [
-        (WanVAE, WanVAEConfig(base_dim=8)),
-        (WanVAE, WanVAEConfig(base_dim=8, num_res_blocks=1, temperal_downsample=(True, False, True))),
-        (WanVAE22, WanVAE22Config(base_dim=8, decoder_base_dim=16)),
-    ],
-)
-def test_cache_bytes_are_those_of_a_cache(network: type[WanVAE], config: Any) -> None:
-    vae, scale = network(config).eval().requires_grad_(False), config.spatial_scale
-    _, cache = vae.decode(torch.randn(1, config.z_dim, 1, 3, 2))
-    assert sum(t.nbytes for t in cache) == cache_bytes(config, 3 * scale, 2 * scale)
-
-
-@given(st.integers(1, 12), st.integers(0, 40 * 10**9))
-def test_the_fewest_stripes_that_fit_are_chosen(rows: int, free: int) -> None:
-    config, height = WanVAEConfig(), 8 * rows
-    needs = [decode_bytes(config, height, 1920, 1, n) for n in range(1, rows + 1)]
-    if min(needs) > free:
-        with pytest.raises(OutOfMemory, match=f"decoding 1920x{height} takes .* are free; the cache alone"):
-            choose_stripes(config, height, 1920, free)
-    else:
-        n = choose_stripes(config, height, 1920, free)
-        assert needs[n - 1] <= free and all(need > free for need in needs[: n - 1])
-
-
-@pytest.mark.parametrize(("stripes", "alive"), [(1, 401.77), (2, 450.97), (4, 350.35)])
-def test_decode_bytes_are_near_what_was_measured(stripes: int, alive: float) -> None:
-    """MiB beside the cache that torch had allocated at most, base_dim 96, 240x416, one latent frame in mid-stream; see
-    benchmarks/bench_vae_stripes.py."""
-    config = WanVAEConfig()
-    activations = decode_bytes(config, 240, 416, 1, stripes) - cache_bytes(config, 240, 416)
-    assert abs(activations / (alive * 2**20) - 1) < 0.25

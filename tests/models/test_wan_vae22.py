@@ -26,11 +26,12 @@ from fastvid.errors import CheckpointError
 from fastvid.models.registry import KINDS
 from fastvid.models.wan import vae22
 from fastvid.models.wan.config import LATENT_STATISTICS, WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.presets import published_configs
 from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae22 import WanVAE22, add_spread, average_down, patchify, unpatchify
 from fastvid.ops import reference, winograd
 from fastvid.ops import vae as ops
-from fastvid.planning import plan, vae_memory
+from fastvid.planning.memory import ModelFacts, Needs, cache_bytes
 from fastvid.requests.timeline import Segment
 
 SMALL: dict[str, Any] = {
@@ -427,10 +428,10 @@ def test_the_file_says_which_network_it_is() -> None:
 
 def test_the_plan_counts_its_width() -> None:
     """5.4 times the last upsampler's output, 512 channels at half the height and width of a frame, beside the cache."""
-    transformer = fastvid.models.WanTransformerConfig(in_channels=48, out_channels=48)
-    segment, config = Segment(9, 704, 1280, 9, 704, 1280, spatial=16, temporal=4), WanVAE22Config()
-    cost = plan.cost(segment, transformer, config, itemsize=2)
-    cache = vae_memory.cache_bytes(config, 704, 1280)
+    configs = {**published_configs("wan2.2-ti2v-5b")[1], "vae": WanVAE22Config()}
+    segment = Segment(9, 704, 1280, 9, 704, 1280, spatial=16, temporal=4)
+    cost = Needs(ModelFacts.of_configs(configs, torch.bfloat16), segment).cost()
+    cache = cache_bytes(configs["vae"], 704, 1280)
     assert cost.decoder - cache == pytest.approx(5.4 * 4 * (512 * 4 * 352 * 640))
     assert cost.latents == 6 * 4 * (48 * 3 * 44 * 80)
 

@@ -22,7 +22,7 @@ from fastvid.engine import control
 from fastvid.engine.pixels import Known
 from fastvid.engine.source_clip import SourceClip
 from fastvid.media.metadata import read_recipe
-from fastvid.planning import planning
+from fastvid.planning.speed import frames_encoded
 
 FAST = {"num_inference_steps": 2, "strength": 1.0, "seed": 3, "solver": "euler"}
 LEVELS = [1.0, 0.8, 0.5]  # from pure noise on, as `generate`
@@ -279,8 +279,7 @@ def test_the_plan_counts_what_is_encoded(pipe: fastvid.Pipeline, monkeypatch: py
         encoded.clear()
         getattr(pipe, verb)(prompt="a", **options)
         job = prepared(pipe, verb, prompt="a", **options).job
-        needs = planning.Needs(pipe._model, job.request, job.timeline, keep=False)
-        assert needs._seen(job.timeline.segments[0]) == sum(encoded) == (27 if verb == "edit" else 18)
+        assert frames_encoded(pipe._model, job.timeline.segments[0]) == sum(encoded) == (27 if verb == "edit" else 18)
 
 
 def test_a_published_model_is_planned_without_its_files() -> None:

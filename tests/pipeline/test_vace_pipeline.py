@@ -26,7 +26,7 @@ from fastvid.media.writer import FrameSink
 from fastvid.models.wan.config import WanVACEConfig
 from fastvid.models.wan.vace import WanVACETransformer
 from fastvid.pipeline.verbs import CONTROL_OPTIONS
-from fastvid.planning import plan
+from fastvid.planning.speed import Calls, denoise_flops
 from fastvid.requests.recipe import fingerprint
 from fastvid.sampling import latent_noise
 
@@ -314,14 +314,15 @@ class TestCounting:
                 before = counter.get_total_flops()
                 model(x, torch.zeros(1), context)
         tokens = 5 * 12 * 16
-        ours = plan.denoise_flops(tokens, 64, config.transformer, 2)
+        call = Calls(1, tokens, tokens, 64)
+        ours = denoise_flops(call, config.transformer, 2)
         assert ours == pytest.approx(counter.get_total_flops() - before, rel=0.04)
-        assert ours / plan.denoise_flops(tokens, 64, config.transformer) == pytest.approx(6.2 / 4, rel=0.05)
+        assert ours / denoise_flops(call, config.transformer) == pytest.approx(6.2 / 4, rel=0.05)
 
     def test_the_plan_counts_the_branch(self, pipe: fastvid.Pipeline) -> None:
         parts, options = pipe._model, {"num_frames": 9, "size": "96x64"}
         found, longer = pipe.plan("a", **options), pipe.plan("a", reference_images=REFERENCES, **options)
-        plain = plan.denoise_flops(found.tokens, 16, parts.transformer.config)
+        plain = denoise_flops(Calls(1, found.tokens, found.tokens, 16), parts.transformer.config)
         assert found.flops_denoise > 1.4 * found.model_calls * plain
         assert found.bytes_encoder > 9 * 96 * 64 * 8 * 4 and longer.bytes_encoder == found.bytes_encoder
         assert longer.tokens == found.tokens * 5 // 3 and longer.bytes_latents == found.bytes_latents * 5 // 3

@@ -2,97 +2,108 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from live_memory import LiveMemory
 from torch import Tensor
 
+import fastvid
+from fastvid.device.offload import MODES
 from fastvid.errors import OutOfMemory
 from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.registry import build_vae, weigh_part
 from fastvid.models.wan.config import WanTransformerConfig, WanVAE22Config, WanVAEConfig
-from fastvid.models.wan.presets import VARIANTS
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops import vae as vae_ops
-from fastvid.planning import memory, plan
-from fastvid.planning.memory import Memory
+from fastvid.planning import memory
+from fastvid.planning.memory import Memory, ModelFacts, Needs
 from fastvid.requests.request import Request
 
 GIB = 2**30
 CONTEXT = GIB  # what CUDA itself takes of a card
 LARGE = WanTransformerConfig()
-SMALL = WanTransformerConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30)
-PICTURE = replace(LARGE, in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
 
 
-def fit(
-    name: str, config: WanTransformerConfig, card: float, size: str = "832x480", frames: int = 81, **options: object
-) -> tuple[Memory, dict[str, Memory]]:
-    """A published model on a card of so many GiB."""
-    recipe = next(variant.preset for variant in VARIANTS if variant.preset.name == name)
-    request = Request.make(prompt="a", size=size, num_frames=frames).resolve(recipe)
-    capacity = int(card * GIB) - CONTEXT
-    return plan.fit(request, config, WanVAEConfig(), UMT5Config(), capacity=capacity, **options)
+def ways(name: str, card: float, size: str = "832x480", frames: int = 81) -> tuple[str, dict[str, Memory]]:
+    """The offloading chosen for a published model on a card of so many GiB, and its memory with each."""
+    preset, configs = published_configs(name)
+    request = Request.make(prompt="a", size=size, num_frames=frames).resolve(preset)
+    model = ModelFacts.of_configs(configs, torch.bfloat16)
+    chosen = memory.choose_offload(configs, request, int(card * GIB) - CONTEXT, torch.bfloat16)
+    needs = Needs(model, memory.whole_clip(request, model.vae), pictures=int("i2v" in name))
+    return chosen, {mode: needs.memory(mode) for mode in MODES}
 
 
 # ---------------------------------------------------------------- published models
 
 
 def test_14b_runs_in_24_gb() -> None:
-    found, ways = fit("wan2.1-t2v-14b", LARGE, 24)
-    assert found.offload == "blocks" and found.device <= 23 * GIB
-    assert "transformer blocks are streamed from host memory: 2 of 40 on the device at a time" in found.choices
-    assert "text encoder blocks are streamed from host memory: 2 of 24 on the device at a time" in found.choices
+    chosen, found = ways("wan2.1-t2v-14b", 24)
+    blocks = found["blocks"]
+    assert chosen == "blocks" and blocks.device <= 23 * GIB
+    assert "transformer blocks are streamed from host memory: 2 of 40 on the device at a time" in blocks.choices
+    assert "text encoder blocks are streamed from host memory: 2 of 24 on the device at a time" in blocks.choices
     # 14.29 and 5.68 billion numbers in bf16, 0.13 in fp32.
-    assert ways["none"].device == pytest.approx(14.29e9 * 2 + 5.68e9 * 2 + 0.127e9 * 4, rel=0.4)
-    assert ways["none"].device > ways["text"].device > 28.6e9 > 24 * GIB > ways["blocks"].device
-    assert found.host == pytest.approx(14.29e9 * 2 + 5.68e9 * 2, rel=0.01)
+    assert found["none"].device == pytest.approx(14.29e9 * 2 + 5.68e9 * 2 + 0.127e9 * 4, rel=0.4)
+    assert found["none"].device > found["text"].device > 28.6e9 > 24 * GIB > blocks.device
+    assert blocks.host == pytest.approx(14.29e9 * 2 + 5.68e9 * 2, rel=0.01)
 
 
 def test_more_memory_means_less_offloading() -> None:
-    chosen = [fit("wan2.1-t2v-14b", LARGE, card)[0].offload for card in (24, 40, 80)]
-    assert chosen == ["blocks", "text", "none"]
+    assert [ways("wan2.1-t2v-14b", card)[0] for card in (24, 40, 80)] == ["blocks", "text", "none"]
+    assert ways("wan2.1-t2v-14b", 1)[0] == "blocks", "where nothing fits, smaller requests may"
+
+
+def test_frames_are_decoded_in_stripes_only_if_offloading_does_not_suffice() -> None:
+    """At 1080p the decoder takes more than the weights: no way of offloading makes the card large enough."""
+    _, found = ways("wan2.1-t2v-1.3b", 24, "1920x1080", 17)
+    decoding = found["blocks"].device
+    assert found["blocks"].largest_phase == "decoding"
+    assert ways("wan2.1-t2v-1.3b", (decoding + CONTEXT) / GIB, "1920x1080", 17)[0] == "blocks"
+    assert ways("wan2.1-t2v-1.3b", (decoding + CONTEXT) / GIB - 0.1, "1920x1080", 17)[0] != "blocks"
 
 
 def test_a14b_has_one_of_two_experts_on_the_device() -> None:
-    found, ways = fit("wan2.2-t2v-a14b", LARGE, 24, experts=2)
-    assert found.offload == "blocks"
-    assert "of 2 experts only the one in use takes memory of the device" in found.choices
-    assert found.host == pytest.approx(2 * 14.29e9 * 2 + 5.68e9 * 2, rel=0.01)
-    assert fit("wan2.2-t2v-a14b", LARGE, 80, "1280x720", experts=2)[0].offload == "text"
-    assert ways["none"].device - ways["text"].device > 14.29e9 * 2
+    chosen, found = ways("wan2.2-t2v-a14b", 24)
+    assert chosen == "blocks"
+    assert "of 2 experts only the one in use takes memory of the device" in found["blocks"].choices
+    assert found["blocks"].host == pytest.approx(2 * 14.29e9 * 2 + 5.68e9 * 2, rel=0.01)
+    assert ways("wan2.2-t2v-a14b", 80, "1280x720")[0] == "text"
+    assert found["none"].device - found["text"].device > 14.29e9 * 2
 
 
 def test_i2v_14b_counts_clip_and_the_vae_encoder() -> None:
-    found, ways = fit("wan2.1-i2v-14b-480p", PICTURE, 24, image_encoder=CLIPVisionConfig(), pictures=1)
-    assert found.offload == "blocks" and any(text.startswith("the image encoder (2.3 GiB)") for text in found.choices)
-    assert set(found.phases) == {"text", "pictures", "denoising", "decoding"}
+    chosen, found = ways("wan2.1-i2v-14b-480p", 24)
+    blocks = found["blocks"]
+    assert chosen == "blocks" and any(text.startswith("the image encoder (2.3 GiB)") for text in blocks.choices)
+    assert set(blocks.phases) == {"text", "pictures", "denoising", "decoding"}
     # The picture among 80 empty frames is encoded as a clip: fp32, as it is and in the VAE's range.
-    assert found.phases["pictures"] > 2 * 81 * 480 * 832 * 3 * 4
-    assert ways["none"].phases["pictures"] > ways["blocks"].phases["pictures"] + 30e9
+    assert blocks.phases["pictures"] > 2 * 81 * 480 * 832 * 3 * 4
+    assert found["none"].phases["pictures"] > blocks.phases["pictures"] + 30e9
 
 
 def test_1_3b_in_8_gb() -> None:
-    found, ways = fit("wan2.1-t2v-1.3b", SMALL, 8, size="832x480")
-    assert found.offload != "none" and found.device <= 7 * GIB < ways["none"].device
-    assert ways["blocks"].phases["text"] < 7 * GIB < ways["text"].phases["text"], "the text encoder alone takes 10.6"
-    assert ways["blocks"].phases["denoising"] < 3 * GIB
+    chosen, found = ways("wan2.1-t2v-1.3b", 8)
+    assert chosen != "none" and found[chosen].phases["text"] <= 7 * GIB < found["none"].device
+    assert found["blocks"].phases["text"] < 7 * GIB < found["text"].phases["text"], "the text encoder alone takes 10.6"
+    assert found["blocks"].phases["denoising"] < 3 * GIB
+    plan = fastvid.blueprint("wan2.1-t2v-1.3b", device_memory=8 * GIB).plan(size="832x480")
+    assert plan.offload == chosen and plan.bytes_device <= 7 * GIB and plan.decode_stripes > 1
 
 
 def test_what_does_not_fit_is_refused_with_what_is_too_much() -> None:
+    small = fastvid.blueprint("wan2.1-t2v-1.3b", device_memory=8 * GIB)
     with pytest.raises(OutOfMemory, match=r"1920x1080.*offload='blocks'.*decoding takes the most.*7.0 GiB are there"):
-        fit("wan2.1-t2v-1.3b", SMALL, 8, size="1920x1080")
-    with pytest.raises(
-        OutOfMemory, match=r"\(denoising takes the most\).*the nearest that fits is num_frames=\d+"
-    ) as e:
-        fit("wan2.1-t2v-14b", LARGE, 24, frames=1001)
-    frames = int(str(e.value).rpartition("=")[2])
-    assert fit("wan2.1-t2v-14b", LARGE, 24, frames=frames)[0].device <= 23 * GIB
+        small.plan(size="1920x1080")
+    large = fastvid.blueprint("wan2.1-t2v-14b", device_memory=11 * GIB, dtype="float32")
+    hint = r"\(denoising takes the most\).*the nearest that fits is num_frames=\d+"
+    with pytest.raises(OutOfMemory, match=hint) as error:
+        large.plan(size="832x480", num_frames=81)
+    frames = int(str(error.value).rpartition("=")[2])
+    assert large.plan(size="832x480", num_frames=frames).bytes_device <= 10 * GIB
     with pytest.raises(OutOfMemory):
-        fit("wan2.1-t2v-14b", LARGE, 24, frames=frames + 4)
+        large.plan(size="832x480", num_frames=frames + 4)
 
 
 def test_weights_are_counted_by_part() -> None:
@@ -176,3 +187,13 @@ def test_vae(config: WanVAEConfig | WanVAE22Config, on_cpu: bool, monkeypatch: p
     frames = torch.randn(1, 3, 9, side, side)
     encoding = peak(vae.encode, [frames[:, :, :1], frames[:, :, 1:5], frames[:, :, 5:]]) + 2 * frames.nbytes
     assert 0.8 <= encoding / memory.encoder_bytes(config, side, side, 4, 9) <= 1
+
+
+@pytest.mark.parametrize(
+    "config", [WanVAEConfig(base_dim=16), WanVAE22Config(base_dim=16, decoder_base_dim=16)], ids=["2.1", "2.2"]
+)
+@torch.no_grad()
+def test_cache(config: WanVAEConfig | WanVAE22Config) -> None:
+    scale = config.spatial_scale
+    _, cache = build_vae(config).eval().decode(torch.randn(1, config.z_dim, 1, 3, 2))
+    assert sum(tensor.nbytes for tensor in cache) == memory.cache_bytes(config, 3 * scale, 2 * scale)

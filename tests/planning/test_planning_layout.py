@@ -3,8 +3,8 @@ that were found or stated, and the same on all ranks; what plans say of it."""
 
 from __future__ import annotations
 
-import ctypes
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +17,9 @@ from ranks import run_ranks
 import fastvid
 from fastvid.api import CUDA_TAKES
 from fastvid.cli import render
-from fastvid.distributed import links as scaling_links
-from fastvid.distributed.cost_model import CORE, H200, INFINIBAND, LOOPBACK, NVLINK, PCIE, Work, predict, ranked
+from fastvid.distributed.cost_model import CORE, H200, INFINIBAND, LOOPBACK, NVLINK, PCIE, predict, ranked
 from fastvid.distributed.layout import every
-from fastvid.distributed.links import ASSUMED, FOUND, SAID, Links, card_of, find
+from fastvid.distributed.links import ASSUMED, FOUND, SAID, Links, card_of, find_links
 from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.engine.events import Plan, Step
 from fastvid.errors import InvalidRequest, OutOfMemory
@@ -28,6 +27,7 @@ from fastvid.models.loaded import Model
 from fastvid.pipeline.load import load_parts, outline
 from fastvid.pipeline.pipeline import Pipeline
 from fastvid.pipeline.prepare import plan_of
+from fastvid.planning.layout import work_of
 
 GIB = 2**30
 CUDA = torch.device("cuda")
@@ -47,7 +47,7 @@ def test_links_decide() -> None:
     fast, slow = (planned(SIZE, parallel=8, link=link) for link in ("nvlink", "pcie"))
     assert (fast.parallel, slow.parallel) == ("guidance=2,ring=1,ulysses=4", "guidance=2,ring=2,ulysses=2")
     for plan, link in ((fast, NVLINK), (slow, PCIE)):
-        work = Work(outline("wan2.1-t2v-14b", free=GIB).transformer.config, (21, 30, 52), guided=True)
+        work = work_of(outline("wan2.1-t2v-14b", free=GIB).transformer.config, (21, 30, 52), guided=True)
         wanted = {str(x): predict(work, x, card_of(-1), link).seconds for x in every(8, 40, True)}
         assert plan.layouts == wanted and list(plan.layouts)[0] == plan.parallel
         assert list(plan.layouts.values()) == sorted(wanted.values()) and len(wanted) == 7
@@ -73,7 +73,7 @@ def test_a_plan_says_why() -> None:
 
 
 def test_ties_go_by_the_order_that_is_given() -> None:
-    work = Work(outline("wan2.1-t2v-14b", free=GIB).transformer.config, (21, 30, 52), guided=True)
+    work = work_of(outline("wan2.1-t2v-14b", free=GIB).transformer.config, (21, 30, 52), guided=True)
     for layouts in ([Layout(2, 2), Layout(1, 4)], [Layout(1, 4), Layout(2, 2)]):
         with mock.patch("fastvid.distributed.cost_model._step", return_value=(1.0, 1.0, 1.0, 1.0, 1.0)):
             assert [one.layout for one in ranked(layouts, work, CORE, LOOPBACK)] == layouts
@@ -92,32 +92,38 @@ def test_what_link_cannot_say(said: object, match: str) -> None:
         fastvid.blueprint("embedded", device="cpu", parallel=2, link=said)
 
 
+class NVMLError(Exception):
+    """As pynvml's."""
+
+
 class Driver:
-    """NVML of four GPUs, of which those of a pair reach each other by NVLink."""
+    """pynvml on a host with four GPUs, of which those of a pair reach each other by NVLink. failing: what raises."""
+
+    NVMLError = NVMLError
+    NVML_P2P_CAPS_INDEX_NVLINK, NVML_P2P_STATUS_OK = 2, 0
 
     def __init__(self, pairs: set[frozenset[int]], failing: str = "") -> None:
         self.pairs, self.failing, self.open = pairs, failing, 0
 
-    def nvmlInit_v2(self) -> int:  # noqa: N802
+    def _check(self, name: str) -> None:
+        if self.failing == name:
+            raise NVMLError(name)
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        self._check("start")
         self.open += 1
-        return 0
 
-    def nvmlShutdown(self) -> int:  # noqa: N802
+    def nvmlShutdown(self) -> None:  # noqa: N802
         self.open -= 1
-        return 0
 
-    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: object) -> int:  # noqa: N802
-        assert uuid.startswith(b"GPU-")
-        handle._obj.value = int(uuid[4:]) + 1  # type: ignore[attr-defined]
-        return int(self.failing == "handle")
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
+        self._check("handle")
+        return int(uuid.removeprefix("GPU-"))
 
-    def nvmlDeviceGetP2PStatus(  # noqa: N802
-        self, a: ctypes.c_void_p, b: ctypes.c_void_p, kind: int, status: object
-    ) -> int:
-        assert kind == 2
-        joined = frozenset({a.value - 1, b.value - 1}) in self.pairs
-        status._obj.value = 0 if joined else 3  # type: ignore[attr-defined]
-        return int(self.failing == "status")
+    def nvmlDeviceGetP2PStatus(self, a: int, b: int, kind: int) -> int:  # noqa: N802
+        self._check("status")
+        assert kind == self.NVML_P2P_CAPS_INDEX_NVLINK
+        return self.NVML_P2P_STATUS_OK if frozenset({a, b}) in self.pairs else 3
 
 
 ALL = {frozenset({a, b}) for a in range(4) for b in range(a)}
@@ -130,24 +136,34 @@ ALL = {frozenset({a, b}) for a in range(4) for b in range(a)}
         (Driver(ALL - {frozenset({1, 3})}), True, (PCIE, FOUND)),
         (Driver(ALL, "handle"), True, (PCIE, ASSUMED)),
         (Driver(ALL, "status"), True, (PCIE, ASSUMED)),
-        (OSError("no such library"), True, (PCIE, ASSUMED)),
-        (OSError("no such library"), False, (PCIE, FOUND)),
+        (Driver(ALL, "start"), True, (PCIE, ASSUMED)),
+        (None, True, (PCIE, ASSUMED)),
+        (None, False, (PCIE, FOUND)),
     ],
 )
-def test_links_are_found(driver: object, peers: bool, found: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_are_found(driver: Driver | None, peers: bool, found: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 4)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: peers)
-    loads = {"side_effect": driver} if isinstance(driver, OSError) else {"return_value": driver}
-    with mock.patch.object(ctypes, "CDLL", **loads):
-        made = find("auto", Mesh(size=4), CUDA)
-        assert (made.near, made.near_how) == found and made.per_host is None and made.device.name == "H100"
-        # What is stated is not looked for.
-        made = find("infiniband", Mesh(size=4), CUDA)
-        assert (made.near, made.near_how) == (INFINIBAND, SAID)
-        # One that has eight cannot look at those of other hosts, which the slower link is assumed for.
-        made = find("auto", Mesh(size=8, per_host=4), CUDA)
-        assert made.near == found[0] and (made.far, made.far_how, made.per_host) == (INFINIBAND, ASSUMED, 4)
-    assert getattr(driver, "open", 0) == 0
+    monkeypatch.setitem(sys.modules, "pynvml", driver)  # None: not installed
+    made = find_links("auto", Mesh(size=4), CUDA)
+    assert (made.near, made.near_how) == found and made.per_host is None and made.device.name == "H100"
+    # What is stated is not looked for.
+    made = find_links("infiniband", Mesh(size=4), CUDA)
+    assert (made.near, made.near_how) == (INFINIBAND, SAID)
+    # A host cannot look at the GPUs of another one; the slower link is assumed between them.
+    made = find_links("auto", Mesh(size=8, per_host=4), CUDA)
+    assert made.near == found[0] and (made.far, made.far_how, made.per_host) == (INFINIBAND, ASSUMED, 4)
+    assert driver is None or driver.open == 0
+
+
+def test_a_log_says_why_links_are_assumed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    gpus(monkeypatch, 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
+    for driver, reason in ((None, "takes the package nvidia-ml-py"), (Driver(ALL, "start"), "NVML does not start")):
+        monkeypatch.setitem(sys.modules, "pynvml", driver)
+        with caplog.at_level("INFO", logger="fastvid.plan"):
+            find_links("auto", Mesh(size=2), CUDA)
+        assert reason in caplog.messages[-1]
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -158,13 +174,13 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 def test_what_is_not_here_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = find("auto", Mesh(size=16), CUDA, planned=True)
+    made = find_links("auto", Mesh(size=16), CUDA, planned=True)
     assert str(made) == "NVLink 4 (assumed) on hosts of 8, InfiniBand NDR (assumed) between them"
     assert "assumed" in made.device.name
     gpus(monkeypatch, 1)  # a process that sees one of several
-    assert str(find("auto", Mesh(size=2), CUDA)) == "PCIe 5 x16 (assumed)"
-    assert str(find("auto", Mesh(size=2), torch.device("cpu"))) == "gloo over loopback (found)"
-    assert str(find("auto", Mesh(size=2, staged=True), CUDA)) == "gloo over loopback (found)"
+    assert str(find_links("auto", Mesh(size=2), CUDA)) == "PCIe 5 x16 (assumed)"
+    assert str(find_links("auto", Mesh(size=2), torch.device("cpu"))) == "gloo over loopback (found)"
+    assert str(find_links("auto", Mesh(size=2, staged=True), CUDA)) == "gloo over loopback (found)"
 
 
 # ---------------------------------------------------------------- memory
@@ -213,14 +229,14 @@ def same_everywhere(mesh: Mesh) -> None:
     assert taken(parts, 80 * GIB if mesh.rank == 0 else split - 1).parallel.startswith("guidance=1")
     # Rank 0's prediction counts.
     devices = H200, replace(H200, memory=1e9)  # where memory is slow, a ring's merging is
-    links = [Links(near=NVLINK, far=NVLINK, device=device) for device in devices]
-    first, other = (plan_of(replace(alone, links=one), "a", free=split - 1, **LARGE).parallel for one in links)
-    plan = taken(replace(parts, links=links[mesh.rank]), split - 1)
+    joined = [Links(near=NVLINK, far=NVLINK, device=device) for device in devices]
+    first, other = (plan_of(replace(alone, links=one), "a", free=split - 1, **LARGE).parallel for one in joined)
+    plan = taken(replace(parts, links=joined[mesh.rank]), split - 1)
     assert plan.parallel == first != other and plan.parallel == list(plan.layouts)[0]
     # The slowest link that one of them sees counts for all.
     seen = (NVLINK, FOUND) if mesh.rank == 0 else (PCIE, ASSUMED)
-    with mock.patch.object(scaling_links, "_between", return_value=seen):
-        found = find("auto", replace(mesh, device=torch.device("cpu")), CUDA)
+    with mock.patch("fastvid.distributed.links._between", return_value=seen):
+        found = find_links("auto", replace(mesh, device=torch.device("cpu")), CUDA)
     assert (found.near, found.near_how) == (PCIE, ASSUMED)
 
 
