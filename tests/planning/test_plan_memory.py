@@ -14,6 +14,7 @@ from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.registry import build_vae, weigh_part
 from fastvid.models.wan.config import WanTransformerConfig, WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.presets import published_configs
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops import vae as vae_ops
 from fastvid.planning import memory
