@@ -162,12 +162,12 @@ def timed(
     """Makes the file with each of the two in place or in a thread: seconds, and those of all processors."""
 
     def run() -> tuple[float, float]:
-        chosen, decode.worth_it = decode.worth_it, lambda device: decodes
+        chosen, decode.faster_beside = decode.faster_beside, lambda device: decodes
         mark, busy = time.perf_counter(), time.process_time()
         try:
             write(pipe, path, writes, **options)
         finally:
-            decode.worth_it = chosen
+            decode.faster_beside = chosen
         return time.perf_counter() - mark, time.process_time() - busy
 
     return run

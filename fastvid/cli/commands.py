@@ -80,7 +80,7 @@ def _make(flags: argparse.Namespace) -> None:
         fps=request.fps,
     )
     if flags.checkpoint is not None:
-        resume_files.free_place(flags.checkpoint)
+        resume_files.new_folder(flags.checkpoint)
     arguments.check_same(request, recipe or {})
     options = request.arguments()
     _show(flags, recipe or {}, lambda pipe: pipe.stream(verb=request.verb, **options, keep_latents=False))

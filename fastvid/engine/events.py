@@ -1,4 +1,4 @@
-"""What a running request tells its caller: the one event stream of `pipe.stream`.
+"""The events of a running request: what `pipe.stream` yields.
 
 Order: one Started, then Step and Frames as they happen, and one Finished.
 """
@@ -30,7 +30,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step is done: the step-th (from 1) of total, from noise level `sigma`, after `seconds`."""
+    """Denoising step number `step` (from 1) of `total` is done: it began at noise level `sigma` and took `seconds`."""
 
     step: int
     total: int
@@ -48,8 +48,8 @@ class Frames:
 
 @dataclass(frozen=True)
 class Finished:
-    """All frames are out. `latents` are the clean, normalised ones that were made,
-    [1, C, T, h, w], or None if they were not kept; `seconds` are a stage's."""
+    """All frames are out. latents: the clean, normalised ones that were made, [1, C, T, h, w], or None if they were not
+    kept. seconds: by stage (text, denoise, decode)."""
 
     seed: int
     num_frames: int

@@ -1,4 +1,5 @@
-"""The known frames of a segment: uint8 arrays, laid on its stream of frames and encoded.
+"""The known frames of a segment, as pixels: read from its neighbors, laid on its stream of frames, encoded; and
+pictures as the VAE, a control branch and CLIP take them.
 
 Shapes: H/W height and width as given, F frames; made_height, made_width and T latent frames of the segment.
 """
@@ -6,7 +7,7 @@ Shapes: H/W height and width as given, F frames; made_height, made_width and T l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor
 from fastvid.engine.decode import decode_chunk
 from fastvid.media.images import resize
 from fastvid.models.loaded import Model
-from fastvid.requests.timeline import Segment
+from fastvid.requests.timeline import Edge, Segment
 
 
 @dataclass(frozen=True)
 class Known:
-    """The known frames of a segment: uint8 [n, H, W, 3] at its left and right end, and pictures [H, W, 3] by the number
-    of their frame among those that come out. after: the frame [H, W, 3] that follows what comes out: the first of
-    `right`, where nothing is made between the two."""
+    """The known frames of a segment: uint8 [n, H, W, 3] at its left and right end, and pictures [H, W, 3] by frame
+    number among those that come out. after: the frame [H, W, 3] that follows those that come out; the first of `right`
+    unless more is made between the two."""
 
     left: np.ndarray | None = None
     right: np.ndarray | None = None
@@ -34,32 +35,75 @@ class Known:
         return self.left is not None or self.right is not None or bool(self.pictures)
 
     def shown(self) -> list[np.ndarray]:
-        """The known pictures that say most, first to last."""
-        ends = ([] if self.left is None else [self.left[-1]], [] if self.right is None else [self.right[-1]])
-        return [*ends[0], *(self.pictures[frame] for frame in sorted(self.pictures)), *ends[1]]
+        """The known pictures that CLIP may see, first to last."""
+        left = [] if self.left is None else [self.left[-1]]
+        right = [] if self.right is None else [self.right[-1]]
+        return [*left, *(self.pictures[frame] for frame in sorted(self.pictures)), *right]
+
+
+class SegmentEnds:
+    """The first and last frames of the segments made so far, as far as neighbors are shown them: at most `most`."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._ends: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def add(self, number: int, frames: np.ndarray) -> None:
+        """The next frames [n, H, W, 3] of a segment."""
+        first, last = self._ends.get(number, (frames[:0], frames[:0]))
+        first = first if len(first) >= self._most else np.concatenate((first, frames))[: self._most]
+        self._ends[number] = (first, np.concatenate((last, frames))[-self._most :])
+
+    def known(self, segment: Segment) -> Known:
+        """What a segment is shown of its neighbors, and its pictures."""
+        left = self._frames(segment.before, segment.left, before=True) if segment.left else None
+        right = self._frames(segment.after, segment.right, before=False) if segment.right else None
+        if right is None or segment.over == 0:
+            return Known(left, right, segment.pictures, None if right is None else right[0])
+        after = replace(segment.after, start=segment.after.start - segment.over)
+        return Known(left, right, segment.pictures, self._frames(after, 1, before=False)[0])
+
+    def _frames(self, edge: Edge, count: int, before: bool) -> np.ndarray:
+        """`count` frames before or after an edge; past the end of a clip its last frame is repeated."""
+        if edge.segment is not None:
+            first, last = self._ends[edge.segment]
+            frames = last[-count:] if before else first[edge.start : edge.start + count]
+        elif before:
+            frames = edge.clip.read(edge.start - count, edge.start)
+        else:
+            end = edge.clip.num_frames
+            frames = edge.clip.read(min(edge.start, end - 1), min(edge.start + count, end))
+        return hold_last(frames, count)
+
+
+def hold_last(frames: np.ndarray, count: int) -> np.ndarray:
+    """Frames [n, H, W, 3], the last one repeated until there are `count`."""
+    held = [frames[-1:]] * (count - len(frames))
+    return np.concatenate((frames, *held)) if held else frames
 
 
 # ---------------------------------------------------------------- onto a segment
 
 
 def fit(frames: np.ndarray, segment: Segment) -> Tensor:
-    """uint8 [F, H, W, C] -> fp32 [F, C, made_height, made_width] in [-1, 1]: stretched (Lanczos) to the size that was
-    asked for, and the edge repeated where the model makes more."""
-    return _widen(to_signed(torch.from_numpy(resize(frames, segment.height, segment.width))), segment)
+    """uint8 [F, H, W, C] -> fp32 [F, C, made_height, made_width] in [-1, 1]: stretched (Lanczos) to the size that comes
+    out; the edge is repeated where the model makes more."""
+    return widen(to_signed(torch.from_numpy(resize(frames, segment.height, segment.width))), segment)
 
 
 def pad(frames: np.ndarray, segment: Segment) -> Tensor:
-    """uint8 [F, height, width, C] -> fp32 [F, C, made_height, made_width] in [-1, 1]: as they are."""
-    return _widen(to_signed(torch.from_numpy(np.array(frames))), segment)
+    """uint8 [F, height, width, C] -> fp32 [F, C, made_height, made_width] in [-1, 1], not resized."""
+    return widen(to_signed(torch.from_numpy(np.array(frames))), segment)
 
 
-def _widen(frames: Tensor, segment: Segment) -> Tensor:
+def widen(frames: Tensor, segment: Segment) -> Tensor:
+    """Frames [F, C, height, width] with the edge repeated up to the size that the model makes."""
     right, bottom = segment.made_width - segment.width, segment.made_height - segment.height
     return F.pad(frames, (0, right, 0, bottom), mode="replicate") if right or bottom else frames
 
 
 def place(known: Known, segment: Segment, last_only: bool = False) -> dict[int, Tensor]:
-    """What is known, by frame of the stream: fp32 [3, made_height, made_width]. last_only: of those on the right."""
+    """The known frames by frame of the stream: fp32 [3, made_height, made_width]. last_only: of those on the right."""
     placed: dict[int, Tensor] = {}
     if known.left is not None:
         placed |= dict(enumerate(pad(known.left, segment)))
@@ -71,18 +115,18 @@ def place(known: Known, segment: Segment, last_only: bool = False) -> dict[int, 
     return placed
 
 
-def encode_stream(parts: Model, frames: Tensor, segment: Segment) -> Tensor:
+def encode_stream(model: Model, frames: Tensor, segment: Segment) -> Tensor:
     """Latents [1, C, T, h, w] of a stream of frames [F, 3, made_height, made_width]."""
-    return encode(parts, frames.transpose(0, 1)[None], segment)
+    return encode(model, frames.transpose(0, 1)[None], segment)
 
 
-def encode(parts: Model, frames: Tensor, segment: Segment) -> Tensor:
-    """Latents [1, C, T, h, w] of frames [1, 3, F, made_height, made_width], as many at once as are decoded at once."""
+def encode(model: Model, frames: Tensor, segment: Segment) -> Tensor:
+    """Latents [1, C, T, h, w] of frames [1, 3, F, made_height, made_width], in chunks as when decoding."""
     step, latents, cache = segment.temporal * decode_chunk(segment), [], None
     first = step - segment.temporal + 1
     rest = frames[:, :, first:]
     for chunk in (frames[:, :, :first], *(rest.split(step, dim=2) if rest.shape[2] else ())):
-        made, cache = parts.vae.encode(chunk.to(parts.device, parts.vae_dtype), cache, bands=parts.bands)
+        made, cache = model.vae.encode(chunk.to(model.device, model.vae_dtype), cache, bands=model.bands)
         latents.append(made)
     return torch.cat(latents, dim=2)
 

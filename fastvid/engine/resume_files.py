@@ -1,6 +1,6 @@
-"""The files of a checkpoint: each is written under another name, brought to the disk and then given its own, so that
-at any moment what has a name is whole. Names of tensor files hold a digest of their bytes, JSON files one of the rest
-of them: what was damaged is found out. Nothing here unpickles.
+"""The files of a checkpoint. Each is written under another name, synced to the disk and then renamed, so a file with its
+own name is always complete. The names of tensor files hold a digest of their bytes, JSON files hold one of the rest:
+damage is detected. Nothing here unpickles.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ FORMAT = 1  # of the whole folder
 
 
 def folder_of(path: Any) -> Path:
-    """The folder that a path names, links followed. Raises InvalidRequest for what is no path."""
+    """The folder that a path names, links resolved. Raises InvalidRequest for what is no path."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(path):
         raise InvalidRequest(f"checkpoint={path!r:.60}: give the name of a folder, such as job.ckpt")
     return Path(os.path.realpath(path))
 
 
-def free_place(path: Any) -> Path:
-    """Where a new checkpoint can be: a new or an empty folder. Raises InvalidRequest."""
+def new_folder(path: Any) -> Path:
+    """The folder of a new checkpoint, which must not exist or be empty. Raises InvalidRequest."""
     folder = folder_of(path)
     if (folder / "request.json").exists():
         raise InvalidRequest(f"checkpoint: {path} holds one already; resume it (fastvid resume {path}), or remove it")
@@ -47,7 +47,7 @@ def free_place(path: Any) -> Path:
 
 
 def get_about(path: Any) -> dict[str, Any]:
-    """What a checkpoint is of: its request.json. Raises CheckpointError."""
+    """A checkpoint's request.json: what it is of. Raises CheckpointError."""
     folder = folder_of(path)
     try:
         about = get_json(folder, "request.json")
@@ -61,8 +61,7 @@ def get_about(path: Any) -> dict[str, Any]:
 
 
 def put_json(folder: Path, name: str, value: Mapping[str, Any]) -> None:
-    """An object, with the digest of all else in it. Everything that was put before is on the disk before it is, and it
-    is when this returns."""
+    """Writes an object with its digest. It gets to the disk after all that was put before, and before this returns."""
     with _errors(folder):
         sync(folder)
         _put(folder / name, json.dumps({**value, "sha256": _digest_of(value)}, separators=(",", ":")).encode())
@@ -70,7 +69,7 @@ def put_json(folder: Path, name: str, value: Mapping[str, Any]) -> None:
 
 
 def get_json(folder: Path, name: str) -> dict[str, Any]:
-    """An object that `put_json` wrote. Raises CheckpointError if it is damaged, FileNotFoundError if it isn't there."""
+    """Reads what `put_json` wrote. Raises CheckpointError if it is damaged, FileNotFoundError if it isn't there."""
     path = folder / name
     try:
         value = json.loads(path.read_bytes())
@@ -84,11 +83,11 @@ def get_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def put_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
-    """A safetensors file of these; returns its name, stem-digest.safetensors. A tensor may be anywhere."""
+    """Writes a safetensors file; returns its name, stem-digest.safetensors. Tensors may be on any device."""
     import safetensors.torch
     import torch
 
-    how = {"copy": True, "memory_format": torch.contiguous_format}  # of tensors that share memory none is written
+    how = {"copy": True, "memory_format": torch.contiguous_format}  # safetensors writes no tensors that share memory
     copies = {key: one.detach().to("cpu", **how) for key, one in tensors.items()}
     data = safetensors.torch.save(copies)
     name = f"{stem}-{hashlib.sha256(data).hexdigest()[:DIGEST]}.safetensors"
@@ -98,8 +97,8 @@ def put_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def get_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU. Raises CheckpointError if it is missing or damaged."""
-    import safetensors.torch  # torch is not loaded to say that there is no checkpoint
+    """Reads a file's tensors to the CPU. Raises CheckpointError if it is missing or damaged."""
+    import safetensors.torch  # here, so that "there is no checkpoint" is said without loading torch
 
     path = folder / name
     try:
@@ -120,7 +119,7 @@ def damaged(path: Path) -> CheckpointError:
 
 
 def remove(folder: Path) -> None:
-    """All of a checkpoint; it has no name any more before its first file goes."""
+    """Removes a checkpoint; renamed first, so that no half of one is found."""
     gone = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL}")
     with _errors(folder):
         folder.rename(gone)
@@ -128,7 +127,7 @@ def remove(folder: Path) -> None:
 
 
 class Lock:
-    """Held by one request at a time; the system lets go of it when its process ends, however it does."""
+    """A folder's lock: held by one request at a time, and released by the system when its process ends."""
 
     def __init__(self, folder: Path) -> None:
         with _errors(folder):
@@ -161,7 +160,7 @@ def _put(path: Path, data: bytes) -> None:
 
 
 def sync(folder: Path) -> None:
-    """A name is on the disk when its folder is. Where folders can't be opened (Windows) they need not be."""
+    """Brings a folder's names to the disk; not needed where folders can't be opened (Windows)."""
     with contextlib.suppress(PermissionError):
         number = os.open(folder, os.O_RDONLY)
         try:

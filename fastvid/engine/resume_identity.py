@@ -1,8 +1,8 @@
-"""What a checkpoint belongs to: the request, as arguments that can be given again, and the model that made it; and how
-what is given when it goes on differs from that.
+"""What a checkpoint belongs to: the request, as arguments that can be given again, and the model; and how what is given
+when it goes on differs from them.
 
-A request's arguments are kept as JSON. Of pictures, clips and tensors the recipe has the sha256: those that were given
-as files are found by their paths again, the others have to be given again.
+Arguments are kept as JSON. Of pictures, clips and tensors the recipe has the sha256: those that were given as files are
+found by their paths, the others have to be given again.
 """
 
 from __future__ import annotations
@@ -31,39 +31,40 @@ DATA = tuple(f.name for f in dataclasses.fields(Request) if not f.compare)  # pi
 # ---------------------------------------------------------------- the model
 
 
-def identity(parts: Model) -> dict[str, Any]:
-    """All that decides the bytes of a video beside the request, as JSON. Reads a few blocks of every weights file."""
+def fingerprint(model: Model) -> dict[str, Any]:
+    """Everything beside the request that decides the bytes of a video, as JSON. Reads some blocks of each weights
+    file."""
     return {
         "fastvid": __version__,
         "torch": torch.__version__,
-        "device": _device(parts.device),
-        "dtype": str(parts.dtype).removeprefix("torch."),
-        "vae_dtype": str(parts.vae_dtype).removeprefix("torch."),
-        "backends": dict(parts.ops.bound),
-        "parallel": parts.settings.get("parallel", "1"),
-        "recipe of the model": hashlib.sha256(repr(parts.preset).encode()).hexdigest(),
-        "weights": dict(_weights(parts)),
+        "device": _device(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
+        "backends": dict(model.ops.bound),
+        "parallel": model.settings.get("parallel", "1"),
+        "recipe of the model": hashlib.sha256(repr(model.preset).encode()).hexdigest(),
+        "weights": dict(_weights(model)),
     }
 
 
 def _device(device: torch.device) -> str:
-    """What sums are added up on, and so in which order: on a CPU its vectors and threads too."""
+    """What decides the order in which sums are added: on a CPU its vectors and threads too."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def _weights(parts: Model) -> Iterator[tuple[str, str]]:
-    for part in parts.checkpoint.parts:
-        yield part.name, _print_of(part.files)
-    if parts.checkpoint.tokenizer.is_file():
-        yield "tokenizer", _print_of([parts.checkpoint.tokenizer])
-    for path, *how in parts.loras:
-        yield f"LoRA {Path(path).name} {' '.join(map(str, how))}", _print_of([Path(path)])
+def _weights(model: Model) -> Iterator[tuple[str, str]]:
+    for part in model.checkpoint.parts:
+        yield part.name, _digest(part.files)
+    if model.checkpoint.tokenizer.is_file():
+        yield "tokenizer", _digest([model.checkpoint.tokenizer])
+    for path, *how in model.loras:
+        yield f"LoRA {Path(path).name} {' '.join(map(str, how))}", _digest([Path(path)])
 
 
-def _print_of(files: Any) -> str:
-    """A digest of files' sizes, headers and some of their bytes: enough to tell models apart, in no time."""
+def _digest(files: Any) -> str:
+    """A digest of files' sizes, headers and some of their bytes: enough to tell models apart, and fast."""
     digest = hashlib.sha256()
     for path in sorted(files):
         size = path.stat().st_size
@@ -78,7 +79,7 @@ def _print_of(files: Any) -> str:
 
 
 def check_model(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest that names everything in which another model, or another way to run it, differs."""
+    """Raises InvalidRequest that names all differences, of the model and of how it runs."""
     found = []
     for name in sorted({*saved, *here}):
         then, now = saved.get(name), here.get(name)
@@ -100,9 +101,9 @@ def check_model(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 
 
 def arguments(verb: str, options: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A request's arguments as JSON, with what was drawn (seed) or read from a clip's own recipe filled in."""
+    """A request's arguments as JSON; filled in: what was drawn (seed) or read from a clip's own recipe."""
     given = dict(options)
-    found = {name: _kept(value) if name in DATA else _plain(value) for name, value in given.items()}
+    found = {name: _reference(value) if name in DATA else _plain(value) for name, value in given.items()}
     filled = ("seed", *(("prompt",) if "prompt_embeds" not in given and "prompt" in VERBS[verb] else ()))
     if verb == "finalize" and not any(name in given for name in SIZE):
         filled = (*filled, "width", "height")
@@ -115,19 +116,19 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _kept(value: Any) -> Any:
-    """A file by its path; of anything else only that it was given."""
+def _reference(value: Any) -> Any:
+    """A file's path; of anything else only that it was given."""
     if isinstance(value, str | os.PathLike):
         return {"path": os.path.abspath(value)}
     if isinstance(value, dict):
-        return {"at": {str(key): _kept(one) for key, one in value.items()}}
-    return [_kept(one) for one in value] if isinstance(value, list | tuple) else {"given": type(value).__name__}
+        return {"at": {str(key): _reference(one) for key, one in value.items()}}
+    return [_reference(one) for one in value] if isinstance(value, list | tuple) else {"given": type(value).__name__}
 
 
 def options(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments to go on with: those that were saved, and what is given again.
+    """The arguments to go on with: the saved ones, and what is given again.
 
-    Raises InvalidRequest where something has to be given again and is not, or was never given.
+    Raises InvalidRequest for what has to be given again and is not, and for what was not given then.
     """
     given = {name: value for name, value in given.items() if value is not None}
     found = dict(given)
@@ -136,7 +137,7 @@ def options(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
             continue
         if name in DATA and _is_missing(value):
             raise InvalidRequest(f"{name} is missing: a checkpoint holds its sha256 alone; give {name}= again")
-        found[name] = _back(value) if name in DATA else value
+        found[name] = _load_reference(value) if name in DATA else value
     if added := [name for name in given if name not in saved]:
         raise InvalidRequest(f"{added[0]} was not given when this checkpoint was made; leave it out")
     return found
@@ -148,14 +149,16 @@ def _is_missing(value: Any) -> bool:
     return "given" in value or any(map(_is_missing, value.get("at", {}).values()))
 
 
-def _back(value: Any) -> Any:
+def _load_reference(value: Any) -> Any:
     if isinstance(value, list):
-        return [_back(one) for one in value]
-    return value["path"] if "path" in value else {int(frame): _back(one) for frame, one in value["at"].items()}
+        return [_load_reference(one) for one in value]
+    return (
+        value["path"] if "path" in value else {int(frame): _load_reference(one) for frame, one in value["at"].items()}
+    )
 
 
 def check_request(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest that names everything in which one recipe differs from the other."""
+    """Raises InvalidRequest that names all differences between two recipes."""
     then, now = (json.loads(json.dumps({k: v for k, v in one.items() if k not in recipes.CONTEXT})) for one in
                  (saved, here))  # fmt: skip
     found = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]

@@ -191,7 +191,7 @@ def _memory(model: Model, needs: Needs, frames: int, capacity: int) -> dict[str,
     cost, memory = needs.cost(), needs.memory(model.offload)
     # Decoding beside denoising takes the most memory together. Ranks decode together, so no device is free meanwhile.
     both = memory.phases["denoising"] + cost.decoder
-    beside = decode.worth_it(model.device) and both <= capacity and model.mesh.size == 1
+    beside = decode.faster_beside(model.device) and both <= capacity and model.mesh.size == 1
     choices = memory.choices + (("decoding runs beside denoising, on a stream of its own",) if beside else ())
     return {
         "decode_stripes": needs.stripes,

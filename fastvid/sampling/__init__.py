@@ -12,8 +12,8 @@ from fastvid.sampling.guidance import (
     known,
     velocity_to_x0,
 )
-from fastvid.sampling.noise import column_noise, latent_noise
-from fastvid.sampling.sigmas import check_sigmas, find_solver, make_sigmas, shift_sigmas, timesteps
+from fastvid.sampling.noise import StreamNoise, column_noise, latent_noise
+from fastvid.sampling.sigmas import find_solver, make_sigmas, shift_sigmas, timesteps
 from fastvid.sampling.solvers import SOLVERS, Operation, Solver, SolverState
 
 __all__ = [
@@ -24,10 +24,10 @@ __all__ = [
     "Operation",
     "Solver",
     "SolverState",
+    "StreamNoise",
     "Switched",
     "Velocities",
     "Velocity",
-    "check_sigmas",
     "column_noise",
     "combine",
     "find_solver",

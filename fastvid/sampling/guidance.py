@@ -1,4 +1,4 @@
-"""Denoisers from a model's velocity. Each function wraps another and knows no model.
+"""Guidance: denoisers made from a model's velocity. Each function wraps another and knows no model.
 
 Legend: x, v, x0 [B, C, T, h, w]; sigma float64 [T], one noise level a latent frame.
 Velocity: (x, sigma) -> v = noise - x0.   Denoise: (x, sigma) -> x0.
@@ -24,12 +24,12 @@ def combine(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 
 
 def velocity_to_x0(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """The clean latents that the velocity v points to from x at noise level sigma, in x's dtype: x - sigma * v."""
+    """The clean latents that velocity v predicts from x at noise level sigma, in x's dtype: x - sigma * v."""
     return x - sigma.to(x.device, x.dtype).view(1, 1, -1, 1, 1) * v.to(x.dtype)
 
 
 class Velocities(NamedTuple):
-    """What guidance makes one velocity of: uncond is None where it has no say."""
+    """The velocities that guidance combines; uncond is None at scale 1."""
 
     cond: Tensor
     uncond: Tensor | None
@@ -39,26 +39,26 @@ class Velocities(NamedTuple):
 Make = Callable[[], Tensor]
 
 
-def one_after_the_other(cond: Make, uncond: Make | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Both velocities, where nobody else makes one of them."""
+def in_sequence(cond: Make, uncond: Make | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Both velocities, one after the other."""
     return cond(), None if uncond is None else uncond()
 
 
 @dataclass(frozen=True)
 class Guided:
-    """Guidance over two velocities; `uncond` is never called at scale 1.
+    """Classifier-free guidance over two velocities; `uncond` is never called at scale 1.
 
-    both: how they are made, from a function for each (None: not needed) and a tensor of the same shape and type; ranks
-    can share them out.
+    both: computes them, from a function for each (None: not needed) and a tensor of their shape and dtype. Ranks may
+    compute one each.
     """
 
     cond: Velocity
     uncond: Velocity
     scale: float
-    both: Callable[[Make, Make | None, Tensor], tuple[Tensor, Tensor | None]] = one_after_the_other
+    both: Callable[[Make, Make | None, Tensor], tuple[Tensor, Tensor | None]] = in_sequence
 
     def velocities(self, x: Tensor, sigma: Tensor) -> Velocities:
-        """Both, for what puts them together itself."""
+        """Both, not combined yet."""
         cond, uncond = (partial(velocity, x, sigma) for velocity in (self.cond, self.uncond))
         return Velocities(*self.both(cond, None if self.scale == 1 else uncond, x), self.scale)
 
@@ -69,7 +69,7 @@ class Guided:
 
 @dataclass(frozen=True)
 class Switched:
-    """For each call that one of the velocities which `choose` names for its noise level, by number."""
+    """One of several velocities in each call: `choose` gives its number for a noise level."""
 
     of: Sequence[Velocity]
     choose: Callable[[Tensor], int]
@@ -80,12 +80,12 @@ class Switched:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The denoiser that a velocity makes."""
+    """The denoiser of a velocity."""
 
     velocity: Velocity
 
     def velocities(self, x: Tensor, sigma: Tensor) -> Velocities:
-        """What x0 is made of, for a step that makes it itself (`ops.solver_step`)."""
+        """What x0 is computed from, for a fused step, which computes x0 itself (`ops.solver_step`)."""
         made = self.velocity
         if isinstance(made, Switched):
             made = made.of[made.choose(sigma)]
@@ -109,10 +109,10 @@ def known(denoise: Denoise, latents: Tensor, mask: Tensor) -> Denoise:
 
 
 def flow_edit(target: Velocity, source: Velocity, clean: Tensor, noise: Tensor) -> Denoise:
-    """FlowEdit (arXiv 2412.08629): follows the difference of two velocities, from the clean source at its full level.
+    """FlowEdit (arXiv 2412.08629): follows the difference of two velocities, starting from the clean source.
 
-    x goes from the source to the edit without ever being noised; both models see it beside the source with the same
-    noise. clean, noise: [B, C, T, h, w]. Columns at level 0 are known, and stay. For Euler's method.
+    x goes from the source to the edit without being noised; both velocities are taken with the same noise added.
+    clean, noise: [B, C, T, h, w]. Columns at level 0 are known, and stay. For Euler's method.
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
-"""Walks a noise table: the one denoising loop.
+"""The denoising loop: walks a noise table row by row.
 
-Columns are latent frames, counted along the whole stream; a row takes a window of them from one noise level each to the
-next. All columns equal is whole-clip sampling; the rows of a table decide everything else (see
-`fastvid.sampling.noise_table`). The loop yields after every row, so that progress, cancelling and streaming need no
-hook, and hands out latent frames as soon as their level is zero. Columns that a window has left behind are gone: memory
-does not grow with the table.
+Columns are latent frames, counted along the whole stream. A table row takes a window of them from one noise level each
+to the next; the table decides everything else (see `fastvid.sampling.noise_table`). The loop yields after every row, so
+progress, cancelling and streaming need no hooks, and latent frames come out as soon as their level is zero. Columns
+left of the window are dropped: memory does not grow with the table.
 
 Shapes: C channels, T columns of the window, h/w latent height and width; latents [1, C, T, h, w].
 """
@@ -17,43 +16,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastvid.sampling import Denoise, Denoiser, Operation, Solver, SolverState
+from fastvid.sampling.guidance import Denoise, Denoiser
+from fastvid.sampling.noise_table import TableRow
+from fastvid.sampling.solvers import Solver, SolverState
 
 Source = Callable[[int, int], Tensor]
-"""(start, stop) -> the columns that a window takes in, at the level at which the table meets them first."""
+"""(start, stop) -> the columns that enter the window, at the level at which the table starts them."""
 
 Fresh = Callable[[int, Tensor], Tensor]
 """(start, draws [T]) -> new noise for the columns from `start` on, for solvers that draw some."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One step of a table: the levels [T] (float64) of a window's columns before and after it.
-
-    start: the window's first column. A row that changes no level is a call of the model for what it keeps, such as a
-    KV cache (write_cache); for columns that were handed out before, so that it keeps them as the next column's prompt
-    makes them (refill).
-    """
-
-    sigma: Tensor
-    sigma_next: Tensor
-    start: int = 0
-    write_cache: bool = False
-    refill: bool = False
-
-    @property
-    def stop(self) -> int:
-        """The column after the window's last."""
-        return self.start + len(self.sigma)
-
-
-@dataclass(frozen=True)
 class Position:
     """Where a walk stands between two rows: all that it needs to go on.
 
-    row: the next one's number. start: the window's first column. latents: the window's. done: the columns before this
-    one have been handed out. kept: the latest of those, for rows that come back to them. first: the very first, where
-    it is wanted.
+    row: number of the next row. start: the window's first column. latents: the window's. done: the columns before this
+    one were yielded. kept: the last of those, for rows that come back to them. first: the first column of all.
     """
 
     row: int
@@ -66,69 +45,68 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Walked:
-    """One row is done. `ready` are the latents [1, C, n, h, w] that became clean in it, from column `start` on.
+class Row:
+    """A finished row. number: in the table. sigma: its highest level. clean: the latents [1, C, n, h, w] that reached
+    zero in it, from column `start` on. position: after it; None if the row is read from a checkpoint, which keeps
+    only what became clean. seconds: that it took, where that was measured."""
 
-    position: after it; None for one of an earlier process, of which only what became clean was saved.
-    """
-
-    row: int
+    number: int
     sigma: float
-    ready: Tensor | None
+    clean: Tensor | None
     start: int
     position: Position | None
+    seconds: float = 0.0
 
 
 def walk(
-    table: Iterable[Row],
+    table: Iterable[TableRow],
     source: Source | Tensor,
     solver: Solver,
-    denoise: Callable[[Row], Denoise],
+    denoise: Callable[[TableRow], Denoise],
     *,
     fresh: Fresh | None = None,
     position: Position | None = None,
     keep: int = 0,
     anchor: bool = False,
-    fused: Operation | None = None,
-) -> Iterator[Walked]:
-    """Denoise columns along a table.
+) -> Iterator[Row]:
+    """Denoise columns along a table; yields once a row.
 
-    source: where columns come from that a window takes in; a tensor of all of them will do. denoise: the denoiser for a
-    row. position: to go on from; the table is the same, from its first row on. keep: the most columns that a row of the
-    table comes back to. anchor: whether positions hold the first column too. fused: `ops.solver_step`, for guidance,
-    clean latents and the solver's step in one pass where nothing else is done to the clean latents (a region that is
-    known within columns, an edit along a difference) and the solver is made for it; else all is eager.
+    Windows move to the right over clean columns. Columns must become clean from the left; each is yielded once.
 
-    Yields once a row. Windows move to the right, over columns that are clean, and columns must become clean from the
-    left; each is handed out once, in order.
+    Args:
+        source: the columns that enter the window, or a tensor of all of them.
+        denoise: the denoiser for a table row.
+        position: to go on from; the table is the same, from its first row on.
+        keep: the most columns that a row of the table comes back to.
+        anchor: whether positions keep the first column.
     """
     take = source if callable(source) else lambda start, stop: source[:, :, start:stop]
     at = position
     for number, row in enumerate(table):
         if at is not None and number < at.row:
             continue
-        at = _moved(at, row, take, solver)
+        at = _move(at, row, take, solver)
         state = replace(at.state, fresh=fresh and (lambda draws, row=row: fresh(row.start, draws)))
-        latents, state = _step(row, at.latents, solver, denoise(row), state, fused)
-        clean = row.start + int((row.sigma_next == 0).long().cumprod(0).sum())
-        ready = latents[:, :, at.done - row.start : clean - row.start] if clean > at.done else None
-        kept, first = _kept(at.kept, ready, keep), at.first
-        if anchor and first is None and ready is not None:
-            first = ready[:, :, :1].clone()  # not the window that it came from
-        done, at = at.done, Position(number + 1, row.start, latents, state, max(at.done, clean), kept, first)
-        yield Walked(number, float(row.sigma.max()), ready, done, at)
+        latents, state = _step(row, at.latents, solver, denoise(row), state)
+        done = row.start + int((row.sigma_next == 0).long().cumprod(0).sum())
+        clean = latents[:, :, at.done - row.start : done - row.start] if done > at.done else None
+        kept, first = _keep(at.kept, clean, keep), at.first
+        if anchor and first is None and clean is not None:
+            first = clean[:, :, :1].clone()  # a view would keep the whole window
+        start, at = at.done, Position(number + 1, row.start, latents, state, max(at.done, done), kept, first)
+        yield Row(number, float(row.sigma.max()), clean, start, at)
 
 
-def _kept(kept: Tensor | None, ready: Tensor | None, keep: int) -> Tensor | None:
-    """The latest `keep` columns that were handed out, once `ready` are too."""
-    if keep == 0 or ready is None:
+def _keep(kept: Tensor | None, clean: Tensor | None, keep: int) -> Tensor | None:
+    """The last `keep` clean columns."""
+    if keep == 0 or clean is None:
         return kept
-    both = ready if kept is None else torch.cat((kept, ready), dim=2)
+    both = clean if kept is None else torch.cat((kept, clean), dim=2)
     return both[:, :, -keep:]
 
 
-def _moved(at: Position | None, row: Row, take: Source, solver: Solver) -> Position:
-    """The position with the row's window: what it has left dropped, what is new in it taken in."""
+def _move(at: Position | None, row: TableRow, take: Source, solver: Solver) -> Position:
+    """The position with the row's window: columns on its left dropped, new ones on its right taken in."""
     if at is None:
         return Position(0, row.start, take(row.start, row.stop), solver.init(), row.start)
     if row.refill:
@@ -140,21 +118,21 @@ def _moved(at: Position | None, row: Row, take: Source, solver: Solver) -> Posit
     if drop == 0 and add == 0:
         return at
     assert drop >= 0 and add >= 0 and row.start <= at.done, (at.start, stop, at.done, row.start, row.stop)
-    if row.start >= stop:  # nothing in common, as blocks of a causal model have
+    if row.start >= stop:  # nothing in common, as with the blocks of a causal model
         return replace(at, start=row.start, latents=take(row.start, row.stop), state=solver.init())
     rest = at.latents[:, :, drop:]
     latents = torch.cat((rest, take(stop, row.stop).to(rest)), dim=2) if add else rest
     return replace(at, start=row.start, latents=latents, state=at.state.moved(drop, add))
 
 
-# The grad mode is set inside the call and never across a yield, where it would leak into the caller's code.
+# Gradients are off inside this call and never across a yield, where that would leak into the caller's code.
 @torch.no_grad()
 def _step(
-    row: Row, latents: Tensor, solver: Solver, denoise: Denoise, state: SolverState, fused: Operation | None
+    row: TableRow, latents: Tensor, solver: Solver, denoise: Denoise, state: SolverState
 ) -> tuple[Tensor, SolverState]:
-    if fused is not None and solver.fused is not None and isinstance(denoise, Denoiser) and not row.write_cache:
+    if solver.fuses and isinstance(denoise, Denoiser) and not row.write_cache:
         velocities = denoise.velocities(latents, row.sigma)
-        return solver.fused(fused, latents, velocities, row.sigma, row.sigma_next, state)
+        return solver.fused_step(latents, velocities, row.sigma, row.sigma_next, state)
     x0 = denoise(latents, row.sigma)
     if row.write_cache:
         return latents, state

@@ -1,6 +1,6 @@
-"""Noise from a counter: a latent frame's noise depends on (seed, absolute latent index, draw, frame shape) alone.
+"""Noise from a counter: a latent frame's noise depends only on (seed, absolute latent index, draw, frame shape).
 
-So it is the same in any window, on any rank or device, and frames before the first one (negative indices) have theirs.
+So it is the same in any window, on any rank and device. Indices may be negative: frames before the first one.
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives four 32-bit words for each
 counter and key; Box-Muller makes four normal numbers of them, in float64, rounded to float32.
 
@@ -11,6 +11,8 @@ word of the latent index).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ _HALF = np.uint64(32)
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_CHUNK = 1 << 13  # groups worked on at once: its arrays stay in the cache, which makes it twice as fast
+_CHUNK = 1 << 13  # groups at a time, so that the arrays stay in the cache: twice as fast
 
 
 def latent_noise(seed: int, shape: tuple[int, int, int, int], *, start: int = 0, draw: int = 0) -> torch.Tensor:
@@ -45,16 +47,46 @@ def latent_noise(seed: int, shape: tuple[int, int, int, int], *, start: int = 0,
 
 
 def column_noise(seed: int, shape: tuple[int, int, int], start: int, draws: torch.Tensor) -> torch.Tensor:
-    """Noise of the latent frames from `start` on, each of its own draw: float32 [1, C, T, h, w] on the CPU.
-
-    shape: (C, h, w). draws: int64 [T]. See `latent_noise`.
-    """
+    """`latent_noise` with a draw for each frame from `start` on. shape: (C, h, w). draws: int64 [T]."""
     channels, height, width = shape
     frames = [
         latent_noise(seed, (channels, 1, height, width), start=start + i, draw=draw)
         for i, draw in enumerate(draws.tolist())
     ]
     return torch.cat(frames, dim=2)
+
+
+@dataclass
+class StreamNoise:
+    """The noise of a stream of columns (latent frames), fp32 on a device.
+
+    shape: (C, h, w) of a column. origin: absolute latent index of column 0. given: initial noise [1, C, T, h, w] of the
+    whole stream to use in place of the seed's.
+    """
+
+    seed: int
+    shape: tuple[int, int, int]
+    origin: int
+    device: torch.device
+    given: Any = None
+    _last: tuple[tuple[int, int], torch.Tensor] | None = None
+
+    def initial(self, start: int, stop: int) -> torch.Tensor:
+        """What sampling starts from [1, C, stop - start, h, w]; the last one asked for is kept."""
+        if self._last is None or self._last[0] != (start, stop):
+            self._last = (start, stop), self._draw(start, stop)
+        return self._last[1].clone()
+
+    def fresh(self, start: int, draws: torch.Tensor) -> torch.Tensor:
+        """New noise for the columns from `start` on: draws int64 [T], from 1 on."""
+        return column_noise(self.seed, self.shape, self.origin + start, draws).to(self.device)
+
+    def _draw(self, start: int, stop: int) -> torch.Tensor:
+        if self.given is not None:
+            return torch.as_tensor(self.given)[:, :, start:stop].to(self.device, torch.float32, copy=True)
+        channels, height, width = self.shape
+        shape = (channels, stop - start, height, width)
+        return latent_noise(self.seed, shape, start=self.origin + start).to(self.device)
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -79,14 +111,14 @@ def _frame(seed: int, index: int, draw: int, size: int) -> np.ndarray:
         end = min(begin + _CHUNK, groups)
         counter = np.empty((4, end - begin), dtype=np.uint64)
         counter[0] = np.arange(begin, end, dtype=np.uint64)
-        # Python's shift and mask give the words of two's complement, so negative indices need no care.
+        # Python's shift and mask give the words of two's complement, for negative indices too.
         counter[1], counter[2], counter[3] = draw, index & 0xFFFFFFFF, (index >> 32) & 0xFFFFFFFF
         out[begin:end] = _box_muller(philox4x32(counter, key)).T
     return out.reshape(-1)[:size]
 
 
 def _box_muller(words: np.ndarray) -> np.ndarray:
-    """[4, n] uniform 32-bit words -> [4, n] normal numbers, float64. The half keeps the logarithm away from 0."""
+    """[4, n] uniform 32-bit words -> [4, n] normal numbers, float64. Adding 0.5 avoids log(0)."""
     radius = np.sqrt(-2 * np.log((words[0::2] + 0.5) * 2.0**-32))
     angle = words[1::2] * (2 * math.pi * 2.0**-32)
     return np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))

@@ -1,36 +1,54 @@
 """Noise tables: which columns (latent frames) a model is called with, and at which levels, row after row.
 
     whole_clip   every column at once, all at one level
-    windows      one stretch of columns after another, the overlap known to the next one
-    rollout      block after block of a causal model, each finished one passed once more to fill the KV cache, and what
-                 is in the cache once more for a new prompt
-    staggered    levels that rise from left to right, one column finished and one begun every few rows
+    windows      one stretch of columns after another; the overlap is known to the next one
+    rollout      block after block of a causal model; each finished block once more, to fill the KV cache, and for a new
+                 prompt the cache's columns once more
+    staggered    levels rise from left to right: every few rows one column is finished and one begins
 
-Known columns stand at level 0 from the first row on. All levels are float64; sigmas [N] come without the final zero.
+Known columns are at level 0 from the first row on. All levels are float64; sigmas [N] come without the final zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastvid.sampling.loop import Row
+
+@dataclass(frozen=True)
+class TableRow:
+    """The levels [T] (float64) of a window's columns before and after one step.
+
+    start: the window's first column. write_cache: no level changes; the model is called to fill its KV cache. refill:
+    the same for columns that were finished before, so that the cache holds them as the next column's prompt has them.
+    """
+
+    sigma: Tensor
+    sigma_next: Tensor
+    start: int = 0
+    write_cache: bool = False
+    refill: bool = False
+
+    @property
+    def stop(self) -> int:
+        """The column after the window's last."""
+        return self.start + len(self.sigma)
 
 
-def whole_clip(sigmas: np.ndarray, columns: int, known: Tensor | None = None, start: int = 0) -> list[Row]:
-    """Classic sampling: every free column at the same level, down to zero. known: bool [columns]."""
+def whole_clip(sigmas: np.ndarray, columns: int, known: Tensor | None = None, start: int = 0) -> list[TableRow]:
+    """Every free column at the same level, down to zero. known: bool [columns]."""
     levels = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
     free = torch.ones(columns, dtype=torch.float64) if known is None else (~known).double()
-    return [Row(s * free, n * free, start) for s, n in zip(levels[:-1], levels[1:], strict=True)]
+    return [TableRow(s * free, n * free, start) for s, n in zip(levels[:-1], levels[1:], strict=True)]
 
 
 def window_spans(columns: int, size: int, overlap: int, cuts: Sequence[int] = ()) -> list[tuple[int, int]]:
-    """(start, stop) of windows of at most `size` columns over all of them, each beginning `overlap` columns, or more,
-    before the end of the one before.
+    """(start, stop) of windows of at most `size` columns; each overlaps the one before by `overlap` columns or more.
 
     cuts: columns at which another prompt begins; no window has free columns on both sides of one.
     """
@@ -41,28 +59,28 @@ def window_spans(columns: int, size: int, overlap: int, cuts: Sequence[int] = ()
         while done < end:
             begin = max(0, done - overlap)
             stop = min(end, begin + size)
-            # The last one of a stretch reaches back as far as it can: the more is known, the better it joins.
+            # The last window before a cut reaches back as far as it can: the more is known, the better it joins.
             begin = max(0, stop - size) if stop == end else begin
             spans.append((begin, stop))
             done = stop
     return spans
 
 
-def windows(sigmas: np.ndarray, spans: Sequence[tuple[int, int]], known: Tensor) -> Iterator[Row]:
-    """Windows run one after another; what one has made is known to the next. known: bool [columns]."""
+def windows(sigmas: np.ndarray, spans: Sequence[tuple[int, int]], known: Tensor) -> Iterator[TableRow]:
+    """Windows one after another; what one has made is known to the next. known: bool [columns]."""
     made = 0
     for start, stop in spans:
         settled = known[start:stop] | (torch.arange(start, stop) < made)
         if not bool(settled.all()):
             yield from whole_clip(sigmas, stop - start, settled, start)
-        else:  # nothing to make here: the columns are handed out all the same
+        else:  # nothing to make here, but the columns have to come out
             yield _clean(start, stop)
         made = stop
 
 
 def block_spans(columns: int, block: int, known: int = 0, cuts: Sequence[int] = ()) -> list[tuple[int, int]]:
-    """(start, stop) of blocks of at most `block` columns over all of them: the first `known` ones have their own, and
-    no block has columns on both sides of a cut."""
+    """(start, stop) of blocks of at most `block` columns. The first `known` columns have blocks of their own; no block
+    has columns on both sides of a cut."""
     edges = sorted({0, known, columns, *(cut for cut in cuts if known < cut < columns)})
     return [(at, min(at + block, end)) for begin, end in pairwise(edges) for at in range(begin, end, block)]
 
@@ -72,12 +90,12 @@ def rollout(
     spans: Sequence[tuple[int, int]],
     known: int = 0,
     refill: Callable[[int], int | None] = lambda column: None,
-) -> Iterator[Row]:
-    """A causal model, block after block: each down to zero, then once more, clean, for the KV cache.
+) -> Iterator[TableRow]:
+    """Blocks of a causal model: each down to zero, then clean once more for the KV cache.
 
-    spans: of the blocks. known: the first columns: those of a block that is all known only fill the cache, those at the
-    start of another one stand at level 0 in it. refill: from the column where a block begins to the first of those that
-    are passed once more before it, None if none are; asked when the block's turn comes.
+    spans: of the blocks. known: how many of the first columns are known. A block that is all known only fills the
+    cache; in a block that is known in part those columns are at level 0. refill: called with a block's first column
+    when its turn comes; the first column to pass through the model again before it, or None.
     """
     for start, stop in spans:
         if (first := refill(start)) is not None:
@@ -88,18 +106,18 @@ def rollout(
         yield _clean(start, stop)
 
 
-def _clean(start: int, stop: int, refill: bool = False) -> Row:
-    """A row that changes no level, for columns that are clean."""
+def _clean(start: int, stop: int, refill: bool = False) -> TableRow:
+    """A row of clean columns that changes no level."""
     zero = torch.zeros(stop - start, dtype=torch.float64)
-    return Row(zero, zero, start, write_cache=True, refill=refill)
+    return TableRow(zero, zero, start, write_cache=True, refill=refill)
 
 
-def staggered(sigmas: np.ndarray, columns: int, size: int, stride: int, known: int = 0) -> Iterator[Row]:
+def staggered(sigmas: np.ndarray, columns: int, size: int, stride: int, known: int = 0) -> Iterator[TableRow]:
     """Diffusion forcing (arXiv 2407.01392): column i begins `stride` rows after column i - 1, in a window of at most
     `size` columns whose left end is clean.
 
-    known: the first columns, of which the window shows as many as fit. A column waits at the first level until it is
-    its turn; all that are begun must fit into the window.
+    known: how many of the first columns are known; the window shows as many as fit. A column waits at the first level
+    for its turn. All columns between noise and clean must fit into the window.
     """
     levels = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
     steps, free = len(sigmas), columns - known
@@ -111,7 +129,7 @@ def staggered(sigmas: np.ndarray, columns: int, size: int, stride: int, known: i
         return torch.where(torch.arange(columns) < known, 0.0, level)
 
     start = max(0, known + 1 - size)
-    for begin in range(0, start, size):  # what no window has room for is handed out all the same
+    for begin in range(0, start, size):  # known columns that fit into no window have to come out too
         yield _clean(begin, min(begin + size, start))
     for row in range(stride * (free - 1) + steps):
         now, after = at(row), at(row + 1)
@@ -119,4 +137,4 @@ def staggered(sigmas: np.ndarray, columns: int, size: int, stride: int, known: i
         # The window ends with the last column that moves here, and keeps as many clean ones on the left as fit.
         stop = min(columns, int((after < levels[0]).nonzero().max()) + 1)
         start = max(start, min(clean, max(0, stop - size)))
-        yield Row(now[start:stop], after[start:stop], start)
+        yield TableRow(now[start:stop], after[start:stop], start)

@@ -1,15 +1,15 @@
 """Solvers: each is one pure step from noise level sigma to sigma_next, made column by column.
 
-A column is one latent frame: x and x0 (the clean latents that the denoiser sees in x) are [B, C, T, h, w], sigma and
-sigma_next are float64 [T] on the CPU. History and order are kept per column, so columns may stand at different levels,
-start late or pause: a column with sigma_next == sigma is left as it is, bit for bit, and so is its history. What a
-column becomes never depends on its neighbours.
+A column is one latent frame. x and x0 (the clean latents that the denoiser predicts from x) are [B, C, T, h, w]; sigma
+and sigma_next are float64 [T] on the CPU. History and order are kept per column, so columns may be at different levels,
+start late or pause. A column with sigma_next == sigma stays as it is, bit for bit, and so does its history. No column
+depends on its neighbours.
 
-Coefficients are worked out in float64 on the CPU and applied in x's dtype. With lambda = log((1 - sigma) / sigma),
-h = lambda_next - lambda and r = sigma_next / sigma, the papers' alpha_next * (1 - exp(-h)) is just 1 - r for flow
-matching, which is finite at sigma 1 and at sigma 0, where h is infinite.
+Coefficients are computed in float64 on the CPU and applied in x's dtype. With lambda = log((1 - sigma) / sigma),
+h = lambda_next - lambda and r = sigma_next / sigma, the papers' alpha_next * (1 - exp(-h)) is 1 - r for flow matching,
+which is finite at sigma 1 and at sigma 0, where h is infinite.
 
-A `_fused` step is the same one made from velocities by one operation (`ops.solver_step`), to within rounding.
+A `_fused` step is the same step made from velocities by one operation (`ops.solver_step`), to within rounding.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from fastvid.ops.solver_step import dpmpp_weights, euler_weights, unipc_weights
 from fastvid.sampling.guidance import Velocities
 
 # The largest noise level at which UniPC takes lambda. Published UniPC tables never reach 1, where lambda is -inf and
-# second-order terms vanish; diffusers moves a given 1.0 to this float32 number, so the same table gives the same video.
-# Two levels above it share one lambda, hence h0 may be 0: then the step between them says nothing, and order is 1.
+# second-order terms vanish. diffusers moves a given 1.0 to this float32 number, so the same table gives the same video.
+# Two levels above it share one lambda, so h0 may be 0; the order of that step is then 1.
 UNIPC_LAST_SIGMA = 1 - 1.0132789611816406e-06
 
 Fresh = Callable[[Tensor], Tensor]
-"""draws int64 [T] -> noise [B, C, T, h, w]: for each column the one of that number; 0 is what sampling starts from."""
+"""draws int64 [T] -> noise [B, C, T, h, w], for each column the draw of that number; draw 0 starts the sampling."""
 
 
 @dataclass(frozen=True)
 class SolverState:
-    """What the columns remember of their past steps; newest first, zeros where there is none. It refers to the tensors
-    that it was given: whoever passes x and x0 to a step must not write into them afterwards.
+    """What the columns remember of their past steps: newest first, zeros where there is none. It holds references, so
+    do not write into x and x0 after a step.
 
     order: [T] int64, the order of the last step, 0 for a column that has made none; with new noise the steps made.
     sigmas: each [T] float64.   x0s: each [B, C, T, h, w].
@@ -51,7 +51,7 @@ class SolverState:
     fresh: Fresh | None = None
 
     def moved(self, drop: int, add: int) -> SolverState:
-        """The state of a window that lost so many columns on its left and got as many new ones on its right."""
+        """The state of a window that lost `drop` columns on its left and got `add` new ones on its right."""
         if self.order is None:
             return self
         return replace(
@@ -65,29 +65,46 @@ class SolverState:
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, SolverState], tuple[Tensor, SolverState]]
 Operation = Callable[..., list[Tensor]]
-"""What `fastvid.ops.solver_step.solver_step` is."""
+"""See `fastvid.ops.solver_step.solver_step`."""
 FusedStep = Callable[[Operation, Tensor, Velocities, Tensor, Tensor, SolverState], tuple[Tensor, SolverState]]
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A step, the noise level its own tables start from before the shift, and how it tells the model the time. fused:
-    the step from velocities in one operation, of solvers that have one."""
+    """A way to step from one noise level to the next.
+
+    first_sigma: where its own tables start, before the shift. integer_timesteps: whether the model is told whole
+    timesteps. fused: the step made from velocities by one operation, if it has one; operation: that operation, None to
+    step in eager PyTorch.
+    """
 
     step: Step
     first_sigma: float = 1.0
     integer_timesteps: bool = False
     fused: FusedStep | None = None
+    operation: Operation | None = None
 
     def init(self, fresh: Fresh | None = None) -> SolverState:
         """The state before the first step, for any shape."""
         return SolverState(fresh=fresh)
 
+    @property
+    def fuses(self) -> bool:
+        """Whether `fused_step` can be used: guidance, clean latents and the step in one pass."""
+        return self.fused is not None and self.operation is not None
+
+    def fused_step(
+        self, x: Tensor, velocities: Velocities, sigma: Tensor, sigma_next: Tensor, state: SolverState
+    ) -> tuple[Tensor, SolverState]:
+        """`step` from velocities, by `operation`."""
+        assert self.fused is not None and self.operation is not None
+        return self.fused(self.operation, x, velocities, sigma, sigma_next, state)
+
 
 def euler_step(
     x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, state: SolverState
 ) -> tuple[Tensor, SolverState]:
-    """Euler's method on dx/dsigma = (x - x0) / sigma (Flow matching, arXiv 2210.02747). Keeps no history."""
+    """Euler's method on dx/dsigma = (x - x0) / sigma (flow matching, arXiv 2210.02747). Keeps no history."""
     active = _active(x, x0, sigma, sigma_next)
     return _keep(active, _blend(x, x0, sigma, sigma_next), x), state
 
@@ -113,8 +130,8 @@ def unipc_step(
     """UniPC of order 2 with B(h) = exp(h) - 1 (bh2) on x0, order 1 on a column's first step and on the one that
     reaches 0 (arXiv 2302.04867, predicting x0; as Wan2.1 wan/utils/fm_solvers_unipc.py).
 
-    From a column's second step on, x is first corrected: made anew from where the last step started, now that x0 at
-    its end is known. So what a caller changes in x between two steps of a column has no effect beyond its x0.
+    From a column's second step on, x is first corrected: computed again from where the last step started, now that x0
+    at its end is known. So a caller's change to x between two steps of a column acts only through x0.
     """
     active = _active(x, x0, sigma, sigma_next)
     if not active.any():
@@ -213,7 +230,7 @@ def _carry(state: SolverState, order: Tensor, sigma: Tensor, sigma_next: Tensor,
 
 
 def _correct(x: Tensor, x0: Tensor, sigma: Tensor, state: SolverState) -> Tensor:
-    """UniC: the last step made again, with x0 at its end known; x in columns that have made none."""
+    """UniC: the last step again, with x0 at its end known; x in columns without a last step."""
     stepped = state.order > 0
     if not stepped.any():
         return x
@@ -224,8 +241,8 @@ def _correct(x: Tensor, x0: Tensor, sigma: Tensor, state: SolverState) -> Tensor
 
 
 def _correction(sigma: Tensor, state: SolverState) -> tuple[Tensor, Tensor]:
-    """How far UniC's target is from the newest x0 towards the older one and towards the one that is new: [T] each. With
-    bh2 the paper's 2x2 system R rho = b has the solution below, in the Langevin function of h / 2."""
+    """How far UniC's target is from the last x0 towards the one before it, and towards the one just predicted: [T] each.
+    With bh2 the solution of the paper's 2x2 system R rho = b is below, in the Langevin function of h / 2."""
     before, two_before = state.sigmas
     here, start = _log_snr(sigma, UNIPC_LAST_SIGMA), _log_snr(before, UNIPC_LAST_SIGMA)
     h, h0 = here - start, start - _log_snr(two_before, UNIPC_LAST_SIGMA)
@@ -270,7 +287,7 @@ def _next_order(order: Tensor, sigma_next: Tensor) -> Tensor:
 
 
 def _or_blank(state: SolverState, x0: Tensor, depth: int) -> SolverState:
-    """`state`, or for the first step one without history: zeros, which a weight of 0 keeps out whatever x0 holds."""
+    """`state`, or before the first step one of zeros: their weight is 0."""
     if state.order is not None:
         return state
     columns = x0.shape[2]
@@ -284,7 +301,7 @@ def _or_blank(state: SolverState, x0: Tensor, depth: int) -> SolverState:
 
 
 def _remember(active: Tensor, order: Tensor, sigma: Tensor, x0: Tensor, x: Tensor, state: SolverState) -> SolverState:
-    """The state after a step: in active columns everything moves on by one place."""
+    """The state after a step: in active columns the history moves on by one."""
     x0s = tuple(_keep(active, new, old) for new, old in zip((x0, *state.x0s), state.x0s, strict=False))
     return _after(active, order, sigma, x0s, None if state.x is None else _keep(active, x, state.x), state)
 
@@ -292,7 +309,7 @@ def _remember(active: Tensor, order: Tensor, sigma: Tensor, x0: Tensor, x: Tenso
 def _after(
     active: Tensor, order: Tensor, sigma: Tensor, x0s: tuple[Tensor, ...], x: Tensor | None, state: SolverState
 ) -> SolverState:
-    """The state after a step whose tensors have moved on already."""
+    """`_remember` for a step that has moved x0s and x on already."""
     newer = (sigma, *state.sigmas)
     return SolverState(
         order=torch.where(active, order, state.order),

@@ -206,7 +206,7 @@ def pipelines(mesh: Mesh) -> None:
     held = [p.device.type for p in pipe._model.text_encoder.parameters()]
     assert set(held) == {"cpu" if mesh.rank == 0 else "meta"}  # one rank reads the text
     with pytest.raises(AssertionError):  # messages of two threads would meet
-        decode.Beside(decode.Decoder(pipe._model, None), None)
+        decode.Decoder(pipe._model, None, None, beside=True)
 
 
 def everything(mesh: Mesh, seed: str) -> None:

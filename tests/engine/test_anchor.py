@@ -12,6 +12,8 @@ import torch
 
 import fastvid
 from fastvid.engine import conditioning
+from fastvid.models.preset import Rollout
+from fastvid.requests.request import Request
 from fastvid.sampling import find_solver, loop, noise_table
 
 GAP = 16
@@ -142,7 +144,7 @@ def test_windows_with_known_frames_have_a_scale_of_their_own(pipe, monkeypatch, 
     assert pipe.plan("a", **request).model_calls == len(calls)
     assert (video.recipe["guidance_scale"], video.recipe.get("known_guidance_scale")) == recorded
     monkeypatch.undo()
-    again = fastvid.requests.Request.from_recipe(video.recipe).arguments()
+    again = Request.from_recipe(video.recipe).arguments()
     assert np.array_equal(pipe.generate(**again).frames, video.frames)
 
 
@@ -166,6 +168,6 @@ def test_calls_are_counted_where_pictures_and_clips_are_known(pipe, monkeypatch,
 def test_causal_models_have_one_scale(tmp_path):
     tiny.write_checkpoint(tmp_path)
     pipe = fastvid.load(str(tmp_path), device="cpu")
-    pipe = with_recipe(pipe, rollout=fastvid.models.recipes.Rollout(frames_per_block=1))
+    pipe = with_recipe(pipe, rollout=Rollout(frames_per_block=1))
     with pytest.raises(fastvid.InvalidRequest, match="known_guidance_scale"):
         pipe.plan("a", known_guidance_scale=2.0, **SMALL)

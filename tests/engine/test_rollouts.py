@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastvid
-from fastvid.engine import rollouts
+from fastvid.engine import windows
 from fastvid.engine.events import Finished, Frames, Step
 from fastvid.models.preset import Preset, Rollout
 from fastvid.models.wan import presets
@@ -236,7 +236,7 @@ def test_a_clip_goes_on_from_its_last_frames(plain):
     assert error(latents, wanted[:, :, 3 : 3 + latents.shape[2]]) < 1e-5
     assert len(out) == 34 and np.array_equal(out[:20], frames)
     decoded = pipe.decode(wanted).astype(float)
-    lost = frames[-1] - decoded[8]  # given back to the next four frames, less and less (`fastvid.seams`)
+    lost = frames[-1] - decoded[8]  # given back to the next four frames, less and less (`KnownFrameBlend`)
     back = np.array([0.8, 0.6, 0.4, 0.2] + 10 * [0])[:, None, None, None] * lost
     difference = np.abs(out[20:] - (decoded[9:23] + back).clip(0, 255))
     assert (difference <= 1.5).mean() >= 0.999
@@ -397,13 +397,13 @@ def recorded(monkeypatch) -> list[Any]:
     """The caches that are made from now on."""
     made: list[Any] = []
 
-    class Recorded(rollouts.KVCache):
+    class Recorded(windows.KVCache):
         def __init__(self, layers: int, capacity: int, sink: int = 0) -> None:
             super().__init__(layers, capacity, sink)
             if layers:
                 made.append(self)
 
-    monkeypatch.setattr(rollouts, "KVCache", Recorded)
+    monkeypatch.setattr(windows, "KVCache", Recorded)
     return made
 
 

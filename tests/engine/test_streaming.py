@@ -37,7 +37,7 @@ def pipe(tmp_path_factory):
 @pytest.fixture
 def beside(monkeypatch):
     """As on a device where it is worth it."""
-    monkeypatch.setattr(decoding, "worth_it", lambda device: True)
+    monkeypatch.setattr(decoding, "faster_beside", lambda device: True)
 
 
 def ours() -> list[str]:
@@ -54,7 +54,7 @@ def frames_of(events) -> np.ndarray:
 def test_frames_beside_are_those_in_place(pipe, monkeypatch):
     request = {"num_frames": 45, "seed": 3, **SMALL}
     alone = frames_of(pipe.stream("a red circle", **request))
-    monkeypatch.setattr(decoding, "worth_it", lambda device: True)
+    monkeypatch.setattr(decoding, "faster_beside", lambda device: True)
     stream, kinds = pipe.stream("a red circle", **request), []
     made = []
     for event in stream:
@@ -71,11 +71,11 @@ def test_frames_beside_are_those_in_place(pipe, monkeypatch):
 def test_a_window_is_decoded_while_the_next_is_denoised(pipe, beside, monkeypatch):
     """The denoiser waits for a chunk that is being decoded at the same time, which only a second thread can do."""
     decoded, seen = threading.Event(), []
-    decode, step = decoding.Decoder.decode, type(pipe._model.transformer).forward
+    decode, step = type(pipe._model.vae).decode_rgb, type(pipe._model.transformer).forward
 
-    def watched(self, latents):
+    def watched(self, *given):
         seen.append(threading.current_thread().name)
-        done = decode(self, latents)
+        done = decode(self, *given)
         decoded.set()
         return done
 
@@ -86,7 +86,7 @@ def test_a_window_is_decoded_while_the_next_is_denoised(pipe, beside, monkeypatc
         assert len(calls) != 3 or decoded.wait(20)
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(decoding.Decoder, "decode", watched)
+    monkeypatch.setattr(type(pipe._model.vae), "decode_rgb", watched)
     monkeypatch.setattr(type(pipe._model.transformer), "forward", slow)
     pipe.generate("a", num_frames=17, seed=0, **SMALL)
     assert len(calls) > 3 and all(name.startswith("fastvid-decode") for name in seen)
@@ -99,7 +99,7 @@ def test_segments_wait_for_the_frames_they_begin_with(pipe, monkeypatch):
     other._model, other._ticket = dataclasses.replace(pipe._model, preset=recipe), None
     request = {"num_frames": 21, "seed": 5, **SMALL}
     alone = other.generate("a red circle", **request)
-    monkeypatch.setattr(decoding, "worth_it", lambda device: True)
+    monkeypatch.setattr(decoding, "faster_beside", lambda device: True)
     again = other.generate("a red circle", **request)
     assert other.plan("a", **request).segments > 1
     assert np.array_equal(alone.frames, again.frames) and torch.equal(alone.latents, again.latents)
@@ -139,7 +139,7 @@ def test_on_a_gpu_frames_beside_are_those_in_place(monkeypatch):
     on_gpu, request = fastvid.load("embedded", device="cuda"), {"num_frames": 97, "seed": 3, **SMALL}
     assert on_gpu.plan("a", **request).decode_beside
     made = on_gpu.generate("a red circle", **request)
-    monkeypatch.setattr(decoding, "worth_it", lambda device: False)
+    monkeypatch.setattr(decoding, "faster_beside", lambda device: False)
     alone = on_gpu.generate("a red circle", **request)
     assert torch.equal(made.latents, alone.latents) and np.array_equal(made.frames, alone.frames)
 
@@ -199,7 +199,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 def test_four_threads_and_four_tasks_equal_each_alone(pipe, at_once, monkeypatch):
-    monkeypatch.setattr(decoding, "worth_it", lambda device: at_once != 2)
+    monkeypatch.setattr(decoding, "faster_beside", lambda device: at_once != 2)
     alone = [pipe.generate("a red circle", **o).frames for o in OTHERS]
     pipe._scheduler = Scheduler(at_once, steps=min(at_once, 2))
     got: dict[int, np.ndarray] = {}

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 from pipelines import prepared
-from test_checkpoints import run, same, snapshots
+from streams import run, same, snapshots
 from test_image_to_video import SIGMAS, run_theirs
 from test_vace_pipeline import HEIGHT, WIDTH, clip, noise, region, write
 from test_vace_pipeline import same as share
 
 import fastvid
 from fastvid.cli.commands import main
-from fastvid.engine import control
+from fastvid.engine import conditioning
 from fastvid.engine.pixels import Known
 from fastvid.engine.source_clip import SourceClip
 from fastvid.media.metadata import read_recipe
@@ -58,9 +58,9 @@ def seen(
     pipe: fastvid.Pipeline, monkeypatch: pytest.MonkeyPatch, verb: str, **options: Any
 ) -> tuple[fastvid.Video, list[tuple[torch.Tensor, torch.Tensor]]]:
     """What a verb makes, and the frames and masks that its control branch was shown, by segment."""
-    shown, lay_out = [], control.lay_out
+    shown, control_video = [], conditioning.control_video
     with monkeypatch.context() as patch:
-        patch.setattr(control, "lay_out", lambda *given: shown.append(lay_out(*given)) or shown[-1])
+        patch.setattr(conditioning, "control_video", lambda *given: shown.append(control_video(*given)) or shown[-1])
         return getattr(pipe, verb)(**{"prompt": "a red circle", **options}), shown
 
 
@@ -211,7 +211,7 @@ def test_segments_are_shown_their_part(
     assert found.segments == len(segments) == len(shown) == (3 if frames == 21 else 2)
     one = replace(segments[0], num_frames=frames, made_frames=frames + 3)
     source = SourceClip(short._model, one, Known(), job.request.mask)
-    whole, masks = control.lay_out(job.request, one, Known(), source)
+    whole, masks = conditioning.control_video(job.request, one, Known(), source)
     for segment, (frames_of, masks_of) in zip(segments, shown, strict=True):
         start, count = segment.source_start, segment.num_frames
         assert torch.equal(frames_of[segment.left :][:count], whole[start : start + count])

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvid
 from fastvid.cli.commands import main
-from fastvid.engine import control, pixels
+from fastvid.engine import conditioning, pixels
 from fastvid.engine.decode import decode_chunk
 from fastvid.loaders.convert import convert
 from fastvid.media.metadata import read_recipe
@@ -214,7 +214,7 @@ def lay_out(pipe: fastvid.Pipeline, **options: Any) -> tuple[torch.Tensor, torch
     options = {"prompt": "a", "num_inference_steps": 1, "size": f"{WIDTH}x{HEIGHT}", **options}
     job = prepared(pipe, **options).job
     segment = job.timeline.segments[0]
-    return control.lay_out(job.request, segment, pixels.Known(pictures=segment.pictures))
+    return conditioning.control_video(job.request, segment, pixels.Known(pictures=segment.pictures))
 
 
 class TestWhatTheModelSees:

@@ -187,7 +187,7 @@ def test_a_clip_that_comes_later_is_encoded_as_in_mid_stream(pipe):
     whole = clip(29)
     known = Known(right=whole[17:])
     segment = replace(lay(Stretch(17, 64, 64), Rules())[0], made_frames=29, right=12)
-    ((column, latents),) = conditioning._known_latents(pipe._model, segment, known)
+    ((column, latents),) = conditioning.known_latents(pipe._model, segment, known)
     there = pipe.encode(whole)[:, :, 5:]
     assert column == 5 and latents.shape == there.shape
     away = (latents - there).flatten(3).norm(dim=(1, 3)) / there.flatten(3).norm(dim=(1, 3))

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastvid import checks
 from fastvid.errors import InvalidRequest
-from fastvid.sampling import SOLVERS, check_sigmas, find_solver, make_sigmas, shift_sigmas, timesteps
+from fastvid.sampling import SOLVERS, find_solver, make_sigmas, shift_sigmas, timesteps
 
 WAN_UNIPC_SHIFT_5_STEPS_50 = """
     999 995 991 987 982 978 973 968 963 957 952 946 940 934 927 920 913 906 898 890 882 873 863 854 843
@@ -63,7 +64,7 @@ def test_tables_descend_within_the_range(count: int, shift: float, solver: str) 
     assert np.all(np.diff(sigmas) < 0) and sigmas[0] <= 1 and sigmas[-1] > 0
     times = timesteps(sigmas, solver)
     assert np.all(np.diff(times) <= 0) and times[0] <= 1000 and times[-1] >= 0
-    assert np.array_equal(check_sigmas(sigmas), sigmas)
+    assert checks.sigmas("sigmas", sigmas) == tuple(sigmas)
 
 
 @given(steps, shifts, shifts)
@@ -79,7 +80,7 @@ def test_refused_step_counts(count: object) -> None:
         make_sigmas(count, 5, "unipc")
 
 
-@pytest.mark.parametrize("shift", [0, -1.0, math.nan, math.inf, "five", None, 10**400])
+@pytest.mark.parametrize("shift", [0, -1.0, math.nan, math.inf])
 def test_refused_shifts(shift: object) -> None:
     with pytest.raises(InvalidRequest, match="positive finite number"):
         make_sigmas(20, shift, "unipc")
@@ -95,41 +96,3 @@ def test_refused_extreme_shifts(shift: float) -> None:
 def test_unknown_solver_names_the_nearest(name: object, nearest: str) -> None:
     with pytest.raises(InvalidRequest, match=f"Nearest: '{nearest}"):
         find_solver(name)
-
-
-@pytest.mark.parametrize("sigmas", [[1.0, 0.5], (1, 0.25), np.float32([0.5, 0.125]), [1e-9], [1]])
-def test_a_callers_table_is_used_as_it_is(sigmas: object) -> None:
-    table = check_sigmas(sigmas)
-    assert table.dtype == np.float64 and table.tolist() == [float(sigma) for sigma in sigmas]
-
-
-@pytest.mark.parametrize(
-    ("sigmas", "message"),
-    [
-        ([1.0, 0.5, 0.0], "leave out the final zero"),
-        ([0.5, 0.5], r"descend strictly.*sigmas\[1\]"),
-        ([0.5, 0.25, 0.75], r"descend strictly.*sigmas\[2\]"),
-        ([1.5, 0.5], r"sigmas\[0\]=1.5 is outside \(0, 1\]. Nearest that works: 1.0"),
-        ([0.5, -0.25], r"sigmas\[1\]=-0.25 is outside"),
-        ([0.0], "outside"),
-        ([0.5, math.nan], r"sigmas\[1\] is not a finite number"),
-        ([math.inf], "not a finite number"),
-        ([], "one row of 1 to 1000"),
-        ([0.5] * 1001, "one row of 1 to 1000"),
-        (range(2**62), "one row of 1 to 1000"),
-        ([[0.5]], "one row of 1 to 1000"),
-        ([[0.5], [0.5, 0.25]], "one row of 1 to 1000"),
-        (["0.5"], "one row of 1 to 1000"),
-        ([True], "one row of 1 to 1000"),
-        ([0.5j], "one row of 1 to 1000"),
-        ([10**400], "one row of 1 to 1000"),
-        ("0.5", "one row of 1 to 1000"),
-        (np.float64(0.5), "one row of 1 to 1000"),
-        (0.5, "one row of 1 to 1000"),
-        ({0.5}, "one row of 1 to 1000"),
-        (None, "one row of 1 to 1000"),
-    ],
-)
-def test_refused_tables(sigmas: object, message: str) -> None:
-    with pytest.raises(InvalidRequest, match=message):
-        check_sigmas(sigmas)

@@ -18,9 +18,9 @@ def test_a_perfect_denoiser_is_followed_to_its_target(solver):
     target = torch.randn(1, 4, 3, 2, 2)
     table = noise_table.whole_clip(make_sigmas(7, 3.0, solver), 3)
     rows = list(loop.walk(table, torch.randn(1, 4, 3, 2, 2), find_solver(solver), lambda row: denoise_to(target)))
-    assert [r.row for r in rows] == list(range(7))
-    assert all(r.ready is None for r in rows[:-1])
-    torch.testing.assert_close(rows[-1].ready, target, rtol=0, atol=1e-5)
+    assert [r.number for r in rows] == list(range(7))
+    assert all(r.clean is None for r in rows[:-1])
+    torch.testing.assert_close(rows[-1].clean, target, rtol=0, atol=1e-5)
 
 
 def test_whole_clip_table_ends_on_zero_and_joins():
@@ -37,20 +37,20 @@ def test_columns_come_out_as_soon_as_they_are_clean():
         at = [min(max(step - i, 0), 2) for i in range(3)]
         after = [min(max(step + 1 - i, 0), 2) for i in range(3)]
         rows.append(
-            loop.Row(
+            noise_table.TableRow(
                 torch.tensor([levels[k] for k in at], dtype=torch.float64),
                 torch.tensor([levels[k] for k in after], dtype=torch.float64),
             )
         )
     target = torch.randn(1, 2, 3, 2, 2)
     out = list(loop.walk(rows, torch.randn(1, 2, 3, 2, 2), find_solver("euler"), lambda row: denoise_to(target)))
-    assert [(r.start, None if r.ready is None else r.ready.shape[2]) for r in out] == [
+    assert [(r.start, None if r.clean is None else r.clean.shape[2]) for r in out] == [
         (0, None),
         (0, 1),
         (1, 1),
         (2, 1),
     ]
-    made = torch.cat([r.ready for r in out if r.ready is not None], dim=2)
+    made = torch.cat([r.clean for r in out if r.clean is not None], dim=2)
     torch.testing.assert_close(made, target, rtol=0, atol=1e-6)
 
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastvid
-from fastvid.engine.seams import FADE, Seams, known_beside
+from fastvid.engine import decode
+from fastvid.engine.decode import FADE, KnownFrameBlend, frames_to_blend
 from fastvid.models.preset import EVERYTHING
 from fastvid.requests.timeline import Segment
 
@@ -26,50 +27,51 @@ def decoded(count, level=100):
     return np.full((count, 4, 4, 3), level, np.uint8)
 
 
-def put(seams, frames, sizes):
-    """Everything that comes out, given in chunks of these sizes; and the most frames held."""
-    made, numbers, start, held = [], [], 0, 0
+def put(part, known, frames, sizes):
+    """What comes out when frames are given in chunks of these sizes, its numbers, and the most frames that waited."""
+    blend, made, numbers, start, waited = KnownFrameBlend(part, known), [], [], 0, 0
     for size in sizes:
-        for out, first in seams.put(frames[start : start + size], start):
+        for out, first in blend.put(frames[start : start + size], start):
             made.append(out)
             numbers.extend(range(first, first + len(out)))
         start += size
-        held = max(held, len(seams._held))
-    return (np.concatenate(made) if made else frames[:0]), numbers, held
+        waited = max(waited, min(start, part.skip + part.num_frames) - (numbers[-1] + 1 if numbers else part.skip))
+    return (np.concatenate(made) if made else frames[:0]), numbers, waited
 
 
 def test_nothing_known_nothing_changed():
     frames = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3), np.uint8)
-    made, numbers, held = put(Seams(segment(5, skip=3, made=9), {}), frames, [1, 4, 4])
-    assert np.array_equal(made, frames[3:8]) and numbers == [3, 4, 5, 6, 7] and held == 0
+    made, numbers, waited = put(segment(5, skip=3, made=9), {}, frames, [1, 4, 4])
+    assert np.array_equal(made, frames[3:8]) and numbers == [3, 4, 5, 6, 7] and waited == 0
 
 
 def test_what_is_lost_fades_away_from_a_known_frame():
-    seams = Seams(segment(8, skip=1, made=9), known_beside(segment(8, 1, 9), decoded(1, 110)[0], None, {}))
-    made, _, held = put(seams, decoded(9), [1, 4, 4])
-    assert made[:, 0, 0, 0].tolist() == [108, 106, 104, 102, 100, 100, 100, 100] and held == 0
+    part = segment(8, skip=1, made=9)
+    known = frames_to_blend(part, decoded(1, 110)[0], None, {})
+    made, _, waited = put(part, known, decoded(9), [1, 4, 4])
+    assert made[:, 0, 0, 0].tolist() == [108, 106, 104, 102, 100, 100, 100, 100] and waited == 0
 
 
 def test_frames_wait_for_what_follows_them_and_no_more():
     part = segment(8, skip=0, made=12)
-    seams = Seams(part, known_beside(part, None, decoded(1, 90)[0], {}))
-    assert seams.last == 8  # one more has to be decoded
-    made, numbers, held = put(seams, decoded(12), [1, 4, 4, 3])
+    known = frames_to_blend(part, None, decoded(1, 90)[0], {})
+    assert KnownFrameBlend(part, known).last == 8  # one more has to be decoded
+    made, numbers, waited = put(part, known, decoded(12), [1, 4, 4, 3])
     assert made[:, 0, 0, 0].tolist() == [100, 100, 100, 100, 98, 96, 94, 92]
-    assert numbers == list(range(8)) and 0 < held <= FADE
+    assert numbers == list(range(8)) and 0 < waited <= FADE
 
 
 def test_a_picture_comes_out_as_it_is_and_the_first_one_as_it_is_decoded():
     part = segment(9)
-    seams = Seams(part, known_beside(part, None, None, {0: decoded(1, 0)[0], 4: decoded(1, 120)[0]}))
-    made, _, _ = put(seams, decoded(9), [9])
+    known = frames_to_blend(part, None, None, {0: decoded(1, 0)[0], 4: decoded(1, 120)[0]})
+    made, _, _ = put(part, known, decoded(9), [9])
     assert made[:, 0, 0, 0].tolist() == [104, 108, 112, 116, 120, 116, 112, 108, 104]
 
 
 def test_where_two_fade_they_share():
     part = segment(2, skip=1, made=6)
-    beside = known_beside(part, decoded(1, 120)[0], decoded(1, 120)[0], {})
-    made, _, _ = put(Seams(part, beside), decoded(6), [1, 4, 1])
+    beside = frames_to_blend(part, decoded(1, 120)[0], decoded(1, 120)[0], {})
+    made, _, _ = put(part, beside, decoded(6), [1, 4, 1])
     assert made[:, 0, 0, 0].tolist() == [120, 120]  # 0.8 + 0.6 of what both lose is all of it, not 1.4
 
 
@@ -84,12 +86,13 @@ def test_chunks_do_not_matter(data):
     pictures = {n: rng.integers(0, 256, (4, 4, 3), np.uint8) for n in data.draw(st.sets(st.integers(0, count - 1)))}
     left = frames[0][::-1] if skip and data.draw(st.booleans()) else None
     after = frames[0][::-1] if data.draw(st.booleans()) else None
-    whole, numbers, _ = put(Seams(part, known_beside(part, left, after, pictures)), frames, [total])
+    known = frames_to_blend(part, left, after, pictures)
+    whole, numbers, _ = put(part, known, frames, [total])
     cuts = sorted(data.draw(st.sets(st.integers(1, total - 1))) if total > 1 else [])
     sizes = np.diff([0, *cuts, total]).tolist()
-    made, again, held = put(Seams(part, known_beside(part, left, after, pictures)), frames, sizes)
+    made, again, waited = put(part, known, frames, sizes)
     assert np.array_equal(whole, made) and numbers == again == list(range(skip, skip + count))
-    assert held <= FADE
+    assert waited <= FADE
     for frame, picture in pictures.items():
         if skip + frame > 0:
             assert np.array_equal(made[frame], picture)
@@ -121,7 +124,7 @@ def clip(frames, level, size=(64, 80)):
 
 def without(pipe, monkeypatch, run):
     with monkeypatch.context() as patch:
-        patch.setattr("fastvid.engine.session.known_beside", lambda *_: {})
+        patch.setattr(decode, "frames_to_blend", lambda *_: {})
         return run()
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastvid.sampling import find_solver, loop, noise_table
-from fastvid.sampling.loop import Row
+from fastvid.sampling.noise_table import TableRow
 
 LEVELS = st.lists(st.integers(1, 1000), min_size=1, max_size=6, unique=True).map(
     lambda found: np.array(sorted(found, reverse=True)) / 1000
@@ -23,7 +23,7 @@ LEVELS = st.lists(st.integers(1, 1000), min_size=1, max_size=6, unique=True).map
 COLUMNS = st.integers(1, 24)
 
 
-def visits(table: list[Row], columns: int) -> list[list[tuple[float, float]]]:
+def visits(table: list[TableRow], columns: int) -> list[list[tuple[float, float]]]:
     """For each column the (level, next level) of its visits. Every row joins what a column's last row left."""
     found: list[list[tuple[float, float]]] = [[] for _ in range(columns)]
     at: dict[int, float] = {}
@@ -39,7 +39,7 @@ def visits(table: list[Row], columns: int) -> list[list[tuple[float, float]]]:
     return found
 
 
-def check(table: list[Row], sigmas: np.ndarray, known: torch.Tensor, largest: int) -> None:
+def check(table: list[TableRow], sigmas: np.ndarray, known: torch.Tensor, largest: int) -> None:
     """What all tables have in common."""
     ladder = list(pairwise([*sigmas.tolist(), 0.0]))
     for column, found in enumerate(visits(table, len(known))):
@@ -53,11 +53,11 @@ def check(table: list[Row], sigmas: np.ndarray, known: torch.Tensor, largest: in
         clean[row.start : row.stop] |= row.sigma_next == 0
 
 
-def handed_out(table: list[Row], columns: int, keep: int = 0) -> list[int]:
+def handed_out(table: list[TableRow], columns: int, keep: int = 0) -> list[int]:
     """The columns in the order in which the engine hands them out; each latent is its column's number."""
     numbers = torch.arange(columns, dtype=torch.float32).view(1, 1, -1, 1, 1)
 
-    def denoise(row: Row):
+    def denoise(row: TableRow):
         def of(x, sigma):
             if row.refill:
                 assert torch.equal(x.flatten(), numbers.flatten()[row.start : row.stop])
@@ -68,9 +68,9 @@ def handed_out(table: list[Row], columns: int, keep: int = 0) -> list[int]:
     walked = loop.walk(table, torch.zeros(1, 1, columns, 1, 1) + numbers, find_solver("euler"), denoise, keep=keep)
     out: list[int] = []
     for step in walked:
-        if step.ready is not None:
+        if step.clean is not None:
             assert step.start == len(out)
-            out += step.ready.flatten().round().int().tolist()
+            out += step.clean.flatten().round().int().tolist()
     return out
 
 
@@ -142,7 +142,7 @@ def test_a_walk_goes_on_from_a_position_before_a_refill() -> None:
     table = list(noise_table.rollout(np.array([1.0, 0.5]), spans, 0, {4: 1}.get))
     noise, seen = torch.randn(1, 2, 6, 2, 2), []
 
-    def denoise(row: Row):
+    def denoise(row: TableRow):
         def of(x, sigma):
             seen.append((row.start, row.refill, x.clone()))
             return x.tanh()
@@ -153,7 +153,7 @@ def test_a_walk_goes_on_from_a_position_before_a_refill() -> None:
     wanted, number = list(seen), next(i for i, row in enumerate(table) if row.refill)
     seen.clear()
     rest = list(loop.walk(table, noise, find_solver("euler"), denoise, position=whole[number - 1].position, keep=3))
-    assert [step.row for step in rest] == list(range(number, len(table)))
+    assert [step.number for step in rest] == list(range(number, len(table)))
     assert all(torch.equal(a[2], b[2]) for a, b in zip(seen, wanted[number:], strict=True)) and seen[0][1]
 
 
@@ -191,13 +191,13 @@ def test_staggered_columns_are_solved_as_each_alone(solver: str) -> None:
     sigmas, columns = np.array([0.999, 0.8, 0.6, 0.3]), 6
     noise = torch.randn(1, 2, columns, 2, 2, dtype=torch.float64)
 
-    def denoise(row: Row):
+    def denoise(row: TableRow):
         return lambda x, sigma: torch.tanh(x) * (1 - sigma.view(1, 1, -1, 1, 1))
 
     table = noise_table.staggered(sigmas, columns, 4, 2)
-    made = [step.ready for step in loop.walk(table, noise, find_solver(solver), denoise) if step.ready is not None]
+    made = [step.clean for step in loop.walk(table, noise, find_solver(solver), denoise) if step.clean is not None]
     for column in range(columns):
         alone = list(
             loop.walk(noise_table.whole_clip(sigmas, 1), noise[:, :, column : column + 1], find_solver(solver), denoise)
-        )[-1].ready
+        )[-1].clean
         torch.testing.assert_close(torch.cat(made, dim=2)[:, :, column : column + 1], alone, rtol=0, atol=1e-12)

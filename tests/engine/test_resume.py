@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from streams import run, same, snapshots
 
 import fastvid
 from fastvid.engine import resume, resume_files
-from fastvid.engine.events import Finished, Frames, Started, Step
+from fastvid.engine.events import Finished, Step
 from fastvid.models.preset import EVERYTHING, Rollout
 from fastvid.pipeline.pipeline import Pipeline
 from fastvid.sampling import SolverState
@@ -50,31 +51,6 @@ def changed(pipe, **recipe):
 
 def clip(frames=9, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (frames, 64, 64, 3), np.uint8)
-
-
-def run(stream):
-    """Everything that a stream says."""
-    events = list(stream)
-    made = [e for e in events if isinstance(e, Frames)]
-    assert [e.start for e in made] == np.cumsum([0, *(len(e.frames) for e in made)])[:-1].tolist()
-    finished = events[-1]
-    assert isinstance(finished, Finished) and isinstance(events[0], Started)
-    steps = [e.step for e in events if isinstance(e, Step)]
-    return SimpleNamespace(frames=np.concatenate([e.frames for e in made]), latents=finished.latents, steps=steps,
-                           total=events[0].total_steps, recipe=finished.recipe)  # fmt: skip
-
-
-def same(one, other):
-    return np.array_equal(one.frames, other.frames) and torch.equal(one.latents, other.latents)
-
-
-def snapshots(stream, path, into):
-    """What a kill after each step would leave: copies of the folder, taken while the request runs."""
-    copies = []
-    for event in stream:
-        if isinstance(event, Started | Step):
-            copies.append(shutil.copytree(path, into / f"at-{len(copies)}"))
-    return copies
 
 
 ONE = {"num_frames": 9, "num_inference_steps": 4, "seed": 3, **SIZE}
@@ -185,7 +161,7 @@ def test_a_checkpoint_does_not_grow_with_the_video(pipes, tmp_path):
 
 
 def test_every_part_of_a_position_is_saved():
-    """A field that is added to it has to be one that `flat` takes and `unflat` brings back."""
+    """A field that is added to it has to be one that `position_to_tensors` takes and `position_from_tensors` brings back."""
     columns, shape = 3, (1, 2, 3, 2, 2)
     state = SolverState(
         torch.arange(columns), (torch.rand(columns, dtype=torch.float64),) * 2, (torch.randn(shape),) * 2,
@@ -194,10 +170,10 @@ def test_every_part_of_a_position_is_saved():
     known = {"row": 4, "start": 2, "latents": torch.randn(shape), "state": state, "done": 3}
     extra = {f.name: torch.randn(shape) for f in dataclasses.fields(Position) if f.name not in known}
     position = Position(**known, **extra)
-    back = resume.unflat(resume.flat(position), torch.device("cpu"))
-    assert resume.flat(back).keys() == resume.flat(position).keys()
-    for name, tensor in resume.flat(position).items():
-        assert torch.equal(resume.flat(back)[name], tensor), name
+    back = resume.position_from_tensors(resume.position_to_tensors(position), torch.device("cpu"))
+    assert resume.position_to_tensors(back).keys() == resume.position_to_tensors(position).keys()
+    for name, tensor in resume.position_to_tensors(position).items():
+        assert torch.equal(resume.position_to_tensors(back)[name], tensor), name
     assert back.state.fresh is None and {f.name for f in dataclasses.fields(back.state)} == {
         "order", "sigmas", "x0s", "x", "fresh",
     }  # fmt: skip
