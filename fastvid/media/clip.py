@@ -100,9 +100,9 @@ class Clip:
     def _sized(self, frame: np.ndarray) -> np.ndarray:
         if frame.shape[:2] == (self.height, self.width):
             return frame
-        box = (
-            center_crop(frame.shape[0], frame.shape[1], self.height, self.width) if self.fit == "cover" else np.s_[:, :]
-        )
+        box: tuple[slice, ...] = ()
+        if self.fit == "cover":
+            box = center_crop(frame.shape[0], frame.shape[1], self.height, self.width)
         return resize(frame[box], self.height, self.width)
 
     # ------------------------------------------------------------ other rates and sizes

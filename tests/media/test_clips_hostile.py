@@ -128,7 +128,8 @@ def huge_video(kind: str, codec: str) -> bytes:
 
 def jpeg(width: int, height: int) -> bytes:
     frame = struct.pack(">BHHB", 8, height, width, 3) + b"\1\x11\0\2\x11\0\3\x11\0"
-    return b"\xff\xd8\xff\xc0" + struct.pack(">H", 2 + len(frame)) + frame + b"\xff\xd9"
+    scan = b"\xff\xda\0\x0c\3\1\0\2\x11\3\x11\0\x3f\0"
+    return b"\xff\xd8\xff\xc0" + struct.pack(">H", 2 + len(frame)) + frame + scan + b"\xff\xd9"
 
 
 def tiff(width: int, height: int) -> bytes:
