@@ -1,26 +1,16 @@
 """fastvid: a fast runtime for video diffusion transformers: text, pictures and clips in, video out.
 
-Everything but the errors is imported when it is first used, so that `import fastvid` costs next to nothing: torch is
-not loaded, nothing is printed, and no environment variable, grad mode or start method is touched.
+All but the errors are imported when they are first used: `import fastvid` does not load torch, prints nothing, and
+changes no environment variable, grad mode or start method. The logger "fastvid" is silent until somebody listens.
 """
 
-from __future__ import annotations
-
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
-from fastvid.errors import (
-    BackendUnavailable,
-    Cancelled,
-    CheckpointError,
-    Error,
-    InvalidRequest,
-    MediaError,
-    OutOfMemory,
-    PoolFull,
-    PromptError,
-    WorkerFailed,
-)
+from fastvid.errors import BackendUnavailable, Cancelled, CheckpointError, Error, InvalidRequest
+
+from fastvid.errors import MediaError, OutOfMemory, PoolFull, PromptError, WorkerFailed  # isort: skip
 from fastvid.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -32,43 +22,15 @@ if TYPE_CHECKING:
     from fastvid.requests.request import Request
     from fastvid.serve.pool import Pool
 
-__all__ = [
-    "BackendUnavailable",
-    "Cancelled",
-    "CheckpointError",
-    "Error",
-    "Finished",
-    "Frames",
-    "InvalidRequest",
-    "MediaError",
-    "OutOfMemory",
-    "Pipeline",
-    "Pool",
-    "PoolFull",
-    "PromptError",
-    "Request",
-    "Started",
-    "Step",
-    "Video",
-    "WorkerFailed",
-    "blueprint",
-    "load",
-    "open_clip",
-]
+__all__ = ["BackendUnavailable", "Cancelled", "CheckpointError", "Error", "InvalidRequest", "MediaError", "OutOfMemory"]
+__all__ += ["Finished", "Frames", "Pipeline", "Pool", "PoolFull", "PromptError", "Request", "Started", "Step", "Video"]
+__all__ += ["WorkerFailed", "blueprint", "load", "open_clip"]
 
-_LAZY = {
-    "Finished": "fastvid.engine.events",
-    "Frames": "fastvid.engine.events",
-    "Pipeline": "fastvid.pipeline.pipeline",
-    "Pool": "fastvid.serve.pool",
-    "Request": "fastvid.requests.request",
-    "Started": "fastvid.engine.events",
-    "Step": "fastvid.engine.events",
-    "Video": "fastvid.media.video",
-    "blueprint": "fastvid.api",
-    "load": "fastvid.api",
-    "open_clip": "fastvid.media.clip",
-}
+_LAZY = dict.fromkeys(("blueprint", "load"), "fastvid.api")
+_LAZY |= dict.fromkeys(("Finished", "Frames", "Started", "Step"), "fastvid.engine.events")
+_LAZY |= {"Pipeline": "fastvid.pipeline.pipeline", "Request": "fastvid.requests.request", "Pool": "fastvid.serve.pool"}
+_LAZY |= {"Video": "fastvid.media.video", "open_clip": "fastvid.media.clip"}
+logging.getLogger("fastvid").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

@@ -6,9 +6,11 @@ started.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -22,17 +24,21 @@ from fastvid.models.loaded import Model
 from fastvid.pipeline.load import load_parts, outline, read_loras
 from fastvid.pipeline.pipeline import MAX_RUNNING, Pipeline
 from fastvid.pipeline.prepare import plan_of
+from fastvid.requests.arguments import documented
+from fastvid.requests.options import AnyOptions
 from fastvid.workers import remote
 
+log = logging.getLogger(__name__)
 CUDA_TAKES = 2**30  # bytes of a card: an allowance for its context and libraries
 
 
 class Blueprint:
     """A model without its weights, to plan with. Make one with `fastvid.blueprint`."""
 
-    def __init__(self, parts: Model, free: int | None = None) -> None:
-        self._model, self._free = parts, free
+    def __init__(self, model: Model, free: int | None = None) -> None:
+        self._model, self._free = model, free
 
+    @documented
     def plan(
         self,
         prompt: str | None = None,
@@ -40,7 +46,7 @@ class Blueprint:
         verb: str = "generate",
         estimate: bool | str = False,
         keep_frames: bool = True,
-        **options: Any,
+        **options: Unpack[AnyOptions],
     ) -> Plan:
         """What a request would cost. The prompt may be left out.
 
@@ -50,7 +56,7 @@ class Blueprint:
         """
         if estimate and self._free is not None:
             raise InvalidRequest("estimate: nothing is known of another card's rates; leave device_memory out, or it")
-        given = {"estimate": estimate, "free": self._free, "keep_frames": keep_frames}
+        given: dict[str, Any] = {"estimate": estimate, "free": self._free, "keep_frames": keep_frames}
         return plan_of(self._model, prompt, verb=verb, **given, **options)
 
 
@@ -94,20 +100,18 @@ def load(
     """Load a model.
 
     Args:
-        model: "embedded" (the small model that comes with the package), or a folder in diffusers' or in the original
-            layout, or a transformer's single file, whose other parts are found in the folders beside it as ComfyUI has
-            them, or a hub id (org/name, or org/name/path/to/file.safetensors), which is downloaded once into
-            huggingface_hub's cache.
+        model: "embedded" (the small model that comes with the package); a folder in diffusers' or the original layout;
+            a transformer's single file, with its other parts in the folders beside it as ComfyUI has them; or a hub id
+            (org/name, or org/name/path/to/file.safetensors), downloaded once into huggingface_hub's cache.
         device: "cuda", "cuda:1", "cpu"; the default is a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16" for the transformer and the text encoder; the default is bfloat16 on a
             GPU and float32 on the CPU.
         backend, attention: what runs the operations (see `fastvid doctor`).
         loras: LoRA files, or (file, scale), merged into the transformer; in models with two into both, or with (file,
             scale, "high") or (file, scale, "low") into one; see `Pipeline.set_loras`.
-        offload: which weights are in host memory while they are not used. "none"; "text": those of the encoders, and of
-            two experts the other one; "blocks": those, and the blocks of transformer and text encoder, two of which are
-            on the device at a time; "auto": the least with which what the model makes by default fits. On the CPU,
-            which has but one memory, "auto" is "none", and the others cost memory instead.
+        offload: which weights are in host memory while they are not used. "none"; "text": those of the encoders and of
+            the expert that rests; "blocks": also the blocks of transformer and text encoder but two at a time; "auto":
+            the least with which the model's default video fits. On a CPU "auto" is "none"; the others cost memory.
         parts: where parts come from that the model does not have or that are to be others: names (transformer_2, vae,
             text_encoder, image_encoder, tokenizer) to files, folders or hub files; "base" names a whole folder that a
             single file takes everything else from.
@@ -116,14 +120,13 @@ def load(
             `fastvid.device.cuda_graphs`), which is faster where calls are short; their memory is kept until the
             pipeline is gone. "auto" does so where a committed result shows a gain: nowhere so far.
         parallel: ranks that make each video together (docs/parallel.md): a number, "auto" (as many as there are GPUs),
-            or degrees such as "guidance=2,ulysses=4". Each is a process that this call starts; with one, everything is
-            in this process. Under torchrun its processes are the ranks: rank 0 goes on with the pipeline, on the others
-            this call does not return, it serves rank 0 until that is done and then ends the process.
+            or degrees such as "guidance=2,ulysses=4". Each is a process that this call starts; one is this process.
+            Under torchrun its processes are the ranks: this call returns on rank 0; on the others it serves rank 0
+            until that is done, and then ends the process.
         vae_dtype: the same names as dtype, for the VAE; the default is float32 everywhere, as the VAEs are published.
             In 16 bits it takes half the memory and a GPU's matrix units; its norms' statistics stay in fp32.
-        link: what joins ranks, for `parallel` to choose by: "nvlink", "pcie", "infiniband", "loopback", or two of them:
-            within a host and between hosts ("nvlink,infiniband"). "auto" asks the driver, and assumes what it cannot
-            say; a plan shows which.
+        link: what joins ranks, for `parallel` to choose by: "nvlink", "pcie", "infiniband", "loopback", or two of them,
+            within a host and between hosts ("nvlink,infiniband"). "auto" asks the driver; a plan shows what it found.
 
     Raises:
         CheckpointError: the model is missing, broken or of an unsupported kind, or a LoRA does not fit it.
@@ -134,9 +137,33 @@ def load(
     given = {"device": device, "dtype": dtype, "backend": backend, "attention": attention, "cuda_graphs": cuda_graphs}
     given |= {"loras": loras, "offload": offload, "parts": parts, "vae_dtype": vae_dtype, "link": link}
     MAX_RUNNING("max_running", max_running)
-    if (asked := remote.ranks_for(ranks.parse(parallel), device)).ranks == 1:
-        return Pipeline(load_parts(model, **given), max_running)
-    return remote.load(model, asked, given, max_running)
+    return _start(model, given, remote.ranks_for(ranks.parse(parallel), device), max_running)
+
+
+def _start(model: str, options: dict[str, Any], asked: ranks.Asked, max_running: int) -> Pipeline:
+    """The pipeline, in this process or on several ranks."""
+    began = time.perf_counter()
+    if asked.ranks == 1:
+        pipe = Pipeline(load_parts(model, **options), max_running)
+    else:
+        pipe = remote.load(model, asked, options, max_running)
+    if log.isEnabledFor(logging.INFO):
+        _log_loaded(pipe.describe(), time.perf_counter() - began)
+    return pipe
+
+
+def _log_loaded(made: Mapping[str, Any], seconds: float) -> None:
+    """What was loaded from where, what was chosen for it and why."""
+    log.info("loaded %s (%s) in %.2f s", made["model"], made["variant"], seconds)
+    for name, path in made["parts"].items():
+        log.info("%s comes from %s", name, path)
+    names = ("device", "dtype", "vae_dtype", "offload", "parallel", "cuda_graphs")
+    log.info("%s", ", ".join(f"{name} {made[name]}" for name in names))
+    chosen: dict[tuple[str, str], list[str]] = {}
+    for op, backend in made["backends"].items():
+        chosen.setdefault((backend, made["reasons"].get(op, "")), []).append(op)
+    for (backend, reason), names_of_ops in chosen.items():
+        log.info("on %s (%s): %s", backend, reason, ", ".join(names_of_ops))
 
 
 def inspect(model: str, loras: Sequence[Any] = (), parts: Mapping[str, str | Path] | None = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ FASTVID_CUDA_ARCHS when it builds). They are defaults: what the caller gives win
     FASTVID_PROMPT_ENDPOINT  who writes long prompts (fastvid.requests.prompts), such as "http://localhost:8000/v1"
     FASTVID_PROMPT_MODEL     the language model's name there
     FASTVID_PROMPT_KEY       its key; in no error, no report and no recipe
+    FASTVID_LOG        what the command line tells of its work on standard error: "debug", "info", "warning", "error"
     FASTVID_DEBUG      anything: the command line shows the traceback of an error
 """
 
@@ -34,6 +35,7 @@ class Settings:
     prompt_endpoint: str | None = None
     prompt_model: str | None = None
     prompt_key: str | None = field(default=None, repr=False)
+    log: str | None = None
     debug: str | None = None
 
 

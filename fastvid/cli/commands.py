@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvid import env
+from fastvid.checks import one_of
 from fastvid.cli import arguments, parser, render
 from fastvid.cli.flags import RESUMED, with_flags
 from fastvid.cli.progress import Progress, Stopwatch, duration
@@ -25,6 +27,7 @@ from fastvid.errors import Cancelled, Error, InvalidRequest
 from fastvid.version import __version__
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+LEVELS = ("debug", "info", "warning", "error")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
             verb = flags.verb
             run = {"": _version, "resume": _resume, "plan": _plan, "inspect": _inspect, "convert": _convert}
             run |= {"doctor": _doctor, "bench": _bench}
-            run.get(command, _make)(flags)
+            with _logged(flags):
+                run.get(command, _make)(flags)
             sys.stdout.flush()
         return OK
     except SystemExit as done:  # argparse, after --help
@@ -256,6 +260,26 @@ def _drop_stdout() -> None:
     """The reader went away: let the interpreter's last flush go nowhere instead of complaining."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _logged(flags: argparse.Namespace) -> Iterator[None]:
+    """What the library logs goes to standard error, as --verbose or FASTVID_LOG ask for."""
+    name = env.read().log or ("info" if getattr(flags, "verbose", False) else None)
+    if name is None:
+        yield
+        return
+    level = one_of(LEVELS)("FASTVID_LOG", name.lower())
+    logger, handler = logging.getLogger("fastvid"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ EPILOG = """exit status:
 environment:
   FASTVID_MODEL, FASTVID_DEVICE, FASTVID_DTYPE, FASTVID_BACKEND, FASTVID_ATTENTION are defaults for the flags;
   FASTVID_PROMPT_ENDPOINT, FASTVID_PROMPT_MODEL, FASTVID_PROMPT_KEY are for --expand-prompt;
+  FASTVID_LOG (debug, info, warning, error) is what is logged to standard error; --verbose is info;
   FASTVID_DEBUG=1 shows the traceback of an error"""
 
 PLAN = """examples:
@@ -50,6 +51,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def add_shown(self, made: str = "", quiet: bool = True) -> None:
+        """What every command says: made: of what --json is about."""
+        if quiet:
+            self.add_argument("--quiet", action="store_true", help="show no progress")
+        self.add_argument("--verbose", action="store_true", help="say what is loaded and chosen, on standard error")
+        self.add_argument("--json", action="store_true", help=f"print one JSON object{made}")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -145,13 +153,8 @@ def _verb(verb: str) -> Parser:
     group = parser.add_argument_group("checkpoints")
     for name in CHECKPOINT:
         FLAGS[name].add_to(group, name)
-    _add_shown(parser)
+    parser.add_shown(" about the video on standard output")
     return parser
-
-
-def _add_shown(parser: Parser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.add_argument("--json", action="store_true", help="print one JSON object about the video on standard output")
 
 
 def _resume() -> Parser:
@@ -172,7 +175,7 @@ def _resume() -> Parser:
         group.add_argument(f"--{name}", metavar="FILE", help="the same file as then")
     group.add_argument("--reference-image", action="append", dest="reference_images", metavar="FILE", help="the same")
     _add_model(parser)
-    _add_shown(parser)
+    parser.add_shown(" about the video on standard output")
     return parser
 
 
@@ -196,8 +199,7 @@ def _plan(verb: str) -> Parser:
     group.add_argument("--measure", action="store_true", help="measure this machine's rates again (about 2 s)")
     _add_request(parser, verb)
     _add_model(parser, "; or a published model by name, such as wan2.1-t2v-14b")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_shown()
     return parser
 
 
@@ -296,7 +298,7 @@ def _inspect() -> Parser:
     )
     parser.add_argument("model", help="embedded, a folder, a file, or a hub id")
     _add_files(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_shown(quiet=False)
     return parser
 
 
@@ -324,8 +326,7 @@ def _convert() -> Parser:
         metavar="NAME",
         help="which weights of a training checkpoint (default: generator_ema, then generator, ...)",
     )
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.add_argument("--json", action="store_true", help="print one JSON object about what was written")
+    parser.add_shown(" about what was written")
     return parser
 
 
@@ -336,7 +337,7 @@ def _doctor() -> Parser:
         epilog=f"example:\n  fastvid doctor --json\n\n{EPILOG}",
     )
     parser.add_argument("--device", metavar="NAME", help="for this device (default: a GPU if there is one)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_shown(quiet=False)
     return parser
 
 

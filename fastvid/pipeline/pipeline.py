@@ -405,7 +405,8 @@ def _events(prepared: Prepared, session: Session, saving: Resume | None) -> Iter
                 if isinstance(event, Step):
                     log.debug("step %d of %d, sigma %.4f, %.3f s", event.step, event.total, event.sigma, event.seconds)
                 yield event
-        log.info("%s: %d frames, seconds %s", request.verb, timeline.num_frames, session.seconds)
+        spent = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in session.seconds.items())
+        log.info("made %d frames (%s)", timeline.num_frames, spent)
         clean = torch.cat(session.latents, dim=2) if session.keep_latents else None
         changed = {"changed_prompts": [list(pair) for pair in session.changes.taken]} if session.changes.taken else {}
         recipe = prepared.recipe | changed
