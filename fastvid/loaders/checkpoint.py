@@ -127,7 +127,7 @@ def fill(
 def check_fill(module: nn.Module, part: Part, loras: Sequence[Lora] = ()) -> None:
     """Raise what `fill` would raise, without reading a weight."""
     lora.check_part(loras, module, part)
-    safetensors.read_fitting(module, part.files, part.origins)
+    safetensors.read_matching_headers(module, part.files, part.origins)
 
 
 def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
@@ -147,10 +147,10 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
     entries, origins = found.entries, None
     if found.identity:
         origins = weight_names.origins(entries, weight_names.DIFFUSERS)
-        entries = safetensors.made_of(origins, entries)
+        entries = safetensors.origin_entries(origins, entries)
     if module is not None and entries:
         problems += [f"{where}: {text}" for text in safetensors.mismatches(module, entries)]
-        entries = safetensors.renamed(module, entries)
+        entries = safetensors.in_module_names(module, entries)
     stored = sum(map(safetensors.nbytes, found.entries.values())) if found.identity else 0
     return Part(
         found.name,

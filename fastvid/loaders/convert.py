@@ -332,7 +332,7 @@ def describe(origins: Mapping[str, Origin], entries: Mapping[str, Entry], file: 
         kinds = {entries[name].dtype for name in origin.names}
         if len(kinds) > 1:
             raise CheckpointError(f"{', '.join(origin.names)} have to be of one dtype; they are {', '.join(kinds)}")
-    return {name: replace(entry, file=file) for name, entry in safetensors.made_of(origins, entries).items()}
+    return {name: replace(entry, file=file) for name, entry in safetensors.origin_entries(origins, entries).items()}
 
 
 def _origin_bytes(origin: Origin, reader: TensorReader, entries: Mapping[str, Entry]) -> Iterator[bytes]:

@@ -10,8 +10,8 @@ fetched; huggingface_hub 2.4 takes up a part of a file within one process alone.
 
 from __future__ import annotations
 
+import glob
 import importlib
-import json
 import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -19,29 +19,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastvid.errors import CheckpointError
+from fastvid.loaders import layouts, safetensors
+from fastvid.loaders.layouts import CONFIG, EXPERT_FOLDERS, EXTRAS, INDEX, ORIGINAL_PATTERNS, ORIGINAL_TOKENIZER
+from fastvid.models.common.config_reader import read_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/((?:[\w .()+-]+/)*[\w .()+-]+\.safetensors)")
-INDEX = "model_index.json"
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 # A repository may hold the same weights in other formats and types, example videos and licences beside these.
-FILES = [
+DIFFUSERS_FILES = (
     INDEX,
     "*/*.json",
     "*/diffusion_pytorch_model*.safetensors",
     "*/model*.safetensors",
     "tokenizer/*",
-]
-OTHER_TYPES = ["*.fp16*.safetensors", "*.bf16*.safetensors", "*.fp32*.safetensors"]
+)
+OTHER_TYPES = ("*.fp16*.safetensors", "*.bf16*.safetensors", "*.fp32*.safetensors")
 UNWEIGHTED = ("scheduler", "tokenizer", "image_processor", "feature_extractor")  # parts that have no weights
 # The original repositories: transformers, with encoders that are published as pickles, and copied as safetensors.
-EXPERTS = ("high_noise_model", "low_noise_model")
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
-TRANSFORMER = [WEIGHTS, *(f"{expert}/{WEIGHTS}" for expert in EXPERTS)]
-ENCODERS = ("*_VAE", "models_t5*", "models_clip*")
-TOKENIZER = "google/umt5-xxl"
-CONFIGS = ["config.json", "*/config.json", "*.safetensors.index.json", "diffusers_extras.json", f"{TOKENIZER}/*"]
-PICKLES = (".pth", ".pt", ".bin", ".ckpt")
-SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+TRANSFORMERS = (WEIGHTS, *(f"{folder}/{WEIGHTS}" for folder in EXPERT_FOLDERS.values()))
+CONFIGS = (CONFIG, f"*/{CONFIG}", "*.safetensors.index.json", EXTRAS, f"{ORIGINAL_TOKENIZER}/*")
 SHOWN = 8  # files in a message
 T = TypeVar("T")
 
@@ -102,29 +100,35 @@ def select(model: str, names: Iterable[str]) -> list[str]:
     """The files of a repository that a pipeline reads. Raises CheckpointError for one that is no model as it is."""
     names = sorted(names)
     if INDEX in names:
-        return [name for name in names if _any(name, FILES) and not _any(name, OTHER_TYPES)]
+        return [name for name in names if _matches(name, DIFFUSERS_FILES) and not _matches(name, OTHER_TYPES)]
     files = [name for name in names if name.endswith(".safetensors")]
-    if not any(_top(name, TRANSFORMER) for name in names):
-        listed = ", ".join(files[:SHOWN]) + (f" and {len(files) - SHOWN} more" if len(files) > SHOWN else "")
+    if not any(_is_at(name, TRANSFORMERS) for name in names):
         raise CheckpointError(
             f"model={model!r} has neither a {INDEX} nor {WEIGHTS}, so it is no whole model; "
-            + (f"give one of its files, such as {model}/{files[0]} (it has {listed})" if files else "it has no weights")
+            + (
+                f"give one of its files, such as {model}/{files[0]} (it has {_some(files)})"
+                if files
+                else "it has no weights"
+            )
         )
-    encoders = [name for pattern in ENCODERS for name in names if _top(name, [pattern + ".safetensors"])]
-    pickles = [name for pattern in ENCODERS if not any(_top(e, [pattern + ".safetensors"]) for e in encoders)
-               for name in names if _top(name, [pattern + suffix for suffix in PICKLES])]  # fmt: skip
+    encoders, pickles = {}, []
+    for part, pattern in ORIGINAL_PATTERNS.items():
+        encoders[part] = [name for name in names if _is_at(name, [pattern + ".safetensors"])]
+        if not encoders[part]:
+            pickles += [name for name in names if _is_at(name, [pattern + end for end in safetensors.PICKLES])]
     if pickles:
         raise CheckpointError(
             f"model={model!r} has its encoders as pickles ({', '.join(pickles)}), which fastvid does not open; give "
             f"the copy in diffusers' layout, if there is one ({model}-Diffusers), or make one: `hf download {model} "
             "--local-dir FOLDER`, then `fastvid convert FOLDER NEW-FOLDER`"
         )
-    if not (any(_top(e, ["*_VAE.*"]) for e in encoders) and any(_top(e, ["models_t5*"]) for e in encoders)):
+    if not (encoders["vae"] and encoders["text_encoder"]):
         raise CheckpointError(
             f"model={model!r} has a transformer without VAE and text encoder; give its file, and the others as parts: "
             f'fastvid.load("{model}/{files[0]}", parts={{"base": FOLDER}}), --part base=FOLDER'
         )
-    return [name for name in names if name in encoders or _top(name, TRANSFORMER) or _any(name, CONFIGS)]
+    chosen = {name for found in encoders.values() for name in found}
+    return [name for name in names if name in chosen or _is_at(name, TRANSFORMERS) or _matches(name, CONFIGS)]
 
 
 def _list(repo: str) -> list[str]:
@@ -183,9 +187,8 @@ def _with_shards(model: str, file: str, names: Iterable[str]) -> list[str]:
     """A file with what belongs to it: its other shards and, where it is named as a folder's weights, config.json."""
     names = sorted(names)
     if file not in names:
-        near = [name for name in names if name.endswith(".safetensors")]
-        listed = ", ".join(near[:SHOWN]) + (f" and {len(near) - SHOWN} more" if len(near) > SHOWN else "")
-        raise CheckpointError(f"model={model!r}: the repository has no such file; it has {listed or 'no weights'}")
+        held = _some([name for name in names if name.endswith(".safetensors")]) or "no weights"
+        raise CheckpointError(f"model={model!r}: the repository has no such file; it has {held}")
     folder, _, name = file.rpartition("/")
     wanted = {file}
     if count := SHARD.search(file):
@@ -200,51 +203,49 @@ def _has_file(folder: Path, file: str) -> bool:
     """Whether a file is in a snapshot, with all of its shards."""
     if not (count := SHARD.search(file)):
         return (folder / file).is_file()
-    return len(list((folder / file).parent.glob(f"{Path(file[: count.start()]).name}-*-of-{count[1]}.*"))) == int(
-        count[1]
-    )
+    shards = folder.glob(f"{glob.escape(file[: count.start()])}-*-of-{count[1]}.*")
+    return len(list(shards)) == int(count[1])
 
 
 def complete(folder: Path) -> bool:
     """Whether a snapshot holds a whole model, with all shards of its weights: every part that its model_index.json
     names, or what the original layout consists of."""
     try:
-        if not (folder / INDEX).is_file():
-            return _complete_original(folder)
-        index = json.loads((folder / INDEX).read_text())
-        parts = [name for name, value in index.items() if isinstance(value, list) and all(value)]
-        return all(_has_part(folder / name) for name in parts)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return _has_parts(folder) if (folder / INDEX).is_file() else _has_original_files(folder)
+    except (CheckpointError, OSError, TypeError):
         return False
 
 
-def _complete_original(folder: Path) -> bool:
-    inner = [folder / expert for expert in EXPERTS] if (folder / EXPERTS[0]).is_dir() else [folder]
-    wanted = [f"{pattern}.safetensors" for pattern in ENCODERS[:2]] + [f"{TOKENIZER}/tokenizer.json"]
-    config = json.loads((inner[0] / "config.json").read_text())
-    if config.get("model_type") in ("i2v", "flf2v") and len(inner) == 1:
-        wanted.append(f"{ENCODERS[2]}.safetensors")
-    whole = all(any(path.glob(WEIGHTS)) and _has_part(path) for path in inner)
-    return whole and all(any(folder.glob(pattern)) for pattern in wanted)
+def _has_parts(folder: Path) -> bool:
+    named = [name for name, value in read_json(folder / INDEX).items() if isinstance(value, list) and all(value)]
+    weighted = [folder / name for name in named if name not in UNWEIGHTED]
+    return all(safetensors.find_files(part) for part in weighted) and all(
+        any((folder / name).glob("*")) for name in named if name in UNWEIGHTED
+    )
 
 
-def _any(name: str, patterns: Iterable[str]) -> bool:
+def _has_original_files(folder: Path) -> bool:
+    """Raises CheckpointError for some of what is missing."""
+    experts = layouts.original_transformers(folder)
+    config = read_json(experts["transformer"][0].with_name(CONFIG))
+    sees_pictures = config.get("model_type") in ("i2v", "flf2v") and len(experts) == 1
+    parts = ("vae", "text_encoder", "image_encoder") if sees_pictures else ("vae", "text_encoder")
+    encoders = all(any(folder.glob(ORIGINAL_PATTERNS[part] + ".safetensors")) for part in parts)
+    return encoders and (folder / ORIGINAL_TOKENIZER / "tokenizer.json").is_file()
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _top(name: str, patterns: Iterable[str]) -> bool:
+def _is_at(name: str, patterns: Iterable[str]) -> bool:
     """The same, where * does not reach into folders."""
-    return any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in patterns)
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
 
 
-def _has_part(folder: Path) -> bool:
-    if folder.name in UNWEIGHTED:
-        return any(folder.glob("*"))
-    indexes = list(folder.glob("*.safetensors.index.json"))
-    if not indexes:
-        return any(folder.glob("*.safetensors"))
-    shards = {name for index in indexes for name in json.loads(index.read_text())["weight_map"].values()}
-    return all((folder / name).is_file() for name in shards)
+def _some(files: list[str]) -> str:
+    """The first few files, and how many more there are."""
+    return ", ".join(files[:SHOWN]) + (f" and {len(files) - SHOWN} more" if len(files) > SHOWN else "")
 
 
 def _quiet_off_terminals() -> Any:

@@ -11,11 +11,11 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastvid.errors import CheckpointError
 from fastvid.models.common.config_reader import read_json, unique_names
 from fastvid.models.registry import target_dtype
+from fastvid.models.wan.weight_names import QUANTIZED, Origin, some
 
 SUFFIX = ".safetensors"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -31,8 +32,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 BITS |= {"U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 MAX_HEADER = 100_000_000  # what the safetensors library itself allows
-SHOWN = 10  # names in a message
-PIECE = 2**24  # bytes that are asked of the system at once
+CHUNK = 2**24  # bytes that are asked of the system at once
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,6 @@ class Entry:
     shape: tuple[int, ...]
     file: Path
     offset: int = field(default=0, compare=False)
-
-
-class Origin(Protocol):
-    """What a weight is made of, where files name or split them otherwise; see
-    `fastvid.models.wan.weight_names.Origin`."""
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-    def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]: ...
-    def make(self, read: Callable[[str], Tensor]) -> Tensor: ...
 
 
 def find_files(folder: Path, others: Iterable[Path] = ()) -> tuple[Path, ...]:
@@ -72,7 +62,7 @@ def find_files(folder: Path, others: Iterable[Path] = ()) -> tuple[Path, ...]:
     if not choice:
         raise CheckpointError(_why_none(folder))
     if len(choice) > 1:
-        names = _some([path.name for path in choice])
+        names = some([path.name for path in choice])
         raise CheckpointError(f"{folder} holds several weights ({names}); keep one, or the shards with their index")
     return _shards(choice[0]) if choice[0].suffix == ".json" else (choice[0],)
 
@@ -116,7 +106,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
     for file in files:
         header = read_header(file)
         if twice := sorted(header.keys() & entries.keys()):
-            raise CheckpointError(f"{_some(twice)} in both {entries[twice[0]].file} and {file}")
+            raise CheckpointError(f"{some(twice)} in both {entries[twice[0]].file} and {file}")
         entries |= header
     return entries
 
@@ -139,7 +129,7 @@ def dtypes(entries: Mapping[str, Entry]) -> tuple[str, ...]:
     return tuple(dtype for dtype, _ in counts.most_common())
 
 
-def renamed(module: nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def in_module_names(module: nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """The entries under the names that the module knows; what a file holds twice, once, and what is unused, not."""
     aliases = getattr(module, "ALIASES", {})
     return {aliases.get(name, name): entry for name, entry in entries.items() if not _unused(module, name)}
@@ -148,7 +138,7 @@ def renamed(module: nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]
 def mismatches(module: nn.Module, entries: Mapping[str, Entry]) -> tuple[str, ...]:
     """What is wrong with these tensors as the weights of a module, one sentence a kind; empty if they fit."""
     wanted = module.state_dict()
-    found = renamed(module, entries)
+    found = in_module_names(module, entries)
     missing = sorted(wanted.keys() - found.keys())
     unknown = sorted(name for name in found if name not in wanted)
     shapes = [
@@ -161,9 +151,9 @@ def mismatches(module: nn.Module, entries: Mapping[str, Entry]) -> tuple[str, ..
         (missing, "missing weights: "),
         (unknown, "weights that the model does not have: "),
         (shapes, "wrong shapes: "),
-        (kinds, f"a dtype other than {', '.join(FLOATS)} (quantized weights are not supported yet): "),
+        (kinds, f"a dtype other than {', '.join(FLOATS)} ({QUANTIZED} yet): "),
     )
-    return tuple(text + _some(names) for names, text in sentences if names)
+    return tuple(text + some(names) for names, text in sentences if names)
 
 
 def load_into(
@@ -188,8 +178,8 @@ def load_into(
     Raises CheckpointError, before anything is read, if the files are broken or do not fit.
     """
     files = tuple(files)
-    entries = read_fitting(module, files, origins)
-    aliases, scratch, device = getattr(module, "ALIASES", {}), Scratch(), torch.device(device)
+    entries = read_matching_headers(module, files, origins)
+    aliases, scratch, device = getattr(module, "ALIASES", {}), ReusedMemory(), torch.device(device)
     with ExitStack() as stack:
         opened = _open(stack, files)
         for stored in _in_file_order(entries, origins):
@@ -202,7 +192,7 @@ def load_into(
             copied = device.type != "cpu" or FLOATS[entries[names[0]].dtype] != target
             reused = scratch if copied and len(names) == 1 else None
 
-            def read(one: str, reused: Scratch | None = reused) -> Tensor:
+            def read(one: str, reused: ReusedMemory | None = reused) -> Tensor:
                 return _read(opened[entries[one].file], entries[one], reused)
 
             tensor = read(stored) if origins is None else origins[stored].make(read)
@@ -223,25 +213,25 @@ def _in_file_order(entries: Mapping[str, Entry], origins: Mapping[str, Origin] |
     return sorted(entries if origins is None else origins, key=place)
 
 
-def read_fitting(
+def read_matching_headers(
     module: nn.Module, files: Iterable[Path], origins: Mapping[str, Origin] | None = None
 ) -> dict[str, Entry]:
     """The headers of files that hold a module's weights; CheckpointError if they are broken or do not fit it."""
     files = tuple(files)
     entries = read_headers(files)
-    if wrong := mismatches(module, entries if origins is None else made_of(origins, entries)):
+    if wrong := mismatches(module, entries if origins is None else origin_entries(origins, entries)):
         raise CheckpointError(f"{_where(files)} does not fit {type(module).__name__}: " + "; ".join(wrong))
     return entries
 
 
-def made_of(origins: Mapping[str, Origin], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def origin_entries(origins: Mapping[str, Origin], entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """The entries of weights that are made of others."""
     shapes = {name: entry.shape for name, entry in entries.items()}
     first = {name: entries[origin.names[0]] for name, origin in origins.items()}
     return {name: Entry(first[name].dtype, origin.shape(shapes), first[name].file) for name, origin in origins.items()}
 
 
-class Scratch:
+class ReusedMemory:
     """Memory for one tensor at a time: touching new pages for each takes as long as reading it."""
 
     def __init__(self) -> None:
@@ -270,7 +260,7 @@ def _open(stack: ExitStack, files: Iterable[Path]) -> dict[Path, Any]:
     return opened
 
 
-def _read(file: Any, entry: Entry, scratch: Scratch | None) -> Tensor:
+def _read(file: Any, entry: Entry, scratch: ReusedMemory | None) -> Tensor:
     """The tensor of an entry from its open file, in new memory or in the scratch."""
     dtype = FLOATS[entry.dtype]
     size = math.prod(entry.shape) * dtype.itemsize
@@ -279,7 +269,7 @@ def _read(file: Any, entry: Entry, scratch: Scratch | None) -> Tensor:
     try:
         file.seek(entry.offset)
         while rest:
-            count = file.readinto(rest[:PIECE])
+            count = file.readinto(rest[:CHUNK])
             if not count:
                 raise CheckpointError(f"{entry.file} ended while it was read; download it again")
             rest = rest[count:]
@@ -315,12 +305,12 @@ def _shards(index: Path) -> tuple[Path, ...]:
         raise CheckpointError(f'{index} has no "weight_map" of tensor names to file names')
     names = sorted(set(table.values()))
     if outside := [name for name in names if not _is_inside(name)]:
-        raise CheckpointError(f"{index} points outside its folder: {_some(outside)}")
+        raise CheckpointError(f"{index} points outside its folder: {some(outside)}")
     if others := [name for name in names if not name.endswith(SUFFIX)]:
-        raise CheckpointError(f"{index} names files that are not safetensors: {_some(others)}")
+        raise CheckpointError(f"{index} names files that are not safetensors: {some(others)}")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise CheckpointError(
-            f"{index.parent} lacks {_some(missing)}, of {len(names)} files that {index.name} names; download them again"
+            f"{index.parent} lacks {some(missing)}, of {len(names)} files that {index.name} names; download them again"
         )
     return tuple(index.parent / name for name in names)
 
@@ -335,7 +325,7 @@ def _why_none(folder: Path) -> str:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         return (
-            f"{folder} holds its weights as pickles only ({_some(pickles)}), which fastvid does not open; "
+            f"{folder} holds its weights as pickles only ({some(pickles)}), which fastvid does not open; "
             "turn them into safetensors with `fastvid convert`"
         )
     return f"{folder} holds no {SUFFIX} file; {STANDARD_NAMES[0]} or {STANDARD_NAMES[1]} is expected"
@@ -343,9 +333,3 @@ def _why_none(folder: Path) -> str:
 
 def _where(files: tuple[Path, ...]) -> str:
     return str(files[0] if len(files) == 1 else files[0].parent) if files else "no file"
-
-
-def _some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
