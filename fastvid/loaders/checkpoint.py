@@ -15,6 +15,7 @@ from torch import nn
 from fastvid.errors import CheckpointError
 from fastvid.loaders import layouts, lora, safetensors
 from fastvid.loaders.find import (
+    UNIDENTIFIED,
     FoundModel,
     FoundPart,
     find_diffusers,
@@ -134,24 +135,25 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
     """What was found of a part, held against the module that its config describes. class_name: as model_index.json has
     it."""
     kind, problems, config, module = kind_of(found.name), list(found.problems), None, None
-    where = found.files[0] if found.identity else folder / found.name
-    stated_in = where if found.identity else where / CONFIG
+    identified = found.identity is not UNIDENTIFIED
+    where = found.files[0] if identified else folder / found.name
+    stated_in = where if identified else where / CONFIG
     if class_name not in (kind.class_name, kind.also):
         problems.append(f"{INDEX}: {found.name} is a {class_name}; only {kind.class_name} is supported")
-    elif found.config is not None:
-        built = note_problem(problems, lambda: _build_empty(kind, found.config, stated_in))
+    elif (stated := found.config) is not None:
+        built = note_problem(problems, lambda: _build_empty(kind, stated, stated_in))
         config, module = built or (None, None)
-        stated_class = found.config.get("_class_name", class_name)
+        stated_class = stated.get("_class_name", class_name)
         if config is not None and class_name == CONTROLLED != stated_class:
             problems.append(f"{INDEX}: {found.name} is a {class_name}, but {stated_in} is of a {stated_class}")
     entries, origins = found.entries, None
-    if found.identity:
+    if identified:
         origins = weight_names.origins(entries, weight_names.DIFFUSERS)
         entries = safetensors.origin_entries(origins, entries)
     if module is not None and entries:
         problems += [f"{where}: {text}" for text in safetensors.mismatches(module, entries)]
         entries = safetensors.in_module_names(module, entries)
-    stored = sum(map(safetensors.nbytes, found.entries.values())) if found.identity else 0
+    stored = sum(map(safetensors.nbytes, found.entries.values())) if identified else 0
     return Part(
         found.name,
         config,
@@ -202,7 +204,9 @@ def _disagreements(parts: Mapping[str, Part]) -> list[str]:
     transformer = stated.transformer if isinstance(stated, WanVACEConfig) else stated
     if not isinstance(transformer, WanTransformerConfig) or not isinstance(vae, VAEConfig):
         return []
-    pairs = [("transformer out_channels", transformer.out_channels, "vae z_dim", vae.z_dim)]
+    pairs: list[tuple[str, Any, str, Any]] = [
+        ("transformer out_channels", transformer.out_channels, "vae z_dim", vae.z_dim)
+    ]
     # With a picture's mask and latents behind its own.
     if transformer.in_channels != 2 * transformer.out_channels + vae.temporal_scale:
         pairs.append(("transformer in_channels", transformer.in_channels, "vae z_dim", vae.z_dim))
@@ -215,7 +219,7 @@ def _disagreements(parts: Mapping[str, Part]) -> list[str]:
     if isinstance(stated, WanVACEConfig):
         seen = 2 * vae.z_dim + vae.spatial_scale**2
         pairs.append(("transformer vace_in_channels", stated.vace_in_channels, "what the vae makes of a control", seen))
-    if "transformer_2" in parts and (second := parts["transformer_2"].config) is not None:
+    if stated is not None and "transformer_2" in parts and (second := parts["transformer_2"].config) is not None:
         mine, other = _flat(stated), _flat(second)
         pairs += [(f"transformer {k}", mine.get(k), "transformer_2's", other.get(k)) for k in mine | other]
     return [f"{name} is {a}, but {other} is {b}" for name, a, other, b in pairs if a != b]

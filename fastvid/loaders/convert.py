@@ -169,14 +169,16 @@ def _plan_onto(base: Path, source: Path, to: str, reader: TensorReader, single: 
     if len(old) != 1:
         raise InvalidRequest(f"base {base} has two transformers, {source} is one; a base with one is needed")
     # What shapes do not show, such as the number of heads, is as in the base.
-    part = _read_part(source, reader, "transformer", {key: old[0].part.config.get(key) for key in NOT_IN_SHAPES})
+    part = _read_part(
+        source, reader, "transformer", {key: (old[0].part.config or {}).get(key) for key in NOT_IN_SHAPES}
+    )
     texts = {name: _renamed_class(value, part) if name == Path(INDEX) else value for name, value in whole.texts.items()}
     texts = {name: value for name, value in texts.items() if name != Path(EXTRAS)}
     return Output((_weights_output(part, to), *rest), texts, whole.copies)
 
 
 def _renamed_class(index: Mapping[str, Any], part: FoundPart) -> dict[str, Any]:
-    kind = ["diffusers", part.config["_class_name"]]
+    kind = ["diffusers", (part.config or {})["_class_name"]]
     return {**index, "transformer": kind, "_class_name": layouts.pipeline_of(part.identity)}
 
 
@@ -268,7 +270,7 @@ def _weights_output(part: FoundPart, to: str, alone: bool = False, experts: bool
     if kind != "transformer":
         return WeightsOutput(part, Path(layouts.original_name(kind, part.identity)), origins, None)
     folder = Path(EXPERT_FOLDERS[part.name]) if experts and not alone else Path()
-    config = layouts.to_original_words(part.config, part.identity.task)
+    config = layouts.to_original_words(part.config or {}, part.identity.task)
     return WeightsOutput(part, folder / (STEMS[kind] + safetensors.SUFFIX), origins, config)
 
 
@@ -390,7 +392,8 @@ def _write_file(
 ) -> None:
     # Wide types first, as the library writes them, so that every tensor is aligned.
     order = sorted(shard, key=lambda name: (-BITS[shard[name].dtype], name))
-    header, at = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
     for name in order:
         entry, end = shard[name], at + _known_bytes(shard[name])
         header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, end]}

@@ -36,20 +36,21 @@ PIPELINES = (
 )
 SPIECE_FILE, SPIECE_TENSOR = "spiece.model", "spiece_model"
 TOKENIZER_FOLDERS = (TOKENIZER, layouts.ORIGINAL_TOKENIZER, "umt5-xxl")
+UNIDENTIFIED = Identity("", "", "", "", "", None, {})
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class FoundPart:
     """One part of a model, by its name in model_index.json: its files, their tensors, and its config.json in diffusers'
-    words. identity: what the tensors are; None in a diffusers folder, where config.json says it. problems: why it can't
-    be read."""
+    words. identity: what the tensors are; UNIDENTIFIED in a diffusers folder, where config.json says it. problems: why
+    it can't be read."""
 
     name: str
     files: tuple[Path, ...] = ()
     entries: Mapping[str, Entry] = field(default_factory=dict)
     config: Config | None = None
-    identity: Identity | None = None
+    identity: Identity = UNIDENTIFIED
     problems: tuple[str, ...] = ()
 
 
@@ -157,7 +158,7 @@ def find_diffusers(folder: Path, sources: Mapping[str, Path]) -> FoundModel:
     replaced = {name: find_part(name, path) for name, path in sources.items() if name != TOKENIZER}
     for name, part in replaced.items():
         library, class_name = layouts.CLASSES[name]
-        index[name] = [library, part.config.get("_class_name", class_name)]
+        index[name] = [library, (part.config or {}).get("_class_name", class_name)]
     if "transformer" in replaced:
         index["_class_name"] = layouts.pipeline_of(replaced["transformer"].identity)
     parts = tuple(replaced.get(name) or _diffusers_part(folder, name, index) for name in part_names(index))
@@ -191,7 +192,7 @@ def find_original(
     if read_entries is None:
         _refuse_pickles(folder)
     extras = read_json(folder / layouts.EXTRAS) if (folder / layouts.EXTRAS).is_file() else {}
-    configs = extras.get("configs") if isinstance(extras.get("configs"), dict) else {}
+    configs = extras["configs"] if isinstance(extras.get("configs"), dict) else {}
     files = layouts.original_transformers(folder) | _original_files(folder)
     parts = {}
     for name, found in files.items():
@@ -207,7 +208,7 @@ def find_original(
     if not (tokenizer / "tokenizer.json").is_file():
         raise CheckpointError(f"{tokenizer} has no tokenizer.json; it comes with the original model")
     index = extras.get("model_index")
-    index = index or layouts.make_index(identity, {name: part.config for name, part in parts.items()}, experts)
+    index = index or layouts.make_index(identity, {name: part.config or {} for name, part in parts.items()}, experts)
     scheduler = extras.get("scheduler") or layouts.make_scheduler(identity, experts)
     processor = extras.get("image_processor") or layouts.make_image_processor()
     processor = processor if "image_encoder" in parts else None
@@ -216,7 +217,7 @@ def find_original(
 
 def _original_files(folder: Path) -> dict[str, tuple[Path, ...]]:
     """The files of the encoders and the VAE."""
-    files = {}
+    files: dict[str, tuple[Path, ...]] = {}
     for part in ("vae", "text_encoder", "image_encoder"):
         if found := layouts.original_file(folder, part):
             files[part] = (found,)

@@ -92,7 +92,8 @@ class Lora:
     @property
     def ranks(self) -> tuple[int, ...]:
         """The ranks that occur in it, smallest first; empty if all terms are stored whole."""
-        return tuple(sorted({term.down.shape[0] for terms in self.terms.values() for term in terms if _is_pair(term)}))
+        pairs = (term.down for terms in self.terms.values() for term in terms)
+        return tuple(sorted({down.shape[0] for down in pairs if down is not None}))
 
     def to_dict(self) -> dict[str, Any]:
         """What it is, as plain JSON values."""
@@ -373,10 +374,6 @@ def _other_kind(names: Iterable[str]) -> str:
 
 
 # ---------------------------------------------------------------- arithmetic
-
-
-def _is_pair(term: Term) -> bool:
-    return term.down is not None
 
 
 def _product(term: Term, kind: torch.dtype) -> Tensor:

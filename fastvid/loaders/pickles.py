@@ -61,7 +61,7 @@ class PickleReader:
         # The child finds what this process finds, and starts where no file of the user's can stand for a module.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
-        self._child = subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, "-m", "fastvid.loaders.pickles", str(path.resolve()), key],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -69,10 +69,12 @@ class PickleReader:
             cwd=Path(__file__).parents[2],
             env=environment,
         )
+        assert child.stdin and child.stdout
+        self._child, self._to_child, self._from_child = child, child.stdin, child.stdout
 
     def __enter__(self) -> PickleReader:
         try:
-            told = json.loads(self._child.stdout.readline() or "null")
+            told = json.loads(self._from_child.readline() or "null")
             if not isinstance(told, dict) or "tensors" not in told:
                 raise CheckpointError(f"{self.path} {told['error'] if told else self._why_it_ended()}")
         except BaseException:
@@ -83,21 +85,21 @@ class PickleReader:
 
     def __exit__(self, *error: object) -> None:
         with suppress(OSError):  # a child that is gone
-            self._child.stdin.close()
+            self._to_child.close()
         self._child.terminate()
         self._child.wait()
-        self._child.stdout.close()
+        self._from_child.close()
         self._errors.close()
 
     def chunks(self, name: str, begin: int, end: int) -> Iterator[bytes]:
         """Bytes [begin, end) of a tensor, in pieces; all of it goes through the pipe."""
         try:
-            self._child.stdin.write(json.dumps(name).encode() + b"\n")
-            self._child.stdin.flush()
+            self._to_child.write(json.dumps(name).encode() + b"\n")
+            self._to_child.flush()
         except OSError:
             raise CheckpointError(f"{self.path} {self._why_it_ended()}") from None
         at = 0
-        for chunk in read_exactly(self._child.stdout, self.tensors[name][2], f"{self.path} ended within {name}"):
+        for chunk in read_exactly(self._from_child, self.tensors[name][2], f"{self.path} ended within {name}"):
             yield chunk[max(0, begin - at) : max(0, end - at)]
             at += len(chunk)
 
@@ -138,7 +140,7 @@ def main(path: str, key: str = "") -> int:
     out.flush()
     for line in sys.stdin:
         tensor = tensors[json.loads(line)].detach().contiguous().reshape(-1)
-        out.write(memoryview(tensor.view(torch.uint8).numpy()))
+        out.write(tensor.view(torch.uint8).numpy().data)
         out.flush()
     return 0
 

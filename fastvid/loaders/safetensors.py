@@ -265,7 +265,7 @@ def _read(file: Any, entry: Entry, scratch: ReusedMemory | None) -> Tensor:
     dtype = FLOATS[entry.dtype]
     size = math.prod(entry.shape) * dtype.itemsize
     memory = torch.empty(size, dtype=torch.uint8, device="cpu") if scratch is None else scratch.take(size)
-    rest = memoryview(memory.numpy()) if size else b""
+    rest = memory.numpy().data if size else memoryview(b"")
     try:
         file.seek(entry.offset)
         while rest:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,8 +40,10 @@ from fastvid.models.wan.weight_names import QUANTIZED, some
 
 Sources = Mapping[str, Path]
 
-TRANSFORMER_FOLDERS = ("diffusion_models", "unet", "transformer", "transformer_2", "checkpoints")
-TRANSFORMER_FOLDERS += tuple(layouts.EXPERT_FOLDERS.values())
+TRANSFORMER_FOLDERS = (
+    *("diffusion_models", "unet", "transformer", "transformer_2", "checkpoints"),
+    *layouts.EXPERT_FOLDERS.values(),
+)
 # Beside those of transformers.
 PART_FOLDERS = {
     "vae": ("vae",),
@@ -68,7 +71,7 @@ def find_single_file(file: Path, sources: Sources) -> FoundModel:
     parts = _find_experts(file, sources)
     main = parts["transformer"]
     for need in _needs(main):
-        parts[need.name] = _or_missing(need.name, lambda need=need: _find_needed(need, main.files[0], sources))
+        parts[need.name] = _or_missing(need.name, partial(_find_needed, need, main.files[0], sources))
     problems: list[str] = []
     text_files = parts["text_encoder"].files
     tokenizer = note_problem(problems, lambda: _find_tokenizer(text_files, main.files[0], sources))
@@ -81,7 +84,7 @@ def find_single_file(file: Path, sources: Sources) -> FoundModel:
 
 
 def _needs(transformer: FoundPart) -> tuple[Need, ...]:
-    config = transformer.config
+    config = transformer.config or {}
     needs = [Need("vae", "z_dim", config["out_channels"]), Need("text_encoder", "d_model", config["text_dim"])]
     if config.get("image_dim"):
         needs.append(Need("image_encoder", "hidden_size", config["image_dim"]))
@@ -182,7 +185,7 @@ def _find_needed(need: Need, file: Path, sources: Sources) -> FoundPart:
 def _search(need: Need, file: Path) -> FoundPart:
     """The part that fits, from the folders around a transformer's file. Raises CheckpointError that says where was
     looked, what is there and what to give, if there is none, or not one alone."""
-    folders, refused, fitting = _folders_of(need.name, file), [], []
+    folders, refused, fitting = _folders_of(need.name, file), list[str](), list[FoundPart]()
     for folder in folders:
         for group in _groups_below(folder, DEPTH if folder.name in PART_FOLDERS[need.name] else 0):
             part = _try_group(need, group, refused)
@@ -236,8 +239,8 @@ def _try_group(need: Need, files: tuple[Path, ...], refused: list[str]) -> Found
         return None
     if unknown := [kind for kind in _dtypes(part) if kind not in safetensors.FLOATS]:
         refused.append(f"{name} is {some(unknown)} ({QUANTIZED} yet)")
-    elif part.config.get(need.key) != need.value:
-        refused.append(f"{name} has {need.key} {part.config.get(need.key)}")
+    elif (value := (part.config or {}).get(need.key)) != need.value:
+        refused.append(f"{name} has {need.key} {value}")
     else:
         return part
     return None

@@ -82,6 +82,11 @@ def quick(act: Any) -> bool:
     return refused
 
 
+def examples(count: int) -> Any:
+    """So many examples in the slow tier, a hundredth of them, but at least 20, in the fast one."""
+    return pytest.mark.parametrize("count", [max(20, count // 100), pytest.param(count, marks=pytest.mark.slow)])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
@@ -89,35 +94,46 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@given(text=damaged(HEADER), size=st.integers(0, 40), lie=st.sampled_from([0, 0, 0, 0, 1, -1, 2**40, 2**64 - 1]))
-@settings(max_examples=4000, **QUICK)
-def test_headers(folder: Path, text: bytes, size: int, lie: int) -> None:
+@examples(4000)
+def test_headers(folder: Path, count: int) -> None:
     path = folder / "header.safetensors"
-    length = lie if lie > 2**32 else max(0, len(text) + lie)
-    path.write_bytes(length.to_bytes(8, "little") + text + bytes(size))
-    quick(lambda: safetensors.read_header(path))
+
+    @given(text=damaged(HEADER), size=st.integers(0, 40), lie=st.sampled_from([0, 0, 0, 0, 1, -1, 2**40, 2**64 - 1]))
+    @settings(max_examples=count, **QUICK)
+    def check(text: bytes, size: int, lie: int) -> None:
+        length = lie if lie > 2**32 else max(0, len(text) + lie)
+        path.write_bytes(length.to_bytes(8, "little") + text + bytes(size))
+        quick(lambda: safetensors.read_header(path))
+
+    check()
 
 
-@given(text=damaged(INDEX))
-@settings(max_examples=3500, **QUICK)
-def test_indexes(folder: Path, text: bytes) -> None:
+@examples(3500)
+def test_indexes(folder: Path, count: int) -> None:
     part = folder / "indexed"
     part.mkdir(exist_ok=True)
     for name in ("x", "y"):
         (part / f"{name}.safetensors").touch()
-    (part / "m.safetensors.index.json").write_bytes(text)
-    quick(lambda: safetensors.find_files(part))
+
+    @given(text=damaged(INDEX))
+    @settings(max_examples=count, **QUICK)
+    def check(text: bytes) -> None:
+        (part / "m.safetensors.index.json").write_bytes(text)
+        quick(lambda: safetensors.find_files(part))
+
+    check()
 
 
+@examples(450)
 @pytest.mark.parametrize("name", ["transformer", "vae", "text_encoder", "model_index.json", "scheduler", "tokenizer"])
-def test_configs(folder: Path, name: str) -> None:
+def test_configs(folder: Path, name: str, count: int) -> None:
     inner = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(name, "config.json")
     path = folder / name if name.endswith(".json") else folder / name / inner
     whole = path.read_bytes()
     refused = []
 
     @given(text=damaged(json.loads(whole)))
-    @settings(max_examples=450, **QUICK)
+    @settings(max_examples=count, **QUICK)
     def check(text: bytes) -> None:
         path.write_bytes(text)
         refused.append(quick(lambda: open_checkpoint(folder).check()))
