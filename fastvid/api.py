@@ -19,9 +19,9 @@ from fastvid.engine.events import Plan
 from fastvid.engine.queue import RUNNING
 from fastvid.errors import InvalidRequest
 from fastvid.loaders.checkpoint import open_checkpoint
-from fastvid.loaders.lora import lora_problems
-from fastvid.models.loaded import Model
-from fastvid.pipeline.load import load_parts, outline, read_loras
+from fastvid.loaders.lora import lora_problems, read_loras
+from fastvid.models.loaded import LoadOptions, Model
+from fastvid.pipeline.load import load_model, outline
 from fastvid.pipeline.pipeline import MAX_RUNNING, Pipeline
 from fastvid.pipeline.prepare import plan_of
 from fastvid.requests.arguments import documented
@@ -78,7 +78,8 @@ def blueprint(
     Raises as `load` does.
     """
     free = None if device_memory is None else max(0, device_memory - CUDA_TAKES)
-    return Blueprint(outline(model, **options, free=free), free)
+    parallel = options.pop("parallel", None)
+    return Blueprint(outline(model, LoadOptions(**options), parallel=parallel, free=free), free)
 
 
 def load(
@@ -144,7 +145,7 @@ def _start(model: str, options: dict[str, Any], asked: ranks.Asked, max_running:
     """The pipeline, in this process or on several ranks."""
     began = time.perf_counter()
     if asked.ranks == 1:
-        pipe = Pipeline(load_parts(model, **options), max_running)
+        pipe = Pipeline(load_model(model, LoadOptions(**options)), max_running)
     else:
         pipe = remote.load(model, asked, options, max_running)
     if log.isEnabledFor(logging.INFO):

@@ -20,7 +20,8 @@ import torch
 import fastvid
 from fastvid.benchmarks.quality.clips import Scene, draw, random_scene
 from fastvid.benchmarks.quality.measure import Measured, measure, same_motion
-from fastvid.pipeline.load import load_parts
+from fastvid.models.loaded import LoadOptions
+from fastvid.pipeline.load import load_model
 
 TRAITS = ("background", "colour", "shape", "motion")
 
@@ -55,7 +56,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 @torch.no_grad()
 def score_vae(model: str, clips: int, seed: int, frames: int = 17, size: int = 64) -> dict[str, float]:
     """Reconstruction of drawn clips, half of them from mid-stream, in dB."""
-    vae = load_parts(model, device="cpu").vae
+    vae = load_model(model, LoadOptions("cpu")).vae
     generator = torch.Generator().manual_seed(seed)
     values = []
     for i in range(clips):

@@ -177,9 +177,6 @@ def _with(shape: Any, tensors: Iterator[Tensor]) -> Any:
 # ---------------------------------------------------------------- the choice
 
 
-PLANNED = object()  # stands for graphs of a model that has no weights
-
-
 def check(asked: Any) -> Any:
     """What was asked for: "auto", True or False. Raises InvalidRequest for anything else."""
     if asked != "auto" and not isinstance(asked, bool):
@@ -187,20 +184,14 @@ def check(asked: Any) -> Any:
     return asked
 
 
-def choose(asked: Any, device: torch.device, stays: bool, caches: bool, ranks: int = 1) -> tuple[Graphs | None, str]:
-    """(graphs or None, why) for a model; see `wanted`."""
-    want, why = wanted(asked, device, stays, caches, ranks)
-    return Graphs(CudaCapture(device)) if want else None, why
-
-
-def wanted(asked: Any, device: torch.device, stays: bool, caches: bool, ranks: int = 1) -> tuple[bool, str]:
+def choose(asked: Any, device: torch.device, stays: bool, caches: bool, ranks: int = 1) -> tuple[bool, str]:
     """Whether a model's calls are to be replayed, and why. stays: its weights stay on the device; caches: it is called
     with a KV cache; ranks: that share its tokens.
 
     Asked for with True it works or raises: BackendUnavailable without a CUDA device, InvalidRequest where graphs would
     have nothing to do. "auto" waits for committed GPU results, as it does with kernels.
     """
-    if check(asked) is False:
+    if asked is False:
         return False, "off: asked for"
     if device.type != "cuda":
         if asked is True:

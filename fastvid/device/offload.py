@@ -48,11 +48,11 @@ class Weights(NamedTuple):
         return self.rest + (SLOTS * self.buffer if self.blocks else 0)
 
 
-def weigh(module: nn.Module, itemsize: Any = None) -> Weights:
-    """The weights of a module as they are, or with itemsize(name) bytes a number if it has none yet."""
+def weigh(module: nn.Module) -> Weights:
+    """Bytes of a module's weights, also on the meta device."""
     blocks = {id(block): block for block in streamed_blocks(module)}
     inside = {id(p) for block in blocks.values() for p in block.parameters()}
-    sizes = {id(p): p.numel() * (itemsize(n) if itemsize else p.element_size()) for n, p in module.named_parameters()}
+    sizes = {id(p): p.nbytes for p in module.parameters()}
     rest = sum(size for key, size in sizes.items() if key not in inside)
     inner = [[sizes[id(p)] for p in block.parameters()] for block in blocks.values()]
     return Weights(rest, tuple(map(sum, inner)), max((sum(map(_aligned, each)) for each in inner), default=0))

@@ -53,6 +53,11 @@ class Checkpoint:
         return next(part for part in self.parts if part.name == name)
 
     @property
+    def configs(self) -> dict[str, Any]:
+        """The configuration of each part."""
+        return {part.name: part.config for part in self.parts}
+
+    @property
     def experts(self) -> tuple[str, ...]:
         """The names of its transformers, the one for high noise first."""
         return tuple(part.name for part in self.parts if part.name in EXPERTS)

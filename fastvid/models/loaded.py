@@ -1,14 +1,17 @@
-"""A loaded model: its modules on their device, and how they are to be used."""
+"""A loaded model: its modules on their device, what was asked for when it was loaded, and what was decided."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastvid.device.offload import Resident, Swapped, Weights
+from fastvid.device.offload import Resident, Swapped, Weights, weigh
 from fastvid.distributed.links import Links
 from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.models.common.clip import CLIPVisionEncoder
@@ -22,10 +25,47 @@ from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae_bands import Bands
 from fastvid.ops.dispatch import Ops
 
+# How a model is told of known frames: mask and latents as more channels, a control branch, timestep 0, its KV cache, or
+# not at all (they are put back before every call).
+CHANNELS, CONTROL, TIMESTEPS, CACHE, REIMPOSED = "channels", "control", "timesteps", "cache", "reimposed"
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What `load` was asked for: see `fastvid.load`. layout: how ranks share requests; None: each as suits it."""
+
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+    backend: str = "auto"
+    attention: str = "auto"
+    loras: Any = ()
+    offload: str = "auto"
+    parts: Mapping[str, str | Path] | None = None
+    cuda_graphs: str | bool = "auto"
+    vae_dtype: str | torch.dtype | None = None
+    link: str = "auto"
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's weights are and what it computes in, as decided when it was loaded.
+
+    dtype: of transformers and text encoder. offload: one of `fastvid.device.offload.MODES`. graphs: the transformers'
+    calls are replayed as CUDA graphs. reasons: why, for "offload" and "cuda_graphs".
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+    offload: str
+    graphs: bool
+    reasons: Mapping[str, str]
+
 
 @dataclass(frozen=True)
 class Sizes:
-    """Weights of a model's parts as they are loaded; image: 0 in models that look at no pictures."""
+    """Bytes of a model's weights as they are loaded. image: 0 in models without an image encoder."""
 
     experts: tuple[Weights, ...]
     text: Weights
@@ -38,43 +78,60 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Model:
-    """A loaded model: modules on their device, and how they are to be used. `model` is the name it was loaded by.
+class TextLength:
+    """Stands for the tokenizer of a model that is only planned with."""
 
-    experts: the transformers, one or two; `experts.use` brings the one that is needed to the device. loras: the files
-    that are merged, with their scales and where it is one the expert they are for; merged: the weights that they
-    changed. sources: the parts that came from elsewhere, as they were given. offload: "none", "text" or "blocks" (see
-    `fastvid.device.offload`); encoders: how the text encoder and the image encoder, in this order, come to the device;
-    sizes: bytes of all weights as loaded. graphs: what replays the transformers' calls, if anything does; graphs_why:
-    why it does or does not. vae_dtype: what the VAE computes in. mesh: the ranks that run it together, each with parts
-    of its own; layout: how they share requests, None if each is shared as suits it; links: what joins them.
-    """
+    text_length: int
 
-    model: str
-    checkpoint: Checkpoint | None
-    preset: Preset
-    tokenizer: TextTokenizer | Untold
-    text_encoder: UMT5Encoder
+
+@dataclass(frozen=True)
+class Modules:
+    """A model's networks. encoders: the text encoder and, in models that look at pictures, the image encoder.
+    `experts.use` and `encoders.use` bring the one that is needed to the device."""
+
+    tokenizer: TextTokenizer | TextLength
+    encoders: Resident | Swapped
     experts: Experts
     vae: WanVAE
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model, or one without weights to plan with.
+
+    name: what it was loaded by. loras: (file, scale) or (file, scale, expert) of those that are merged now; merged: the
+    weights that they changed. mesh: the ranks that run it together; links: what joins them.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    preset: Preset
+    modules: Modules
     ops: Ops
-    device: torch.device
-    dtype: torch.dtype
-    backend: str = "auto"
-    attention: str = "auto"
+    options: LoadOptions
+    placement: Placement
     loras: tuple[tuple[Any, ...], ...] = ()
     merged: frozenset[str] = frozenset()
-    image_encoder: CLIPVisionEncoder | None = None
-    offload: str = "none"
-    encoders: Resident | Swapped | None = None
-    sizes: Sizes | None = None
-    sources: tuple[tuple[str, str], ...] = ()
-    graphs: Any = None
-    graphs_why: str = ""
-    vae_dtype: torch.dtype = torch.float32
     mesh: Mesh = field(default_factory=Mesh)
-    layout: Layout | None = None
     links: Links = field(default_factory=Links)
+
+    # ------------------------------------------------------------ modules
+
+    @property
+    def tokenizer(self) -> TextTokenizer | TextLength:
+        return self.modules.tokenizer
+
+    @property
+    def text_encoder(self) -> UMT5Encoder:
+        return self.modules.encoders.modules[0]
+
+    @property
+    def image_encoder(self) -> CLIPVisionEncoder | None:
+        return next(iter(self.modules.encoders.modules[1:]), None)
+
+    @property
+    def experts(self) -> Experts:
+        return self.modules.experts
 
     @property
     def transformer(self) -> WanTransformer:
@@ -82,37 +139,77 @@ class Model:
         return self.experts.modules[0]
 
     @property
+    def vae(self) -> WanVAE:
+        return self.modules.vae
+
+    @property
     def control_layers(self) -> int:
         """Layers of the transformer's control branch (VACE), 0 if it has none."""
         return len(getattr(self.transformer, "vace_blocks", ()))
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What `load` was asked for and made of it, as a recipe records it: what else decides the bytes."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        made = {"dtype": dtype, "device": self.device.type, "backend": self.backend, "attention": self.attention}
-        made |= {} if self.vae_dtype is torch.float32 else {"vae_dtype": str(self.vae_dtype).removeprefix("torch.")}
-        made |= {"parts": dict(self.sources)} if self.sources else {}
-        made |= {"parallel": str(self.layout or self.mesh.size)} if self.mesh.size > 1 else {}
-        return made | ({"loras": [list(pair) for pair in self.loras]} if self.loras else {})
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Bytes of all weights, on the device or not."""
+        image = 0 if self.image_encoder is None else weigh(self.image_encoder).total
+        experts = tuple(map(weigh, self.experts.modules))
+        return Sizes(experts, weigh(self.text_encoder), weigh(self.vae).total, image)
 
     @property
     def bytes_held(self) -> int:
         """Bytes of weights that are on the device now."""
-        modules = [*self.experts.modules, self.text_encoder, self.vae, *filter(None, [self.image_encoder])]
-        held = [p.nbytes for module in modules for p in module.parameters() if p.device.type == self.device.type]
-        return sum(held)
+        modules: list[nn.Module] = [*self.experts.modules, *self.modules.encoders.modules, self.vae]
+        return sum(p.nbytes for module in modules for p in module.parameters() if p.device.type == self.device.type)
+
+    # ------------------------------------------------------------ how it runs
+
+    @property
+    def device(self) -> torch.device:
+        return self.placement.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.placement.dtype
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        return self.placement.vae_dtype
+
+    @property
+    def offload(self) -> str:
+        return self.placement.offload
+
+    @property
+    def layout(self) -> Layout | None:
+        """How the ranks share requests; None: each is shared as suits it."""
+        return self.options.layout
 
     @property
     def bands(self) -> Bands | None:
         """The ranks that share a frame's rows in the VAE; None on one."""
         return Bands(self.mesh) if self.mesh.size > 1 else None
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """The parts that came from elsewhere, as they were given."""
+        return {name: str(path) for name, path in (self.options.parts or {}).items()}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the bytes of a video beside the request, as a recipe records it."""
+        made = {"dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type}
+        made |= {"backend": self.options.backend, "attention": self.options.attention}
+        made |= {} if self.vae_dtype is torch.float32 else {"vae_dtype": str(self.vae_dtype).removeprefix("torch.")}
+        made |= {"parts": self.sources} if self.sources else {}
+        made |= {"parallel": str(self.layout or self.mesh.size)} if self.mesh.size > 1 else {}
+        return made | ({"loras": [list(lora) for lora in self.loras]} if self.loras else {})
+
+    # ------------------------------------------------------------ encoders
+
     def embed(self, prompt: str) -> Tensor:
         """Text embeddings [1, L, text_dim] of one prompt. Rank 0 reads it."""
         made = None
         if self.mesh.rank == 0:
-            with self.encoders.use(0) as encoder:
+            with self.modules.encoders.use(0) as encoder:
                 made = encode_prompt(encoder, self.tokenizer, [prompt]).to(self.device, self.dtype)
         return self.mesh.broadcast(made)
 
@@ -120,28 +217,18 @@ class Model:
         """What the image encoder makes of pictures [B, 3, S, S] -> [B, M, d]. Rank 0 looks at them."""
         made = None
         if self.mesh.rank == 0:
-            with self.encoders.use(1) as encoder:
+            with self.modules.encoders.use(1) as encoder:
                 made = encoder(pixels)
         return self.mesh.broadcast(made)
 
 
-@dataclass(frozen=True)
-class Untold:
-    """What a plan asks of a tokenizer."""
-
-    text_length: int
-
-
-CHANNELS, CONTROL, TIMESTEPS, CACHE, REIMPOSED = "channels", "control", "timesteps", "cache", "reimposed"
-
-
-def way_of(parts: Model) -> str:
-    """How a model is told of known frames."""
-    config = parts.transformer.config
-    if parts.control_layers:
+def way_of(model: Model) -> str:
+    """How a model is told of known frames: CHANNELS, CONTROL, ..."""
+    config = model.transformer.config
+    if model.control_layers:
         return CONTROL
     if config.in_channels > config.out_channels:
         return CHANNELS
-    if parts.preset.per_token_timesteps:
+    if model.preset.per_token_timesteps:
         return TIMESTEPS  # of causal models too: what their KV cache holds is no part of a window
-    return REIMPOSED if parts.preset.rollout is None else CACHE
+    return REIMPOSED if model.preset.rollout is None else CACHE

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvid.device import offload
+from fastvid.device.offload import Weights, weigh
 from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.wan.config import VAEConfig, WanTransformerConfig, WanVACEConfig, WanVAE22Config, WanVAEConfig
@@ -19,6 +19,14 @@ from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.ops import reference
 
+Config = WanTransformerConfig | WanVACEConfig | VAEConfig | UMT5Config | CLIPVisionConfig
+
+EXPERTS = ("transformer", "transformer_2")  # high noise, low noise; most models have the first alone
+ENCODERS = ("text_encoder", "image_encoder")
+OPTIONAL = ("image_encoder",)  # parts that not every model has
+FP32 = ("vae", "image_encoder")  # parts that stay in fp32, as published, if nothing else is asked for
+CONTROLLED = "WanVACETransformer3DModel"
+
 
 @dataclass(frozen=True)
 class PartKind:
@@ -27,7 +35,7 @@ class PartKind:
     class_name: str
     read_config: Callable[[dict[str, Any]], Any]
     build: Callable[[Any, Any], nn.Module]  # (config, ops)
-    also: str = ""  # another class that read_config and build know
+    also: str = ""  # another class that read_config and build take
 
 
 def read_transformer(config: Mapping[str, Any]) -> WanTransformerConfig | WanVACEConfig:
@@ -60,9 +68,6 @@ def build_image_encoder(config: CLIPVisionConfig, ops: Any = reference) -> CLIPV
     return CLIPVisionEncoder(config, ops)
 
 
-CONTROLLED = "WanVACETransformer3DModel"
-
-
 KINDS: Mapping[str, PartKind] = {
     "transformer": PartKind("WanTransformer3DModel", read_transformer, build_transformer, CONTROLLED),
     "vae": PartKind("AutoencoderKLWan", read_vae, build_vae),
@@ -73,10 +78,36 @@ KINDS: Mapping[str, PartKind] = {
 }
 
 
-OPTIONAL = ("image_encoder",)
+# ---------------------------------------------------------------- modules without weights, and types of weights
 
 
-FP32 = ("vae", "image_encoder")  # as published, whatever the rest is loaded as, if nothing else is asked for
+def kind_of(name: str) -> PartKind:
+    """How the part of that name is built: both experts are transformers."""
+    return KINDS["transformer" if name in EXPERTS else name]
+
+
+def on_meta(kind: PartKind, config: Any, ops: Any) -> nn.Module:
+    """A module on the meta device, without weights."""
+    with torch.device("meta"):
+        return kind.build(config, ops)
+
+
+def build_empty(name: str, config: Config, ops: Any = reference) -> nn.Module:
+    """A part without weights, on the meta device."""
+    return on_meta(kind_of(name), config, ops)
+
+
+def build_outline(name: str, config: Config, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The same with the dtypes that its weights have in a model that is loaded as dtype, its VAE as vae_dtype."""
+    module, kind = build_empty(name, config), part_dtype(name, dtype, vae_dtype)
+    for weight, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(target_dtype(module, weight, kind))
+    return module
+
+
+def weigh_part(name: str, config: Config, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32) -> Weights:
+    """Bytes of a part's weights in a model that is loaded as dtype, from its configuration."""
+    return weigh(build_outline(name, config, dtype, vae_dtype))
 
 
 def part_dtype(name: str, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32) -> torch.dtype:
@@ -86,43 +117,7 @@ def part_dtype(name: str, dtype: torch.dtype, vae_dtype: torch.dtype = torch.flo
     return torch.float32 if name in FP32 else dtype
 
 
-def weigh_part(
-    name: str, config: Config, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
-) -> offload.Weights:
-    """Bytes of a part's weights in a model that is loaded as dtype, from its configuration."""
-    return weigh_module(name, build_empty(name, config), dtype, vae_dtype)
-
-
-def weigh_module(
-    name: str, module: nn.Module, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
-) -> offload.Weights:
-    """The same of a module that has no weights yet."""
-    kind = part_dtype(name, dtype, vae_dtype)
-    return offload.weigh(module, lambda weight: target_dtype(module, weight, kind).itemsize)
-
-
-def build_empty(name: str, config: Config, ops: Any = reference) -> nn.Module:
-    """A part without weights, on the meta device."""
-    return on_meta(kind_of(name), config, ops)
-
-
-def kind_of(name: str) -> PartKind:
-    """How the part of that name is built: both experts are transformers."""
-    return KINDS["transformer" if name in EXPERTS else name]
-
-
-def on_meta(kind: PartKind, config: Any, ops: Any) -> nn.Module:
-    with torch.device("meta"):
-        return kind.build(config, ops)
-
-
 def target_dtype(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
     """What a weight becomes in a module that is loaded as dtype: fp32 if a part of its name is in FP32_PARTS."""
     kept = getattr(module, "FP32_PARTS", ())
     return dtype if frozenset(kept).isdisjoint(name.split(".")) else torch.float32
-
-
-Config = WanTransformerConfig | WanVACEConfig | VAEConfig | UMT5Config | CLIPVisionConfig
-
-
-EXPERTS = ("transformer", "transformer_2")  # high noise, low noise; most models have the first alone

@@ -66,7 +66,7 @@ def prepare(
     verbs.check(model, resolved, timeline)
     _check_tensors(model, resolved, timeline)
     sigmas = sigmas_of(resolved)
-    recipe = resolved.to_recipe(model=model.model, version=__version__, **model.settings)
+    recipe = resolved.to_recipe(model=model.name, version=__version__, **model.settings)
     plan, layout = plan_request(model, resolved, timeline, sigmas, keep_frames, free, rates, layout)
     log.info("plan: %s", _told(plan))
     job = Job(resolved, timeline, sigmas, plan.decode_chunk, plan.decode_stripes, plan.decode_beside, layout)

@@ -71,7 +71,7 @@ def _frames(frames: Any, model: Model) -> Tensor:
 def describe(model: Model) -> dict[str, Any]:
     """See Pipeline.describe."""
     return {
-        "model": model.model,
+        "model": model.name,
         "variant": model.preset.name,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -80,9 +80,9 @@ def describe(model: Model) -> dict[str, Any]:
         "reasons": dict(model.ops.reasons),
         "loras": [list(pair) for pair in model.loras],
         "offload": model.offload,
-        "cuda_graphs": model.graphs_why,
+        "cuda_graphs": model.placement.reasons["cuda_graphs"],
         "parallel": model.settings.get("parallel", "1"),
-        "parts": dict(model.sources),
+        "parts": model.sources,
     }
 
 

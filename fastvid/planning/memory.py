@@ -108,7 +108,6 @@ class ModelFacts:
     @classmethod
     def of(cls, model: Model) -> ModelFacts:
         """The facts of a loaded model, or of one without weights."""
-        assert model.sizes is not None
         return cls(
             model.transformer.config,
             model.vae.config,
@@ -118,7 +117,7 @@ class ModelFacts:
             model.vae_dtype.itemsize,
             model.tokenizer.text_length,
             model.control_layers,
-            model.graphs is not None,
+            model.placement.graphs,
         )
 
     @classmethod

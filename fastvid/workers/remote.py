@@ -22,7 +22,6 @@ from fastvid.engine.queue import RUNNING, Ticket
 from fastvid.engine.session import PromptChanges
 from fastvid.errors import Error, InvalidRequest, WorkerFailed
 from fastvid.loaders.checkpoint import open_checkpoint
-from fastvid.pipeline.load import configs_of
 from fastvid.pipeline.pipeline import Pipeline, Stream
 from fastvid.requests.request import Request
 from fastvid.workers import torchrun
@@ -59,7 +58,7 @@ def ranks_for(asked: Asked, device: Any) -> Asked:
 def load(model: Any, asked: Asked, options: dict[str, Any], max_running: int) -> Pipeline:
     """A pipeline on several ranks; see `fastvid.load`. Of those that torchrun has started, only rank 0 returns."""
     checkpoint = open_checkpoint(model, options.get("parts"), download=True).check()  # once, and before any process
-    config = configs_of(checkpoint)["transformer"]
+    config = checkpoint.configs["transformer"]
     heads = getattr(config, "transformer", config).num_attention_heads
     layout.layouts_for(asked.layout, asked.ranks, heads, 1 << 30, guided=True)
     options = {name: _plain(value) for name, value in options.items() if value is not None}

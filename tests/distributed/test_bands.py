@@ -191,10 +191,10 @@ def memory(mesh: Mesh) -> None:
 
 def pipelines(mesh: Mesh) -> None:
     """The embedded VAE, as pipelines use it; the text encoder on one rank."""
-    from fastvid.pipeline.load import load_parts
+    from fastvid.pipeline.load import load_model
     from fastvid.pipeline.pipeline import Pipeline
 
-    alone, pipe = Pipeline(load_parts("embedded")), Pipeline(load_parts("embedded", mesh=mesh))
+    alone, pipe = Pipeline(load_model("embedded")), Pipeline(load_model("embedded", mesh=mesh))
     frames = np.random.default_rng(0).integers(0, 255, (9, 96, 80, 3), dtype=np.uint8)
     latents = alone.encode(frames)
     before = mesh.counted.bytes

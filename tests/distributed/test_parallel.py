@@ -18,7 +18,8 @@ from fastvid.distributed.layout import Asked, every, layouts_for, parse
 from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.engine.events import Frames, Step
 from fastvid.errors import InvalidRequest
-from fastvid.pipeline.load import load_parts
+from fastvid.models.loaded import LoadOptions
+from fastvid.pipeline.load import load_model
 from fastvid.pipeline.pipeline import Pipeline
 
 PROMPT = "a red circle moving right on a white background"
@@ -31,10 +32,10 @@ def off(a: np.ndarray, b: np.ndarray) -> int:
 
 def requests(mesh: Mesh) -> None:
     """The embedded model; every verb that lays out known and free frames in its own way."""
-    alone = Pipeline(load_parts("embedded"))
+    alone = Pipeline(load_model("embedded"))
     true = alone.generate(PROMPT, **SHORT)
     for layout in [None, *every(mesh.size, 4, True)]:
-        pipe = Pipeline(load_parts("embedded", mesh=mesh, layout=layout))
+        pipe = Pipeline(load_model("embedded", LoadOptions(layout=layout), mesh))
         plan = pipe.plan(PROMPT, **SHORT)
         assert plan.parallel == str(layout or plan.parallel) and plan.parallel
         made = pipe.generate(PROMPT, **SHORT)
@@ -154,18 +155,18 @@ def other_models(mesh: Mesh, folder: str) -> None:
     frames as channels, by text and picture."""
     from test_rollouts import LONGLIVE, NEGATIVE, SHOTS, SIZE, SMALL, picture, with_recipe
 
-    causal = with_recipe(Pipeline(load_parts(f"{folder}/causal")), LONGLIVE, rollout=SMALL)
-    image = Pipeline(load_parts(f"{folder}/i2v"))
+    causal = with_recipe(Pipeline(load_model(f"{folder}/causal")), LONGLIVE, rollout=SMALL)
+    image = Pipeline(load_model(f"{folder}/i2v"))
     for scale in (1.0, 2.0):
         given = {"guidance_scale": scale, "negative_prompt": NEGATIVE, "seed": 2}
         true = causal.storyboard(SHOTS, **given, **SIZE)
         shown = image.generate("a red circle", image=picture(), num_frames=9, num_inference_steps=3, **given, **SIZE)
         for layout in every(mesh.size, 2, scale != 1):
-            parts = replace(causal._model, mesh=mesh, layout=layout)
+            parts = replace(causal._model, mesh=mesh, options=LoadOptions(layout=layout))
             made = Pipeline(parts).storyboard(SHOTS, **given, **SIZE)
             assert relative(made.latents, true.latents) < 1e-4 and off(made.frames, true.frames) <= 1, layout
             goes_on(mesh, Pipeline(parts), f"{folder}/{scale}-{layout}", made, SHOTS, {**given, **SIZE})
-            pipe = Pipeline(replace(image._model, mesh=mesh, layout=layout))
+            pipe = Pipeline(replace(image._model, mesh=mesh, options=LoadOptions(layout=layout)))
             made = pipe.generate("a red circle", image=picture(), num_frames=9, num_inference_steps=3, **given, **SIZE)
             assert relative(made.latents, shown.latents) < 1e-4 and off(made.frames, shown.frames) <= 1, layout
 
@@ -196,7 +197,7 @@ def test_other_models(size: int, tmp_path: Path) -> None:
 
 def interrupted(mesh: Mesh, folder: str) -> None:
     """A request that goes on from its checkpoint on as many ranks; one of them writes it."""
-    pipe = Pipeline(load_parts("embedded", mesh=mesh))
+    pipe = Pipeline(load_model("embedded", mesh=mesh))
     true = pipe.generate(PROMPT, **SHORT)
     stream = pipe.stream(PROMPT, **SHORT, checkpoint=folder, checkpoint_every=0)
     for event in stream:
@@ -219,9 +220,9 @@ def on_one_gpu(mesh: Mesh) -> None:
     """Ranks that share a GPU, their messages through host memory: the device's code is that of many GPUs."""
     mesh = Mesh.of_group(device="cuda")
     assert mesh.staged
-    alone = Pipeline(load_parts("embedded", device="cuda", dtype="float32")).generate(PROMPT, **SHORT)
+    alone = Pipeline(load_model("embedded", LoadOptions("cuda", "float32"))).generate(PROMPT, **SHORT)
     for layout in every(mesh.size, 4, True):
-        made = Pipeline(load_parts("embedded", device="cuda", dtype="float32", mesh=mesh, layout=layout))
+        made = Pipeline(load_model("embedded", LoadOptions("cuda", "float32", layout=layout), mesh))
         assert off(made.generate(PROMPT, **SHORT).frames, alone.frames) <= 1, layout
 
 

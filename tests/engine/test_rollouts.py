@@ -432,6 +432,11 @@ def test_a_cache_in_bf16(folder, monkeypatch):
     half._model.transformer.float()
     half._model.text_encoder.float()
     exact = explicit(
-        with_recipe(fastvid.Pipeline(replace(half._model, dtype=torch.float32)), SELF_FORCING), blocks, seed=1
+        with_recipe(
+            fastvid.Pipeline(replace(half._model, placement=replace(half._model.placement, dtype=torch.float32))),
+            SELF_FORCING,
+        ),
+        blocks,
+        seed=1,
     )
     assert 0 < error(video.latents, exact) <= 2 * error(dense, exact) < 0.5

@@ -23,8 +23,8 @@ from fastvid.distributed.links import ASSUMED, FOUND, SAID, Links, card_of, find
 from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.engine.events import Plan, Step
 from fastvid.errors import InvalidRequest, OutOfMemory
-from fastvid.models.loaded import Model
-from fastvid.pipeline.load import load_parts, outline
+from fastvid.models.loaded import LoadOptions, Model
+from fastvid.pipeline.load import load_model, outline
 from fastvid.pipeline.pipeline import Pipeline
 from fastvid.pipeline.prepare import plan_of
 from fastvid.planning.layout import work_of
@@ -210,7 +210,7 @@ def test_memory_decides() -> None:
 
 def same_everywhere(mesh: Mesh) -> None:
     """Ranks that have other memory free, see other links, or would predict otherwise, still take the same layout."""
-    parts = replace(outline("wan2.1-t2v-14b", free=80 * GIB, **BLOCKS), mesh=mesh)
+    parts = replace(outline("wan2.1-t2v-14b", LoadOptions(**BLOCKS), free=80 * GIB), mesh=mesh)
 
     def taken(parts: Model, free: int) -> Plan:
         plan = plan_of(parts, "a", free=free, **LARGE)
@@ -222,7 +222,7 @@ def same_everywhere(mesh: Mesh) -> None:
     # One rank has too little for that.
     alone = replace(parts, mesh=Mesh(size=mesh.size))
     split, shared = (
-        plan_of(replace(alone, layout=layout), "a", free=80 * GIB, **LARGE).bytes_device
+        plan_of(replace(alone, options=LoadOptions(layout=layout)), "a", free=80 * GIB, **LARGE).bytes_device
         for layout in (Layout(2), Layout(1, 2))
     )
     assert shared < split
@@ -246,7 +246,7 @@ def test_ranks_take_the_same() -> None:
 
 def kept(mesh: Mesh, folder: str) -> None:
     """A request goes on in the layout in which it began, whatever another one would get now."""
-    pipe, given = Pipeline(load_parts("embedded", mesh=mesh)), {"num_frames": 5, "num_inference_steps": 2, "seed": 1}
+    pipe, given = Pipeline(load_model("embedded", mesh=mesh)), {"num_frames": 5, "num_inference_steps": 2, "seed": 1}
     with mock.patch("fastvid.distributed.cost_model.ranked", lambda *given: ranked(*given)[::-1]):
         stream = pipe.stream("a", **given, checkpoint=folder, checkpoint_every=0)
         began = next(stream).plan.parallel

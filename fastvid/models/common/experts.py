@@ -1,7 +1,7 @@
 """The denoisers of a model, one or two, and which of them a noise level belongs to.
 
 Wan 2.2 A14B has one transformer for high noise and one for low. Only the one in use has to be on the device: see
-`fastvid.device.offload` for how they take turns.
+`fastvid.device.offload` for how they are swapped.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
+from torch import nn
+
 from fastvid.device.offload import Resident, Swapped
-from fastvid.models.wan.transformer import WanTransformer
 from fastvid.sampling.sigmas import TRAIN_TIMESTEPS
 
 
@@ -18,16 +19,16 @@ class Experts:
     """One transformer, or two: high noise first.
 
     boundary_ratio: the first is used at timesteps from boundary_ratio * 1000 on, the second below (Wan2.2
-    `wan/text2video.py`; diffusers' WanPipeline). None for one transformer. turns: how they come to the device; without
-    it they stay where they are.
+    `wan/text2video.py`; diffusers' WanPipeline). None for one transformer. residency: how they come to the device;
+    without it they stay where they are.
     """
 
     def __init__(
-        self, modules: Sequence[WanTransformer], boundary_ratio: float | None, turns: Resident | Swapped | None = None
+        self, modules: Sequence[nn.Module], boundary_ratio: float | None, residency: Resident | Swapped | None = None
     ) -> None:
         if len(modules) > 1 and boundary_ratio is None:
             raise ValueError("two experts need a boundary_ratio")
-        self.modules, self.turns = tuple(modules), turns or Resident(modules)
+        self.modules, self.residency = tuple(modules), residency or Resident(modules)
         self.boundary = boundary_ratio * TRAIN_TIMESTEPS if boundary_ratio is not None and len(modules) > 1 else None
 
     def __len__(self) -> int:
@@ -37,6 +38,6 @@ class Experts:
         """Which one a timestep (0..1000, as the model is told it) belongs to."""
         return int(self.boundary is not None and timestep < self.boundary)
 
-    def use(self, number: int) -> AbstractContextManager[WanTransformer]:
+    def use(self, number: int) -> AbstractContextManager[nn.Module]:
         """One of them, on the device until the block ends."""
-        return self.turns.use(number)
+        return self.residency.use(number)
