@@ -109,9 +109,9 @@ def beside(name: str, given: tuple[Any, ...], moved: int, device: torch.device) 
 
 def sweep(name: str, given: tuple[Any, ...], moved: int) -> list[Case]:
     """The kernel with what CONFIGS has, then with other numbers of warps and no limit to its registers."""
-    from fastvid.kernels import qk_norm_rope, row_norms
+    from fastvid.kernels import row_norms
 
-    configured = (qk_norm_rope if "rope" in name else row_norms).CONFIGS
+    configured = row_norms.CONFIGS
     before, function = dict(configured), transformer.BACKENDS[name]["triton"]
 
     def run(configs: dict[tuple[int, int], dict[str, int]]) -> None:

@@ -62,21 +62,14 @@ class Resources:
 
 def compile_ahead(variant: Variant, arch: int) -> Resources:
     """Compile for sm_<arch>. Raises what Triton raises."""
-    compiled = _compiled(variant, arch)
-    registers, spilled = _usage(compiled.asm["cubin"])
-    units = tuple(name for name, pattern in UNITS.items() if re.search(pattern, compiled.asm["ptx"]))
-    return Resources(registers, spilled, compiled.metadata.shared, units)
+    made = compiled(variant, arch)
+    registers, spilled = _usage(made.asm["cubin"])
+    units = tuple(name for name, pattern in UNITS.items() if re.search(pattern, made.asm["ptx"]))
+    return Resources(registers, spilled, made.metadata.shared, units)
 
 
-def machine_code(variant: Variant, arch: int) -> str:
-    """What a variant is for sm_<arch>, as nvdisasm writes it: one instruction a line. Raises what Triton raises."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(_compiled(variant, arch).asm["cubin"])
-        file.flush()
-        return subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
-
-
-def _compiled(variant: Variant, arch: int) -> Any:
+def compiled(variant: Variant, arch: int) -> Any:
+    """What Triton compiles a variant to for sm_<arch>. Raises what Triton raises."""
     names = variant.kernel.arg_names
     if set(names) != {*variant.types, *variant.constants}:
         raise ValueError(f"{variant.name}: types and constants do not name the arguments {names}")
@@ -92,7 +85,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
+        command = [tool("cuobjdump"), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
@@ -101,8 +94,8 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 @functools.cache
-def _tool(name: str) -> str:
-    """Triton's own, which its wheel brings."""
+def tool(name: str) -> str:
+    """The path of a CUDA tool that Triton's wheel contains."""
     import triton.backends.nvidia
 
     return str(Path(triton.backends.nvidia.__file__).with_name("bin") / name)

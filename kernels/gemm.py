@@ -1,4 +1,4 @@
-"""What the kernels around a matrix product share: the order of tiles, GELU, what a GPU is."""
+"""What kernels share: the order of tiles of a matrix product, GELU, the architecture of a device, checks of types."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @triton.jit
 def tile_at(number, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(row, column) of a tile: GROUP_M rows of tiles are gone through column by column, so that what neighbours in
-    time read is still in the L2 cache."""
+    """(row, column) of a tile. GROUP_M rows of tiles are visited column by column, so that consecutive programs find what
+    they read in the L2 cache."""
     group = number // (GROUP_M * tiles_n)
     first = group * GROUP_M
     rows = tl.minimum(tiles_m - first, GROUP_M)
@@ -30,7 +30,7 @@ def gelu_tanh(x):
 
 
 def architecture(device: torch.device) -> int:
-    """80, 90 or 100: the architecture whose matrix units a device has. Those of 12.x are of the kind of 8.x."""
+    """80, 90 or 100: the architecture whose matrix units a device has (12.x has those of 8.x)."""
     if device.type != "cuda":  # Triton's interpreter
         return 80
     major = torch.cuda.get_device_capability(device)[0]
@@ -45,6 +45,13 @@ def processors(device: torch.device) -> int:
 def describe(*tensors: Tensor | None) -> str:
     """Shapes and types of tensors, for messages."""
     return ", ".join("None" if x is None else f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in tensors)
+
+
+def check_types(*tensors: Tensor | None) -> None:
+    """Raises ValueError unless all are in fp32, fp16 or bf16 on one device. fastvid.ops has checked the shapes."""
+    given = [x for x in tensors if x is not None]
+    if any(x.dtype not in DTYPES for x in given) or len({x.device for x in given}) > 1:
+        raise ValueError(f"tensors in fp32, fp16 or bf16 on one device are needed, not {describe(*given)}")
 
 
 def power_of_2_parts(size: int, least: int = 16) -> tuple[int, int]:

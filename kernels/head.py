@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
-from fastvid.kernels.gemm import DTYPES, architecture, describe, power_of_2_parts
+from fastvid.kernels.gemm import architecture, check_types, describe, power_of_2_parts
 
 
 @dataclass(frozen=True)
@@ -299,12 +299,12 @@ def head(
 
     shift, scale: [K, d]; index: [B, G], the row of each group of N // G tokens. weight [pt ph pw C, d], contiguous, of
     x's type; bias [pt ph pw C]. Rows of x, shift and scale are contiguous, with any strides between them.
-    grid: tokens along t, h, w. config: chosen when None. Raises ValueError for what does not fit together.
+    grid: tokens along t, h, w. config: chosen when None. Raises ValueError for types and strides that it does not take.
     """
-    channels = _check(x, shift, scale, index, weight, bias, grid, patch, out)
+    _check_layout(x, shift, scale, index, weight, bias)
     if out.numel() == 0:
         return
-    B, N, d = x.shape
+    (B, N, d), channels = x.shape, out.shape[1]
     groups = 1 if len(shift) == 1 else index.shape[1]
     shared = x.dtype != torch.float32 and (groups == 1 or N // groups >= LEAST_GROUP)
     config = config or choose(architecture(x.device), x.dtype, shared, len(weight))
@@ -333,48 +333,15 @@ def choose(arch: int, dtype: torch.dtype, shared: bool, P: int) -> Config:
     return CONFIGS[arch, ("groups wide" if P > WIDE else "groups") if shared else "tokens"]
 
 
-def _check(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    grid: tuple[int, int, int],
-    patch: tuple[int, int, int],
-    out: Tensor,
-) -> int:
-    """The channels of the latents. Raises ValueError unless everything fits."""
-    given = (x, shift, scale, weight, bias, out)
-    (t, h, w), (pt, ph, pw) = grid, patch
-    cells = pt * ph * pw
-    if x.ndim != 3 or x.shape[1] != t * h * w or x.stride(2) != 1 or any(one.dtype not in DTYPES for one in given):
-        raise ValueError(
-            f"x [B, {t * h * w}, d] with contiguous rows is needed for the grid {grid}, all in fp32, fp16 or bf16, "
-            f"not {describe(*given)}"
-        )
-    B, N, d = x.shape
-    if shift.ndim != 2 or shift.shape != scale.shape or shift.shape[1] != d or shift.stride(1) != 1:
-        raise ValueError(f"shift and scale must be [K, {d}] with contiguous rows, not {describe(shift, scale)}")
-    if scale.stride(1) != 1 or shift.shape[0] == 0:
-        raise ValueError(f"scale must have rows, and contiguous ones; it has strides {scale.stride()}")
-    if index.ndim != 2 or index.shape[0] != B or index.shape[1] == 0 or N % index.shape[1]:
-        raise ValueError(f"index must be [{B}, G] with G a divisor of {N}, not {describe(index)}")
-    if index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"index must hold int32 or int64, not {index.dtype}")
-    P = weight.shape[0]
-    if weight.shape != (P, d) or not weight.is_contiguous() or P % cells or weight.dtype != x.dtype:
-        raise ValueError(
-            f"weight must be contiguous {x.dtype} [n * {cells}, {d}] for patches {patch}, not {describe(weight)}"
-        )
-    if bias.shape != (P,) or bias.stride(0) != 1:
-        raise ValueError(f"bias must be contiguous [{P}], not {describe(bias)}")
-    size = (B, P // cells, t * pt, h * ph, w * pw)
-    if out.shape != size:
-        raise ValueError(f"out must be {size}, not {describe(out)}")
-    if len({one.device for one in (*given, index)}) > 1:
-        raise ValueError(f"everything must be on one device, not {describe(*given, index)}")
-    return P // cells
+def _check_layout(x: Tensor, shift: Tensor, scale: Tensor, index: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raises ValueError for types and strides that the kernels do not take."""
+    check_types(x, shift, scale, weight, bias)
+    if x.stride(2) != 1 or shift.stride(1) != 1 or scale.stride(1) != 1:
+        raise ValueError(f"x, shift and scale must have contiguous rows, not {describe(x, shift, scale)}")
+    if index.dtype not in (torch.int32, torch.int64) or index.device != x.device:
+        raise ValueError(f"index must hold int32 or int64 on {x.device}, not {describe(index)}")
+    if not weight.is_contiguous() or weight.dtype != x.dtype or bias.stride(0) != 1:
+        raise ValueError(f"weight, {x.dtype} as x, and bias must be contiguous, not {describe(weight, bias)}")
 
 
 def variants() -> list[Variant]:

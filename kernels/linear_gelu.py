@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvid.kernels.ahead import Variant
-from fastvid.kernels.gemm import DTYPES, architecture, describe, gelu_tanh, processors, tile_at
+from fastvid.kernels.gemm import architecture, check_types, describe, gelu_tanh, processors, tile_at
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,12 @@ def linear(
     """Write x [M, K] @ weight [N, K]^T + bias [N], through GELU if `gelu`, into out [M, N], whose rows are contiguous.
 
     x, weight and out are of one type, x and weight of any strides. config: chosen when None.
-    Raises ValueError for what does not fit together.
+    Raises ValueError for types and strides that it does not take.
     """
-    (M, K), N = _sizes(x, weight, bias, out)
+    check_types(x, weight, bias)
+    if bias is not None and bias.stride(0) != 1:
+        raise ValueError(f"bias must be contiguous, not {describe(bias)} with strides {bias.stride()}")
+    (M, K), N = x.shape, len(weight)
     if out.numel() == 0:
         return
     described = all(_described(tensor) for tensor in (x, weight, out)) and K > 0
@@ -206,23 +209,6 @@ def _described(tensor: Tensor) -> bool:
     """Whether a tensor descriptor takes a matrix: contiguous rows that start on 16 bytes."""
     size = tensor.element_size()
     return tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0 and tensor.stride(0) * size % 16 == 0
-
-
-def _sizes(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[tuple[int, int], int]:
-    """(M, K), N. Raises ValueError unless everything fits."""
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype not in DTYPES:
-        raise ValueError(f"x [M, K] and weight [N, K] in fp32, fp16 or bf16 are needed, not {describe(x, weight)}")
-    N = weight.shape[0]
-    if bias is not None and (bias.shape != (N,) or bias.stride(0) != 1):
-        raise ValueError(f"bias must be contiguous [{N}], not {describe(bias)} with strides {bias.stride()}")
-    if out.shape != (x.shape[0], N) or out.stride(1) != 1 or not x.dtype == weight.dtype == out.dtype:
-        raise ValueError(
-            f"out must be [{x.shape[0]}, {N}] with contiguous rows, of the type of x and weight; given are "
-            f"{describe(x, weight, out)}"
-        )
-    if len({t.device for t in (x, weight, out, bias) if t is not None}) > 1:
-        raise ValueError(f"everything must be on one device, not {describe(x, weight, bias, out)}")
-    return (x.shape[0], x.shape[1]), N
 
 
 def variants() -> list[Variant]:

@@ -4,7 +4,7 @@
 
 A product of [B N, K] with [K, d], K = (C + C2) pt ph pw, whose first matrix is never in memory: a program gathers the
 patches of BLOCK_M tokens once, from latents and known ones behind them, keeps them on chip, and goes through the tiles
-of d. Neighbouring lanes take neighbouring tokens, hence pixels that lie side by side. K is cut into two powers of 2
+of d. Neighboring lanes take neighboring tokens, hence pixels that lie side by side. K is cut into two powers of 2
 (144 = 128 + 16), so that little of the matrix units' work is on padding. What is made is far more than what is read:
 the time is that of writing out.
 
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
-from fastvid.kernels.gemm import DTYPES, architecture, describe, power_of_2_parts, processors
+from fastvid.kernels.gemm import architecture, check_types, describe, power_of_2_parts, processors
 
 
 @dataclass(frozen=True)
@@ -219,9 +219,11 @@ def patch_embed(
     """Write the tokens of latents [B, C, T, H, W] and known [B, C2, T, H, W], behind them in channels, of any strides
     and types, into out [B, N, d], contiguous, of the type of weight [d, C + C2, pt, ph, pw], contiguous.
 
-    config: chosen when None. Raises ValueError for what does not fit together.
+    config: chosen when None. Raises ValueError for types and strides that it does not take.
     """
-    _check(latents, weight, bias, known, out)
+    check_types(latents, weight, bias, known)
+    if not weight.is_contiguous() or (bias is not None and bias.stride(0) != 1):
+        raise ValueError(f"weight and bias must be contiguous, not {describe(weight, bias)}")
     if out.numel() == 0:
         return
     B, C, T, H, W = latents.shape
@@ -242,39 +244,6 @@ def patch_embed(
             tiles_each, *strides, pt, ph, pw, k1, k2, block_k, config.block_m, config.block_n, num_warps=config.warps,
             num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
-
-
-def _check(latents: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor | None, out: Tensor) -> None:
-    """Raise ValueError unless everything fits."""
-    given = [tensor for tensor in (latents, weight, bias, known, out) if tensor is not None]
-    if latents.ndim != 5 or weight.ndim != 5 or any(tensor.dtype not in DTYPES for tensor in given):
-        raise ValueError(
-            "latents [B, C, T, H, W] and weight [d, C, pt, ph, pw] in fp32, fp16 or bf16 are needed, not "
-            f"{describe(latents, weight, bias, known)}"
-        )
-    behind = 0
-    if known is not None:
-        if known.ndim != 5 or (known.shape[0], *known.shape[2:]) != (latents.shape[0], *latents.shape[2:]):
-            raise ValueError(f"known must be [B, C2, T, H, W] beside the latents, not {describe(latents, known)}")
-        behind = known.shape[1]
-    patch = weight.shape[2:]
-    if latents.shape[1] + behind != weight.shape[1] or any(
-        n % p for n, p in zip(latents.shape[2:], patch, strict=True)
-    ):
-        raise ValueError(
-            f"latents {tuple(latents.shape)} and {behind} known channels do not divide into patches of "
-            f"{tuple(weight.shape[1:])}"
-        )
-    if not weight.is_contiguous() or (bias is not None and (bias.shape != weight.shape[:1] or bias.stride(0) != 1)):
-        raise ValueError(f"weight and bias [{weight.shape[0]}] must be contiguous, not {describe(weight, bias)}")
-    tokens = 1
-    for n, p in zip(latents.shape[2:], patch, strict=True):
-        tokens *= n // p
-    size = (latents.shape[0], tokens, weight.shape[0])
-    if out.shape != size or out.dtype != weight.dtype or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous {weight.dtype} {size}, not {describe(out)}")
-    if len({tensor.device for tensor in given}) > 1:
-        raise ValueError(f"everything must be on one device, not {describe(*given)}")
 
 
 def variants() -> list[Variant]:

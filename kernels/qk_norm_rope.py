@@ -19,24 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
-from fastvid.kernels.row_norms import DTYPES, INDEX_DTYPES, MAX_WIDTH, MIN_TAIL, architecture, check_tensor, pieces
-
-# (architecture, widest row) -> how the kernel is launched; as in row_norms.py, and not tuned on a GPU yet either.
-CONFIGS = {
-    (arch, width): options
-    for arch in (80, 90, 100)
-    for width, options in (
-        (2048, {"num_warps": 2, "maxnreg": 128}),
-        (8192, {"num_warps": 4}),
-        (MAX_WIDTH, {"num_warps": 8}),
-    )
-}
-
-
-def choose(arch: int, width: int) -> dict[str, int]:
-    """The options for rows of a width on sm_<arch>, or what the newest known architecture before it takes."""
-    known = max((a for a, _ in CONFIGS if a <= arch), default=80)
-    return CONFIGS[known, min(w for a, w in CONFIGS if a == known and w >= width)]
+from fastvid.kernels.row_norms import (
+    DTYPES,
+    INDEX_DTYPES,
+    MAX_WIDTH,
+    MIN_TAIL,
+    architecture,
+    check_tensor,
+    choose,
+    main_and_tail,
+)
 
 
 @triton.jit
@@ -152,7 +144,7 @@ def qk_norm_rope_kernel(
 def _blocks(heads: int, head_dim: int) -> dict[str, int]:
     """The constants that follow from the sizes."""
     block = triton.next_power_of_2(head_dim)
-    main, tail = pieces(heads, max(1, MIN_TAIL // block))
+    main, tail = main_and_tail(heads, max(1, MIN_TAIL // block))
     ragged = (main + tail, block) != (heads, head_dim)
     return {"H": heads, "D": head_dim, "D_BLOCK": block, "MAIN": main, "TAIL": tail, "RAGGED": ragged}
 

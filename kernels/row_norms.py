@@ -2,10 +2,10 @@
 
     s   = x                  or  x + y  or  x + y * gate, rounded to the type it is written in: the new residual stream
     out = (s - mean(s)) / sqrt(var(s) + eps) * w + b      layer norm
-    out = s / sqrt(mean(s^2) + eps) * w                   RMS norm (not CENTRED)
+    out = s / sqrt(mean(s^2) + eps) * w                   RMS norm (not CENTERED)
 
 w, b are weight and bias [d], or 1 + scale and shift: rows of tables [K, d] in fp32, one for each group of tokens, as
-gate is. x, y [B, N, d]; index [B, G] says which row of the tables a group of N // G neighbouring tokens takes.
+gate is. x, y [B, N, d]; index [B, G] says which row of the tables a group of N // G neighboring tokens takes.
 
 A program holds one row in registers, in two pieces of MAIN and TAIL columns: every width that models have (1536, 3072,
 5120) is a sum of two powers of two, so that no lane idles and nothing is masked. Several rows a program would share
@@ -30,7 +30,7 @@ MAX_WIDTH = 16384
 MIN_TAIL = 256  # columns that the 32 lanes of a warp take in accesses of 16 bytes
 
 
-# (architecture, widest row) -> how the kernel is launched. Up to 48 values a thread at 6144 columns, in accesses of 16
+# (architecture, widest row) -> how this kernel and that of qk_norm_rope.py are launched. Up to 48 values a thread at 6144 columns, in accesses of 16
 # bytes; without a limit the compiler stays just below 64 or 80 registers in narrow rows, at the price of spilling two.
 # Chosen by what the compiler makes of them; not tuned on a GPU yet.
 CONFIGS = {
@@ -50,7 +50,7 @@ def choose(arch: int, width: int) -> dict[str, int]:
     return CONFIGS[known, min(w for a, w in CONFIGS if a == known and w >= width)]
 
 
-def pieces(size: int, least: int) -> tuple[int, int]:
+def main_and_tail(size: int, least: int) -> tuple[int, int]:
     """(main, tail): powers of two that hold size together, with little to spare; tail is 0, or at least `least`."""
     whole = triton.next_power_of_2(size)
     main = whole // 2
@@ -127,7 +127,7 @@ def row_norm_kernel(
     index_batch,
     index_group,
     eps,
-    CENTRED: tl.constexpr,
+    CENTERED: tl.constexpr,
     ONE: tl.constexpr,
     MASKED: tl.constexpr,
     MAIN: tl.constexpr,
@@ -154,7 +154,7 @@ def row_norm_kernel(
         t = _stream(x_ptr, y_ptr, gate_ptr, sum_ptr, tail, width, MASKED)
     if out_ptr is not None:
         out_ptr += batch * out_batch + token * out_row
-        if CENTRED:
+        if CENTERED:
             mean = tl.div_rn(tl.sum(_folded(s, t, TAIL), 0), width + 0.0)
             s = tl.where(main < width, s - mean, 0.0) if MASKED_MAIN else s - mean
             if TAIL:
@@ -189,7 +189,7 @@ def variants() -> list[Variant]:
 
 def _variant(norm: str, width: int, dtype: str) -> Variant:
     modulated, absent = "modulated" in norm, ABSENT[norm]
-    main, tail = pieces(width, MIN_TAIL)
+    main, tail = main_and_tail(width, MIN_TAIL)
     pointers = dict.fromkeys(("x_ptr", "y_ptr", "sum_ptr", "out_ptr"), f"*{dtype}") | {"gate_ptr": "*fp32"}
     pointers |= dict.fromkeys(("weight_ptr", "bias_ptr"), "*fp32" if modulated else f"*{dtype}")
     pointers = {name: kind for name, kind in pointers.items() if name not in absent}
@@ -198,7 +198,7 @@ def _variant(norm: str, width: int, dtype: str) -> Variant:
     types = (
         pointers | dict.fromkeys((*strides, "width", "tokens", "group_size", "index_batch"), "i32") | {"eps": "fp32"}
     )
-    constants = {"CENTRED": "bias_ptr" not in absent, "ONE": modulated, "MASKED": width != main + tail}
+    constants = {"CENTERED": "bias_ptr" not in absent, "ONE": modulated, "MASKED": width != main + tail}
     return Variant(
         f"{norm} {width} {dtype}",
         row_norm_kernel,
@@ -235,7 +235,7 @@ def row_norm(
     B, N, d = x.shape
     if x.numel() == 0:
         return
-    main, tail = pieces(d, MIN_TAIL)
+    main, tail = main_and_tail(d, MIN_TAIL)
     rows = [s for t in (x, y, total, out) for s in ((0, 0) if t is None else t.stride()[:2])]
     tables = [0 if t is None or t.ndim == 1 else t.stride(0) for t in (gate, weight, bias)]
     groups = (0, 0) if index is None else index.stride()
@@ -244,7 +244,7 @@ def row_norm(
             *(x, y, gate, weight, bias, index, total, out),
             *(N, N if index is None else N // index.shape[1], d),
             *(*rows, *tables, *groups, eps),
-            CENTRED=bias is not None,
+            CENTERED=bias is not None,
             ONE=modulated,
             MASKED=d != main + tail,
             MAIN=main,

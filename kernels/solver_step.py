@@ -13,8 +13,7 @@ chains of fused multiply-adds in one order, in fp32, that start at -0: a weight 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -22,10 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
-from fastvid.kernels.gemm import DTYPES, describe
+from fastvid.kernels.gemm import check_types
 
-# Tensors of history -> for each output the number of the input that it takes over where a column rests.
-KEEP: Mapping[int, tuple[int, ...]] = MappingProxyType({0: (0, 1), 1: (0, 2), 3: (0, 2, 3, 4)})
 BLOCK = 1024
 WARPS = 4
 
@@ -143,9 +140,9 @@ def solver_step(
     x, history: [B, C, T, H, W] of one type; cond, uncond: the same shape, of any type; all with planes [H, W] that are
     contiguous, any strides between them. table: fp32 [rows, T] on x's device, contiguous: a row of sigma, one that is 0
     where a column rests, and the weights [O, 2 + len(history), T]: O is 1 (the next x), or 2 for three tensors of
-    history (where the next step starts from). Raises ValueError for what does not fit together.
+    history (where the next step starts from). Raises ValueError for types that it does not take.
     """
-    _check(x, cond, uncond, table, history, outs)
+    check_types(x, cond, uncond, *history, table)
     if x.numel() == 0:
         return
     B, C, T, H, W = x.shape
@@ -159,34 +156,6 @@ def solver_step(
             *read, table, *outs, *missing, float(guidance_scale), C, T, H * W, *strides, len(history),
             BLOCK, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
-
-
-def _check(
-    x: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    table: Tensor,
-    history: Sequence[Tensor],
-    outs: Sequence[Tensor],
-) -> None:
-    """Raise ValueError unless everything fits."""
-    read = [one for one in (x, cond, uncond, *history) if one is not None]
-    if x.ndim != 5 or any(one.shape != x.shape or one.dtype not in DTYPES for one in read):
-        raise ValueError(f"latents [B, C, T, H, W] in fp32, fp16 or bf16 are needed, not {describe(*read)}")
-    H, W = x.shape[3:]
-    if any((W > 1 and one.stride(4) != 1) or (H > 1 and one.stride(3) != W) for one in read):
-        raise ValueError(f"planes [H, W] must be contiguous; strides are {[one.stride() for one in read]}")
-    if len(history) not in KEEP or any(one.dtype != x.dtype for one in history):
-        raise ValueError(f"history is 0, 1 or 3 tensors of {x.dtype}, not {len(history)}: {describe(*history)}")
-    rows = 2 + (2 + len(history)) * (2 if len(history) == 3 else 1)
-    if table.shape != (rows, x.shape[2]) or table.dtype != torch.float32 or not table.is_contiguous():
-        raise ValueError(f"the table must be contiguous float32 [{rows}, {x.shape[2]}], not {describe(table)}")
-    if len(outs) != len(KEEP[len(history)]) or any(
-        one.shape != x.shape or one.dtype != x.dtype or not one.is_contiguous() for one in outs
-    ):
-        raise ValueError(f"{len(KEEP[len(history)])} contiguous outputs like x are needed, not {describe(*outs)}")
-    if len({one.device for one in (*read, table, *outs)}) > 1:
-        raise ValueError(f"everything must be on one device, not {describe(*read, table, *outs)}")
 
 
 def variants() -> list[Variant]:

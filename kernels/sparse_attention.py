@@ -211,7 +211,7 @@ def sparse_attention(
     config and tma: instead of what is chosen here, for benchmarks and tests.
     Raises ValueError for what the kernel does not take: see `check` and `check_lists`, which read no list's contents.
     """
-    check(q, k, v, out, lse, softmax_scale)
+    check(q, k, v, softmax_scale)
     check_lists(q, query_tiles, key_tiles, rows, indices, largest)
     if out.numel() == 0:
         return

@@ -27,9 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
-from fastvid.kernels.gemm import DTYPES, architecture, describe, power_of_2_parts
+from fastvid.kernels.gemm import architecture, check_types, describe, power_of_2_parts
 from fastvid.kernels.rgb import rgb_bytes
-from fastvid.kernels.vae_norm import MOST_PIXELS, normalised
+from fastvid.kernels.vae_norm import MOST_PIXELS, normalized
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def vae_conv_kernel(
             # Of a past frame that of the first one is read, and not used.
             here = scale_ptr + (tl.maximum(ti, 0) * H * W + j * W + k)
             scale = tl.load(here + scale_corner, mask=seen, other=0.0)
-            y = normalised(x.to(tl.float32), scale, gamma, True).to(dtype)
+            y = normalized(x.to(tl.float32), scale, gamma, True).to(dtype)
             x = y if past_ptr is None else tl.where(old, x, y)
         along = tap * C + c
         acc1 = tl.dot(x, _weights(w1_ptrs + along, cs < C, EVEN_C), acc1, input_precision="ieee")
@@ -229,16 +229,16 @@ def vae_conv_kernel(
 WIDTHS = (192, 160, 128, 96, 64, 48, 32)  # channels of the result that a program makes
 
 
-def choose(arch: int, dtype: torch.dtype, C: int, N: int, normalises: bool) -> Config:
+def choose(arch: int, dtype: torch.dtype, C: int, N: int, normalizes: bool) -> Config:
     """The config of a launch from C channels to N; none is measured yet: sizes are what compiles without spills and
-    fills the units. normalises: whether x is made as it is loaded, which takes registers.
+    fills the units. normalizes: whether x is made as it is loaded, which takes registers.
     """
     if dtype == torch.float32:  # no matrix unit
         return Config(64, _fitting(N, (64, 32, 16)), 16, 4, 3)
     width, block_k = _fitting(N, WIDTHS[2:] if arch == 80 else WIDTHS), _fitting(C, (64, 32, 16))
     if width == 32 or arch == 80:  # no width below 32: a tile of weights that is deeper than wide spills
         return Config(128, width, min(block_k, 32), 4 if width == 32 else 8, 3)
-    return Config(256 if width <= 96 else 128, width, block_k, 8, 3 if normalises else 4)
+    return Config(256 if width <= 96 else 128, width, block_k, 8, 3 if normalizes else 4)
 
 
 def _fitting(size: int, blocks: tuple[int, ...]) -> int:
@@ -262,11 +262,13 @@ def conv(
     into out [B, N, T', H', W'], whose channels are contiguous and whose size says what is made.
 
     weight [N, C, kt, kh, kw], contiguous in the order (N, kt, kh, kw, C), 4 N if doubled, 2 N if interleaved; bias of N
-    or 2 N. scale [B, T, H, W] in fp32 and gamma [C] where x is normalised as it is loaded, None where it is not.
-    past None: zeros. out in uint8: 8-bit values. config: chosen when None. Raises ValueError for what does not fit.
+    or 2 N. scale [B, T, H, W] in fp32 and gamma [C] where x is normalized as it is loaded, None where it is not.
+    past None: zeros. out in uint8: 8-bit values. config: chosen when None. Raises ValueError for what it
+    does not take.
     """
     step, halves, places = 1 + form.doubled, 1 + form.interleaved, 4 if form.doubled else 1
-    _check(x, past, scale, gamma, weight, bias, out, history, form)
+    check_types(x, past, scale, gamma, weight, bias)
+    _check_layout(x, weight, bias, out)
     if out.numel() == 0:
         return
     B, C, T, H, W = x.shape
@@ -305,58 +307,14 @@ def conv(
         )
 
 
-def _check(
-    x: Tensor,
-    past: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    history: int,
-    form: Form,
-) -> None:
-    """Raise ValueError unless everything fits."""
-    if x.ndim != 5 or weight.ndim != 5 or out.ndim != 5 or x.dtype not in DTYPES or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "x [B, C, T, H, W] and weight [N, C, kt, kh, kw] in fp32, fp16 or bf16 are needed, not "
-            f"{describe(x, weight)}"
-        )
-    B, C, T, H, W = x.shape
-    given = [tensor for tensor in (x, past, scale, gamma, weight, bias, out) if tensor is not None]
-    if len({tensor.device for tensor in given}) > 1 or any(
-        tensor.dtype != x.dtype for tensor in (past, weight, bias) if tensor is not None
-    ):
-        raise ValueError(f"everything must be on one device, past, weight and bias as x: {describe(*given)}")
+def _check_layout(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Raises ValueError for strides and sizes that the kernel does not take."""
     if not weight.permute(0, 2, 3, 4, 1).is_contiguous():
         raise ValueError(
             f"weight must be contiguous in the order (N, kt, kh, kw, C); its strides are {weight.stride()}"
         )
-    if past is not None and past.shape != (B, C, history, H, W):
-        raise ValueError(f"past must be {[B, C, history, H, W]}, not {describe(past)}")
-    if (scale is None) != (gamma is None):
-        raise ValueError("statistics and gamma go together")
-    if scale is not None and (
-        scale.shape != (B, T, H, W) or scale.dtype != torch.float32 or not scale.is_contiguous() or gamma.shape != (C,)
-    ):
-        raise ValueError(f"scale must be contiguous fp32 {[B, T, H, W]} and gamma [{C}], not {describe(scale, gamma)}")
-    _check_out(x, weight, bias, out, history, form)
-
-
-def _check_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, history: int, form: Form) -> None:
-    step, halves, channels = 1 + form.doubled, 1 + form.interleaved, out.shape[1]
-    N = weight.shape[0] // step**2
-    last = (out.shape[2] // halves - 1) * form.stride_t + weight.shape[2] - history
-    sizes = out.shape[0] == x.shape[0] and channels * halves * step**2 == weight.shape[0] and last <= x.shape[2]
-    whole = not (out.shape[2] % halves or out.shape[3] % step or out.shape[4] % step)
-    kind = out.dtype == x.dtype or (out.dtype == torch.uint8 and not form.add)
-    if not (sizes and whole and kind) or (out.stride(1) != 1 and channels > 1):
-        raise ValueError(
-            f"out [B, N, T', H', W'] of x's type or uint8, with contiguous channels, must fit {form}, a history of "
-            f"{history} frames, and {describe(x, weight)}; it is {describe(out)}, strides {out.stride()}"
-        )
-    if bias is not None and (bias.shape != (N,) or not bias.is_contiguous()):
-        raise ValueError(f"bias must be contiguous [{N}], not {describe(bias)}")
+    if (bias is not None and not bias.is_contiguous()) or (out.stride(1) != 1 and out.shape[1] > 1):
+        raise ValueError(f"bias and the channels of out must be contiguous: {describe(bias, out)}")
     if max(x.shape[3] * x.shape[4], out.shape[3] * out.shape[4]) > MOST_PIXELS:
         raise ValueError(f"frames of more than {MOST_PIXELS} pixels: {describe(x, out)}")
 

@@ -3,7 +3,7 @@
     scale[b, t, h, w] = sqrt(C / max(sum over c of x^2, 1e-24))        fp32, one a pixel
     out = x * scale * gamma, or SiLU of it                             of the frames from `first` on
 
-A convolution that normalises what it loads (vae_conv.py) needs the first alone, and of the second the last two frames:
+A convolution that normalizes what it loads (vae_conv.py) needs the first alone, and of the second the last two frames:
 what the next chunk looks back on. A program holds some pixels with all their channels, and reads them once.
 """
 
@@ -15,14 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
-from fastvid.kernels.gemm import DTYPES, describe
+from fastvid.kernels.gemm import check_types, describe
 
 TILE = 4096  # values that a program of 4 warps holds: 32 a thread
 MOST_PIXELS = 2**31 - 2**16  # of a frame: they are counted in 32 bits, to the end of a tile; offsets have 64
 
 
 @triton.jit
-def normalised(x, scale, gamma, SILU: tl.constexpr):
+def normalized(x, scale, gamma, SILU: tl.constexpr):
     """fp32 x [pixels, channels] by scale [pixels] and gamma [channels], then SiLU. All kernels round it as this one."""
     y = x * scale[:, None] * gamma[None, :]
     if SILU:
@@ -72,7 +72,7 @@ def vae_norm_kernel(
         gamma = tl.load(gamma_ptr + cs, mask=cs < C, other=0.0).to(tl.float32)
         out_ptr += b * stride_ob + (t - first) * stride_ot
         to = h * stride_oh + w * stride_ow
-        y = normalised(x, scale, gamma, SILU).to(out_ptr.dtype.element_ty)
+        y = normalized(x, scale, gamma, SILU).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + to[:, None] + cs[None, :], y, mask=mask)
 
 
@@ -82,9 +82,11 @@ def norm(
     """Write statistics of x [B, C, T, H, W] into scale [B, T, H, W], and the result of its last frames into out
     [B, C, n, H, W], n <= T. x of any strides; gamma [C] contiguous; scale contiguous, fp32; out's channels contiguous.
 
-    block: pixels a program, chosen when None. Raises ValueError for what does not fit together.
+    block: pixels a program, chosen when None. Raises ValueError for what it does not take.
     """
-    _check(x, gamma, scale, out)
+    check_types(x, gamma, scale, out)
+    if x.shape[3] * x.shape[4] > MOST_PIXELS or not gamma.is_contiguous():
+        raise ValueError(f"at most {MOST_PIXELS} pixels and a contiguous gamma are needed, not {describe(x, gamma)}")
     B, C, T, H, W = x.shape
     if x.numel() == 0 or (scale is None and out is None):
         return
@@ -100,26 +102,6 @@ def norm(
             BLOCK_C=block_c,
             enable_fp_fusion=True,
         )
-
-
-def _check(x: Tensor, gamma: Tensor, scale: Tensor | None, out: Tensor | None) -> None:
-    """Raise ValueError unless everything fits."""
-    given = [tensor for tensor in (x, gamma, scale, out) if tensor is not None]
-    if x.ndim != 5 or x.dtype not in DTYPES or x.shape[3] * x.shape[4] > MOST_PIXELS:
-        raise ValueError(f"x [B, C, T, H, W] in fp32, fp16 or bf16 is needed, not {describe(x)}")
-    B, C, T, H, W = x.shape
-    if gamma.shape != (C,) or not gamma.is_contiguous() or gamma.dtype not in DTYPES:
-        raise ValueError(f"gamma must be contiguous [{C}], not {describe(gamma)}")
-    if scale is not None and (scale.shape != (B, T, H, W) or scale.dtype != torch.float32 or not scale.is_contiguous()):
-        raise ValueError(f"scale must be contiguous fp32 {(B, T, H, W)}, not {describe(scale)}")
-    if out is not None:
-        same = (*out.shape[:2], *out.shape[3:]) == (B, C, H, W) and out.shape[2] <= T and out.dtype == x.dtype
-        if not same or (out.stride(1) != 1 and C > 1):
-            raise ValueError(
-                f"out must be {x.dtype} [{B}, {C}, up to {T}, {H}, {W}] with contiguous channels, not {describe(out)}"
-            )
-    if len({tensor.device for tensor in given}) > 1:
-        raise ValueError(f"everything must be on one device, not {describe(*given)}")
 
 
 def variants() -> list[Variant]:

@@ -72,7 +72,7 @@ def copied(to: Path) -> None:
     with (to / "tests/conftest.py").open("a") as conftest:  # a failure is not made smaller: it takes long
         conftest.write(
             "\nfrom hypothesis import Phase\n"
-            "settings.register_profile('mutated', settings.get_profile('fastvid'), phases=[Phase.generate])\n"
+            "settings.register_profile('mutated', settings.get_profile('thorough'), phases=[Phase.generate])\n"
             "settings.load_profile('mutated')\n"
         )
 

@@ -97,7 +97,8 @@ def _latents_of(
     """The result, not filled in. Raises ValueError for shapes that do not fit together."""
     fits = x.ndim == 3 and len(grid) == len(patch) == 3 and x.shape[1] == grid[0] * grid[1] * grid[2]
     fits = fits and shift.ndim == 2 and shift.shape == scale.shape and shift.shape[1] == x.shape[2]
-    fits = fits and index.ndim == 2 and index.shape[0] == x.shape[0] and x.shape[1] % max(index.shape[1], 1) == 0
+    fits = fits and len(shift) > 0 and index.ndim == 2 and index.shape[0] == x.shape[0] and index.shape[1] > 0
+    fits = fits and x.shape[1] % index.shape[1] == 0
     fits = fits and weight.ndim == 2 and weight.shape[1] == x.shape[2] and bias.shape == weight.shape[:1]
     if not fits or weight.shape[0] % (patch[0] * patch[1] * patch[2]):
         raise ValueError(

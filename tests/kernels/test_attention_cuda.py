@@ -14,7 +14,7 @@ import torch
 from attention_cases import HALVES, assert_edges_untouched, check, fake_blocks, make, on_gpu, poisoned, random_blocks
 from attention_host import addresses, attention_host, library, words
 from compiled_host import CXX
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def run(
 # The kernel, interpreted
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.slow
 @given(
     n=LENGTHS,
     m=LENGTHS,
@@ -71,7 +71,7 @@ def test_dense(
     check(q, k, v, run(q, k, v, scale=scale, grid=grid), scale)
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.slow
 @given(
     sizes=st.tuples(TILE_SIZES, TILE_SIZES),
     heads=st.sampled_from(((1, 1, 1), (1, 2, 1), (1, 2, 2), (2, 1, 1), (2, 1, 2), (2, 2, 4))),
@@ -98,6 +98,7 @@ def test_sparse(
     check(q, k, v, run(q, k, v, blocks, grid=grid), blocks=blocks)
 
 
+@pytest.mark.slow
 def test_patterns_of_a_video() -> None:
     pytest.importorskip("triton")
     grid, tile = (3, 6, 11), (2, 4, 4)
@@ -113,6 +114,7 @@ def test_patterns_of_a_video() -> None:
         check(q, k, v, run(q, k, v, blocks), blocks=blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_rings_go_round_many_times(head_dim: int) -> None:
     """Long keys, several works a block: each stage is filled again and again, in works of different lengths."""
@@ -162,7 +164,7 @@ def works(q: Tensor, k: Tensor, blocks: Blocks | None) -> list[tuple[int, int, r
     return made
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.slow
 @given(
     sizes=st.tuples(TILE_SIZES, TILE_SIZES),
     heads=st.sampled_from(((1, 1, 1), (2, 3, 1), (2, 3, 3), (2, 3, 6))),

@@ -23,7 +23,7 @@ from attention_cases import (
 from attention_eight_host import attention_eight_host, eights, quantize_host
 from attention_host import library
 from compiled_host import CXX
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -83,6 +83,7 @@ def check_eager(
 # To 8 bits
 
 
+@pytest.mark.slow
 def test_rounding_to_e4m3() -> None:
     """As torch rounds, for every 16-bit float, and back again."""
     lib = library()
@@ -113,7 +114,7 @@ def decode(x: Tensor, kind: str) -> Tensor:
     return x.view(torch.int8).float() if kind == "int8" else x.view(torch.float8_e4m3fn).float()
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.slow
 @given(
     n=LENGTHS,
     heads=st.sampled_from(((1, 1), (2, 3))),
@@ -177,7 +178,7 @@ def test_tiles_begin_at_blocks(kind: str) -> None:
 # The kernel, interpreted
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.slow
 @given(
     n=LENGTHS,
     m=LENGTHS,
@@ -206,7 +207,7 @@ def test_dense(
     check_eager(q, k, v, run(q, k, v, kind, scale=scale, grid=grid), kind, scale=scale)
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.slow
 @given(
     sizes=st.tuples(TILE_SIZES, TILE_SIZES),
     heads=st.sampled_from(((1, 1, 1), (1, 2, 1), (1, 2, 2), (2, 1, 1), (2, 1, 2), (2, 2, 4))),
@@ -233,6 +234,7 @@ def test_sparse(
     check_eager(q, k, v, run(q, k, v, kind, blocks, grid=grid), kind, blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_patterns_of_a_video(kind: str) -> None:
     pytest.importorskip("triton")
@@ -249,6 +251,7 @@ def test_patterns_of_a_video(kind: str) -> None:
         check_eager(q, k, v, run(q, k, v, kind, blocks), kind, blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rings_go_round_many_times(kind: str, head_dim: int) -> None:
@@ -282,6 +285,7 @@ def test_keys_with_a_common_part_lose_nothing(kind: str) -> None:
     assert (rough - exact).abs().max() > 5 * 8 * 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_of_very_different_size(kind: str) -> None:
     """Blocks of values 2^20 apart, and one of zeros: powers of two go into the weights and out again."""
@@ -294,6 +298,7 @@ def test_values_of_very_different_size(kind: str) -> None:
     assert not run(q, k, zeros, kind)[0].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_look_at_small_values_alone_are_as_good(kind: str) -> None:
     """Values of two tiles 2^60 apart: queries that list the small ones, and those whose weights are all there."""
@@ -324,6 +329,7 @@ def test_scores_far_apart(kind: str) -> None:
     check_eager(q, k, v, run(q, k, v, kind), kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_finite_shows(kind: str, bad: float) -> None:

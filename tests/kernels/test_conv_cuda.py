@@ -18,8 +18,8 @@ from compiled_host import CXX
 from conv_host import conv_host, library, norm_host, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_vae_kernels import exact_conv, exact_double, exact_downsample, exact_norm, exact_upsample
 from torch import Tensor
+from vae_cases import exact_conv, exact_double, exact_downsample, exact_norm, exact_upsample
 
 from fastvid.errors import BackendUnavailable
 from fastvid.ops import vae, vae_gpu, vae_kernels
@@ -93,6 +93,7 @@ def run_all(
     check(made, vae.rms_norm(x, gamma), exact_norm(x, gamma, False))
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(
     C=st.sampled_from((8, 24, 64, 72, 96)),
@@ -106,6 +107,7 @@ def test_all_operations(C: int, N: int, T: int, H: int, W: int, dtype: torch.dty
     run_all(HOST, C, N, T, H, W, dtype, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [96, 128, 192])
 @pytest.mark.parametrize("behind", [True, False])
 def test_every_width_and_strides(width: int, behind: bool) -> None:

@@ -39,6 +39,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return done.stdout + done.stderr, target
 
 
+@pytest.mark.slow
 def test_nothing_spills_and_no_product_is_serialised(compiled: tuple[str, Path]) -> None:
     told, _ = compiled
     spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", told)
@@ -51,6 +52,7 @@ def test_nothing_spills_and_no_product_is_serialised(compiled: tuple[str, Path])
         assert library().conv_stages(int(number)) >= 3
 
 
+@pytest.mark.slow
 def test_instructions(compiled: tuple[str, Path]) -> None:
     triton = pytest.importorskip("triton")
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -38,6 +38,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     return compile_once
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("file", cuda_resources.files())
 def test_kernels_take_what_is_recorded(file: str, compiled: Callable[[str], tuple[str, Path]]) -> None:
@@ -111,6 +112,7 @@ def count(lines: list[str], pattern: str) -> int:
     return sum(bool(re.search(pattern, line)) for line in lines)
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kind", ["BF16", "F16"])
@@ -129,6 +131,7 @@ def test_instructions_of_attention(head_dim: int, kind: str, code: dict[tuple[in
     assert count(lines, r"WARPGROUP\.DEPBAR") == 4
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
@@ -152,6 +155,7 @@ def test_instructions_of_8_bit_attention(
         assert count(lines, r"WARPGROUP\.DEPBAR") == 4
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_warpgroups_stay_within_their_registers(

@@ -15,29 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import run_interpreted
+from kernel_cases import NAN, apart, check, error, laid_out, random
 from torch import Tensor
 
 from fastvid.ops import reference, transformer
 
 HALVES = (torch.float32, torch.float16)
 DTYPES = (*HALVES, torch.bfloat16)
-NAN = float("nan")
 SIZES = st.sampled_from((1, 2, 13, 15, 16, 17, 31, 32, 33, 49))
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
-def error(made: Tensor, exact: Tensor) -> float:
-    return (torch.linalg.vector_norm(made.double() - exact) / torch.linalg.vector_norm(exact)).item()
-
-
-def check(made: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """At most twice the error of eager, or one rounding of the type."""
-    assert made.shape == exact.shape and bool(torch.isfinite(made).all())
-    floor = torch.finfo(made.dtype).eps / 2
-    assert error(made, exact) <= max(2 * error(eager, exact), floor), (error(made, exact), error(eager, exact))
 
 
 def doubles(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -153,7 +138,15 @@ def test_what_does_not_fit_is_refused() -> None:
     refused(embed, latents, weight, None, latents)
     refused(embed, latents[:, :2], weight, None, latents[:, 2:, :1])
     head, args = transformer.BACKENDS["head"]["triton"], make_head(2, (2, 3, 4), (1, 2, 2), 5, 11, 2)
-    for at, bad in ((0, args[0][:, 1:]), (1, args[1][:1]), (3, args[3][:1]), (4, args[4][1:]), (6, (2, 3)), (7, (7,))):
+    for at, bad in (
+        (0, args[0][:, 1:]),
+        (1, args[1][:1]),
+        (3, args[3][:1]),
+        (3, args[3][:, :0]),
+        (4, args[4][1:]),
+        (6, (2, 3)),
+        (7, (7,)),
+    ):
         refused(head, *args[:at], bad, *args[at + 1 :])
 
 
@@ -224,13 +217,6 @@ def test_linear_has_64_bit_offsets(which: str) -> None:
     torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
 
 
-def apart(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """fp16 of that shape in storage that the system provides only where it is touched."""
-    size = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
-    assert size > 2**31
-    return torch.empty(size, dtype=torch.float16).as_strided(shape, strides)
-
-
 @pytest.mark.interpret
 def test_linear_of_nothing_and_of_what_it_does_not_take() -> None:
     from fastvid.kernels.linear_gelu import Config, linear
@@ -238,12 +224,10 @@ def test_linear_of_nothing_and_of_what_it_does_not_take() -> None:
     x, weight = random(4, 8), random(6, 8, seed=1)
     assert transformer.linear_triton(x[:0], weight, None).shape == (0, 6)
     assert torch.equal(transformer.linear_triton(x[:, :0], weight[:, :0], random(6)), random(6).expand(4, 6))
-    with pytest.raises(ValueError, match=r"out must be \[4, 6\]"):
-        linear(x, weight, None, torch.empty(4, 7), False)
     with pytest.raises(ValueError, match="bias must be contiguous"):
         linear(x, weight, random(12)[::2], torch.empty(4, 6), False)
-    with pytest.raises(ValueError, match=r"x \[M, K\] and weight \[N, K\]"):
-        linear(x, weight[:, 1:], None, torch.empty(4, 6), False)
+    with pytest.raises(ValueError, match="fp32, fp16 or bf16"):
+        linear(x.double(), weight.double(), None, torch.empty(4, 6), False)
     with pytest.raises(ValueError, match="start on 16 bytes"):
         linear(x, weight, None, torch.empty(4, 6), False, Config(16, 16, 16, 4, 2, tma=True))
 
@@ -294,15 +278,6 @@ def test_patch_embed(
     check(out, reference.patch_embed(latents, weight, bias, known), exact_patch_embed(latents, weight, bias, known))
 
 
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """x, or something like it, in other strides."""
-    if layout == "channels last":
-        return x.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
-    if layout == "slice of frames":
-        return torch.cat((x, x), 2)[:, :, 1 : 1 + x.shape[2]]
-    return x[:, :, :1].expand_as(x) if layout == "expanded" else x
-
-
 @pytest.mark.interpret
 @pytest.mark.parametrize("which", ["latents", "known"])
 def test_patch_embed_has_64_bit_offsets(which: str) -> None:
@@ -328,14 +303,10 @@ def test_patch_embed_of_nothing_and_of_what_it_does_not_take() -> None:
 
     latents, weight = random(1, 4, 1, 2, 2), random(8, 4, 1, 2, 2)
     assert transformer.patch_embed_triton(latents[:0], weight, None).shape == (0, 1, 8)
-    with pytest.raises(ValueError, match="out must be contiguous"):
-        patch_embed(latents, weight, None, None, torch.empty(1, 2, 8))
     with pytest.raises(ValueError, match="must be contiguous"):
         patch_embed(latents, weight.transpose(3, 4), None, None, torch.empty(1, 1, 8))
     with pytest.raises(ValueError, match="fp32, fp16 or bf16"):
         patch_embed(latents.double(), weight, None, None, torch.empty(1, 1, 8))
-    with pytest.raises(ValueError, match="do not divide"):
-        patch_embed(latents, weight, None, latents, torch.empty(1, 1, 8))
 
 
 @pytest.mark.interpret
@@ -428,10 +399,8 @@ def test_head_of_nothing_and_of_what_it_does_not_take() -> None:
         ({"x": x.transpose(1, 2).contiguous().transpose(1, 2)}, "contiguous rows"),
         ({"scale": scale[:, :8].repeat(1, 5)[:, ::2]}, "contiguous"),
         ({"index": index.float()}, "int32 or int64"),
-        ({"index": index.expand(1, 3)}, "divisor"),
-        ({"weight": weight.half()}, "weight must be"),
-        ({"bias": bias[1:]}, "bias must be"),
-        ({"out": out[:, 1:]}, "out must be"),
+        ({"weight": weight.half()}, "weight, torch.float32 as x"),
+        ({"bias": bias.repeat(2)[::2]}, "bias must be contiguous"),
     ):
         given = dict(x=x, shift=shift, scale=scale, index=index, weight=weight, bias=bias, out=out) | bad
         with pytest.raises(ValueError, match=message):
@@ -448,6 +417,7 @@ def test_operators_of_torch() -> None:
     torch.library.opcheck(transformer.head_triton, (*make_head(1, (1, 2, 2), (1, 2, 2), 3, 20, 1), torch.float16))
 
 
+@pytest.mark.slow
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
 

@@ -39,5 +39,6 @@ def test_the_embedded_model() -> None:
 UNUSED = {"layer_norm", "rms_norm_rope", "to_rgb"}
 
 
+@pytest.mark.slow
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__)

@@ -183,6 +183,7 @@ def test_reference_of_queries_keys_and_values(N: int, H: int, D: int, ordered: b
 # The kernels, interpreted
 
 
+@pytest.mark.slow
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
 
@@ -190,9 +191,9 @@ def test_under_the_interpreter() -> None:
 @given(size=st.integers(1, 40000), least=st.sampled_from((1, 2, 16, 256)))
 def test_pieces_hold_what_they_have_to(size: int, least: int) -> None:
     pytest.importorskip("triton")
-    from fastvid.kernels.row_norms import pieces
+    from fastvid.kernels.row_norms import main_and_tail
 
-    main, tail = pieces(size, least)
+    main, tail = main_and_tail(size, least)
     assert main & (main - 1) == 0 and tail & (tail - 1) == 0 and (tail == 0 or main > tail >= least)
     assert size <= main + tail < 2 * max(size, least)
     assert tail == 0 or main < size
@@ -428,6 +429,7 @@ def test_results_that_do_not_fit_are_refused() -> None:
 # The kernels, compiled for architectures that are not here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["row_norms", "qk_norm_rope"])
 def test_rows_are_read_and_written_in_16_bytes(file: str) -> None:
     triton = pytest.importorskip("triton")

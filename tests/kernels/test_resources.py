@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +19,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import resources
 
-from fastvid.kernels.ahead import Resources, compile_ahead, machine_code
+from fastvid.kernels.ahead import Resources, Variant, compile_ahead, compiled, tool
 
 FILES = resources.files()
 
 
+def machine_code(variant: Variant, arch: int) -> str:
+    """What a variant is for sm_<arch>, as nvdisasm writes it: one instruction a line."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled(variant, arch).asm["cubin"])
+        file.flush()
+        return subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_take_what_is_recorded(file: str) -> None:
     try:
@@ -58,6 +69,7 @@ def test_a_variant_names_every_argument() -> None:
         compile_ahead(replace(variant, constants={}), 90)
 
 
+@pytest.mark.slow
 def test_bytes_are_rounded_by_an_addition_alone() -> None:
     """Frames become bytes by adding 1.5 * 2^23: with the product before it fused into that, others would come out."""
     to_bytes = [*FILES["rgb"], next(v for v in FILES["vae_conv"] if "rgb" in v.name)]

@@ -6,10 +6,7 @@ kernel in Triton's interpreter, in a child process; both are compiled for three 
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import run_interpreted
 from torch import Tensor
 
 from fastvid.ops import dispatch, rgb
@@ -238,22 +236,9 @@ def test_triton_as_an_operator_of_torch() -> None:
     assert rgb.triton(torch.empty(3, 0, 4, 4)).shape == (0, 4, 4, 3)
 
 
-@pytest.mark.interpret
-def test_triton_refuses_an_output_that_does_not_fit() -> None:
-    from fastvid.kernels.rgb import to_rgb
-
-    with pytest.raises(ValueError, match="out must be contiguous uint8"):
-        to_rgb(make_frames((2, 4, 8)), torch.empty(2, 4, 8, 4, dtype=torch.uint8))
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the child process")
+@pytest.mark.slow
 def test_under_the_interpreter() -> None:
-    """The tests above that are marked `interpret`, in a process in which Triton interprets."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "interpret", "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
-    assert re.search(r"\b\d+ passed", child.stdout)
+    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -262,7 +247,7 @@ def test_under_the_interpreter() -> None:
 def test_triton_compiles_ahead_of_time(arch: int, dtype: str, group: int) -> None:
     triton = pytest.importorskip("triton")
     compiler = pytest.importorskip("triton.compiler")
-    from triton.dispatch.compiler import GPUTarget
+    from triton.backends.compiler import GPUTarget
 
     from fastvid.kernels.rgb import rgb_kernel
 

@@ -223,6 +223,7 @@ def test_programs_are_cut_by_the_largest_tile() -> None:
     assert [_block_m(n) for n in (1, 64, 65, 128, 168, 192, 256, 384, 390)] == [64, 64, 128, 128, 64, 64, 128, 128, 128]
 
 
+@pytest.mark.slow
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
 

@@ -238,12 +238,8 @@ def test_kernel_writes_its_outputs_and_nothing_beside_them() -> None:
     for room, out, eager in zip(rooms, outs, solver_step(*make_step("unipc")[:6], weights, history), strict=True):
         assert bool(room[:16].isnan().all() and room[-16:].isnan().all())
         torch.testing.assert_close(out, eager)
-    with pytest.raises(ValueError, match="outputs like x"):
-        run(x, cond, uncond, scale, table, history, outs[:3])
-    with pytest.raises(ValueError, match="the table must be"):
-        run(x, cond, uncond, scale, table[1:], history, outs)
-    with pytest.raises(ValueError, match="planes"):
-        run(x.transpose(3, 4).contiguous().transpose(3, 4), cond, uncond, scale, table, history, outs)
+    with pytest.raises(ValueError, match="fp32, fp16 or bf16"):
+        run(x.double(), cond, uncond, scale, table, history, outs)
 
 
 @pytest.mark.interpret
@@ -253,6 +249,7 @@ def test_operator_of_torch() -> None:
     assert [one.shape for one in solver_step_triton(*empty)] == [(1, 2, 3, 0, 4)] * 2
 
 
+@pytest.mark.slow
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
 
