@@ -131,7 +131,7 @@ class ModelFacts:
         sizes = Sizes(experts, weights["text_encoder"], weights["vae"].total, image)
         transformer = configs["transformer"]
         control = len(transformer.vace_layers) if isinstance(transformer, WanVACEConfig) else 0
-        transformer = transformer.transformer if control else transformer
+        transformer = transformer.transformer if isinstance(transformer, WanVACEConfig) else transformer
         vae, text = configs["vae"], configs["text_encoder"]
         return cls(transformer, vae, text, sizes, dtype.itemsize, vae_dtype.itemsize, control_layers=control)
 

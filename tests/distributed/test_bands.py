@@ -12,7 +12,7 @@ import pytest
 import torch
 from live_memory import LiveMemory
 from ranks import run_ranks
-from sharing import SIZES, relative
+from sharing import relative
 
 from fastvid.distributed.mesh import Mesh
 from fastvid.engine import decode
@@ -224,7 +224,20 @@ def everything(mesh: Mesh, seed: str) -> None:
     pipelines(mesh)
 
 
-@pytest.mark.parametrize("size", SIZES)
+def briefly(mesh: Mesh) -> None:
+    with torch.no_grad():
+        for vae in networks(torch.float32):
+            compare(
+                vae, torch.randn(1, 4, 2, 3, 2, generator=torch.Generator().manual_seed(1)), [1, 1], Bands(mesh), True
+            )
+
+
+def test_two_ranks() -> None:
+    run_ranks(2, briefly)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks(size: int) -> None:
     """One start for all: most of the time goes into that."""
     run_ranks(size, everything, str(random.randrange(2**31)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import run_ranks
+from sharing import SIZES
 
 from fastvid.distributed.layout import default_layout
 from fastvid.distributed.mesh import Layout, Mesh, RankView, shares, starts
@@ -33,7 +34,7 @@ def on_each(mesh: Mesh) -> None:
         assert mesh.gather(torch.full((1,), mesh.rank), (1, 1), 0, (0, 1)).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, *SIZES])
 def test_exchanges(size: int) -> None:
     if size == 1:
         mesh = Mesh()

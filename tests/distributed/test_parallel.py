@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from ranks import run_ranks
-from sharing import SIZES, relative
+from sharing import relative
 
 import fastvid
 from fastvid.cli import render
@@ -56,7 +56,18 @@ def requests(mesh: Mesh) -> None:
         assert off(pipe.generate(PROMPT, **given).frames, alone.generate(PROMPT, **given).frames) <= 1
 
 
-@pytest.mark.parametrize("size", SIZES)
+def one_request(mesh: Mesh) -> None:
+    options = {**SHORT, "num_frames": 5, "num_inference_steps": 2}
+    true = Pipeline(load_parts("embedded")).generate(PROMPT, **options)
+    assert off(Pipeline(load_parts("embedded", mesh=mesh)).generate(PROMPT, **options).frames, true.frames) <= 1
+
+
+def test_a_request_on_two_ranks() -> None:
+    run_ranks(2, one_request)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_requests(size: int) -> None:
     run_ranks(size, requests)
 
@@ -186,6 +197,7 @@ def goes_on(mesh: Mesh, pipe: Pipeline, folder: str, true: fastvid.Video, shots:
         assert torch.equal(made[-1].latents, true.latents) and np.array_equal(frames, true.frames), rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_other_models(size: int, tmp_path: Path) -> None:
     from test_image_to_video import write
@@ -211,6 +223,7 @@ def interrupted(mesh: Mesh, folder: str) -> None:
     assert [event.step for event in made if isinstance(event, Step)] == [3]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_ranks(tmp_path: Path) -> None:
     run_ranks(3, interrupted, str(tmp_path / "job"))
     assert not (tmp_path / "job").exists()

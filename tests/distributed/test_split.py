@@ -130,12 +130,6 @@ def cached(mesh: Mesh, seed: str) -> None:
                     assert relative(made, parallel.shard_rows(true, 1)) < BAR, (layout, start)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("part", [dense, sparse, cached])
-def test_attention(size: int, part) -> None:
-    run_ranks(size, part, str(random.randrange(2**31)))
-
-
 # Whole models
 
 
@@ -195,7 +189,12 @@ def steps(mesh: Mesh, seed: str) -> None:
             )
 
 
+def everything(mesh: Mesh, seed: str) -> None:
+    for part in (dense, sparse, cached, models, steps):
+        part(mesh, seed)
+
+
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("part", [models, steps])
-def test_models(size: int, part) -> None:
-    run_ranks(size, part, str(random.randrange(2**31)))
+def test_ranks(size: int) -> None:
+    """One start for all parts: most of the time goes into that."""
+    run_ranks(size, everything, str(random.randrange(2**31)))

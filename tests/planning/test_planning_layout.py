@@ -258,5 +258,6 @@ def kept(mesh: Mesh, folder: str) -> None:
     assert went_on.parallel == began != pipe.plan("a", **given).parallel and [*went_on.layouts] == [began]
 
 
+@pytest.mark.slow
 def test_a_layout_is_kept(tmp_path: Path) -> None:
     run_ranks(2, kept, str(tmp_path / "job"))
