@@ -58,8 +58,8 @@ def requests(mesh: Mesh) -> None:
 
 def one_request(mesh: Mesh) -> None:
     options = {**SHORT, "num_frames": 5, "num_inference_steps": 2}
-    true = Pipeline(load_parts("embedded")).generate(PROMPT, **options)
-    assert off(Pipeline(load_parts("embedded", mesh=mesh)).generate(PROMPT, **options).frames, true.frames) <= 1
+    true = Pipeline(load_model("embedded")).generate(PROMPT, **options)
+    assert off(Pipeline(load_model("embedded", mesh=mesh)).generate(PROMPT, **options).frames, true.frames) <= 1
 
 
 def test_a_request_on_two_ranks() -> None:
