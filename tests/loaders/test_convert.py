@@ -220,6 +220,7 @@ def test_training_checkpoints(tmp_path: Path) -> None:
     assert_same(load_file(tmp_path / "dmd.safetensors"), state)
 
 
+@pytest.mark.slow
 def test_pickles_by_relative_paths_and_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = wide_transformer()
     (tmp_path / "there").mkdir()
@@ -247,7 +248,14 @@ def training(published: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("base", "key"), [("published", None), ("original", None), ("pickled", "generator")])
+@pytest.mark.parametrize(
+    ("base", "key"),
+    [
+        ("published", None),
+        pytest.param("original", None, marks=pytest.mark.slow),
+        pytest.param("pickled", "generator", marks=pytest.mark.slow),
+    ],
+)
 def test_a_training_checkpoint_onto_a_base(
     request: Any, published: Path, training: Path, tmp_path: Path, base: str, key: str | None
 ) -> None:
@@ -266,6 +274,7 @@ def test_a_training_checkpoint_onto_a_base(
     assert (frames == plain).all() == (key == "generator")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_training_checkpoints(
     published: Path, training: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -409,6 +418,7 @@ def test_a_malicious_pickle_is_refused(tmp_path: Path, how: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Wan2.1_VAE.pth"]
 
 
+@pytest.mark.slow
 def test_other_pickles_that_cannot_be_read(tmp_path: Path) -> None:
     file = tmp_path / "a.pth"
     cases = [

@@ -75,6 +75,7 @@ def test_a_hub_id_is_downloaded_once_and_only_what_is_needed(
     assert not [request for request in seen if "org/name" in request]
 
 
+@pytest.mark.slow
 def test_after_a_cut_only_what_is_not_whole_is_fetched(
     served: tuple[str, list[str]], repository: Path, tmp_path: Path
 ) -> None:
@@ -102,7 +103,7 @@ def test_what_the_hub_does_not_have(served: tuple[str, list[str]], tmp_path: Pat
     assert done.stderr.startswith("CheckpointError: model='org/nmae': the hub has no such model")
 
 
-@pytest.mark.parametrize("environ", [{"HF_HUB_OFFLINE": "1"}, {}])
+@pytest.mark.parametrize("environ", [{"HF_HUB_OFFLINE": "1"}, pytest.param({}, marks=pytest.mark.slow)])
 def test_offline_it_says_what_to_do(environ: dict[str, str], tmp_path: Path) -> None:
     done = load("http://127.0.0.1:9", tmp_path / "home", **environ)
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -153,6 +154,7 @@ def fetched(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_an_original_repository(original: Path, tmp_path: Path) -> None:
     with serve("org/name", original) as (address, seen):
         done = load(address, tmp_path / "home")
@@ -168,6 +170,7 @@ def test_an_original_repository(original: Path, tmp_path: Path) -> None:
         assert again.stdout.split()[0] == "None" and fetched(folder) == fetched(original) - left
 
 
+@pytest.mark.slow
 def test_an_original_repository_with_pickles(original: Path, tmp_path: Path) -> None:
     (original / "Wan2.1_VAE.safetensors").unlink()
     with serve("org/name", original) as (address, seen):
@@ -180,6 +183,7 @@ def test_an_original_repository_with_pickles(original: Path, tmp_path: Path) -> 
     assert "`fastvid convert FOLDER NEW-FOLDER`" in done.stderr
 
 
+@pytest.mark.slow
 def test_one_file_of_a_repository(tmp_path: Path) -> None:
     """As ComfyUI's: only the file is fetched; the others are named, or fetched before."""
     folder, inner = tmp_path / "files", "split_files/diffusion_models/wan_high.safetensors"
