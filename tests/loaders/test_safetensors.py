@@ -158,31 +158,33 @@ def test_a_damaged_file_is_told_or_read(tmp_path_factory: pytest.TempPathFactory
         assert "damaged.safetensors" in str(error)
 
 
+# A part of what is said of each, with its header.
+BROKEN, INVALID, SIZE = "has a broken safetensors header", "is not a valid safetensors file", "where its header needs"
 HEADERS = [
-    "[]",
-    "{",
-    '{"a": 1}',
-    '{"a": {"dtype": "F32"}}',
-    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
-    '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}',
-    '{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
-    '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
-    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "b": {"dtype": "F32"}}',
-    "[" * 100_000,
-    "\xff",
+    ("[]", BROKEN),
+    ("{", BROKEN),
+    ('{"a": 1}', BROKEN),
+    ('{"a": {"dtype": "F32"}}', BROKEN),
+    ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', BROKEN),
+    ('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}', SIZE),
+    ('{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}', INVALID),
+    ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', INVALID),
+    ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "b": {"dtype": "F32"}}', BROKEN),
+    ("[" * 100_000, BROKEN),
+    ("\xff", BROKEN),
 ]
 
 
-@pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
-def test_a_broken_header_is_told(tmp_path: Path, header: str) -> None:
+@pytest.mark.parametrize(("header", "message"), HEADERS, ids=range(len(HEADERS)))
+def test_a_broken_header_is_told(tmp_path: Path, header: str, message: str) -> None:
     text = header.encode("latin-1")
     (tmp_path / NAME).write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
-    with pytest.raises(CheckpointError, match=f"{NAME} has a broken safetensors header"):
+    with pytest.raises(CheckpointError, match=f"{NAME} .*{message}"):
         safetensors.read_header(tmp_path / NAME)
 
 
 def test_gaps_in_a_file_are_told(tmp_path: Path) -> None:
-    """Only the library looks for these; a header alone seems sound."""
+    """Only the safetensors library looks for these; a header alone seems sound."""
     text = b'{"table": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}'
     (tmp_path / NAME).write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
     module = nn.Module()
