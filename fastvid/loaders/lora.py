@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,7 +61,6 @@ OTHER_KINDS = {
 }
 MAX_SCALE = 100.0
 NOISE_LEVELS = ("high", "low")  # the experts of a model with two, in the order of its transformers
-T = TypeVar("T")
 METADATA = "lora_adapter_metadata"  # diffusers' name for peft's configuration, in the header
 
 
@@ -155,33 +154,27 @@ def _is_lora(entry: Sequence[Any]) -> bool:
     return named and isinstance(expert, str) and bool(expert)
 
 
-def named(loras: Sequence[Lora]) -> tuple[tuple[Any, ...], ...]:
+def as_tuples(loras: Sequence[Lora]) -> tuple[tuple[Any, ...], ...]:
     """The files and scales of LoRAs, and the expert of those that are for one."""
     return tuple((str(lora.path), lora.scale, *([lora.expert] if lora.expert else [])) for lora in loras)
 
 
-def experts_of(lora: Lora, transformers: Sequence[T], problems: list[str]) -> Sequence[T]:
-    """Those of a model's transformers, high noise first, that a LoRA goes into: all, or the one that it names. None,
-    and a sentence in `problems`, if it names one of a model that has a single transformer."""
+def experts_of(lora: Lora, count: int) -> Sequence[int]:
+    """Which of a model's transformers, high noise first, a LoRA goes into: all, or the one that it names. Raises
+    InvalidRequest where it names one of a model that has a single transformer."""
     if not lora.expert:
-        return transformers
-    if len(transformers) == 1:
-        problems.append(
+        return range(count)
+    if count == 1:
+        raise InvalidRequest(
             f"lora {lora.path.name} is for the {lora.expert} noise expert, but this model has one transformer for all "
             f"levels; leave out {lora.expert!r}"
         )
-        return ()
-    return (transformers[NOISE_LEVELS.index(lora.expert)],)
+    return (NOISE_LEVELS.index(lora.expert),)
 
 
 def for_expert(loras: Sequence[Lora], number: int, count: int) -> tuple[Lora, ...]:
-    """The LoRAs that go into transformer `number` of `count`. Raises InvalidRequest where one names an expert that a
-    model with one transformer does not have."""
-    problems: list[str] = []
-    mine = tuple(lora for lora in loras if number in experts_of(lora, range(count), problems))
-    if problems:
-        raise InvalidRequest(problems[0])
-    return mine
+    """The LoRAs that go into transformer `number` of `count`. Raises InvalidRequest as `experts_of` does."""
+    return tuple(lora for lora in loras if number in experts_of(lora, count))
 
 
 def merge(name: str, tensor: Tensor, loras: Iterable[Lora]) -> Tensor:
@@ -234,15 +227,18 @@ def check_part(loras: Iterable[Lora], module: nn.Module, part: Part) -> None:
     check(loras, _shapes(module), str(part.files[0].parent))
 
 
-def lora_problems(checkpoint: Checkpoint, merging: Lora) -> list[str]:
+def lora_problems(checkpoint: Checkpoint, lora: Lora) -> list[str]:
     """What keeps a LoRA from being merged into a model's transformers; empty if nothing does."""
     problems: list[str] = []
-    for part in map(checkpoint.part, experts_of(merging, checkpoint.experts, problems)):
-        if part.config is None:
-            problems.append(f"the {part.name} cannot be read")
-            continue
+    try:
+        numbers = experts_of(lora, len(checkpoint.experts))
+    except InvalidRequest as error:
+        return [str(error)]
+    for part in (checkpoint.part(checkpoint.experts[number]) for number in numbers):
         try:
-            check([merging], _shapes(build_empty(part.name, part.config)))
+            if part.config is None:
+                raise CheckpointError(f"the {part.name} cannot be read")
+            check([lora], _shapes(build_empty(part.name, part.config)))
         except CheckpointError as error:
             problems.append(str(error))
     return list(dict.fromkeys(problems))  # two experts of one shape say the same
@@ -252,8 +248,8 @@ def _shapes(module: nn.Module) -> dict[str, Shape]:
     return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
 
 
-def touched(loras: Iterable[Lora]) -> frozenset[str]:
-    """The parameters that any of the LoRAs changes."""
+def changed_weights(loras: Iterable[Lora]) -> frozenset[str]:
+    """Names of the parameters that any of the LoRAs changes."""
     return frozenset(name for lora in loras for name in lora.terms)
 
 
@@ -262,11 +258,8 @@ def touched(loras: Iterable[Lora]) -> frozenset[str]:
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     entries = safetensors.read_header(path)
-    kinds = {entry.dtype for entry in entries.values()} - {
-        *safetensors.FLOATS,
-        "I64",
-        "I32",
-    }  # alpha may be a whole number
+    allowed = {*safetensors.FLOATS, "I64", "I32"}  # alpha may be a whole number
+    kinds = {entry.dtype for entry in entries.values()} - allowed
     if kinds:
         raise CheckpointError(
             f"{path} holds {', '.join(sorted(kinds))} tensors; known are {', '.join(safetensors.FLOATS)}"

@@ -22,7 +22,7 @@ from fastvid.distributed.mesh import Mesh
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders.checkpoint import check_fill, fill, load_part, open_checkpoint
 from fastvid.loaders.find import EMBEDDED, read_tokenizer
-from fastvid.loaders.lora import Lora, for_expert, named, read_loras, touched
+from fastvid.loaders.lora import Lora, as_tuples, changed_weights, for_expert, read_loras
 from fastvid.models.common.experts import Experts
 from fastvid.models.description import Checkpoint, Part
 from fastvid.models.loaded import LoadOptions, Model, Modules, Placement, TextLength
@@ -51,7 +51,7 @@ def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, m
     checkpoint = open_checkpoint(source, options.parts, download=True).check()
     placement = choose_placement(checkpoint, options, mesh)
     modules = load_modules(checkpoint, ops, placement, loras, mesh.rank)
-    lists = named(loras), touched(loras)
+    lists = as_tuples(loras), changed_weights(loras)
     return Model(str(source), checkpoint, checkpoint.preset, modules, ops, options, placement, *lists, mesh, links)
 
 
@@ -73,7 +73,7 @@ def outline(
     checkpoint = describe(source, options)
     placement = choose_placement(checkpoint, options, mesh, free)
     modules = empty_modules(checkpoint, placement)
-    lists = named(loras), touched(loras)
+    lists = as_tuples(loras), changed_weights(loras)
     return Model(str(source), checkpoint, checkpoint.preset, modules, ops, options, placement, *lists, mesh, links)
 
 
@@ -82,7 +82,7 @@ def change_loras(model: Model, loras: Any) -> Model:
     is read again from the model's files, for every expert where it is. Everything is checked before the first is.
     """
     merging = read_loras(loras)
-    stale = model.merged | touched(merging)
+    stale = model.merged | changed_weights(merging)
     names = model.checkpoint.experts
     mine = [for_expert(merging, number, len(names)) for number in range(len(names))]
     experts = list(zip(model.experts.modules, map(model.checkpoint.part, names), mine, strict=True))
@@ -94,7 +94,7 @@ def change_loras(model: Model, loras: Any) -> Model:
                 module.run.free()  # graphs know weights by their addresses
         for module, part, own in experts:
             fill(module, part, next(module.parameters()).device, model.dtype, own, only=stale)
-    return replace(model, loras=named(merging), merged=touched(merging))
+    return replace(model, loras=as_tuples(merging), merged=changed_weights(merging))
 
 
 # ---------------------------------------------------------------- what is asked for, and what is decided

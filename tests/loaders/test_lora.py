@@ -20,7 +20,7 @@ import fastvid
 from fastvid.cli import parser
 from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.loaders.lora import Lora, Term, check, merge, read_lora, touched
+from fastvid.loaders.lora import Lora, Term, changed_weights, check, merge, read_lora
 from fastvid.models.wan.weight_names import ORIGINAL, rules
 
 DIM, FFN, BLOCKS, RANK = 8, 12, 2, 3
@@ -89,7 +89,7 @@ STYLES = ["diffusers", "peft", "bare", "comfy", "comfy-down", "kohya", "kohya-di
 def test_merged_is_the_formula(tmp_path: Path, style: str, alpha: float | None, kind: torch.dtype) -> None:
     lora = read_lora(write(tmp_path / "a.safetensors", styled(style, alpha)), 0.8)
     check([lora], SHAPES)
-    assert touched([lora]) == {f"{module}.weight" for module in MODULES} and lora.ranks == (RANK,)
+    assert changed_weights([lora]) == {f"{module}.weight" for module in MODULES} and lora.ranks == (RANK,)
     factor = 0.8 * (1.0 if alpha is None else alpha / RANK)
     for module, (a, b) in pairs().items():
         base = torch.randn(MODULES[module]).to(kind)
