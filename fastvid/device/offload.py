@@ -1,13 +1,11 @@
-"""Weights that live in host memory and visit the device while they are used.
+"""Weights in host memory that are copied to the device while they are used.
 
-"none": every part stays on the device. "text": text encoder and image encoder visit, and of two experts the one in use.
-"blocks": the same, and the blocks of transformer and text encoder are handed through two buffers on the device, the
-next one copied while the present one computes. On the CPU, where host and device are one memory, a visit is a copy all
-the same: the very same steps, nothing saved.
+"none": every part stays on the device. "text": text encoder and image encoder are copied when they are needed, and of
+two experts the one in use. "blocks": the same, and the blocks of transformer and text encoder go through two buffers on
+the device: the next one is copied while the present one computes. On the CPU the same steps are made and save nothing.
 
-Weights never change on the device, so nothing is copied back: leaving frees the copy. Nothing here knows a model: a
-module names the lists of blocks that it walks in STREAMED, and walks them by its attribute `walk`, which is `iter`
-until something here takes its place.
+Weights never change on the device, so nothing is copied back: leaving frees the copy. Modules list their streamable
+blocks in `STREAMED` and iterate over them by their attribute `walk`, which is `iter` unless it is replaced here.
 """
 
 from __future__ import annotations
@@ -67,16 +65,16 @@ def streamed_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 class Lane(Protocol):
-    """Where copies run beside the computing. Marks are points in the order of one of the two."""
+    """Where copies run, beside the computation. A mark is a point in the order of either."""
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any) -> Any:
         """Copy (target, source) pairs once the mark `after` is passed; returns the mark of their end."""
 
     def wait(self, mark: Any) -> None:
-        """What is computed from here on comes after the mark."""
+        """Later computation waits for the mark."""
 
     def mark(self) -> Any:
-        """The end of what was computed up to here."""
+        """The end of the computation up to here."""
 
 
 class HostLane:
@@ -122,11 +120,11 @@ def make_lane(device: torch.device) -> Lane:
 
 
 class Prefetcher:
-    """Hands out modules one after the other, each with its weights on the device while its turn lasts.
+    """Iterates over modules with the weights of each on the device while it is used.
 
     Two buffers of `capacity` bytes: while the module in one computes, the next one's weights are copied into the other.
-    One walk at a time (`Swapped` sees to it); starting a walk, or `recall`, ends one that was left unfinished.
-    homes: the weights in host memory of every parameter that may be handed out.
+    One walk at a time (`Swapped` holds a lock); starting a walk, or `recall`, ends one that was left unfinished.
+    homes: the host copy of every parameter.
     """
 
     def __init__(self, device: torch.device, lane: Lane | None = None) -> None:
@@ -140,7 +138,7 @@ class Prefetcher:
         self._walk: object = None
 
     def take(self, homes: dict[nn.Parameter, Tensor], blocks: Iterable[nn.Module]) -> None:
-        """Learn where weights are at home, and make room for the largest block."""
+        """Register host copies, and make room for the largest block."""
         self.homes |= homes
         sizes = [sum(_aligned(homes[p].nbytes) for p in block.parameters()) for block in blocks]
         self.capacity = max(self.capacity, *sizes)
@@ -166,13 +164,13 @@ class Prefetcher:
             self._left[number % SLOTS] = self.lane.mark()
 
     def recall(self) -> None:
-        """End a walk: what is out goes home, and later computing waits for copies that were on their way."""
+        """End a walk: parameters point to host memory again, and later computation waits for unfinished copies."""
         self._walk = None
         self._unbind()
         for mark in self._coming:
             self.lane.wait(mark)
         self._coming.clear()
-        # Computing that an exception cut off may still read a buffer.
+        # A computation that an exception cut off may still read a buffer.
         self._left = [self.lane.mark() for _ in self._buffers]
 
     def close(self) -> None:
@@ -209,12 +207,12 @@ class Prefetcher:
         self._out.clear()
 
 
-# ---------------------------------------------------------------- modules that visit
+# ---------------------------------------------------------------- modules in host memory
 
 
 class Offloaded:
-    """A module at home in host memory (pinned for a GPU). With a prefetcher its blocks never come as a whole: it walks
-    them there, and only the rest visits."""
+    """A module whose weights are in host memory (pinned for a GPU). With a prefetcher its blocks are streamed, and only
+    the rest is copied as a whole."""
 
     def __init__(self, module: nn.Module, device: torch.device, prefetcher: Prefetcher | None = None) -> None:
         self.module, self.device, self.prefetcher = module, device, prefetcher
@@ -225,7 +223,7 @@ class Offloaded:
             module.walk = prefetcher
 
     def settle(self) -> None:
-        """Take the weights that the module now has, in host memory, as those at home."""
+        """Make the weights that the module now has in host memory its host copies."""
         fresh = {n: p for n, p in self.module.named_parameters() if n not in self._homes}
         for run in _runs(fresh):
             self._homes |= _pack(run, pin=self.device.type == "cuda")
@@ -239,7 +237,7 @@ class Offloaded:
             self.prefetcher.take({p: self._homes[n] for n, p in self.module.named_parameters()}, blocks)
 
     def arrive(self) -> None:
-        """Bring the weights that are not walked to the device, if they are not there."""
+        """Copy the weights that are not streamed to the device, if they are not there."""
         if self._here:
             return
         walked = {p for b in streamed_blocks(self.module) for p in b.parameters()} if self.prefetcher else set()
@@ -259,7 +257,7 @@ class Offloaded:
 
 
 class Resident:
-    """Modules that stay where they are; the same to ask as Swapped."""
+    """Modules that stay where they are; the interface of Swapped."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = tuple(modules)
@@ -276,10 +274,10 @@ class Resident:
 
 
 class Swapped:
-    """Modules of which one at a time is on the device, for one who asks at a time.
+    """Modules of which one at a time is on the device, for one user at a time.
 
-    linger: the last one used stays until another is asked for. stream: blocks are walked on a prefetcher, which all of
-    them share.
+    linger: the last one used stays until another is asked for. stream: blocks go through a prefetcher that all of them
+    share.
     """
 
     def __init__(
@@ -298,7 +296,7 @@ class Swapped:
 
     @contextmanager
     def use(self, number: int) -> Iterator[nn.Module]:
-        """One of them, on the device until the block ends. Those who ask while another uses one wait for their turn."""
+        """One of them, on the device until the block ends. Other threads wait until then."""
         with self._lock:
             for other in self.offloaded:
                 if other is not self.offloaded[number]:
@@ -315,7 +313,7 @@ class Swapped:
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """All of them at home until the block ends, so that weights can be exchanged there."""
+        """All of them in host memory until the block ends, so that weights can be exchanged there."""
         with self._lock:
             self._clear()
             try:
@@ -323,14 +321,14 @@ class Swapped:
             finally:
                 if self.prefetcher is not None:
                     self.prefetcher.homes.clear()  # of parameters that may be gone
-                for guest in self.offloaded:
-                    guest.settle()
+                for module in self.offloaded:
+                    module.settle()
 
     def _clear(self) -> None:
         if self.prefetcher is not None:
             self.prefetcher.close()
-        for guest in self.offloaded:
-            guest.leave()
+        for module in self.offloaded:
+            module.leave()
 
 
 # ---------------------------------------------------------------- host memory

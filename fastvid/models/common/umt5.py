@@ -148,7 +148,7 @@ class UMT5Encoder(nn.Module):
 
     # A file written from an untied copy of the model holds the embedding twice.
     ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
-    # What `walk` goes through (see fastvid.offload).
+    # What `walk` iterates over (see `fastvid.device.offload`).
     STREAMED = ("encoder.block",)
 
     def __init__(self, config: UMT5Config) -> None:

@@ -1,4 +1,4 @@
-"""The Wan video diffusion transformer, with or without pictures as a condition: config, blocks, model. Parameter names
+"""The Wan video diffusion transformer, with or without pictures as a condition: embedders, blocks, model. Parameter names
 are those of diffusers' WanTransformer3DModel, so its checkpoints load as they are.
 
 Shapes: B batch, C latent channels, T latent frames, H/W latent height and width, N = T/pt * H/ph * W/pw tokens,
@@ -216,14 +216,14 @@ class WanTransformer(nn.Module):
     FP32_PARTS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     # Some files of models that see pictures have a norm that nothing uses.
     UNUSED = ("norm_added_q",)
-    # What `walk` goes through (see fastvid.offload): lists of blocks that need not be on the device all at once.
+    # Lists of blocks that need not be on the device all at once: `walk` iterates over them (`fastvid.device.offload`).
     STREAMED: tuple[str, ...] = ("blocks",)
 
     def __init__(self, config: WanTransformerConfig, ops: Any = reference) -> None:
         super().__init__()
         self.config, self.ops = config, ops
         self.walk: Callable[[Iterable[nn.Module]], Iterator[Any]] = iter
-        self.run: Callable[..., Tensor] = call  # takes `_velocity` and what that is called with (see fastvid.graphs)
+        self.run: Callable[..., Tensor] = call  # replaced by `fastvid.device.cuda_graphs`, which replays `_velocity`
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, config.patch_size, config.patch_size)
         self.condition_embedder = ConditionEmbedder(config, ops)
         self.blocks = nn.ModuleList([Block(config, ops) for _ in range(config.num_layers)])

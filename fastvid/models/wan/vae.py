@@ -1,12 +1,12 @@
 """The Wan 2.1 video compression network: causal 3D convolutions, 8x8 in space and 4 in time.
 
-`WanVAE.encode` and `WanVAE.decode` are each one function over chunks: they take what came before as a cache and
-return the cache for what comes next, so a stream is decoded in constant memory and a whole sequence is just one
-chunk. All chunk lengths give the same result. Where a frame is too large for memory, the stages that work at its full
-size take it in stripes of rows (vae_stream.py), again with the same result; the middle, whose attention sees the whole
-frame, is small and never divided. Parameter names are those of diffusers' AutoencoderKLWan. What is fast is in
-fastvid/ops/vae.py (on a CPU) and vae_kernels.py (on a GPU); here is only how the parts connect. The 2.2 network
-(wan_vae22.py) puts other blocks into the same Encoder and Decoder.
+`WanVAE.encode` and `WanVAE.decode` are functions over chunks: they take the cache of the chunk before and return that
+for the next, so a stream is decoded in constant memory and a whole sequence is one chunk. Any chunk lengths give the
+same result. Where a frame is too large for memory, the stages at its full size work on it in stripes of rows
+(`fastvid.models.common.vae_stream`), with the same result; the middle, whose attention sees the whole frame, is small and
+never divided. Parameter names are those of diffusers' AutoencoderKLWan. The fast code is in `fastvid.ops.vae` (CPU) and
+`fastvid.ops.vae_gpu`; here the parts are connected. The 2.2 network (vae22.py) puts other blocks into the same Encoder
+and Decoder.
 
 Shapes: B batch, C channels, F pixel frames, T latent frames, H/W height and width at the stage in question.
 Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network.

@@ -1,5 +1,5 @@
 """The layers of the Wan video compression networks: causal convolutions after a norm, residual blocks, attention within
-frames, halves and doubles of size and frames. wan_vae.py puts them together.
+frames, halves and doubles of size and frames. vae.py puts them together.
 
 Shapes: B batch, C channels, T frames, H/W height and width at the stage in question.
 Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network.
