@@ -32,11 +32,12 @@ _LAZY |= {"Pipeline": "fastvid.pipeline.pipeline", "Request": "fastvid.requests.
 _LAZY |= {"Video": "fastvid.media.video", "open_clip": "fastvid.media.clip"}
 logging.getLogger("fastvid").addHandler(logging.NullHandler())
 
+if not TYPE_CHECKING:  # checkers take the names from the imports above
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'fastvid' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'fastvid' has no attribute {name!r}")
+        return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:

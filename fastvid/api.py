@@ -135,8 +135,9 @@ def load(
         BackendUnavailable: a back end or device asked for by name cannot run here.
         WorkerFailed: a rank's process ended while it loaded.
     """
-    given = {"device": device, "dtype": dtype, "backend": backend, "attention": attention, "cuda_graphs": cuda_graphs}
-    given |= {"loras": loras, "offload": offload, "parts": parts, "vae_dtype": vae_dtype, "link": link}
+    given: dict[str, Any] = {"device": device, "dtype": dtype, "vae_dtype": vae_dtype, "backend": backend}
+    given |= {"attention": attention, "loras": loras, "offload": offload, "parts": parts, "link": link}
+    given["cuda_graphs"] = cuda_graphs
     MAX_RUNNING("max_running", max_running)
     return _start(model, given, remote.ranks_for(ranks.parse(parallel), device), max_running)
 

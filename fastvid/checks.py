@@ -69,7 +69,7 @@ def _as_number(name: str, value: Any, allowed: str) -> int | float:
     refuse(name, value, allowed)
 
 
-def whole(low: int, high: int, unit: str = "") -> Check:
+def whole(low: int, high: int, unit: str = "") -> Callable[[str, Any], int]:
     allowed = f"a whole number from {low} to {high}{unit}"
 
     def check(name: str, value: Any) -> int:
@@ -83,7 +83,7 @@ def whole(low: int, high: int, unit: str = "") -> Check:
     return check
 
 
-def number(low: float, high: float, unit: str = "") -> Check:
+def number(low: float, high: float, unit: str = "") -> Callable[[str, Any], float]:
     allowed = f"a number from {low:g} to {high:g}{unit}"
 
     def check(name: str, value: Any) -> float:
@@ -109,7 +109,7 @@ def text(name: str, value: Any) -> str:
     return str(value)
 
 
-def one_of(names: tuple[str, ...]) -> Check:
+def one_of(names: tuple[str, ...]) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str):
             refuse(name, value, "one of " + ", ".join(names))

@@ -129,13 +129,14 @@ def check_same(request: Request, recipe: dict[str, Any]) -> None:
 
 def model_of(flags: argparse.Namespace, recipe: dict[str, Any]) -> str:
     """The model's name: a flag's, the recipe's, the environment's."""
-    return flags.model or recipe.get("model") or env.read().model
+    return str(flags.model or recipe.get("model") or env.read().model)
 
 
 def load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
     """A flag wins over what the recipe was made with, that over the environment. Its device may not be here, so that
     is not taken."""
-    settings = recipe.get("settings") if isinstance(recipe.get("settings"), dict) else {}
+    told = recipe.get("settings")
+    settings: dict[str, Any] = told if isinstance(told, dict) else {}
     made_with = {
         name: settings[name] for name in LOAD_FLAGS if isinstance(settings.get(name), str) and name != "device"
     }

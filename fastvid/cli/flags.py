@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from fastvid import checks
 from fastvid.requests.arguments import ARGUMENTS, CHECKPOINT, CLIPS, VERBS, Argument, type_of
 from fastvid.requests.request import PROMPT_OF_CLIP
 
@@ -88,7 +89,7 @@ def _flag(name: str, row: Argument) -> Flag:
     return Flag(written, row, {**how, "metavar": metavar})
 
 
-_SHOTS_FILE = Argument(str, 'the same from a JSON file: [["a red circle", 2], ...]', "--shots FILE")
+_SHOTS_FILE = Argument(checks.text, 'the same from a JSON file: [["a red circle", 2], ...]', "--shots FILE")
 
 
 def _rows() -> Mapping[str, Argument]:
@@ -102,7 +103,14 @@ def _rows() -> Mapping[str, Argument]:
 FLAGS: Mapping[str, Flag] = {name: _flag(name, row) for name, row in _rows().items()}
 """Every argument that can be given as a flag, in the order in which help shows them."""
 
-SAMPLING = ("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "sigmas", "solver")
+SAMPLING: tuple[str, ...] = (
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_scale_2",
+    "flow_shift",
+    "sigmas",
+    "solver",
+)
 SAMPLING += ("schedule", "known_guidance_scale")
 
 

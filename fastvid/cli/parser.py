@@ -364,7 +364,7 @@ def parse(words: list[str]) -> tuple[str, argparse.Namespace]:
         near = nearest_name(command, COMMANDS)
         raise UsageError(f"unknown command {command[:60]!r}; the nearest is {near} (see fastvid --help)")
     command, words = (command, words[1:]) if command in COMMANDS else ("", words)
-    named = command if command in VERBS else next(iter(words), "") if command == "plan" else None
+    named = next(iter(words), "") if command == "plan" else command
     verb = named if named in VERBS else "generate"
     words = words[1:] if command == "plan" and named in VERBS else words
     parser = _plan(verb) if command == "plan" else build()[command]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -37,7 +37,7 @@ async def thread_of(ticket: Ticket, close: Callable[[], None]) -> AsyncIterator[
             pool.shutdown(wait=closing.done())
 
 
-async def events(ticket: Ticket, start: Callable[[], Iterator[Event]]) -> AsyncIterator[Event]:
+async def events(ticket: Ticket, start: Callable[[], Iterator[Event]]) -> AsyncGenerator[Event, None]:
     """The events of the request that has this ticket and that `start` starts; each is made when it is asked for."""
     opened: list[Any] = []
 
@@ -55,7 +55,7 @@ def twin(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, 
     """A verb of a pipeline as a coroutine, with the same arguments and result."""
 
     @functools.wraps(method)
-    async def call(pipe: Any, *args: P.args, **options: P.kwargs) -> T:
+    async def call(pipe: Any, /, *args: P.args, **options: P.kwargs) -> T:
         ticket = pipe.new_ticket()
         async with thread_of(ticket, lambda: None) as run:
             made: T = await run(functools.partial(method, pipe.with_ticket(ticket), *args, **options))

@@ -11,9 +11,9 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ from fastvid.requests.request import Request
 __all__ = ["Pipeline", "Stream", "Video"]
 
 MAX_RUNNING = checks.whole(1, 1000)
-CALLS = {
+CALLS: Mapping[str, Callable[..., Any]] = {
     "plan": plan_of,
     "embed": steps.embed,
     "encode": steps.encode,
@@ -62,10 +62,17 @@ CALLS = {
 log = logging.getLogger(__name__)
 
 
+class Events(Protocol):
+    """Where a stream's events come from: a generator, or other processes."""
+
+    def __next__(self) -> Event: ...
+    def close(self) -> None: ...
+
+
 class Stream:
     """The events of one running request. Iterate over it; `cancel()`, from any thread, ends it with Cancelled."""
 
-    def __init__(self, events: Iterator[Event], ticket: Ticket, changes: PromptChanges | None = None) -> None:
+    def __init__(self, events: Events, ticket: Ticket, changes: PromptChanges | None = None) -> None:
         self._events, self._ticket, self._changes = events, ticket, changes
 
     def __iter__(self) -> Stream:
@@ -236,7 +243,7 @@ class Pipeline:
         verb: str = "generate",
         keep_latents: bool = True,
         **options: Unpack[AnyOptions],
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """`stream` as an async generator: the same options and events, made in a thread as they are asked for.
 
         What is wrong with the request is raised with the first event. Cancelling the task, or `aclose()`, stops the
@@ -387,7 +394,7 @@ class Pipeline:
         return Stream(_events(prepared, session, saving), ticket, changes if saving is None else None)
 
 
-def _events(prepared: Prepared, session: Session, saving: Resume | None) -> Iterator[Event]:
+def _events(prepared: Prepared, session: Session, saving: Resume | None) -> Generator[Event, None, None]:
     request, timeline = prepared.job.request, prepared.job.timeline
     with saving or contextlib.nullcontext():
         yield Started(

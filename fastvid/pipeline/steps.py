@@ -45,7 +45,7 @@ def decode(model: Model, latents: Any) -> np.ndarray:
     out, cache = [], None
     with ieee_fp32():
         # One latent frame at a time: the memory that it takes does not grow with the clip.
-        for part in tensor.to(model.device, torch.float32).split(1, dim=2):
+        for part in torch.split(tensor.to(model.device, torch.float32), 1, dim=2):
             decoded, cache = model.vae.decode_rgb(part, cache, bands=model.bands)
             out.append(decoded[0].cpu().numpy())
     return np.concatenate(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import CHANNELS, Model, way_of
@@ -69,7 +70,7 @@ def _blend(request: Resolved, stretch: Stretch, rules: Rules) -> Timeline:
 
 
 def _edit(request: Resolved, stretch: Stretch, rules: Rules) -> Timeline:
-    return timeline.generate(timeline.replace(stretch, source=request.video), rules)
+    return timeline.generate(replace(stretch, source=request.video), rules)
 
 
 _LAYOUTS: Mapping[str, Callable[[Resolved, Stretch, Rules], Timeline]] = {

@@ -148,16 +148,17 @@ def _with_mask(request: Request, clip: Clip) -> Request:
     frames, height, width = request.mask.shape
     if frames not in (1, clip.num_frames):
         raise InvalidRequest(f"mask has {frames} frames; allowed is 1, or {clip.num_frames} as video has")
-    if (height, width) == (request.height, request.width):
+    size = request.height or clip.height, request.width or clip.width
+    if (height, width) == size:
         return request
     if (height, width) != (clip.height, clip.width):
         raise InvalidRequest(
             f"mask is {width}x{height}; video is {clip.width}x{clip.height}, and so should the mask be"
         )
     # Cut as the clip is, so that it stays where it was drawn.
-    inside = center_crop(height, width, request.height, request.width)
+    inside = center_crop(height, width, *size)
     cut = request.mask[(slice(None), *inside)]
-    rows, columns = (np.arange(n) * o // n for n, o in zip((request.height, request.width), cut.shape[1:], strict=True))
+    rows, columns = (np.arange(n) * o // n for n, o in zip(size, cut.shape[1:], strict=True))
     return replace(request, mask=np.ascontiguousarray(cut[:, rows][:, :, columns]))
 
 
@@ -203,7 +204,9 @@ def read_picture(name: str, value: Any) -> np.ndarray:
     if len(getattr(value, "shape", (0, 0, 0))) != 3:
         raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [H, W, 3]")
     with open_clip(value, name=name) as found:
-        return found.read(0, 1)[0]
+        frames = found.read(0, 1)
+    first: np.ndarray = frames[0]
+    return first
 
 
 def read_clip(name: str, value: Any) -> np.ndarray:

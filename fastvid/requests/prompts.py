@@ -50,7 +50,8 @@ def expanded(request: Request, variant: str) -> Request:
     Raises InvalidRequest and what `expand` raises.
     """
     asked = {name: value for name in EXPANSION[1:] if (value := getattr(request, name)) is not None}
-    plain = replace(request, **dict.fromkeys(EXPANSION))
+    nothing: dict[str, Any] = dict.fromkeys(EXPANSION)
+    plain = replace(request, **nothing)
     if not request.expand_prompt or request.original_prompt is not None:
         return plain
     if request.prompt is None or not request.prompt.strip():

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any
 
 from fastvid import checks
 from fastvid.checks import check_frames, check_size, nearest_name, nearest_size, round_up, shown
@@ -36,23 +36,6 @@ EXCLUSIVE = (
     ("negative_prompt", "negative_prompt_embeds"),
 )
 """Arguments of which only one may be given."""
-
-
-class PresetLike(Protocol):
-    """What `resolve` reads of a model's preset. guidance_scale_2 (of models with two experts), known_guidance_scale,
-    sigmas (of models with few steps) and edit_strength may be missing."""
-
-    num_inference_steps: int
-    flow_shift: float
-    guidance_scale: float
-    fps: float
-    num_frames: int
-    height: int
-    width: int
-    negative_prompt: str
-    solver: str
-    spatial_multiple: int
-    temporal: int
 
 
 def _data() -> Any:
@@ -150,8 +133,13 @@ class Request:
 
     # ------------------------------------------------------------ what was not given
 
-    def resolve(self, preset: PresetLike) -> Resolved:
-        """Fill in what was not given and count. Raises InvalidRequest where the whole breaks a limit."""
+    def resolve(self, preset: Any) -> Resolved:
+        """Fill in what was not given and count. Raises InvalidRequest where the whole breaks a limit.
+
+        preset: the model's. It has num_inference_steps, flow_shift, guidance_scale, fps, num_frames, height, width,
+        negative_prompt, solver, spatial_multiple and temporal, and may have guidance_scale_2 (models with two experts),
+        known_guidance_scale, sigmas (models with few steps) and edit_strength.
+        """
         fps = float(self.fps if self.fps is not None else preset.fps)
         num_frames = self._count_frames(fps, preset.num_frames)
         full = self._full_size(preset, num_frames)
@@ -168,11 +156,11 @@ class Request:
             model_frames=round_up(num_frames - 1, preset.temporal) + 1,
         )
 
-    def _or_preset(self, name: str, preset: PresetLike) -> Any:
+    def _or_preset(self, name: str, preset: Any) -> Any:
         given = getattr(self, name)
         return getattr(preset, name, None) if given is None else given
 
-    def _sampling(self, preset: PresetLike) -> dict[str, Any]:
+    def _sampling(self, preset: Any) -> dict[str, Any]:
         """What follows from several arguments together: seed, guidance, noise levels, solver, strength."""
         found: dict[str, Any] = {"seed": secrets.randbelow(2**32) if self.seed is None else self.seed}
         found |= self._guidance(preset)
@@ -192,14 +180,14 @@ class Request:
             found["strength"] = STRENGTH[self.verb] if own is None else own
         return found
 
-    def _guidance(self, preset: PresetLike) -> dict[str, float | None]:
+    def _guidance(self, preset: Any) -> dict[str, float | None]:
         """A scale that was given also counts where a scale of its own was not: the preset's belong together."""
         two_experts = getattr(preset, "guidance_scale_2", None) is not None
         if self.guidance_scale_2 is not None and not two_experts:
             raise InvalidRequest(f"guidance_scale_2={self.guidance_scale_2:g}: this model has one expert; leave it out")
         if self.guidance_scale is None:
             return {}
-        found = {"known_guidance_scale": self.known_guidance_scale}
+        found: dict[str, float | None] = {"known_guidance_scale": self.known_guidance_scale}
         if two_experts and self.guidance_scale_2 is None:
             found["guidance_scale_2"] = self.guidance_scale
         return found
@@ -223,7 +211,7 @@ class Request:
         half = [max(checks.MIN_SIDE, round(side * DRAFT_SIDE / multiple) * multiple) for side in full]
         return min(half[0], full[0]), min(half[1], full[1])
 
-    def _full_size(self, preset: PresetLike, num_frames: int) -> tuple[int, int]:
+    def _full_size(self, preset: Any, num_frames: int) -> tuple[int, int]:
         if self.aspect is None and self.budget is None:
             return self.width or preset.width, self.height or preset.height
         ratio = self.aspect or Fraction(preset.width, preset.height)
@@ -386,6 +374,6 @@ _FOLLOWING: Mapping[str, tuple[str, ...]] = {"generate": ()} | dict.fromkeys(
 """What is not recorded because it follows: from the clip, from the shots, or since there is one frame."""
 
 
-def default_request(preset: PresetLike) -> Resolved:
+def default_request(preset: Any) -> Resolved:
     """What a model makes of a prompt alone."""
     return Request(prompt="").resolve(preset)
