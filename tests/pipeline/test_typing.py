@@ -14,7 +14,6 @@ from typing import Any, get_args
 
 import pytest
 
-import fastvid
 from fastvid import checks
 from fastvid.api import Blueprint
 from fastvid.cli.flags import FLAGS
