@@ -32,9 +32,9 @@ from fastvid.loaders.single_files import find_single_file
 from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.config_reader import read_json
 from fastvid.models.common.umt5 import UMT5Config
-from fastvid.models.description import Checkpoint, Part, _flat
+from fastvid.models.description import Checkpoint, Part, flat_config
 from fastvid.models.preset import Preset
-from fastvid.models.registry import CONTROLLED, EXPERTS, PartKind, kind_of, on_meta
+from fastvid.models.registry import CONTROLLED, EXPERTS, PartKind, build_empty, kind_of, on_meta
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.config import VAEConfig, WanTransformerConfig, WanVACEConfig
 from fastvid.models.wan.presets import find_preset, find_variants, read_signature
@@ -106,7 +106,7 @@ def load_part(
     part = checkpoint.part(name)
     if part.problems:
         raise CheckpointError("; ".join(part.problems))
-    module = on_meta(kind_of(name), part.config, ops)
+    module = build_empty(name, part.config, ops)
     fill(module, part, device, dtype, loras)
     return module
 
@@ -141,7 +141,7 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
     if class_name not in (kind.class_name, kind.also):
         problems.append(f"{INDEX}: {found.name} is a {class_name}; only {kind.class_name} is supported")
     elif (stated := found.config) is not None:
-        built = note_problem(problems, lambda: _build_empty(kind, stated, stated_in))
+        built = note_problem(problems, lambda: _read_config(kind, stated, stated_in))
         config, module = built or (None, None)
         stated_class = stated.get("_class_name", class_name)
         if config is not None and class_name == CONTROLLED != stated_class:
@@ -167,7 +167,7 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
     )
 
 
-def _build_empty(kind: PartKind, stated: dict[str, Any], path: Path) -> tuple[Any, nn.Module]:
+def _read_config(kind: PartKind, stated: dict[str, Any], path: Path) -> tuple[Any, nn.Module]:
     """The config that a file holds, and the module that it describes, without weights."""
     config = kind.read_config(stated)
     try:
@@ -220,7 +220,7 @@ def _disagreements(parts: Mapping[str, Part]) -> list[str]:
         seen = 2 * vae.z_dim + vae.spatial_scale**2
         pairs.append(("transformer vace_in_channels", stated.vace_in_channels, "what the vae makes of a control", seen))
     if stated is not None and "transformer_2" in parts and (second := parts["transformer_2"].config) is not None:
-        mine, other = _flat(stated), _flat(second)
+        mine, other = flat_config(stated), flat_config(second)
         pairs += [(f"transformer {k}", mine.get(k), "transformer_2's", other.get(k)) for k in mine | other]
     return [f"{name} is {a}, but {other} is {b}" for name, a, other, b in pairs if a != b]
 

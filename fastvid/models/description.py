@@ -80,7 +80,7 @@ class Checkpoint:
         return {"folder": str(self.folder), "pipeline": self.pipeline, **named, "parts": parts, **rest}
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def flat_config(config: Config) -> dict[str, Any]:
     """A config as its file has it: VACE's transformer without a level of its own."""
     values = asdict(config)
     return values.pop("transformer", {}) | values
@@ -95,7 +95,7 @@ def _short(file: Path, folder: Path) -> str:
 
 def _describe(part: Part, folder: Path) -> dict[str, Any]:
     files = [_short(file, folder) for file in part.files]
-    config = _flat(part.config) if part.config else part.stated and dict(part.stated)
+    config = flat_config(part.config) if part.config else part.stated and dict(part.stated)
     kind = {"class": (part.stated or {}).get("_class_name", kind_of(part.name).class_name), "config": config}
     size = {"parameters": part.parameters, "dtypes": list(part.dtypes), "bytes": part.bytes}
     return {**kind, **size, "files": files, "problems": list(part.problems)}
