@@ -29,7 +29,6 @@ from fastvid.engine.source_clip import SourceClip
 from fastvid.layers.kv_cache import KVCache
 from fastvid.models.loaded import CACHE, CHANNELS, CONTROL, REIMPOSED, TIMESTEPS, Model, way_of
 from fastvid.models.wan import conditioning
-from fastvid.models.wan.transformer import WanTransformer
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
 from fastvid.sampling import (
@@ -79,7 +78,7 @@ class Conditions:
     control: Tensor | None = None
     scales: float | tuple[float, ...] = 1.0
 
-    def context(self, transformer: WanTransformer, text: Tensor) -> Any:
+    def context(self, transformer: Any, text: Tensor) -> Any:
         """The transformer's context of a text [1, L, text_dim] and of this: once a segment."""
         if self.control is None:
             return transformer.prepare_context(text, self.embeds)
@@ -167,9 +166,13 @@ def _still(model: Model, segment: Segment, column: int, pictures: list[tuple[int
     if column == segment.lead:
         return pixels.encode_stream(model, pixels.fit(pictures[0][1][None], segment), segment)
     first = (column - segment.lead - 1) * segment.temporal + 1
-    frames = [min(pictures, key=lambda p, f=f: abs(p[0] - f))[1] for f in range(first, first + segment.temporal)]
+    frames = [_nearest(pictures, frame) for frame in range(first, first + segment.temporal)]
     stills = torch.cat([pixels.fit(frame[None], segment) for frame in (frames[0], *frames)])
     return pixels.encode_stream(model, stills, segment)[:, :, 1:]
+
+
+def _nearest(pictures: list[tuple[int, np.ndarray]], frame: int) -> np.ndarray:
+    return min(pictures, key=lambda one: abs(one[0] - frame))[1]
 
 
 def _channels(model: Model, segment: Segment, known: Known, none: Tensor) -> Conditions:
@@ -181,7 +184,7 @@ def _channels(model: Model, segment: Segment, known: Known, none: Tensor) -> Con
         for frame, picture in pixels.place(known, segment, last_only=both).items()
     }
     channels = conditioning.image_condition(
-        lambda x: pixels.encode(model, x, segment), placed, segment.made_frames, temporal=segment.temporal
+        partial(pixels.encode, model, segment=segment), placed, segment.made_frames, temporal=segment.temporal
     )
     seen = [shown[0], shown[-1]] if both else shown[:1]
     return Conditions(CHANNELS, none, None, channels, _clip_tokens(model, seen) if config.image_dim else None)
@@ -189,6 +192,7 @@ def _channels(model: Model, segment: Segment, known: Known, none: Tensor) -> Con
 
 def _clip_tokens(model: Model, pictures: list[np.ndarray]) -> Tensor:
     """CLIP's tokens of all pictures, one after the other: [1, L, d]."""
+    assert model.image_encoder is not None
     size = model.image_encoder.config.image_size
     seen = [pixels.clip_pixels(torch.from_numpy(picture)[None], size).to(model.device) for picture in pictures]
     return model.look(torch.cat(seen)).flatten(0, 1)[None]
@@ -208,7 +212,7 @@ def _control(model: Model, request: Resolved, segment: Segment, known: Known, cl
         for picture in request.reference_images or ()
     ]
     return conditioning.vace_condition(
-        lambda x: pixels.encode(model, x, segment),
+        partial(pixels.encode, model, segment=segment),
         frames.movedim(0, 1)[None].to(model.device),
         mask.movedim(0, 1)[None].to(model.device),
         references,
@@ -327,6 +331,7 @@ class SegmentDenoiser:
 
     def _flow_edit(self, row: TableRow, region: Region | None, target: Velocity) -> Denoise:
         """FlowEdit from the velocity for the source's own prompt, with new noise at every level."""
+        assert self.clip is not None
         experts = range(len(self.model.experts))
         source = Switched([partial(self._velocity, row, region, e, SOURCE) for e in experts], self._expert_for)
         draw = 1 + int((self.sigmas > float(row.sigma.max())).sum())
@@ -348,10 +353,7 @@ class SegmentDenoiser:
         latents, levels = self.conditions.input(x, row, self.noise.initial, region)
         if (anchor := self._anchor(row, prompt)) is not None:
             latents, levels = anchored(latents, levels, anchor)
-        offset, cache = self._cache(row, prompt)
-        if anchor is not None:
-            offset = (-model.preset.anchor, *range(len(row.sigma)))
-        times = self._times(row, levels, cache)
+        times, offset, cache = self._times(row, levels), self._offset(row, anchor is not None), self._cache(row, prompt)
         with model.experts.use(expert) as transformer, ieee_fp32():
             if key not in self._contexts:
                 self._contexts[key] = self.conditions.context(transformer, text)
@@ -359,32 +361,43 @@ class SegmentDenoiser:
             velocity = transformer(latents, times[None], self._contexts[key], **more)
         return velocity if anchor is None else velocity[:, :, 1:]
 
-    def _times(self, row: TableRow, levels: Tensor, cache: KVCache | None) -> Tensor:
+    def _times(self, row: TableRow, levels: Tensor) -> Tensor:
         """The timesteps that the model is told for these levels."""
-        times = torch.from_numpy(timesteps(levels.numpy(), self.request.solver))
-        if row.write_cache and cache is not None:
-            return torch.full_like(times, self.model.preset.rollout.context_noise, dtype=torch.float64)
-        return times.round() if self.model.preset.whole_timesteps else times
+        times, preset = torch.from_numpy(timesteps(levels.numpy(), self.request.solver)), self.model.preset
+        if row.write_cache and preset.rollout is not None:
+            return torch.full_like(times, preset.rollout.context_noise, dtype=torch.float64)
+        return times.round() if preset.whole_timesteps else times
+
+    def _offset(self, row: TableRow, anchored: bool) -> int | tuple[int, ...]:
+        """The window's first position, or all of its positions. Only a causal model counts along the segment; windows of
+        other models begin at 0, wherever they are, as in training."""
+        preset = self.model.preset
+        if anchored:
+            assert preset.anchor is not None
+            return (-preset.anchor, *range(len(row.sigma)))
+        return 0 if preset.rollout is None else row.start
 
     def _anchor(self, row: TableRow, prompt: int) -> Tensor | None:
         """The first column, which some models keep in view of later windows: each is shown only the one before, and over
         many windows the look of things gets lost."""
         if self.model.preset.anchor is None or row.start == 0:
             return None
-        return self.clip.first if prompt == SOURCE else self.first
+        if prompt != SOURCE:
+            return self.first
+        assert self.clip is not None
+        return self.clip.first
 
-    def _cache(self, row: TableRow, prompt: int) -> tuple[int, KVCache | None]:
-        """The window's first position, and a causal model's cache. Windows of other models begin at position 0,
-        wherever they are, as in training."""
+    def _cache(self, row: TableRow, prompt: int) -> KVCache | None:
+        """A causal model's KV cache for a prompt, ready for the row's columns."""
         rollout = self.model.preset.rollout
         if rollout is None:
-            return 0, None
+            return None
         kind = min(prompt, 0)
         if kind not in self.caches:
             layers = self.model.transformer.config.num_layers
             self.caches[kind] = windows.new_cache(rollout, self.segment, layers)
         self.caches[kind].begin(row.start, len(row.sigma))
-        return row.start, self.caches[kind]
+        return self.caches[kind]
 
 
 def anchored(x: Tensor, levels: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:

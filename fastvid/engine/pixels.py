@@ -60,11 +60,13 @@ class SegmentEnds:
         right = self._frames(segment.after, segment.right, before=False) if segment.right else None
         if right is None or segment.over == 0:
             return Known(left, right, segment.pictures, None if right is None else right[0])
+        assert segment.after is not None
         after = replace(segment.after, start=segment.after.start - segment.over)
         return Known(left, right, segment.pictures, self._frames(after, 1, before=False)[0])
 
-    def _frames(self, edge: Edge, count: int, before: bool) -> np.ndarray:
+    def _frames(self, edge: Edge | None, count: int, before: bool) -> np.ndarray:
         """`count` frames before or after an edge; past the end of a clip its last frame is repeated."""
+        assert edge is not None
         if edge.segment is not None:
             first, last = self._ends[edge.segment]
             frames = last[-count:] if before else first[edge.start : edge.start + count]

@@ -86,6 +86,16 @@ class Scheduler:
         self._decode_line: list[object] = []
         self.decode_stream: Any = None
 
+    @property
+    def running(self) -> int:
+        """How many requests have begun and not ended."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait to begin."""
+        return len(self._waiting)
+
     def admit(self, ticket: Ticket) -> None:
         """Waits until a request may begin. Raises Cancelled."""
         with self._change:

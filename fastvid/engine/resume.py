@@ -264,6 +264,7 @@ class Resume:
 
     def save(self, row: Row) -> None:
         """A row of the open segment is done: writes what became clean and, if it is time, where the loop stands."""
+        assert row.position is not None
         self.rows += 1
         if row.clean is not None and self._rank == 0:
             numbers = {"row": torch.tensor(row.number), "start": torch.tensor(row.start)}
@@ -410,5 +411,5 @@ def position_from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -
     moved = {name: one.to(device) if one.ndim == 5 else one for name, one in tensors.items()}
     lists = {n: tuple(moved[k] for k in sorted(moved) if k.startswith(f"state.{n}.")) for n in ("sigmas", "x0s")}
     state = SolverState(moved.get("state.order"), lists["sigmas"], lists["x0s"], moved.get("state.x"))
-    own = {name: int(one) if one.ndim == 0 else one for name, one in moved.items() if "." not in name}
+    own: dict[str, Any] = {name: int(one) if one.ndim == 0 else one for name, one in moved.items() if "." not in name}
     return Position(state=state, **own)

@@ -87,8 +87,9 @@ def put_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
     import safetensors.torch
     import torch
 
-    how = {"copy": True, "memory_format": torch.contiguous_format}  # safetensors writes no tensors that share memory
-    copies = {key: one.detach().to("cpu", **how) for key, one in tensors.items()}
+    # Copies: safetensors writes no tensors that share memory.
+    layout = torch.contiguous_format
+    copies = {key: one.detach().to("cpu", copy=True, memory_format=layout) for key, one in tensors.items()}
     data = safetensors.torch.save(copies)
     name = f"{stem}-{hashlib.sha256(data).hexdigest()[:DIGEST]}.safetensors"
     with _errors(folder):

@@ -55,6 +55,7 @@ def _device(device: torch.device) -> str:
 
 
 def _weights(model: Model) -> Iterator[tuple[str, str]]:
+    assert model.checkpoint is not None
     for part in model.checkpoint.parts:
         yield part.name, _digest(part.files)
     if model.checkpoint.tokenizer.is_file():

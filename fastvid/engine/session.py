@@ -325,8 +325,9 @@ class SegmentRun:
         for chunk, begin, seconds in decoded:
             self._session.seconds["decode"] += seconds
             for frames, start in self._blend.put(chunk, begin):
-                kept = clip is not None and clip.mask is not None
-                yield clip.keep(frames, start - self._segment.skip) if kept else frames
+                if clip is not None and clip.mask is not None:
+                    frames = clip.keep(frames, start - self._segment.skip)
+                yield frames
 
 
 def _first_free(row: TableRow) -> int:

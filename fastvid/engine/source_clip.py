@@ -27,24 +27,24 @@ class SourceClip:
     def __init__(self, model: Model, segment: Segment, known: Known, mask: np.ndarray | None) -> None:
         self.model, self.segment, self.known, self.mask = model, segment, known, mask
         self.first: Tensor | None = None
-        self._latents: Tensor | None = None  # of the columns from _start on
-        self._start, self._cache = 0, None
+        self._columns: list[Tensor] = []  # latents of one column each, from number _start on
+        self._start = 0
+        self._cache: Any = None  # what the VAE keeps from one column to the next
 
     @torch.no_grad()
     def latents(self, start: int, stop: int, forget: bool = True) -> Tensor:
         """The clean latents [1, C, t, h, w] of these columns. forget: drop the columns before `start`."""
-        end = self._start + (0 if self._latents is None else self._latents.shape[2])
         with ieee_fp32():
-            while end < stop:
-                frames = pixels.pad(self.frames(*self._frames_of(end)), self.segment).transpose(0, 1)[None]
+            for column in range(self._start + len(self._columns), stop):
+                frames = pixels.pad(self.frames(*self._frames_of(column)), self.segment).transpose(0, 1)[None]
                 frames = frames.to(self.model.device, self.model.vae_dtype)
                 made, self._cache = self.model.vae.encode(frames, self._cache, bands=self.model.bands)
-                self.first = made[:, :, :1] if self.first is None else self.first
-                self._latents = made if self._latents is None else torch.cat((self._latents, made), dim=2)
-                end += made.shape[2]
-        if forget and self._latents is not None and start > self._start:
-            self._latents, self._start = self._latents[:, :, start - self._start :], start
-        return self._latents[:, :, start - self._start : stop - self._start]
+                self.first = made if self.first is None else self.first
+                self._columns.append(made)
+        if forget and start > self._start:
+            del self._columns[: start - self._start]
+            self._start = start
+        return torch.cat(self._columns[start - self._start : stop - self._start], dim=2)
 
     def _frames_of(self, column: int) -> tuple[int, int]:
         """(start, stop) of the stream's frames in a column."""
@@ -81,6 +81,7 @@ class SourceClip:
 
     def masks(self, start: int, stop: int) -> np.ndarray:
         """The mask of the stream's frames, uint8 [n, H, W]; the last one held, as the clip's last frame is."""
+        assert self.mask is not None
         picks = np.arange(start, stop) - self.segment.skip + self.segment.source_start
         return self.mask[picks.clip(0, len(self.mask) - 1)]
 

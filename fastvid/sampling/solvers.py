@@ -118,7 +118,7 @@ def dpmpp_step(
     if not active.any():
         return x, state
     state = _or_blank(state, x0, depth=1)
-    order = _next_order(state.order, sigma_next)
+    order = _next_order(state, sigma_next)
     target = _extrapolate(x0, state, order, sigma, sigma_next, last_sigma=1.0)
     stepped = _keep(active, _blend(x, target, sigma, sigma_next), x)
     return stepped, _remember(active, order, sigma, x0, x, state)
@@ -137,7 +137,7 @@ def unipc_step(
     if not active.any():
         return x, state
     state = _or_blank(state, x0, depth=2)
-    order = _next_order(state.order, sigma_next)
+    order = _next_order(state, sigma_next)
     corrected = _correct(x, x0, sigma, state)
     target = _extrapolate(x0, state, order, sigma, sigma_next, last_sigma=UNIPC_LAST_SIGMA)
     stepped = _keep(active, _blend(corrected, target, sigma, sigma_next), x)
@@ -161,7 +161,7 @@ def dpmpp_fused(
     if not active.any():
         return x, state
     state = _or_blank(state, x, depth=1)
-    order = _next_order(state.order, sigma_next)
+    order = _next_order(state, sigma_next)
     weights = dpmpp_weights(sigma, sigma_next, _carry(state, order, sigma, sigma_next, last_sigma=1.0))
     stepped, *x0s = operation(x, *velocities, sigma, active, weights, state.x0s)
     return stepped, _after(active, order, sigma, tuple(x0s), None, state)
@@ -175,9 +175,9 @@ def unipc_fused(
     if not active.any():
         return x, state
     state = _or_blank(state, x, depth=2)
-    order = _next_order(state.order, sigma_next)
+    order = _next_order(state, sigma_next)
     carry = _carry(state, order, sigma, sigma_next, last_sigma=UNIPC_LAST_SIGMA)
-    weights = unipc_weights(sigma, sigma_next, carry, state.sigmas[0], *_correction(sigma, state), state.order > 0)
+    weights = unipc_weights(sigma, sigma_next, carry, state.sigmas[0], *_correction(sigma, state), _order(state) > 0)
     stepped, *x0s, start = operation(x, *velocities, sigma, active, weights, (*state.x0s, state.x))
     return stepped, _after(active, order, sigma, tuple(x0s), start, state)
 
@@ -231,8 +231,8 @@ def _carry(state: SolverState, order: Tensor, sigma: Tensor, sigma_next: Tensor,
 
 def _correct(x: Tensor, x0: Tensor, sigma: Tensor, state: SolverState) -> Tensor:
     """UniC: the last step again, with x0 at its end known; x in columns without a last step."""
-    stepped = state.order > 0
-    if not stepped.any():
+    stepped = _order(state) > 0
+    if state.x is None or not stepped.any():
         return x
     to_older, to_newer = _correction(sigma, state)
     newest, older = state.x0s
@@ -247,7 +247,7 @@ def _correction(sigma: Tensor, state: SolverState) -> tuple[Tensor, Tensor]:
     here, start = _log_snr(sigma, UNIPC_LAST_SIGMA), _log_snr(before, UNIPC_LAST_SIGMA)
     h, h0 = here - start, start - _log_snr(two_before, UNIPC_LAST_SIGMA)
     curve = _langevin(h / 2)
-    rho, second = curve / (h + h0), (state.order == 2) & (h0 > 0)
+    rho, second = curve / (h + h0), (_order(state) == 2) & (h0 > 0)
     return torch.where(second, -rho * h / h0, 0.0), torch.where(second, (1 + curve) / 2 - rho, 0.5)
 
 
@@ -282,8 +282,13 @@ def _moves(x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     return sigma_next != sigma
 
 
-def _next_order(order: Tensor, sigma_next: Tensor) -> Tensor:
-    return torch.where(sigma_next == 0, 1, (order + 1).clamp(max=2))
+def _next_order(state: SolverState, sigma_next: Tensor) -> Tensor:
+    return torch.where(sigma_next == 0, 1, (_order(state) + 1).clamp(max=2))
+
+
+def _order(state: SolverState) -> Tensor:
+    assert state.order is not None, "see _or_blank"
+    return state.order
 
 
 def _or_blank(state: SolverState, x0: Tensor, depth: int) -> SolverState:
@@ -312,7 +317,7 @@ def _after(
     """`_remember` for a step that has moved x0s and x on already."""
     newer = (sigma, *state.sigmas)
     return SolverState(
-        order=torch.where(active, order, state.order),
+        order=torch.where(active, order, _order(state)),
         sigmas=tuple(torch.where(active, new, old) for new, old in zip(newer, state.sigmas, strict=False)),
         x0s=x0s,
         x=x,

@@ -94,7 +94,7 @@ def whole(runner, tmp_path_factory) -> Path:
     return folder / "out.mp4"
 
 
-@pytest.mark.parametrize("point", range(POINTS))
+@pytest.mark.parametrize("point", [0, *(pytest.param(point, marks=pytest.mark.slow) for point in range(1, POINTS))])
 def test_a_killed_file_plays_and_its_request_goes_on(runner, whole, tmp_path, point):
     chance = random.Random(point)
     log, out, job = tmp_path / "log", tmp_path / "out.mp4", tmp_path / "job.ckpt"

@@ -76,7 +76,12 @@ VIDEO = ("extend", "edit")
 DATA = {"video": clip(13), "mask": clip(1)[..., 0] > 90, "image": clip(1)[0]}
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("whole clip", "windows", "rollout")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_after_a_kill_at_any_row_the_frames_are_the_same(pipes, tmp_path, case):
     recipe, verb, options = CASES[case]
     given = {name: made for name, made in DATA.items() if options.get(name) or (name == "video" and verb in VIDEO)}
@@ -370,13 +375,14 @@ def test_files_are_found_where_they_were(pipes, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- cancelling
 
 
-def test_cancelling_at_any_moment_leaves_no_trace(pipes):
+@pytest.mark.parametrize("count", [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_cancelling_at_any_moment_leaves_no_trace(pipes, count):
     options = {**ONE, "num_inference_steps": 5, "num_frames": 5}
     pipe, wanted = pipes[0], run(pipes[1].stream(PROMPT, **options))
     begin = time.perf_counter()
     run(pipe.stream(PROMPT, **options))
     whole = time.perf_counter() - begin
-    for point in random.Random(0).choices(range(1000), k=50):
+    for point in random.Random(0).choices(range(1000), k=count):
         stream, at, after = pipe.stream(PROMPT, **options), [], []
         timer = threading.Timer(
             whole * point / 1000, lambda s=stream, at=at: (at.append(time.perf_counter()), s.cancel())

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from streams import frames_of
 
 import fastvid
-from fastvid.engine import decode as decoding
-from fastvid.engine import queue as queueing
+from fastvid.engine import decode
 from fastvid.engine.events import Finished, Frames, Started, Step
-from fastvid.engine.queue import Scheduler, Ticket
+from fastvid.engine.queue import PATIENCE, Scheduler, Ticket
 from fastvid.media.writer import BackgroundWriter
 
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
@@ -30,22 +30,24 @@ def pipe(tmp_path_factory):
     tiny.write_checkpoint(folder)
     loaded = fastvid.load(str(folder), device="cpu")
     recipe = dataclasses.replace(loaded._model.preset, window=3, carries=True)
-    loaded._model = dataclasses.replace(loaded._model, preset=recipe)
-    return loaded
+    return fastvid.Pipeline(dataclasses.replace(loaded._model, preset=recipe))
 
 
 @pytest.fixture
 def beside(monkeypatch):
     """As on a device where it is worth it."""
-    monkeypatch.setattr(decoding, "faster_beside", lambda device: True)
+    monkeypatch.setattr(decode, "faster_beside", lambda device: True)
 
 
 def ours() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastvid-")]
 
 
-def frames_of(events) -> np.ndarray:
-    return np.concatenate([event.frames for event in events if isinstance(event, Frames)])
+def scheduled(pipe: fastvid.Pipeline, **limits: int) -> tuple[fastvid.Pipeline, Scheduler]:
+    """The same model, with a scheduler of its own."""
+    made = fastvid.Pipeline(pipe._model)
+    made._scheduler = Scheduler(**limits)
+    return made, made._scheduler
 
 
 # ---------------------------------------------------------------- decoding
@@ -54,7 +56,7 @@ def frames_of(events) -> np.ndarray:
 def test_frames_beside_are_those_in_place(pipe, monkeypatch):
     request = {"num_frames": 45, "seed": 3, **SMALL}
     alone = frames_of(pipe.stream("a red circle", **request))
-    monkeypatch.setattr(decoding, "faster_beside", lambda device: True)
+    monkeypatch.setattr(decode, "faster_beside", lambda device: True)
     stream, kinds = pipe.stream("a red circle", **request), []
     made = []
     for event in stream:
@@ -71,11 +73,11 @@ def test_frames_beside_are_those_in_place(pipe, monkeypatch):
 def test_a_window_is_decoded_while_the_next_is_denoised(pipe, beside, monkeypatch):
     """The denoiser waits for a chunk that is being decoded at the same time, which only a second thread can do."""
     decoded, seen = threading.Event(), []
-    decode, step = type(pipe._model.vae).decode_rgb, type(pipe._model.transformer).forward
+    decode_rgb, step = type(pipe._model.vae).decode_rgb, type(pipe._model.transformer).forward
 
     def watched(self, *given):
         seen.append(threading.current_thread().name)
-        done = decode(self, *given)
+        done = decode_rgb(self, *given)
         decoded.set()
         return done
 
@@ -95,11 +97,10 @@ def test_a_window_is_decoded_while_the_next_is_denoised(pipe, beside, monkeypatc
 def test_segments_wait_for_the_frames_they_begin_with(pipe, monkeypatch):
     """A loop over many windows of a model that does not carry latents on."""
     recipe = dataclasses.replace(pipe._model.preset, carries=False)
-    other = pipe.with_ticket(pipe.new_ticket())
-    other._model, other._ticket = dataclasses.replace(pipe._model, preset=recipe), None
+    other = fastvid.Pipeline(dataclasses.replace(pipe._model, preset=recipe))
     request = {"num_frames": 21, "seed": 5, **SMALL}
     alone = other.generate("a red circle", **request)
-    monkeypatch.setattr(decoding, "faster_beside", lambda device: True)
+    monkeypatch.setattr(decode, "faster_beside", lambda device: True)
     again = other.generate("a red circle", **request)
     assert other.plan("a", **request).segments > 1
     assert np.array_equal(alone.frames, again.frames) and torch.equal(alone.latents, again.latents)
@@ -120,6 +121,7 @@ def test_an_error_of_the_decoder_comes_through(pipe, beside, monkeypatch):
 
 @pytest.mark.parametrize("end", ["close", "cancel", "drop"])
 def test_no_thread_is_left_behind(pipe, beside, end):
+    pipe, scheduler = scheduled(pipe)
     stream = pipe.stream("a", num_frames=45, **SMALL)
     while not isinstance(next(stream), Frames):
         pass
@@ -131,7 +133,7 @@ def test_no_thread_is_left_behind(pipe, beside, end):
     elif end == "close":
         stream.close()
     del stream
-    assert not ours() and not pipe._scheduler._running
+    assert not ours() and not scheduler.running
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -139,7 +141,7 @@ def test_on_a_gpu_frames_beside_are_those_in_place(monkeypatch):
     on_gpu, request = fastvid.load("embedded", device="cuda"), {"num_frames": 97, "seed": 3, **SMALL}
     assert on_gpu.plan("a", **request).decode_beside
     made = on_gpu.generate("a red circle", **request)
-    monkeypatch.setattr(decoding, "faster_beside", lambda device: False)
+    monkeypatch.setattr(decode, "faster_beside", lambda device: False)
     alone = on_gpu.generate("a red circle", **request)
     assert torch.equal(made.latents, alone.latents) and np.array_equal(made.frames, alone.frames)
 
@@ -199,9 +201,9 @@ OTHERS = [
 
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 def test_four_threads_and_four_tasks_equal_each_alone(pipe, at_once, monkeypatch):
-    monkeypatch.setattr(decoding, "faster_beside", lambda device: at_once != 2)
+    monkeypatch.setattr(decode, "faster_beside", lambda device: at_once != 2)
     alone = [pipe.generate("a red circle", **o).frames for o in OTHERS]
-    pipe._scheduler = Scheduler(at_once, steps=min(at_once, 2))
+    pipe, scheduler = scheduled(pipe, running=at_once, steps=min(at_once, 2))
     got: dict[int, np.ndarray] = {}
     threads = [
         threading.Thread(target=lambda i=i: got.update({i: pipe.generate("a red circle", **OTHERS[i]).frames}))
@@ -217,7 +219,7 @@ def test_four_threads_and_four_tasks_equal_each_alone(pipe, at_once, monkeypatch
 
     tasks = [video.frames for video in asyncio.run(all_of_them())]
     assert all(np.array_equal(got[i], alone[i]) and np.array_equal(tasks[i], alone[i]) for i in range(4))
-    assert not ours() and not pipe._scheduler._running
+    assert not ours() and not scheduler.running
 
 
 def test_requests_take_turns_and_one_step_runs_at_a_time(pipe, monkeypatch):
@@ -234,7 +236,7 @@ def test_requests_take_turns_and_one_step_runs_at_a_time(pipe, monkeypatch):
             running.pop()
 
     monkeypatch.setattr(type(pipe._model.transformer), "forward", watched)
-    pipe._scheduler = Scheduler()
+    pipe, _ = scheduled(pipe)
     options = SMALL | {"num_inference_steps": 12, "num_frames": 5}
     threads = [threading.Thread(target=lambda w=w: pipe.generate("a", **options | {"width": w})) for w in (64, 80, 96)]
     for thread in threads:
@@ -247,10 +249,11 @@ def test_requests_take_turns_and_one_step_runs_at_a_time(pipe, monkeypatch):
 
 
 def test_a_request_that_waits_has_made_nothing_and_can_be_cancelled(pipe):
-    pipe._scheduler = Scheduler(running=1)
-    first, second = (pipe.stream("a", num_frames=5, **SMALL) for _ in range(2))
+    pipe, scheduler = scheduled(pipe, running=1)
+    ticket = pipe.new_ticket()
+    first, second = (each.stream("a", num_frames=5, **SMALL) for each in (pipe.with_ticket(ticket), pipe))
     next(first), next(first)
-    with first._ticket.pulled():  # as while it makes a step
+    with ticket.pulled():  # as while it makes a step
         assert isinstance(next(second), Started)
         ended: list[BaseException] = []
 
@@ -262,15 +265,15 @@ def test_a_request_that_waits_has_made_nothing_and_can_be_cancelled(pipe):
 
         thread = threading.Thread(target=wait)
         thread.start()
-        time.sleep(2 * queueing.PATIENCE)
-        assert thread.is_alive() and pipe._scheduler._running == [first._ticket]
+        time.sleep(2 * PATIENCE)
+        assert thread.is_alive() and (scheduler.running, scheduler.waiting) == (1, 1)
         second.cancel()
         thread.join(5)
-    assert ended and isinstance(list(first)[-1], Finished) and not pipe._scheduler._running
+    assert ended and isinstance(list(first)[-1], Finished) and not scheduler.running
 
 
 def test_who_pulls_many_streams_from_one_thread_never_waits_for_himself(pipe):
-    pipe._scheduler = Scheduler(running=1)
+    pipe, _ = scheduled(pipe, running=1)
     streams = [pipe.stream("a", seed=i, num_frames=5, **SMALL) for i in range(3)]
     running, start = list(streams), time.monotonic()
     while running:
@@ -279,18 +282,18 @@ def test_who_pulls_many_streams_from_one_thread_never_waits_for_himself(pipe):
 
 
 def test_beginning_is_first_come_first_served():
-    queue, order = Scheduler(running=1), []
-    places = [Ticket(queue) for _ in range(5)]
+    scheduler, order = Scheduler(running=1), []
+    tickets = [Ticket(scheduler) for _ in range(5)]
 
     def work(number: int) -> None:
-        with places[number].admitted():
+        with tickets[number].admitted():
             order.append(number)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
-    with places[0].admitted():
+    with tickets[0].admitted():
         for count, thread in enumerate(threads, 1):
             thread.start()
-            while len(queue._waiting) < count:
+            while scheduler.waiting < count:
                 time.sleep(0.001)
     for thread in threads:
         thread.join()
@@ -323,6 +326,8 @@ def test_astream_has_the_events_and_leaves_the_loop_free(pipe):
 
 
 def test_cancelling_a_task_cancels_the_request(pipe, beside):
+    pipe, scheduler = scheduled(pipe)
+
     async def main():
         steps = []
 
@@ -337,7 +342,7 @@ def test_cancelling_a_task_cancels_the_request(pipe, beside):
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert not pipe._scheduler._running
+            assert not scheduler.running
         return steps
 
     assert 0 < len(asyncio.run(main())) < 400
