@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from image_models import write_image_model
 from ranks import run_ranks
 from sharing import relative
 
@@ -19,10 +20,16 @@ from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.engine.events import Frames, Step
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import LoadOptions
+from fastvid.models.preset import Rollout
+from fastvid.models.wan.presets import LONGLIVE
 from fastvid.pipeline.load import load_model
 from fastvid.pipeline.pipeline import Pipeline
 
 PROMPT = "a red circle moving right on a white background"
+SIZE = {"height": 64, "width": 96}
+SHOTS = [("a red circle", 1.0), ("a blue square moving left", 10 / 16), ("white on red", 19 / 16)]
+ROLLOUT = Rollout(frames_per_block=2, window=5, sink=1, recache=True)
+PICTURE = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
 SHORT = {"num_frames": 9, "num_inference_steps": 3, "seed": 5}
 
 
@@ -164,21 +171,21 @@ def test_impossible_layouts_are_refused(layout: Layout, guided: bool, match: str
 def other_models(mesh: Mesh, folder: str) -> None:
     """A causal model with a KV cache that is shared, prompts that change in it and guidance; and one that takes known
     frames as channels, by text and picture."""
-    from test_rollouts import LONGLIVE, NEGATIVE, SHOTS, SIZE, SMALL, picture, with_recipe
-
-    causal = with_recipe(Pipeline(load_model(f"{folder}/causal")), LONGLIVE, rollout=SMALL)
+    causal = Pipeline(load_model(f"{folder}/causal"))
+    preset = replace(LONGLIVE, spatial_multiple=16, temporal=4, rollout=ROLLOUT)
+    causal = Pipeline(replace(causal._model, preset=preset))
     image = Pipeline(load_model(f"{folder}/i2v"))
     for scale in (1.0, 2.0):
-        given = {"guidance_scale": scale, "negative_prompt": NEGATIVE, "seed": 2}
+        given = {"guidance_scale": scale, "negative_prompt": "blue square", "seed": 2}
         true = causal.storyboard(SHOTS, **given, **SIZE)
-        shown = image.generate("a red circle", image=picture(), num_frames=9, num_inference_steps=3, **given, **SIZE)
+        shown = image.generate("a red circle", image=PICTURE, num_frames=9, num_inference_steps=3, **given, **SIZE)
         for layout in every(mesh.size, 2, scale != 1):
             parts = replace(causal._model, mesh=mesh, options=LoadOptions(layout=layout))
             made = Pipeline(parts).storyboard(SHOTS, **given, **SIZE)
             assert relative(made.latents, true.latents) < 1e-4 and off(made.frames, true.frames) <= 1, layout
             goes_on(mesh, Pipeline(parts), f"{folder}/{scale}-{layout}", made, SHOTS, {**given, **SIZE})
             pipe = Pipeline(replace(image._model, mesh=mesh, options=LoadOptions(layout=layout)))
-            made = pipe.generate("a red circle", image=picture(), num_frames=9, num_inference_steps=3, **given, **SIZE)
+            made = pipe.generate("a red circle", image=PICTURE, num_frames=9, num_inference_steps=3, **given, **SIZE)
             assert relative(made.latents, shown.latents) < 1e-4 and off(made.frames, shown.frames) <= 1, layout
 
 
@@ -200,10 +207,8 @@ def goes_on(mesh: Mesh, pipe: Pipeline, folder: str, true: fastvid.Video, shots:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_other_models(size: int, tmp_path: Path) -> None:
-    from test_image_to_video import write
-
     tiny.write_checkpoint(tmp_path / "causal", num_layers=3)
-    write(tmp_path / "i2v", "i2v")
+    write_image_model(tmp_path / "i2v", "i2v")
     run_ranks(size, other_models, str(tmp_path))
 
 
