@@ -10,147 +10,23 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_pipe import FakePipe, Recipe, failed, run
 
 from fastvid import errors
 from fastvid.cli import arguments, commands, parser
 from fastvid.cli.progress import Progress, Stopwatch, duration
+from fastvid.engine.events import Finished, Frames, Started, Step
 from fastvid.media.metadata import read_recipe, read_video
-from fastvid.requests import inputs
 from fastvid.requests.arguments import VERBS
 from fastvid.requests.request import Request
 
-
-@dataclass(frozen=True)
-class Recipe:
-    num_inference_steps: int = 4
-    flow_shift: float = 3.0
-    guidance_scale: float = 5.0
-    fps: float = 16
-    num_frames: int = 5
-    height: int = 64
-    width: int = 64
-    negative_prompt: str = ""
-    solver: str = "unipc"
-    edit_strength: float | None = None
-    spatial_multiple: int = 16
-    temporal: int = 4
-
-
-@dataclass(frozen=True)
-class Started:
-    seed: int
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-    total_steps: int
-    recipe: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Step:
-    step: int
-    total: int
-    sigma: float = 0.5
-    seconds: float = 0.1
-
-
-@dataclass(frozen=True)
-class Frames:
-    start: int
-    frames: np.ndarray = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Finished:
-    seed: int
-    num_frames: int
-    fps: float
-    recipe: dict[str, Any]
-    seconds: dict[str, float]
-
-
-class FakePipe:
-    """Makes frames from the request; raises `failure` after the first ones."""
-
-    failure: BaseException | None = None
-
-    def __init__(self) -> None:
-        self.loaded: list[tuple[str, dict[str, Any]]] = []
-        self.closed = self.left = 0
-        self.streamed: list[Request] = []
-
-    def load(self, model: str, **kwargs: Any) -> FakePipe:
-        self.loaded.append((model, kwargs))
-        return self
-
-    def __enter__(self) -> FakePipe:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.left += 1
-
-    def stream(
-        self, prompt: str | None = None, *, verb: str = "generate", keep_latents: bool = True, **kwargs: Any
-    ) -> Iterator[Any]:
-        assert not keep_latents, "memory would grow with the video"
-        request = Request.make(verb, prompt=prompt, **kwargs)
-        self.streamed.append(request)
-        return self._events(inputs.read(request).resolve(Recipe()))
-
-    def _events(self, made: Any) -> Iterator[Any]:
-        try:
-            recipe = made.to_recipe(model=self.loaded[-1][0], version="0", dtype="float32")
-            steps = made.num_inference_steps
-            yield Started(made.seed, made.num_frames, made.height, made.width, made.fps, steps, recipe)
-            yield from (Step(i + 1, steps) for i in range(steps))
-            rng = np.random.default_rng(made.seed)
-            for i in range(made.num_frames):
-                yield Frames(i, rng.integers(0, 256, (1, made.height, made.width, 3), np.uint8))
-                if self.failure is not None:
-                    raise self.failure
-            yield Finished(made.seed, made.num_frames, made.fps, recipe, {"text": 0.1, "denoise": 0.2, "decode": 0.3})
-        finally:
-            self.closed += 1
-
-    def inspect(self, model: str, loras: Any = (), parts: Any = None) -> dict[str, Any]:
-        return {"model": model, "parts": {"vae": {"parameters": 3, "types": ["F32"]}}}
-
-
-@pytest.fixture(autouse=True)
-def pipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipe:
-    made = FakePipe()
-    fake = types.ModuleType("fastvid.api")
-    fake.load, fake.inspect = made.load, made.inspect  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fastvid.api", fake)
-    monkeypatch.setattr("fastvid.api", fake, raising=False)
-    for name in [name for name in os.environ if name.startswith("FASTVID_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-    return made
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    status = commands.main(list(words))
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def failed(capsys: pytest.CaptureFixture[str], status: int, *words: str) -> str:
-    """The one line on standard error of a command that fails and leaves nothing."""
-    before = sorted(os.listdir())
-    found, out, err = run(capsys, *words)
-    assert (found, out, sorted(os.listdir())) == (status, "", before), err
-    assert err.startswith("fastvid: ") and err.count("\n") == 1 and "Traceback" not in err, err
-    return err
+pytestmark = pytest.mark.usefixtures("pipe")
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -555,12 +431,12 @@ class Clock:
 
 
 def steps(progress: Progress, clock: Clock, total: int, pause: float) -> None:
-    progress.event(Started(1, 17, 64, 96, 23.976, total, {}))
+    progress.event(Started(None, 1, 17, 64, 96, 23.976, total, {}))  # type: ignore[arg-type]
     for i in range(total):
         clock.now += pause
-        progress.event(Step(i + 1, total))
+        progress.event(Step(i + 1, total, 0.5, 0.1))
     progress.event(Frames(0, np.zeros((17, 1, 1, 3), np.uint8)))
-    progress.event(Finished(1, 17, 23.976, {}, {}))
+    progress.event(Finished(1, 17, 23.976, None, {}, {}))
     progress.close()
 
 

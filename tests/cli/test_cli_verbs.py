@@ -1,4 +1,4 @@
-"""The commands of all verbs: words, flags, recipes; with a pipeline that is not real (see test_cli)."""
+"""The commands of all verbs: words, flags, recipes; with a pipeline that is not real."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_cli import FakePipe, failed, pipe, run  # noqa: F401 (the fixture is autouse there)
+from fake_pipe import FakePipe, failed, run
 
 from fastvid.cli import flags
 from fastvid.media.metadata import read_recipe, read_video
@@ -16,7 +16,7 @@ from fastvid.media.video import Video
 
 
 @pytest.fixture(autouse=True)
-def clips(pipe: FakePipe) -> None:  # noqa: F811
+def clips(pipe: FakePipe) -> None:
     """Two clips and a mask in the working folder."""
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
@@ -45,7 +45,7 @@ def clips(pipe: FakePipe) -> None:  # noqa: F811
 )
 def test_a_command_is_a_request(
     capsys: pytest.CaptureFixture[str],
-    pipe: FakePipe,  # noqa: F811
+    pipe: FakePipe,
     words: str,
     verb: str,
     expected: dict[str, Any],
@@ -88,7 +88,7 @@ def test_a_command_is_a_request(
         ("plan --device-memory 0GB", "no size of a card's memory"),
     ],
 )
-def test_bad_words(capsys: pytest.CaptureFixture[str], pipe: FakePipe, words: str, match: str) -> None:  # noqa: F811
+def test_bad_words(capsys: pytest.CaptureFixture[str], pipe: FakePipe, words: str, match: str) -> None:
     assert match in failed(capsys, 2, *words.split()) and pipe.loaded == []
 
 
@@ -119,7 +119,7 @@ def test_a_recipe_makes_the_same_again(capsys: pytest.CaptureFixture[str], words
     assert np.array_equal(read_video("o.npy")[0], read_video("again.npy")[0])
 
 
-def test_a_recipe_knows_its_clips(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:  # noqa: F811
+def test_a_recipe_knows_its_clips(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
     assert run(capsys, "extend", "a.npy", "-o", "o.npy")[0] == 0
     loaded = len(pipe.loaded)
     message = failed(capsys, 2, "extend", "b.npy", "--recipe", "o.npy", "-o", "x.npy")
