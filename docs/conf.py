@@ -1,11 +1,16 @@
-"""Sphinx: the documentation is Markdown, one page a task. Build: sphinx-build -W docs docs/_build."""
+"""Sphinx: Markdown pages, one a task. Build: python -m sphinx -W --keep-going -b html docs docs/_build."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the generated reference
+from sphinx.application import Sphinx
+
+sys.path.insert(0, str(Path(__file__).parent))  # for reference.py
+
+import reference
 
 from fastvid.version import __version__
 
@@ -13,11 +18,19 @@ project = "fastvid"
 author = "the fastvid authors"
 release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"fastvid {release}"
-exclude_patterns = ["_build"]
-nitpicky = False
-autodoc_typehints = "signature"
-suppress_warnings = ["myst.xref_missing"] if False else []
+exclude_patterns = ["_build", "_generated"]
+autodoc_typehints = "none"  # the table of arguments has them
+autodoc_member_order = "bysource"
+
+
+def files_of_the_repository(app: Sphinx, page: str, source: list[str]) -> None:
+    """Links to files outside of docs/ become downloads; on GitHub they work as they are."""
+    source[0] = re.sub(r"\]\((\.\./[^)#\s]+)\)", r"](<path:\1>)", source[0])
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("builder-inited", reference.write)
+    app.connect("source-read", files_of_the_repository)

@@ -120,7 +120,7 @@ def load(
         cuda_graphs: True captures the transformer's calls as CUDA graphs, once a shape, and replays them (see
             `fastvid.device.cuda_graphs`), which is faster where calls are short; their memory is kept until the
             pipeline is gone. "auto" does so where a committed result shows a gain: nowhere so far.
-        parallel: ranks that make each video together (docs/parallel.md): a number, "auto" (as many as there are GPUs),
+        parallel: ranks that make each video together (docs/gpus.md): a number, "auto" (as many as there are GPUs),
             or degrees such as "guidance=2,ulysses=4". Each is a process that this call starts; one is this process.
             Under torchrun its processes are the ranks: this call returns on rank 0; on the others it serves rank 0
             until that is done, and then ends the process.

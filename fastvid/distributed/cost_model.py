@@ -4,7 +4,7 @@ Plans choose layouts with it. A rank's time is that of linear layers on its own 
 tokens to all tokens, for its share of the heads; of the memory traffic of norms, rotations, residuals and a ring's
 merging; and of those exchanges that no computation hides: the first group of heads on its way out, the last one on its
 way back, and what a ring's step takes longer than the attention beside it. A layer takes no less time than starting its
-kernels. The rank with the most tokens sets the pace. docs/parallel.md has the formulas.
+kernels. The rank with the most tokens sets the pace. docs/gpus.md has the formulas.
 
 Units: seconds, bytes, floating point operations.
 """

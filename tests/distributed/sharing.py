@@ -17,7 +17,7 @@ def relative(made: torch.Tensor, true: torch.Tensor) -> float:
 
 
 def bytes_of_a_step(layout: Layout, tokens: int, width: int, layers: int, values: int, itemsize: int) -> int:
-    """Bytes that all ranks send in a step with guidance, by the table in docs/parallel.md.
+    """Bytes that all ranks send in a step with guidance, by the table in docs/gpus.md.
 
     values: of a velocity per token, in fp32. itemsize: bytes of a value inside the model.
     """
