@@ -69,7 +69,11 @@ def python_blocks(path: Path) -> list[str]:
 def calls_of_verbs(tree: ast.AST) -> Iterator[tuple[str, str]]:
     """(verb, keyword) of every call such as pipe.agenerate(..., seed=1)."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "pipe":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and ast.unparse(node.func.value) == "pipe"
+        ):
             name = node.func.attr
             verb = name if name in VERBS else name.removeprefix("a")
             yield from ((verb, each.arg) for each in node.keywords if each.arg and verb in VERBS)
@@ -107,7 +111,7 @@ def test_python_examples_name_arguments_that_there_are(path: Path) -> None:
 
 def test_every_page_is_in_the_table_of_contents() -> None:
     listed = re.findall(r"^([a-z-]+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
-    assert {path.stem for path in PAGES if path.parent.name == "docs"} == {*listed, "index"}
+    assert {path.stem for path in PAGES if path.parent == ROOT / "docs"} == {*listed, "index"}
 
 
 def test_files_that_the_architecture_names_exist() -> None:
