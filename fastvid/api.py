@@ -14,7 +14,7 @@ from typing import Any, Unpack
 
 import torch
 
-from fastvid.distributed import layout as ranks
+from fastvid.distributed.layout import Parallelism, parse_parallel
 from fastvid.engine.events import Plan
 from fastvid.engine.queue import RUNNING
 from fastvid.errors import InvalidRequest
@@ -139,10 +139,10 @@ def load(
     given |= {"attention": attention, "loras": loras, "offload": offload, "parts": parts, "link": link}
     given["cuda_graphs"] = cuda_graphs
     MAX_RUNNING("max_running", max_running)
-    return _start(model, given, remote.ranks_for(ranks.parse(parallel), device), max_running)
+    return _start(model, given, remote.ranks_for(parse_parallel(parallel), device), max_running)
 
 
-def _start(model: str, options: dict[str, Any], asked: ranks.Asked, max_running: int) -> Pipeline:
+def _start(model: str, options: dict[str, Any], asked: Parallelism, max_running: int) -> Pipeline:
     """The pipeline, in this process or on several ranks."""
     began = time.perf_counter()
     if asked.ranks == 1:

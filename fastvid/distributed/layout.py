@@ -24,7 +24,7 @@ ALLOWED = f"'auto', a number of ranks, or degrees such as 'ulysses=4,ring=2' ({'
 
 
 @dataclass(frozen=True)
-class Asked:
+class Parallelism:
     """What `parallel=` asks for. ranks: None for as many as there are devices. layout: None to choose one for each
     request."""
 
@@ -32,7 +32,7 @@ class Asked:
     layout: Layout | None = None
 
 
-def parse(parallel: Any) -> Asked:
+def parse_parallel(parallel: Any) -> Parallelism:
     """Read `parallel=` as `fastvid.load` takes it: "auto", a number, "ulysses=4,ring=2", {"ulysses": 4} or a Layout.
 
     Raises InvalidRequest.
@@ -45,17 +45,17 @@ def parse(parallel: Any) -> Asked:
         pairs = [part.partition("=") for part in re.split(r"[,x ]+", parallel.strip()) if part]
         degrees = {name.strip(): int(value) if value.strip().isdecimal() else value for name, _, value in pairs}
     elif parallel is None or parallel == AUTO:
-        return Asked()
+        return Parallelism()
     else:
         count = int(parallel) if isinstance(parallel, str) and parallel.isdecimal() else parallel
-        return Asked(_degree("parallel", count))
+        return Parallelism(_degree("parallel", count))
     for name in degrees:
         if name not in NAMES:
             raise InvalidRequest(f"parallel: {name!r:.40} is not known; allowed is {ALLOWED}")
     layout = Layout(**{name: _degree(f"parallel: {name}", value) for name, value in degrees.items()})
     if layout.guidance > 2:
         raise InvalidRequest(f"parallel: guidance={layout.guidance}; there are two velocities, so the nearest is 2")
-    return Asked(layout.size, layout)
+    return Parallelism(layout.size, layout)
 
 
 def _degree(name: str, value: Any) -> int:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastvid.checks import number
-from fastvid.distributed.layout import agree, first, parse
+from fastvid.distributed.layout import agree, first, parse_parallel
 from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.engine import resume_files as files
 from fastvid.engine import resume_identity as identity
@@ -180,7 +180,7 @@ def layout_of(saved: Saved, model: Model) -> Layout | None:
             "load with the degrees that it had, such as parallel='guidance=2,ulysses=2'"
         )
     try:
-        return None if said is None else parse(said).layout
+        return None if said is None else parse_parallel(said).layout
     except InvalidRequest as error:
         raise CheckpointError(f"{saved.folder} is damaged: {error}") from error
 

@@ -16,7 +16,7 @@ from torch import nn
 from fastvid.device import cuda_graphs
 from fastvid.device.devices import available_bytes, find_device, resolve_dtype, resolve_vae_dtype
 from fastvid.device.offload import MODES, Resident, Swapped
-from fastvid.distributed.layout import agree, parse
+from fastvid.distributed.layout import agree, parse_parallel
 from fastvid.distributed.links import find_links
 from fastvid.distributed.mesh import Mesh
 from fastvid.errors import CheckpointError, InvalidRequest
@@ -64,7 +64,7 @@ def outline(
     planned for, see `fastvid.load`; one if nothing is said. free: bytes that can be taken of a device that is not here;
     "cuda" unless said otherwise, and nothing is known of its back ends.
     """
-    ranks = parse(parallel)
+    ranks = parse_parallel(parallel)
     away = "cuda" if free is not None and options.device is None else options.device
     options, mesh = replace(options, device=away, layout=ranks.layout), Mesh(size=ranks.ranks or 1)
     device, loras = check_options(options), read_loras(options.loras)

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from fastvid import checks
-from fastvid.distributed.layout import parse
+from fastvid.distributed.layout import parse_parallel
 from fastvid.engine.events import Finished, Frames, Step
 from fastvid.errors import BackendUnavailable, Cancelled, CheckpointError, Error, InvalidRequest, PoolFull, WorkerFailed
 from fastvid.media.video import Video
@@ -186,7 +186,7 @@ class Pool:
     ) -> None:
         self.groups, self.retries = GROUPS("groups", groups), RETRIES("retries", retries)
         self.waiting = WAITING("waiting", WAITING_EACH * groups if waiting is None else waiting)
-        ranks = parse(parallel).ranks or 1
+        ranks = parse_parallel(parallel).ranks or 1
         ray = _ray()
         if not ray.is_initialized():
             with _no_reports():

@@ -16,7 +16,7 @@ import torch
 
 from fastvid.device.devices import find_device
 from fastvid.distributed import layout
-from fastvid.distributed.layout import Asked
+from fastvid.distributed.layout import Parallelism
 from fastvid.engine.events import Event, Started, Step
 from fastvid.engine.queue import RUNNING, Ticket
 from fastvid.engine.session import PromptChanges
@@ -35,7 +35,7 @@ LEAST, FIRST = 120.0, 1800.0  # seconds, of any step, and more of those
 DECODE_FLOPS = 1e7  # for each pixel of a frame
 
 
-def ranks_for(asked: Asked, device: Any) -> Asked:
+def ranks_for(asked: Parallelism, device: Any) -> Parallelism:
     """How many ranks there will be. Raises InvalidRequest for more than there are GPUs, or than torchrun started."""
     if asked.ranks == 1:
         return asked
@@ -44,18 +44,18 @@ def ranks_for(asked: Asked, device: Any) -> Asked:
             raise InvalidRequest(
                 f"parallel={asked.ranks}: {world} processes were started together; the nearest is parallel={world}"
             )
-        return Asked(world, asked.layout)
+        return Parallelism(world, asked.layout)
     where = find_device(device)
     shared = where.type != "cuda" or where.index is not None  # by all of them
     here = torch.cuda.device_count() if where.type == "cuda" else 1
     if asked.ranks is None:
-        return Asked(1 if shared else max(here, 1), asked.layout)
+        return Parallelism(1 if shared else max(here, 1), asked.layout)
     if not shared and asked.ranks > here:
         raise InvalidRequest(f"parallel={asked.ranks}: there are {here} GPUs here; the nearest is parallel={here}")
     return asked
 
 
-def load(model: Any, asked: Asked, options: dict[str, Any], max_running: int) -> Pipeline:
+def load(model: Any, asked: Parallelism, options: dict[str, Any], max_running: int) -> Pipeline:
     """A pipeline on several ranks; see `fastvid.load`. Of those that torchrun has started, only rank 0 returns."""
     checkpoint = open_checkpoint(model, options.get("parts"), download=True).check()  # once, and before any process
     config = checkpoint.configs["transformer"]

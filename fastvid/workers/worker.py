@@ -129,14 +129,14 @@ class Servant:
 
     def do_load(self, model: str, layout: str | None, options: dict[str, Any], folder: str) -> dict[str, Any]:
         """Load the model, as a rank of the group. folder: what paths are relative to, here and in what follows."""
-        from fastvid.distributed import layout as parallel
+        from fastvid.distributed.layout import parse_parallel
         from fastvid.models.loaded import LoadOptions
         from fastvid.pipeline.load import load_model
         from fastvid.pipeline.pipeline import Pipeline
 
         self._go(folder)
         options["device"] = str(self._mesh.device)
-        asked = parallel.parse(layout).layout if layout else None
+        asked = parse_parallel(layout).layout if layout else None
         self._pipe = Pipeline(load_model(model, LoadOptions(**options, layout=asked), self._mesh), STREAMS)
         return self._pipe.describe()
 

@@ -15,7 +15,7 @@ from sharing import relative
 
 import fastvid
 from fastvid.cli import render
-from fastvid.distributed.layout import Asked, every, layouts_for, parse
+from fastvid.distributed.layout import Parallelism, every, layouts_for, parse_parallel
 from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.engine.events import Frames, Step
 from fastvid.errors import InvalidRequest
@@ -80,10 +80,12 @@ def test_requests(size: int) -> None:
 
 
 def test_what_parallel_says() -> None:
-    assert parse("auto") == parse(None) == Asked() and parse(4) == parse("4") == Asked(4)
-    wanted = Asked(8, Layout(2, 1, 4))
+    assert parse_parallel("auto") == parse_parallel(None) == Parallelism() and parse_parallel(4) == parse_parallel(
+        "4"
+    ) == Parallelism(4)
+    wanted = Parallelism(8, Layout(2, 1, 4))
     for said in ("guidance=2,ulysses=4", "ulysses=4, guidance=2", {"ulysses": 4, "guidance": 2}, Layout(2, 1, 4)):
-        assert parse(said) == wanted
+        assert parse_parallel(said) == wanted
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_what_parallel_says() -> None:
 )
 def test_what_it_cannot_say(said: object, match: str) -> None:
     with pytest.raises(InvalidRequest, match=match):
-        parse(said)
+        parse_parallel(said)
 
 
 def test_a_plan_says_who_shares_what() -> None:
