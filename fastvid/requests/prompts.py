@@ -12,9 +12,9 @@ import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -236,12 +236,12 @@ def _caption(answer: bytes, url: str) -> str:
 BEFORE_PLACES = ("on", "in", "over", "against", "before", "at")
 
 
-@dataclass(frozen=True, eq=False)
 class Choice:
-    """One word of the sentence: its values, and other words for them."""
+    """One word of the sentence: its values, each with other words for it."""
 
-    values: tuple[str, ...]
-    others: dict[str, str]
+    def __init__(self, words: Mapping[str, str]) -> None:
+        self.values = tuple(words)
+        self.others = {other: value for value, others in words.items() for other in others.split()}
 
     def find(self, words: list[str]) -> str | None:
         """The first value that the words name."""
@@ -250,48 +250,45 @@ class Choice:
 
 
 COLOURS = Choice(
-    ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"),
-    {"crimson": "red", "scarlet": "red", "lime": "green", "emerald": "green", "azure": "blue", "golden": "yellow"}
-    | {"gold": "yellow", "violet": "purple", "turquoise": "cyan", "teal": "cyan", "aqua": "cyan", "magenta": "pink"}
-    | {"rose": "pink", "amber": "orange", "lilac": "purple", "indigo": "purple", "ruby": "red"},
+    {
+        "red": "crimson scarlet ruby",
+        "green": "lime emerald",
+        "blue": "azure",
+        "yellow": "golden gold",
+        "purple": "violet lilac indigo",
+        "orange": "amber",
+        "cyan": "turquoise teal aqua",
+        "pink": "magenta rose",
+    }
 )
 SHAPES = Choice(
-    ("circle", "square", "triangle", "star"),
-    {"ball": "circle", "disc": "circle", "disk": "circle", "dot": "circle", "round": "circle", "sphere": "circle"}
-    | {"moon": "circle", "sun": "circle", "coin": "circle", "ring": "circle", "bubble": "circle"}
-    | {"box": "square", "block": "square", "cube": "square", "tile": "square", "rectangle": "square"}
-    | {"pyramid": "triangle", "arrow": "triangle", "cone": "triangle", "starfish": "star", "asterisk": "star"},
+    {
+        "circle": "ball disc disk dot round sphere moon sun coin ring bubble",
+        "square": "box block cube tile rectangle",
+        "triangle": "pyramid arrow cone",
+        "star": "starfish asterisk",
+    }
 )
 MOTIONS = Choice(
-    ("moving right", "moving left", "moving up", "moving down", "growing", "shrinking", "standing still", "spinning"),
-    {"rightward": "moving right", "rightwards": "moving right", "leftward": "moving left", "leftwards": "moving left"}
-    | {"upward": "moving up", "upwards": "moving up", "rising": "moving up", "rises": "moving up", "rise": "moving up"}
-    | {
-        "climbing": "moving up",
-        "climbs": "moving up",
-        "jumping": "moving up",
-        "jumps": "moving up",
-        "flying": "moving up",
+    {
+        "moving right": "rightward rightwards",
+        "moving left": "leftward leftwards",
+        "moving up": "upward upwards rising rises rise climbing climbs jumping jumps flying",
+        "moving down": "downward downwards falling falls fall dropping drops sinking sinks",
+        "growing": "grows grow expanding swelling bigger larger",
+        "shrinking": "shrinks shrink smaller",
+        "standing still": "static motionless stands fixed unmoving resting",
+        "spinning": "spins spin rotating rotates turning turns twirling whirling",
     }
-    | {"downward": "moving down", "downwards": "moving down", "falling": "moving down", "falls": "moving down"}
-    | {"fall": "moving down", "dropping": "moving down", "drops": "moving down", "sinking": "moving down"}
-    | {"sinks": "moving down", "grows": "growing", "grow": "growing", "expanding": "growing", "swelling": "growing"}
-    | {"bigger": "growing", "larger": "growing", "shrinks": "shrinking", "shrink": "shrinking", "smaller": "shrinking"}
-    | {
-        "static": "standing still",
-        "motionless": "standing still",
-        "stands": "standing still",
-        "fixed": "standing still",
-    }
-    | {"unmoving": "standing still", "resting": "standing still", "spins": "spinning", "spin": "spinning"}
-    | {"rotating": "spinning", "rotates": "spinning", "turning": "spinning", "turns": "spinning"}
-    | {"twirling": "spinning", "whirling": "spinning"},
 )
 BACKGROUNDS = Choice(
-    ("white", "black", "gray", "navy", "beige"),
-    {"grey": "gray", "dark": "black", "night": "black", "darkness": "black", "space": "black"}
-    | {"snow": "white", "day": "white", "silver": "gray", "fog": "gray", "ocean": "navy"}
-    | {"sea": "navy", "midnight": "navy", "cream": "beige", "sand": "beige", "tan": "beige", "desert": "beige"},
+    {
+        "white": "snow day",
+        "black": "dark night darkness space",
+        "gray": "grey silver fog",
+        "navy": "ocean sea midnight",
+        "beige": "cream sand tan desert",
+    }
 )
 
 

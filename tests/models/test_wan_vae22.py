@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AvgDown3D, DupUp3D,
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify as their_patchify
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pipeline import diffusers_frames
+from pipelines import diffusers_frames
 from test_wan_vae import error, in_chunks, nbytes, their_decoding, their_encoding
 from torch import Tensor, nn
 

@@ -10,19 +10,12 @@ import pytest
 import torch
 from image_models import write_image_model
 from PIL import Image
+from pipelines import SIGMAS, picture, run_theirs
 
 import fastvid
 from fastvid.cli.commands import main
 
 Model = tuple[str, Any, fastvid.Pipeline]  # kind, diffusers', ours
-SIGMAS = [1.0, 0.93, 0.84, 0.72, 0.6, 0.45, 0.3, 0.15]
-
-
-def picture(seed: int, height: int = 64, width: int = 96) -> np.ndarray:
-    """Smooth colours, uint8 [H, W, 3]."""
-    y, x = np.mgrid[:height, :width] / 32
-    waves = [np.sin(x * (1 + k + seed)) * np.cos(y * (2 - k) + seed) for k in range(3)]
-    return ((np.stack(waves, -1) + 1) * 127.5).astype(np.uint8)
 
 
 @pytest.fixture(scope="module", params=["i2v", "flf2v", "a14b", "ti2v"])
@@ -32,31 +25,6 @@ def model(
     folder = tmp_path_factory.mktemp(request.param)
     theirs = write_image_model(folder, request.param)
     return request.param, theirs, fastvid.load(str(folder), device="cpu")
-
-
-def run_theirs(theirs: Any, latents: torch.Tensor, **given: Any) -> np.ndarray:
-    """diffusers' 9 frames with flow matching's Euler steps at the levels of SIGMAS."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    theirs.scheduler = FlowMatchEulerDiscreteScheduler()
-    set_timesteps = theirs.scheduler.set_timesteps
-    theirs.scheduler.set_timesteps = lambda steps, device=None, **_: set_timesteps(sigmas=SIGMAS, device=device)
-    theirs.set_progress_bar_config(disable=True)
-    height, width = (side * theirs.vae_scale_factor_spatial for side in latents.shape[3:])
-    out = theirs(
-        prompt="a red circle moving left",
-        negative_prompt="blue square",
-        height=height,
-        width=width,
-        num_frames=9,
-        num_inference_steps=len(SIGMAS),
-        guidance_scale=4.0,
-        latents=latents.clone(),
-        max_sequence_length=theirs.tokenizer.model_max_length,
-        output_type="np",
-        **given,
-    ).frames[0]
-    return (out * 255).round().astype(np.uint8)
 
 
 def test_frames_equal_diffusers(model: Model) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from pipelines import diffusers_frames
 
 import fastvid
 from fastvid.engine.events import Finished, Frames, Started, Step
@@ -25,31 +26,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipe(checkpoint):
     return fastvid.load(str(checkpoint[0]), device="cpu")
-
-
-def diffusers_frames(pipe, latents, sigmas, guidance, height, width, num_frames):
-    """uint8 frames of diffusers' own pipeline with Euler steps over exactly these sigmas."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    class Given(FlowMatchEulerDiscreteScheduler):
-        def set_timesteps(self, num_inference_steps=None, device=None, **kwargs):
-            super().set_timesteps(sigmas=list(sigmas), device=device)
-
-    pipe.scheduler = Given(num_train_timesteps=1000, shift=1.0)
-    with torch.no_grad():
-        out = pipe(
-            prompt="a red circle moving left",
-            negative_prompt="blue square",
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=len(sigmas),
-            guidance_scale=guidance,
-            latents=latents.clone(),
-            max_sequence_length=16,
-            output_type="np",
-        ).frames[0]
-    return (np.asarray(out) * 255).round().astype(np.uint8)
 
 
 @pytest.mark.parametrize(("height", "width", "num_frames"), [(64, 96, 9), (80, 64, 13)])

@@ -10,11 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import prepared
+from pipelines import HEIGHT, SIGMAS, WIDTH, clip, noise, prepared, region, run_theirs, share_of_equal, write_vace
 from streams import run, same, snapshots
-from test_image_to_video import SIGMAS, run_theirs
-from test_vace_pipeline import HEIGHT, WIDTH, clip, noise, region, write
-from test_vace_pipeline import same as share
 
 import fastvid
 from fastvid.cli.commands import main
@@ -36,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return write(folder)
+    return write_vace(folder)
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +132,10 @@ def test_frames_equal_diffusers(theirs: Any, pipe: fastvid.Pipeline) -> None:
     frames, change = torch.from_numpy(video / 255).float().movedim(-1, 1)[None], torch.from_numpy(mask)[None, :, None]
     change = change.expand(-1, -1, 3, -1, -1)
     wanted = run_theirs(theirs, latents, video=frames.masked_fill(change, 0.5), mask=change.float())
-    assert share(made[mask], wanted[mask]) >= 0.999 and made[mask].std() > 5
+    assert share_of_equal(made[mask], wanted[mask]) >= 0.999 and made[mask].std() > 5
     assert np.array_equal(made[~mask], video[~mask])
     blind = run_theirs(theirs, latents)
-    assert share(made[mask], blind[mask]) < 0.9, "what stays counts for what is made"
+    assert share_of_equal(made[mask], blind[mask]) < 0.9, "what stays counts for what is made"
 
 
 def test_it_is_generate_with_a_grey_region(pipe: fastvid.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +147,7 @@ def test_it_is_generate_with_a_grey_region(pipe: fastvid.Pipeline, monkeypatch: 
     made, ((others, again),) = seen(pipe, monkeypatch, "generate", video=greyed, size=f"{WIDTH}x{HEIGHT}", **options)
     assert torch.equal(masks, again) and float((frames - others).abs().max()) < GREY
     assert torch.equal(frames[(masks <= 0.5).expand_as(frames)], others[(masks <= 0.5).expand_as(frames)])
-    assert share(edited.frames[changes], made.frames[changes]) >= 0.99
+    assert share_of_equal(edited.frames[changes], made.frames[changes]) >= 0.99
     assert np.array_equal(edited.frames[~changes], video[~changes])
 
 
@@ -178,11 +175,13 @@ def test_what_is_made_depends_on_what_stays_and_not_on_what_goes(pipe: fastvid.P
     first = pipe.edit(video, "a red circle", **options).frames
     inside, outside = (np.where(part[..., None], drawn(8, 5), video) for part in (mask, ~mask))
     assert np.array_equal(pipe.edit(inside, "a red circle", **options).frames, first)
-    assert share(pipe.edit(outside, "a red circle", **options).frames[mask], first[mask]) < 0.95
+    assert share_of_equal(pipe.edit(outside, "a red circle", **options).frames[mask], first[mask]) < 0.95
     weak = pipe.edit(inside, "a red circle", **{**options, "strength": 0.5}).frames
-    assert share(weak[mask], pipe.edit(video, "a red circle", **{**options, "strength": 0.5}).frames[mask]) < 0.95
+    assert (
+        share_of_equal(weak[mask], pipe.edit(video, "a red circle", **{**options, "strength": 0.5}).frames[mask]) < 0.95
+    )
     faint = pipe.edit(video, "a red circle", conditioning_scale=[0.0, 0.1], **options).frames
-    assert share(faint[mask], first[mask]) < 0.95 and np.array_equal(faint[~mask], video[~mask])
+    assert share_of_equal(faint[mask], first[mask]) < 0.95 and np.array_equal(faint[~mask], video[~mask])
 
 
 def test_the_difference_of_two_prompts_in_a_region(pipe: fastvid.Pipeline) -> None:

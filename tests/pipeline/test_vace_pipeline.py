@@ -11,9 +11,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import prepared
-from test_image_to_video import SIGMAS, picture, run_theirs
-from tiny import write_tokenizer
+from pipelines import (
+    HEIGHT,
+    SIGMAS,
+    WIDTH,
+    clip,
+    noise,
+    picture,
+    prepared,
+    region,
+    run_theirs,
+    share_of_equal,
+    write_vace,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvid
@@ -30,51 +40,7 @@ from fastvid.planning.speed import Calls, denoise_flops
 from fastvid.requests.recipe import fingerprint
 from fastvid.sampling import latent_noise
 
-HEIGHT, WIDTH = 64, 96
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def write(folder: Path) -> Any:
-    """A tiny diffusers WanVACEPipeline in the published layout: four layers, hints at the first and the third."""
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanVACEPipeline, WanVACETransformer3DModel
-    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
-
-    write_tokenizer(folder / "tokenizer", 16)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    torch.manual_seed(3)
-    vae = AutoencoderKLWan(base_dim=8, num_res_blocks=1, z_dim=16).eval()
-    transformer = WanVACETransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=256,
-        ffn_dim=80,
-        num_layers=4,
-        vace_layers=[0, 2],
-        vace_in_channels=96,
-    ).eval()
-    for module in (transformer, vae):
-        for parameter in module.parameters():
-            parameter.data.add_(0.05 * torch.randn_like(parameter))
-    # A random encoder says little about its frames, and random tokens hardly look at each other: so that both count.
-    transformer.vace_patch_embedding.weight.data[:, :32] *= 30
-    for block in (*transformer.blocks, *transformer.vace_blocks):
-        block.attn1.norm_q.weight.data *= 4
-        block.attn1.to_out[0].weight.data *= 40
-    text = UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-    pipe = WanVACEPipeline(
-        tokenizer=tokenizer,
-        text_encoder=UMT5EncoderModel(text).eval(),
-        transformer=transformer,
-        vae=vae,
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
-        ),
-    )
-    pipe.save_pretrained(folder)
-    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -84,23 +50,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    return write(folder)
+    return write_vace(folder)
 
 
 @pytest.fixture(scope="module")
 def pipe(theirs: Any, folder: Path) -> fastvid.Pipeline:
     return fastvid.load(str(folder), device="cpu")
-
-
-def clip(count: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """Smooth colours that change, uint8 [F, H, W, 3]."""
-    return np.stack([picture(i, height, width) for i in range(count)])
-
-
-def region(count: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """A bar that moves, white, with a soft edge: uint8 [F, H, W]."""
-    x = np.arange(width)[None, None] - 8 * np.arange(count)[:, None, None]
-    return np.broadcast_to(np.clip(40 * (20 - np.abs(x - 20)), 0, 255), (count, height, width)).astype(np.uint8)
 
 
 def pil(pictures: np.ndarray | list[np.ndarray]) -> list[Image.Image]:
@@ -167,17 +122,6 @@ def make(pipe: fastvid.Pipeline, latents: torch.Tensor, sigmas: list[float] = SI
     )
 
 
-def noise(frames: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(4)
-    return torch.randn(1, 16, frames, HEIGHT // 8, WIDTH // 8, generator=generator)
-
-
-def same(made: np.ndarray, wanted: np.ndarray) -> float:
-    """The share of values that are within 1 of 255."""
-    assert made.shape == wanted.shape
-    return (np.abs(made.astype(int) - wanted.astype(int)) <= 1).mean()
-
-
 class TestEqualsDiffusers:
     @pytest.mark.parametrize("case", CASES)
     def test_frames(self, theirs: Any, pipe: fastvid.Pipeline, case: str) -> None:
@@ -186,7 +130,7 @@ class TestEqualsDiffusers:
         video = make(pipe, latents, **ours)
         assert video.frames.std() > 5
         assert video.latents.shape == (1, 16, 3, HEIGHT // 8, WIDTH // 8)
-        assert same(video.frames, run_theirs(theirs, latents, **asked)) >= 0.999
+        assert share_of_equal(video.frames, run_theirs(theirs, latents, **asked)) >= 0.999
 
     def test_every_case_makes_something_else(self, pipe: fastvid.Pipeline) -> None:
         """So that none could pass for another: what is given counts. (What a random encoder makes of a last frame alone
@@ -194,10 +138,10 @@ class TestEqualsDiffusers:
         chosen = [name for name, case in CASES.items() if case[2] == 0 and name != "both images"]
         made = [make(pipe, noise(3), **CASES[name][0], sigmas=SIGMAS[::3]).frames for name in chosen]
         for i, one in enumerate(made):
-            assert all(same(one, other) < 0.9 for other in made[:i])
+            assert all(share_of_equal(one, other) < 0.9 for other in made[:i])
         orders = REFERENCES, REFERENCES[::-1]
         one, two = (make(pipe, noise(5), reference_images=pair, sigmas=SIGMAS[::3]).frames for pair in orders)
-        assert same(one, two) < 0.9
+        assert share_of_equal(one, two) < 0.9
 
     def test_the_original_layout_and_the_folder_converted_back(
         self, pipe: fastvid.Pipeline, folder: Path, tmp_path: Path
@@ -253,7 +197,7 @@ class TestWhatTheModelSees:
         np.save(tmp_path / "clip.npy", video)
         for name in ("clip/", "mask/"):
             with FrameSink(f"{tmp_path}/{name}", width=WIDTH, height=HEIGHT, fps=8, recipe={}) as sink:
-                sink.write(video if name == "clip/" else np.stack([mask] * 3, -1))
+                sink.write_vace(video if name == "clip/" else np.stack([mask] * 3, -1))
                 sink.close()
         wanted = lay_out(pipe, video=video, mask=mask)
         shown = fastvid.Video(video, 8, 0, None, {})
@@ -281,7 +225,7 @@ class TestWhatTheModelSees:
         seeded, again = pipe.generate("a", seed=9, **options), pipe.generate("a", latents=started, **options)
         assert torch.equal(seeded.latents, again.latents) and seeded.latents.shape[2] == 2
         assert torch.equal(started[:, :, 2:], latent_noise(9, (16, 2, HEIGHT // 8, WIDTH // 8)))
-        assert same(pipe.decode(seeded.latents), seeded.frames) == 1
+        assert share_of_equal(pipe.decode(seeded.latents), seeded.frames) == 1
 
     def test_encoding_in_chunks_is_encoding_at_once(self, pipe: fastvid.Pipeline) -> None:
         parts, frames = pipe._model, torch.rand(1, 3, 9, 192, 192) * 2 - 1
