@@ -24,7 +24,7 @@ from torch import Tensor
 from fastvid.device.precision import ieee_fp32
 from fastvid.distributed.mesh import RankView
 from fastvid.engine import pixels, windows
-from fastvid.engine.pixels import Known
+from fastvid.engine.pixels import KnownFrames
 from fastvid.engine.source_clip import SourceClip
 from fastvid.layers.kv_cache import KVCache
 from fastvid.models.loaded import CACHE, CHANNELS, CONTROL, REIMPOSED, TIMESTEPS, Model, way_of
@@ -39,7 +39,7 @@ from fastvid.sampling import (
     Switched,
     Velocity,
     flow_edit,
-    known,
+    keep_known,
     timesteps,
 )
 from fastvid.sampling.noise_table import TableRow
@@ -126,7 +126,7 @@ class Region:
 
 @torch.no_grad()
 def prepare(
-    model: Model, request: Resolved, segment: Segment, known: Known, clip: SourceClip | None = None
+    model: Model, request: Resolved, segment: Segment, known: KnownFrames, clip: SourceClip | None = None
 ) -> Conditions:
     """The known frames of a segment as the model takes them, on its device. clip: the one that is edited."""
     way, none = way_of(model), torch.zeros(segment.columns, dtype=torch.bool)
@@ -145,7 +145,7 @@ def prepare(
     return Conditions(way, columns, clean)
 
 
-def known_latents(model: Model, segment: Segment, known: Known) -> Iterator[tuple[int, Tensor]]:
+def known_latents(model: Model, segment: Segment, known: KnownFrames) -> Iterator[tuple[int, Tensor]]:
     """(first column, latents) of everything that is known."""
     if known.left is not None:
         yield segment.lead, pixels.encode_stream(model, pixels.pad(known.left, segment), segment)
@@ -175,7 +175,7 @@ def _nearest(pictures: list[tuple[int, np.ndarray]], frame: int) -> np.ndarray:
     return min(pictures, key=lambda one: abs(one[0] - frame))[1]
 
 
-def _channels(model: Model, segment: Segment, known: Known, none: Tensor) -> Conditions:
+def _channels(model: Model, segment: Segment, known: KnownFrames, none: Tensor) -> Conditions:
     """Mask and latents behind the noisy latents; and CLIP's tokens of the first known frame, or of first and last."""
     config, shown = model.transformer.config, known.shown()
     both = bool(config.pos_embed_seq_len)
@@ -201,7 +201,7 @@ def _clip_tokens(model: Model, pictures: list[np.ndarray]) -> Tensor:
 # ---------------------------------------------------------------- the control branch
 
 
-def _control(model: Model, request: Resolved, segment: Segment, known: Known, clip: SourceClip | None) -> Tensor:
+def _control(model: Model, request: Resolved, segment: Segment, known: KnownFrames, clip: SourceClip | None) -> Tensor:
     """What a control branch sees of a segment: [1, V, R + T, h, w] on the model's device, as in diffusers'
     WanVACEPipeline. Reference pictures stand in front in time: the model makes a latent frame more for each
     (`Segment.lead`), which is dropped."""
@@ -222,7 +222,7 @@ def _control(model: Model, request: Resolved, segment: Segment, known: Known, cl
 
 
 def control_video(
-    request: Resolved, segment: Segment, known: Known, clip: SourceClip | None = None
+    request: Resolved, segment: Segment, known: KnownFrames, clip: SourceClip | None = None
 ) -> tuple[Tensor, Tensor]:
     """The control video and its mask on all frames of the stream: [F, 3, H, W] in [-1, 1], [F, 1, H, W] in 0..1.
 
@@ -270,7 +270,7 @@ class SegmentDenoiser:
         request: Resolved,
         sigmas: np.ndarray,
         segment: Segment,
-        known: Known,
+        known: KnownFrames,
         texts: Callable[[int], Tensor],
         ranks: RankView,
     ) -> None:
@@ -324,7 +324,7 @@ class SegmentDenoiser:
             denoise = self._flow_edit(row, region, velocity)
         else:
             denoise = Denoiser(velocity)
-        return denoise if region is None else known(denoise, region.clean, region.places)
+        return denoise if region is None else keep_known(denoise, region.clean, region.places)
 
     def _expert_for(self, sigma: Tensor) -> int:
         return self.model.experts.choose(timesteps(sigma.numpy(), self.request.solver).max())

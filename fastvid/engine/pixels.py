@@ -21,7 +21,7 @@ from fastvid.requests.timeline import Edge, Segment
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownFrames:
     """The known frames of a segment: uint8 [n, H, W, 3] at its left and right end, and pictures [H, W, 3] by frame
     number among those that come out. after: the frame [H, W, 3] that follows those that come out; the first of `right`
     unless more is made between the two."""
@@ -54,15 +54,15 @@ class SegmentEnds:
         first = first if len(first) >= self._most else np.concatenate((first, frames))[: self._most]
         self._ends[number] = (first, np.concatenate((last, frames))[-self._most :])
 
-    def known(self, segment: Segment) -> Known:
+    def known(self, segment: Segment) -> KnownFrames:
         """What a segment is shown of its neighbors, and its pictures."""
         left = self._frames(segment.before, segment.left, before=True) if segment.left else None
         right = self._frames(segment.after, segment.right, before=False) if segment.right else None
         if right is None or segment.over == 0:
-            return Known(left, right, segment.pictures, None if right is None else right[0])
+            return KnownFrames(left, right, segment.pictures, None if right is None else right[0])
         assert segment.after is not None
         after = replace(segment.after, start=segment.after.start - segment.over)
-        return Known(left, right, segment.pictures, self._frames(after, 1, before=False)[0])
+        return KnownFrames(left, right, segment.pictures, self._frames(after, 1, before=False)[0])
 
     def _frames(self, edge: Edge | None, count: int, before: bool) -> np.ndarray:
         """`count` frames before or after an edge; past the end of a clip its last frame is repeated."""
@@ -104,7 +104,7 @@ def widen(frames: Tensor, segment: Segment) -> Tensor:
     return F.pad(frames, (0, right, 0, bottom), mode="replicate") if right or bottom else frames
 
 
-def place(known: Known, segment: Segment, last_only: bool = False) -> dict[int, Tensor]:
+def place(known: KnownFrames, segment: Segment, last_only: bool = False) -> dict[int, Tensor]:
     """The known frames by frame of the stream: fp32 [3, made_height, made_width]. last_only: of those on the right."""
     placed: dict[int, Tensor] = {}
     if known.left is not None:

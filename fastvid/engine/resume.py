@@ -40,9 +40,6 @@ from fastvid.sampling import SolverState
 from fastvid.sampling.loop import Position, Row
 
 EVERY = 1.0  # seconds between two saves; slower rows are saved each
-OPTIONS = ("checkpoint", "checkpoint_every", "keep_checkpoint")
-"""What verbs take beside a request's arguments."""
-
 Caches = dict[int, KVCache]
 
 
@@ -82,14 +79,6 @@ class SavedSegment:
 
 
 # ---------------------------------------------------------------- before running
-
-
-def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(options about checkpoints, the request's arguments). Raises InvalidRequest."""
-    said = {name: value for name, value in options.items() if name in OPTIONS and value is not None}
-    if said and "checkpoint" not in said:
-        raise InvalidRequest(f"{next(iter(said))} says how checkpoints are written; give checkpoint= too")
-    return said, {name: value for name, value in options.items() if name not in OPTIONS}
 
 
 def begin(

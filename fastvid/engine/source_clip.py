@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvid.device.precision import ieee_fp32
 from fastvid.engine import pixels
-from fastvid.engine.pixels import Known
+from fastvid.engine.pixels import KnownFrames
 from fastvid.models.loaded import Model
 from fastvid.requests.timeline import Segment
 
@@ -24,7 +24,7 @@ class SourceClip:
     """A segment's source. mask: uint8 [F or 1, H, W], 255 where something may change; None for everywhere.
     first: the first column's latents, once they are encoded."""
 
-    def __init__(self, model: Model, segment: Segment, known: Known, mask: np.ndarray | None) -> None:
+    def __init__(self, model: Model, segment: Segment, known: KnownFrames, mask: np.ndarray | None) -> None:
         self.model, self.segment, self.known, self.mask = model, segment, known, mask
         self.first: Tensor | None = None
         self._columns: list[Tensor] = []  # latents of one column each, from number _start on

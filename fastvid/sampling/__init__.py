@@ -9,7 +9,7 @@ from fastvid.sampling.guidance import (
     Velocity,
     combine,
     flow_edit,
-    known,
+    keep_known,
     velocity_to_x0,
 )
 from fastvid.sampling.noise import StreamNoise, column_noise, latent_noise
@@ -32,7 +32,7 @@ __all__ = [
     "combine",
     "find_solver",
     "flow_edit",
-    "known",
+    "keep_known",
     "latent_noise",
     "make_sigmas",
     "shift_sigmas",

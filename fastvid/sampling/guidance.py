@@ -95,7 +95,7 @@ class Denoiser:
         return velocity_to_x0(x, self.velocity(x, sigma), sigma)
 
 
-def known(denoise: Denoise, latents: Tensor, mask: Tensor) -> Denoise:
+def keep_known(denoise: Denoise, latents: Tensor, mask: Tensor) -> Denoise:
     """`denoise`, except that where mask is true x0 is the known latents.
 
     latents: [B, C, T, h, w]; mask: bool, [T] for whole latent frames, or any shape that broadcasts to the latents.

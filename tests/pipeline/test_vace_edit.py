@@ -16,7 +16,7 @@ from streams import run, same, snapshots
 import fastvid
 from fastvid.cli.commands import main
 from fastvid.engine import conditioning
-from fastvid.engine.pixels import Known
+from fastvid.engine.pixels import KnownFrames
 from fastvid.engine.source_clip import SourceClip
 from fastvid.media.metadata import read_recipe
 from fastvid.planning.speed import frames_encoded
@@ -209,8 +209,8 @@ def test_segments_are_shown_their_part(
     found = short.plan("a", verb="edit", video=video, **asked, **FAST)
     assert found.segments == len(segments) == len(shown) == (3 if frames == 21 else 2)
     one = replace(segments[0], num_frames=frames, made_frames=frames + 3)
-    source = SourceClip(short._model, one, Known(), job.request.mask)
-    whole, masks = conditioning.control_video(job.request, one, Known(), source)
+    source = SourceClip(short._model, one, KnownFrames(), job.request.mask)
+    whole, masks = conditioning.control_video(job.request, one, KnownFrames(), source)
     for segment, (frames_of, masks_of) in zip(segments, shown, strict=True):
         start, count = segment.source_start, segment.num_frames
         assert torch.equal(frames_of[segment.left :][:count], whole[start : start + count])

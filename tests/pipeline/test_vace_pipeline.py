@@ -158,7 +158,7 @@ def lay_out(pipe: fastvid.Pipeline, **options: Any) -> tuple[torch.Tensor, torch
     options = {"prompt": "a", "num_inference_steps": 1, "size": f"{WIDTH}x{HEIGHT}", **options}
     job = prepared(pipe, **options).job
     segment = job.timeline.segments[0]
-    return conditioning.control_video(job.request, segment, pixels.Known(pictures=segment.pictures))
+    return conditioning.control_video(job.request, segment, pixels.KnownFrames(pictures=segment.pictures))
 
 
 class TestWhatTheModelSees:

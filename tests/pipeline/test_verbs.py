@@ -16,7 +16,7 @@ import fastvid
 from fastvid.benchmarks.quality.clips import Scene, draw
 from fastvid.benchmarks.quality.verb_cases import to_uint8
 from fastvid.engine import conditioning
-from fastvid.engine.pixels import Known
+from fastvid.engine.pixels import KnownFrames
 from fastvid.engine.windows import spans
 from fastvid.pipeline.verbs import lay_out, rules_of
 from fastvid.requests import timeline
@@ -185,7 +185,7 @@ def test_what_leads_up_to_a_clip_is_made_from_right_to_left(pipe):
 def test_a_clip_that_comes_later_is_encoded_as_in_mid_stream(pipe):
     """Its latents are near those that it has in a stream where it is not the first."""
     whole = clip(29)
-    known = Known(right=whole[17:])
+    known = KnownFrames(right=whole[17:])
     segment = replace(lay(Stretch(17, 64, 64), Rules())[0], made_frames=29, right=12)
     ((column, latents),) = conditioning.known_latents(pipe._model, segment, known)
     there = pipe.encode(whole)[:, :, 5:]

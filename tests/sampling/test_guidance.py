@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvid.sampling import SOLVERS, Denoiser, Guided, Switched, combine, known, velocity_to_x0
+from fastvid.sampling import SOLVERS, Denoiser, Guided, Switched, combine, keep_known, velocity_to_x0
 
 X = torch.randn(1, 2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
 SIGMA = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_denoiser_wraps_a_velocity() -> None:
 @pytest.mark.parametrize("mask", [torch.tensor([True, False, True]), torch.arange(20).view(1, 1, 1, 4, 5) % 3 == 0])
 def test_known_gives_the_known_latents(mask: Tensor) -> None:
     latents = torch.full_like(X, 7.0)
-    x0 = known(lambda x, sigma: torch.full_like(x, float("nan")), latents, mask)(X, SIGMA)
+    x0 = keep_known(lambda x, sigma: torch.full_like(x, float("nan")), latents, mask)(X, SIGMA)
     where = (mask.view(1, 1, -1, 1, 1) if mask.ndim == 1 else mask).expand_as(X)
     assert (x0[where] == 7).all() and x0[~where].isnan().all()
 
@@ -69,7 +69,7 @@ def test_known_gives_the_known_latents(mask: Tensor) -> None:
 @pytest.mark.parametrize("name", sorted(SOLVERS))
 def test_known_columns_end_on_the_known_latents(name: str) -> None:
     latents = torch.randn_like(X)
-    denoise = known(lambda x, sigma: torch.tanh(x), latents, torch.tensor([False, True, False]))
+    denoise = keep_known(lambda x, sigma: torch.tanh(x), latents, torch.tensor([False, True, False]))
     x, state = X, SOLVERS[name].init(lambda draws: torch.randn_like(X))
     for row, row_next in [(1.0, 0.6), (0.6, 0.2), (0.2, 0.0)]:
         sigma, sigma_next = torch.full_like(SIGMA, row), torch.full_like(SIGMA, row_next)
