@@ -60,12 +60,6 @@ class Cost:
     text: int = 0
     graphs: int = 0
 
-    @property
-    def total(self) -> int:
-        """The peak beside weights that stay on the device."""
-        working = max(self.activations, self.decoder)
-        return self.graphs + self.latents + self.frames + max(self.text, self.encoder, self.context + working)
-
 
 @dataclass(frozen=True)
 class Memory:

@@ -72,7 +72,7 @@ def plan_request(
         dtype=str(model.dtype).removeprefix("torch."),
         backends=model.ops.bound,
     )
-    log.info("offload=%s, decoded in %d stripes: %s", plan.offload, plan.decode_stripes, "; ".join(plan.choices))
+    log.info("offload=%s, decoded in %d stripe(s): %s", plan.offload, plan.decode_stripes, "; ".join(plan.choices))
     if plan.parallel:
         log.info("parallel=%s: %s", plan.parallel, plan.parallel_why)
     return plan, choice.layout

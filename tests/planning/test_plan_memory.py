@@ -109,6 +109,14 @@ def test_what_does_not_fit_is_refused_with_what_is_too_much() -> None:
         large.plan(size="832x480", num_frames=frames + 4)
 
 
+def test_the_log_says_what_was_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="fastvid.plan"):
+        fastvid.blueprint("wan2.1-t2v-1.3b", device_memory=24 * GIB).plan(num_frames=17)
+    load, plan = (record.getMessage() for record in caplog.records if record.name == "fastvid.plan")
+    assert load.startswith("offload=none: it takes") and "of the 23.0 GiB that are there" in load
+    assert plan.startswith("offload=none, decoded in 1 stripe") and "every part stays on the device" in plan
+
+
 def test_weights_are_counted_by_part() -> None:
     counted = weigh_part("transformer", LARGE, torch.bfloat16)
     assert len(counted.blocks) == 40 and len(set(counted.blocks)) == 1
