@@ -104,7 +104,7 @@ def load_part(
     problems, or a LoRA does not fit it.
     """
     part = checkpoint.part(name)
-    if part.problems:
+    if part.problems or part.config is None:
         raise CheckpointError("; ".join(part.problems))
     module = build_empty(name, part.config, ops)
     fill(module, part, device, dtype, loras)
