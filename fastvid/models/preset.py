@@ -57,82 +57,68 @@ def one_level(patterns: Patterns) -> Patterns:
 
 @dataclass(frozen=True)
 class Rollout:
-    """How a causal model goes through a video, in latent frames: blocks of frames_per_block; attention to `window` of
-    them (None: to all so far), the first `sink` of the video and the latest. context_noise: the timestep of the pass
-    that fills the KV cache with a finished block. recache: before a block with another prompt, what is in the cache is
-    passed once more with that. picture_in_block: a first picture is the first frame of the first block, at timestep 0;
-    else it only fills the cache."""
+    """How a causal model goes through a video. Counts are in latent frames."""
 
     frames_per_block: int = 3
-    window: int | None = None
-    sink: int = 0
-    context_noise: float = 0.0
-    recache: bool = False
-    picture_in_block: bool = False
+    window: int | None = None  # frames that attention sees; None: all so far
+    sink: int = 0  # first frames of the video that stay in the window
+    context_noise: float = 0.0  # timestep of the pass that writes a finished block to the KV cache
+    recache: bool = False  # a new prompt passes the cached frames through the model again
+    picture_in_block: bool = False  # a first picture is in the first block, at timestep 0; else only in the cache
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A model's defaults. Sizes in pixels, fps in frames a second.
-
-    sigmas: the levels of a model of few steps, used as they are in place of steps and shift. solver "redraw" goes from
-    one to the next by x0 and new noise. guidance_scale_2, boundary_ratio: of models with two experts.
-    known_guidance_scale: in edits, and windows in which some latents are known, which say much of what the text does;
-    None: as elsewhere. edit_strength: of an edit that is given none and no source_prompt; None: 0.6. sizes: what it was
-    trained at, width x height. spatial_multiple: what height and width must divide by. temporal: frames a latent frame,
-    so that the model makes temporal * k + 1 frames. per_token_timesteps: it was trained with known tokens at timestep
-    0. whole_timesteps: what it is told of the levels is rounded. anchor: it was trained with the first latent frame of
-    a video in view of every window, known, as if it stood so many before the window's first; None: it was not.
-    """
+    """A model's defaults, and what the engine has to know of its training."""
 
     name: str
     num_inference_steps: int = 50
     flow_shift: float = 5.0
-    sigmas: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None  # of a model of few steps: used as they are, instead of steps and shift
     guidance_scale: float = 5.0
-    guidance_scale_2: float | None = None
-    known_guidance_scale: float | None = None
-    edit_strength: float | None = None
-    boundary_ratio: float | None = None
+    guidance_scale_2: float | None = None  # of the expert for low noise
+    known_guidance_scale: float | None = None  # in edits and windows with known latents; None: guidance_scale
+    edit_strength: float | None = None  # of edits without strength and source_prompt; None: 0.6
+    boundary_ratio: float | None = None  # the noise level at which the second expert takes over
     fps: float = 16.0
     num_frames: int = 81
     height: int = 480
     width: int = 832
-    sizes: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()  # width x height that it was trained at
     negative_prompt: str = ""
-    solver: str = "unipc"
-    per_token_timesteps: bool = False
-    whole_timesteps: bool = False
-    spatial_multiple: int = 16
-    temporal: int = 4
-    rollout: Rollout | None = None
-    window: int = 21
-    overlap: int = 2
-    context: int = 2
-    carries: bool = False
+    solver: str = "unipc"  # "redraw": from one level to the next by x0 and new noise
+    per_token_timesteps: bool = False  # it was trained with known tokens at timestep 0
+    whole_timesteps: bool = False  # it is told rounded timesteps
+    spatial_multiple: int = 16  # height and width are multiples of it
+    temporal: int = 4  # frames a latent frame: the model makes temporal * k + 1 frames
+    rollout: Rollout | None = None  # of a causal model
+    window: int = 21  # latent frames that are made at once
+    overlap: int = 2  # latent frames that a window has in common with the one before
+    context: int = 2  # latent frames of a clip that its continuation sees
+    carries: bool = False  # long videos are made in windows, whose latents go on to the next as they are
+    # Trained with the video's first latent frame known in every window, as if it stood so many before its first.
     anchor: int | None = None
     patterns: Patterns = TEXT_ONLY
 
 
 class Signature(NamedTuple):
-    """What tells the variants apart, from configurations alone. image: it attends to CLIP tokens; positions: of two
-    pictures; control: it has a control branch."""
+    """What tells variants apart, from configurations alone."""
 
     dim: int
     num_layers: int
     text_dim: int = 4096
     in_channels: int = 16
     out_channels: int = 16
-    image: bool = False
-    positions: bool = False
-    control: bool = False
+    image: bool = False  # it attends to CLIP tokens
+    positions: bool = False  # CLIP tokens of two pictures
+    control: bool = False  # it has a control branch
     experts: int = 1
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A named model. Of those with one signature the first is meant, unless a hint of another stands in the folder's
-    name or in the pipeline's class."""
+    """A named model. Of those with one signature the first is taken, unless the folder's name or the pipeline's class
+    has a hint of another."""
 
     preset: Preset
     signature: Signature

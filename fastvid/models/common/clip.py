@@ -146,7 +146,7 @@ class CLIPVisionEncoder(nn.Module):
         self.ALIASES = {f"vision_model.{name}": name for name, _ in self.named_parameters()}
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """What all layers but the last make of pixels [B, 3, S, S] (see `fastvid.engine.pixels.clip_pixels`) -> [B, M, d]."""
+        """What all layers but the last make of pixels [B, 3, S, S] -> [B, M, d]. See `engine.pixels.clip_pixels`."""
         size = self.config.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
             raise InvalidRequest(f"pictures are [B, 3, {size}, {size}] for this encoder, not {list(pixels.shape)}")

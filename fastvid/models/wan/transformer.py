@@ -1,5 +1,5 @@
-"""The Wan video diffusion transformer, with or without pictures as a condition: embedders, blocks, model. Parameter names
-are those of diffusers' WanTransformer3DModel, so its checkpoints load as they are.
+"""The Wan video diffusion transformer, with or without pictures as a condition: embedders, blocks, model. Parameter
+names are those of diffusers' WanTransformer3DModel, so its checkpoints load as they are.
 
 Shapes: B batch, C latent channels, T latent frames, H/W latent height and width, N = T/pt * H/ph * W/pw tokens,
 d width, L rows of text, M rows of pictures, K distinct timesteps, G groups of tokens that share one

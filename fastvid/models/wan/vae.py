@@ -3,10 +3,10 @@
 `WanVAE.encode` and `WanVAE.decode` are functions over chunks: they take the cache of the chunk before and return that
 for the next, so a stream is decoded in constant memory and a whole sequence is one chunk. Any chunk lengths give the
 same result. Where a frame is too large for memory, the stages at its full size work on it in stripes of rows
-(`fastvid.models.common.vae_stream`), with the same result; the middle, whose attention sees the whole frame, is small and
-never divided. Parameter names are those of diffusers' AutoencoderKLWan. The fast code is in `fastvid.ops.vae` (CPU) and
-`fastvid.ops.vae_gpu`; here the parts are connected. The 2.2 network (vae22.py) puts other blocks into the same Encoder
-and Decoder.
+(`fastvid.models.common.vae_stream`), with the same result; the middle, whose attention sees the whole frame, is small
+and never divided. Parameter names are those of diffusers' AutoencoderKLWan. The fast code is in `fastvid.ops.vae` (CPU)
+and `fastvid.ops.vae_gpu`; here the parts are connected. The 2.2 network (vae22.py) puts other blocks into the same
+Encoder and Decoder.
 
 Shapes: B batch, C channels, F pixel frames, T latent frames, H/W height and width at the stage in question.
 Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network.
@@ -16,18 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastvid.models.common.vae_stream import Cache, Stream
+from fastvid.models.wan.config import VAEConfig
 from fastvid.models.wan.vae_bands import Band, Bands, band_of, stream_of
 from fastvid.models.wan.vae_layers import CausalConv3d, Downsample, MidBlock, ResidualBlock, RMSNorm, Upsample
 from fastvid.ops import reference, vae
-
-if TYPE_CHECKING:
-    from fastvid.models.wan.config import VAEConfig
 
 # Values of the widest activation that one step on a CPU may make: 64 MB, or one latent frame if that is more.
 CPU_CHUNK = 2**24

@@ -1,9 +1,9 @@
 """The Wan 2.2 video compression network (that of TI2V-5B): 16x16 in space, 4 in time, 48 channels.
 
-It is the 2.1 network (see `fastvid.models.wan.vae`, also for the interface: chunks and their cache) with three changes: frames go in
-and come out as patches of 2x2 pixels, the decoder is wider than the encoder, and every stage has a shortcut without
-weights that averages pixels into channels on the way down and spreads channels over pixels on the way up. Parameter
-names are those of diffusers' AutoencoderKLWan with is_residual.
+It is the 2.1 network (see `fastvid.models.wan.vae`, also for the interface) with three changes: frames go in and come
+out as patches of 2x2 pixels, the decoder is wider than the encoder, and every stage has a shortcut without weights that
+averages pixels into channels on the way down and spreads channels over pixels on the way up. Parameter names are those
+of diffusers' AutoencoderKLWan with is_residual.
 
 Shapes: B batch, C and N channels, F pixel frames, T frames and H/W height and width at the stage in question.
 Maths: Wan2.2 `wan/modules/vae2_2.py` (Apache-2.0); the shortcuts are those of Chen et al., "Deep Compression

@@ -2,7 +2,7 @@
 fastvid's modules share, and that of the original repositories, which ComfyUI's single files keep behind a prefix.
 
 First the tables of names, "#" standing for a number, then `origins`: for every tensor of the target layout the tensors
-of the file that it is made of (`Origin`). Almost all are plain renames; only the CLIP encoder splits, joins and reshapes.
+of the file that it is made of (`Origin`). Almost all are plain renames; only CLIP's are split, joined and reshaped.
 
 Facts: Wan2.1 and Wan2.2 `wan/modules/{model,vace_model,vae,vae2_2,t5,clip}.py`, diffusers
 `scripts/convert_wan_to_diffusers.py`.
