@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import test_umt5
-import test_wan
-import test_wan_i2v
-import test_wan_vace
-import test_wan_vae
-import test_wan_vae22
 import tiny
 import torch
+import vae_cases
+import wan_cases
 from diffusers import WanPipeline, WanTransformer3DModel, WanVACETransformer3DModel
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
+from wan_cases import error
 
 import fastvid
 from fastvid.loaders.checkpoint import load_part, open_checkpoint
@@ -29,11 +27,6 @@ from fastvid.models.wan.transformer import WanTransformer
 from fastvid.models.wan.vace import WanVACETransformer
 
 KEPT = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
-
-
-def error(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||"""
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def halved(theirs: nn.Module, kept: set[str]) -> nn.Module:
@@ -61,20 +54,14 @@ def rounded(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def dit_cases() -> dict[str, tuple[nn.Module, tuple[Tensor, ...], Any, Any]]:
     """Their network, what it is called with, how theirs and ours are called."""
-    plain, vace = test_wan.diffusers_model(), test_wan_vace.diffusers_model()
-    two = {kind: test_wan_i2v.diffusers_model(config) for kind, config in test_wan_i2v.KINDS.items()}
-    a14b = test_wan_i2v.diffusers_model({**test_wan_i2v.I2V, "image_dim": None, "added_kv_proj_dim": None})
-
-    def call(model: nn.Module, *given: Tensor) -> Tensor:
-        return model(*given)
-
-    t2v = (test_wan.run_theirs, call)
-    cases: dict[str, Any] = {"t2v": (plain, test_wan.inputs((3, 6, 10), "sample"), *t2v)}
-    cases["ti2v, a timestep a token"] = (plain, test_wan.inputs((3, 6, 10), "token"), *t2v)
-    cases["i2v without clip"] = (a14b, test_wan_i2v.inputs("i2v")[:3], test_wan.run_theirs, call)
-    for kind, model in two.items():
-        cases[kind] = (model, test_wan_i2v.inputs(kind), test_wan_i2v.run_theirs, test_wan_i2v.run_ours)
-    cases["vace"] = (vace, test_wan_vace.inputs(), test_wan_vace.run_theirs, test_wan_vace.run_ours)
+    cases: dict[str, Any] = {}
+    for kind in wan_cases.CONFIGS:
+        model = wan_cases.diffusers_model(kind)
+        cases[kind] = (model, wan_cases.inputs(kind), wan_cases.run_theirs, wan_cases.run_ours)
+    token = wan_cases.inputs("t2v", timesteps="token")
+    cases["ti2v, a timestep a token"] = (cases["t2v"][0], token, wan_cases.run_theirs, wan_cases.run_ours)
+    a14b, given = wan_cases.diffusers_model("i2v", **wan_cases.NO_CLIP), wan_cases.inputs("i2v")[:3]
+    cases["i2v without clip"] = (a14b, given, wan_cases.run_theirs, wan_cases.run_ours)
     return cases
 
 
@@ -116,20 +103,20 @@ def test_the_text_encoder() -> None:
     assert 0 < error(model(ids, mask)[mask == 1], truth) <= 2 * allowed
 
 
-@pytest.mark.parametrize("tests", [test_wan_vae, test_wan_vae22], ids=["2.1", "2.2"])
+@pytest.mark.parametrize("name", vae_cases.NETWORKS)
 @torch.no_grad()
-def test_vae(tests: Any) -> None:
+def test_vae(name: str) -> None:
     """Loaded in fp32; whoever makes it bf16 loses no more than with diffusers."""
-    theirs = tests.diffusers_vae(tests.SMALL)
+    theirs = vae_cases.NETWORKS[name].theirs
     half = copy.deepcopy(theirs).bfloat16()
-    model, exact = tests.ours(theirs).bfloat16(), in_double(half)
+    model, exact = vae_cases.ours(theirs).bfloat16(), in_double(half)
     latents = torch.randn(1, theirs.config.z_dim, 3, 4, 6, generator=torch.Generator().manual_seed(1)).bfloat16()
-    truth = tests.their_decoding(exact, latents.double())
-    allowed = error(tests.their_decoding(half, latents), truth)
+    truth = vae_cases.their_decoding(exact, latents.double())
+    allowed = error(vae_cases.their_decoding(half, latents), truth)
     assert 0 < error(model.decode(latents)[0], truth) <= 2 * allowed
     frames = truth.clamp(-1, 1).bfloat16()
-    truth = tests.their_encoding(exact, frames.double())
-    allowed = error(tests.their_encoding(half, frames), truth)
+    truth = vae_cases.their_encoding(exact, frames.double())
+    allowed = error(vae_cases.their_encoding(half, frames), truth)
     assert 0 < error(model.encode(frames)[0], truth) <= 2 * allowed
 
 

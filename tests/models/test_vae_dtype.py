@@ -7,7 +7,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from test_wan_vae import SMALL, diffusers_vae, error, ours, their_decoding, their_encoding
+from vae_cases import SMALL, diffusers_vae, error, ours, their_decoding, their_encoding
 
 import fastvid
 from fastvid.errors import InvalidRequest

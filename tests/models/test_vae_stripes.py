@@ -6,31 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import test_wan_vae as vae21
-import test_wan_vae22 as vae22
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_wan_vae import error
 from torch import Tensor
+from vae_cases import OTHER_22, SMALL, SMALL_22, WIDE, diffusers_vae, error, ours
 
 from fastvid.errors import InvalidRequest
 from fastvid.models.common.vae_stream import Cache, Stream
 from fastvid.models.wan.vae import WanVAE
 
-NETWORKS = {
-    "2.1": (vae21, vae21.SMALL),
-    "2.2": (vae22, vae22.SMALL),
-    "other": (vae22, vae22.OTHER),
-    "wide": (vae21, vae21.WIDE),
-}
+NETWORKS = {"2.1": SMALL, "2.2": SMALL_22, "other": OTHER_22, "wide": WIDE}
 EXACT = ["2.1", "2.2", "other"]
 
 
 @pytest.fixture(scope="module")
 def networks() -> dict[str, WanVAE]:
     """In fp64, but for the one that is wide enough for the Winograd form, which is for fp32."""
-    made = {name: module.ours(module.diffusers_vae(config)) for name, (module, config) in NETWORKS.items()}
+    made = {name: ours(diffusers_vae(config)) for name, config in NETWORKS.items()}
     return {name: vae if name == "wide" else vae.double() for name, vae in made.items()}
 
 

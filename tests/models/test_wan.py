@@ -12,92 +12,125 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from gradients import gradients
 from torch import Tensor
+from wan_cases import (
+    CONFIGS,
+    SIZES,
+    T2V,
+    diffusers_model,
+    empty,
+    error,
+    halved,
+    inputs,
+    ours,
+    run_ours,
+    run_theirs,
+    their_class,
+)
 
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.embeddings import RotaryTables, rotary_table, timestep_sinusoid
 from fastvid.models.wan.config import WanTransformerConfig
-from fastvid.models.wan.transformer import WanTransformer, group_timesteps
+from fastvid.models.wan.transformer import group_timesteps
 from fastvid.ops import reference
 
-SMALL: dict[str, Any] = {
-    "num_attention_heads": 3,
-    "attention_head_dim": 24,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 20,
-    "ffn_dim": 80,
-    "num_layers": 3,
-}
-SIZES = [(1, 2, 2), (3, 6, 10), (5, 14, 6)]  # latent frames, height, width
-KINDS = ["sample", "frame", "token"]
+TIMESTEPS = ["sample", "frame", "token"]
 
 
-def error(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||"""
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-def diffusers_model(**changes: Any) -> WanTransformer3DModel:
-    """diffusers' model with every weight drawn, also those that start as ones or zeros."""
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(**{**SMALL, **changes}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def ours(theirs: WanTransformer3DModel, ops: Any = reference) -> WanTransformer:
-    model = WanTransformer(WanTransformerConfig.from_dict(dict(theirs.config)), ops)
-    model.load_state_dict(theirs.state_dict())
-    return model.eval()
+CASES = [("t2v", one) for one in TIMESTEPS] + [(kind, "sample") for kind in ("i2v", "flf2v", "vace")]
 
 
 @pytest.fixture(scope="module")
-def theirs() -> WanTransformer3DModel:
-    return diffusers_model()
+def models() -> dict[str, Any]:
+    return {kind: diffusers_model(kind) for kind in CONFIGS}
 
 
-def inputs(size: tuple[int, int, int], kind: str, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, timesteps of a kind, text."""
-    generator = torch.Generator().manual_seed(sum(size))
-    t, h, w = size
-    shape = {"sample": (batch,), "frame": (batch, t), "token": (batch, t * h * w // 4)}[kind]
-    timestep = torch.rand(shape, generator=generator) * 1000
-    if kind != "sample":
-        timestep[torch.rand(shape, generator=generator) < 0.4] = 0
-    draw = [torch.randn(s, generator=generator) for s in ((batch, 4, t, h, w), (batch, 7, 20))]
-    return draw[0], timestep, draw[1]
+@pytest.fixture(scope="module")
+def theirs(models: dict[str, Any]) -> WanTransformer3DModel:
+    return models["t2v"]
 
 
-def run_theirs(model: WanTransformer3DModel, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-    """diffusers knows timesteps a sample and a token, not a frame."""
-    tokens = latents[0, 0].numel() // 4
-    if timestep.ndim == 2 and timestep.shape[1] != tokens:
-        timestep = timestep.repeat_interleave(tokens // timestep.shape[1], dim=1)
-    return model(latents, timestep, text, return_dict=False)[0]
+# ---------------------------------------------------------------- every kind
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
 @torch.no_grad()
-def test_equals_diffusers(theirs: WanTransformer3DModel, size: tuple[int, int, int], kind: str) -> None:
-    given = inputs(size, kind)
-    assert error(ours(theirs)(*given), run_theirs(theirs, *given)) < 1e-6
+def test_equals_diffusers(models: dict[str, Any], case: tuple[str, str], size: tuple[int, int, int]) -> None:
+    kind, timesteps = case
+    given = inputs(kind, size, timesteps)
+    found = run_ours(ours(models[kind]), *given)
+    assert found.shape == (2, 4, *size)
+    assert error(found, run_theirs(models[kind], *given)) < 1e-6
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+@torch.no_grad()
+def test_bf16_is_as_good_as_diffusers(models: dict[str, Any], case: tuple[str, str]) -> None:
+    kind, timesteps = case
+    given = inputs(kind, timesteps=timesteps)
+    truth, half = run_theirs(models[kind], *given), halved(models[kind], diffusers_model(kind))
+    model = empty(half)
+    model.load_state_dict(half.state_dict(), assign=True)
+    latents, timestep, *rest = given
+    allowed = 2 * error(run_theirs(half, latents.bfloat16(), timestep, *(x.bfloat16() for x in rest)), truth)
+    assert model.dtype == torch.bfloat16
+    assert set(model.FP32_PARTS) == {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
+    assert 0 < error(run_ours(model, *given), truth) <= allowed
+
+
+@pytest.mark.parametrize("case", [("t2v", "token"), ("flf2v", "sample"), ("vace", "sample")], ids=" ".join)
+def test_gradients_equal_diffusers(models: dict[str, Any], case: tuple[str, str]) -> None:
+    kind, timesteps = case
+    given, theirs = inputs(kind, timesteps=timesteps), models[kind]
+    model = ours(theirs).train()
+    theirs.zero_grad()
+    run_theirs(theirs, *given).square().mean().backward()
+    run_ours(model, *given).square().mean().backward()
+    found = gradients(model)
+    for name, parameter in theirs.named_parameters():
+        assert error(found.pop(name), parameter.grad) < 1e-4, name
+    assert not found
+
+
+# What the published config.json files say.
+PICTURE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+SMALLER = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "vace_layers": list(range(0, 30, 2))}
+PUBLISHED = [
+    ("i2v-14b", PICTURE, 1303, 16.3949),
+    ("flf2v-14b", {**PICTURE, "pos_embed_seq_len": 514}, 1304, 16.3955),
+    ("i2v-a14b", {"in_channels": 36}, 1095, 14.2889),
+    ("vace-1.3b", SMALLER, 1264, 2.154),
+    ("vace-14b", {"vace_layers": list(range(0, 40, 5))}, 1331, 17.3376),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "tensors", "billions"), PUBLISHED)
+def test_published_models(name: str, config: dict[str, Any], tensors: int, billions: float) -> None:
+    """Names and shapes are diffusers', their number that of the published files."""
+    with torch.device("meta"):
+        theirs = their_class(config)(**config, out_channels=16)
+        model = empty(theirs)
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in theirs.state_dict().items()}
+    assert len(shapes) == tensors
+    assert sum(shape.numel() for shape in shapes.values()) / 1e9 == pytest.approx(billions, abs=5e-4)
+
+
+# ---------------------------------------------------------------- text alone
 
 
 @pytest.mark.parametrize("changes", [{"cross_attn_norm": False}, {"patch_size": (1, 1, 1)}, {"attention_head_dim": 34}])
 @torch.no_grad()
 def test_other_configurations_equal_diffusers(changes: dict[str, Any]) -> None:
-    theirs = diffusers_model(**changes)
-    latents, timestep, text = inputs((3, 4, 6), "sample")
+    theirs = diffusers_model("t2v", **changes)
+    latents, timestep, text = inputs("t2v", (3, 4, 6), "sample")
     assert error(ours(theirs)(latents, timestep, text), run_theirs(theirs, latents, timestep, text)) < 1e-6
 
 
 @pytest.mark.parametrize("timestep", [[999, 3], [999.0, 0.5], [1000.0, 0.0], [123.4, 567.8]])
 @torch.no_grad()
 def test_timesteps_of_any_type_equal_diffusers(theirs: WanTransformer3DModel, timestep: list[float]) -> None:
-    latents, _, text = inputs((3, 6, 10), "sample")
+    latents, _, text = inputs("t2v", (3, 6, 10), "sample")
     given = latents, torch.tensor(timestep), text
     assert error(ours(theirs)(*given), run_theirs(theirs, *given)) < 1e-6
 
@@ -110,7 +143,7 @@ def test_timestep_sinusoid_against_fp64() -> None:
 
 @torch.no_grad()
 def test_a_wrong_epsilon_or_gelu_would_be_seen(theirs: WanTransformer3DModel) -> None:
-    given = inputs((3, 6, 10), "sample")
+    given = inputs("t2v", (3, 6, 10), "sample")
     right = run_theirs(theirs, *given)
     wrong = ours(theirs)
     for block in wrong.blocks:
@@ -120,27 +153,9 @@ def test_a_wrong_epsilon_or_gelu_would_be_seen(theirs: WanTransformer3DModel) ->
     assert error(erf(*given), right) > 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_bf16_is_as_good_as_diffusers(theirs: WanTransformer3DModel, kind: str) -> None:
-    given = inputs((3, 6, 10), kind)
-    truth = run_theirs(theirs, *given)
-    half = diffusers_model().bfloat16()
-    kept = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
-    for name, parameter in half.named_parameters():
-        if kept & set(name.split(".")):
-            parameter.data = theirs.get_parameter(name).data
-    model = WanTransformer(WanTransformerConfig.from_dict(dict(half.config)))
-    model.load_state_dict(half.state_dict(), assign=True)
-    latents, timestep, text = given
-    allowed = 2 * error(run_theirs(half, latents.bfloat16(), timestep, text.bfloat16()), truth)
-    assert set(model.FP32_PARTS) == kept and model.dtype == torch.bfloat16
-    assert 0 < error(model(latents, timestep, text), truth) <= allowed
-
-
 @torch.no_grad()
 def test_a_prepared_context_changes_nothing(theirs: WanTransformer3DModel) -> None:
-    latents, timestep, text = inputs((3, 6, 10), "frame")
+    latents, timestep, text = inputs("t2v", (3, 6, 10), "frame")
     model = ours(theirs)
     context = model.prepare_context(text)
     assert torch.equal(model(latents, timestep, context), model(latents, timestep, text))
@@ -149,7 +164,7 @@ def test_a_prepared_context_changes_nothing(theirs: WanTransformer3DModel) -> No
 
 @torch.no_grad()
 def test_samples_of_a_batch_do_not_meet(theirs: WanTransformer3DModel) -> None:
-    latents, timestep, text = inputs((3, 6, 10), "token")
+    latents, timestep, text = inputs("t2v", (3, 6, 10), "token")
     model = ours(theirs)
     both = model(latents, timestep, text)
     for i in range(2):
@@ -160,7 +175,7 @@ def test_samples_of_a_batch_do_not_meet(theirs: WanTransformer3DModel) -> None:
 @torch.no_grad()
 def test_a_window_can_start_anywhere(theirs: WanTransformer3DModel) -> None:
     """Rotary attention sees differences of positions only, so an offset must not change a window's own result."""
-    given = inputs((3, 6, 10), "sample")
+    given = inputs("t2v", (3, 6, 10), "sample")
     model = ours(theirs)
     assert error(model(*given, rope_offset=2000), model(*given)) < 1e-5
     assert not torch.equal(model(*given, rope_offset=2000), model(*given))
@@ -204,21 +219,9 @@ def test_rotary_table(head_dim: int) -> None:
         assert torch.equal(a.view(9, 15, -1)[[0, 5, 8]].flatten(0, 1), b)
     cos, sin = whole
     torch.testing.assert_close(cos.square() + sin.square(), torch.ones_like(cos))
-    theirs = WanTransformer3DModel(**{**SMALL, "attention_head_dim": head_dim, "num_layers": 1}).rope
+    theirs = WanTransformer3DModel(**{**T2V, "attention_head_dim": head_dim, "num_layers": 1}).rope
     expected = theirs(torch.empty(1, 4, 9, 6, 10))
     assert torch.equal(cos, expected[0][0, :, 0, ::2]) and torch.equal(sin, expected[1][0, :, 0, 1::2])
-
-
-def test_gradients_equal_diffusers(theirs: WanTransformer3DModel) -> None:
-    latents, timestep, text = inputs((3, 6, 10), "token")
-    model = ours(theirs).train()
-    theirs.zero_grad()
-    run_theirs(theirs, latents, timestep, text).square().mean().backward()
-    model(latents, timestep, text).square().mean().backward()
-    found = gradients(model)
-    for name, parameter in theirs.named_parameters():
-        assert error(found.pop(name), parameter.grad) < 1e-4, name
-    assert not found
 
 
 @torch.no_grad()
@@ -234,8 +237,8 @@ def test_every_operation_is_the_one_handed_in(theirs: WanTransformer3DModel) -> 
 
     names = [name for name in vars(reference) if callable(getattr(reference, name)) and not name.startswith("_")]
     ops = SimpleNamespace(**{name: counted(name) for name in names if name != "Tensor"})
-    ours(theirs, ops)(*inputs((1, 2, 2), "sample"))
-    layers = SMALL["num_layers"]
+    ours(theirs, ops)(*inputs("t2v", (1, 2, 2), "sample"))
+    layers = T2V["num_layers"]
     assert calls == {
         "attention": 2 * layers,
         "linear": 7 * layers,
@@ -303,11 +306,11 @@ def test_other_latents_are_refused(theirs: WanTransformer3DModel, shape: tuple[i
 )
 def test_configurations_that_are_not_supported(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        WanTransformerConfig.from_dict({**SMALL, **changes})
+        WanTransformerConfig.from_dict({**T2V, **changes})
 
 
 def test_configurations_that_mean_the_same() -> None:
-    plain = WanTransformerConfig.from_dict(SMALL)
+    plain = WanTransformerConfig.from_dict(T2V)
     extra = {"_class_name": "x", "image_dim": None, "rope_max_seq_len": 9, "qk_norm": "rms_norm_across_heads"}
-    assert WanTransformerConfig.from_dict({**SMALL, **extra, "patch_size": [1, 2, 2], "out_channels": None}) == plain
+    assert WanTransformerConfig.from_dict({**T2V, **extra, "patch_size": [1, 2, 2], "out_channels": None}) == plain
     assert plain.dim == 72

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
-from gradients import gradients
 from safetensors.torch import save_file
 from torch import Tensor
+from wan_cases import I2V, NO_CLIP, TEXT, diffusers_model, error, inputs, ours, run_ours, run_theirs
 
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import safetensors
@@ -21,82 +21,18 @@ from fastvid.models.wan.config import OPTIONAL, WanTransformerConfig
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops import reference
 
-TEXT = 512  # rows: diffusers' model takes everything in front of the last 512 for pictures
-I2V: dict[str, Any] = {
-    "num_attention_heads": 3,
-    "attention_head_dim": 24,
-    "in_channels": 12,
-    "out_channels": 4,
-    "text_dim": 20,
-    "ffn_dim": 80,
-    "num_layers": 3,
-    "image_dim": 40,
-    "added_kv_proj_dim": 72,
-}
-FLF2V = {**I2V, "pos_embed_seq_len": 14}
-KINDS = {"i2v": I2V, "flf2v": FLF2V}
-SIZES = [(1, 2, 2), (3, 6, 10), (5, 14, 6)]  # latent frames, height, width
-
-
-def error(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||"""
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-def diffusers_model(config: dict[str, Any]) -> WanTransformer3DModel:
-    """diffusers' model with every weight drawn, also those that start as ones or zeros."""
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(**config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def ours(theirs: WanTransformer3DModel, ops: Any = reference) -> WanTransformer:
-    model = WanTransformer(WanTransformerConfig.from_dict(dict(theirs.config)), ops)
-    model.load_state_dict(theirs.state_dict())
-    return model.eval()
+KINDS = ["i2v", "flf2v"]
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, WanTransformer3DModel]:
-    return {kind: diffusers_model(config) for kind, config in KINDS.items()}
-
-
-def inputs(kind: str, size: tuple[int, int, int] = (3, 6, 10), batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents with mask and condition channels, timesteps, text, tokens of one picture or of two."""
-    generator = torch.Generator().manual_seed(sum(size))
-    shapes = ((batch, 12, *size), (batch, TEXT, 20), (batch, 14 if kind == "flf2v" else 5, 40))
-    latents, text, pictures = (torch.randn(shape, generator=generator) for shape in shapes)
-    return latents, torch.rand(batch, generator=generator) * 1000, text, pictures
-
-
-def run_theirs(model: WanTransformer3DModel, *given: Tensor) -> Tensor:
-    *rest, pictures = given
-    if model.config.pos_embed_seq_len:  # it takes first and last picture as two samples
-        pictures = pictures.reshape(-1, pictures.shape[1] // 2, pictures.shape[2])
-    return model(*rest, pictures, return_dict=False)[0]
-
-
-def run_ours(model: WanTransformer, latents: Tensor, timestep: Tensor, text: Tensor, pictures: Tensor) -> Tensor:
-    return model(latents, timestep, model.prepare_context(text, pictures))
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_equals_diffusers(models: dict[str, Any], kind: str, size: tuple[int, int, int]) -> None:
-    given = inputs(kind, size)
-    found = run_ours(ours(models[kind]), *given)
-    assert found.shape == (2, 4, *size)
-    assert error(found, run_theirs(models[kind], *given)) < 1e-6
+    return {kind: diffusers_model(kind) for kind in KINDS}
 
 
 @torch.no_grad()
 def test_a_model_without_clip_takes_more_channels() -> None:
     """Wan 2.2 I2V-A14B: 36 channels in, 16 out, no CLIP."""
-    theirs = diffusers_model({**I2V, "image_dim": None, "added_kv_proj_dim": None})
+    theirs = diffusers_model("i2v", **NO_CLIP)
     latents, timestep, text, _ = inputs("i2v")
     expected = theirs(latents, timestep, text, return_dict=False)[0]
     assert error(ours(theirs)(latents, timestep, text), expected) < 1e-6
@@ -104,7 +40,7 @@ def test_a_model_without_clip_takes_more_channels() -> None:
 
 @torch.no_grad()
 def test_known_channels_may_come_by_themselves() -> None:
-    model = ours(diffusers_model({**I2V, "image_dim": None, "added_kv_proj_dim": None}))
+    model = ours(diffusers_model("i2v", **NO_CLIP))
     latents, timestep, text, _ = inputs("i2v")
     wanted = model(latents, timestep, text)
     assert torch.equal(model(latents[:, :4], timestep, text, known=latents[:, 4:]), wanted)
@@ -158,58 +94,6 @@ def test_text_and_pictures_have_a_softmax_each(models: dict[str, Any]) -> None:
     context = model.prepare_context(text, pictures)
     joined = [(torch.cat((k, ik), 1), torch.cat((v, iv), 1)) for k, v, ik, iv in context.layers]
     assert error(model(latents, timestep, transformer.Context(tuple(joined))), run_theirs(models["i2v"], *given)) > 1e-3
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_bf16_is_as_good_as_diffusers(models: dict[str, Any], kind: str) -> None:
-    given = inputs(kind)
-    truth = run_theirs(models[kind], *given)
-    half = diffusers_model(KINDS[kind]).bfloat16()
-    for name, parameter in half.named_parameters():
-        if set(WanTransformer.FP32_PARTS) & set(name.split(".")):
-            parameter.data = models[kind].get_parameter(name).data
-    model = WanTransformer(WanTransformerConfig.from_dict(dict(half.config)))
-    model.load_state_dict(half.state_dict(), assign=True)
-    latents, timestep, text, pictures = given
-    allowed = error(run_theirs(half, latents.bfloat16(), timestep, text.bfloat16(), pictures.bfloat16()), truth)
-    assert 0 < error(run_ours(model, *given), truth) <= 2 * allowed
-
-
-def test_gradients_equal_diffusers(models: dict[str, Any]) -> None:
-    given, theirs = inputs("flf2v"), models["flf2v"]
-    model = ours(theirs).train()
-    theirs.zero_grad()
-    run_theirs(theirs, *given).square().mean().backward()
-    run_ours(model, *given).square().mean().backward()
-    found = gradients(model)
-    for name, parameter in theirs.named_parameters():
-        assert error(found.pop(name), parameter.grad) < 1e-4, name
-    assert not found
-
-
-PUBLISHED = [
-    ("i2v-14b", {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}, 1303, 16.3949),
-    (
-        "flf2v-14b",
-        {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120, "pos_embed_seq_len": 514},
-        1304,
-        16.3955,
-    ),
-    ("i2v-a14b", {"in_channels": 36}, 1095, 14.2889),
-]
-
-
-@pytest.mark.parametrize(("name", "config", "tensors", "billions"), PUBLISHED)
-def test_published_models(name: str, config: dict[str, Any], tensors: int, billions: float) -> None:
-    """Names and shapes are diffusers', their number that of the published files."""
-    with torch.device("meta"):
-        theirs = WanTransformer3DModel(**config, out_channels=16)
-        model = WanTransformer(WanTransformerConfig.from_dict(dict(theirs.config)))
-    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    assert shapes == {key: tensor.shape for key, tensor in theirs.state_dict().items()}
-    assert len(shapes) == tensors
-    assert round(sum(shape.numel() for shape in shapes.values()) / 1e9, 4) == billions
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The Wan 2.1 VAE against diffusers' on random weights; chunks against whole clips; CPU forms against plain ones."""
+"""Both Wan VAEs against diffusers' on random weights; chunks against whole clips; CPU forms against plain ones."""
 
 from __future__ import annotations
 
@@ -10,256 +10,171 @@ from diffusers import AutoencoderKLWan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from vae_cases import (
+    NETWORKS,
+    SMALL,
+    Network,
+    diffusers_vae,
+    draw_frames,
+    draw_latents,
+    error,
+    in_chunks,
+    nbytes,
+    ours,
+    their_decoding,
+    their_encoding,
+)
 
 from fastvid.errors import CheckpointError
 from fastvid.models.wan.config import WanVAEConfig
-from fastvid.models.wan.vae import Cache, WanVAE
+from fastvid.models.wan.vae import WanVAE
 from fastvid.ops import vae as ops
 from fastvid.ops import winograd
 
-SMALL: dict[str, Any] = {
-    "base_dim": 8,
-    "z_dim": 4,
-    "num_res_blocks": 1,
-    "latents_mean": [0.3, -0.2, 0.1, 0.0],
-    "latents_std": [0.5, 1.5, 2.0, 1.0],
-}
-# Wide enough for the Winograd form of the convolutions.
-WIDE: dict[str, Any] = {**SMALL, "base_dim": 64, "dim_mult": [1, 1, 1, 1]}
-SIZES = [(1, 1, 1), (1, 5, 3), (2, 3, 5), (3, 1, 7), (5, 4, 2)]  # latent frames, height, width
+# Latent frames, height, width.
+SIZES = [
+    *(("2.1", size) for size in ((1, 1, 1), (1, 5, 3), (2, 3, 5), (3, 1, 7), (5, 4, 2))),
+    *(("2.2", size) for size in ((1, 1, 1), (1, 5, 3), (2, 3, 5), (3, 1, 4), (4, 3, 2))),
+]
 
 
-def error(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||"""
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+@pytest.fixture(scope="module", params=NETWORKS)
+def net(request: pytest.FixtureRequest) -> Network:
+    return NETWORKS[request.param]
 
 
-def diffusers_vae(config: dict[str, Any]) -> AutoencoderKLWan:
-    """diffusers' network with every weight drawn, also those that start as ones or zeros; few frames are clamped."""
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(**config).eval().requires_grad_(False)
-    for parameter in vae.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    vae.decoder.conv_out.weight.mul_(0.2)
-    return vae
+@pytest.fixture
+def vae() -> WanVAE:
+    return NETWORKS["2.1"].vae
 
 
-def ours(theirs: AutoencoderKLWan) -> WanVAE:
-    vae = WanVAE(WanVAEConfig.from_dict(dict(theirs.config)))
-    vae.load_state_dict(theirs.state_dict())
-    return vae.eval().requires_grad_(False)
+# ---------------------------------------------------------------- both networks
 
 
-def statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
-    dtype = next(vae.parameters()).dtype
-    values = vae.config.latents_mean, vae.config.latents_std
-    mean, std = (torch.tensor(v, dtype=dtype).view(1, -1, 1, 1, 1) for v in values)
-    return mean, std
-
-
-def their_encoding(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
-    mean, std = statistics(vae)
-    return (vae.encode(frames).latent_dist.mode() - mean) / std
-
-
-def their_decoding(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    mean, std = statistics(vae)
-    return vae.decode(latents * std + mean).sample
-
-
-def draw_frames(t: int, h: int, w: int, batch: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(t * 100 + h * 10 + w)
-    return torch.rand(batch, 3, 4 * t - 3, 8 * h, 8 * w, generator=generator) * 2 - 1
-
-
-def draw_latents(t: int, h: int, w: int, batch: int = 1) -> Tensor:
-    return torch.randn(batch, 4, t, h, w, generator=torch.Generator().manual_seed(t * 100 + h * 10 + w))
-
-
-@pytest.fixture(scope="module")
-def theirs() -> AutoencoderKLWan:
-    return diffusers_vae(SMALL)
-
-
-@pytest.fixture(scope="module")
-def vae(theirs: AutoencoderKLWan) -> WanVAE:
-    return ours(theirs)
-
-
-@pytest.fixture(scope="module")
-def wide() -> tuple[AutoencoderKLWan, WanVAE]:
-    theirs = diffusers_vae(WIDE)
-    return theirs, ours(theirs)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_decode_equals_diffusers(theirs: AutoencoderKLWan, vae: WanVAE, size: tuple[int, int, int]) -> None:
-    latents = draw_latents(*size, batch=2)
-    want = their_decoding(theirs, latents)
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_decode_equals_diffusers(name: str, size: tuple[int, int, int]) -> None:
+    net, latents = NETWORKS[name], draw_latents(*size, batch=2)
+    want = their_decoding(net.theirs, latents)
     assert (want.abs() == 1).float().mean() < 0.2
-    assert error(vae.decode(latents)[0], want) < 1e-5
+    assert error(net.vae.decode(latents)[0], want) < 1e-5
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_encode_equals_diffusers(theirs: AutoencoderKLWan, vae: WanVAE, size: tuple[int, int, int]) -> None:
-    frames = draw_frames(*size, batch=2)
-    assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) < 1e-5
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_encode_equals_diffusers(name: str, size: tuple[int, int, int]) -> None:
+    net = NETWORKS[name]
+    frames = net.frames(*size, batch=2)
+    assert error(net.vae.encode(frames)[0], their_encoding(net.theirs, frames)) < 1e-5
 
 
-@pytest.mark.parametrize("size", [(3, 9, 7), (2, 10, 13)])
-def test_winograd_equals_diffusers(
-    wide: tuple[AutoencoderKLWan, WanVAE], size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    theirs, vae = wide
-    used, real = [], winograd.norm_silu_conv3d
+@pytest.mark.parametrize(
+    ("name", "latents", "frames"),
+    [("2.1", (3, 9, 7), (3, 9, 7)), ("2.1", (2, 10, 13), (2, 10, 13)), ("2.2", (3, 7, 6), (3, 5, 6))],
+)
+def test_winograd_equals_diffusers(name: str, latents: Any, frames: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, used, real = NETWORKS[name], [], winograd.norm_silu_conv3d
     monkeypatch.setattr(winograd, "norm_silu_conv3d", lambda *args: (used.append(1), real(*args))[1])
-    latents, frames = draw_latents(*size), draw_frames(*size)
-    want = their_decoding(theirs, latents)
+    latents, frames = draw_latents(*latents), net.frames(*frames)
+    want = their_decoding(net.their_wide, latents)
     assert (want.abs() == 1).float().mean() < 0.2
-    assert error(vae.decode(latents)[0], want) < 1e-5
+    assert error(net.wide_vae.decode(latents)[0], want) < 1e-5
     assert used, "no layer was big enough: this test would show nothing"
     used.clear()
-    assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) < 1e-5
+    assert error(net.wide_vae.encode(frames)[0], their_encoding(net.their_wide, frames)) < 1e-5
     assert used
 
 
-def test_winograd_chunks_equal_the_whole(wide: tuple[AutoencoderKLWan, WanVAE]) -> None:
-    latents = draw_latents(4, 9, 7)
-    whole, _ = wide[1].decode(latents)
-    assert error(in_chunks(wide[1].decode, latents, [1, 2, 1]), whole) < 1e-5
-
-
-def test_in_fp64_only_the_order_of_sums_differs(theirs: AutoencoderKLWan) -> None:
-    theirs = diffusers_vae(SMALL).double()
-    vae = ours(theirs).double()
-    latents, frames = draw_latents(3, 2, 3).double(), draw_frames(2, 2, 3).double()
-    # diffusers rounds to fp32 where it upsamples.
-    assert error(vae.decode(latents)[0], their_decoding(theirs, latents)) < 3e-7
-    assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) < 1e-12
-
-
-def test_bf16_is_as_near_to_fp32_as_diffusers_is(theirs: AutoencoderKLWan, vae: WanVAE) -> None:
-    low = diffusers_vae(SMALL).bfloat16()
+def test_bf16_is_as_near_to_fp32_as_diffusers_is(net: Network) -> None:
+    low = diffusers_vae(net.small).bfloat16()
     vae_low = ours(low).bfloat16()
-    latents, frames = draw_latents(3, 6, 5), draw_frames(3, 6, 5)
-    exact = vae.decode(latents)[0]
+    latents, frames = draw_latents(3, 3, 5), net.frames(3, 3, 5)
+    exact = net.vae.decode(latents)[0]
     theirs_off = error(their_decoding(low, latents.bfloat16()), exact)
     assert error(vae_low.decode(latents.bfloat16())[0], exact) < 2 * theirs_off < 0.2
-    exact = vae.encode(frames)[0]
+    exact = net.vae.encode(frames)[0]
     theirs_off = error(their_encoding(low, frames.bfloat16()), exact)
     assert error(vae_low.encode(frames.bfloat16())[0], exact) < 2 * theirs_off < 0.2
 
 
-def test_a_small_mistake_would_be_seen(theirs: AutoencoderKLWan) -> None:
-    latents = draw_latents(3, 3, 5)
-    right = their_decoding(theirs, latents)
-    wrong = ours(theirs)
-    wrong.decoder.up_blocks[0].upsamplers[0].time_conv.bias[0] += 0.05
-    assert error(wrong.decode(latents)[0], right) > 1e-5
-
-
-def in_chunks(step: Any, x: Tensor, lengths: list[int]) -> Tensor:
-    """The results of one chunk after another."""
-    out, cache = [], None
-    for part in x.split(lengths, dim=2):
-        done, cache = step(part, cache)
-        out.append(done)
-    return torch.cat(out, dim=2)
-
-
-lengths_of_chunks = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+lengths_of_chunks = st.lists(st.integers(1, 3), min_size=1, max_size=4)
 
 
 @given(lengths_of_chunks)
-@settings(max_examples=15, deadline=None)
-def test_any_chunks_decode_alike(vae: WanVAE, lengths: list[int]) -> None:
-    latents = draw_latents(sum(lengths), 2, 3)
-    assert error(in_chunks(vae.decode, latents, lengths), vae.decode(latents)[0]) < 1e-5
+@settings(deadline=None)
+def test_any_chunks_decode_alike(net: Network, lengths: list[int]) -> None:
+    latents = draw_latents(sum(lengths), 2, 1)
+    assert error(in_chunks(net.vae.decode, latents, lengths), net.vae.decode(latents)[0]) < 1e-5
 
 
 @given(lengths_of_chunks)
-@settings(max_examples=15, deadline=None)
-def test_any_chunks_encode_alike(vae: WanVAE, lengths: list[int]) -> None:
-    frames = draw_frames(sum(lengths), 2, 3)
+@settings(deadline=None)
+def test_any_chunks_encode_alike(net: Network, lengths: list[int]) -> None:
+    frames = net.frames(sum(lengths), 2, 1)
     parts = [4 * lengths[0] - 3, *(4 * n for n in lengths[1:])]
-    assert error(in_chunks(vae.encode, frames, parts), vae.encode(frames)[0]) < 1e-5
+    assert error(in_chunks(net.vae.encode, frames, parts), net.vae.encode(frames)[0]) < 1e-5
 
 
-def test_the_steps_within_a_chunk_do_not_matter(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    latents, frames = draw_latents(5, 2, 3), draw_frames(5, 2, 3)
-    whole = vae.decode(latents)[0], vae.encode(frames)[0]
+def test_the_steps_within_a_chunk_do_not_matter(net: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents, frames = draw_latents(5, 2, 3), net.frames(5, 2, 3)
+    whole = net.vae.decode(latents)[0], net.vae.encode(frames)[0]
     monkeypatch.setattr("fastvid.models.wan.vae.CPU_CHUNK", 1)
-    assert error(vae.decode(latents)[0], whole[0]) < 1e-5
-    assert error(vae.encode(frames)[0], whole[1]) < 1e-5
+    assert error(net.vae.decode(latents)[0], whole[0]) < 1e-5
+    assert error(net.vae.encode(frames)[0], whole[1]) < 1e-5
 
 
-def nbytes(cache: Cache) -> int:
-    """Memory that a cache keeps alive."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in cache}.values())
-
-
-@pytest.mark.parametrize("network", ["small", "wide"])
-def test_the_cache_does_not_grow(network: str, vae: WanVAE, wide: tuple[AutoencoderKLWan, WanVAE]) -> None:
-    vae = vae if network == "small" else wide[1]
-    sizes = set()
-    for t in (2, 3, 6):
+@pytest.mark.parametrize("width", ["small", "wide"])
+def test_the_cache_does_not_grow(net: Network, width: str) -> None:
+    vae = net.vae if width == "small" else net.wide_vae
+    decoding, encoding = set(), set()
+    for t in (2, 3, 6) if width == "small" else (2, 3):
         _, cache = vae.decode(draw_latents(t, 4, 3))
-        sizes.add(nbytes(cache))
+        decoding.add(nbytes(cache))
         _, cache = vae.decode(draw_latents(1, 4, 3), cache)
-        sizes.add(nbytes(cache))
-    assert len(sizes) == 1
-    sizes = set()
-    for t in (2, 3, 6):
-        _, cache = vae.encode(draw_frames(t, 4, 3))
-        sizes.add(nbytes(cache))
-    assert len(sizes) == 1
+        decoding.add(nbytes(cache))
+        _, cache = vae.encode(net.frames(t, 4, 3))
+        encoding.add(nbytes(cache))
+        _, cache = vae.encode(net.frames(2, 4, 3)[:, :, 1:], cache)
+        encoding.add(nbytes(cache))
+    assert len(decoding) == len(encoding) == 1
 
 
-@pytest.mark.parametrize("network", ["small", "wide"])
-def test_neither_input_nor_cache_is_written_to(
-    network: str, vae: WanVAE, wide: tuple[AutoencoderKLWan, WanVAE]
-) -> None:
-    vae = vae if network == "small" else wide[1]
-    latents = draw_latents(4, 9, 7)
-    before = latents.clone()
-    _, cache = vae.decode(latents[:, :, :2])
-    kept = [t.clone() for t in cache]
-    again = [vae.decode(latents[:, :, 2:], cache)[0] for _ in range(2)]
-    assert torch.equal(*again)
-    assert torch.equal(latents, before)
-    assert all(torch.equal(a, b) for a, b in zip(cache, kept, strict=True))
-    frames = draw_frames(3, 9, 7)
-    before = frames.clone()
-    vae.encode(frames)
-    assert torch.equal(frames, before)
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last_3d], ids=["rows", "channels"])
+@pytest.mark.parametrize("width", ["small", "wide"])
+def test_neither_input_nor_cache_is_written_to(net: Network, width: str, order: torch.memory_format) -> None:
+    """Also in the layout that the CPU forms hold tensors in, so that they have no reason to copy."""
+    vae = net.vae if width == "small" else net.wide_vae
+    for step, x in ((vae.decode, draw_latents(3, 3, 4)), (vae.encode, net.frames(2, 3, 4))):
+        x = x.contiguous(memory_format=order)
+        before = x.clone()
+        _, cache = step(x[:, :, :1])
+        kept = [t.clone() for t in cache]
+        again = [step(x[:, :, 1:], cache)[0] for _ in range(2)]
+        assert torch.equal(*again) and torch.equal(x, before)
+        assert all(torch.equal(a, b) for a, b in zip(cache, kept, strict=True))
 
 
-def test_the_future_is_not_seen(vae: WanVAE) -> None:
-    latents = draw_latents(4, 3, 2)
+def test_the_future_is_not_seen(net: Network) -> None:
+    latents = draw_latents(4, 1, 2)
     other = latents.clone()
     other[:, :, 2:] += 1
-    a, b = vae.decode(latents)[0], vae.decode(other)[0]
+    a, b = net.vae.decode(latents)[0], net.vae.decode(other)[0]
     assert error(a[:, :, :5], b[:, :, :5]) < 1e-5
     assert error(a[:, :, 5:], b[:, :, 5:]) > 1e-3
 
 
-@pytest.mark.parametrize("config", [SMALL, WIDE], ids=["small", "wide"])
-def test_under_autograd_it_computes_the_same(config: dict[str, Any]) -> None:
-    vae = ours(diffusers_vae(config))
-    frames = draw_frames(3, 9, 7)
+@pytest.mark.parametrize("width", ["small", "wide"])
+def test_under_autograd_it_computes_the_same(net: Network, width: str) -> None:
+    vae = ours(net.theirs if width == "small" else net.their_wide)
+    frames = net.frames(2, 9, 7) if net.scale == 8 else net.frames(2, 4, 3)
     latents, _ = vae.encode(frames)
     decoded, _ = vae.decode_raw(latents)
     vae.requires_grad_(True)
     assert not ops.channels_last(frames, vae.encoder.conv_in.weight)
-    trained, _ = vae.encode(frames)
-    assert error(trained.detach(), latents) < 1e-5
-    again, _ = vae.decode_raw(latents)
-    assert error(again.detach(), decoded) < 1e-5
+    assert error(vae.encode(frames)[0].detach(), latents) < 1e-5
+    assert error(vae.decode_raw(latents)[0].detach(), decoded) < 1e-5
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
-    vae = ours(diffusers_vae(SMALL)).double()
-    frames = draw_frames(2, 1, 1).double()
+def test_gradients_are_those_of_finite_differences(net: Network) -> None:
+    vae, frames = ours(net.theirs).double(), net.frames(2, 1, 1).double()
     weight = vae.encoder.conv_in.weight.requires_grad_(True)
 
     def loss() -> Tensor:
@@ -274,6 +189,33 @@ def test_gradients_are_those_of_finite_differences() -> None:
         weight -= 2 * h * step
         down = loss().item()
     assert (up - down) / (2 * h) == pytest.approx(want, rel=1e-4)
+
+
+# ---------------------------------------------------------------- the 2.1 network
+
+
+def test_winograd_chunks_equal_the_whole() -> None:
+    latents, vae = draw_latents(4, 9, 7), NETWORKS["2.1"].wide_vae
+    whole, _ = vae.decode(latents)
+    assert error(in_chunks(vae.decode, latents, [1, 2, 1]), whole) < 1e-5
+
+
+def test_in_fp64_only_the_order_of_sums_differs() -> None:
+    theirs = diffusers_vae(SMALL).double()
+    vae = ours(theirs).double()
+    latents, frames = draw_latents(3, 2, 3).double(), draw_frames(2, 2, 3).double()
+    # diffusers rounds to fp32 where it upsamples.
+    assert error(vae.decode(latents)[0], their_decoding(theirs, latents)) < 3e-7
+    assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) < 1e-12
+
+
+def test_a_small_mistake_would_be_seen() -> None:
+    theirs = NETWORKS["2.1"].theirs
+    latents = draw_latents(3, 3, 5)
+    right = their_decoding(theirs, latents)
+    wrong = ours(theirs)
+    wrong.decoder.up_blocks[0].upsamplers[0].time_conv.bias[0] += 0.05
+    assert error(wrong.decode(latents)[0], right) > 1e-5
 
 
 def test_the_names_and_shapes_are_those_of_published_files() -> None:

@@ -4,6 +4,7 @@ folder, from the choice of the network to frames."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,25 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+import vae_cases
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import AvgDown3D, DupUp3D, WanUpsample
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify as their_patchify
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pipelines import diffusers_frames
-from test_wan_vae import error, in_chunks, nbytes, their_decoding, their_encoding
 from torch import Tensor, nn
+from vae_cases import (
+    NETWORKS,
+    OTHER_22,
+    SMALL_22,
+    diffusers_vae,
+    draw_latents,
+    error,
+    ours,
+    their_decoding,
+    their_encoding,
+)
 
 import fastvid
 from fastvid.errors import CheckpointError
@@ -29,36 +41,10 @@ from fastvid.models.wan.config import LATENT_STATISTICS, WanVAE22Config, WanVAEC
 from fastvid.models.wan.presets import published_configs
 from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae22 import WanVAE22, add_spread, average_down, patchify, unpatchify
-from fastvid.ops import reference, winograd
-from fastvid.ops import vae as ops
+from fastvid.ops import reference
 from fastvid.planning.memory import ModelFacts, Needs, cache_bytes
 from fastvid.requests.timeline import Segment
 
-SMALL: dict[str, Any] = {
-    "base_dim": 8,
-    "decoder_base_dim": 16,
-    "z_dim": 4,
-    "num_res_blocks": 1,
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-    "latents_mean": [0.3, -0.2, 0.1, 0.0],
-    "latents_std": [0.5, 1.5, 2.0, 1.0],
-}
-# Wide enough for the Winograd form of the convolutions.
-WIDE: dict[str, Any] = {**SMALL, "base_dim": 64, "decoder_base_dim": 64, "dim_mult": [1, 1, 1, 1]}
-# No patches, one width for both, other stages: groups of 8 and 1 on the way down, 4 channels to one on the way up.
-OTHER: dict[str, Any] = {
-    **SMALL,
-    "decoder_base_dim": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "patch_size": None,
-    "dim_mult": [1, 1, 4, 4],
-    "temperal_downsample": [True, False, False],
-}
 PUBLISHED: dict[str, Any] = {
     "_class_name": "AutoencoderKLWan",
     "attn_scales": [],
@@ -79,66 +65,21 @@ PUBLISHED: dict[str, Any] = {
     "temperal_downsample": [False, True, True],
     "z_dim": 48,
 }
-SIZES = [(1, 1, 1), (1, 5, 3), (2, 3, 5), (3, 1, 4), (4, 3, 2)]  # latent frames, height, width
-
-
-def diffusers_vae(config: dict[str, Any]) -> AutoencoderKLWan:
-    """diffusers' network with every weight drawn, also those that start as ones or zeros; few frames are clamped."""
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(**config).eval().requires_grad_(False)
-    for parameter in vae.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    vae.decoder.conv_out.weight.mul_(0.3)
-    return vae
-
-
-def ours(theirs: AutoencoderKLWan) -> WanVAE22:
-    vae = WanVAE22(WanVAE22Config.from_dict(dict(theirs.config)))
-    vae.load_state_dict(theirs.state_dict())
-    return vae.eval().requires_grad_(False)
-
-
-def draw_frames(t: int, h: int, w: int, batch: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(t * 100 + h * 10 + w)
-    return torch.rand(batch, 3, 4 * t - 3, 16 * h, 16 * w, generator=generator) * 2 - 1
-
-
-def draw_latents(t: int, h: int, w: int, batch: int = 1) -> Tensor:
-    return torch.randn(batch, 4, t, h, w, generator=torch.Generator().manual_seed(t * 100 + h * 10 + w))
+draw_frames = partial(vae_cases.draw_frames, scale=16)
 
 
 @pytest.fixture(scope="module")
 def theirs() -> AutoencoderKLWan:
-    return diffusers_vae(SMALL)
+    return NETWORKS["2.2"].theirs
 
 
 @pytest.fixture(scope="module")
-def vae(theirs: AutoencoderKLWan) -> WanVAE22:
-    return ours(theirs)
-
-
-@pytest.fixture(scope="module")
-def wide() -> tuple[AutoencoderKLWan, WanVAE22]:
-    theirs = diffusers_vae(WIDE)
-    return theirs, ours(theirs)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_decode_equals_diffusers(theirs: AutoencoderKLWan, vae: WanVAE22, size: tuple[int, int, int]) -> None:
-    latents = draw_latents(*size, batch=2)
-    want = their_decoding(theirs, latents)
-    assert (want.abs() == 1).float().mean() < 0.2
-    assert error(vae.decode(latents)[0], want) < 1e-5
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_encode_equals_diffusers(theirs: AutoencoderKLWan, vae: WanVAE22, size: tuple[int, int, int]) -> None:
-    frames = draw_frames(*size, batch=2)
-    assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) < 1e-5
+def vae() -> WanVAE:
+    return NETWORKS["2.2"].vae
 
 
 def test_other_stages_equal_diffusers() -> None:
-    theirs = diffusers_vae(OTHER)
+    theirs = diffusers_vae(OTHER_22)
     vae = ours(theirs)
     assert (vae.config.spatial_scale, vae.config.temporal_scale) == (8, 2)
     latents, frames = draw_latents(5, 3, 2), draw_frames(3, 3, 1)
@@ -146,38 +87,14 @@ def test_other_stages_equal_diffusers() -> None:
     assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) < 1e-5
 
 
-def test_winograd_equals_diffusers(wide: tuple[AutoencoderKLWan, WanVAE22], monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs, vae = wide
-    used, real = [], winograd.norm_silu_conv3d
-    monkeypatch.setattr(winograd, "norm_silu_conv3d", lambda *args: (used.append(1), real(*args))[1])
-    latents, frames = draw_latents(3, 7, 6), draw_frames(3, 5, 6)
-    assert error(vae.decode(latents)[0], their_decoding(theirs, latents)) < 1e-5
-    assert used, "no layer was big enough: this test would show nothing"
-    used.clear()
-    assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) < 1e-5
-    assert used
-
-
 def test_in_fp64_only_the_order_of_sums_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     # diffusers rounds to fp32 where it upsamples.
     monkeypatch.setattr(WanUpsample, "forward", nn.Upsample.forward)
-    theirs = diffusers_vae(SMALL).double()
+    theirs = diffusers_vae(SMALL_22).double()
     vae = ours(theirs).double()
     latents, frames = draw_latents(3, 2, 3).double(), draw_frames(3, 2, 3).double()
     assert error(vae.decode(latents)[0], their_decoding(theirs, latents)) < 1e-13
     assert error(vae.encode(frames)[0], their_encoding(theirs, frames)) < 1e-13
-
-
-def test_bf16_is_as_near_to_fp32_as_diffusers_is(vae: WanVAE22) -> None:
-    low = diffusers_vae(SMALL).bfloat16()
-    vae_low = ours(low).bfloat16()
-    latents, frames = draw_latents(3, 3, 5), draw_frames(3, 3, 5)
-    exact = vae.decode(latents)[0]
-    theirs_off = error(their_decoding(low, latents.bfloat16()), exact)
-    assert error(vae_low.decode(latents.bfloat16())[0], exact) < 2 * theirs_off < 0.2
-    exact = vae.encode(frames)[0]
-    theirs_off = error(their_encoding(low, frames.bfloat16()), exact)
-    assert error(vae_low.encode(frames.bfloat16())[0], exact) < 2 * theirs_off < 0.2
 
 
 def shuffled(shuffle: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
@@ -222,108 +139,6 @@ def test_a_small_mistake_in_a_weight_would_be_seen(theirs: AutoencoderKLWan) -> 
     assert error(wrong.decode(latents)[0], their_decoding(theirs, latents)) > 1e-5
     wrong.encoder.down_blocks[1].downsampler.time_conv.bias[0] += 0.05
     assert error(wrong.encode(frames)[0], their_encoding(theirs, frames)) > 1e-5
-
-
-lengths_of_chunks = st.lists(st.integers(1, 3), min_size=1, max_size=4)
-
-
-@given(lengths_of_chunks)
-@settings(max_examples=8, deadline=None)
-def test_any_chunks_decode_alike(vae: WanVAE22, lengths: list[int]) -> None:
-    latents = draw_latents(sum(lengths), 2, 1)
-    assert error(in_chunks(vae.decode, latents, lengths), vae.decode(latents)[0]) < 1e-5
-
-
-@given(lengths_of_chunks)
-@settings(max_examples=8, deadline=None)
-def test_any_chunks_encode_alike(vae: WanVAE22, lengths: list[int]) -> None:
-    frames = draw_frames(sum(lengths), 2, 1)
-    parts = [4 * lengths[0] - 3, *(4 * n for n in lengths[1:])]
-    assert error(in_chunks(vae.encode, frames, parts), vae.encode(frames)[0]) < 1e-5
-
-
-def test_the_steps_within_a_chunk_do_not_matter(vae: WanVAE22, monkeypatch: pytest.MonkeyPatch) -> None:
-    latents, frames = draw_latents(4, 2, 1), draw_frames(4, 2, 1)
-    whole = vae.decode(latents)[0], vae.encode(frames)[0]
-    monkeypatch.setattr("fastvid.models.wan.vae.CPU_CHUNK", 1)
-    assert error(vae.decode(latents)[0], whole[0]) < 1e-5
-    assert error(vae.encode(frames)[0], whole[1]) < 1e-5
-
-
-def test_the_cache_does_not_grow(vae: WanVAE22) -> None:
-    sizes, later = set(), set()
-    for t in (2, 3, 6):
-        _, cache = vae.decode(draw_latents(t, 2, 3))
-        sizes.add(nbytes(cache))
-        _, cache = vae.decode(draw_latents(1, 2, 3), cache)
-        sizes.add(nbytes(cache))
-        _, cache = vae.encode(draw_frames(t, 2, 3))
-        later.add(nbytes(cache))
-        _, cache = vae.encode(draw_frames(2, 2, 3)[:, :, 1:], cache)
-        later.add(nbytes(cache))
-    assert len(sizes) == len(later) == 1
-
-
-@pytest.mark.parametrize("network", ["small", "wide"])
-def test_neither_input_nor_cache_is_written_to(
-    network: str, vae: WanVAE22, wide: tuple[AutoencoderKLWan, WanVAE22]
-) -> None:
-    vae = vae if network == "small" else wide[1]
-    # In the layout that the CPU forms hold tensors in, so that they have no reason to copy.
-    latents = draw_latents(3, 3, 4).contiguous(memory_format=torch.channels_last_3d)
-    before = latents.clone()
-    _, cache = vae.decode(latents[:, :, :1])
-    kept = [t.clone() for t in cache]
-    again = [vae.decode(latents[:, :, 1:], cache)[0] for _ in range(2)]
-    assert torch.equal(*again) and torch.equal(latents, before)
-    assert all(torch.equal(a, b) for a, b in zip(cache, kept, strict=True))
-    frames = draw_frames(2, 3, 4).contiguous(memory_format=torch.channels_last_3d)
-    before = frames.clone()
-    _, cache = vae.encode(frames[:, :, :1])
-    kept = [t.clone() for t in cache]
-    again = [vae.encode(frames[:, :, 1:], cache)[0] for _ in range(2)]
-    assert torch.equal(*again) and torch.equal(frames, before)
-    assert all(torch.equal(a, b) for a, b in zip(cache, kept, strict=True))
-
-
-def test_the_future_is_not_seen(vae: WanVAE22) -> None:
-    latents = draw_latents(4, 1, 2)
-    other = latents.clone()
-    other[:, :, 2:] += 1
-    a, b = vae.decode(latents)[0], vae.decode(other)[0]
-    assert error(a[:, :, :5], b[:, :, :5]) < 1e-5
-    assert error(a[:, :, 5:], b[:, :, 5:]) > 1e-3
-
-
-@pytest.mark.parametrize("config", [SMALL, WIDE], ids=["small", "wide"])
-def test_under_autograd_it_computes_the_same(config: dict[str, Any]) -> None:
-    vae = ours(diffusers_vae(config))
-    frames = draw_frames(2, 4, 3)
-    latents, _ = vae.encode(frames)
-    decoded, _ = vae.decode_raw(latents)
-    vae.requires_grad_(True)
-    assert not ops.channels_last(frames, vae.encoder.conv_in.weight)
-    assert error(vae.encode(frames)[0].detach(), latents) < 1e-5
-    assert error(vae.decode_raw(latents)[0].detach(), decoded) < 1e-5
-
-
-def test_gradients_are_those_of_finite_differences() -> None:
-    vae = ours(diffusers_vae(SMALL)).double()
-    frames = draw_frames(2, 1, 1).double()
-    weight = vae.encoder.conv_in.weight.requires_grad_(True)
-
-    def loss() -> Tensor:
-        return vae.decode_raw(vae.encode(frames)[0])[0].square().mean()
-
-    loss().backward()
-    step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    want, h = (weight.grad * step).sum().item(), 1e-6
-    with torch.no_grad():
-        weight += h * step
-        up = loss().item()
-        weight -= 2 * h * step
-        down = loss().item()
-    assert (up - down) / (2 * h) == pytest.approx(want, rel=1e-4)
 
 
 class TestShortcuts:
@@ -403,7 +218,7 @@ def test_a_later_chunk_needs_whole_groups(vae: WanVAE22) -> None:
 )
 def test_configurations_that_it_cannot_do_are_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
-        WanVAE22Config.from_dict({**SMALL, **changes})
+        WanVAE22Config.from_dict({**SMALL_22, **changes})
 
 
 @pytest.mark.parametrize(
@@ -414,14 +229,14 @@ def test_configurations_that_it_cannot_do_are_refused(changes: dict[str, Any], s
     ],
 )
 def test_widths_without_a_shortcut_are_refused(changes: dict[str, Any], says: str) -> None:
-    config = WanVAE22Config.from_dict({**SMALL, **changes})
+    config = WanVAE22Config.from_dict({**SMALL_22, **changes})
     with torch.device("meta"), pytest.raises(CheckpointError, match=says):
         WanVAE22(config)
 
 
 def test_the_file_says_which_network_it_is() -> None:
     kind = KINDS["vae"]
-    for config, reads, builds in ((SMALL, WanVAE22Config, WanVAE22), ({"base_dim": 8}, WanVAEConfig, WanVAE)):
+    for config, reads, builds in ((SMALL_22, WanVAE22Config, WanVAE22), ({"base_dim": 8}, WanVAEConfig, WanVAE)):
         read = kind.read_config(config)
         assert type(read) is reads and type(kind.build(read, reference)) is builds
 
@@ -439,7 +254,7 @@ def test_the_plan_counts_its_width() -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("tiny22")
-    return folder, tiny.write_checkpoint(folder, vae_config=SMALL)
+    return folder, tiny.write_checkpoint(folder, vae_config=SMALL_22)
 
 
 def test_frames_of_a_model_folder_equal_diffusers(checkpoint: tuple[Path, Any]) -> None:
