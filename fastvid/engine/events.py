@@ -64,17 +64,21 @@ Event = Started | Step | Frames | Finished
 
 @dataclass(frozen=True)
 class Plan:
-    """What running a request takes. Sizes in pixels, bytes, and floating point operations.
+    """What running a request takes. Sizes are in pixels, bytes and floating point operations.
 
-    offload: how weights share the device, choices: the same in sentences. bytes_device: on the device at the peak,
-    weights included; bytes_host: of weights at home in host memory. bytes_free: what can still be taken there now.
-    decode_chunk: latent frames decoded at a time; decode_beside: while later ones are denoised.
-    flops_attention: of flops_denoise. seconds, seconds_parts: how long it takes, estimated, and what of it; None and
-    empty where no estimate was asked for. parallel: how ranks share it, empty on one.
-    bytes_graphs: of buffers that replayed calls have for themselves. efficiency: the share of as many times one rank's
-    speed that ranks are predicted to keep in a step; None on one, and where no estimate was asked for. layouts: seconds
-    of a step that are predicted for every layout that fits, the chosen one first, by what its kind of device can do;
-    parallel_why: why it is this one; link: what joins ranks, and whether that was found, said or assumed.
+    model_height, model_width, model_frames: what the model makes before cropping. latent_shape: (C, T, h, w).
+    tokens: of the largest window. decode_chunk: latent frames decoded at a time, in decode_stripes stripes of rows;
+    decode_beside: while later ones are denoised. flops_attention: its part of flops_denoise.
+
+    bytes_device: the peak on the device, weights included. bytes_host: weights kept in host memory. bytes_free: what can
+    still be taken on the device. bytes_graphs: buffers of CUDA graphs. offload: how weights share the device; choices: what was
+    decided, in sentences.
+
+    seconds, seconds_parts: estimated time, in all and by part; None and empty if no estimate was asked for.
+
+    On several ranks: parallel: the layout; parallel_why: the reason for it; link: what joins the ranks, and whether that
+    was found, given or assumed; layouts: predicted seconds of a step for each layout that fits, the chosen one first;
+    efficiency: predicted speed of a step over that of one rank times the ranks, only with an estimate.
     """
 
     height: int

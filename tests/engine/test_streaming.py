@@ -300,6 +300,16 @@ def test_beginning_is_first_come_first_served():
     assert order == [1, 2, 3, 4]
 
 
+def test_the_log_has_steps_and_the_plan_but_no_prompt(pipe, caplog):
+    caplog.set_level("DEBUG", logger="fastvid.engine")
+    pipe.generate("a red circle", num_frames=5, seed=7, **SMALL)
+    levels = [record.levelname for record in caplog.records]
+    assert levels.count("DEBUG") == SMALL["num_inference_steps"]
+    begins, plan, *_, ends = [record.message for record in caplog.records]
+    assert "generate, 64x64, 5 frames, seed 7" in begins and plan.startswith("plan: 1 segments, 2 steps")
+    assert ends.startswith("request finished: 5 frames") and "circle" not in caplog.text
+
+
 # ---------------------------------------------------------------- async
 
 
