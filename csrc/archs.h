@@ -1,5 +1,5 @@
 // Which devices a build runs on, and why it does not run on another: asked before anything is launched, so that no
-// kernel is started that was not compiled. fastvid/ops/backends.py asks the same when it binds.
+// kernel is started that was not compiled. fastvid/ops/dispatch.py asks the same when it binds.
 #pragma once
 
 #include <sstream>

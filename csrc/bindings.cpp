@@ -244,7 +244,7 @@ void attention_eight(const std::array<uintptr_t, 3>& tensors, const std::array<u
 void add_attention(py::module_& m) {
     m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
           py::arg("dtype"), py::arg("call"), py::arg("lists"), py::arg("scale"), py::arg("device"), py::arg("stream"),
-          "Attention on sm_90; `call` and `lists` as attention_cuda.prepare makes them, lse may be 0.");
+          "Attention on sm_90; `call` and `lists` as attention_gpu.prepare makes them, lse may be 0.");
     m.def("quantize", &quantize, py::arg("part"), py::arg("x"), py::arg("mean"), py::arg("out"), py::arg("scales"),
           py::arg("shift"), py::arg("kind"), py::arg("dtype"), py::arg("call"), py::arg("tiles"), py::arg("device"),
           py::arg("stream"), "Queries, keys or values to 8 bits; `call` as attention_eight.source_of makes it.");
@@ -256,7 +256,7 @@ void add_attention(py::module_& m) {
 void add_vae(py::module_& m) {
     m.def("vae_conv", &vae_conv, py::arg("x"), py::arg("past"), py::arg("weight"), py::arg("bias"), py::arg("out"),
           py::arg("dtype"), py::arg("call"), py::arg("device"), py::arg("stream"),
-          "A convolution of [B, C, T, H, W] with contiguous channels on sm_90; `call` as vae_cuda.call_of makes it.");
+          "A convolution of [B, C, T, H, W] with contiguous channels on sm_90; `call` as vae_kernels.call_of makes it.");
     m.def("vae_norm", &vae_norm, py::arg("x"), py::arg("gamma"), py::arg("out"), py::arg("dtype"), py::arg("size"),
           py::arg("channels"), py::arg("x_strides"), py::arg("out_strides"), py::arg("silu"), py::arg("device"),
           py::arg("stream"), "RMS norm over contiguous channels, then SiLU or not; sizes and strides of B, T, H, W.");

@@ -1,9 +1,11 @@
-"""The one place where all tokens meet, and so the one where sequence parallelism enters.
+"""Attention of a model's tokens, on one rank or shared by many. Only this file calls `ops.attention`.
 
-Models hand over the tokens that they hold and get back the same tokens' results. On one rank that is plain attention.
-Shared by more (`layers.split`), tokens are exchanged for heads among the ranks of a Ulysses group (arXiv 2309.14509),
-and keys and values go around the ring of such groups (arXiv 2310.01889); norms and rotations are done before. The heads
-go in groups: while one is attended to, the next one travels.
+A model passes the tokens that this rank holds and gets their results. On several ranks (`SequenceParallel`), the ranks
+of a Ulysses group exchange tokens for heads (arXiv 2309.14509), and keys and values travel around a ring of such groups
+(arXiv 2310.01889). Norms and rotary embeddings have been applied before. Heads are exchanged in groups, so that one
+group travels while another is computed.
+
+Shapes: B batch, N tokens of all ranks, n tokens of this rank, M keys, H heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from fastvid.distributed.mesh import shares, starts
 from fastvid.layers.kv_cache import LayerCache
-from fastvid.layers.sequence_parallel import Heads, SequenceParallel
+from fastvid.layers.sequence_parallel import HeadExchange, SequenceParallel
 from fastvid.ops.attention import merge
 from fastvid.ops.sparse import Blocks, heads_of, tiles_of
 
@@ -30,63 +32,60 @@ def self_attention(
     parallel: SequenceParallel | None = None,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """Attention of every token to every token: q, k, v [B, N, H, D] -> [B, N, H * D].
+    """Attention of every token to every token: q, k, v [B, n, H, D] -> [B, n, H * D].
 
-    cache: to those in it too, and these are put into it. parallel: N are this rank's tokens of all of a video's; the cache
-    holds its share. blocks: to those alone that they say, of all of the video's tokens; where ranks share them, in
-    stretches that end where a tile does.
+    cache: earlier frames' keys and values, which are attended to as well; k and v are added to it. Each rank's cache
+    holds its own share.
+    blocks: which tiles of all N tokens attend to which. With `parallel`, every ring group's tokens must end where a
+    tile ends.
     """
     if parallel is not None and parallel.view.layout.sequence > 1:
-        return _shared(ops, (q, k, v), cache, parallel, blocks).flatten(2)
+        return _parallel_attention(ops, (q, k, v), cache, parallel, blocks).flatten(2)
     k, v = (k, v) if cache is None else cache.update(k, v)
     return ops.attention(q, k, v, blocks=blocks).flatten(2)
 
 
 def cross_attention(ops: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of every token to a context that all ranks hold: q [B, N, H, D], k and v [B, M, H, D]."""
+    """Attention to a context that all ranks hold: q [B, n, H, D], k and v [B, M, H, D] -> [B, n, H * D]."""
     return ops.attention(q, k, v).flatten(2)
 
 
-def _shared(
+# ---------------------------------------------------------------- Ulysses
+
+
+def _parallel_attention(
     ops: Any,
     qkv: tuple[Tensor, Tensor, Tensor],
     cache: LayerCache | None,
     parallel: SequenceParallel,
     blocks: Blocks | None,
 ) -> Tensor:
-    """[B, n, H, D] of this rank's tokens -> the same."""
-    view, heads = parallel.view, qkv[0].shape[2]
-    ulysses = view.layout.ulysses
-    each = heads // ulysses
+    """[B, n, H, D] of this rank's tokens -> the same, attended to all N."""
+    heads, ulysses = qkv[0].shape[2], parallel.view.layout.ulysses
     if heads % ulysses:
         raise ValueError(f"{heads} heads cannot be divided among {ulysses} ranks")
-    # A cache's slots hold all of a rank's heads at once.
-    groups = shares(each, 1 if cache is not None or ulysses == 1 else min(parallel.groups, each))
-    edges = list(zip(starts(groups)[:-1], starts(groups)[1:], strict=True))
     if ulysses == 1:
-        tiles = None if blocks is None else parts_of(parallel, blocks, heads, 0, heads)
-        return _attend(ops, parallel, *qkv, cache, tiles)
+        return _attend(ops, parallel, *qkv, cache, _ring_blocks(parallel, blocks, heads, 0, heads))
+    each = heads // ulysses
+    # A cache's slots hold all of a rank's heads at once.
+    groups = shares(each, 1 if cache is not None else min(parallel.groups, each))
+    exchanges = [
+        HeadExchange(parallel, first, first + size) for first, size in zip(starts(groups), groups, strict=False)
+    ]
     out = torch.empty_like(qkv[0], memory_format=torch.contiguous_format)
     by_rank = out.unflatten(2, (ulysses, -1))
-    coming, back = _send(parallel, edges[0], qkv), []
-    for number, (first, last) in enumerate(edges):
-        exchange, pending, received = coming
-        if number + 1 < len(edges):
-            coming = _send(parallel, edges[number + 1], qkv)
+    sent, returned = exchanges[0].send(*qkv), []
+    for number, exchange in enumerate(exchanges):
+        pending, received = sent
+        if number + 1 < len(exchanges):
+            sent = exchanges[number + 1].send(*qkv)
         pending.wait()
-        tiles = None if blocks is None else parts_of(parallel, blocks, heads, first, last)
-        back.append((first, last, *exchange.send_back(_attend(ops, parallel, *received, cache, tiles))))
-    for first, last, pending, received in back:
+        kept = _ring_blocks(parallel, blocks, heads, exchange.first, exchange.last)
+        returned.append(exchange.send_back(_attend(ops, parallel, *received, cache, kept)))
+    for exchange, (pending, received) in zip(exchanges, returned, strict=True):
         pending.wait()
-        by_rank[:, :, :, first:last] = received.permute(2, 1, 0, 3, 4)
+        by_rank[:, :, :, exchange.first : exchange.last] = received.permute(2, 1, 0, 3, 4)
     return out
-
-
-def _send(
-    parallel: SequenceParallel, heads: tuple[int, int], qkv: tuple[Tensor, ...]
-) -> tuple[Heads, Any, list[Tensor]]:
-    exchange = Heads(parallel, *heads)
-    return exchange, *exchange.send(*qkv)
 
 
 def _attend(
@@ -96,15 +95,18 @@ def _attend(
     k: Tensor,
     v: Tensor,
     cache: LayerCache | None,
-    tiles: list[Blocks] | None,
+    blocks: Sequence[Blocks] | None,
 ) -> Tensor:
-    """Attention of this Ulysses group's tokens to those of all groups of the ring, and to what caches hold."""
+    """Attention of this Ulysses group's tokens to those of all groups of the ring, and to what their caches hold."""
+    ring, frames = parallel.view.layout.ring, parallel.frames
     if cache is not None:
         sizes = parallel.ring_sizes(parallel.view.ring)
-        k, v = cache.update(*(_by_frames(x, parallel.frames, sizes) for x in (k, v)))
-    per_frame = [sum(parallel.ring_sizes(ring)) for ring in range(parallel.view.layout.ring)]
-    frames = parallel.frames if cache is None else cache.frames
-    return Ring(parallel, ops, [frames * size for size in per_frame]).attend(q, k, v, tiles)
+        k, v = cache.update(*(_by_frames(x, frames, sizes) for x in (k, v)))
+        frames = cache.frames
+    if ring == 1:
+        return ops.attention(q, k, v, blocks=None if blocks is None else blocks[0])
+    counts = [frames * sum(parallel.ring_sizes(group)) for group in range(ring)]
+    return _ring_attention(ops, parallel, q, k, v, counts, blocks)
 
 
 def _by_frames(x: Tensor, frames: int, sizes: tuple[int, ...]) -> Tensor:
@@ -115,50 +117,54 @@ def _by_frames(x: Tensor, frames: int, sizes: tuple[int, ...]) -> Tensor:
     return torch.cat([part.unflatten(1, (frames, -1)) for part in parts], dim=2).flatten(1, 2)
 
 
-class Ring:
-    """Attention of a ring group's queries to all keys, whose blocks go around: each rank sees them in the order in
-    which they come, its own first, and merges by their log-sum-exp in fp32.
+# ---------------------------------------------------------------- ring
 
-    counts: keys of each block.
+
+def _ring_attention(
+    ops: Any,
+    parallel: SequenceParallel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Sequence[int],
+    blocks: Sequence[Blocks] | None,
+) -> Tensor:
+    """Attention of q to the keys of all ring groups, which travel around the ring. Each rank starts with its own keys,
+    and merges results by their log-sum-exp in fp32 in the order in which keys arrive.
+
+    counts: keys of each group; blocks: the tiles of each group's keys that q attends to.
     """
-
-    def __init__(self, parallel: SequenceParallel, ops: Any, counts: Sequence[int]) -> None:
-        self.parallel, self.ops, self.counts = parallel, ops, counts
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Blocks] | None) -> Tensor:
-        """q [B, N, heads, D], k and v [B, M, heads, D] of this rank's block -> [B, N, heads, D]. blocks: for each block
-        of keys the tiles of it that are attended to."""
-        view, size = self.parallel.view, len(self.counts)
-        if size == 1:
-            return self.ops.attention(q, k, v, blocks=None if blocks is None else blocks[0])
-        after, before = (view.rank(ring=(view.ring + step) % size) for step in (1, -1))
-        mine, out, lse = torch.stack((k, v)), None, None
-        for step in range(size):
-            source, coming, pending = (view.ring - step) % size, None, None
-            if step + 1 < size:
-                coming = mine.new_empty(2, mine.shape[1], self.counts[(source - 1) % size], *mine.shape[3:])
-                pending = view.mesh.exchange([(after, mine)], [(before, coming)])
-            if q.shape[1] and mine.shape[2]:
-                part = self._part(q, *mine, None if blocks is None else blocks[source])
-                out, lse = part if out is None else merge(out, lse, *part)
-            if pending is not None:
-                pending.wait()
-                mine = coming
-        return q.new_empty(q.shape) if out is None else out.to(q.dtype)
-
-    def _part(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None) -> tuple[Tensor, Tensor]:
-        out, lse = self.ops.attention(q, k, v, return_lse=True, blocks=blocks)
-        return out.to(lse.dtype), lse
+    view, size = parallel.view, len(counts)
+    after, before = (view.rank(ring=(view.ring + step) % size) for step in (1, -1))
+    held, out, lse = torch.stack((k, v)), None, None
+    for step in range(size):
+        source, coming, pending = (view.ring - step) % size, None, None
+        if step + 1 < size:
+            coming = held.new_empty(2, held.shape[1], counts[(source - 1) % size], *held.shape[3:])
+            pending = view.mesh.exchange([(after, held)], [(before, coming)])
+        if q.shape[1] and held.shape[2]:
+            kept = None if blocks is None else blocks[source]
+            part, part_lse = ops.attention(q, *held, return_lse=True, blocks=kept)
+            part = part.to(part_lse.dtype)
+            out, lse = (part, part_lse) if out is None else merge(out, lse, part, part_lse)
+        if pending is not None:
+            pending.wait()
+            held = coming
+    return q.new_empty(q.shape) if out is None else out.to(q.dtype)
 
 
-def parts_of(parallel: SequenceParallel, blocks: Blocks, heads: int, first: int, last: int) -> list[Blocks]:
-    """What this rank's queries attend to in each ring group's keys, with those of its heads that an exchange is of.
+def _ring_blocks(
+    parallel: SequenceParallel, blocks: Blocks | None, heads: int, first: int, last: int
+) -> list[Blocks] | None:
+    """Which tiles of each ring group's keys this group's queries attend to, for heads first to last of this rank's.
 
-    Raises ValueError unless every ring group's tokens end where a tile does.
+    Raises ValueError unless every ring group's tokens end where a tile ends.
     """
+    if blocks is None:
+        return None
     view = parallel.view
-    edges = starts([parallel.frames * sum(parallel.ring_sizes(ring)) for ring in range(view.layout.ring)])
-    each = heads // view.layout.ulysses
-    mine = heads_of(blocks, heads, view.ulysses * each + first, view.ulysses * each + last)
+    edges = starts([parallel.frames * sum(parallel.ring_sizes(group)) for group in range(view.layout.ring)])
+    offset = view.ulysses * (heads // view.layout.ulysses)
+    own = heads_of(blocks, heads, offset + first, offset + last)
     queries = slice(*edges[view.ring : view.ring + 2])
-    return [tiles_of(mine, queries, slice(*edges[ring : ring + 2])) for ring in range(view.layout.ring)]
+    return [tiles_of(own, queries, slice(*edges[group : group + 2])) for group in range(view.layout.ring)]

@@ -1,5 +1,5 @@
-"""Positions and timesteps as numbers: rotary tables for a (t, h, w) grid, sinusoids for noise levels, which tokens
-share one."""
+"""Positions and timesteps as numbers: rotary tables of a (t, h, w) grid, sinusoids of timesteps, and which tokens share
+a timestep."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def rotary_table(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles of every token of a (t, h, w) grid, w fastest: two fp32 tensors [N, D // 2].
 
-    Of the D // 2 pairs, D // 6 turn with h, as many with w, and the rest with t (44 / 42 / 42 channels at D = 128).
-    offset is the index of the first t, from which the others count on, or the index of every t. Angles are taken in
-    fp64: at position 1000 fp32 is 3e-5 off.
+    Of the D // 2 pairs, D // 6 rotate with h, as many with w, and the rest with t (44 / 42 / 42 channels at D = 128).
+    offset: the index of the first t, or the index of every t. Angles are computed in fp64: at position 1000 fp32 is
+    3e-5 off.
     Source: Wan2.1 `wan/modules/model.py`, rope_params and rope_apply.
     """
     side = 2 * (head_dim // 6)
@@ -33,17 +33,17 @@ def rotary_table(
     t, h, w = grid
     places = (range(offset, offset + t) if isinstance(offset, int) else offset, range(h), range(w))
     assert len(places[0]) == t, (offset, grid)
-    # A row for each place on an axis, 1e2 in all; on the device they become one for each token, 1e5 of a long clip.
+    # One row for each position on an axis, about 1e2; on the device they become one for each token, 1e5 of a long clip.
     turns = [_axis_turns(axis, widths[axis], places[axis], theta).to(device) for axis in range(3)]
     cos, sin = (torch.cat([turn[i].expand(*grid, -1) for turn in turns], dim=-1).flatten(0, 2) for i in range(2))
     return cos, sin
 
 
 class RotaryTables:
-    """`rotary_table` for heads of one size, which keeps the last table: a request's steps ask for the same one again.
+    """`rotary_table` for heads of one size, with a cache of the last table, which every step of a request asks for.
 
-    Nobody writes to a table. Threads may share this: each takes a table and its key at once, and at worst makes a table
-    that another one has just made. On a GPU a table is for calls in the stream that it was made in.
+    Thread-safe: a table and its key are read together, and at worst a table is computed twice. On a GPU a table is
+    valid for the stream that it was made in.
     """
 
     def __init__(self, head_dim: int) -> None:
@@ -65,8 +65,8 @@ class RotaryTables:
 
 
 def _axis_turns(axis: int, width: int, places: Sequence[int], theta: float) -> Tensor:
-    """Cosines and sines of the angles that follow one axis, along which tokens stand at `places`: fp32
-    [2, t, h, w, width // 2] with 1 for the sizes of the other axes, on the CPU."""
+    """Cosines and sines of one axis, with tokens at the positions `places`: fp32 [2, t, h, w, width // 2] on the CPU,
+    where the sizes of the other axes are 1."""
     frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
     position = torch.tensor(list(places), dtype=torch.float64, device="cpu")
     angles = torch.outer(position, frequency)
@@ -77,8 +77,8 @@ def _axis_turns(axis: int, width: int, places: Sequence[int], theta: float) -> T
 def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
     """[cos(t f_i) | sin(t f_i)], f_i = 10000^(-i / (dim / 2)): timestep [K] on 0..1000 -> fp32 [K, dim].
 
-    In fp32, step by step as diffusers does: the result then is its result, whatever the weights make of the rounding.
-    The original takes fp64, from which this is 6e-6 off at t = 1000, and about 1.5e-6 in what the model returns.
+    In fp32 and in the order of diffusers, so that results are equal to its own. The original uses fp64, from which this
+    differs by 6e-6 at t = 1000, and by about 1.5e-6 in the model's output.
     """
     half = dim // 2
     index = torch.arange(half, dtype=torch.float32, device=timestep.device)
@@ -87,9 +87,10 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
 
 
 def group_timesteps(timestep: Tensor, batch: int, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """The distinct timesteps [K], and the row of each group of tokens [B, G]: G = 1, t or N.
+    """(distinct timesteps [K], the row of each group of tokens [B, G]), with G = 1, t or N.
 
-    timestep [B], [B, t] or [B, N] for a (t, h, w) grid of N tokens; one that is even within frames becomes [B, t].
+    timestep: [B], [B, t] or [B, N] for a (t, h, w) grid of N tokens; [B, N] that is equal within frames becomes [B, t].
+    Raises InvalidRequest for other shapes.
     """
     t, tokens = grid[0], grid[0] * grid[1] * grid[2]
     if timestep.shape == (batch,):

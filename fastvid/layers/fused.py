@@ -1,6 +1,6 @@
-"""Linear layers of one input as one product, under the names that checkpoints give them one by one.
+"""Linear layers with the same input as one matrix product, saved and loaded under the names of the single layers.
 
-One parameter to compute with, train, move and offload; as many to load and save as there are layers.
+There is one parameter to compute with, train, move and offload, and one entry a layer in a state dict.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 
 class FusedLinear(nn.Module):
-    """`count` linear layers with biases as one: weight [count * outputs, inputs] and bias [count * outputs], a layer's
-    rows behind those of the one before.
+    """`count` linear layers as one: weight [count * outputs, inputs] and bias [count * outputs], layer after layer.
 
-    It saves and loads nothing itself. Each of `layers()` does, its own rows, wherever it is registered: under the name
-    that checkpoints have for it.
+    It saves and loads nothing itself. Each of `layers()` saves and loads its own rows, under the name that it is
+    registered by.
     """
 
     def __init__(self, inputs: int, outputs: int, count: int) -> None:
@@ -28,7 +27,7 @@ class FusedLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As nn.Linear has it, and in the order in which layers by themselves would draw."""
+        """Initializes as nn.Linear does, in the order in which single layers would draw."""
         if self.weight.is_meta:
             return
         bound = 1 / math.sqrt(self.weight.shape[1])
@@ -38,12 +37,12 @@ class FusedLinear(nn.Module):
                 bias.uniform_(-bound, bound)
 
     def layers(self) -> tuple[FusedLayer, ...]:
-        """The layers by themselves, for loading and saving."""
+        """The single layers, for loading and saving."""
         return tuple(FusedLayer(self, number) for number in range(self.count))
 
     def put(self, name: str, number: int, rows: Tensor, assign: bool) -> None:
-        """Fill one layer's rows of "weight" or "bias". assign: the whole takes the rows' type and device, as it does in
-        load_state_dict; else the rows take those of the whole."""
+        """Fills one layer's rows of "weight" or "bias". assign: the parameter takes the rows' type and device, as in
+        load_state_dict(assign=True); else the rows are converted."""
         own = getattr(self, name)
         if assign and (own.dtype, own.device) != (rows.dtype, rows.device):
             fresh = torch.empty(own.shape, dtype=rows.dtype, device=rows.device)
@@ -62,7 +61,7 @@ class FusedLinear(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """One layer of a FusedLinear, as state dicts see it: "weight" and "bias", which are views of the whole."""
+    """One layer of a FusedLinear in a state dict: its "weight" and "bias" are views of the fused ones."""
 
     def __init__(self, whole: FusedLinear, number: int) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""Keys and values of the latent frames that a causal model has been through, for one request and one text.
+"""The KV cache of a causal model, for one request and one text: keys and values of the latent frames seen so far.
 
-A frame has a slot in every layer's buffer. The first `sink` frames of the video keep theirs; the others take turns in
-the rest, so the oldest goes when a new one comes and nothing is ever moved. Attention does not ask in which order keys
-lie: their positions are in them already (rotary embeddings of absolute positions).
+A frame has a slot in every layer's buffer. The first `sink` frames of the video keep their slots; the others share the
+rest in turn, so a new frame replaces the oldest and nothing is moved. The order of keys does not matter to attention:
+their positions are in them already (rotary embeddings of absolute positions).
 
-Shapes: B batch, N tokens of the frames at hand, H heads, D head width.
+Shapes: B batch, N tokens of the current frames, H heads, D head_dim.
 Source: Self-Forcing `wan/modules/causal_model.py` (rolls its buffer), LongLive (sink and window), both Apache-2.0.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 
 class KVCache:
-    """capacity: frames that are attended to in all, the current ones among them. sink: the first so many always.
-    changed: the slots that were filled since it was last emptied; a saved cache grows by those alone."""
+    """capacity: frames that are attended to, including the current ones. sink: how many first frames are always kept.
+    changed: the slots that were filled since the set was last cleared, which is all that a saved cache has to add."""
 
     def __init__(self, layers: int, capacity: int, sink: int = 0) -> None:
         if not 0 <= sink < capacity:
@@ -31,9 +31,9 @@ class KVCache:
         self._next = 0
 
     def begin(self, start: int, frames: int) -> None:
-        """The next call of the model is for these frames (absolute indices): the last ones again, or those that follow.
+        """Prepares the next model call, for these frames (absolute indices): the last ones again, or those that follow.
 
-        Their keys and values take the place of what was there, in every layer, as the call gets to it.
+        Each layer overwrites their slots when the call reaches it.
         """
         stop = start + frames
         if start < self.remade_from(stop):
@@ -47,7 +47,7 @@ class KVCache:
 
     @property
     def place(self) -> dict[str, int | list[int]]:
-        """Where it stands, beside its keys and values: what `restored` takes."""
+        """Its state without keys and values, as `restored` takes it."""
         return {
             "layers": len(self.layers),
             "capacity": self.capacity,
@@ -58,15 +58,15 @@ class KVCache:
 
     @classmethod
     def restored(cls, place: dict[str, int | list[int]]) -> KVCache:
-        """An empty one that stands there; every layer's slots are then put back with `LayerCache.put`."""
+        """A cache in that state, still empty; `LayerCache.put` then fills every layer's slots."""
         made = cls(place["layers"], place["capacity"], place["sink"])
         made.slots, made._next = list(place["slots"]), place["next"]
         made.filled = min(made._next, made.capacity)
         return made
 
     def remade_from(self, stop: int) -> int:
-        """The first frame of those before `stop` that one call can put into it anew: all while they fit, and then the
-        latest, but not the sink."""
+        """The first of the frames before `stop` that one call can recompute: all while they fit, then only the latest,
+        without the sink."""
         return 0 if stop <= self.capacity else stop - (self.capacity - self.sink)
 
     def _slot(self, frame: int) -> int:
@@ -83,17 +83,17 @@ class LayerCache:
 
     @property
     def frames(self) -> int:
-        """Frames whose keys and values `update` returns."""
+        """How many frames' keys and values `update` returns."""
         return self._cache.filled
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps k, v [B, N, H, D] of the frames that were begun; returns all that they attend to [B, M, H, D]."""
+        """Stores k, v [B, N, H, D] of the current frames; returns all that they attend to, [B, M, H, D] each."""
         cache = self._cache
         self.put(cache.slots, k.unflatten(1, (len(cache.slots), -1)), v.unflatten(1, (len(cache.slots), -1)))
         return self._keys[:, : cache.filled].flatten(1, 2), self._values[:, : cache.filled].flatten(1, 2)
 
     def put(self, slots: Sequence[int], k: Tensor, v: Tensor) -> None:
-        """Keys and values [B, slots, N of a frame, H, D] into these slots."""
+        """Stores keys and values [B, slots, N of a frame, H, D] in these slots."""
         if self._keys is None or self._values is None:
             shape = (k.shape[0], self._cache.capacity, *k.shape[2:])
             self._keys, self._values = k.new_empty(shape), v.new_empty(shape)

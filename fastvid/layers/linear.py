@@ -1,7 +1,7 @@
-"""Linear layers, by the fastest exact route that PyTorch has for them.
+"""Linear layers by the fastest exact route in PyTorch, and parameters that cost nothing on the meta device.
 
-On x86 CPUs F.linear hands fp32 to MKL, which is 10 to 20 % slower on AMD than oneDNN in the same wheel; and oneDNN
-applies bias and GELU while the results are in cache. Both are IEEE fp32 (relative errors of 2e-7 and 4e-7).
+On x86 CPUs F.linear calls MKL in fp32, which is 10 to 20 % slower on AMD than oneDNN in the same wheel; and oneDNN
+applies bias and GELU while results are in the cache. Both are IEEE fp32 (relative errors of 2e-7 and 4e-7).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Linear(nn.Linear):
 
 
 def linear(ops: Any, layer: nn.Module, x: Tensor) -> Tensor:
-    """ops.linear of a layer with a weight and a bias; by oneDNN where it applies, unless a kernel is bound."""
+    """ops.linear of a layer; by oneDNN where it applies, unless a kernel is bound."""
     if ops.linear is reference.linear and onednn_applies(x, layer.weight):
         return _onednn(x, layer.weight, layer.bias, "none", "")
     return ops.linear(x, layer.weight, layer.bias)
@@ -60,7 +60,7 @@ def linear_gelu_tanh(ops: Any, layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def onednn_applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether F.linear would go to MKL, and oneDNN can stand in: fp32 on an x86 CPU with no gradient to be taken."""
+    """Whether F.linear would call MKL and oneDNN can replace it: fp32 on an x86 CPU, without gradients."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32

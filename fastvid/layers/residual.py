@@ -1,5 +1,4 @@
-"""The residual stream of a transformer, handed from block to block. Shapes: B batch, N tokens, d width, K rows of
-modulation."""
+"""The residual stream between a transformer's blocks. Shapes: B batch, N tokens, d width, K rows of modulation."""
 
 from __future__ import annotations
 
@@ -9,16 +8,17 @@ from torch import Tensor
 
 
 class Stream:
-    """The residual stream between blocks: x [B, N, d], and perhaps y [B, N, d] times gate [K, d], which is still to be
-    added: the next block does so in the pass in which it takes the norm.
+    """x [B, N, d], and perhaps y [B, N, d] and gate [K, d], whose product is still to be added: the next block adds it
+    in the pass in which it takes the norm.
 
-    A box that is emptied: what calls a module holds on to the arguments until it returns, so tensors would stay.
+    `take` empties it. A caller keeps its arguments alive until the call returns, so a tensor passed by itself could not
+    be freed before that.
     """
 
     def __init__(self, x: Tensor, y: Tensor | None = None, gate: Tensor | None = None) -> None:
         self._parts: list[Any] = [x, y, gate]
 
     def take(self) -> list[Any]:
-        """x, y and gate, which it then no longer holds: they are freed as whoever takes them goes on."""
+        """x, y and gate; the stream no longer holds them."""
         parts, self._parts = self._parts, []
         return parts

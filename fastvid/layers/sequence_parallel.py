@@ -1,9 +1,8 @@
-"""How the tokens of one call of a model are shared among ranks: cut once at the entry, put together once at the exit.
+"""How ranks share the tokens of one model call: split once at the entry, gathered once at the exit.
 
 Every rank holds the same stretch of every latent frame, so what belongs to a frame (its timestep, its slot in a KV
-cache) belongs to it on all ranks. The stretch enters the model as a video of its own, one patch high, so that the
-model's code knows nothing of it: only attention looks beyond (`layers.attention`), and positions have been turned into
-angles before.
+cache) is the same on all ranks. The stretch enters the model as a video one patch high, so models are single-device
+code: only `layers.attention` exchanges anything, and rotary angles are split with the tokens.
 
 Shapes: B batch, C channels, T, H, W of latents; (pt, ph, pw) the patch; (t, h, w) the grid of tokens, N of them.
 """
@@ -22,11 +21,11 @@ from fastvid.distributed.mesh import RankView, shares, starts
 
 @dataclass(frozen=True)
 class SequenceParallel:
-    """The shares of the ranks at `view`.
+    """Which tokens each rank holds.
 
-    sizes: how many tokens of a frame each of the ranks that share them holds, in the order of the tokens; frames: how
-    many frames there are along time. So this rank has frames * sizes[view.sequence] tokens. groups: of heads, whose
-    exchanges and attention run beside each other.
+    sizes: tokens of a frame on each of the ranks that share them, in the order of the tokens. frames: frames along
+    time, so this rank has frames * sizes[view.sequence] tokens. groups: groups of heads whose exchanges and attention
+    overlap.
     """
 
     view: RankView
@@ -36,44 +35,44 @@ class SequenceParallel:
 
     @classmethod
     def of_grid(cls, view: RankView, grid: tuple[int, int, int]) -> SequenceParallel:
-        """A grid (t, h, w) of tokens, as evenly as it goes."""
+        """Shares a grid (t, h, w) of tokens as evenly as possible."""
         t, h, w = grid
         return cls(view, shares(h * w, view.layout.sequence), t)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Tokens of each rank that shares them."""
+        """Tokens on each of the ranks that share them."""
         return tuple(self.frames * size for size in self.sizes)
 
     @property
     def span(self) -> slice:
-        """This rank's tokens of a frame."""
+        """This rank's stretch of a frame's tokens."""
         begin, end = starts(self.sizes)[self.view.sequence : self.view.sequence + 2]
         return slice(begin, end)
 
     def ring_sizes(self, ring: int) -> tuple[int, ...]:
-        """Tokens of a frame that each rank of a Ulysses group holds."""
+        """Tokens of a frame on each rank of a Ulysses group."""
         ulysses = self.view.layout.ulysses
         return self.sizes[ring * ulysses : (ring + 1) * ulysses]
 
     # ------------------------------------------------------------ entry and exit
 
     def shard(self, x: Tensor, patch: Sequence[int]) -> Tensor:
-        """This rank's part of latents: [B, C, T, H, W] -> [B, C, T, ph, n * pw], n tokens of a frame."""
+        """This rank's part of latents: [B, C, T, H, W] -> [B, C, T, ph, n * pw], n tokens a frame."""
         _, ph, pw = patch
         x = x.unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # [B, C, T, h, ph, w, pw]
         return x.transpose(3, 4).flatten(4, 5)[:, :, :, :, self.span].flatten(4)
 
     def shard_rows(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's part of what every token has one of: N along a dimension."""
+        """This rank's part of a tensor with N, one entry a token, along a dimension."""
         return x.unflatten(dim, (self.frames, -1)).narrow(dim + 1, self.span.start, self._mine).flatten(dim, dim + 1)
 
     def shard_groups(self, index: Tensor, tokens: int) -> Tensor:
-        """Of [B, G], one for each group of tokens: all of it where groups are whole frames, else this rank's part."""
+        """This rank's part of [B, G], one entry a group of tokens; all of it where groups are whole frames."""
         return self.shard_rows(index, 1) if index.shape[1] == tokens != self.frames else index
 
     def gather(self, x: Tensor, patch: Sequence[int], height: int) -> Tensor:
-        """The latents [B, C, T, H, W] that the parts of all ranks make, which are x [B, C, T, ph, n * pw] here."""
+        """All ranks' parts x [B, C, T, ph, n * pw] -> latents [B, C, T, H, W]."""
         pw = patch[2]
         sizes = [size * pw for size in self.sizes]
         x = self.view.mesh.gather(x, sizes, 4, self.view.sharers)
@@ -84,11 +83,11 @@ class SequenceParallel:
         return self.sizes[self.view.sequence]
 
 
-class Heads:
-    """Tokens for heads and back, within a Ulysses group: this rank's tokens of all heads become all of the group's
-    tokens of this rank's heads.
+class HeadExchange:
+    """Exchanges tokens for heads, and back, within a Ulysses group: this rank's tokens with all heads become all of the
+    group's tokens with this rank's heads.
 
-    first, last: which of each rank's heads, for exchanges of some of them at a time.
+    first, last: which of each rank's heads take part.
     """
 
     def __init__(self, parallel: SequenceParallel, first: int, last: int) -> None:
@@ -98,11 +97,10 @@ class Heads:
         self.counts = [parallel.frames * size for size in parallel.ring_sizes(view.ring)]
 
     def send(self, *tensors: Tensor) -> tuple[Any, list[Tensor]]:
-        """q, k, v [B, n, H, D] of this rank's tokens -> messages on their way, and where the group's tokens will be:
-        [B, N, heads, D] of each, in the order of the ranks.
+        """q, k, v [B, n, H, D] of this rank's tokens -> (pending messages, three [B, N, heads, D] that they will fill,
+        in the order of the ranks).
 
-        A message is a head of one of them, which goes from its place to its place: kernels lay heads out one after the
-        other, so nothing is packed or unpacked.
+        A message is one head of one tensor. Kernels write heads one after the other, so nothing is packed or unpacked.
         """
         B, _, H, D = tensors[0].shape
         each, ends = H // len(self.ranks), starts(self.counts)
@@ -119,8 +117,7 @@ class Heads:
         return self.parallel.view.mesh.exchange(sends, receives), [x.transpose(1, 2) for x in into.unbind(0)]
 
     def send_back(self, x: Tensor) -> tuple[Any, Tensor]:
-        """[B, N, heads, D] of the group's tokens -> messages on their way, and where this rank's tokens will be:
-        [ranks, n, B, heads, D]."""
+        """[B, N, heads, D] of the group's tokens -> (pending messages, [ranks, n, B, heads, D] that they will fill)."""
         x = x.transpose(0, 1).contiguous()
         n = self.counts[self.parallel.view.ulysses]
         into = x.new_empty(len(self.ranks), n, *x.shape[1:])
