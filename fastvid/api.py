@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 
@@ -29,7 +29,23 @@ from fastvid.requests.options import AnyOptions
 from fastvid.workers import remote
 
 log = logging.getLogger(__name__)
-CUDA_TAKES = 2**30  # bytes of a card: an allowance for its context and libraries
+CUDA_RESERVE = 2**30  # bytes of a card: an allowance for its context and libraries
+
+
+class OutlineOptions(TypedDict, total=False):
+    """How a model would be loaded, as `load` takes it."""
+
+    device: str | torch.device | None
+    dtype: str | torch.dtype | None
+    vae_dtype: str | torch.dtype | None
+    backend: str
+    attention: str
+    loras: Sequence[Any]
+    offload: str
+    parts: Mapping[str, str | Path] | None
+    cuda_graphs: str | bool
+    parallel: Any
+    link: str
 
 
 class Blueprint:
@@ -64,7 +80,7 @@ def blueprint(
     model: str = "embedded",
     *,
     device_memory: int | None = None,
-    **options: Any,
+    **options: Unpack[OutlineOptions],
 ) -> Blueprint:
     """A model to plan with: nothing but configurations and file headers are read.
 
@@ -77,9 +93,10 @@ def blueprint(
 
     Raises as `load` does.
     """
-    free = None if device_memory is None else max(0, device_memory - CUDA_TAKES)
-    parallel = options.pop("parallel", None)
-    return Blueprint(outline(model, LoadOptions(**options), parallel=parallel, free=free), free)
+    free = None if device_memory is None else max(0, device_memory - CUDA_RESERVE)
+    given: dict[str, Any] = {**options}
+    parallel = given.pop("parallel", None)
+    return Blueprint(outline(model, LoadOptions(**given), parallel=parallel, free=free), free)
 
 
 def load(

@@ -23,6 +23,7 @@ from fastvid.checks import one_of
 from fastvid.cli import arguments, parser, render
 from fastvid.cli.flags import RESUMED, with_flags
 from fastvid.cli.progress import Progress, Stopwatch, duration
+from fastvid.engine.events import Finished, Frames, Started
 from fastvid.errors import Cancelled, Error, InvalidRequest
 from fastvid.version import __version__
 
@@ -142,8 +143,7 @@ def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> di
         for event in stream:
             watch.mark("model")
             progress.event(event)
-            kind = type(event).__name__
-            if kind == "Started":
+            if isinstance(event, Started):
                 started = event
                 check_writable(  # now with the frames and the rate that follow from clips and the model
                     output, num_frames=event.num_frames, width=event.width, height=event.height, fps=event.fps
@@ -151,9 +151,9 @@ def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> di
                 sink = FrameSink(output, width=event.width, height=event.height, fps=event.fps, recipe=event.recipe)
                 stack.enter_context(sink)
                 writer = stack.enter_context(BackgroundWriter(sink))
-            elif kind == "Frames":
+            elif isinstance(event, Frames):
                 writer.write(event.frames)
-            elif kind == "Finished":
+            elif isinstance(event, Finished):
                 writer.finish()
                 watch.mark("wait")
                 path = sink.close(event.recipe)
@@ -166,7 +166,7 @@ def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> di
     return made
 
 
-def _summary(path: Path, started: Any, finished: Any, watch: Stopwatch, written: float) -> dict[str, Any]:
+def _summary(path: Path, started: Started, finished: Finished, watch: Stopwatch, written: float) -> dict[str, Any]:
     seconds = {"load": watch.seconds["load"], **finished.seconds, "write": written, "total": watch.total}
     return {
         "output": str(path),

@@ -1,8 +1,4 @@
-"""Progress of a request, told from its events: a bar on a terminal, a few lines elsewhere, nothing when quiet.
-
-Events are known by their class's name (Started, Step, Frames, Finished) and read by attribute, so that this needs
-neither the pipeline nor torch.
-"""
+"""Progress of a request: a bar on a terminal, a few lines elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 
@@ -11,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
+
+from fastvid.engine.events import Event, Frames, Started, Step
 
 LINE_SECONDS = 5.0
 BAR = "{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
@@ -63,17 +61,22 @@ class Progress:
             with contextlib.suppress(OSError):  # nobody reads: no reason to stop the work
                 print(text, file=self._stream, flush=True)
 
-    def event(self, event: Any) -> None:
-        show = {"Started": self._show_start, "Step": self._show_step, "Frames": self._show_frames}
-        if not self._quiet and type(event).__name__ in show:
-            show[type(event).__name__](event)
+    def event(self, event: Event) -> None:
+        if self._quiet:
+            return
+        if isinstance(event, Started):
+            self._show_start(event)
+        elif isinstance(event, Step):
+            self._show_step(event)
+        elif isinstance(event, Frames):
+            self._show_frames(event)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def _show_start(self, event: Any) -> None:
+    def _show_start(self, event: Started) -> None:
         self.say(
             f"{event.num_frames} frames of {event.width}x{event.height} at {event.fps:g} fps, "
             f"{event.total_steps} steps, seed {event.seed}"
@@ -92,15 +95,15 @@ class Progress:
                 mininterval=0.1,
             )
 
-    def _show_step(self, event: Any) -> None:
-        done, stage = event.step, getattr(event, "stage", "denoising")
+    def _show_step(self, event: Step) -> None:
+        done = event.step
         if self._bar is not None:
-            self._bar.set_description("decoding" if done == event.total else stage, refresh=False)
+            self._bar.set_description("decoding" if done == event.total else "denoising", refresh=False)
             self._bar.update(done - self._bar.n)
         elif self._is_time(done / event.total):
             passed = self._clock() - self._started
             left = f", {duration(passed / done * (event.total - done))} left" if done < event.total else ""
-            self.say(f"{stage}: step {done} of {event.total}{left}")
+            self.say(f"denoising: step {done} of {event.total}{left}")
 
     def _is_time(self, share: float) -> bool:
         """For a line: 10 % more is done, or it has been 5 s and a tenth of the time so far since the last one."""
@@ -111,7 +114,7 @@ class Progress:
         self._line_at, self._line_share = now, share
         return True
 
-    def _show_frames(self, event: Any) -> None:
+    def _show_frames(self, event: Frames) -> None:
         self._frames_done = max(self._frames_done, event.start + len(event.frames))
         if self._bar is not None:
             self._bar.set_postfix_str(f"{self._frames_done}/{self._num_frames} frames")

@@ -7,7 +7,6 @@ found by their paths, the others have to be given again.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,11 +21,10 @@ from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
 from fastvid.requests import recipe as recipes
 from fastvid.requests.arguments import VERBS
-from fastvid.requests.request import SIZE, Request
+from fastvid.requests.request import DATA, SIZE
 from fastvid.version import __version__
 
 SAMPLES, SAMPLE_BYTES, MOST_HEADER = 16, 4096, 2**24
-DATA = tuple(f.name for f in dataclasses.fields(Request) if not f.compare)  # pictures, clips, tensors
 
 # ---------------------------------------------------------------- the model
 

@@ -68,12 +68,12 @@ def prepare(
     sigmas = sigmas_of(resolved)
     recipe = resolved.to_recipe(model=model.name, version=__version__, **model.settings)
     plan, layout = plan_request(model, resolved, timeline, sigmas, keep_frames, free, rates, layout)
-    log.info("plan: %s", _told(plan))
+    log.info("plan: %s", _summary(plan))
     job = Job(resolved, timeline, sigmas, plan.decode_chunk, plan.decode_stripes, plan.decode_beside, layout)
     return Prepared(job, plan, recipe)
 
 
-def _told(plan: Plan) -> str:
+def _summary(plan: Plan) -> str:
     return (
         f"{plan.num_frames} frames of {plan.width}x{plan.height}, {plan.steps} steps in {plan.windows} windows of up to "
         f"{plan.tokens} tokens, {plan.bytes_device / 2**30:.2f} GiB of {plan.bytes_free / 2**30:.2f} free, "

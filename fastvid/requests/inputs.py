@@ -18,7 +18,7 @@ from fastvid.requests.recipe import prints_of, recordable
 from fastvid.requests.request import PROMPT_OF_CLIP, SIZE, Request
 
 PICTURES = ("image", "last_image")
-DATA = (*PICTURES, "keyframes", "video", "video_2", "mask", "reference_images")
+FILES = (*PICTURES, "keyframes", "video", "video_2", "mask", "reference_images")
 
 
 def read(request: Request) -> Request:
@@ -47,7 +47,7 @@ def check_same(recipe: dict[str, Any], given: dict[str, Any]) -> None:
     """Whether the clips and pictures that are given beside a recipe are those that it was made with: a recipe holds
     nothing but their prints. given: arguments by name. Raises InvalidRequest for one that is another.
     """
-    known = {name: prints for name in DATA if (prints := prints_of(recipe.get(name)))}
+    known = {name: prints for name in FILES if (prints := prints_of(recipe.get(name)))}
     again = {name: given[name] for name in known if given.get(name) is not None}
     if not again:
         return
@@ -73,7 +73,7 @@ def _with_clips(request: Request) -> Request:
         raise InvalidRequest(
             f"video is {first.width}x{first.height}; {request.verb} takes sides of {MIN_SIDE} to {MAX_SIDE} pixels"
         )
-    found: dict[str, Any] = {**clips, **_told(request)}
+    found: dict[str, Any] = {**clips, **_from_recipe(request)}
     found |= {"fps": first.fps} if request.fps is None and first.fps else {}
     if "video_2" in clips:
         second = clips["video_2"].resized(first.height, first.width)
@@ -83,7 +83,7 @@ def _with_clips(request: Request) -> Request:
     return replace(request, **found, height=first.height, width=first.width)
 
 
-def _told(request: Request) -> dict[str, Any]:
+def _from_recipe(request: Request) -> dict[str, Any]:
     """What the clip's own recipe says where nothing else does: the prompt; of a draft also seed and full size."""
     recipe = _recipe_of(request.video)
     found: dict[str, Any] = {}

@@ -56,10 +56,10 @@ def expanded(request: Request, variant: str) -> Request:
         return plain
     if request.prompt is None or not request.prompt.strip():
         raise InvalidRequest("expand_prompt needs a prompt with words in it")
-    return replace(plain, prompt=_written(request.prompt, asked, variant), original_prompt=request.prompt)
+    return replace(plain, prompt=_expand_for(request.prompt, asked, variant), original_prompt=request.prompt)
 
 
-def _written(prompt: str, asked: dict[str, Any], variant: str) -> str:
+def _expand_for(prompt: str, asked: dict[str, Any], variant: str) -> str:
     if variant != EMBEDDED:
         return expand(prompt, **{name.removeprefix("prompt_"): value for name, value in asked.items()})
     if asked:

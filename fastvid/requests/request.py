@@ -219,6 +219,10 @@ class Request:
         return nearest_size(ratio, area, num_frames, preset.spatial_multiple, may_exceed=self.budget is None)
 
 
+DATA = tuple(f.name for f in fields(Request) if not f.compare)
+"""Arguments that are pictures, clips and tensors: a recipe holds their prints alone."""
+
+
 # ---------------------------------------------------------------- checks of the whole
 
 

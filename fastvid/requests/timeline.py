@@ -254,7 +254,7 @@ def _chain(stretch: Stretch, counts: Sequence[int], rules: Rules, number: int, o
             before, had = Edge(segment=number + i - 1), counts[i - 1]
         if not last and backward:
             after, have = Edge(segment=number + i + 1), counts[i + 1]
-        piece = replace(
+        part = replace(
             stretch,
             num_frames=count,
             before=before,
@@ -265,7 +265,7 @@ def _chain(stretch: Stretch, counts: Sequence[int], rules: Rules, number: int, o
             prompts=_within(stretch.prompts, start, count),
             lead=stretch.lead,
         )
-        made = _segment(piece, rules, origin)
+        made = _segment(part, rules, origin)
         segments.append(replace(made, source_start=start))
         origin += made.columns - made.left_columns - made.lead
         start += count

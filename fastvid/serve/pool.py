@@ -23,7 +23,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -32,7 +32,9 @@ from fastvid.distributed.layout import parse_parallel
 from fastvid.engine.events import Finished, Frames, Step
 from fastvid.errors import BackendUnavailable, Cancelled, CheckpointError, Error, InvalidRequest, PoolFull, WorkerFailed
 from fastvid.media.video import Video
-from fastvid.requests.request import Request
+from fastvid.requests.arguments import documented
+from fastvid.requests.options import AnyOptions
+from fastvid.requests.request import DATA, Request
 from fastvid.workers import messages
 from fastvid.workers.team import error_of
 
@@ -107,11 +109,6 @@ class Group:
         self._cancelled.add(job)
         if job in self._streams:
             self._streams[job].cancel()
-
-
-DATA = tuple(
-    name for name, field in Request.__dataclass_fields__.items() if not field.compare
-)  # pictures, clips, tensors
 
 
 class Job:
@@ -221,17 +218,26 @@ class Pool:
             self._kill()
             raise error_of(failed[0])
 
-    def submit(self, verb: str = "generate", *, wait: bool = True, timeout: float | None = None, **options: Any) -> Job:
+    @documented
+    def submit(
+        self,
+        verb: str = "generate",
+        *,
+        prompt: str | None = None,
+        wait: bool = True,
+        timeout: float | None = None,
+        **options: Unpack[AnyOptions],
+    ) -> Job:
         """Put a request in line: any verb of a pipeline, with its options.
 
         wait: until there is room in the line, at most `timeout` seconds; False: not at all. Raises PoolFull if there is
         none, InvalidRequest for what no request can be.
         """
-        if Request.make(verb, **options).checkpoint is not None:
+        if Request.make(verb, prompt=prompt, **options).checkpoint is not None:
             raise InvalidRequest("checkpoint: a pool keeps one for every job; leave it out")
         if options.get("seed") is None:  # begun again, it is the same video
             options["seed"] = secrets.randbelow(2**32)
-        job = Job(self, verb, options)
+        job = Job(self, verb, {"prompt": prompt, **options})
         with self._change:
             room = self._change.wait_for(lambda: self._closed or len(self._line) < self.waiting, timeout if wait else 0)
             if self._closed:

@@ -55,6 +55,8 @@ BAD = {
     'async def h() -> None: await pipe.agenerate("a", seed="3")': 'Argument "seed"',
     'other: int = pipe.generate("a")': "Incompatible types in assignment",
     'pipe.resume("job", imge="a.png")': 'Unexpected keyword argument "imge"',
+    'fastvid.blueprint("a", divice="cpu")': 'Unexpected keyword argument "divice"',
+    'fastvid.Pool("a").submit("generate", sede=1)': 'Unexpected keyword argument "sede"',
     'fastvid.open("a")': 'Module has no attribute "open"',
 }
 

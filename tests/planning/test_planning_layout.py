@@ -15,7 +15,7 @@ import torch
 from ranks import run_ranks
 
 import fastvid
-from fastvid.api import CUDA_TAKES
+from fastvid.api import CUDA_RESERVE
 from fastvid.cli import render
 from fastvid.distributed.cost_model import CORE, H200, INFINIBAND, LOOPBACK, NVLINK, PCIE, predict, ranked
 from fastvid.distributed.layout import every
@@ -190,7 +190,7 @@ def test_memory_decides() -> None:
     """Half of guidance on each rank is faster; where it does not fit, tokens are shared, which takes less."""
     split, shared = (planned(LARGE, parallel=way, **BLOCKS).bytes_device for way in ("guidance=2", "ring=2"))
     assert shared < split
-    plans = [planned(LARGE, most + CUDA_TAKES, parallel=2, **BLOCKS) for most in (split, split - 1, shared)]
+    plans = [planned(LARGE, most + CUDA_RESERVE, parallel=2, **BLOCKS) for most in (split, split - 1, shared)]
     assert plans[0].parallel == "guidance=2,ring=1,ulysses=1" and len(plans[0].layouts) == 3
     for plan in plans[1:]:
         assert plan.parallel == "guidance=1,ring=2,ulysses=1" and plan.bytes_device == shared
@@ -200,9 +200,9 @@ def test_memory_decides() -> None:
     with pytest.raises(
         OutOfMemory, match=rf"takes about {shared / GIB:.1f} GiB.*{(shared - 1) / GIB:.1f} GiB are there"
     ):
-        planned(LARGE, shared - 1 + CUDA_TAKES, parallel=2, **BLOCKS)
+        planned(LARGE, shared - 1 + CUDA_RESERVE, parallel=2, **BLOCKS)
     with pytest.raises(OutOfMemory, match=rf"takes about {split / GIB:.1f} GiB"):
-        planned(LARGE, shared + CUDA_TAKES, parallel="guidance=2", **BLOCKS)
+        planned(LARGE, shared + CUDA_RESERVE, parallel="guidance=2", **BLOCKS)
 
 
 # ---------------------------------------------------------------- ranks
