@@ -12,23 +12,20 @@ from fastvid.sampling.guidance import (
     keep_known,
     velocity_to_x0,
 )
-from fastvid.sampling.noise import StreamNoise, column_noise, latent_noise
+from fastvid.sampling.noise import StreamNoise, latent_noise
 from fastvid.sampling.sigmas import find_solver, make_sigmas, shift_sigmas, timesteps
-from fastvid.sampling.solvers import SOLVERS, Operation, Solver, SolverState
+from fastvid.sampling.solvers import SOLVERS, SolverState
 
 __all__ = [
     "SOLVERS",
     "Denoise",
     "Denoiser",
     "Guided",
-    "Operation",
-    "Solver",
     "SolverState",
     "StreamNoise",
     "Switched",
     "Velocities",
     "Velocity",
-    "column_noise",
     "combine",
     "find_solver",
     "flow_edit",
