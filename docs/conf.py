@@ -21,7 +21,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"fastvid {release}"
-exclude_patterns = ["_build", "_generated"]
+exclude_patterns = ["_build", "_generated", "benchmarks.md"]  # the last: tables that benchmarks/report.py draws
 autodoc_typehints = "none"  # the table of arguments has them
 autodoc_member_order = "bysource"
 
