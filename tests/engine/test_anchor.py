@@ -26,10 +26,10 @@ def pipe(tmp_path_factory):
     """Windows of four columns, of which the next is shown one, told of it by timesteps, and the first."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny.write_checkpoint(folder)
-    return with_recipe(fastvid.load(str(folder), device="cpu"), window=4, overlap=1, carries=True, anchor=GAP)
+    return with_preset(fastvid.load(str(folder), device="cpu"), window=4, overlap=1, carries=True, anchor=GAP)
 
 
-def with_recipe(pipe, **changed):
+def with_preset(pipe, **changed):
     recipe = dataclasses.replace(pipe._model.preset, per_token_timesteps=True, **changed)
     return type(pipe)(dataclasses.replace(pipe._model, preset=recipe))
 
@@ -79,7 +79,7 @@ def test_later_windows_are_shown_the_first_frame(pipe, monkeypatch):
         torch.testing.assert_close(latents[:, :, 1:2], video.latents[:, :, 3:4].to(latents))
         assert (timestep[0].view(5, -1)[:2] == 0).all() and (timestep[0].view(5, -1)[2:] > 0).all()
     assert pipe.plan("a", num_frames=25, guidance_scale=1.0, **SMALL).tokens == 5 * 16
-    without = with_recipe(pipe, anchor=None).generate("a", num_frames=25, guidance_scale=1.0, **SMALL)
+    without = with_preset(pipe, anchor=None).generate("a", num_frames=25, guidance_scale=1.0, **SMALL)
     assert torch.equal(without.latents[:, :, :4], video.latents[:, :, :4])
     assert not torch.equal(without.latents[:, :, 4:], video.latents[:, :, 4:])
 
@@ -135,7 +135,7 @@ def test_a_request_goes_on_with_the_first_frame_in_view(pipe, tmp_path, stop):
     ],
 )
 def test_windows_with_known_frames_have_a_scale_of_their_own(pipe, monkeypatch, given, windows, recorded):
-    pipe = with_recipe(pipe, guidance_scale=3.0, known_guidance_scale=1.0)
+    pipe = with_preset(pipe, guidance_scale=3.0, known_guidance_scale=1.0)
     request = {"num_frames": 25, **SMALL, **given}
     video, calls = calls_of(pipe, monkeypatch, lambda: pipe.generate("a", **request))
     steps = SMALL["num_inference_steps"]
@@ -149,7 +149,7 @@ def test_windows_with_known_frames_have_a_scale_of_their_own(pipe, monkeypatch, 
 
 @pytest.mark.parametrize("verb", ["picture", "extend", "extend_before", "blend", "edit"])
 def test_calls_are_counted_where_pictures_and_clips_are_known(pipe, monkeypatch, verb):
-    pipe = with_recipe(pipe, guidance_scale=3.0, known_guidance_scale=1.0)
+    pipe = with_preset(pipe, guidance_scale=3.0, known_guidance_scale=1.0)
     clip = np.random.default_rng(1).integers(0, 255, (9, 64, 64, 3), dtype=np.uint8)
     steps = {"num_inference_steps": 2, "seed": 1}
     run, kwargs = {
@@ -167,6 +167,6 @@ def test_calls_are_counted_where_pictures_and_clips_are_known(pipe, monkeypatch,
 def test_causal_models_have_one_scale(tmp_path):
     tiny.write_checkpoint(tmp_path)
     pipe = fastvid.load(str(tmp_path), device="cpu")
-    pipe = with_recipe(pipe, rollout=Rollout(frames_per_block=1))
+    pipe = with_preset(pipe, rollout=Rollout(frames_per_block=1))
     with pytest.raises(fastvid.InvalidRequest, match="known_guidance_scale"):
         pipe.plan("a", known_guidance_scale=2.0, **SMALL)

@@ -51,7 +51,7 @@ def plain(folder):
     return load(folder)
 
 
-def with_recipe(pipe: fastvid.Pipeline, recipe: Preset, **changes: Any) -> fastvid.Pipeline:
+def with_preset(pipe: fastvid.Pipeline, recipe: Preset, **changes: Any) -> fastvid.Pipeline:
     """The pipeline as if it were of another kind, of this checkpoint's sizes."""
     made = replace(recipe, spatial_multiple=16, temporal=4, **changes)
     return fastvid.Pipeline(replace(pipe._model, preset=made))
@@ -208,7 +208,7 @@ CASES: dict[str, tuple[Preset, dict[str, Any], dict[str, Any], int, int]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_pipeline_is_the_explicit_rollout(plain, case):
     recipe, changes, options, columns, alone = CASES[case]
-    pipe = with_recipe(plain, recipe, **changes)
+    pipe = with_preset(plain, recipe, **changes)
     blocks = blocks_of(columns, pipe._model.preset.rollout.frames_per_block, alone)
     known = pipe.encode(picture()[None]) if "image" in options else None
     wanted = explicit(pipe, blocks, known=known, scale=options.get("guidance_scale", 1.0), seed=11)
@@ -222,13 +222,13 @@ def test_a_pipeline_is_the_explicit_rollout(plain, case):
     assert (difference <= 1).mean() >= 0.999 and frames.std() > 5
     # Not so for a model that sees every frame, nor for one that sees none of those before.
     if case == "sink and window":
-        wide = with_recipe(plain, recipe, rollout=Rollout(frames_per_block=2))
+        wide = with_preset(plain, recipe, rollout=Rollout(frames_per_block=2))
         assert error(video.latents, explicit(wide, blocks, seed=11)[:, :, :shown]) > 1e-3
 
 
 def test_a_clip_goes_on_from_its_last_frames(plain):
     """The last nine are three latents in the cache; noise of what is new begins at index 0."""
-    pipe, frames = with_recipe(plain, SELF_FORCING), clip(20)
+    pipe, frames = with_preset(plain, SELF_FORCING), clip(20)
     events = list(pipe.stream(PROMPT, verb="extend", video=frames, num_frames=14, seed=3))
     wanted = explicit(pipe, blocks_of(9, 3, 3), known=pipe.encode(frames[-9:]), seed=3, origin=-3)
     out = np.concatenate([event.frames for event in events if isinstance(event, Frames)])
@@ -250,7 +250,7 @@ def test_a_clip_goes_on_from_its_last_frames(plain):
 @torch.no_grad()
 def test_few_steps_are_a_plain_loop(plain, recipe):
     """FastVideo's DmdDenoisingStage: 1000, 757, 522 are told, levels are the table's nearest."""
-    pipe, told = with_recipe(plain, recipe), []
+    pipe, told = with_preset(plain, recipe), []
     video, shape = pipe.generate(PROMPT, num_frames=17, seed=5, **SIZE), (16, 5, HEIGHT // 8, WIDTH // 8)
     net, text = transformer(plain, reference.attention), pipe.embed(PROMPT)
     x, levels = latent_noise(5, shape), [1.0, 0.7567567567567568, 0.5217391304347826, 0.0]
@@ -336,7 +336,7 @@ AT = {0: SHOTS[0][0], 4: SHOTS[1][0], 8: SHOTS[2][0]}
 @pytest.mark.parametrize("recache", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_another_prompt(plain, recache, scale):
-    pipe = with_recipe(plain, LONGLIVE, rollout=replace(SMALL, recache=recache))
+    pipe = with_preset(plain, LONGLIVE, rollout=replace(SMALL, recache=recache))
     options = {"guidance_scale": scale, "negative_prompt": NEGATIVE, "seed": 2, **SIZE}
     calls, events = [], []
     hook = plain._model.transformer.register_forward_hook(lambda *_: calls.append(1))
@@ -345,32 +345,32 @@ def test_another_prompt(plain, recache, scale):
     hook.remove()
     wanted = switched(pipe, AT, 12, scale, 2)
     assert error(events[-1].latents, wanted) < 1e-5
-    unlike = with_recipe(plain, LONGLIVE, rollout=replace(SMALL, recache=not recache))
+    unlike = with_preset(plain, LONGLIVE, rollout=replace(SMALL, recache=not recache))
     assert error(events[-1].latents, switched(unlike, AT, 12, scale, 2)) > 1e-3
     assert sum(isinstance(event, Step) for event in events) == events[0].total_steps == 6 * 5 + 2 * recache
     assert len(calls) == events[0].plan.model_calls == 6 * 5 * (1 + (scale != 1)) + 2 * recache
 
 
 def test_without_a_window_all_frames_are_passed_again(plain):
-    pipe = with_recipe(plain, LONGLIVE, rollout=Rollout(frames_per_block=2, recache=True))
+    pipe = with_preset(plain, LONGLIVE, rollout=Rollout(frames_per_block=2, recache=True))
     shots = [("a red circle", 9 / 16), ("a blue square", 1.0)]
     video = pipe.storyboard(shots, seed=4, **SIZE)
     full = replace(pipe._model.preset, rollout=Rollout(frames_per_block=2, window=8, recache=True))
-    held = with_recipe(plain, full)
+    held = with_preset(plain, full)
     assert error(video.latents, switched(held, {0: shots[0][0], 4: shots[1][0]}, 8, 1.0, 4)[:, :, :7]) < 1e-5
 
 
 @pytest.mark.parametrize("shots", [[("a", 1.0), ("b", 0.1), ("c", 1.0)], [("a", 1.0), ("b", 0.1)]])
 def test_a_prompt_without_a_block_is_refused(plain, shots):
     with pytest.raises(fastvid.InvalidRequest, match="12 frames"):
-        with_recipe(plain, SELF_FORCING).plan(verb="storyboard", shots=shots, **SIZE)
+        with_preset(plain, SELF_FORCING).plan(verb="storyboard", shots=shots, **SIZE)
 
 
 # ---------------------------------------------------------------- while it runs
 
 
 def test_frames_come_out_after_their_block(plain):
-    pipe = with_recipe(plain, SELF_FORCING)
+    pipe = with_preset(plain, SELF_FORCING)
     events = list(pipe.stream(PROMPT, num_frames=33, seed=0, **SIZE))
     kinds = [type(event) for event in events if isinstance(event, Step | Frames)]
     steps = [kinds[:i].count(Step) for i, kind in enumerate(kinds) if kind is Frames]
@@ -413,7 +413,7 @@ def buffers(caches: Sequence[Any]) -> list[Tensor]:
 
 @pytest.mark.parametrize("num_frames", [37, 77])
 def test_the_cache_does_not_grow(plain, monkeypatch, num_frames):
-    made, pipe, seen = recorded(monkeypatch), with_recipe(plain, LONGLIVE, rollout=SMALL), []
+    made, pipe, seen = recorded(monkeypatch), with_preset(plain, LONGLIVE, rollout=SMALL), []
     config = pipe._model.transformer.config
     for event in pipe.stream(PROMPT, num_frames=num_frames, seed=0, **SIZE):
         if isinstance(event, Step):
@@ -425,14 +425,14 @@ def test_the_cache_does_not_grow(plain, monkeypatch, num_frames):
 def test_a_cache_in_bf16(folder, monkeypatch):
     """As far from fp32 as the same network without a cache is."""
     half, made = load(folder, "bfloat16"), recorded(monkeypatch)
-    pipe, blocks = with_recipe(half, SELF_FORCING), blocks_of(6, 3)
+    pipe, blocks = with_preset(half, SELF_FORCING), blocks_of(6, 3)
     video = pipe.generate(PROMPT, num_frames=21, seed=1, **SIZE)
     assert {b.dtype for b in buffers(made)} == {torch.bfloat16} and video.latents.dtype == torch.float32
     dense = explicit(pipe, blocks, seed=1)
     half._model.transformer.float()
     half._model.text_encoder.float()
     exact = explicit(
-        with_recipe(
+        with_preset(
             fastvid.Pipeline(replace(half._model, placement=replace(half._model.placement, dtype=torch.float32))),
             SELF_FORCING,
         ),
