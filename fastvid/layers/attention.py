@@ -76,12 +76,12 @@ def _parallel_attention(
     by_rank = out.unflatten(2, (ulysses, -1))
     sent, returned = exchanges[0].send(*qkv), []
     for number, exchange in enumerate(exchanges):
-        pending, received = sent
+        pending, (q, k, v) = sent
         if number + 1 < len(exchanges):
             sent = exchanges[number + 1].send(*qkv)
         pending.wait()
         kept = _ring_blocks(parallel, blocks, heads, exchange.first, exchange.last)
-        returned.append(exchange.send_back(_attend(ops, parallel, *received, cache, kept)))
+        returned.append(exchange.send_back(_attend(ops, parallel, q, k, v, cache, kept)))
     for exchange, (pending, received) in zip(exchanges, returned, strict=True):
         pending.wait()
         by_rank[:, :, :, exchange.first : exchange.last] = received.permute(2, 1, 0, 3, 4)
@@ -136,9 +136,11 @@ def _ring_attention(
     """
     view, size = parallel.view, len(counts)
     after, before = (view.rank(ring=(view.ring + step) % size) for step in (1, -1))
-    held, out, lse = torch.stack((k, v)), None, None
+    held, out, lse = torch.stack((k, v)), None, None  # type: Tensor, Any, Any
     for step in range(size):
-        source, coming, pending = (view.ring - step) % size, None, None
+        source = (view.ring - step) % size
+        coming: Any = None
+        pending: Any = None
         if step + 1 < size:
             coming = held.new_empty(2, held.shape[1], counts[(source - 1) % size], *held.shape[3:])
             pending = view.mesh.exchange([(after, held)], [(before, coming)])

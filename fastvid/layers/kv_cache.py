@@ -10,7 +10,8 @@ Source: Self-Forcing `wan/modules/causal_model.py` (rolls its buffer), LongLive 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class KVCache:
         self.changed.update(self.slots)
 
     @property
-    def place(self) -> dict[str, int | list[int]]:
+    def place(self) -> dict[str, Any]:
         """Its state without keys and values, as `restored` takes it."""
         return {
             "layers": len(self.layers),
@@ -57,7 +58,7 @@ class KVCache:
         }
 
     @classmethod
-    def restored(cls, place: dict[str, int | list[int]]) -> KVCache:
+    def restored(cls, place: Mapping[str, Any]) -> KVCache:
         """A cache in that state, still empty; `LayerCache.put` then fills every layer's slots."""
         made = cls(place["layers"], place["capacity"], place["sink"])
         made.slots, made._next = list(place["slots"]), place["next"]
@@ -90,6 +91,7 @@ class LayerCache:
         """Stores k, v [B, N, H, D] of the current frames; returns all that they attend to, [B, M, H, D] each."""
         cache = self._cache
         self.put(cache.slots, k.unflatten(1, (len(cache.slots), -1)), v.unflatten(1, (len(cache.slots), -1)))
+        assert self._keys is not None and self._values is not None
         return self._keys[:, : cache.filled].flatten(1, 2), self._values[:, : cache.filled].flatten(1, 2)
 
     def put(self, slots: Sequence[int], k: Tensor, v: Tensor) -> None:
@@ -103,4 +105,5 @@ class LayerCache:
 
     def get(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Keys and values [B, slots, N of a frame, H, D] of these slots."""
+        assert self._keys is not None and self._values is not None
         return self._keys[:, list(slots)], self._values[:, list(slots)]

@@ -45,7 +45,7 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-def linear(ops: Any, layer: nn.Module, x: Tensor) -> Tensor:
+def linear(ops: Any, layer: Any, x: Tensor) -> Tensor:
     """ops.linear of a layer; by oneDNN where it applies, unless a kernel is bound."""
     if ops.linear is reference.linear and onednn_applies(x, layer.weight):
         return _onednn(x, layer.weight, layer.bias, "none", "")
@@ -86,7 +86,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([first, nn.Identity(), Linear(inner, outputs)])
 
     def forward(self, x: Tensor) -> Tensor:
-        first = self.net[0]["proj"]
+        first: Any = self.net[0]["proj"]  # type: ignore[index]
         inner = F.gelu(linear(self.ops, first, x)) if self.exact else linear_gelu_tanh(self.ops, first, x)
         return linear(self.ops, self.net[2], inner)
 

@@ -71,7 +71,7 @@ def attention_cuda(
     _check_tensors("cuda", q, k, v)
     if out.numel() == 0:
         return out, lse
-    from fastvid import _C
+    from fastvid import _C  # type: ignore[attr-defined]
 
     blocks = _blocks(lists, largest)
     with torch.cuda.device_of(q):
@@ -101,7 +101,7 @@ def attention_eight(
     _check_tensors(f"cuda_{kind}", q, k, v)
     if out.numel() == 0:
         return out, lse
-    from fastvid import _C
+    from fastvid import _C  # type: ignore[attr-defined]
 
     blocks, device = _blocks(lists, largest), q.device.index
     with torch.cuda.device_of(q):
@@ -290,7 +290,10 @@ def _blocks_each(blocks: Blocks) -> int:
 
 
 def _blocks(lists: Sequence[Tensor], largest: Sequence[int]) -> Blocks | None:
-    return Blocks(*lists, (largest[0], largest[1])) if lists else None
+    if not lists:
+        return None
+    query_tiles, key_tiles, rows, indices = lists
+    return Blocks(query_tiles, key_tiles, rows, indices, (largest[0], largest[1]))
 
 
 def _sums(counts: Tensor) -> Tensor:

@@ -114,8 +114,11 @@ def bind(
         op: _auto(op, table[op], where, rows) if name == "auto" else (table[op][name], name, "asked for")
         for op, name in asked.items()
     }
-    functions, bound, reasons = ({op: of[i] for op, of in chosen.items()} for i in range(3))
-    return Ops(functions, bound, reasons)
+    return Ops(
+        functions={op: function for op, (function, _, _) in chosen.items()},
+        bound={op: name for op, (_, name, _) in chosen.items()},
+        reasons={op: reason for op, (_, _, reason) in chosen.items()},
+    )
 
 
 def read_verified() -> list[dict[str, str]]:
@@ -170,7 +173,7 @@ def _missing(asked: Mapping[str, str], table: Mapping[str, Mapping[str, Function
     reasons: dict[str, list[str]] = {}
     for op, name in asked.items():
         if name != "auto":
-            reason = f"there is no {name} back end"
+            reason: str | None = f"there is no {name} back end"
             if here := table[op].get(name):
                 reason = why_not(name, device) or lacks(here, device)
             reasons.setdefault(reason or "", []).append(op)

@@ -12,7 +12,7 @@ NAMES = ("_linear_pointwise", "_convolution_pointwise", "_reorder_convolution_we
 
 def available() -> bool:
     """Whether all routines are there, and nobody has turned oneDNN off (torch.backends.mkldnn.flags)."""
-    return torch.backends.mkldnn.enabled and _built_in()
+    return bool(torch.backends.mkldnn.enabled) and _built_in()
 
 
 @functools.cache

@@ -1,9 +1,9 @@
-"""The meaning of every operation of the transformers, in eager PyTorch: runs anywhere, autograd included, and is what
-the other back ends are measured against.
+"""The meaning of every operation, in eager PyTorch: it runs anywhere, with autograd, and every other back end is
+compared with it.
 
 Shapes: B batch, N tokens, M tokens of the context, H heads, D head_dim, d = H * D width, K distinct timesteps,
 G groups of N // G neighbouring tokens that share a timestep (1: one a sample, T: one a frame, N: one a token).
-Statistics (means, variances, softmax) are always taken in fp32, the result has the dtype of the input.
+Statistics (means, variances, softmax) are computed in fp32; the result has the dtype of the input.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor | None, known: Ten
     """Cut [B, C, T, H, W] into patches and project each: -> [B, N, d] in weight's type, N in (t, h, w) order.
 
     weight [d, C, pt, ph, pw] is that of a convolution whose stride is its kernel; T, H, W are multiples of the patch.
-    known [B, C2, T, H, W]: more channels behind those of the latents (of image-to-video models: mask and known
-    latents); weight is then [d, C + C2, pt, ph, pw]. Latents and known may be of any type.
+    known [B, C2, T, H, W]: channels that follow those of the latents (in image-to-video models mask and known latents);
+    weight is then [d, C + C2, pt, ph, pw]. Latents and known may be of any type.
     """
     latents = latents.to(weight.dtype)
     if known is not None:
@@ -54,13 +54,13 @@ def head(
 
     x [B, N, d], shift and scale [K, d], index [B, G] as modulated_layer_norm has them; weight [pt ph pw C, d] and bias
     [pt ph pw C], C fastest; grid (t, h, w) with N = t h w; patch (pt, ph, pw). dtype: of the latents, that of x when
-    None; from what fp32 sums to it there is one rounding in kernels.
+    None; kernels round their fp32 sums to it once.
     """
     y = F.linear(modulated_layer_norm(x, shift, scale, index, eps), weight, bias)
-    return _unpatchify(y, tuple(grid), tuple(patch)).to(dtype or x.dtype)
+    return _unpatchify(y, grid, patch).to(dtype or x.dtype)
 
 
-def _unpatchify(x: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
+def _unpatchify(x: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
     """Put projected patches back: [B, N, pt * ph * pw * C] (C fastest), N = t * h * w of grid -> [B, C, T, H, W]."""
     B = x.shape[0]
     (t, h, w), (pt, ph, pw) = grid, patch
@@ -86,7 +86,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, index: Tensor) -> Tensor:
 def gated_residual_norm(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x + y * gate, and the modulated layer norm of it, as it is after rounding to the type of x."""
+    """(s, its modulated layer norm), with s = x + y * gate rounded to the type of x."""
     x = gated_residual(x, y, gate, index)
     return x, modulated_layer_norm(x, shift, scale, index, eps)
 
@@ -94,7 +94,7 @@ def gated_residual_norm(
 def gated_residual_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x + y * gate, and the layer norm of it, as it is after rounding to the type of x, with a weight and a bias."""
+    """(s, its layer norm with weight and bias), with s = x + y * gate rounded to the type of x."""
     x = gated_residual(x, y, gate, index)
     return x, layer_norm(x, weight, bias, eps)
 
@@ -102,7 +102,7 @@ def gated_residual_layer_norm(
 def residual_norm(
     x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x + y, and the modulated layer norm of it, as it is after rounding to the type of x."""
+    """(s, its modulated layer norm), with s = x + y rounded to the type of x."""
     x = (x + y).to(x.dtype)
     return x, modulated_layer_norm(x, shift, scale, index, eps)
 
@@ -140,9 +140,9 @@ def qkv_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a fused projection [B, N, 3 * d]: q and k with RMS norm and rotation, and v, each [B, N, H, D].
 
-    Kernels lay them out as [B, H, N, D] in memory; here v is a part of what was given, where order is None.
-    order [N], in int32 or int64: position p of all three has token order[p], which is turned by that token's cos and
-    sin. It has to be a permutation (see `ops.sparse.tile_order`).
+    Kernels write them as [B, H, N, D] in memory; here, without an order, v is a view of qkv.
+    order [N], a permutation in int32 or int64 (see `sparse.tile_order`): position p of all three has token order[p],
+    rotated by that token's cos and sin.
     """
     q, k, v = qkv.chunk(3, -1)
     q, k = rms_norm_rope(q, weight_q, cos, sin, eps), rms_norm_rope(k, weight_k, cos, sin, eps)
@@ -168,7 +168,7 @@ def _groups(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _add_product(a: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """a + x * y: in one pass, or in the two whose gradients are cheaper."""
+    """a + x * y in one pass; under autograd in two, whose gradients are cheaper."""
     return a + x * y if torch.is_grad_enabled() else torch.addcmul(a, x, y)
 
 
@@ -181,7 +181,7 @@ def _shapes(*tensors: Tensor) -> str:
     return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
 
 
-# What models call under these names has its meaning in files of its own.
+# Operations that are defined in a file of their own.
 attention = attentions.reference
 to_rgb = rgb.reference
 solver_step = stepping.solver_step

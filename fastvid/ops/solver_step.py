@@ -4,25 +4,18 @@
     x0    = x - sigma * v
     out_o = sum_j weights[o, j] * in_j,   in = (x, x0, *history)
 
-Shapes: B batch, C channels, T columns (latent frames), h/w latent height and width; O outputs with weights of their
-own. A column that does not move comes out as it went in, bit for bit, and so does its history.
+Shapes: B batch, C channels, T columns (latent frames), h/w latent height and width; O outputs that have weights. A
+column that does not move is returned bit for bit, and so is its history.
 
-What is a solver's history, and what comes out; weights are those of the formulas in `fastvid.sampling.solvers`:
+Each solver's history and outputs; the weights are those of the formulas in `fastvid.sampling.solvers`:
 
     euler   ()                          [x, x0]                       weights [1, 2, T]: `euler_weights`
     dpm++   (previous x0,)              [x, x0]                       weights [1, 3, T]: `dpmpp_weights`
     unipc   (previous x0, the one       [x, x0, previous x0, start]   weights [2, 5, T]: `unipc_weights`
             before, start of last step)
 
-Behind a solver's step of today, whose state it makes (order and sigmas stay on the CPU as they are):
-
-    moves = sigma_next != sigma
-    weights = unipc_weights(sigma, sigma_next, carry, before, to_older, to_newer, stepped)   # float64 [T] each
-    x, *kept = ops.solver_step(x, cond, uncond, scale, sigma, moves, weights, (*state.x0s, state.x))
-    state = replace(state, x0s=tuple(kept[:2]), x=kept[2], ...)
-
-The denoiser hands over its velocities instead of x0. Whole columns that are known stand at level 0 and do not move; for
-places that are known within a column (`guidance.known`) x0 has to be made eagerly, as now.
+It takes velocities, not x0. Columns that are known as a whole have level 0 and do not move; where only places within a
+column are known (`guidance.known`), x0 is computed eagerly instead.
 """
 
 from __future__ import annotations
@@ -33,8 +26,8 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Tensors of history -> for each output the number of the input that it takes over where a column rests. Euler, which
-# has no history, gives x0 there too.
+# Tensors of history -> for each output the number of the input that it copies where a column rests. Euler, which has no
+# history, returns x0 there too.
 KEPT: Mapping[int, tuple[int, ...]] = {0: (0, 1), 1: (0, 2), 3: (0, 2, 3, 4)}
 
 
@@ -51,8 +44,8 @@ def solver_step(
     """The outputs of a step, each [B, C, T, h, w] of x's type; see above.
 
     x and history: of one type; cond, uncond: velocities of any type; all [B, C, T, h, w]. sigma float64 [T],
-    moves bool [T] and weights float64 [O, 2 + len(history), T] are on the CPU; weights of resting columns have no say.
-    An input whose weight is 0 has none either, whatever it holds.
+    moves bool [T] and weights float64 [O, 2 + len(history), T] are on the CPU. The weights of resting columns
+    are ignored, and so is an input whose weight is 0, even if it is not finite.
     """
     _empty(x, cond, uncond, guidance_scale, sigma, moves, weights, history)
     exact = x.dtype if x.dtype == torch.float64 else torch.float32

@@ -1,8 +1,8 @@
-"""Which tiles of keys every tile of queries attends to, on a video's grid of tokens (t, h, w).
+"""Block-sparse attention: which tiles of keys every tile of queries attends to, on a video's grid of tokens (t, h, w).
 
-A tile is a box of tokens, cut off at the grid's far ends; `tile_order` sorts a video's tokens so that those of a tile
-follow one another. Every pattern is a pure function that gives `Blocks`, sorted lists of tiles, which hold for all
-heads, or for each head of each sample (`top_k`).
+A tile is a box of tokens, smaller at the grid's far ends. `tile_order` sorts a video's tokens tile by tile. Every
+pattern is a pure function that returns `Blocks`: sorted lists of tiles, for all heads, or for each head of each sample
+(`top_k`). `attention(..., blocks=...)` runs them. No model asks for it yet.
 
     full     all of them
     window   a box of tiles around each (sliding tile attention)
@@ -170,11 +170,11 @@ def top_k(q: Tensor, k: Tensor, tiles: Tensor, largest: int, count: int) -> Bloc
     return Blocks(tiles, tiles, rows, best.flatten().int(), (largest, largest))
 
 
-# What blocks say
+# Properties
 
 
 def share(blocks: Blocks) -> float:
-    """The share of all pairs of tokens that are kept, 0 to 1: the share of the full attention's time that is left."""
+    """The share of all pairs of tokens that is computed, 0 to 1."""
     queries, keys = (tiles.diff().double() for tiles in (blocks.query_tiles, blocks.key_tiles))
     kept = queries.repeat(blocks.lists).repeat_interleave(blocks.rows.diff()) * keys[blocks.indices.long()]
     return (kept.sum() / (queries.sum() * keys.sum() * blocks.lists)).item()
@@ -197,39 +197,35 @@ def token_mask(blocks: Blocks) -> Tensor:
     return mask
 
 
-# Parts of blocks
+# Selections
 
 
 def heads_of(blocks: Blocks, heads: int, first: int, last: int) -> Blocks:
-    """Those of some of all heads, first to last; of each sample, if there are lists for each."""
+    """The lists of heads first to last, out of `heads`; of each sample, if each has its own."""
     if blocks.lists == 1:
         return blocks
     kept = (torch.arange(blocks.lists, device=blocks.rows.device) % heads).unsqueeze(1)
     kept = ((kept >= first) & (kept < last)).expand(-1, blocks.query_tiles.numel() - 1).flatten()
-    return _some(blocks, kept, torch.ones(blocks.key_tiles.numel() - 1, dtype=torch.bool, device=kept.device))
+    return _select(blocks, kept, torch.ones(blocks.key_tiles.numel() - 1, dtype=torch.bool, device=kept.device))
 
 
 def tiles_of(blocks: Blocks, queries: slice, keys: slice) -> Blocks:
-    """What some of the tokens attend to of some others, both from `start` to `stop` and counted from there. Raises
-    ValueError where a tile lies on both sides of an end."""
-    inside = []
+    """The part for some queries and some keys, each a slice of tokens, which are then counted from its start. Raises
+    ValueError where an end of a slice lies within a tile."""
+    inside, starts = [], []
     for tiles, tokens in ((blocks.query_tiles, queries), (blocks.key_tiles, keys)):
         for end in (tokens.start, tokens.stop):
             if not bool((tiles == end).any()):
                 near = int(tiles[(tiles - end).abs().argmin()])
                 raise ValueError(f"token {end} is no end of a tile, where shares have to be cut; the nearest is {near}")
         inside.append((tiles[:-1] >= tokens.start) & (tiles[1:] <= tokens.stop))
-    made = _some(blocks, inside[0].repeat(blocks.lists), inside[1])
-    tiles = (blocks.query_tiles, blocks.key_tiles)
-    ends = [
-        (tile[(tile >= tokens.start) & (tile <= tokens.stop)] - tokens.start).int()
-        for tile, tokens in zip(tiles, (queries, keys), strict=True)
-    ]
-    return replace(made, query_tiles=ends[0], key_tiles=ends[1])
+        starts.append((tiles[(tiles >= tokens.start) & (tiles <= tokens.stop)] - tokens.start).int())
+    selected = _select(blocks, inside[0].repeat(blocks.lists), inside[1])
+    return replace(selected, query_tiles=starts[0], key_tiles=starts[1])
 
 
-def _some(blocks: Blocks, rows: Tensor, keys: Tensor) -> Blocks:
-    """The rows and the tiles of keys that are True, the tiles counted anew; tiles are still where they were."""
+def _select(blocks: Blocks, rows: Tensor, keys: Tensor) -> Blocks:
+    """The rows and the tiles of keys that are True. Tiles are renumbered; their offsets stay those of all tokens."""
     lengths = blocks.rows.diff()
     wanted = rows.repeat_interleave(lengths) & keys[blocks.indices.long()]
     row = torch.arange(len(lengths), device=rows.device).repeat_interleave(lengths)
@@ -239,7 +235,7 @@ def _some(blocks: Blocks, rows: Tensor, keys: Tensor) -> Blocks:
     return replace(blocks, rows=starts, indices=number[blocks.indices.long()][wanted].int())
 
 
-# Parts of patterns
+# Helpers of the patterns
 
 
 def _lengths(size: int, tile: int) -> Tensor:

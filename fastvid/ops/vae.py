@@ -125,7 +125,7 @@ def _direct(
     add: bool,
     edges: tuple[int, int],
 ) -> Tensor:
-    """norm_silu_conv3d into `out`, or added to it, by stripes of rows: no normalised copy of the whole chunk."""
+    """norm_silu_conv3d into `out`, or added to it, by stripes of rows: no normalized copy of the whole chunk."""
     H = x.shape[3]
     rows = max(8, STRIPE * H // x.numel())
     kept = _empty(x, *x.shape[:2], 2, *x.shape[3:])

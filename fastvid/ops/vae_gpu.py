@@ -1,9 +1,9 @@
 """The VAEs' operations on kernels: Triton for all types, CUDA for 16-bit types on sm_90a. `vae.py` has their meaning.
 
-Each is one call of the two kernels of vae_kernels.py; `kernels` says whose. Results are channels-last, so a network that
-is bound to them is channels-last from its first layer on. Triton reads inputs of any strides without a copy (except a
-residual that is not channels-last). A weight is copied unless its memory is channels-last: `channels_last` lays out a
-module's. They take no gradient.
+Each calls the two kernels of vae_kernels.py; `kernels` says whose. Results are channels-last, so a network is
+channels-last from its first layer on. Triton reads inputs of any strides without a copy (except a residual
+that is not channels-last). A weight is copied unless its memory is channels-last: `channels_last` lays out a module's.
+There are no gradients.
 
 Shapes as in `vae.py`.
 """
@@ -93,7 +93,7 @@ def norm_silu_conv3d(
     *,
     kernels: Kernels = TRITON,
 ) -> tuple[Tensor, Tensor]:
-    """vae.norm_silu_conv3d: x is normalised as it is loaded, the residual is added to where it lies."""
+    """vae.norm_silu_conv3d: x is normalized as it is loaded, and the sum is written over the residual."""
     _check_normed("vae_norm_silu_conv3d", x, past, gamma, weight, bias, edges)
     size = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3] - sum(edges), x.shape[4])
     if residual is None:

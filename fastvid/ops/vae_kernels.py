@@ -4,8 +4,8 @@ They write into what the caller has allocated; vae_gpu.py makes the VAEs' operat
 falls back: what a kernel cannot take raises ValueError.
 
 Triton   any types and strides; it normalizes what it loads, with the statistics of its norm.
-CUDA     16-bit types on sm_90a. It takes normalized values: RMS norm and SiLU are a pass of their own (csrc/conv.cu says
-         why). Activations are read where they lie if their channels are contiguous. Others, and a number of channels
+CUDA     16-bit types on sm_90a. It takes normalized values: RMS norm and SiLU are a pass of their own (csrc/conv.cu
+         says why). Activations are read in place if their channels are contiguous. Others, and a number of channels
          that is not a multiple of 8 (the first layer of a network), are copied. Not verified on a GPU yet, so `auto`
          never takes it.
 
@@ -29,7 +29,7 @@ GROUP = 8  # channels, 16 bytes: the unit of TMA's strides
 
 @dataclass(frozen=True)
 class Kernels:
-    """What runs the operations below. on_load: the convolution normalises what it loads, with the statistics of `norm`;
+    """What runs the operations below. on_load: the convolution normalizes what it loads, with the statistics of `norm`;
     otherwise `norm(x, gamma, out, silu)` makes all of what it takes."""
 
     conv: Callable[..., None]
@@ -163,7 +163,7 @@ def conv_cuda(
     how = (history, pad, top, stride, stride_t, doubled, interleaved, add)
     call = call_of(x, past, weight, out, *how)
     read = [one for one in (x, past, weight, bias) if one is not None]
-    from fastvid import _C
+    from fastvid import _C  # type: ignore[attr-defined]
 
     stream = torch.cuda.current_stream(x.device)
     pointers = (x.data_ptr(), 0 if past is None else past.data_ptr(), weight.data_ptr(), bias.data_ptr())
@@ -184,7 +184,7 @@ def norm_cuda(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
     if x.numel() == 0:
         return
     x, gamma = x if x.stride(1) == 1 else x.contiguous(memory_format=LAST), gamma.contiguous()
-    from fastvid import _C
+    from fastvid import _C  # type: ignore[attr-defined]
 
     B, C, T, H, W = x.shape
     layout = ((B, T, H, W), C, _strides(x), _strides(out), silu)
@@ -212,7 +212,8 @@ def _check(op: str, x: Tensor, *others: Tensor) -> None:
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
     """Of B, T, H and W."""
-    return (x.stride(0), *x.stride()[2:])
+    b, _, t, h, w = x.stride()
+    return b, t, h, w
 
 
 def _dtype(x: Tensor) -> str:
