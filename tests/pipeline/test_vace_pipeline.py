@@ -197,7 +197,7 @@ class TestWhatTheModelSees:
         np.save(tmp_path / "clip.npy", video)
         for name in ("clip/", "mask/"):
             with FrameSink(f"{tmp_path}/{name}", width=WIDTH, height=HEIGHT, fps=8, recipe={}) as sink:
-                sink.write_vace(video if name == "clip/" else np.stack([mask] * 3, -1))
+                sink.write(video if name == "clip/" else np.stack([mask] * 3, -1))
                 sink.close()
         wanted = lay_out(pipe, video=video, mask=mask)
         shown = fastvid.Video(video, 8, 0, None, {})
