@@ -134,6 +134,7 @@ def host_call(**changed: Any) -> ctypes.Array:
     return words(given | changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "doubled", "interleaved"])
 def test_every_value_is_stored_once(form: str) -> None:
     """All the offsets of a launch, of all blocks: each of the result's once, and no other."""

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from compiled_host import CXX, ROOT, compile_host
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler is found")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CXX is None, reason="no C++ compiler is found")]
 
 # Tiles in shared memory, in values of 16 bits, and in bytes Swizzle<3,4,3>: (row, column) of rows along K...
 ALONG_K = {
