@@ -269,7 +269,7 @@ def _logged(flags: argparse.Namespace) -> Iterator[None]:
     if name is None:
         yield
         return
-    level = one_of(LEVELS)("FASTVID_LOG", name.lower())
+    level = one_of(LEVELS)(f"{env.PREFIX}LOG", name.lower())
     logger, handler = logging.getLogger("fastvid"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     before = logger.level

@@ -397,3 +397,33 @@ def test_arguments_are_what_was_given() -> None:
     assert request.arguments() == {"prompt": "a", "width": 64, "height": 80, "seed": 3}
     assert Request.make(**request.arguments()) == request
     assert replace(request, seed=4) != request
+
+
+def test_an_area_may_be_a_number_in_words_and_a_verb_has_a_nearest() -> None:
+    assert resolved(budget="65536").width == resolved(budget=65536).width == 256
+    with pytest.raises(InvalidRequest, match="no verb 'finalise'; the nearest is finalize"):
+        Request.make("finalise", prompt="a")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"checkpoint": 3}, "checkpoint=3: give the name of a folder"),
+        ({"checkpoint": "job", "checkpoint_every": -1}, "checkpoint_every=-1"),
+        ({"checkpoint_every": 1}, "checkpoint_every says how checkpoints are written; give checkpoint= too"),
+        ({"checkpoint": "job", "keep_checkpoint": 1}, "keep_checkpoint=1: allowed is True or False"),
+        ({"prompt_model": "m"}, "prompt_model is given without expand_prompt"),
+        ({"expand_prompt": "yes"}, "expand_prompt='yes': allowed is True or False"),
+    ],
+)
+def test_how_a_request_runs_is_checked_with_it(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        Request.make(prompt="a", **options)
+
+
+def test_how_a_request_runs_says_nothing_about_the_video() -> None:
+    request = Request.make(prompt="a", seed=1, checkpoint="job", checkpoint_every=0, expand_prompt=True)
+    assert request.video_arguments() == {"prompt": "a", "seed": 1}
+    assert request.checkpoint_options() == {"checkpoint": "job", "checkpoint_every": 0.0}
+    assert request.arguments() == {"prompt": "a", "seed": 1, "expand_prompt": True} | request.checkpoint_options()
+    assert not set(request.arguments()) & set(request.resolve(Recipe()).to_recipe()) - {"prompt", "seed"}
