@@ -37,7 +37,7 @@ KILLED, STOPPED = 2.0, 10.0  # seconds in which it is seen
 PROGRAM = """
 import fastvid, sys
 pipe = fastvid.load("embedded", device="cpu", parallel=int(sys.argv[1]))
-print(*(worker.pid for worker in pipe._workers._team.workers), flush=True)
+print(*(worker.pid for worker in pipe._team.group.workers), flush=True)
 while True:
     pipe.generate(sys.argv[2], num_frames=33, num_inference_steps=20)
 """
@@ -58,7 +58,7 @@ def shared_memory() -> set[str]:
 
 def strike(pipe: Any, number: signal.Signals, latest: float) -> float:
     """Signals a random rank at a random time while requests run; seconds until the error came."""
-    pids = {worker.rank: worker.pid for worker in pipe._workers._team.workers}
+    pids = {worker.rank: worker.pid for worker in pipe._team.group.workers}
     victim, sent = random.choice(list(pids)), []
 
     def fire() -> None:

@@ -1,13 +1,14 @@
-"""Many requests on many machines: a pool of pipelines on Ray, each on its own GPUs, and a line of jobs before them.
+"""Many requests on many machines: a pool of pipelines on Ray, each on its own GPUs, behind one queue of jobs.
 
     with Pool("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", groups=4, parallel=2, folder="/shared/jobs") as pool:
         jobs = [pool.submit(prompt=prompt) for prompt in prompts]
         videos = [job.result() for job in jobs]
 
-A group is a Ray actor that holds one pipeline (`fastvid.load`, with `parallel` ranks of its own). A job waits until one
-is free; when as many wait as may, `submit` waits too, or says so. If a group's process dies, or a rank of it, the job
-goes on from its last checkpoint on the next free group, which may be another machine where `folder` is on a disk that
-all see; the video is what it would have been. What is handed to Ray is JSON and bytes (`fastvid.workers.messages`).
+A group is a Ray actor that holds one pipeline (`fastvid.load`, with `parallel` ranks of its own). A job waits in the
+queue until a group is free; when the queue is full, `submit` waits too, or raises PoolFull. If a group's process or one
+of its ranks dies, the job goes on from its last checkpoint on the next free group, which may be on another machine if
+`folder` is on a shared disk. The video is the same as without the failure. Ray gets JSON and bytes
+(`fastvid.workers.messages`), no pickled values.
 
 Ray comes with the extra: pip install fastvid[ray].
 """
@@ -22,6 +23,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -35,50 +37,61 @@ from fastvid.media.video import Video
 from fastvid.requests.arguments import documented
 from fastvid.requests.options import AnyOptions
 from fastvid.requests.request import DATA, Request
-from fastvid.workers import messages
-from fastvid.workers.team import error_of
+from fastvid.workers.channel import Message
+from fastvid.workers.messages import pack, pack_error, unpack, unpack_error
 
-WAITING_EACH = 2  # jobs that wait for each group, unless it is said
+WAITING_PER_GROUP = 2
 GROUPS, WAITING, RETRIES = checks.whole(1, 4096), checks.whole(1, 1 << 20), checks.whole(0, 100)
 
 
+Packed = tuple[dict[str, Any], bytes]
+"""What goes through Ray: the header and the payload of a message."""
+
+
+def _plain(values: dict[str, Any]) -> Packed:
+    message = pack(values)
+    return message.header, message.payload
+
+
 class Group:
-    """What an actor holds: a pipeline, and the jobs that run on it. Everything in and out is JSON and bytes."""
+    """The Ray actor: a pipeline, and the jobs that run on it. All arguments and results are JSON and bytes."""
 
     def __init__(self, model: str, header: dict[str, Any], payload: bytes) -> None:
         from fastvid.api import load
 
-        self._failed: dict[str, str] | None = None
-        try:
-            self._pipe = load(model, **messages.unpack(messages.Message(header, payload)))
-        except Exception as error:  # told by `ready`: Ray would make another error of it
-            self._failed = {"kind": type(error).__name__, "text": str(error)}
+        self._load_error: dict[str, str] | None = None
         self._streams: dict[str, Any] = {}
         self._steps: dict[str, tuple[int, int]] = {}
         self._cancelled: set[str] = set()
+        try:
+            self._pipe = load(model, **unpack(Message(header, payload)))
+        except Exception as error:  # returned by `ready`: Ray would wrap it in an error of its own
+            self._load_error = pack_error(error)
 
     def ready(self) -> tuple[int, dict[str, str] | None]:
-        """The process it is in, once the model is loaded, or the error that loading has raised."""
-        return os.getpid(), self._failed
+        """The process id, once the model is loaded, and the error if it could not be."""
+        return os.getpid(), self._load_error
 
-    def run(self, job: str, folder: str, header: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
-        """A job to its end, from its checkpoint if there is one: the video, or the error, or what this group lacks."""
-        if self._failed:  # one that was started again: the pool sees to it
-            return tuple(messages.pack({"lacks": f"{self._failed['kind']}: {self._failed['text']}"}))
+    def run(self, job: str, folder: str, header: dict[str, Any], payload: bytes) -> Packed:
+        """Run a job to its end, from its checkpoint if there is one. Returns its "video", or its "error", or why to
+        "retry" it, perhaps on another group that has to "replace" this one."""
         try:
-            values = messages.unpack(messages.Message(header, payload))
-            made = messages.pack({"made": self._run(job, folder, values["verb"], values["options"])})
+            if self._load_error:
+                reason = "{kind}: {text}".format(**self._load_error)
+                text = f"a group that was started again could not load the model: {reason}"
+                return _plain({"retry": text, "replace": True})
+            return _plain({"video": self._run(job, folder, **unpack(Message(header, payload)))})
+        except WorkerFailed as error:
+            return _plain({"retry": str(error)})
         except Exception as error:
-            made = messages.pack({"error": {"kind": type(error).__name__, "text": str(error)}})
+            return _plain({"error": pack_error(error)})
         finally:
-            for held in (self._streams, self._steps):
-                held.pop(job, None)
+            self._streams.pop(job, None)
+            self._steps.pop(job, None)
             self._cancelled.discard(job)
-        return tuple(made)
 
     def _run(self, job: str, folder: str, verb: str, options: dict[str, Any]) -> Video:
-        stream = self._open(folder, verb, options)
-        self._streams[job] = stream
+        self._streams[job] = stream = self._open(folder, verb, options)
         if job in self._cancelled:
             stream.cancel()
         frames = []
@@ -88,82 +101,84 @@ class Group:
                     frames.append(event.frames)
                 elif isinstance(event, Step):
                     self._steps[job] = event.step, event.total
-                elif isinstance(event, Finished):
-                    finished = event
-        return Video(np.concatenate(frames), finished.fps, finished.seed, finished.latents, finished.recipe)
+        assert isinstance(event, Finished), "everything else raises"
+        return Video(np.concatenate(frames), event.fps, event.seed, event.latents, event.recipe)
 
     def _open(self, folder: str, verb: str, options: dict[str, Any]) -> Any:
         if Path(folder, "request.json").exists():
-            given = {name: options[name] for name in DATA if options.get(name) is not None}
-            with contextlib.suppress(CheckpointError):  # damaged: it is made anew
-                return self._pipe.resume(folder, **given)
+            data = {name: options[name] for name in DATA if options.get(name) is not None}
+            with contextlib.suppress(CheckpointError):  # a damaged one: start again
+                return self._pipe.resume(folder, **data)
         shutil.rmtree(folder, ignore_errors=True)
         return self._pipe.stream(verb=verb, **options, checkpoint=folder)
 
     def steps(self, job: str) -> tuple[int, int]:
-        """How far a job is: steps done, and in all; (0, 0) before the first."""
+        """See Job.steps."""
         return self._steps.get(job, (0, 0))
 
     def cancel(self, job: str) -> None:
-        """Ends it before its next step."""
+        """Stop a job before its next step."""
         self._cancelled.add(job)
         if job in self._streams:
             self._streams[job].cancel()
 
 
 class Job:
-    """A request in the pool. attempts: how often it was begun."""
+    """A request in the pool. attempts: how often it was started."""
 
     def __init__(self, pool: Pool, verb: str, options: dict[str, Any]) -> None:
         self.name, self.verb, self.options, self.attempts = secrets.token_hex(8), verb, options, 0
-        self.message = messages.pack({"verb": verb, "options": options})
+        self.message = _plain({"verb": verb, "options": options})
         self.group: Any = None
-        self._pool, self._done, self._made, self._error = pool, threading.Event(), None, None
         self.cancelled = False
+        self._pool, self._future = pool, Future[Video]()
 
     def result(self, timeout: float | None = None) -> Video:
         """The video, when it is done. Raises what the request raised; WorkerFailed if its groups died too often;
         TimeoutError after so many seconds."""
-        if not self._done.wait(timeout):
-            raise TimeoutError(f"the job was not done in {timeout:g} seconds; it goes on")
-        if self._error is not None:
-            raise self._error
-        return self._made
+        try:
+            return self._future.result(timeout)
+        except TimeoutError:
+            if self._future.done():
+                raise
+            raise TimeoutError(f"the job was not done in {timeout:g} seconds; it goes on") from None
 
     def done(self) -> bool:
         """Whether there is a result, or an error."""
-        return self._done.is_set()
+        return self._future.done()
 
     def steps(self) -> tuple[int, int]:
         """Steps done, and in all; (0, 0) while it waits."""
-        group = self.group
+        ray, group = _ray(), self.group
         if group is None:
             return (0, 0)
-        ray = _ray()
         try:
-            return tuple(ray.get(group.steps.remote(self.name), timeout=5))
-        except Exception:  # it died a moment ago: whoever runs the job sees why
+            done, total = ray.get(group.steps.remote(self.name), timeout=5)
+        except Exception:  # the group died a moment ago, which the thread that runs the job reports
             return (0, 0)
+        return done, total
 
     def cancel(self) -> None:
-        """Ends it: at once while it waits, else before its next step. `result` then raises Cancelled."""
+        """Stop it: at once while it waits, else before its next step. `result` then raises Cancelled."""
         self.cancelled = True
-        self._pool._drop(self)
+        self._pool._remove(self)
         if (group := self.group) is not None:
             group.cancel.remote(self.name)
 
-    def _end(self, made: Video | None, error: BaseException | None = None) -> None:
-        self._made, self._error = made, error
-        self._done.set()
+    def _finish(self, result: Video | BaseException) -> None:
+        if isinstance(result, BaseException):
+            self._future.set_exception(result)
+        else:
+            self._future.set_result(result)
 
 
 class Pool:
-    """Groups, and the line before them. A context; `close` ends both.
+    """Groups, and the queue of jobs for them. A context; `close` ends both.
 
     model, options: as `fastvid.load` takes them. groups: pipelines; parallel: ranks of each. waiting: jobs that may
-    wait (default: two for each group). retries: how often a job is begun again after its group has died. folder: for
-    checkpoints, on a disk that all machines see where there are several; a temporary one if it is left out. cpus: that
-    Ray sets aside for a group; gpus: the same, by default one for each rank if Ray knows of any.
+    wait (default: two for each group). retries: how often a job is started again after its group has died. folder: for
+    checkpoints, on a shared disk where there are several machines; a temporary one if it is left out. cpus: that Ray
+    sets aside for a group; gpus: the same, by default one for each rank if Ray knows of any.
 
     Uses the Ray cluster that the program is connected to, or starts a local one.
     """
@@ -182,21 +197,21 @@ class Pool:
         **options: Any,
     ) -> None:
         self.groups, self.retries = GROUPS("groups", groups), RETRIES("retries", retries)
-        self.waiting = WAITING("waiting", WAITING_EACH * groups if waiting is None else waiting)
+        self.waiting = WAITING("waiting", WAITING_PER_GROUP * self.groups if waiting is None else waiting)
         ranks = parse_parallel(parallel).ranks or 1
-        ray = _ray()
-        if not ray.is_initialized():
-            with _no_reports():
-                local = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
-                ray.init(**local, log_to_driver=False, configure_logging=False)
-        gpus = (ranks if ray.cluster_resources().get("GPU") else 0) if gpus is None else gpus
-        self._own = None if folder else tempfile.TemporaryDirectory(prefix="fastvid-jobs-")
-        self._folder = Path(folder or self._own.name)
+        message = _plain({**options, **({"parallel": parallel} if parallel != 1 else {})})
+        ray = _connected_ray()
+        if gpus is None:
+            gpus = ranks if ray.cluster_resources().get("GPU") else 0
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="fastvid-jobs-")
+            folder = self._temporary.name
+        self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        load = messages.pack({**options, **({"parallel": parallel} if parallel != 1 else {})})
         actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_concurrency=8)(Group)
-        self._start = lambda: actor.remote(model, *load)
-        self._line: collections.deque[Job] = collections.deque()
+        self._start = lambda: actor.remote(model, *message)
+        self._queue: collections.deque[Job] = collections.deque()
         self._change, self._closed = threading.Condition(), False
         self._actors: list[Any] = [self._start() for _ in range(self.groups)]
         self._wait_for_models()
@@ -210,13 +225,13 @@ class Pool:
     def _wait_for_models(self) -> None:
         ray = _ray()
         try:
-            failed = [failed for _, failed in ray.get([actor.ready.remote() for actor in self._actors]) if failed]
+            errors = [error for _, error in ray.get([actor.ready.remote() for actor in self._actors]) if error]
         except ray.exceptions.RayError as error:
             self._kill()
             raise Error(f"a group's process ended while it loaded the model: {error}") from None
-        if failed:
+        if errors:
             self._kill()
-            raise error_of(failed[0])
+            raise unpack_error(errors[0])
 
     @documented
     def submit(
@@ -228,40 +243,41 @@ class Pool:
         timeout: float | None = None,
         **options: Unpack[AnyOptions],
     ) -> Job:
-        """Put a request in line: any verb of a pipeline, with its options.
+        """Put a request in the queue: any verb of a pipeline, with its options. The queue keeps a checkpoint itself.
 
-        wait: until there is room in the line, at most `timeout` seconds; False: not at all. Raises PoolFull if there is
-        none, InvalidRequest for what no request can be.
+        wait: until there is room in the queue, at most `timeout` seconds; False: not at all. Raises PoolFull if there
+        is none, InvalidRequest for what no request can be.
         """
-        if Request.make(verb, prompt=prompt, **options).checkpoint is not None:
+        arguments: dict[str, Any] = {"prompt": prompt, **options}
+        if Request.make(verb, **arguments).checkpoint is not None:
             raise InvalidRequest("checkpoint: a pool keeps one for every job; leave it out")
-        if options.get("seed") is None:  # begun again, it is the same video
-            options["seed"] = secrets.randbelow(2**32)
-        job = Job(self, verb, {"prompt": prompt, **options})
+        if arguments.get("seed") is None:  # the same one for every attempt
+            arguments["seed"] = secrets.randbelow(2**32)
+        job = Job(self, verb, arguments)
         with self._change:
-            room = self._change.wait_for(lambda: self._closed or len(self._line) < self.waiting, timeout if wait else 0)
+            self._change.wait_for(lambda: self._closed or len(self._queue) < self.waiting, timeout if wait else 0)
             if self._closed:
                 raise Error("this pool was closed; make a new one")
-            if not room:
-                raise PoolFull(f"{len(self._line)} jobs wait already; wait for one, or allow more with waiting=")
-            self._line.append(job)
+            if len(self._queue) >= self.waiting:
+                raise PoolFull(f"{len(self._queue)} jobs wait already; wait for one, or allow more with waiting=")
+            self._queue.append(job)
             self._change.notify_all()
         return job
 
     def close(self) -> None:
-        """Ends all groups. Jobs that are not done raise Cancelled."""
+        """End all groups. Jobs that are not done raise Cancelled."""
         with self._change:
             self._closed = True
-            left = list(self._line)
-            self._line.clear()
+            waiting = list(self._queue)
+            self._queue.clear()
             self._change.notify_all()
-        for job in left:
-            job._end(None, Cancelled("the pool was closed"))
+        for job in waiting:
+            job._finish(Cancelled("the pool was closed"))
         self._kill()
         for thread in self._threads:
             thread.join()
-        if self._own is not None:
-            self._own.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def __enter__(self) -> Pool:
         return self
@@ -269,79 +285,72 @@ class Pool:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    # ------------------------------------------------------------ a thread a group
+    # ------------------------------------------------------------ one thread for each group
 
     def _serve(self, number: int) -> None:
-        while (job := self._next()) is not None:
+        while (job := self._next_job()) is not None:
             try:
-                self._work(number, job)
-            except BaseException as error:  # nobody waits for ever
-                job._end(None, error)
+                self._run(number, job)
+            except BaseException as error:  # nobody may wait for ever
+                job._finish(error)
 
-    def _next(self) -> Job | None:
+    def _next_job(self) -> Job | None:
         with self._change:
-            self._change.wait_for(lambda: self._closed or self._line)
+            self._change.wait_for(lambda: self._closed or self._queue)
             if self._closed:
                 return None
-            job = self._line.popleft()
+            job = self._queue.popleft()
             self._change.notify_all()
             return job
 
-    def _work(self, number: int, job: Job) -> None:
-        ray = _ray()
+    def _run(self, number: int, job: Job) -> None:
+        ray, folder = _ray(), str(self._folder / f"{job.name}.ckpt")
         job.attempts += 1
         job.group = actor = self._actors[number]
-        folder = str(self._folder / f"{job.name}.ckpt")
         try:
-            header, payload = ray.get(actor.run.remote(job.name, folder, *job.message))
-            told = messages.unpack(messages.Message(header, payload))
-            if "made" in told:
-                job._end(told["made"])
-                return
-            if "lacks" in told:
-                error = WorkerFailed(
-                    -1, -1, f"a group that was started again could not load the model: {told['lacks']}"
-                )
-                self._replace(number)
-            elif told["error"]["kind"] == "WorkerFailed":
-                error = WorkerFailed(-1, -1, told["error"]["text"])
-            else:
-                error = error_of(told["error"])
-        except ray.exceptions.RayError as gone:  # killed, out of memory, or its machine is gone
-            error = WorkerFailed(-1, -1, f"the group's process ended: {' '.join(str(gone).split()):.300}")
-            self._replace(number)
+            answer = unpack(Message(*ray.get(actor.run.remote(job.name, folder, *job.message))))
+        except ray.exceptions.RayError as error:  # killed, out of memory, or its machine is gone
+            text = f"the group's process ended: {' '.join(str(error).split()):.300}"
+            answer = {"retry": text, "replace": True}
         finally:
             job.group = None
-        self._again(job, error, folder)
+        if "replace" in answer:
+            self._replace(number)
+        if "video" in answer:
+            job._finish(answer["video"])
+        elif (result := self._retry_or_error(job, answer)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            job._finish(result)
 
     def _replace(self, number: int) -> None:
-        """A new group for one that is gone or of no use."""
+        """A new group for one that is dead or has no model."""
         _ray().kill(self._actors[number])
         with self._change:
             if not self._closed:
                 self._actors[number] = self._start()
 
-    def _again(self, job: Job, error: Exception, folder: str) -> None:
-        """Back to the head of the line if its group died, and it may; else it is over."""
+    def _retry_or_error(self, job: Job, answer: dict[str, Any]) -> Exception | None:
+        """Put a job whose group died back to the head of the queue, if it may be started again; else its error."""
         with self._change:
             if self._closed:
-                error = Cancelled("the pool was closed")
-            elif isinstance(error, WorkerFailed) and job.attempts <= self.retries and not job.cancelled:
-                self._line.appendleft(job)
-                self._change.notify_all()
-                return
-        if isinstance(error, WorkerFailed):
-            error = WorkerFailed(error.rank, error.pid, f"{error.cause}; it was begun {job.attempts} times")
-        shutil.rmtree(folder, ignore_errors=True)
-        job._end(None, Cancelled("the job was cancelled") if job.cancelled else error)
-
-    def _drop(self, job: Job) -> None:
-        with self._change:
-            if job not in self._line:
-                return
-            self._line.remove(job)
+                return Cancelled("the pool was closed")
+            if job.cancelled:
+                return Cancelled("the job was cancelled")
+            if "error" in answer:
+                return unpack_error(answer["error"])
+            if job.attempts > self.retries:
+                return WorkerFailed(-1, -1, f"{answer['retry']}; it was begun {job.attempts} times")
+            self._queue.appendleft(job)
             self._change.notify_all()
-        job._end(None, Cancelled("the job was cancelled"))
+            return None
+
+    def _remove(self, job: Job) -> None:
+        with self._change:
+            if job not in self._queue:
+                return
+            self._queue.remove(job)
+            self._change.notify_all()
+        job._finish(Cancelled("the job was cancelled"))
 
     def _kill(self) -> None:
         ray = _ray()
@@ -349,16 +358,26 @@ class Pool:
             ray.kill(actor)
 
 
+def _connected_ray() -> Any:
+    """Ray, on the cluster that the program is connected to, or on a local one."""
+    ray = _ray()
+    if not ray.is_initialized():
+        with _no_usage_reports():
+            local = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+            ray.init(**local, log_to_driver=False, configure_logging=False)
+    return ray
+
+
 @contextlib.contextmanager
-def _no_reports() -> Iterator[None]:
-    """A cluster that is started meanwhile tells nobody how it is used, unless the program has said that it may."""
+def _no_usage_reports() -> Iterator[None]:
+    """A cluster that is started meanwhile reports no usage statistics, unless the program allows it."""
     name = "RAY_USAGE_STATS_ENABLED"
-    said = os.environ.get(name)
+    before = os.environ.get(name)
     os.environ.setdefault(name, "0")
     try:
         yield
     finally:
-        if said is None:
+        if before is None:
             os.environ.pop(name, None)
 
 

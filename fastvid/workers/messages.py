@@ -1,72 +1,32 @@
-"""What goes between a program and its workers: messages of JSON and safetensors over pipes or sockets. No pickle: what
-a message can hold is what is listed here, and nothing in it is executed.
+"""What can be sent to a worker and back: values as JSON and safetensors, errors by the name of their class.
 
-A message is two lengths (8 bytes each, little-endian), a JSON object, and a safetensors file that may be empty. In the
-JSON, {"$": kind, ...} stands for what JSON has no word for.
+No pickle: a message holds only the kinds of values that are listed here, and nothing in it is executed. In the JSON,
+{"$": kind, ...} stands for a value that JSON has no type for.
 """
 
 from __future__ import annotations
 
 import builtins
 import dataclasses
-import json
 import os
-import struct
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 from fastvid import errors
 from fastvid.errors import Error, InvalidRequest
+from fastvid.workers.channel import Message
 
-LENGTHS = struct.Struct("<QQ")
-MOST = 1 << 42  # bytes: more is no message
-BEAT = "beat"
-ARGUMENTS = ("options",)  # what is in these has names of its own
+HEARTBEAT = "heartbeat"
+ARGUMENTS = ("options",)  # errors name what is in these by its own name
 
-
-class Message(NamedTuple):
-    """An object, and the bytes of a safetensors file that it refers to."""
-
-    header: dict[str, Any]
-    payload: bytes = b""
-
-
-class Closed(Error):
-    """The other end is gone."""
-
-
-def send(stream: BinaryIO, message: Message) -> None:
-    """Raises OSError or ValueError where nobody reads any more."""
-    head = json.dumps(message.header).encode()
-    stream.write(LENGTHS.pack(len(head), len(message.payload)) + head)
-    if message.payload:
-        stream.write(message.payload)
-    stream.flush()
-
-
-def receive(stream: BinaryIO, most: int = MOST) -> Message:
-    """The next one. Raises Closed at the end of the stream, where it breaks off, or for more than `most` bytes."""
-    head, payload = LENGTHS.unpack(_exactly(stream, LENGTHS.size))
-    if max(head, payload) > most:
-        raise Closed(f"what came is no message: its lengths are {head} and {payload}")
-    return Message(json.loads(_exactly(stream, head)), _exactly(stream, payload))
-
-
-def _exactly(stream: BinaryIO, count: int) -> bytes:
-    data = bytearray()
-    while len(data) < count:
-        part = stream.read(min(count - len(data), 1 << 24))
-        if not part:
-            raise Closed("the other end is gone")
-        data += part
-    return bytes(data)
+Tensors = dict[str, Any]
 
 
 def pack(values: Mapping[str, Any]) -> Message:
-    """A message that holds these values. Raises InvalidRequest, with the name of the one, for what none can hold."""
-    tensors: dict[str, Any] = {}
+    """A message of these values. Raises InvalidRequest, which names the value that cannot be sent."""
+    tensors: Tensors = {}
     header = {name: _encode(name, value, tensors) for name, value in values.items()}
     return Message(header, _save(tensors) if tensors else b"")
 
@@ -77,11 +37,16 @@ def unpack(message: Message) -> dict[str, Any]:
     return {name: _decode(value, tensors) for name, value in message.header.items()}
 
 
-def error_of(told: Mapping[str, str]) -> Exception:
-    """The error that a worker has raised: of the same class, where it is one of ours or of Python's own."""
-    kind, text = told["kind"], told["text"]
-    import torch  # its own error for memory that a device has not
+def pack_error(error: BaseException) -> dict[str, str]:
+    """An error as a value to send."""
+    return {"kind": type(error).__name__, "text": str(error)}
 
+
+def unpack_error(packed: Mapping[str, str]) -> Exception:
+    """The error of `pack_error`: of the same class if that is one of fastvid's, Python's or torch's."""
+    import torch  # for torch.OutOfMemoryError
+
+    kind, text = packed["kind"], packed["text"]
     for module in (errors, builtins, torch):
         found = getattr(module, kind, None)
         if isinstance(found, type) and issubclass(found, Exception) and found is not errors.WorkerFailed:
@@ -92,62 +57,66 @@ def error_of(told: Mapping[str, str]) -> Exception:
     return Error(f"{kind}: {text}")
 
 
-def _save(tensors: dict[str, Any]) -> bytes:
+def _save(tensors: Tensors) -> bytes:
     import safetensors.torch
 
     return safetensors.torch.save(tensors)
 
 
-def _load(payload: bytes) -> dict[str, Any]:
+def _load(payload: bytes) -> Tensors:
     import safetensors.torch
 
     return safetensors.torch.load(payload)
 
 
-# ---------------------------------------------------------------- values
+# ---------------------------------------------------------------- encode
 
 
-def _encode(name: str, value: Any, tensors: dict[str, Any]) -> Any:
+def _encode(name: str, value: Any, tensors: Tensors) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     kind = type(value).__name__
     if isinstance(value, os.PathLike):
-        return {"$": "path", "path": os.fspath(value)}
+        return {"$": "path", "of": os.fspath(value)}
     if isinstance(value, Fraction):
         return {"$": "fraction", "of": [value.numerator, value.denominator]}
     if isinstance(value, list | tuple):
-        inner = [_encode(f"{name}[{i}]", one, tensors) for i, one in enumerate(value)]
-        return inner if type(value) is list else {"$": "tuple", "of": inner}
+        items = [_encode(f"{name}[{i}]", item, tensors) for i, item in enumerate(value)]
+        return items if type(value) is list else {"$": "tuple", "of": items}
     if isinstance(value, Mapping):
-        names = {key: str(key) if name in ARGUMENTS else f"{name}[{key!r}]" for key in value}
-        items = [[_encode(name, key, tensors), _encode(names[key], one, tensors)] for key, one in value.items()]
-        plain = all(isinstance(key, str) for key in value) and "$" not in value
-        return dict(items) if plain else {"$": "dict", "of": items}
+        return _encode_mapping(name, value, tensors)
     if kind in _dataclasses():
         fields = dataclasses.fields(value)
         return {"$": kind, **{f.name: _encode(f.name, getattr(value, f.name), tensors) for f in fields}}
-    for convert in (_picture, _tensor, _clip):
-        if (made := convert(name, value, tensors)) is not None:
-            return made
+    for encode in (_encode_picture, _encode_tensor, _encode_clip):
+        if (encoded := encode(name, value, tensors)) is not None:
+            return encoded
     raise InvalidRequest(
         f"{name} is a {kind}, which cannot be handed to other processes; allowed are numbers, text, paths, arrays, "
         f"tensors, pictures, videos, and lists and dictionaries of them; the nearest is an array"
     )
 
 
-def _picture(name: str, value: Any, tensors: dict[str, Any]) -> Any:
-    """Pillow's, which stay such: what is seen through, and how colours are read, is for those who take them to say."""
+def _encode_mapping(name: str, value: Mapping[Any, Any], tensors: Tensors) -> Any:
+    names = {key: str(key) if name in ARGUMENTS else f"{name}[{key!r}]" for key in value}
+    items = [[_encode(names[key], part, tensors) for part in (key, item)] for key, item in value.items()]
+    plain = all(isinstance(key, str) for key in value) and "$" not in value
+    return dict(items) if plain else {"$": "dict", "of": items}
+
+
+def _encode_picture(name: str, value: Any, tensors: Tensors) -> Any:
+    """A Pillow image arrives as one: the receiver handles its transparency and colors."""
     if not hasattr(value, "getbands"):
         return None
     import numpy as np
 
-    seen_through = "A" in value.getbands() or "transparency" in value.info
-    pixels = np.asarray(value.convert("RGBA" if seen_through else "RGB"))
-    return {"$": "picture", "pixels": _tensor(name, pixels, tensors)}
+    transparent = "A" in value.getbands() or "transparency" in value.info
+    pixels = np.asarray(value.convert("RGBA" if transparent else "RGB"))
+    return {"$": "picture", "pixels": _encode_tensor(name, pixels, tensors)}
 
 
-def _tensor(name: str, value: Any, tensors: dict[str, Any]) -> Any:
-    """Arrays, what can be seen as one, and tensors."""
+def _encode_tensor(name: str, value: Any, tensors: Tensors) -> Any:
+    """Tensors, arrays, and what converts to an array."""
     import numpy as np
     import torch
 
@@ -157,62 +126,73 @@ def _tensor(name: str, value: Any, tensors: dict[str, Any]) -> Any:
         value = np.asarray(value)
     if not isinstance(value, np.ndarray | torch.Tensor):
         return None
-    key, array = f"{len(tensors)}", isinstance(value, np.ndarray)
-    try:
-        made = torch.from_numpy(np.array(value, copy=True)) if array else value.detach().to("cpu", copy=True)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"{name}: an array of {value.dtype} is given; numbers or bool are needed") from error
-    tensors[key] = made.contiguous()
-    return {"$": "array" if array else "tensor", "key": key}
+    key, kind = f"{len(tensors)}", "tensor"
+    if isinstance(value, np.ndarray):
+        kind = "array"
+        try:
+            value = torch.from_numpy(np.array(value, copy=True))
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"{name}: an array of {value.dtype} is given; numbers or bool are needed") from error
+    else:
+        value = value.detach().to("cpu", copy=True)
+    tensors[key] = value.contiguous()
+    return {"$": kind, "key": key}
 
 
-def _clip(name: str, value: Any, tensors: dict[str, Any]) -> Any:
-    """Clips that were opened: their frames, and how fast they go."""
+def _encode_clip(name: str, value: Any, tensors: Tensors) -> Any:
+    """An open clip is sent as its frames and frame rate."""
     if not (hasattr(value, "read") and hasattr(value, "num_frames") and hasattr(value, "fps")):
         return None
-    return {"$": "clip", "frames": _tensor(name, value.read(), tensors), "fps": _encode(name, value.fps, tensors)}
+    return {
+        "$": "clip",
+        "frames": _encode_tensor(name, value.read(), tensors),
+        "fps": _encode(name, value.fps, tensors),
+    }
 
 
-def _decode(value: Any, tensors: dict[str, Any]) -> Any:
+# ---------------------------------------------------------------- decode
+
+
+def _decode(value: Any, tensors: Tensors) -> Any:
     if isinstance(value, list):
-        return [_decode(one, tensors) for one in value]
+        return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    if "$" not in value:
-        return {name: _decode(one, tensors) for name, one in value.items()}
-    kind = value["$"]
-    inner = {name: _decode(one, tensors) for name, one in value.items() if name not in ("$", "key")}
-    simple: dict[str, Callable[[], Any]] = {
-        "path": lambda: Path(inner["path"]),
-        "fraction": lambda: Fraction(*inner["of"]),
-        "tuple": lambda: tuple(inner["of"]),
-        "dict": lambda: {_hashable(key): one for key, one in inner["of"]},
-        "tensor": lambda: tensors[value["key"]],
-        "array": lambda: tensors[value["key"]].numpy(),
-        "picture": lambda: _image(inner["pixels"]),
-        "clip": lambda: _moving(**inner),
-    }
-    return simple[kind]() if kind in simple else _dataclasses()[kind](**inner)
+    kind = value.get("$")
+    if kind == "tensor":
+        return tensors[value["key"]]
+    if kind == "array":
+        return tensors[value["key"]].numpy()
+    fields = {name: _decode(item, tensors) for name, item in value.items() if name != "$"}
+    if kind is None:
+        return fields
+    return DECODERS[kind](**fields) if kind in DECODERS else _dataclasses()[kind](**fields)
 
 
-def _hashable(key: Any) -> Any:
-    return tuple(key) if isinstance(key, list) else key
-
-
-def _image(pixels: Any) -> Any:
+def _decode_picture(pixels: Any) -> Any:
     from PIL import Image
 
     return Image.fromarray(pixels)
 
 
-def _moving(frames: Any, fps: Any) -> Any:
+def _decode_clip(frames: Any, fps: Any) -> Any:
     from fastvid.media.video import Video
 
     return frames if fps is None else Video(frames, float(fps), 0)
 
 
+DECODERS: Mapping[str, Callable[..., Any]] = {
+    "path": lambda of: Path(of),
+    "fraction": lambda of: Fraction(*of),
+    "tuple": lambda of: tuple(of),
+    "dict": lambda of: dict(of),
+    "picture": _decode_picture,
+    "clip": _decode_clip,
+}
+
+
 def _dataclasses() -> dict[str, type]:
-    """Those that may be sent, by name."""
+    """The dataclasses that may be sent, by name."""
     from fastvid.engine.events import Finished, Frames, Plan, Started, Step
     from fastvid.media.video import Video
 

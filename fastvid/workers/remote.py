@@ -1,15 +1,16 @@
-"""A pipeline whose ranks are other processes: the same verbs, streams and services, each event fetched from all ranks.
+"""A pipeline whose model is in other processes, the ranks: the same verbs, streams and services.
 
-Requests stand in line here as they do in one process (`fastvid.engine.queue`); workers do one thing after another. The
-program that holds such a pipeline loads no weights.
+Requests wait and take turns here, as they do in one process (`fastvid.engine.queue`); the ranks do one command after
+another, and each event is a command. The program that holds such a pipeline loads no weights.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,18 +21,20 @@ from fastvid.distributed.layout import Parallelism
 from fastvid.engine.events import Event, Started, Step
 from fastvid.engine.queue import RUNNING, Ticket
 from fastvid.engine.session import PromptChanges
-from fastvid.errors import Error, InvalidRequest, WorkerFailed
+from fastvid.errors import Error, InvalidRequest
 from fastvid.loaders.checkpoint import open_checkpoint
 from fastvid.pipeline.pipeline import Pipeline, Stream
 from fastvid.requests.request import Request
 from fastvid.workers import torchrun
-from fastvid.workers.team import Workers
+from fastvid.workers.group import WorkerGroup
+from fastvid.workers.team import Team
 
-# A step that takes longer than this counts as hung: far below what any device does, since a limit must never be met by
-# work. The first one of a request also reads texts and clips; on a GPU all of a shape's first request may compile and
-# tune kernels: the decoder's, say, come last.
-SLOWEST = {"cpu": 2e8, "cuda": 1e12}  # floating point operations a second
-LEAST, FIRST = 120.0, 1800.0  # seconds, of any step, and more of those
+# A step that takes longer than its deadline counts as hung. Real work must never take that long, so the rates below are
+# far under those of any device. The first step of a request also reads texts and clips; on a GPU the whole first
+# request of a shape may compile and tune kernels.
+SLOWEST_RATE = {"cpu": 2e8, "cuda": 1e12}  # floating point operations a second
+STEP_SECONDS = 120.0  # for any step, beside its work
+FIRST_STEP_SECONDS = 1800.0  # more for first steps
 DECODE_FLOPS = 1e7  # for each pixel of a frame
 
 
@@ -45,27 +48,28 @@ def ranks_for(asked: Parallelism, device: Any) -> Parallelism:
                 f"parallel={asked.ranks}: {world} processes were started together; the nearest is parallel={world}"
             )
         return Parallelism(world, asked.layout)
-    where = find_device(device)
-    shared = where.type != "cuda" or where.index is not None  # by all of them
-    here = torch.cuda.device_count() if where.type == "cuda" else 1
+    first = find_device(device)
+    shared = first.type != "cuda" or first.index is not None  # one device for all ranks
+    count = torch.cuda.device_count() if first.type == "cuda" else 1
     if asked.ranks is None:
-        return Parallelism(1 if shared else max(here, 1), asked.layout)
-    if not shared and asked.ranks > here:
-        raise InvalidRequest(f"parallel={asked.ranks}: there are {here} GPUs here; the nearest is parallel={here}")
+        return Parallelism(1 if shared else max(count, 1), asked.layout)
+    if not shared and asked.ranks > count:
+        raise InvalidRequest(f"parallel={asked.ranks}: there are {count} GPUs here; the nearest is parallel={count}")
     return asked
 
 
 def load(model: Any, asked: Parallelism, options: dict[str, Any], max_running: int) -> Pipeline:
     """A pipeline on several ranks; see `fastvid.load`. Of those that torchrun has started, only rank 0 returns."""
-    checkpoint = open_checkpoint(model, options.get("parts"), download=True).check()  # once, and before any process
+    assert asked.ranks is not None, "ranks_for has counted them"
+    checkpoint = open_checkpoint(model, options.get("parts"), download=True).check()  # once, before any process starts
     config = checkpoint.configs["transformer"]
     heads = getattr(config, "transformer", config).num_attention_heads
     layout.layouts_for(asked.layout, asked.ranks, heads, 1 << 30, guided=True)
     options = {name: _plain(value) for name, value in options.items() if value is not None}
-    given = asked.ranks, None if asked.layout is None else str(asked.layout), str(model), options
-    workers = torchrun.join(*given) if torchrun.world_size() else Workers(*given)
-    workers.start()
-    return RemotePipeline(workers, max_running)
+    start = torchrun.join if torchrun.world_size() else Team
+    team = start(asked.ranks, None if asked.layout is None else str(asked.layout), str(model), options)
+    team.start()
+    return RemotePipeline(team, max_running)
 
 
 def _plain(value: Any) -> Any:
@@ -79,28 +83,28 @@ class RemotePipeline(Pipeline):
     workers. `close`, or the end of the program, ends them.
     """
 
-    def __init__(self, workers: Workers, max_running: int = RUNNING) -> None:
-        self._workers, self._ids = workers, itertools.count(1)
+    def __init__(self, team: Team, max_running: int = RUNNING) -> None:
+        self._team, self._numbers = team, itertools.count(1)
         self._set_up(max_running)
-        self._left: deque[tuple[int, int]] = deque()  # (start, stream) to be let go of
-        self._warm: set[tuple[int, ...]] = set()  # (start, shape) of what a whole request has been through
+        self._abandoned: deque[tuple[WorkerGroup, int]] = deque()  # streams that nobody holds, still open there
 
     def close(self) -> None:
         """End the workers. A pipeline that is closed makes nothing any more."""
-        self._workers.close()
-
-    # ------------------------------------------------------------ requests
+        self._team.close()
 
     @property
     def _variant(self) -> str:
-        self._workers.start()
-        return str(self._workers.described["variant"])
+        self._team.start()
+        return str(self._team.description["variant"])
+
+    def _call(self, name: str, *given: Any, **options: Any) -> Any:
+        self._close_abandoned()
+        return self._team.command("call", name=name, args=list(given), options=options, folder=os.getcwd())
 
     def _run(self, request: Request, keep_frames: bool, keep_latents: bool) -> Stream:
-        self._workers.start()
-        kept = {"keep_frames": keep_frames, "keep_latents": keep_latents}
-        checkpointed = request.checkpoint is not None
-        return self._open(checkpointed, "start", verb=request.verb, options=request.arguments(), **kept)
+        keep = {"keep_frames": keep_frames, "keep_latents": keep_latents}
+        options = request.arguments()
+        return self._open("start", request.checkpoint is not None, verb=request.verb, options=options, **keep)
 
     def resume(
         self,
@@ -113,51 +117,48 @@ class RemotePipeline(Pipeline):
     ) -> Stream:
         """See Pipeline.resume."""
         options = {"keep_latents": keep_latents, "checkpoint_every": checkpoint_every, **given}
-        return self._open(True, "resume", path=str(path), options={"keep_checkpoint": keep_checkpoint, **options})
+        return self._open("resume", True, path=str(path), options={"keep_checkpoint": keep_checkpoint, **options})
 
-    def _open(self, checkpointed: bool, do: str, **values: Any) -> Stream:
+    def _open(self, do: str, has_checkpoint: bool, **values: Any) -> Stream:
         ticket, changes = self._ticket or self.new_ticket(), PromptChanges()
-        self._let_go()
-        number = next(self._ids)
-        self._workers.command(do, id=number, folder=os.getcwd(), **values)
-        events = Events(self, self._workers.generation, number, ticket, changes)
-        return Stream(events, ticket, None if checkpointed else changes)
+        self._close_abandoned()
+        group, number = self._team.start(), next(self._numbers)
+        self._team.command(do, group=group, id=number, folder=os.getcwd(), **values)
+        return Stream(RemoteEvents(self, group, number, ticket, changes), ticket, None if has_checkpoint else changes)
 
-    def _let_go(self) -> None:
-        """Closes what nobody holds any more."""
-        left = [self._left.popleft() for _ in range(len(self._left))]
-        ids = [number for generation, number in left if self._workers.running(generation)]
-        if ids:
-            self._workers.command("close", ids=ids)
+    def _close_abandoned(self) -> None:
+        abandoned = [self._abandoned.popleft() for _ in range(len(self._abandoned))]
+        current = self._team.group
+        numbers = [number for group, number in abandoned if group is current]
+        if current is not None and numbers:
+            self._close_streams(current, numbers)
 
-    # ------------------------------------------------------------ the rest
+    def _close_streams(self, group: WorkerGroup, numbers: list[int]) -> None:
+        with contextlib.suppress(Error):  # where the workers are gone, so are the streams
+            self._team.command("close", group=group, ids=numbers)
 
     def set_loras(self, loras: Sequence[Any] = ()) -> None:
         """See Pipeline.set_loras. Workers that are started later have them too."""
         self._call("set_loras", list(loras))
-        self._workers.options["loras"] = [_absolute(lora) for lora in loras]
-
-    def _call(self, name: str, *given: Any, **options: Any) -> Any:
-        self._let_go()
-        return self._workers.command("call", name=name, given=list(given), options=options, folder=os.getcwd())
+        self._team.options["loras"] = [_absolute(lora) for lora in loras]
 
 
 def _absolute(lora: Any) -> Any:
-    """A LoRA as it is given, where it is found also from another folder; hub ids stay."""
+    """A LoRA by a path that does not depend on the current folder; hub ids stay."""
     if isinstance(lora, tuple | list):
         return (_absolute(lora[0]), *lora[1:]) if lora else lora
     return os.path.abspath(lora) if isinstance(lora, str | os.PathLike) and os.path.exists(lora) else lora
 
 
-class Events:
-    """The events of a stream that the workers have open; closed here, it is closed there."""
+class RemoteEvents:
+    """The events of a stream that is open in the workers. Closing it, or its end, closes it there."""
 
     def __init__(
-        self, pipe: RemotePipeline, generation: int, number: int, ticket: Ticket, changes: PromptChanges
+        self, pipe: RemotePipeline, group: WorkerGroup, number: int, ticket: Ticket, changes: PromptChanges
     ) -> None:
-        self._workers, self._left, self._warm = pipe._workers, pipe._left, pipe._warm
-        self._at, self._ticket, self._changes = (generation, number), ticket, changes
-        self._open, self._events = True, self._made()
+        self._pipe, self._group, self._number = pipe, group, number
+        self._ticket, self._changes = ticket, changes
+        self._open, self._events = True, self._fetch_all()
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -165,58 +166,54 @@ class Events:
     def __next__(self) -> Event:
         try:
             return next(self._events)
-        except BaseException:  # its end, too
-            self._shut()
+        except BaseException:  # StopIteration, too
+            self._close_there()
             raise
 
     def close(self) -> None:
-        """Let go of it."""
         self._events.close()
-        self._shut()
+        self._close_there()
 
     def __del__(self) -> None:
+        # Nothing may be sent here: garbage may be collected amid another command. The next command closes it.
         if getattr(self, "_open", False):
-            self._left.append(self._at)  # whoever comes next closes it: nothing may wait here
+            self._pipe._abandoned.append((self._group, self._number))
 
-    def _shut(self) -> None:
+    def _close_there(self) -> None:
         if self._open:
             self._open = False
-            try:
-                if self._workers.running(self._at[0]):
-                    self._workers.command("close", ids=[self._at[1]])
-            except Error:
-                pass  # the workers are gone, and it with them
+            self._pipe._close_streams(self._group, [self._number])
 
-    def _made(self) -> Iterator[Event]:
-        # Nothing is sent from here at its end: it may come with a collection of garbage, amid another command.
-        started = self._next(LEAST + FIRST)
+    def _fetch_all(self) -> Generator[Event, None, None]:
+        started = self._fetch(STEP_SECONDS + FIRST_STEP_SECONDS)
+        assert isinstance(started, Started)
         yield started
-        deadline, shape = deadline_of(started), (self._at[0], *shape_of(started))
-        made = torch.device(started.plan.device).type == "cpu"  # all kernels that it needs
+        deadline, shape = step_deadline(started), shape_of(started)
+        compiles = torch.device(started.plan.device).type != "cpu" and shape not in self._group.warm_shapes
         with self._ticket.admitted():
-            event, limit = started, deadline + FIRST
-            while event is not None:
+            limit = deadline + FIRST_STEP_SECONDS
+            while True:
                 with self._ticket.step():
-                    event = self._next(limit)
-                if isinstance(event, Step):
-                    limit = deadline if made or shape in self._warm else deadline + FIRST
-                if event is not None:
-                    yield event
-        self._warm.add(shape)
+                    event = self._fetch(limit)
+                if event is None:
+                    break
+                if isinstance(event, Step) and not compiles:
+                    limit = deadline
+                yield event
+        self._group.warm_shapes.add(shape)
 
-    def _next(self, deadline: float) -> Event:
-        generation, number = self._at
-        if not self._workers.running(generation):
-            raise self._workers.failure(generation) or Error("this pipeline was closed; load the model again")
-        return self._workers.command("next", deadline, id=number, prompt=self._changes.take(0))
+    def _fetch(self, deadline: float) -> Event | None:
+        prompt = self._changes.take(0)
+        event: Event | None = self._pipe._team.command("next", deadline, self._group, id=self._number, prompt=prompt)
+        return event
 
 
-def deadline_of(started: Started) -> float:
+def step_deadline(started: Started) -> float:
     """Seconds that a step of a request, or the decoding of a chunk, takes at most."""
     plan = started.plan
     denoise = plan.flops_denoise / max(started.total_steps, 1)
     decode = DECODE_FLOPS * plan.model_height * plan.model_width * 4 * (plan.decode_chunk + 1)
-    return LEAST + (2 * denoise + decode) / SLOWEST[torch.device(plan.device).type]
+    return STEP_SECONDS + (2 * denoise + decode) / SLOWEST_RATE[torch.device(plan.device).type]
 
 
 def shape_of(started: Started) -> tuple[int, ...]:
@@ -225,4 +222,4 @@ def shape_of(started: Started) -> tuple[int, ...]:
     return plan.model_height, plan.model_width, plan.model_frames, plan.tokens, plan.windows
 
 
-__all__ = ["RemotePipeline", "WorkerFailed", "deadline_of", "load", "ranks_for"]
+__all__ = ["RemotePipeline", "load", "ranks_for"]

@@ -1,14 +1,13 @@
 """Ranks that torchrun has started, on one host or many: rank 0 runs the program and is a worker beside it, the others
-serve it. The same commands and answers (`fastvid.workers.messages`) go over sockets instead of pipes.
+serve it over sockets, with the same commands and answers as child processes.
 
-Rank 0 listens on the address that MASTER_ADDR names and on no other; who connects has to know a word that went through
-the ranks' own group. When one of them is gone, rank 0's program gets WorkerFailed; who started them starts them again.
+Rank 0 listens on the address that MASTER_ADDR names and on no other. Who connects has to know a key that went through
+the ranks' own process group. When a rank is gone, rank 0's program gets WorkerFailed; who started the ranks has to
+start them again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hmac
 import json
 import os
 import queue
@@ -18,164 +17,132 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from multiprocessing.connection import Client, Connection, Pipe
+from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 
-from fastvid.distributed.mesh import FOREVER as NO_LIMIT
 from fastvid.distributed.mesh import Mesh
 from fastvid.errors import Error, InvalidRequest
-from fastvid.workers import messages
-from fastvid.workers.team import Answers, Team, Worker, Workers
-from fastvid.workers.worker import Servant, device_of, serve
+from fastvid.workers.channel import Channel
+from fastvid.workers.group import POLL_INTERVAL, Answers, Worker, WorkerGroup
+from fastvid.workers.messages import pack, unpack
+from fastvid.workers.team import SILENCE_LIMIT, Team
+from fastvid.workers.worker import WorkerServer, init_process_group, serve
 
-SETTINGS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun gives every process
-WAIT = 60.0  # seconds for all connections
-HELLO = 2.0  # seconds for what one says first
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for every process
+CONNECT_TIMEOUT = 60.0  # seconds for all ranks
+HANDSHAKE_TIMEOUT = 10.0  # seconds for one; a slow one delays nobody
+HELLO_BYTES = 1 << 10
 
 
 def world_size() -> int:
-    """How many processes were started together as torchrun does it; 0 if this one was started alone."""
-    return int(os.environ["WORLD_SIZE"]) if all(os.environ.get(name) for name in SETTINGS) else 0
+    """How many processes torchrun started together; 0 if this one was started alone."""
+    return int(os.environ["WORLD_SIZE"]) if all(os.environ.get(name) for name in VARIABLES) else 0
 
 
-class Peer(Worker):
-    """Another rank, over a socket."""
+class TorchrunTeam(Team):
+    """All ranks of a torchrun job, seen from rank 0. They cannot be started again."""
 
-    def __init__(self, rank: int, pid: int, answers: Answers, connection: socket.socket) -> None:
-        super().__init__(rank, pid, answers)
-        self._connection, self._stream = connection, connection.makefile("wb")
-        self._gone: str | None = None
-        threading.Thread(target=self._read, name="fastvid-peer", daemon=True).start()
+    def __init__(
+        self, job: WorkerGroup, ranks: int, layout: str | None, model: str, options: Mapping[str, Any]
+    ) -> None:
+        super().__init__(ranks, layout, model, options)
+        self._job = job
 
-    def _read(self) -> None:
-        self.read(self._connection.makefile("rb"))
-        self._gone = "its connection is closed"
-
-    def send(self, message: messages.Message) -> None:
-        messages.send(self._stream, message)
-
-    def ended(self) -> str | None:
-        return self._gone
-
-    def kill(self) -> None:
-        for close in (lambda: self._connection.shutdown(socket.SHUT_RDWR), self._connection.close):
-            with contextlib.suppress(OSError):
-                close()
+    def _launch(self) -> WorkerGroup:
+        if self._job.ended():
+            raise self._job.failure or Error("the ranks of this job have ended; start it again")
+        self._job.watch(SILENCE_LIMIT)
+        return self._job
 
 
-class Own(Worker):
-    """Rank 0, in a thread of the program's own process."""
-
-    def __init__(self, servant: Servant, answers: Answers) -> None:
-        super().__init__(0, os.getpid(), answers)
-        self._inbox: queue.SimpleQueue[messages.Message | None] = queue.SimpleQueue()
-        self._servant, self._gone = servant, False
-        threading.Thread(target=self._serve, name="fastvid-rank", daemon=True).start()
-
-    def _serve(self) -> None:
-        if self._servant._mesh.device.type == "cuda":
-            torch.cuda.set_device(self._servant._mesh.device)
-        while (message := self._inbox.get()) is not None and message.header.get("do") != "exit":
-            self.answers.put((0, self._servant.answer(message)))
-        if message is not None:
-            self.answers.put((0, messages.pack({"number": message.header["number"], "made": None})))
-
-    def send(self, message: messages.Message) -> None:
-        self._inbox.put(message)
-
-    def ended(self) -> str | None:
-        self.seen = time.monotonic()  # it lives as long as the program does
-        return "it has ended" if self._gone else None
-
-    def kill(self) -> None:
-        self._gone = True
-        self._inbox.put(None)
-
-
-class Peers(Workers):
-    """All ranks of a torchrun job, seen from rank 0."""
-
-    def __init__(self, workers: list[Worker], *given: Any) -> None:
-        super().__init__(*given)
-        self._members: list[Worker] | None = workers
-
-    def _launch(self) -> Team:
-        if self._members is None:
-            raise self._team.failure or Error("the ranks of this job have ended; start it again")
-        members, self._members = self._members, None
-        team = Team(members, members[0].answers)
-        self._watch(team, self._hung)
-        return team
-
-
-def join(ranks: int, layout: str | None, model: str, options: Mapping[str, Any]) -> Peers:
-    """Rank 0: all ranks as workers. The others serve them, and end the process when it is done with them."""
-    local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-    where, own = device_of(options.get("device"), local)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    if not dist.is_initialized():
-        backend = "nccl" if where.type == "cuda" and own else "gloo"
-        dist.init_process_group(backend, timeout=NO_LIMIT, **({"device_id": where} if backend == "nccl" else {}))
+def join(ranks: int, layout: str | None, model: str, options: Mapping[str, Any]) -> TorchrunTeam:
+    """On rank 0: all ranks as workers. The others serve rank 0, and end their process when it is done with them."""
+    device = init_process_group(options.get("device"), int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
     per_host = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    mesh, servant = replace(Mesh.of_group(device=where), per_host=per_host), Servant()
-    servant.use(mesh)
+    mesh, server = replace(Mesh.of_group(device=device), per_host=per_host), WorkerServer()
+    server.join_as(mesh)
     if mesh.rank:
-        _serve(mesh, servant)
-    answers: Answers = queue.SimpleQueue()
-    workers = [Own(servant, answers), *_connections(mesh, answers)]
-    return Peers(workers, ranks, layout, model, options)
+        _serve_rank_0(mesh, server)
+    job = WorkerGroup()
+    job.workers += [_rank_0(server, job.answers), *_connect_all(mesh, job.answers)]
+    return TorchrunTeam(job, ranks, layout, model, options)
 
 
-def _connections(mesh: Mesh, answers: Answers) -> list[Peer]:
-    host = socket.gethostbyname(os.environ["MASTER_ADDR"])
+def _rank_0(server: WorkerServer, answers: Answers) -> Worker:
+    """The rank in this process, in a thread."""
+    ours, theirs = map(Channel, Pipe())
+    threading.Thread(target=serve, args=(theirs, server, True), name="fastvid-rank", daemon=True).start()
+    return Worker(0, os.getpid(), answers, ours)
+
+
+def _connect_all(mesh: Mesh, answers: Answers) -> list[Worker]:
+    """On rank 0: the other ranks, connected."""
+    name = os.environ["MASTER_ADDR"]
+    host = socket.gethostbyname(name)
     if host.startswith("127.") and int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size)) < mesh.size:
         raise InvalidRequest(
-            f"MASTER_ADDR={os.environ['MASTER_ADDR']} is {host} here, which other hosts cannot reach; "
+            f"MASTER_ADDR={name} is {host} here, which other hosts cannot reach; "
             f"give an address of this host that they can"
         )
+    key = secrets.token_bytes(32)
     with socket.create_server((host, 0), backlog=mesh.size) as listener:
-        word = secrets.token_hex(16)
-        _tell(mesh, {"host": host, "port": listener.getsockname()[1], "word": word})
-        found: dict[int, Peer] = {}
-        until = time.monotonic() + WAIT
-        while len(found) < mesh.size - 1:
-            listener.settimeout(max(until - time.monotonic(), 0.001))
+        _broadcast(mesh, {"host": host, "port": listener.getsockname()[1], "key": key.hex()})
+        return accept_ranks(listener, key, mesh.size, answers)
+
+
+def accept_ranks(listener: socket.socket, key: bytes, size: int, answers: Answers) -> list[Worker]:
+    """Wait until ranks 1 to size - 1 have connected. Whoever has not the key, or is slow, delays nobody."""
+    welcomed: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    ranks: dict[int, Worker] = {}
+    until = time.monotonic() + CONNECT_TIMEOUT
+    listener.settimeout(POLL_INTERVAL)
+    while len(ranks) < size - 1:
+        if time.monotonic() > until:
+            missing = ", ".join(str(rank) for rank in range(1, size) if rank not in ranks)
+            raise Error(f"ranks that did not connect in {CONNECT_TIMEOUT:g} seconds: {missing}")
+        with suppress(TimeoutError, ConnectionError):
             connection, _ = listener.accept()
-            if (hello := _hello(connection, word)) is None:
-                connection.close()  # somebody else
-            else:
-                connection.settimeout(None)
-                found[hello["rank"]] = Peer(hello["rank"], hello["pid"], answers, connection)
-    return [found[rank] for rank in range(1, mesh.size)]
+            given = connection, key, answers, welcomed
+            threading.Thread(target=_welcome, args=given, name="fastvid-welcome", daemon=True).start()
+        while not welcomed.empty():
+            worker = welcomed.get()
+            ranks[worker.rank] = worker
+    return [ranks[rank] for rank in range(1, size)]
 
 
-def _hello(connection: socket.socket, word: str) -> dict[str, Any] | None:
-    """What a rank says of itself; None for whoever does not know the word, or takes too long."""
-    connection.settimeout(HELLO)
+def _welcome(connection: socket.socket, key: bytes, answers: Answers, welcomed: queue.SimpleQueue[Worker]) -> None:
+    """Authenticate who has connected. A rank says which one it is; everybody else is sent away."""
+    channel = Channel(Connection(connection.detach()))
+    timer = threading.Timer(HANDSHAKE_TIMEOUT, channel.shut_down)
+    timer.start()
     try:
-        hello = messages.receive(connection.makefile("rb", buffering=0), most=1 << 10).header
-    except (messages.Closed, OSError, ValueError):
-        return None
-    known = isinstance(hello, dict) and hmac.compare_digest(str(hello.get("word")).encode(), word.encode())
-    return hello if known else None
+        channel.authenticate(key)
+        hello = unpack(channel.receive(HELLO_BYTES))
+        worker = Worker(hello["rank"], hello["pid"], answers, channel)
+    except Exception:  # strangers may send anything
+        channel.close()
+    else:
+        welcomed.put(worker)
+    finally:
+        timer.cancel()
 
 
-def _serve(mesh: Mesh, servant: Servant) -> None:
-    told = _tell(mesh, None)
-    connection = socket.create_connection((told["host"], told["port"]), timeout=WAIT)
-    connection.settimeout(None)
-    stream = connection.makefile("wb")
-    messages.send(stream, messages.Message({"rank": mesh.rank, "pid": os.getpid(), "word": told["word"]}))
-    serve(connection.makefile("rb"), stream, servant, lambda: os._exit(0))
+def _serve_rank_0(mesh: Mesh, server: WorkerServer) -> NoReturn:
+    meeting = _broadcast(mesh, None)
+    channel = Channel(Client((meeting["host"], meeting["port"]), authkey=bytes.fromhex(meeting["key"])))
+    channel.send(pack({"rank": mesh.rank, "pid": os.getpid()}))
+    serve(channel, server)
+    server.close()
     sys.exit(0)
 
 
-def _tell(mesh: Mesh, values: dict[str, Any] | None) -> dict[str, Any]:
+def _broadcast(mesh: Mesh, values: dict[str, Any] | None) -> dict[str, Any]:
     """Rank 0's values, on all ranks."""
     data = None if values is None else torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
     data = mesh.broadcast(None if data is None else data.to(mesh.device))
-    return json.loads(bytes(data.cpu().tolist()))
+    received: dict[str, Any] = json.loads(bytes(data.cpu().tolist()))
+    return received

@@ -19,6 +19,8 @@ ray = pytest.importorskip("ray")
 import fastvid  # noqa: E402
 from fastvid.serve import pool as pools  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red circle moving right on a white background"
 SHORT = {"prompt": PROMPT, "num_frames": 9, "num_inference_steps": 3}
 LONG = {"prompt": PROMPT, "num_frames": 33, "num_inference_steps": 60, "seed": 4}

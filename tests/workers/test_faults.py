@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
-import queue
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,14 +21,20 @@ from safetensors.torch import save_file
 
 import fastvid
 from fastvid.engine.events import Frames, Step
-from fastvid.workers import messages, torchrun
-from fastvid.workers.remote import FIRST, LEAST, RemotePipeline, deadline_of
-from fastvid.workers.team import HUNG, LOOK, Child, Workers
+from fastvid.workers.group import POLL_INTERVAL, ChildWorker, WorkerGroup
+from fastvid.workers.remote import FIRST_STEP_SECONDS, STEP_SECONDS, RemotePipeline, step_deadline
+from fastvid.workers.team import SILENCE_LIMIT, Team
+
+pytestmark = pytest.mark.slow
 
 PROMPT = "a red circle moving right on a white background"
 SHORT = {"num_frames": 9, "num_inference_steps": 3, "seed": 5}
 LONG = {"num_frames": 33, "num_inference_steps": 40, "seed": 5}
 SEEN = 2.0  # seconds
+SLOW = np.zeros((65, 512, 512, 3), np.uint8)  # encoding this takes many seconds
+
+
+ENCODE = {"name": "encode", "args": [SLOW], "options": {}, "folder": "/"}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def wanted(pipe) -> np.ndarray:
 
 def strike(pipe, victim: int, number: signal.Signals, after: float) -> tuple[fastvid.WorkerFailed, float]:
     """Signals a rank some time after a request has begun; the error, and how long it took to come."""
-    pids = {worker.rank: worker.pid for worker in pipe._workers._team.workers}
+    pids = {worker.rank: worker.pid for worker in pipe._team.group.workers}
     sent: list[float] = []
 
     def hit() -> None:
@@ -101,7 +104,7 @@ def test_what_they_started_ends_with_them(pipe, monkeypatch, tmp_path) -> None:
     pids = tmp_path / "pids"
     code = f"    child = subprocess.Popen(['sleep', '1000'])\n    print(child.pid, file=open({str(pids)!r}, 'a'))\n"
     at_start(monkeypatch, tmp_path, code)
-    pipe._workers._team.end()
+    pipe._team.group.end()
     pipe.generate(PROMPT, **SHORT)
     own = [int(pid) for pid in pids.read_text().split()]
     assert len(own) == 2 and all(map(alive, own))
@@ -131,29 +134,28 @@ def test_one_that_dies_while_nobody_waits_and_a_checkpoint_that_outlives_it(pipe
 
 def test_one_that_hangs_is_seen(pipe, wanted) -> None:
     """Sooner than the ten seconds that are promised, which `benchmarks/faults.py` waits for."""
-    assert HUNG + LOOK < 10
+    assert SILENCE_LIMIT + POLL_INTERVAL < 10
     assert np.array_equal(pipe.generate(PROMPT, **SHORT).frames, wanted)
-    assert pipe._workers._team.limit == HUNG
-    pipe._workers._team.limit = 1.5
+    assert pipe._team.group.silence_limit == SILENCE_LIMIT
+    pipe._team.group.silence_limit = 1.5
     error, took = strike(pipe, random.randrange(2), signal.SIGSTOP, random.uniform(0, 0.5))
     assert took < 2.5 and "no sign for 1.5 seconds" in error.cause
 
 
 def test_one_that_takes_too_long_is_seen(pipe, wanted) -> None:
     with pytest.raises(fastvid.WorkerFailed, match="did not answer in the time"):
-        pipe._workers.command("wait", 0.5, seconds=30)
+        pipe._team.command("call", 0.5, **ENCODE)
     assert not workers_here()
     assert np.array_equal(pipe.generate(PROMPT, **SHORT).frames, wanted)
 
 
 def test_one_that_fails_alone_ends_all(pipe, monkeypatch) -> None:
     """As when the memory of one device is full, and the others wait for it in an exchange."""
-    monkeypatch.setattr("fastvid.workers.team.GRACE", 0.5)
-    pipe.describe()
-    values = [{"do": "wait", "seconds": 60}, {"do": "wait", "seconds": "x"}]
-    mark, number = time.monotonic(), pipe._workers._tell(pipe._workers._team, values)
+    monkeypatch.setattr("fastvid.workers.team.OTHERS_FAIL_WITHIN", 0.5)
+    group, mark = pipe._team.start(), time.monotonic()
+    commands = [{"do": "call", **ENCODE}, {"do": "call", **ENCODE, "options": {"nonsense": 1}}]
     with pytest.raises(fastvid.WorkerFailed, match="rank 1 .* it raised TypeError: .*, and others did not") as caught:
-        pipe._workers._collect(pipe._workers._team, number, 1e6)
+        pipe._team._run(group, 1e6, commands)
     assert isinstance(caught.value.__cause__, TypeError) and time.monotonic() - mark < 5
     assert not workers_here()
 
@@ -168,32 +170,32 @@ def test_a_step_past_its_plan_counts_as_hung_but_not_one_that_compiles(pipe) -> 
         script = [told, *(Step(i, 3, 0.5, 0.1) for i in (1, 2, 3)), Frames(0, np.zeros((9, 64, 64, 3), np.uint8)), None]
         remote = RemotePipeline(Scripted(script))
         for _ in range(2):
-            remote._workers.limits = []
+            remote._team.limits = []
             assert len(list(remote.stream(PROMPT, **SHORT))) == 5
-            limits.setdefault(device, []).append(remote._workers.limits)
-    work = deadline_of(started)
+            limits.setdefault(device, []).append(remote._team.limits)
+    work = step_deadline(started)
     rest = [work] * 4
-    assert limits["cpu"] == [[LEAST + FIRST, work + FIRST, *rest]] * 2
-    work = deadline_of(told)  # as of a GPU
-    assert limits["cuda:0"][0] == [LEAST + FIRST] + [work + FIRST] * 5, "kernels are made in a shape's first request"
-    assert limits["cuda:0"][1] == [LEAST + FIRST, work + FIRST] + [work] * 4
+    first = STEP_SECONDS + FIRST_STEP_SECONDS
+    assert limits["cpu"] == [[first, work + FIRST_STEP_SECONDS, *rest]] * 2
+    work = step_deadline(told)  # as of a GPU
+    compiling = work + FIRST_STEP_SECONDS
+    assert limits["cuda:0"][0] == [first] + [compiling] * 5, "kernels are compiled in a shape's first request"
+    assert limits["cuda:0"][1] == [first, compiling] + [work] * 4
 
 
 class Scripted:
-    """Workers that answer what they are told to."""
+    """A team that answers what it is told to."""
 
-    generation, described = 1, {"variant": "embedded"}
+    description = {"variant": "embedded"}
 
     def __init__(self, script: list) -> None:
-        self.script, self.limits, self.at = script, [], 0
+        self.script, self.limits, self.at, self.group = script, [], 0, WorkerGroup()
 
-    def start(self) -> None:
+    def start(self) -> WorkerGroup:
         self.at = 0
+        return self.group
 
-    def running(self, generation: int) -> bool:
-        return True
-
-    def command(self, do: str, deadline: float = 0.0, **_: object) -> object:
+    def command(self, do: str, deadline: float = 0.0, *_: object, **__: object) -> object:
         if do != "next":
             return None
         self.limits.append(deadline)
@@ -220,7 +222,7 @@ def test_a_start_that_breaks_off_leaves_nothing(monkeypatch) -> None:
 
 
 def test_an_interrupt_amid_a_message_leaves_them_in_step(pipe, wanted, monkeypatch) -> None:
-    sent, send = [], Child.send
+    sent, send = [], ChildWorker.send
 
     def interrupted(self, message):
         sent.append(self.rank)
@@ -228,7 +230,7 @@ def test_an_interrupt_amid_a_message_leaves_them_in_step(pipe, wanted, monkeypat
             raise KeyboardInterrupt
         send(self, message)
 
-    monkeypatch.setattr(Child, "send", interrupted)
+    monkeypatch.setattr(ChildWorker, "send", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipe.generate(PROMPT, **SHORT)
     monkeypatch.undo()
@@ -245,7 +247,7 @@ def test_closed_amid_work() -> None:
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            pipe._workers.command("wait", seconds=60)
+            pipe._team.command("call", **ENCODE)
     finally:
         signal.signal(signal.SIGINT, handler)
     mark = time.monotonic()
@@ -258,21 +260,22 @@ def test_closed_amid_work() -> None:
 def test_garbage_sends_nothing(pipe, monkeypatch) -> None:
     stream, told = pipe.stream(PROMPT, **LONG), []
     next(stream), next(stream)
-    command = Workers.command
+    command = Team.command
     monkeypatch.setattr(
-        Workers, "command", lambda self, do, *given, **v: told.append(do) or command(self, do, *given, **v)
+        Team, "command", lambda self, do, *given, **v: told.append(do) or command(self, do, *given, **v)
     )
     stream.itself = stream  # so that it is found by a collection, whenever that comes
     del stream
     gc.collect()
     assert told == []
     pipe.describe()
-    assert told == ["close", "call"] and not pipe._left
+    assert told == ["close", "call"] and not pipe._abandoned
 
 
 FORK = """
 import fastvid, gc, os
 pipe = fastvid.load("embedded", device="cpu", parallel=2)
+group = pipe._team.group
 if not (child := os.fork()):
     try:
         pipe.generate("a", num_frames=5, num_inference_steps=1)
@@ -284,7 +287,7 @@ if not (child := os.fork()):
     os._exit(0 if f"belongs to process {os.getppid()}" in said else 1)
 assert os.waitpid(child, 0)[1] == 0
 assert len(pipe.generate("a", num_frames=5, num_inference_steps=1).frames) == 5
-assert pipe._workers.generation == 1
+assert pipe._team.group is group
 """
 
 
@@ -303,7 +306,7 @@ import fastvid, os, time
 pipe = fastvid.load("embedded", device="cpu", parallel=2)
 if not (child := os.fork()):
     time.sleep(1000)  # it holds the workers' pipes
-print(child, *(worker.pid for worker in pipe._workers._team.workers), flush=True)
+print(child, *(worker.pid for worker in pipe._team.group.workers), flush=True)
 while True:
     pipe.generate("a red circle moving right on a white background", num_frames=33, num_inference_steps=40)
 """
@@ -360,35 +363,3 @@ def test_loras_and_folders_are_as_they_were(pipe, wanted, tmp_path, monkeypatch)
     assert np.array_equal(pipe.generate(PROMPT, **SHORT).frames, changed)
     pipe.set_loras([])
     assert np.array_equal(pipe.generate(PROMPT, **SHORT).frames, wanted)
-
-
-# ---------------------------------------------------------------- torchrun's ranks
-
-
-def test_who_does_not_know_the_word_is_sent_away(monkeypatch) -> None:
-    monkeypatch.setattr(torchrun, "HELLO", 0.2)
-    good = {"word": "w" * 32, "rank": 1, "pid": 7}
-    said = [
-        messages.Message(good),
-        messages.Message({**good, "word": "é"}),
-        messages.Message({"rank": 1}),
-        messages.Message([]),
-        b"\xff" * 64,
-        b"",
-    ]
-    heard = []
-    for one in said:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            stream = theirs.makefile("wb")
-            messages.send(stream, one) if isinstance(one, messages.Message) else stream.write(one)
-            stream.flush()
-            heard.append(torchrun._hello(ours, "w" * 32))
-    assert heard == [good, None, None, None, None, None]
-
-
-def test_an_address_that_other_hosts_cannot_reach_is_refused(monkeypatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(fastvid.InvalidRequest, match="MASTER_ADDR=localhost is 127.0.0.1 here"):
-        torchrun._connections(SimpleNamespace(size=4), queue.SimpleQueue())

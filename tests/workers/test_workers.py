@@ -21,7 +21,9 @@ from processes import alive, listening, off, workers_here
 
 import fastvid
 from fastvid.engine.events import Finished, Frames, Started, Step
-from fastvid.workers.team import Workers
+from fastvid.workers.team import Team
+
+pytestmark = pytest.mark.slow
 
 PROMPT = "a red circle moving right on a white background"
 SHORT = {"num_frames": 9, "num_inference_steps": 3, "seed": 5}
@@ -93,7 +95,7 @@ def test_bad_requests_are_refused_as_ever(pipe, options: dict, match: str) -> No
     with pytest.raises((fastvid.InvalidRequest, TypeError), match=match):
         pipe.generate(PROMPT, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Workers, "_tell", lambda *_: pytest.fail("it went to the workers, who may be at a long step"))
+        patch.setattr(Team, "_send", lambda *_: pytest.fail("it went to the workers, who may be at a long step"))
         with pytest.raises((fastvid.InvalidRequest, TypeError), match=match):
             pipe.stream(PROMPT, **options)
     assert len(pipe.generate(PROMPT, **SHORT).frames) == 9
@@ -114,7 +116,7 @@ def test_streams_by_turns_and_some_that_are_left(pipe) -> None:
                 frames[i].append(one.frames)
     assert all(np.array_equal(np.concatenate(made), true) for made, true in zip(frames, wanted, strict=True))
     pipe.describe()
-    assert not pipe._left
+    assert not pipe._abandoned
 
 
 def test_cancel_is_at_a_step(pipe) -> None:
@@ -130,7 +132,7 @@ def test_cancel_is_at_a_step(pipe) -> None:
 
 def test_an_interrupt_leaves_no_answer_behind(pipe, monkeypatch) -> None:
     wanted = pipe.generate(PROMPT, **SHORT).frames
-    answer, calls = Workers._answer, []
+    answer, calls = Team._next_answer, []
 
     def interrupted(self, *given):
         calls.append(1)
@@ -138,7 +140,7 @@ def test_an_interrupt_leaves_no_answer_behind(pipe, monkeypatch) -> None:
             raise KeyboardInterrupt
         return answer(self, *given)
 
-    monkeypatch.setattr(Workers, "_answer", interrupted)
+    monkeypatch.setattr(Team, "_next_answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipe.generate(PROMPT, **SHORT)
     monkeypatch.undo()
@@ -246,7 +248,7 @@ KILLED = """
 import os, signal, threading, time
 import fastvid
 pipe = fastvid.load("embedded", device="cpu", parallel="auto")
-victim = pipe._workers._team.workers[1]
+victim = pipe._team.group.workers[1]
 pipe.generate("a", num_frames=5, num_inference_steps=1)
 sent = []
 threading.Timer(0.5, lambda: (sent.append(time.monotonic()), os.kill(victim.pid, signal.SIGKILL))).start()
