@@ -9,7 +9,7 @@ Coefficients are computed in float64 on the CPU and applied in x's dtype. With l
 h = lambda_next - lambda and r = sigma_next / sigma, the papers' alpha_next * (1 - exp(-h)) is 1 - r for flow matching,
 which is finite at sigma 1 and at sigma 0, where h is infinite.
 
-A `_fused` step is the same step made from velocities by one operation (`ops.solver_step`), to within rounding.
+A `fused_` step is the same step made from velocities by one operation (`ops.solver_step`), to within rounding.
 """
 
 from __future__ import annotations
@@ -63,22 +63,35 @@ class SolverState:
         )
 
 
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, SolverState], tuple[Tensor, SolverState]]
+@dataclass(frozen=True)
+class Move:
+    """One step of all columns, [T] each: levels in float64, which columns move, and its order in solvers that have one."""
+
+    sigma: Tensor
+    sigma_next: Tensor
+    active: Tensor
+    order: Tensor
+
+
+Stepped = tuple[Tensor, SolverState]
+Step = Callable[[Tensor, Tensor, Move, SolverState], Stepped]
+"""(x, x0, move, state) -> x in the columns that move, and the state after it."""
 Operation = Callable[..., list[Tensor]]
 """See `fastvid.ops.solver_step.solver_step`."""
-FusedStep = Callable[[Operation, Tensor, Velocities, Tensor, Tensor, SolverState], tuple[Tensor, SolverState]]
+FusedStep = Callable[[Operation, Tensor, Velocities, Move, SolverState], Stepped]
 
 
 @dataclass(frozen=True)
 class Solver:
     """A way to step from one noise level to the next.
 
-    first_sigma: where its own tables start, before the shift. integer_timesteps: whether the model is told whole
-    timesteps. fused: the step made from velocities by one operation, if it has one; operation: that operation, None to
-    step in eager PyTorch.
+    depth: how many past steps it remembers. first_sigma: where its own tables start, before the shift.
+    integer_timesteps: whether the model is told whole timesteps. fused: the step made from velocities by one operation,
+    if it has one; operation: that operation, None to step in eager PyTorch.
     """
 
-    step: Step
+    method: Step
+    depth: int = 0
     first_sigma: float = 1.0
     integer_timesteps: bool = False
     fused: FusedStep | None = None
@@ -93,140 +106,109 @@ class Solver:
         """Whether `fused_step` can be used: guidance, clean latents and the step in one pass."""
         return self.fused is not None and self.operation is not None
 
+    def step(self, x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, state: SolverState) -> Stepped:
+        """x at sigma_next, and the state for the next step."""
+        assert x.shape == x0.shape and x.dtype == x0.dtype, (x.shape, x0.shape, x.dtype, x0.dtype)
+        move = _move(x, sigma, sigma_next, state)
+        if not move.active.any():
+            return x, state
+        stepped, state = self.method(x, x0, move, _or_blank(state, x, self.depth))
+        return _keep(move.active, stepped, x), state
+
     def fused_step(
         self, x: Tensor, velocities: Velocities, sigma: Tensor, sigma_next: Tensor, state: SolverState
-    ) -> tuple[Tensor, SolverState]:
+    ) -> Stepped:
         """`step` from velocities, by `operation`."""
         assert self.fused is not None and self.operation is not None
-        return self.fused(self.operation, x, velocities, sigma, sigma_next, state)
+        move = _move(x, sigma, sigma_next, state)
+        if not move.active.any():
+            return x, state
+        return self.fused(self.operation, x, velocities, move, _or_blank(state, x, self.depth))
 
 
-def euler_step(
-    x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, state: SolverState
-) -> tuple[Tensor, SolverState]:
+def euler(x: Tensor, x0: Tensor, move: Move, state: SolverState) -> Stepped:
     """Euler's method on dx/dsigma = (x - x0) / sigma (flow matching, arXiv 2210.02747). Keeps no history."""
-    active = _active(x, x0, sigma, sigma_next)
-    return _keep(active, _blend(x, x0, sigma, sigma_next), x), state
+    return _blend(x, x0, move.sigma, move.sigma_next), state
 
 
-def dpmpp_step(
-    x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, state: SolverState
-) -> tuple[Tensor, SolverState]:
+def dpmpp(x: Tensor, x0: Tensor, move: Move, state: SolverState) -> Stepped:
     """DPM-Solver++(2M), midpoint, order 1 on a column's first step and on the one that reaches 0 (arXiv 2211.01095,
     algorithm 2; as Wan2.1 wan/utils/fm_solvers.py, which ends on order 1 for any number of steps)."""
-    active = _active(x, x0, sigma, sigma_next)
-    if not active.any():
-        return x, state
-    state = _or_blank(state, x0, depth=1)
-    order = _next_order(state, sigma_next)
-    target = _extrapolate(x0, state, order, sigma, sigma_next, last_sigma=1.0)
-    stepped = _keep(active, _blend(x, target, sigma, sigma_next), x)
-    return stepped, _remember(active, order, sigma, x0, x, state)
+    target = _extrapolate(x0, move, state, last_sigma=1.0)
+    return _blend(x, target, move.sigma, move.sigma_next), _remember(move, x0, x, state)
 
 
-def unipc_step(
-    x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, state: SolverState
-) -> tuple[Tensor, SolverState]:
+def unipc(x: Tensor, x0: Tensor, move: Move, state: SolverState) -> Stepped:
     """UniPC of order 2 with B(h) = exp(h) - 1 (bh2) on x0, order 1 on a column's first step and on the one that
     reaches 0 (arXiv 2302.04867, predicting x0; as Wan2.1 wan/utils/fm_solvers_unipc.py).
 
     From a column's second step on, x is first corrected: computed again from where the last step started, now that x0
     at its end is known. So a caller's change to x between two steps of a column acts only through x0.
     """
-    active = _active(x, x0, sigma, sigma_next)
-    if not active.any():
-        return x, state
-    state = _or_blank(state, x0, depth=2)
-    order = _next_order(state, sigma_next)
-    corrected = _correct(x, x0, sigma, state)
-    target = _extrapolate(x0, state, order, sigma, sigma_next, last_sigma=UNIPC_LAST_SIGMA)
-    stepped = _keep(active, _blend(corrected, target, sigma, sigma_next), x)
-    return stepped, _remember(active, order, sigma, x0, corrected, state)
+    corrected = _correct(x, x0, move.sigma, state)
+    target = _extrapolate(x0, move, state, last_sigma=UNIPC_LAST_SIGMA)
+    return _blend(corrected, target, move.sigma, move.sigma_next), _remember(move, x0, corrected, state)
 
 
-def euler_fused(
-    operation: Operation, x: Tensor, velocities: Velocities, sigma: Tensor, sigma_next: Tensor, state: SolverState
-) -> tuple[Tensor, SolverState]:
-    """`euler_step` from velocities."""
-    moves = _moves(x, sigma, sigma_next)
-    stepped, _ = operation(x, *velocities, sigma, moves, euler_weights(sigma, sigma_next), ())
-    return stepped, state
-
-
-def dpmpp_fused(
-    operation: Operation, x: Tensor, velocities: Velocities, sigma: Tensor, sigma_next: Tensor, state: SolverState
-) -> tuple[Tensor, SolverState]:
-    """`dpmpp_step` from velocities."""
-    active = _moves(x, sigma, sigma_next)
-    if not active.any():
-        return x, state
-    state = _or_blank(state, x, depth=1)
-    order = _next_order(state, sigma_next)
-    weights = dpmpp_weights(sigma, sigma_next, _carry(state, order, sigma, sigma_next, last_sigma=1.0))
-    stepped, *x0s = operation(x, *velocities, sigma, active, weights, state.x0s)
-    return stepped, _after(active, order, sigma, tuple(x0s), None, state)
-
-
-def unipc_fused(
-    operation: Operation, x: Tensor, velocities: Velocities, sigma: Tensor, sigma_next: Tensor, state: SolverState
-) -> tuple[Tensor, SolverState]:
-    """`unipc_step` from velocities."""
-    active = _moves(x, sigma, sigma_next)
-    if not active.any():
-        return x, state
-    state = _or_blank(state, x, depth=2)
-    order = _next_order(state, sigma_next)
-    carry = _carry(state, order, sigma, sigma_next, last_sigma=UNIPC_LAST_SIGMA)
-    weights = unipc_weights(sigma, sigma_next, carry, state.sigmas[0], *_correction(sigma, state), _order(state) > 0)
-    stepped, *x0s, start = operation(x, *velocities, sigma, active, weights, (*state.x0s, state.x))
-    return stepped, _after(active, order, sigma, tuple(x0s), start, state)
-
-
-def redraw_step(
-    x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, state: SolverState
-) -> tuple[Tensor, SolverState]:
+def redraw(x: Tensor, x0: Tensor, move: Move, state: SolverState) -> Stepped:
     """x0 and new noise in the proportions of sigma_next: how consistency and DMD models of few steps are sampled
     (arXiv 2303.01469, algorithm 1; as Self-Forcing `pipeline/causal_inference.py`). Draw n follows a column's nth step.
     """
-    active = _active(x, x0, sigma, sigma_next)
-    if not active.any():
-        return x, state
     assert state.fresh is not None, "redraw needs a source of noise: Solver.init(fresh)"
     made = torch.zeros(x.shape[2], dtype=torch.int64) if state.order is None else state.order
-    made = torch.where(active, made + 1, made)
-    stepped = x0
-    if bool((sigma_next[active] > 0).any()):
+    made = torch.where(move.active, made + 1, made)
+    if bool((move.sigma_next[move.active] > 0).any()):
         noise = state.fresh(made).to(x.device, x.dtype)
-        stepped = _per_column(1 - sigma_next, x0) * x0 + _per_column(sigma_next, x0) * noise
-    return _keep(active, stepped, x), replace(state, order=made)
+        x0 = _per_column(1 - move.sigma_next, x0) * x0 + _per_column(move.sigma_next, x0) * noise
+    return x0, replace(state, order=made)
+
+
+def fused_euler(op: Operation, x: Tensor, velocities: Velocities, move: Move, state: SolverState) -> Stepped:
+    """`euler` from velocities."""
+    stepped, _ = op(x, *velocities, move.sigma, move.active, euler_weights(move.sigma, move.sigma_next), ())
+    return stepped, state
+
+
+def fused_dpmpp(op: Operation, x: Tensor, velocities: Velocities, move: Move, state: SolverState) -> Stepped:
+    """`dpmpp` from velocities."""
+    weights = dpmpp_weights(move.sigma, move.sigma_next, _carry(move, state, last_sigma=1.0))
+    stepped, *x0s = op(x, *velocities, move.sigma, move.active, weights, state.x0s)
+    return stepped, _after(move, tuple(x0s), None, state)
+
+
+def fused_unipc(op: Operation, x: Tensor, velocities: Velocities, move: Move, state: SolverState) -> Stepped:
+    """`unipc` from velocities."""
+    sigma, correction = move.sigma, _correction(move.sigma, state)
+    carry = _carry(move, state, last_sigma=UNIPC_LAST_SIGMA)
+    weights = unipc_weights(sigma, move.sigma_next, carry, state.sigmas[0], *correction, _order(state) > 0)
+    stepped, *x0s, start = op(x, *velocities, sigma, move.active, weights, (*state.x0s, state.x))
+    return stepped, _after(move, tuple(x0s), start, state)
 
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
         # Wan's tables start from 0.999 as float32 has it, which decides some timesteps once they are cut to integers.
-        "unipc": Solver(unipc_step, 0.9990000128746033, integer_timesteps=True, fused=unipc_fused),
-        "euler": Solver(euler_step, fused=euler_fused),
-        "dpm++": Solver(dpmpp_step, integer_timesteps=True, fused=dpmpp_fused),
-        "redraw": Solver(redraw_step),
+        "unipc": Solver(unipc, 2, 0.9990000128746033, integer_timesteps=True, fused=fused_unipc),
+        "euler": Solver(euler, fused=fused_euler),
+        "dpm++": Solver(dpmpp, 1, integer_timesteps=True, fused=fused_dpmpp),
+        "redraw": Solver(redraw),
     }
 )
 
 
-def _extrapolate(
-    x0: Tensor, state: SolverState, order: Tensor, sigma: Tensor, sigma_next: Tensor, last_sigma: float
-) -> Tensor:
+def _extrapolate(x0: Tensor, move: Move, state: SolverState, last_sigma: float) -> Tensor:
     """x0 carried half a step on along its last change: x0 + h / (2 h0) * (x0 - previous x0) in columns of order 2. The
     second-order predictors of DPM++ 2M and of UniPC (UniP-2) are this one formula."""
-    if not (order == 2).any():
+    if not (move.order == 2).any():
         return x0
-    return x0 + _per_column(_carry(state, order, sigma, sigma_next, last_sigma), x0) * (x0 - state.x0s[0])
+    return x0 + _per_column(_carry(move, state, last_sigma), x0) * (x0 - state.x0s[0])
 
 
-def _carry(state: SolverState, order: Tensor, sigma: Tensor, sigma_next: Tensor, last_sigma: float) -> Tensor:
+def _carry(move: Move, state: SolverState, last_sigma: float) -> Tensor:
     """h / (2 h0) in columns of order 2, else 0: [T]."""
-    here = _log_snr(sigma, last_sigma)
-    h, h0 = _log_snr(sigma_next, last_sigma) - here, here - _log_snr(state.sigmas[0], last_sigma)
-    return torch.where((order == 2) & (h0 > 0), 0.5 * h / h0, 0.0)
+    here = _log_snr(move.sigma, last_sigma)
+    h, h0 = _log_snr(move.sigma_next, last_sigma) - here, here - _log_snr(state.sigmas[0], last_sigma)
+    return torch.where((move.order == 2) & (h0 > 0), 0.5 * h / h0, 0.0)
 
 
 def _correct(x: Tensor, x0: Tensor, sigma: Tensor, state: SolverState) -> Tensor:
@@ -268,22 +250,13 @@ def _blend(x: Tensor, target: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tens
     return _per_column(ratio, x) * x + _per_column(1 - ratio, x) * target
 
 
-def _active(x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """[T] bool: the columns that this call moves."""
-    assert x.shape == x0.shape and x.dtype == x0.dtype, (x.shape, x0.shape, x.dtype, x0.dtype)
-    return _moves(x, sigma, sigma_next)
-
-
-def _moves(x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+def _move(x: Tensor, sigma: Tensor, sigma_next: Tensor, state: SolverState) -> Move:
     assert x.ndim == 5 and sigma.shape == sigma_next.shape == x.shape[2:3], (x.shape, sigma.shape, sigma_next.shape)
     assert sigma.dtype == sigma_next.dtype == torch.float64, (sigma.dtype, sigma_next.dtype)
     assert sigma.device.type == sigma_next.device.type == "cpu", (sigma.device, sigma_next.device)
     assert bool(((sigma_next >= 0) & (sigma_next <= sigma) & (sigma <= 1)).all()), (sigma, sigma_next)
-    return sigma_next != sigma
-
-
-def _next_order(state: SolverState, sigma_next: Tensor) -> Tensor:
-    return torch.where(sigma_next == 0, 1, (_order(state) + 1).clamp(max=2))
+    past = torch.zeros(len(sigma), dtype=torch.int64) if state.order is None else state.order
+    return Move(sigma, sigma_next, sigma_next != sigma, torch.where(sigma_next == 0, 1, (past + 1).clamp(max=2)))
 
 
 def _order(state: SolverState) -> Tensor:
@@ -291,38 +264,32 @@ def _order(state: SolverState) -> Tensor:
     return state.order
 
 
-def _or_blank(state: SolverState, x0: Tensor, depth: int) -> SolverState:
+def _or_blank(state: SolverState, x: Tensor, depth: int) -> SolverState:
     """`state`, or before the first step one of zeros: their weight is 0."""
-    if state.order is not None:
+    if state.order is not None or depth == 0:
         return state
-    columns = x0.shape[2]
+    columns = x.shape[2]
     return SolverState(
-        order=torch.zeros(columns, dtype=torch.int64),
-        sigmas=(torch.zeros(columns, dtype=torch.float64),) * depth,
-        x0s=(torch.zeros_like(x0),) * depth,
-        x=torch.zeros_like(x0) if depth == 2 else None,
-        fresh=state.fresh,
+        torch.zeros(columns, dtype=torch.int64),
+        (torch.zeros(columns, dtype=torch.float64),) * depth,
+        (torch.zeros_like(x),) * depth,
+        torch.zeros_like(x) if depth == 2 else None,
+        state.fresh,
     )
 
 
-def _remember(active: Tensor, order: Tensor, sigma: Tensor, x0: Tensor, x: Tensor, state: SolverState) -> SolverState:
+def _remember(move: Move, x0: Tensor, x: Tensor, state: SolverState) -> SolverState:
     """The state after a step: in active columns the history moves on by one."""
-    x0s = tuple(_keep(active, new, old) for new, old in zip((x0, *state.x0s), state.x0s, strict=False))
-    return _after(active, order, sigma, x0s, None if state.x is None else _keep(active, x, state.x), state)
+    newer = zip((x0, *state.x0s), state.x0s, strict=False)
+    x0s = tuple(_keep(move.active, new, old) for new, old in newer)
+    return _after(move, x0s, None if state.x is None else _keep(move.active, x, state.x), state)
 
 
-def _after(
-    active: Tensor, order: Tensor, sigma: Tensor, x0s: tuple[Tensor, ...], x: Tensor | None, state: SolverState
-) -> SolverState:
+def _after(move: Move, x0s: tuple[Tensor, ...], x: Tensor | None, state: SolverState) -> SolverState:
     """`_remember` for a step that has moved x0s and x on already."""
-    newer = (sigma, *state.sigmas)
-    return SolverState(
-        order=torch.where(active, order, _order(state)),
-        sigmas=tuple(torch.where(active, new, old) for new, old in zip(newer, state.sigmas, strict=False)),
-        x0s=x0s,
-        x=x,
-        fresh=state.fresh,
-    )
+    order = torch.where(move.active, move.order, _order(state))
+    newer = zip((move.sigma, *state.sigmas), state.sigmas, strict=False)
+    return SolverState(order, tuple(torch.where(move.active, new, old) for new, old in newer), x0s, x, state.fresh)
 
 
 def _moved(tensor: Tensor, drop: int, add: int, dim: int) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,9 +46,8 @@ def walk(name: str, run: Callable[..., list[Tensor]], dtype: torch.dtype, guided
         cond, uncond = cond.to(dtype), uncond.to(dtype) if guided else None
         v = combine(cond, uncond, 5.0) if guided else cond
         x0 = velocity_to_x0(x, v, levels[0])
-        made, later = SOLVERS[name].fused(
-            lambda *given: outs.append(run(*given)) or outs[-1], x, Velocities(cond, uncond, 5.0), *levels, at
-        )
+        solver = replace(SOLVERS[name], operation=lambda *given: outs.append(run(*given)) or outs[-1])
+        made, later = solver.fused_step(x, Velocities(cond, uncond, 5.0), *levels, at)
         expected, state = SOLVERS[name].step(x, x0, *levels, at)
         moves = levels[0] != levels[1]
         close = {"rtol": 0, "atol": tolerance * x0.abs().max().item()}

@@ -186,12 +186,7 @@ CAUSAL_FORCING_FRAMEWISE = replace(
 )
 # `configs/wan_causal_dmd.yaml` (no warp), `causvid/models/wan/causal_inference.py` (32760 tokens).
 CAUSVID = replace(
-    SELF_FORCING,
-    name="causvid-1.3b",
-    num_inference_steps=3,
-    flow_shift=8.0,
-    sigmas=DMD_SIGMAS,
-    whole_timesteps=True,
+    SELF_FORCING, name="causvid-1.3b", num_inference_steps=3, flow_shift=8.0, sigmas=DMD_SIGMAS, whole_timesteps=True
 )
 # Branch v1.0: `configs/longlive_inference.yaml` (120 latent frames), `pipeline/interactive_causal_inference.py`.
 LONGLIVE = replace(SELF_FORCING, name="longlive-1.3b", num_frames=477, rollout=Rollout(window=12, sink=3, recache=True))
