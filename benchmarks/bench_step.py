@@ -13,8 +13,8 @@ from harness import Case, Row, compared, measure, save, table
 from torch import Tensor
 
 from fastvid.ops import dispatch, solver_step
-from fastvid.sampling import SOLVERS, SolverState, velocity_to_x0
-from fastvid.sampling.guidance import combine
+from fastvid.sampling.guidance import combine, velocity_to_x0
+from fastvid.sampling.solvers import SOLVERS, SolverState
 
 SIZES = {
     "cuda": {"480p": (1, 16, 21, 60, 104), "720p": (1, 16, 21, 90, 160)},

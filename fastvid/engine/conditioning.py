@@ -31,18 +31,10 @@ from fastvid.models.loaded import CACHE, CHANNELS, CONTROL, REIMPOSED, TIMESTEPS
 from fastvid.models.wan import conditioning
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
-from fastvid.sampling import (
-    Denoise,
-    Denoiser,
-    Guided,
-    StreamNoise,
-    Switched,
-    Velocity,
-    flow_edit,
-    keep_known,
-    timesteps,
-)
+from fastvid.sampling.guidance import Denoise, Denoiser, Guided, Switched, Velocity, flow_edit, keep_known
+from fastvid.sampling.noise import StreamNoise
 from fastvid.sampling.noise_table import TableRow
+from fastvid.sampling.sigmas import timesteps
 
 NEGATIVE, SOURCE = -1, -2
 """Numbers of the prompts that are not the request's own: the negative one, and an edit's source_prompt."""

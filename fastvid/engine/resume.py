@@ -36,8 +36,8 @@ from fastvid.engine import resume_identity as identity
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.kv_cache import KVCache
 from fastvid.models.loaded import Model
-from fastvid.sampling import SolverState
 from fastvid.sampling.loop import Position, Row
+from fastvid.sampling.solvers import SolverState
 
 EVERY = 1.0  # seconds between two saves; slower rows are saved each
 Caches = dict[int, KVCache]

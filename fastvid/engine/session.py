@@ -28,9 +28,10 @@ from fastvid.engine.resume import Resume
 from fastvid.models.loaded import Model
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Kept, Segment, Timeline
-from fastvid.sampling import Denoise, find_solver
+from fastvid.sampling.guidance import Denoise
 from fastvid.sampling.loop import Row, walk
 from fastvid.sampling.noise_table import TableRow
+from fastvid.sampling.sigmas import find_solver
 
 KEPT_AT_ONCE = 16  # frames of a clip that are read at a time
 

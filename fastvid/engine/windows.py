@@ -22,8 +22,9 @@ from fastvid.models.loaded import CHANNELS, CONTROL, Model, way_of
 from fastvid.models.preset import Rollout
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
-from fastvid.sampling import noise_table, timesteps
+from fastvid.sampling import noise_table
 from fastvid.sampling.noise_table import TableRow
+from fastvid.sampling.sigmas import timesteps
 
 
 def table_of(

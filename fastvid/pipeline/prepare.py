@@ -22,7 +22,7 @@ from fastvid.planning.speed import Rates, find_rates
 from fastvid.requests import inputs, prompts
 from fastvid.requests.request import Request, Resolved
 from fastvid.requests.timeline import Timeline
-from fastvid.sampling import make_sigmas
+from fastvid.sampling.sigmas import make_sigmas
 from fastvid.version import __version__
 
 AGAIN = "again"

@@ -15,7 +15,8 @@ import fastvid
 from fastvid.engine import conditioning
 from fastvid.models.preset import Rollout
 from fastvid.requests.request import Request
-from fastvid.sampling import find_solver, loop, noise_table
+from fastvid.sampling import loop, noise_table
+from fastvid.sampling.sigmas import find_solver
 
 GAP = 16
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 2, "seed": 3}

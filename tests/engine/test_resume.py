@@ -22,8 +22,8 @@ from fastvid.engine import resume, resume_files
 from fastvid.engine.events import Finished, Step
 from fastvid.models.preset import EVERYTHING, Rollout
 from fastvid.pipeline.pipeline import Pipeline
-from fastvid.sampling import SolverState
 from fastvid.sampling.loop import Position
+from fastvid.sampling.solvers import SolverState
 
 PROMPT = "a red circle moving right on a white background"
 SIZE = {"height": 64, "width": 64}

@@ -22,7 +22,9 @@ from fastvid.models.preset import Preset, Rollout
 from fastvid.models.wan import presets
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops import reference
-from fastvid.sampling import combine, find_solver, latent_noise, make_sigmas
+from fastvid.sampling.guidance import combine
+from fastvid.sampling.noise import latent_noise
+from fastvid.sampling.sigmas import find_solver, make_sigmas
 
 HEIGHT, WIDTH, TOKENS = 64, 96, 24  # TOKENS: of a latent frame
 SIZE = {"height": HEIGHT, "width": WIDTH}

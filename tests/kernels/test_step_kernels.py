@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastvid.ops import solver_step as stepping
 from fastvid.ops.solver_step import solver_step, solver_step_triton
-from fastvid.sampling import SOLVERS, SolverState, Velocities, combine, velocity_to_x0
+from fastvid.sampling.guidance import Velocities, combine, velocity_to_x0
+from fastvid.sampling.solvers import SOLVERS, SolverState
 
 DEPTHS = {"euler": 0, "dpm++": 1, "unipc": 3}
 NAN = float("nan")

@@ -25,7 +25,7 @@ from fastvid.models.wan.config import WanVAE22Config, WanVAEConfig
 from fastvid.models.wan.presets import VARIANTS, find_preset, find_variants
 from fastvid.models.wan.weight_names import ORIGINAL, origins
 from fastvid.ops import reference
-from fastvid.sampling import make_sigmas, shift_sigmas, timesteps
+from fastvid.sampling.sigmas import make_sigmas, shift_sigmas, timesteps
 
 RECIPES = {variant.preset.name: variant.preset for variant in VARIANTS}
 COMMON = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256, "patch_size": [1, 2, 2], "eps": 1e-6}

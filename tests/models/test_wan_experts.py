@@ -22,7 +22,7 @@ from fastvid.errors import CheckpointError
 from fastvid.loaders.convert import convert
 from fastvid.models.common.experts import Experts
 from fastvid.models.wan.vae22 import WanVAE22
-from fastvid.sampling import make_sigmas, timesteps
+from fastvid.sampling.sigmas import make_sigmas, timesteps
 
 SIGMAS = [1.0, 0.95, 0.88, 0.8, 0.6875, 0.55, 0.38, 0.2]
 BOUNDARY = 0.6875  # one of the levels: its own step belongs to the first expert

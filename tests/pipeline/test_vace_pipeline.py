@@ -38,7 +38,7 @@ from fastvid.models.wan.vace import WanVACETransformer
 from fastvid.pipeline.verbs import CONTROL_OPTIONS
 from fastvid.planning.speed import Calls, denoise_flops
 from fastvid.requests.recipe import fingerprint
-from fastvid.sampling import latent_noise
+from fastvid.sampling.noise import latent_noise
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -23,7 +23,7 @@ from fastvid.requests import timeline
 from fastvid.requests.inputs import read
 from fastvid.requests.request import Request
 from fastvid.requests.timeline import Kept, Rules, Stretch, lay
-from fastvid.sampling import latent_noise
+from fastvid.sampling.noise import latent_noise
 from tests.tiny import write_checkpoint
 
 SCENE = Scene("red", "circle", "moving right", "white", across=0.4)

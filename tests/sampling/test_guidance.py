@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvid.sampling import SOLVERS, Denoiser, Guided, Switched, combine, keep_known, velocity_to_x0
+from fastvid.sampling.guidance import Denoiser, Guided, Switched, combine, keep_known, velocity_to_x0
+from fastvid.sampling.solvers import SOLVERS
 
 X = torch.randn(1, 2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
 SIGMA = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastvid.sampling import find_solver, loop, make_sigmas, noise_table
+from fastvid.sampling import loop, noise_table
+from fastvid.sampling.sigmas import find_solver, make_sigmas
 
 
 def denoise_to(target):

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvid.errors import InvalidRequest
-from fastvid.sampling import latent_noise
-from fastvid.sampling.noise import philox4x32
+from fastvid.sampling.noise import latent_noise, philox4x32
 
 LARGE = (16, 4, 60, 104)
 

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvid.sampling import find_solver, loop, noise_table
+from fastvid.sampling import loop, noise_table
 from fastvid.sampling.noise_table import TableRow
+from fastvid.sampling.sigmas import find_solver
 
 LEVELS = st.lists(st.integers(1, 1000), min_size=1, max_size=6, unique=True).map(
     lambda found: np.array(sorted(found, reverse=True)) / 1000

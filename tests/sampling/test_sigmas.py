@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fastvid import checks
 from fastvid.errors import InvalidRequest
-from fastvid.sampling import SOLVERS, find_solver, make_sigmas, shift_sigmas, timesteps
+from fastvid.sampling.sigmas import find_solver, make_sigmas, shift_sigmas, timesteps
+from fastvid.sampling.solvers import SOLVERS
 
 WAN_UNIPC_SHIFT_5_STEPS_50 = """
     999 995 991 987 982 978 973 968 963 957 952 946 940 934 927 920 913 906 898 890 882 873 863 854 843

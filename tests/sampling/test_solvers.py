@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastvid.sampling import SOLVERS, SolverState, make_sigmas, velocity_to_x0
-from fastvid.sampling.solvers import _langevin
+from fastvid.sampling.guidance import velocity_to_x0
+from fastvid.sampling.sigmas import make_sigmas
+from fastvid.sampling.solvers import SOLVERS, SolverState, _langevin
 
 NAMES = sorted(SOLVERS.keys() - {"redraw"})  # which needs a source of noise, and has tests of its own
 MULTISTEP = ["dpm++", "unipc"]
