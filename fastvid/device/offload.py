@@ -13,9 +13,9 @@ from __future__ import annotations
 import mmap
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,8 @@ def weigh(module: nn.Module) -> Weights:
 
 def streamed_blocks(module: nn.Module) -> list[nn.Module]:
     """The blocks that a module walks, of all lists that it names."""
-    return [block for name in getattr(module, "STREAMED", ()) for block in module.get_submodule(name)]
+    lists = [cast(nn.ModuleList, module.get_submodule(name)) for name in getattr(module, "STREAMED", ())]
+    return [block for blocks in lists for block in blocks]
 
 
 # ---------------------------------------------------------------- the two ways to copy
@@ -151,6 +152,7 @@ class Prefetcher:
         queue = list(modules)
         ahead = self._send(queue[0], 0) if queue else None
         for number, module in enumerate(queue):
+            assert ahead is not None
             views, arrived = ahead
             if number + 1 < len(queue):
                 ahead = self._send(queue[number + 1], (number + 1) % SLOTS)
@@ -210,6 +212,12 @@ class Prefetcher:
 # ---------------------------------------------------------------- modules in host memory
 
 
+class Walker(Protocol):
+    """A module that iterates over its blocks by `walk`."""
+
+    walk: Callable[[Iterable[nn.Module]], Iterator[nn.Module]]
+
+
 class Offloaded:
     """A module whose weights are in host memory (pinned for a GPU). With a prefetcher its blocks are streamed, and only
     the rest is copied as a whole."""
@@ -220,7 +228,7 @@ class Offloaded:
         self._here = False
         self.settle()
         if prefetcher is not None:
-            module.walk = prefetcher
+            cast(Walker, module).walk = prefetcher  # modules that list blocks in STREAMED have it
 
     def settle(self) -> None:
         """Make the weights that the module now has in host memory its host copies."""

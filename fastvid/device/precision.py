@@ -5,15 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-KINDS = (
-    torch.backends.mkldnn.matmul,
-    torch.backends.mkldnn.conv,
-    torch.backends.cuda.matmul,
-    torch.backends.cudnn.conv,
-)
+# At run time these modules are objects with more attributes than torch's types know.
+_MKLDNN: Any = torch.backends.mkldnn
+_CUDNN: Any = torch.backends.cudnn
+KINDS = (_MKLDNN.matmul, _MKLDNN.conv, torch.backends.cuda.matmul, _CUDNN.conv)
 
 
 class _Setting:
@@ -21,7 +20,8 @@ class _Setting:
     the caller's, the last out puts them back."""
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, []
+        self._lock, self._inside = threading.Lock(), 0
+        self._before: list[str] = []
 
     def enter(self) -> None:
         with self._lock:

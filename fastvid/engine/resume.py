@@ -34,7 +34,7 @@ from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.engine import resume_files as files
 from fastvid.engine import resume_identity as identity
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.layers.kv_cache import KVCache
+from fastvid.layers.kv_cache import CacheState, KVCache
 from fastvid.models.loaded import Model
 from fastvid.sampling.loop import Position, Row
 from fastvid.sampling.solvers import SolverState
@@ -53,7 +53,7 @@ class Head:
     clean: int = 0
     state: str = ""
     caches: list[tuple[str, dict[str, list[int]]]] = field(default_factory=list)
-    places: dict[str, dict[str, Any]] = field(default_factory=dict)
+    places: dict[str, CacheState] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ class Resume:
             agree(self._mesh, 0)  # rank 0 has said that they count
         self._remove({self._note(old.rows) if self._rank else old.state, *(name for name, _ in old.caches)})
 
-    def _save_caches(self) -> dict[str, dict[str, Any]]:
+    def _save_caches(self) -> dict[str, CacheState]:
         """Writes what is new in this rank's caches; returns their positions."""
         if changed := {str(text): sorted(cache.changed) for text, cache in self._caches.items() if cache.changed}:
             stem = f"cache-{self.rows:08d}" + (f"-r{self._rank}" if self._rank else "")

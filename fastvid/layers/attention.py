@@ -82,9 +82,9 @@ def _parallel_attention(
         pending.wait()
         kept = _ring_blocks(parallel, blocks, heads, exchange.first, exchange.last)
         returned.append(exchange.send_back(_attend(ops, parallel, q, k, v, cache, kept)))
-    for exchange, (pending, received) in zip(exchanges, returned, strict=True):
+    for exchange, (pending, own) in zip(exchanges, returned, strict=True):
         pending.wait()
-        by_rank[:, :, :, exchange.first : exchange.last] = received.permute(2, 1, 0, 3, 4)
+        by_rank[:, :, :, exchange.first : exchange.last] = own.permute(2, 1, 0, 3, 4)
     return out
 
 
@@ -136,11 +136,11 @@ def _ring_attention(
     """
     view, size = parallel.view, len(counts)
     after, before = (view.rank(ring=(view.ring + step) % size) for step in (1, -1))
-    held, out, lse = torch.stack((k, v)), None, None  # type: Tensor, Any, Any
+    held = torch.stack((k, v))
+    out: Tensor | None = None
+    lse: Tensor | None = None
     for step in range(size):
-        source = (view.ring - step) % size
-        coming: Any = None
-        pending: Any = None
+        source, pending = (view.ring - step) % size, None
         if step + 1 < size:
             coming = held.new_empty(2, held.shape[1], counts[(source - 1) % size], *held.shape[3:])
             pending = view.mesh.exchange([(after, held)], [(before, coming)])
@@ -148,7 +148,7 @@ def _ring_attention(
             kept = None if blocks is None else blocks[source]
             part, part_lse = ops.attention(q, *held, return_lse=True, blocks=kept)
             part = part.to(part_lse.dtype)
-            out, lse = (part, part_lse) if out is None else merge(out, lse, part, part_lse)
+            out, lse = (part, part_lse) if out is None or lse is None else merge(out, lse, part, part_lse)
         if pending is not None:
             pending.wait()
             held = coming

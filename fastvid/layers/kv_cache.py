@@ -10,11 +10,21 @@ Source: Self-Forcing `wan/modules/causal_model.py` (rolls its buffer), LongLive 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+
+
+class CacheState(TypedDict):
+    """A cache's state without keys and values."""
+
+    layers: int
+    capacity: int
+    sink: int
+    slots: list[int]
+    next: int
 
 
 class KVCache:
@@ -47,7 +57,7 @@ class KVCache:
         self.changed.update(self.slots)
 
     @property
-    def place(self) -> dict[str, Any]:
+    def place(self) -> CacheState:
         """Its state without keys and values, as `restored` takes it."""
         return {
             "layers": len(self.layers),
@@ -58,7 +68,7 @@ class KVCache:
         }
 
     @classmethod
-    def restored(cls, place: Mapping[str, Any]) -> KVCache:
+    def restored(cls, place: CacheState) -> KVCache:
         """A cache in that state, still empty; `LayerCache.put` then fills every layer's slots."""
         made = cls(place["layers"], place["capacity"], place["sink"])
         made.slots, made._next = list(place["slots"]), place["next"]
@@ -105,5 +115,5 @@ class LayerCache:
 
     def get(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Keys and values [B, slots, N of a frame, H, D] of these slots."""
-        assert self._keys is not None and self._values is not None
+        assert self._keys is not None and self._values is not None, "nothing has been put into it"
         return self._keys[:, list(slots)], self._values[:, list(slots)]

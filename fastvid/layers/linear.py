@@ -6,7 +6,7 @@ applies bias and GELU while results are in the cache. Both are IEEE fp32 (relati
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,16 @@ def normal_parameter(*shape: int, std: float) -> nn.Parameter:
     return nn.Parameter(values if values.is_meta else values.normal_(std=std))
 
 
+class Affine(Protocol):
+    """A layer that multiplies by a weight and adds a bias."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+
 class Embedding(nn.Embedding):
     """nn.Embedding, but nothing is drawn on the meta device; see `normal_parameter`."""
 
@@ -45,11 +55,12 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-def linear(ops: Any, layer: Any, x: Tensor) -> Tensor:
+def linear(ops: Any, layer: nn.Module, x: Tensor) -> Tensor:
     """ops.linear of a layer; by oneDNN where it applies, unless a kernel is bound."""
-    if ops.linear is reference.linear and onednn_applies(x, layer.weight):
-        return _onednn(x, layer.weight, layer.bias, "none", "")
-    return ops.linear(x, layer.weight, layer.bias)
+    affine = cast(Affine, layer)  # torch's lists of modules do not tell which kind they hold
+    if ops.linear is reference.linear and onednn_applies(x, affine.weight):
+        return _onednn(x, affine.weight, affine.bias, "none", "")
+    return ops.linear(x, affine.weight, affine.bias)
 
 
 def linear_gelu_tanh(ops: Any, layer: nn.Linear, x: Tensor) -> Tensor:
@@ -86,7 +97,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([first, nn.Identity(), Linear(inner, outputs)])
 
     def forward(self, x: Tensor) -> Tensor:
-        first: Any = self.net[0]["proj"]  # type: ignore[index]
+        first = cast(Linear, cast(nn.ModuleDict, self.net[0])["proj"])
         inner = F.gelu(linear(self.ops, first, x)) if self.exact else linear_gelu_tanh(self.ops, first, x)
         return linear(self.ops, self.net[2], inner)
 

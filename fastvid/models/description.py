@@ -70,11 +70,16 @@ class Checkpoint:
             )
         return self
 
+    def require_preset(self) -> Preset:
+        """The preset of a checkpoint that passed `check`."""
+        assert self.preset is not None, "check() comes first"
+        return self.preset
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
         parts = {part.name: _describe(part, self.folder) for part in self.parts}
         recipe = asdict(self.preset) if self.preset else None
-        rest = {"text_length": self.text_length, "tokenizer": _short(self.tokenizer, self.folder)}
+        rest: dict[str, Any] = {"text_length": self.text_length, "tokenizer": _short(self.tokenizer, self.folder)}
         rest |= {"problems": list(self.problems)}
         named = {"recipe": recipe, "alternatives": list(self.alternatives)}
         return {"folder": str(self.folder), "pipeline": self.pipeline, **named, "parts": parts, **rest}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,11 +123,11 @@ class Model:
 
     @property
     def text_encoder(self) -> UMT5Encoder:
-        return self.modules.encoders.modules[0]
+        return cast(UMT5Encoder, self.modules.encoders.modules[0])
 
     @property
     def image_encoder(self) -> CLIPVisionEncoder | None:
-        return next(iter(self.modules.encoders.modules[1:]), None)
+        return cast(CLIPVisionEncoder | None, next(iter(self.modules.encoders.modules[1:]), None))
 
     @property
     def experts(self) -> Experts:
@@ -136,7 +136,7 @@ class Model:
     @property
     def transformer(self) -> WanTransformer:
         """The only transformer, or the one for high noise; both have the same configuration."""
-        return self.experts.modules[0]
+        return cast(WanTransformer, self.experts.modules[0])
 
     @property
     def vae(self) -> WanVAE:
@@ -196,7 +196,7 @@ class Model:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the bytes of a video beside the request, as a recipe records it."""
-        made = {"dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type}
+        made: dict[str, Any] = {"dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type}
         made |= {"backend": self.options.backend, "attention": self.options.attention}
         made |= {} if self.vae_dtype is torch.float32 else {"vae_dtype": str(self.vae_dtype).removeprefix("torch.")}
         made |= {"parts": self.sources} if self.sources else {}
@@ -210,7 +210,8 @@ class Model:
         made = None
         if self.mesh.rank == 0:
             with self.modules.encoders.use(0) as encoder:
-                made = encode_prompt(encoder, self.tokenizer, [prompt]).to(self.device, self.dtype)
+                tokenizer = cast(TextTokenizer, self.tokenizer)  # nobody reads prompts with a model to plan with
+                made = encode_prompt(encoder, tokenizer, [prompt]).to(self.device, self.dtype)
         return self.mesh.broadcast(made)
 
     def look(self, pixels: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def _by_slabs(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention to two sets of keys as attention to both: (out, lse) of each -> (out, lse) of the union."""
     lse = torch.logaddexp(lse_a, lse_b)
-    total: Any = 0
+    total: Any = 0  # a Tensor from the first round on
     for out, part in ((out_a, lse_a), (out_b, lse_b)):
         weight = torch.where(part == -torch.inf, 0.0, torch.exp(part - lse))  # not exp(-inf + inf), without any keys
         total = total + out.to(weight.dtype) * weight.transpose(1, 2)[..., None]

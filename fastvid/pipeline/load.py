@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,6 +28,8 @@ from fastvid.models.description import Checkpoint, Part
 from fastvid.models.loaded import LoadOptions, Model, Modules, Placement, TextLength
 from fastvid.models.registry import ENCODERS, build_outline, part_dtype
 from fastvid.models.wan import presets
+from fastvid.models.wan.transformer import WanTransformer
+from fastvid.models.wan.vae import WanVAE
 from fastvid.ops import vae_gpu
 from fastvid.ops.dispatch import Ops, bind
 from fastvid.planning import memory
@@ -52,7 +54,9 @@ def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, m
     placement = choose_placement(checkpoint, options, mesh)
     modules = load_modules(checkpoint, ops, placement, loras, mesh.rank)
     lists = as_tuples(loras), changed_weights(loras)
-    return Model(str(source), checkpoint, checkpoint.preset, modules, ops, options, placement, *lists, mesh, links)
+    return Model(
+        str(source), checkpoint, checkpoint.require_preset(), modules, ops, options, placement, *lists, mesh, links
+    )
 
 
 def outline(
@@ -74,7 +78,9 @@ def outline(
     placement = choose_placement(checkpoint, options, mesh, free)
     modules = empty_modules(checkpoint, placement)
     lists = as_tuples(loras), changed_weights(loras)
-    return Model(str(source), checkpoint, checkpoint.preset, modules, ops, options, placement, *lists, mesh, links)
+    return Model(
+        str(source), checkpoint, checkpoint.require_preset(), modules, ops, options, placement, *lists, mesh, links
+    )
 
 
 def change_loras(model: Model, loras: Any) -> Model:
@@ -124,7 +130,7 @@ def choose_placement(checkpoint: Checkpoint, options: LoadOptions, mesh: Mesh, f
     if offload == AUTO:
         offload, why = choose_offload(checkpoint, device, dtype, vae_dtype, free)
     offload = MODES[agree(mesh, MODES.index(offload), max)]
-    stays, caches = experts_stay(checkpoint, offload), checkpoint.preset.rollout is not None
+    stays, caches = experts_stay(checkpoint, offload), checkpoint.require_preset().rollout is not None
     graphs, graphs_why = cuda_graphs.choose(options.cuda_graphs, device, stays, caches, mesh.size)
     return Placement(device, dtype, vae_dtype, offload, graphs, {"offload": why, "cuda_graphs": graphs_why})
 
@@ -137,7 +143,7 @@ def choose_offload(
     if device.type == "cpu":
         return MODES[0], "host and device are one memory"
     capacity = available_bytes(device) if free is None else free
-    request = default_request(checkpoint.preset)
+    request = default_request(checkpoint.require_preset())
     mode = memory.choose_offload(checkpoint.configs, request, capacity, dtype, vae_dtype)
     return mode, f"by the default video and the {_size(capacity)} that are free"
 
@@ -174,7 +180,7 @@ def load_modules(
     vae = read_part(checkpoint, "vae", ops, placement.device, placement)
     if ops.bound["vae_norm_silu_conv3d"] != "reference":
         vae_gpu.channels_last(vae)  # here once, instead of in every call
-    return Modules(read_tokenizer(checkpoint.tokenizer), encoders, experts, vae)
+    return Modules(read_tokenizer(checkpoint.tokenizer), encoders, experts, cast(WanVAE, vae))
 
 
 def load_experts(checkpoint: Checkpoint, ops: Ops, placement: Placement, loras: Sequence[Lora] = ()) -> Experts:
@@ -187,10 +193,10 @@ def load_experts(checkpoint: Checkpoint, ops: Ops, placement: Placement, loras: 
     if placement.graphs:
         run = cuda_graphs.Graphs(cuda_graphs.CudaCapture(device))
         for module in modules:
-            module.run = run
+            cast(WanTransformer, module).run = run
     streamed = placement.offload == "blocks"
     residency = Resident(modules) if stay else Swapped(modules, device, stream=streamed, linger=True)
-    return Experts(modules, checkpoint.preset.boundary_ratio, residency)
+    return Experts(modules, checkpoint.require_preset().boundary_ratio, residency)
 
 
 def load_encoders(checkpoint: Checkpoint, ops: Ops, placement: Placement, rank: int = 0) -> Resident | Swapped:
@@ -222,9 +228,10 @@ def empty_modules(checkpoint: Checkpoint, placement: Placement) -> Modules:
     """The modules of a model without weights."""
     kinds = placement.dtype, placement.vae_dtype
     empty = {name: build_outline(name, config, *kinds) for name, config in checkpoint.configs.items()}
-    experts = Experts([empty[name] for name in checkpoint.experts], checkpoint.preset.boundary_ratio)
+    experts = Experts([empty[name] for name in checkpoint.experts], checkpoint.require_preset().boundary_ratio)
     encoders = Resident([empty[name] for name in ENCODERS if name in empty])
-    return Modules(TextLength(checkpoint.text_length), encoders, experts, empty["vae"])
+    assert checkpoint.text_length is not None
+    return Modules(TextLength(checkpoint.text_length), encoders, experts, cast(WanVAE, empty["vae"]))
 
 
 def _size(count: int) -> str:

@@ -52,7 +52,9 @@ class TextTokenizer:
         """
         inner = read_spiece(data, source)
         inner.enable_truncation(MAX_TEXT_LENGTH)
-        return cls(inner, MAX_TEXT_LENGTH, inner.token_to_id(PAD))
+        pad_id = inner.token_to_id(PAD)
+        assert pad_id is not None, source  # read_spiece refuses a model without it
+        return cls(inner, MAX_TEXT_LENGTH, pad_id)
 
     @classmethod
     def from_folder(cls, folder: Path) -> TextTokenizer:
@@ -152,7 +154,7 @@ def _build(pieces: list[tuple[str, float, int]], model_type: int, unknown: int, 
     tokenizer = Tokenizer(Unigram([(text, score) for text, score, _ in pieces], unk_id=unknown, byte_fallback=False))
     added = [(text, kind) for text, _, kind in pieces if kind in (CONTROL, USER_DEFINED)]
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=kind == CONTROL) for text, kind in added])
-    steps = [normalizers.Precompiled(table)] if table else []
+    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(table)] if table else []
     steps += [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), SPACE)]
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
@@ -180,6 +182,7 @@ def _parse(data: bytes) -> tuple[list[tuple[str, float, int]], int, int, bytes]:
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of each field: a whole number, or bytes."""
     at = 0
+    value: int | bytes
     while at < len(data):
         key, at = _varint(data, at)
         kind = key & 7

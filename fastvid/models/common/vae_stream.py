@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -133,12 +134,13 @@ class Stream:
             alone = frames.untyped_storage().nbytes() == frames.nbytes
             self._next[layer] = frames if alone or frames.requires_grad else frames.clone()
             return
-        if self._next[layer] is None:
-            self._next[layer] = _like(frames, self.height) if old is None else old
-        self._next[layer][:, :, :, whole] = frames[:, :, :, window]
+        kept = self._next[layer]
+        if kept is None:
+            kept = self._next[layer] = _like(frames, self.height) if old is None else old
+        kept[:, :, :, whole] = frames[:, :, :, window]
 
     def cache(self) -> Cache:
-        return tuple(self._next)
+        return cast(Cache, tuple(self._next))  # at the end of a chunk every layer has kept its past
 
     def _goal(self, place: _Place) -> int:
         if self._planning:
@@ -164,8 +166,10 @@ class Stream:
             if not self._reuse:
                 self._past[layer] = None  # so that a past that nobody else holds is freed as soon as it has been used
             return past
+        assert past is not None
         rows_past = past[:, :, :, start : rows.stop]
         if rows.start < start:
+            assert place.above is not None
             rows_past = torch.cat((place.above, rows_past), dim=3)
         # Of its own, since the rows done may be overwritten by their new past.
         place.above = past[:, :, :, end - 1 : end].clone()

@@ -390,6 +390,6 @@ def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACECo
     return WanVACEConfig(made, tuple(range(0, signature.num_layers, VACE_STEP[dim]))) if signature.control else made
 
 
-def _picture(dim: int, positions: bool) -> Mapping[str, int]:
+def _picture(dim: int, positions: bool) -> dict[str, Any]:
     sizes = {"image_dim": CLIPVisionConfig().hidden_size, "added_kv_proj_dim": dim}
     return sizes | ({"pos_embed_seq_len": TWO_PICTURES} if positions else {})

@@ -10,7 +10,7 @@ Maths: Wan2.1 `wan/modules/model.py` (Apache-2.0).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class Modulation(NamedTuple):
     """Timesteps as the blocks need them: rows of the distinct ones, and which row each group of tokens takes."""
 
     rows: Tensor  # fp32 [K, 6, d]
-    index: Tensor  # int64 [B, G]
+    groups: Tensor  # int64 [B, G]
 
 
 class Context(NamedTuple):
@@ -43,6 +43,17 @@ class Context(NamedTuple):
     that see pictures, of the pictures [B, M, heads, head_dim]."""
 
     layers: tuple[tuple[Tensor, ...], ...]
+
+
+class AnyContext(Protocol):
+    """A Context, or that of a model which looks at more."""
+
+    @property
+    def layers(self) -> tuple[tuple[Tensor, ...], ...]: ...
+
+
+# Of one call: latents, known, distinct timesteps, their groups, rotary tables, context.
+Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor, tuple[Tensor, Tensor], AnyContext]
 
 
 class SelfAttention(nn.Module):
@@ -133,7 +144,7 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         parallel: SequenceParallel | None = None,
     ) -> Stream:
-        rows, index = self.scale_shift_table + modulation.rows, modulation.index
+        rows, index = self.scale_shift_table + modulation.rows, modulation.groups
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
         x, y, gate = stream.take()
         if y is None:
@@ -167,7 +178,7 @@ class ImageEmbedder(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """[B, M, image_dim] -> [B, M, d]."""
-        pictures = pictures.to(self.ff.net[2].weight.dtype)
+        pictures = pictures.to(cast(Linear, self.ff.net[2]).weight.dtype)
         x = pictures if self.pos_embed is None else pictures + self.pos_embed
         x = self.ff(self.ops.layer_norm(x, self.norm1.weight, self.norm1.bias, IMAGE_NORM_EPS))
         return self.ops.layer_norm(x, self.norm2.weight, self.norm2.bias, IMAGE_NORM_EPS)
@@ -197,6 +208,11 @@ class ConditionEmbedder(nn.Module):
         layers = self.text_embedder
         text = text.to(layers.linear_1.weight.dtype)
         return layers.linear_2(linear_gelu_tanh(self.ops, layers.linear_1, text))
+
+
+def cross_attentions(blocks: nn.ModuleList) -> list[nn.Module]:
+    """The cross-attention of every block."""
+    return [cast(Block, block).attn2 for block in blocks]
 
 
 def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -237,14 +253,14 @@ class WanTransformer(nn.Module):
         """The dtype of the residual stream and the large matrices."""
         return self.patch_embedding.weight.dtype
 
-    def prepare_context(self, text_embeds: Tensor, image_embeds: Tensor | None = None) -> Context:
+    def prepare_context(self, text_embeds: Tensor, image_embeds: Tensor | None = None) -> AnyContext:
         """Everything that depends on text and pictures alone, once a request.
 
         text_embeds [B, L, text_dim]. image_embeds [B, M, image_dim], what CLIP makes of the pictures, one after the
         other: needed by models with an image_dim, and by no others.
         """
         text, pictures = self._embed(text_embeds, image_embeds)
-        attentions = self.walk([block.attn2 for block in self.blocks])
+        attentions = self.walk(cross_attentions(self.blocks))
         return Context(tuple(attention.project_context(text, pictures) for attention in attentions))
 
     def _embed(self, text_embeds: Tensor, image_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -255,7 +271,11 @@ class WanTransformer(nn.Module):
             )
         self._check_pictures(image_embeds, text_embeds.shape[0])
         embedder = self.condition_embedder
-        return embedder.embed_text(text_embeds), None if image_embeds is None else embedder.image_embedder(image_embeds)
+        text = embedder.embed_text(text_embeds)
+        if image_embeds is None:
+            return text, None
+        assert embedder.image_embedder is not None
+        return text, embedder.image_embedder(image_embeds)
 
     def _check_pictures(self, embeds: Tensor | None, batch: int) -> None:
         width, rows = self.config.image_dim, self.config.pos_embed_seq_len
@@ -274,7 +294,7 @@ class WanTransformer(nn.Module):
         self,
         latents: Tensor,
         timestep: Tensor,
-        text: Tensor | Context,
+        text: Tensor | AnyContext,
         *,
         known: Tensor | None = None,
         rope_offset: int | Sequence[int] = 0,
@@ -321,8 +341,8 @@ class WanTransformer(nn.Module):
         values: Tensor,
         index: Tensor,
         rotary: tuple[Tensor, Tensor],
-        context: Context,
-    ) -> tuple[Any, ...]:
+        context: AnyContext,
+    ) -> Inputs:
         """This rank's part of what `_velocity` takes."""
         patch, tokens = self.config.patch_size, len(rotary[0])
         known = None if known is None else parallel.shard(known, patch)
@@ -336,7 +356,7 @@ class WanTransformer(nn.Module):
         values: Tensor,
         index: Tensor,
         rotary: tuple[Tensor, Tensor],
-        context: Context,
+        context: AnyContext,
         cache: KVCache | None = None,
         parallel: SequenceParallel | None = None,
     ) -> Tensor:
@@ -354,7 +374,7 @@ class WanTransformer(nn.Module):
         self,
         stream: Stream,
         modulation: Modulation,
-        context: Context,
+        context: AnyContext,
         rotary: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
         parallel: SequenceParallel | None = None,
@@ -367,7 +387,7 @@ class WanTransformer(nn.Module):
     def _added(self, stream: Stream, modulation: Modulation) -> Tensor:
         """The residual stream [B, N, d] with nothing left to add."""
         x, y, gate = stream.take()
-        return x if y is None else self.ops.gated_residual(x, y, gate, modulation.index)
+        return x if y is None else self.ops.gated_residual(x, y, gate, modulation.groups)
 
     def _grid(self, latents: Tensor, known: Tensor | None = None) -> tuple[int, int, int]:
         """Tokens along t, h, w."""

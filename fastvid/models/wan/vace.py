@@ -21,7 +21,7 @@ from fastvid.layers.linear import Linear, linear
 from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig
-from fastvid.models.wan.transformer import Block, Modulation, WanTransformer
+from fastvid.models.wan.transformer import AnyContext, Block, Inputs, Modulation, WanTransformer, cross_attentions
 from fastvid.ops import reference
 
 
@@ -73,14 +73,14 @@ class WanVACETransformer(WanTransformer):
         text_embeds [B, L, text_dim]. control [B, V, T, H, W], V = vace_in_channels: what `conditioning.vace_condition`
         makes. scales: how much the hints count, in all layers or in each of vace_layers.
         """
-        self._check_control(control, text_embeds.shape[0])
+        control = self._check_control(control, text_embeds.shape[0])
         wanted = len(self.vace_blocks)
         scales = (float(scales),) * wanted if isinstance(scales, int | float) else tuple(float(s) for s in scales)
         if len(scales) != wanted:
             raise InvalidRequest(f"scales are one number, or {wanted} (one for each of vace_layers), not {len(scales)}")
         embedded = self._embed(text_embeds, image_embeds)
         main, vace = (
-            tuple(attention.project_context(*embedded) for attention in self.walk([block.attn2 for block in blocks]))
+            tuple(attention.project_context(*embedded) for attention in self.walk(cross_attentions(blocks)))
             for blocks in (self.blocks, self.vace_blocks)
         )
         return VACEContext(main, vace, control, scales)
@@ -89,7 +89,7 @@ class WanVACETransformer(WanTransformer):
         self,
         latents: Tensor,
         timestep: Tensor,
-        text: Tensor | VACEContext,
+        text: Tensor | AnyContext,
         *,
         known: Tensor | None = None,
         rope_offset: int | Sequence[int] = 0,
@@ -108,20 +108,22 @@ class WanVACETransformer(WanTransformer):
                 )
         return super().forward(latents, timestep, text, known=known, rope_offset=rope_offset, view=view)
 
-    def _shard(self, parallel: SequenceParallel, *given: Any) -> tuple[Any, ...]:
-        *given, context = super()._shard(parallel, *given)
-        return *given, context._replace(control=parallel.shard(context.control, self.config.patch_size))
+    def _shard(self, parallel: SequenceParallel, *given: Any) -> Inputs:
+        *_, context = own = super()._shard(parallel, *given)
+        assert isinstance(context, VACEContext)
+        return *own[:-1], context._replace(control=parallel.shard(context.control, self.config.patch_size))
 
     def _run_blocks(
         self,
         stream: Stream,
         modulation: Modulation,
-        context: VACEContext,
+        context: AnyContext,
         rotary: tuple[Tensor, Tensor],
         cache: Any = None,
         parallel: SequenceParallel | None = None,
     ) -> Tensor:
         """A control block runs when its hint is due, so that there is one hint at a time."""
+        assert isinstance(context, VACEContext)
         start, *_ = stream.take()
         control, stream, walk = self._embed_control(context.control, start), Stream(start), self.walk(self._due())
         due = iter(zip(context.vace_layers, context.scales, strict=True))
@@ -140,7 +142,7 @@ class WanVACETransformer(WanTransformer):
         next(walk, None)
         return self._added(stream, modulation)
 
-    def _due(self) -> list[Block]:
+    def _due(self) -> list[nn.Module]:
         """The blocks of both stacks in the order in which they run."""
         hints = dict(zip(self.vace_config.vace_layers, self.vace_blocks, strict=True))
         return [b for number, block in enumerate(self.blocks) for b in (block, hints.get(number)) if b is not None]
@@ -151,7 +153,8 @@ class WanVACETransformer(WanTransformer):
         tokens = self.ops.patch_embed(control, embedding.weight, embedding.bias)
         return F.pad(tokens, (0, 0, 0, x.shape[1] - tokens.shape[1]))
 
-    def _check_control(self, control: Tensor | None, batch: int) -> None:
+    def _check_control(self, control: Tensor | None, batch: int) -> Tensor:
+        """The control itself, if it can be used."""
         wanted, patch = (batch, self.vace_config.vace_in_channels), self.config.patch_size
         if (
             control is None
@@ -163,3 +166,4 @@ class WanVACETransformer(WanTransformer):
             raise InvalidRequest(
                 f"a control [{wanted[0]}, {wanted[1]}, T, H, W] is needed, T, H, W multiples of {patch}, not {given}"
             )
+        return control

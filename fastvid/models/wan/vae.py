@@ -125,7 +125,8 @@ class WanVAE(nn.Module):
     ops: an object with the functions `vae_...` and `to_rgb` of `fastvid.ops.reference`.
     """
 
-    encoder_type, decoder_type = Encoder, Decoder
+    encoder_type: type[Encoder] = Encoder
+    decoder_type: type[Decoder] = Decoder
 
     def __init__(self, config: VAEConfig, ops: Any = reference) -> None:
         super().__init__()
@@ -185,6 +186,7 @@ class WanVAE(nn.Module):
             moments = self.quant_conv(self.encoder(part, stream, stripes), stream)
             latents.append(moments[:, : self.config.z_dim])
             cache, reuse_cache = stream.cache(), True
+        assert cache is not None
         mean, std = self._statistics(frames)
         made = (torch.cat(latents, dim=2) - mean) / std
         return made if band is None else band.join(made, 3), cache
@@ -264,6 +266,7 @@ class WanVAE(nn.Module):
             stream, cache = stream_of(cache, reuse_cache, band), None
             frames.append(decoder(self.post_quant_conv(part, stream), stream, stripes))
             cache, reuse_cache = stream.cache(), True
+        assert cache is not None
         return torch.cat(frames, dim=2), cache
 
     def _steps(self, frames: Tensor, first: bool) -> list[Tensor]:

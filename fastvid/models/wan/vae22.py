@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
 from fastvid.models.common.vae_stream import Cache, Stream
-from fastvid.models.wan.config import WanVAE22Config
+from fastvid.models.wan.config import VAEConfig, WanVAE22Config
 from fastvid.models.wan.vae import Decoder, Encoder, WanVAE
 from fastvid.models.wan.vae_bands import Bands, band_of
 from fastvid.models.wan.vae_layers import Downsample, ResidualBlock, Upsample
@@ -132,7 +132,7 @@ class PatchEncoder(Encoder):
         self.patch_size = config.patch_size
 
     @staticmethod
-    def make_blocks(config: WanVAE22Config, ops: Any) -> Iterator[nn.Module]:
+    def make_blocks(config: VAEConfig, ops: Any) -> Iterator[nn.Module]:
         dims = [config.base_dim * m for m in (1, *config.dim_mult)]
         for i, temporal in enumerate((*config.temperal_downsample, False)):
             spatial = i < len(config.temperal_downsample)
@@ -150,14 +150,15 @@ class PatchDecoder(Decoder):
         self.patch_size = config.patch_size
 
     @staticmethod
-    def make_blocks(config: WanVAE22Config, ops: Any) -> Iterator[nn.Module]:
+    def make_blocks(config: VAEConfig, ops: Any) -> Iterator[nn.Module]:
         mults = config.dim_mult[::-1]
         dims = [config.decoder_base_dim * m for m in (mults[0], *mults)]
         for i, temporal in enumerate((*config.temperal_downsample[::-1], False)):
             spatial = i < len(config.temperal_downsample)
             yield ResidualUpBlock(dims[i], dims[i + 1], config.num_res_blocks, temporal, spatial, ops)
 
-    def forward(self, x: Tensor, stream: Stream, stripes: int = 1) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, stripes: int = 1, rgb: bool = False) -> Tensor:
+        assert not rgb, "patches have no bytes in order: see WanVAE22.decode_rgb"
         return unpatchify(super().forward(x, stream, stripes), self.patch_size)
 
 

@@ -117,7 +117,9 @@ class BandStream(Stream):
         """See Stream.keep: with the rows that neighbours gave, so that they need not give them again."""
         layer = self._layer - 1
         if self._reuse:
-            self._next[layer] = self._past[layer].copy_(frames)
+            past = self._past[layer]
+            assert past is not None
+            self._next[layer] = past.copy_(frames)
             return
         alone = frames.untyped_storage().nbytes() == frames.nbytes
         self._next[layer] = frames if alone else frames.clone()

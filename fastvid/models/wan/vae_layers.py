@@ -7,7 +7,7 @@ Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +34,12 @@ class CausalConv3d(nn.Conv3d):
 
     def __init__(self, c_in: int, c_out: int, kernel: tuple[int, int, int], ops: Any, pad: int = 0) -> None:
         super().__init__(c_in, c_out, kernel, padding=(0, pad, pad))
-        self.ops = ops
+        self.ops, self.pad = ops, pad
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:  # type: ignore[override]  # all layers take the stream
         if self.kernel_size[0] == 1:
             return self.ops.vae_conv3d(x, self.weight, self.bias) if x.shape[3] else nothing(x, self.out_channels)
-        pad = self.padding[1]
-        window = stream.window(x, above=pad, below=pad, cached=True)
+        window = stream.window(x, above=self.pad, below=self.pad, cached=True)
         if window is None:
             return nothing(x, self.out_channels)
         given = (window.x, window.past, self.weight, self.bias)
@@ -163,6 +162,7 @@ class Downsample(nn.Module):
         return self.ops.vae_downsample_conv2d(window.x, conv.weight, conv.bias, window.edges[1])
 
     def _halve_frames(self, x: Tensor, past: Tensor | None) -> Tensor:
+        assert self.time_conv is not None
         return self.ops.vae_halve_frames(x, past, self.time_conv.weight, self.time_conv.bias)
 
 
@@ -181,7 +181,7 @@ class Upsample(nn.Module):
             x = self._double_after_first(x, stream) if stream.first else self._double(x, stream)
         window = stream.window(x, above=1, below=1)
         stream.height *= 2
-        conv = self.resample[1]
+        conv = cast(nn.Conv2d, self.resample[1])
         if window is None:
             return nothing(x, conv.out_channels, scale=2)
         return self.ops.vae_upsample_conv2d(window.x, conv.weight, conv.bias, window.edges)
@@ -201,6 +201,7 @@ class Upsample(nn.Module):
         if window is None:
             return nothing(x, x.shape[1]).repeat(1, 1, 2, 1, 1)
         conv = self.time_conv
+        assert conv is not None
         out, kept = self.ops.vae_double_frames(window.x, window.past, conv.weight, conv.bias)
         stream.keep(kept)
         return out
