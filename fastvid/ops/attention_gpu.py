@@ -71,7 +71,7 @@ def attention_cuda(
     _check_tensors("cuda", q, k, v)
     if out.numel() == 0:
         return out, lse
-    import fastvid._C as _C
+    from fastvid import _C  # type: ignore[attr-defined]
 
     blocks = _blocks(lists, largest)
     with torch.cuda.device_of(q):
@@ -101,7 +101,7 @@ def attention_eight(
     _check_tensors(f"cuda_{kind}", q, k, v)
     if out.numel() == 0:
         return out, lse
-    import fastvid._C as _C
+    from fastvid import _C  # type: ignore[attr-defined]
 
     blocks, device = _blocks(lists, largest), q.device.index
     with torch.cuda.device_of(q):

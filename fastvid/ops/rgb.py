@@ -37,7 +37,7 @@ def triton(frames: Tensor) -> Tensor:
 @torch.library.custom_op("fastvid::to_rgb_cuda", mutates_args=(), device_types="cuda")
 def cuda(frames: Tensor) -> Tensor:
     """The CUDA C++ kernel, on the current stream of the frames' device."""
-    import fastvid._C as _C
+    from fastvid import _C  # type: ignore[attr-defined]
 
     out = _empty(frames)
     if out.numel():

@@ -163,7 +163,7 @@ def conv_cuda(
     how = (history, pad, top, stride, stride_t, doubled, interleaved, add)
     call = call_of(x, past, weight, out, *how)
     read = [one for one in (x, past, weight, bias) if one is not None]
-    import fastvid._C as _C
+    from fastvid import _C  # type: ignore[attr-defined]
 
     stream = torch.cuda.current_stream(x.device)
     pointers = (x.data_ptr(), 0 if past is None else past.data_ptr(), weight.data_ptr(), bias.data_ptr())
@@ -184,7 +184,7 @@ def norm_cuda(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
     if x.numel() == 0:
         return
     x, gamma = x if x.stride(1) == 1 else x.contiguous(memory_format=LAST), gamma.contiguous()
-    import fastvid._C as _C
+    from fastvid import _C  # type: ignore[attr-defined]
 
     B, C, T, H, W = x.shape
     layout = ((B, T, H, W), C, _strides(x), _strides(out), silu)
