@@ -223,6 +223,7 @@ def compiled_anew(project: Path, command: tuple[str, ...] = BUILD) -> set[str]:
     return {path.stem.split(".")[0] for path in written if path.suffix in (".o", ".so")}
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_compiled_anew(project: Path) -> None:
     assert compiled_anew(project) == {"one", "two", "bindings", "_C"}
     assert compiled_anew(project) == set()
@@ -238,6 +239,7 @@ def test_only_what_changed_is_compiled_anew(project: Path) -> None:
     assert compiled_anew(project) == {"bindings", "_C"}
 
 
+@pytest.mark.slow
 def test_an_editable_installation_keeps_its_object_files(project: Path) -> None:
     pytest.importorskip("setuptools", "70.1")  # from then on it makes wheels by itself
     (project / "fastvid").mkdir()

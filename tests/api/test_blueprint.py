@@ -109,6 +109,7 @@ def test_rates_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(measured) == 7, "another dtype, other rates"
 
 
+@pytest.mark.slow
 def test_measuring() -> None:
     made = speed.measure(bind(), torch.device("cpu"), torch.float32)
     for points in (made.linear, made.attention, made.convolution):

@@ -46,6 +46,7 @@ def gpu_files() -> list[str]:
     return sorted(set(re.findall(r"tests/\w+/test_\w+\.py", text)))
 
 
+@pytest.mark.slow
 def test_the_gpu_tests_are_collected(environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "blocked", "-q", "--collect-only", "-m", "gpu", *gpu_files()]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -66,6 +67,7 @@ def test_every_module_imports_without_them(environment: dict[str, str], blocked:
     assert (done.returncode == 0) == blocked, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_benchmarks_import_without_them(environment: dict[str, str]) -> None:
     names = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
     environment["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'benchmarks'}"

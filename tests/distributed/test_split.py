@@ -194,6 +194,7 @@ def everything(mesh: Mesh, seed: str) -> None:
         part(mesh, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_ranks(size: int) -> None:
     """One start for all parts: most of the time goes into that."""

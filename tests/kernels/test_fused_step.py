@@ -52,6 +52,7 @@ def test_a_clip(plain: Any, fused: Any, solver: str, outputs: int, scale: float)
     assert calls == [outputs] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "frames"), [("windows", 41), ("staggered", 29)])
 def test_columns_at_levels_of_their_own(plain: Any, fused: Any, schedule: str, frames: int) -> None:
     pipe, calls = fused

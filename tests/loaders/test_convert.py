@@ -210,6 +210,7 @@ def test_single_encoders(published: Path, original: Path, tmp_path: Path) -> Non
         assert open_checkpoint(folder).check().part(part).config == open_checkpoint(published).part(part).config
 
 
+@pytest.mark.slow
 def test_training_checkpoints(tmp_path: Path) -> None:
     """As Self-Forcing's: several state dicts in one file; the averaged one is taken."""
     state = wide_transformer()
@@ -307,6 +308,7 @@ def test_what_is_wrong_with_training_checkpoints(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["both.pt", "cli"]
 
 
+@pytest.mark.slow
 def test_a_lora_out_of_a_pickle(tmp_path: Path) -> None:
     """LongLive's: {"generator_lora": ...} with peft's names."""
     torch.manual_seed(0)

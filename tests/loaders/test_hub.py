@@ -58,6 +58,7 @@ def load(address: str, home: Path, model: str = "org/name", **environ: str) -> s
     return subprocess.run([sys.executable, "-c", LOAD, model], env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_downloaded_once_and_only_what_is_needed(
     served: tuple[str, list[str]], repository: Path, tmp_path: Path
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_transformer_of_a_diffusers_folder(published: Path, truth: np.ndarray)
     assert (frames(published / "transformer" / "diffusion_pytorch_model.safetensors") == truth).all()
 
 
+@pytest.mark.slow
 def test_two_experts(two: Path, tmp_path: Path) -> None:
     high = comfy(two, tmp_path, "wan2.2_t2v_high_noise_14B.safetensors")
     low = write(high.with_name("another_LOW.safetensors"), tensors(two / "transformer_2", ORIGINAL))
@@ -150,6 +151,7 @@ def test_folders_by_noise(two: Path, tmp_path: Path) -> None:
     assert (frames(first) == frames(two)).all()
 
 
+@pytest.mark.slow
 def test_a_picture_model(tmp_path: Path) -> None:
     """With clip_vision; the encoder of the published width, since its heads follow from that."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection

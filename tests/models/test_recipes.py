@@ -174,6 +174,7 @@ def write_original(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     write_hollow(path, {name: origin.shape(shapes) for name, origin in origins(shapes, ORIGINAL).items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [m for m in PUBLISHED if "DMD" not in m.pipeline], ids=lambda model: model.variant)
 def test_a_published_original_folder_is_known(model: Published, shared: Path, tmp_path: Path) -> None:
     """By names, shapes and the folder's name alone: it gets the recipe that the diffusers folder gets."""

@@ -82,6 +82,7 @@ def pipe() -> fastvid.Pipeline:
     return fastvid.load("embedded", device="cpu")
 
 
+@pytest.mark.slow
 class TestEmbedded:
     """The embedded model takes a first frame natively."""
 

@@ -226,6 +226,7 @@ def test_segments_are_shown_their_part(
     assert np.array_equal(made.frames[:first], short.edit(video[:first], "a red circle", **again, **FAST).frames)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["region", "around"])
 def test_streaming_and_going_on_after_any_step(
     short: fastvid.Pipeline, folder: Path, tmp_path: Path, kind: str

@@ -132,6 +132,7 @@ class TestEqualsDiffusers:
         assert video.latents.shape == (1, 16, 3, HEIGHT // 8, WIDTH // 8)
         assert share_of_equal(video.frames, run_theirs(theirs, latents, **asked)) >= 0.999
 
+    @pytest.mark.slow
     def test_every_case_makes_something_else(self, pipe: fastvid.Pipeline) -> None:
         """So that none could pass for another: what is given counts. (What a random encoder makes of a last frame alone
         is too faint: see `test_known_frames_stay`.)"""
@@ -326,6 +327,7 @@ def test_what_a_folder_says_of_the_branch(pipe: fastvid.Pipeline, folder: Path, 
         fastvid.load(str(broken), device="cpu")
 
 
+@pytest.mark.slow
 def test_from_the_command_line(
     pipe: fastvid.Pipeline, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,7 @@ def clip(frames: int = 9, height: int = 64, width: int = 64, scene: Scene = SCEN
 # ---------------------------------------------------------------- frames that stay, frames that are counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("carries", [True, False])
 @pytest.mark.parametrize("frames, size, added", [(9, (64, 64), 5), (1, (66, 71), 3), (6, (64, 80), 24)])
 def test_extend_keeps_the_clip_byte_for_byte(pipe, carries, frames, size, added):

@@ -240,6 +240,7 @@ def same_everywhere(mesh: Mesh) -> None:
     assert (found.near, found.near_how) == (PCIE, ASSUMED)
 
 
+@pytest.mark.slow
 def test_ranks_take_the_same() -> None:
     run_ranks(2, same_everywhere)
 
