@@ -49,7 +49,7 @@ class Config:
 # (architecture, bits of a number, head_dim padded: 64 or less, or 128) -> configuration. Chosen by what
 # benchmarks/resources.py says of them: the largest tiles that neither spill nor leave an SM with a single warp group.
 # In fp32, which has no matrix units, heads of 128 spill in every one, and this is the one that spills least.
-CONFIGS = {
+CONFIGS: dict[tuple[int, ...], Config] = {
     (80, 16, 64): Config(128, 64, 4, 3),
     (80, 16, 128): Config(128, 64, 8, 2),
     (90, 16, 64): Config(128, 128, 8, 3),

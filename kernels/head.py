@@ -369,8 +369,8 @@ def _variant(arch: int, shapes: str, config: Config, P: int, kernel: object) -> 
         constants |= {"EVEN": True}
     else:
         types |= {"tokens_each": "i32"}
-    aligned = ("x_ptr", "shift_ptr", "scale_ptr", "index_ptr", "w_ptr", "bias_ptr", "out_ptr", "d", "P", "channels")
-    aligned += ("stride_xb", "stride_xn", "stride_shift", "stride_scale")
+    aligned: tuple[str, ...] = ("x_ptr", "shift_ptr", "scale_ptr", "index_ptr", "w_ptr", "bias_ptr", "out_ptr")
+    aligned += ("d", "P", "channels", "stride_xb", "stride_xn", "stride_shift", "stride_scale")
     name = f"head {'groups' if kernel is head_kernel else 'tokens'} {P} {dtype} sm_{arch}"
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return Variant(name, kernel, types, constants, aligned, options, (arch,))

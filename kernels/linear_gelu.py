@@ -247,7 +247,8 @@ def _pointer_variant(arch: int, shapes: str, config: Config, dtype: str, gelu: b
     types |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_om"), "i32")
     constants = {"stride_xk": 1, "stride_wk": 1, "GELU": gelu, "EVEN_K": shapes != "odd", "GROUP_M": config.group_m}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    aligned = ("x_ptr", "w_ptr", "bias_ptr", "out_ptr", "N", "K", "stride_xm", "stride_wn", "stride_om")
-    aligned = ("bias_ptr",) if shapes == "odd" else aligned
+    aligned: tuple[str, ...] = ("bias_ptr",)
+    if shapes != "odd":
+        aligned = ("x_ptr", "w_ptr", "bias_ptr", "out_ptr", "N", "K", "stride_xm", "stride_wn", "stride_om")
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return Variant(_name(arch, shapes, dtype, gelu), linear_kernel, types, constants, aligned, options, (arch,))

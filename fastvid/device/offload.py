@@ -348,7 +348,7 @@ def host_memory(size: int, pin: bool = False) -> Tensor:
     Not torch's pinned allocator: that rounds up to a power of two, 28 GB to 45. Raises OutOfMemory if the system does
     not lock so much.
     """
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    private: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     pages = mmap.mmap(-1, max(1, size), **private)
     memory = torch.frombuffer(pages, dtype=torch.uint8, count=size) if size else torch.empty(0, dtype=torch.uint8)
     if pin and size:

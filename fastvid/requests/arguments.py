@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fastvid import checks
 from fastvid.checks import Check, number, one_of, text, whole
@@ -242,7 +242,7 @@ def documented(method: Method) -> Method:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=type_of(name))
         for name in names
     ]
-    method.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+    cast(Any, method).__signature__ = signature.replace(parameters=[*own, *more])  # what inspect.signature reads
     rows = [f"    {name}: {_in_python(ARGUMENTS[name].help_for(verb))}" for name in names]
     title = "Options (None: as the model's recipe says):"
     method.__doc__ = "\n".join((inspect.cleandoc(method.__doc__ or ""), "", title, *rows))

@@ -22,7 +22,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Unpack
@@ -210,7 +210,7 @@ class Pool:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_concurrency=8)(Group)
-        self._start = lambda: actor.remote(model, *message)
+        self._start: Callable[[], Any] = lambda: actor.remote(model, *message)
         self._queue: collections.deque[Job] = collections.deque()
         self._change, self._closed = threading.Condition(), False
         self._actors: list[Any] = [self._start() for _ in range(self.groups)]

@@ -8,11 +8,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastvid.errors import CheckpointError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 # Modules are built, without weights, to see what a config asks for: a depth that nobody publishes would take forever.
 DEPTHS, DEEPEST = ("num_layers", "num_hidden_layers", "num_res_blocks"), 512
@@ -50,7 +53,7 @@ def read_fields(
     the ignored ones, are left alone; any other key that is set and unknown is an error if strict, since it may change
     what the model computes. Raises CheckpointError, with source in front.
     """
-    known = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
+    known = {field.name: field.default for field in fields(cls)}
     values = {key: config[key] for key in known if key in config}
     unknown = [key for key in config if key not in known and key not in ignored and not key.startswith("_")]
     if strict and (unknown := [key for key in unknown if config[key] not in (None, False)]):
@@ -74,7 +77,7 @@ def read_vae_config(cls: type[T], config: Mapping[str, Any]) -> T:
     source = "vae/config.json"
     if config.get("attn_scales"):
         raise CheckpointError(f"{source} has attn_scales={config['attn_scales']}; only [] is supported")
-    values = {field.name: config[field.name] for field in fields(cls) if field.name in config}  # type: ignore[arg-type]
+    values = {field.name: config[field.name] for field in fields(cls) if field.name in config}
     for key, value in values.items():
         like = getattr(cls, key)
         if not _like(value, like):
