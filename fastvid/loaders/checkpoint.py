@@ -1,5 +1,5 @@
-"""What a model folder holds, known before any weight is read: model_index.json, the parts' configs, and the headers of
-their safetensors files, held against the modules that would be built from them.
+"""Describes and loads a model. `open_checkpoint` reads model_index.json, the parts' configs and the headers of their
+safetensors files, and checks them against the modules that would be built. `load_part` then reads the weights.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from fastvid.ops import reference
 def open_checkpoint(
     model: str | Path, parts: Mapping[str, str | Path] | None = None, download: bool = False
 ) -> Checkpoint:
-    """Read everything of a model but its weights.
+    """Read everything about a model except its weights.
 
-    model: a name, a folder, or the single file of a transformer. parts: those that come from elsewhere, see
-    `fastvid.load`. download: fetch what is missing of a hub name.
-    What is missing or wrong inside goes into `problems`. Raises CheckpointError for a path that is no model of this
-    kind at all, saying what was expected and what is nearest; InvalidRequest for parts that do not exist.
+    model: a name, a folder, or the single file of a transformer. parts: paths of parts stored elsewhere, see
+    `fastvid.load`. download: download missing files of a hub model.
+    Missing or broken parts are listed in `problems`. Raises CheckpointError if the path is not a supported model,
+    InvalidRequest if `parts` names a path that does not exist.
     """
     sources = find_sources(parts, download)
     folder = find_folder(model, download).expanduser()
@@ -63,7 +63,7 @@ def open_checkpoint(
     text_length = None
     if found.tokenizer != Path():
         text_length = note_problem(problems, lambda: read_tokenizer(found.tokenizer).text_length)
-    preset, alternatives = note_problem(problems, lambda: _preset(folder, found, opened)) or (None, ())
+    preset, alternatives = note_problem(problems, lambda: _detect_preset(folder, found, opened)) or (None, ())
     return Checkpoint(
         folder,
         found.index["_class_name"],
@@ -71,7 +71,7 @@ def open_checkpoint(
         preset,
         alternatives,
         text_length,
-        (*problems, *_disagreements(opened)),
+        (*problems, *_size_conflicts(opened)),
         found.tokenizer,
     )
 
@@ -98,10 +98,10 @@ def load_part(
     dtype: torch.dtype = torch.float32,
     loras: Sequence[Lora] = (),
 ) -> nn.Module:
-    """Build a part of a checkpoint and stream its weights in; `name` as `Checkpoint.part` takes it.
+    """Build a part of a checkpoint and stream its weights in. name: see `Checkpoint.part`.
 
     ops: see `fastvid.ops.dispatch.bind`. loras: merged into the weights. Raises CheckpointError if the part has
-    problems, or a LoRA does not fit it.
+    problems or a LoRA does not fit it.
     """
     part = checkpoint.part(name)
     if part.problems or part.config is None:
@@ -119,33 +119,32 @@ def fill(
     loras: Sequence[Lora] = (),
     only: Container[str] | None = None,
 ) -> None:
-    """Stream a part's weights, with LoRAs merged in, into its module: all of them, or `only` some, read again."""
+    """Stream a part's weights into its module, with LoRAs merged in. only: the weights to reload; None: all."""
     lora.check_part(loras, module, part)
     merge = (lambda key, tensor: lora.merge(key, tensor, loras)) if loras else None
     safetensors.load_into(module, part.files, device, dtype, origins=part.origins, merge=merge, only=only)
 
 
 def check_fill(module: nn.Module, part: Part, loras: Sequence[Lora] = ()) -> None:
-    """Raise what `fill` would raise, without reading a weight."""
+    """Raise the errors that `fill` would raise, without reading any weights."""
     lora.check_part(loras, module, part)
     safetensors.read_matching_headers(module, part.files, part.origins)
 
 
 def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
-    """What was found of a part, held against the module that its config describes. class_name: as model_index.json has
-    it."""
+    """Check a part's files against the module that its config describes. class_name: from model_index.json."""
     kind, problems, config, module = kind_of(found.name), list(found.problems), None, None
     identified = found.identity is not UNIDENTIFIED
     where = found.files[0] if identified else folder / found.name
-    stated_in = where if identified else where / CONFIG
+    config_path = where if identified else where / CONFIG
     if class_name not in (kind.class_name, kind.also):
         problems.append(f"{INDEX}: {found.name} is a {class_name}; only {kind.class_name} is supported")
-    elif (stated := found.config) is not None:
-        built = note_problem(problems, lambda: _read_config(kind, stated, stated_in))
+    elif (raw_config := found.config) is not None:
+        built = note_problem(problems, lambda: _read_config(kind, raw_config, config_path))
         config, module = built or (None, None)
-        stated_class = stated.get("_class_name", class_name)
-        if config is not None and class_name == CONTROLLED != stated_class:
-            problems.append(f"{INDEX}: {found.name} is a {class_name}, but {stated_in} is of a {stated_class}")
+        config_class = raw_config.get("_class_name", class_name)
+        if config is not None and class_name == CONTROLLED != config_class:
+            problems.append(f"{INDEX}: {found.name} is a {class_name}, but {config_path} is of a {config_class}")
     entries, origins = found.entries, None
     if identified:
         origins = weight_names.origins(entries, weight_names.DIFFUSERS)
@@ -167,61 +166,74 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
     )
 
 
-def _read_config(kind: PartKind, stated: dict[str, Any], path: Path) -> tuple[Any, nn.Module]:
-    """The config that a file holds, and the module that it describes, without weights."""
-    config = kind.read_config(stated)
+def _read_config(kind: PartKind, raw_config: dict[str, Any], path: Path) -> tuple[Any, nn.Module]:
+    """Parse a config and build its module on the meta device."""
+    config = kind.read_config(raw_config)
     try:
         return config, on_meta(kind, config, reference)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} describes no {kind.class_name} that can be built: {error}") from None
 
 
-def _preset(folder: Path, found: FoundModel, parts: Mapping[str, Part]) -> tuple[Preset, tuple[str, ...]] | None:
-    """The preset, and the other variants that it might be; None without what it follows from. Also for a transformer
-    that can't be built yet: its config.json says which one it is."""
-    stated, vae = parts["transformer"].stated, parts["vae"].config
-    if stated is None or not isinstance(vae, VAEConfig):
+def _detect_preset(folder: Path, found: FoundModel, parts: Mapping[str, Part]) -> tuple[Preset, tuple[str, ...]] | None:
+    """The model's preset and the names of other matching variants. None if the transformer's config.json or the VAE's
+    config could not be read. Works for transformers that are not supported yet: only their config.json is needed."""
+    raw_config, vae = parts["transformer"].stated, parts["vae"].config
+    if raw_config is None or not isinstance(vae, VAEConfig):
         return None
     scheduler = found.scheduler or read_json(folder / layouts.SCHEDULER)
     experts, name = sum(part in EXPERTS for part in parts), f"{_model_name(folder)} {found.index['_class_name']}"
-    preset = find_preset(stated, vae, scheduler, found.index, name, experts)
-    same = find_variants(read_signature(stated, experts), name)
-    return preset, tuple(other.preset.name for other in same if other.preset.name != preset.name)
+    preset = find_preset(raw_config, vae, scheduler, found.index, name, experts)
+    variants = find_variants(read_signature(raw_config, experts), name)
+    return preset, tuple(other.preset.name for other in variants if other.preset.name != preset.name)
 
 
 def _model_name(path: Path) -> str:
-    """What a folder or file is called; in the hub's cache (models--org--name/snapshots/revision) also by the name
-    there. A file there is a link to one without a name."""
-    whole = path.absolute() if path.is_file() else path.resolve()
-    snapshots = next((parent for parent in whole.parents if parent.name == "snapshots"), None)
+    """The name of a folder or file. In the hub's cache (models--org--name/snapshots/revision) it includes the
+    repository's name. Files there are links to blobs without a name, so they are not resolved."""
+    resolved = path.absolute() if path.is_file() else path.resolve()
+    snapshots = next((parent for parent in resolved.parents if parent.name == "snapshots"), None)
     names = [snapshots.parent.name] if snapshots else []
-    return " ".join(names + ([whole.name] if path.is_file() or not snapshots else []))
+    return " ".join(names + ([resolved.name] if path.is_file() or not snapshots else []))
 
 
-def _disagreements(parts: Mapping[str, Part]) -> list[str]:
-    """Sizes in which the parts do not fit each other."""
-    stated, vae, text_encoder = (parts[name].config for name in ("transformer", "vae", "text_encoder"))
-    transformer = stated.transformer if isinstance(stated, WanVACEConfig) else stated
+def _size_conflicts(parts: Mapping[str, Part]) -> list[str]:
+    """Messages for sizes that differ between parts but must be equal."""
+    transformer_config, vae, text_encoder = (parts[name].config for name in ("transformer", "vae", "text_encoder"))
+    transformer = (
+        transformer_config.transformer if isinstance(transformer_config, WanVACEConfig) else transformer_config
+    )
     if not isinstance(transformer, WanTransformerConfig) or not isinstance(vae, VAEConfig):
         return []
     pairs: list[tuple[str, Any, str, Any]] = [
         ("transformer out_channels", transformer.out_channels, "vae z_dim", vae.z_dim)
     ]
-    # With a picture's mask and latents behind its own.
+    # Image-to-video transformers also take a mask and the image's latents as input channels.
     if transformer.in_channels != 2 * transformer.out_channels + vae.temporal_scale:
         pairs.append(("transformer in_channels", transformer.in_channels, "vae z_dim", vae.z_dim))
     if isinstance(text_encoder, UMT5Config):
         pairs.append(("transformer text_dim", transformer.text_dim, "text_encoder d_model", text_encoder.d_model))
     if transformer.image_dim:
-        sees = parts["image_encoder"].config if "image_encoder" in parts else None
-        width = sees.hidden_size if isinstance(sees, CLIPVisionConfig) else None
+        image_encoder = parts["image_encoder"].config if "image_encoder" in parts else None
+        width = image_encoder.hidden_size if isinstance(image_encoder, CLIPVisionConfig) else None
         pairs.append(("transformer image_dim", transformer.image_dim, "image_encoder hidden_size", width))
-    if isinstance(stated, WanVACEConfig):
-        seen = 2 * vae.z_dim + vae.spatial_scale**2
-        pairs.append(("transformer vace_in_channels", stated.vace_in_channels, "what the vae makes of a control", seen))
-    if stated is not None and "transformer_2" in parts and (second := parts["transformer_2"].config) is not None:
-        mine, other = flat_config(stated), flat_config(second)
-        pairs += [(f"transformer {k}", mine.get(k), "transformer_2's", other.get(k)) for k in mine | other]
+    if isinstance(transformer_config, WanVACEConfig):
+        control_channels = 2 * vae.z_dim + vae.spatial_scale**2
+        pairs.append(
+            (
+                "transformer vace_in_channels",
+                transformer_config.vace_in_channels,
+                "what the vae makes of a control",
+                control_channels,
+            )
+        )
+    if (
+        transformer_config is not None
+        and "transformer_2" in parts
+        and (second := parts["transformer_2"].config) is not None
+    ):
+        config, other = flat_config(transformer_config), flat_config(second)
+        pairs += [(f"transformer {k}", config.get(k), "transformer_2's", other.get(k)) for k in config | other]
     return [f"{name} is {a}, but {other} is {b}" for name, a, other, b in pairs if a != b]
 
 
@@ -238,7 +250,7 @@ def _not_a_folder(path: Path) -> str:
 
 
 def _nearest_folder(folder: Path) -> str:
-    """The rest of a sentence: which folder nearby is the one to give, or what this one looks like instead."""
+    """The end of an error message: a nearby folder with a model_index.json, or a description of what is expected."""
     near = [path.parent for path in (folder / INDEX, folder.parent / INDEX, *sorted(folder.glob(f"*/{INDEX}")))]
     near = [path for path in near if (path / INDEX).is_file()]
     if near:

@@ -1,5 +1,6 @@
-"""`fastvid convert`: weights from one layout to the other, and pickles to safetensors. Bytes are moved, never computed
-with: what is converted there and back is the same bit for bit. In memory is one chunk, or one tensor that is transposed.
+"""`fastvid convert`: converts weights between layouts, and pickles to safetensors.
+
+Conversion only moves bytes, so a round trip is bit-identical. Memory holds one chunk, or one tensor to transpose.
 
 Whole models: the original folder <-> the diffusers folder (see layouts.py). Single parts: a file or folder with the
 weights of a transformer, VAE, text or image encoder, in either layout, with ComfyUI's prefixes or none.
@@ -43,7 +44,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class WeightsOutput:
-    """One set of weights to write: `target` (*.safetensors) within the destination, and the config.json beside it."""
+    """One set of weights to write. target: path (*.safetensors) in the destination; config: the config.json beside it."""
 
     part: FoundPart
     target: Path
@@ -52,13 +53,13 @@ class WeightsOutput:
 
     @property
     def entries(self) -> dict[str, Entry]:
-        """The tensors that are written."""
+        """The tensors to write."""
         return describe(self.origins, self.part.entries, self.target)
 
 
 @dataclass(frozen=True)
 class Output:
-    """Everything that goes into a destination: weights, small JSON files, and folders that are copied."""
+    """Everything to write to a destination: weights, small JSON files, and folders to copy."""
 
     weights: tuple[WeightsOutput, ...]
     texts: Mapping[Path, Any]
@@ -75,23 +76,23 @@ def convert(
     base: str | Path | None = None,
     say: Report = lambda text: None,
 ) -> dict[str, Any]:
-    """Convert a model, or a part of one, into a new file or folder; returns what was written, as plain JSON values.
+    """Convert a model or one of its parts into a new file or folder. Returns a JSON summary of what was written.
 
     Args:
-        source: a folder of either layout, a folder or file with the weights of one part; .pth and the like are opened
-            in a child process, with weights_only.
+        source: a model folder in either layout, or a folder or file with the weights of one part. Pickles (.pth etc.)
+            are opened in a child process, with weights_only.
         destination: must not exist. A name that ends in .safetensors becomes one file, any other a folder.
         to: "diffusers" or "original".
-        shard_bytes: how large a file may become.
-        key: which weights to take of a pickle with several state dicts; the default is the first there is of
+        shard_bytes: maximum size of a weights file.
+        key: the state dict to read from a pickle with several. Default: the first that exists of
             generator_ema, ema, params_ema, generator, generator_lora, state_dict, model_state_dict, model, module.
-        base: a whole model's folder, for a source that is a transformer alone: the destination becomes a whole model
-            with everything else from there.
-        say: called with a line for every set of weights.
+        base: a model folder that supplies every other part when the source is only a transformer. The destination is
+            then a complete model.
+        say: called with a line of text for every set of weights.
 
     Raises:
-        InvalidRequest: an argument is not possible.
-        CheckpointError: the source is broken, incomplete, or no Wan model; nothing is left of the destination.
+        InvalidRequest: an argument is invalid.
+        CheckpointError: the source is broken, incomplete, or not a Wan model. The destination is not created.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     _check(source, destination, to, shard_bytes)
@@ -105,8 +106,8 @@ def convert(
         with _temporary_folder(destination) as folder:
             _write_output(output, folder, reader, None if single else shard_bytes, say)
             written = folder / output.weights[0].target if single else folder
-            found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-            files = [destination.name] if single else found
+            all_files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            files = [destination.name] if single else all_files
             os.replace(written, destination)
     parts = {weights.part.name: weights.part.identity.name for weights in output.weights}
     return {"source": str(source), "destination": str(destination), "layout": to, "parts": parts, "files": files}
@@ -137,7 +138,7 @@ def _check_space(folder: Path, output: Output) -> None:
         )
 
 
-# ---------------------------------------------------------------- what is to be written
+# ---------------------------------------------------------------- planning the output
 
 
 def _plan(source: Path, to: str, reader: TensorReader, single: bool) -> Output:
@@ -157,24 +158,26 @@ def _plan(source: Path, to: str, reader: TensorReader, single: bool) -> Output:
 
 
 def _plan_onto(base: Path, source: Path, to: str, reader: TensorReader, single: bool) -> Output:
-    """A transformer with everything else of a whole model."""
+    """Combine a transformer with all other parts of the `base` model."""
     base = base.expanduser()
     if single:
         raise InvalidRequest(f"base {base} makes a whole model, which needs a folder as destination, not one file")
     if not ((base / INDEX).is_file() or layouts.is_original(base)):
         raise InvalidRequest(f"base {base} is no folder of a whole model, in diffusers' or in the original layout")
-    whole = _plan(base, to, reader, False)
-    old = [weights for weights in whole.weights if weights.part.name in EXPERTS]
-    rest = [weights for weights in whole.weights if weights.part.name not in EXPERTS]
+    base_output = _plan(base, to, reader, False)
+    old = [weights for weights in base_output.weights if weights.part.name in EXPERTS]
+    other_weights = [weights for weights in base_output.weights if weights.part.name not in EXPERTS]
     if len(old) != 1:
         raise InvalidRequest(f"base {base} has two transformers, {source} is one; a base with one is needed")
-    # What shapes do not show, such as the number of heads, is as in the base.
+    # Take values that shapes do not determine, such as the number of heads, from the base.
     part = _read_part(
         source, reader, "transformer", {key: (old[0].part.config or {}).get(key) for key in NOT_IN_SHAPES}
     )
-    texts = {name: _renamed_class(value, part) if name == Path(INDEX) else value for name, value in whole.texts.items()}
+    texts = {
+        name: _renamed_class(value, part) if name == Path(INDEX) else value for name, value in base_output.texts.items()
+    }
     texts = {name: value for name, value in texts.items() if name != Path(EXTRAS)}
-    return Output((_weights_output(part, to), *rest), texts, whole.copies)
+    return Output((_weights_output(part, to), *other_weights), texts, base_output.copies)
 
 
 def _renamed_class(index: Mapping[str, Any], part: FoundPart) -> dict[str, Any]:
@@ -183,20 +186,20 @@ def _renamed_class(index: Mapping[str, Any], part: FoundPart) -> dict[str, Any]:
 
 
 def _from_original(source: Path, to: str, reader: TensorReader) -> Output:
-    found = find_original(source, reader.entries)
-    experts = any(part.name == "transformer_2" for part in found.parts)
-    weights = tuple(_weights_output(part, to, experts=experts) for part in found.parts)
+    model = find_original(source, reader.entries)
+    experts = any(part.name == "transformer_2" for part in model.parts)
+    weights = tuple(_weights_output(part, to, experts=experts) for part in model.parts)
     if to == ORIGINAL:
         extras = {Path(EXTRAS): read_json(source / EXTRAS)} if (source / EXTRAS).is_file() else {}
-        return Output(weights, extras, {Path(ORIGINAL_TOKENIZER): found.tokenizer})
-    texts = {Path(INDEX): found.index, SCHEDULER: found.scheduler}
-    texts |= {layouts.IMAGE_PROCESSOR: found.image_processor} if found.image_processor else {}
-    return Output(weights, texts, {Path(TOKENIZER): found.tokenizer})
+        return Output(weights, extras, {Path(ORIGINAL_TOKENIZER): model.tokenizer})
+    texts = {Path(INDEX): model.index, SCHEDULER: model.scheduler}
+    texts |= {layouts.IMAGE_PROCESSOR: model.image_processor} if model.image_processor else {}
+    return Output(weights, texts, {Path(TOKENIZER): model.tokenizer})
 
 
 def _from_diffusers(source: Path, to: str, reader: TensorReader) -> Output:
     index = read_json(source / INDEX)
-    # A component that a pipeline does without stands there as [null, null].
+    # model_index.json lists unused components as [null, null].
     names = [name for name in layouts.CLASSES if isinstance(index.get(name), list) and any(index[name])]
     if "transformer" not in names:
         raise CheckpointError(f"{source / INDEX} names no transformer; a Wan model is expected")
@@ -210,14 +213,14 @@ def _from_diffusers(source: Path, to: str, reader: TensorReader) -> Output:
     if to == DIFFUSERS:
         texts |= {layouts.IMAGE_PROCESSOR: processor} if processor else {}
         return Output(weights, texts, {Path(TOKENIZER): source / TOKENIZER})
-    # The original layout has no place for these; on the way back they are taken from here.
+    # The original layout cannot store these. Converting back to diffusers reads them from this file.
     extras = {"model_index": index, "scheduler": scheduler, "configs": {part.name: part.config for part in parts}}
     extras |= {"image_processor": processor} if processor else {}
     return Output(weights, {Path(EXTRAS): extras}, {Path(ORIGINAL_TOKENIZER): source / TOKENIZER})
 
 
 def _read_lora(source: Path, reader: TensorReader, single: bool) -> Output | None:
-    """A LoRA, such as LongLive's generator_lora: its tensors under the names that they have. None if it is none."""
+    """Plan a LoRA such as LongLive's generator_lora; its tensors keep their names. None if the source is not a LoRA."""
     if source.is_dir() or source.suffix not in layouts.WEIGHT_FILES:
         return None
     entries = reader.entries((source,))
@@ -232,35 +235,36 @@ def _read_lora(source: Path, reader: TensorReader, single: bool) -> Output | Non
 
 
 def _read_part(
-    source: Path, reader: TensorReader, name: str | None = None, unshown: Mapping[str, Any] | None = None
+    source: Path, reader: TensorReader, name: str | None = None, fallback: Mapping[str, Any] | None = None
 ) -> FoundPart:
-    """The weights of one part: a file, or a folder with config.json or without. unshown: what its config says if it has
-    none."""
+    """Read the headers of one part: a file, or a folder with an optional config.json. fallback: config values to use
+    if there is no config.json."""
     files = (source,) if source.is_file() else _files_of(source)
     if files[0].suffix not in layouts.WEIGHT_FILES:
         raise InvalidRequest(
             f"source {source}: {files[0].suffix or 'no'} file; allowed are {', '.join(layouts.WEIGHT_FILES)}"
         )
     config = source / CONFIG if source.is_dir() else None
-    given = layouts.to_diffusers_words(read_json(config)) if config and config.is_file() else {}
-    given = given or {key: value for key, value in (unshown or {}).items() if value is not None}
-    part = identify_part(name or "", files, reader.entries(files), given)
+    known_config = layouts.to_diffusers_keys(read_json(config)) if config and config.is_file() else {}
+    known_config = known_config or {key: value for key, value in (fallback or {}).items() if value is not None}
+    part = identify_part(name or "", files, reader.entries(files), known_config)
     if name and part.identity.part != kind_name(name):
         raise CheckpointError(f"{source} should hold a {kind_name(name)}, but it is a {part.identity.part}")
     return replace(part, name=name or part.identity.part)
 
 
 def _files_of(folder: Path) -> tuple[Path, ...]:
-    """Safetensors files of a folder, or its pickles where there are none."""
-    held = sorted(folder.iterdir()) if folder.is_dir() else []
-    pickles = tuple(path for path in held if path.suffix in safetensors.PICKLES)
-    if pickles and not any(path.name.endswith(safetensors.SUFFIX) for path in held):
+    """The safetensors files of a folder, or its pickles if it has no safetensors files."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    pickles = tuple(path for path in paths if path.suffix in safetensors.PICKLES)
+    if pickles and not any(path.name.endswith(safetensors.SUFFIX) for path in paths):
         return pickles
     return safetensors.find_files(folder)
 
 
 def _weights_output(part: FoundPart, to: str, alone: bool = False, experts: bool = False) -> WeightsOutput:
-    """Where a part goes. `alone`: into the destination itself, otherwise where the layout has its place."""
+    """Where to write a part. alone: directly in the destination, not in the layout's subfolder. experts: the model has
+    two transformers."""
     found = weight_names.Found(part.identity.part, part.identity.layout, part.identity.prefix)
     origins = weight_names.origins(part.entries, to, found)
     kind = part.identity.part
@@ -270,7 +274,7 @@ def _weights_output(part: FoundPart, to: str, alone: bool = False, experts: bool
     if kind != "transformer":
         return WeightsOutput(part, Path(layouts.original_name(kind, part.identity)), origins, None)
     folder = Path(EXPERT_FOLDERS[part.name]) if experts and not alone else Path()
-    config = layouts.to_original_words(part.config or {}, part.identity.task)
+    config = layouts.to_original_keys(part.config or {}, part.identity.task)
     return WeightsOutput(part, folder / (STEMS[kind] + safetensors.SUFFIX), origins, config)
 
 
@@ -278,8 +282,9 @@ def _weights_output(part: FoundPart, to: str, alone: bool = False, experts: bool
 
 
 class TensorReader:
-    """Reads the bytes of tensors. A context manager: it owns the child processes that hold pickles open. keys:
-    of pickles that hold several state dicts, which to take."""
+    """Reads the bytes of tensors. Use it as a context manager: it owns the child processes that hold pickles open.
+
+    keys: pickle -> the key of the state dict to read."""
 
     def __init__(self, keys: Mapping[Path, str] | None = None) -> None:
         self._keys = keys or {}
@@ -293,26 +298,26 @@ class TensorReader:
         self._stack.close()
 
     def entries(self, files: Iterable[Path]) -> dict[str, Entry]:
-        """Name -> entry of all tensors in the files. Raises CheckpointError."""
+        """All tensors in the files, name -> entry. Raises CheckpointError."""
         files = tuple(files)
-        found = safetensors.read_headers(file for file in files if file.suffix not in safetensors.PICKLES)
+        entries = safetensors.read_headers(file for file in files if file.suffix not in safetensors.PICKLES)
         for file in (file for file in files if file.suffix in safetensors.PICKLES):
             if file not in self._pickles:
                 self._pickles[file] = self._stack.enter_context(PickleReader(file, self._keys.get(file, "")))
-            # No offset: bytes come from the child.
-            held = {name: Entry(kind, shape, file) for name, (kind, shape, _) in self._pickles[file].tensors.items()}
-            if twice := found.keys() & held.keys():
+            # No offset: the child process sends the bytes.
+            header = {name: Entry(kind, shape, file) for name, (kind, shape, _) in self._pickles[file].tensors.items()}
+            if twice := entries.keys() & header.keys():
                 raise CheckpointError(f"{some(twice)} in {file} and in another file beside it")
-            found |= held
-        return found
+            entries |= header
+        return entries
 
     def chunks(self, name: str, entry: Entry, begin: int, end: int) -> Iterator[bytes]:
-        """Bytes [begin, end) of a tensor, in pieces. Raises CheckpointError if they can't be had."""
+        """Yield bytes [begin, end) of a tensor in chunks. Raises CheckpointError if they can't be read."""
         if entry.file in self._pickles:
             yield from self._pickles[entry.file].chunks(name, begin, end)
             return
         if entry.file.suffix in safetensors.PICKLES:
-            raise ValueError(f"{entry.file} is a pickle that was not opened")  # its bytes are not where it begins
+            raise ValueError(f"{entry.file} is a pickle that was not opened")  # entry.offset is meaningless
         try:
             with entry.file.open("rb") as file:
                 file.seek(entry.offset + begin)
@@ -329,17 +334,17 @@ def _known_bytes(entry: Entry) -> int:
 
 
 def describe(origins: Mapping[str, Origin], entries: Mapping[str, Entry], file: Path) -> dict[str, Entry]:
-    """The entries of the tensors that are made. Raises CheckpointError where parts of one have several dtypes."""
+    """Entries of the output tensors. Raises CheckpointError if one would be joined from tensors of different dtypes."""
     for origin in origins.values():
-        kinds = {entries[name].dtype for name in origin.names}
-        if len(kinds) > 1:
-            raise CheckpointError(f"{', '.join(origin.names)} have to be of one dtype; they are {', '.join(kinds)}")
+        dtypes = {entries[name].dtype for name in origin.names}
+        if len(dtypes) > 1:
+            raise CheckpointError(f"{', '.join(origin.names)} have to be of one dtype; they are {', '.join(dtypes)}")
     return {name: replace(entry, file=file) for name, entry in safetensors.origin_entries(origins, entries).items()}
 
 
 def _origin_bytes(origin: Origin, reader: TensorReader, entries: Mapping[str, Entry]) -> Iterator[bytes]:
-    """The bytes of a tensor, from what it is made of: rows lie one after the other, so joining and splitting them, like
-    leading ones, is no more than which bytes are read.
+    """The bytes of an output tensor. Rows are contiguous, so splitting and joining them, or adding leading dimensions
+    of 1, only selects which bytes to read. Only a transpose needs the whole tensor in memory.
     """
     for name in origin.names:
         entry, size = entries[name], _known_bytes(entries[name]) // origin.parts
@@ -361,7 +366,7 @@ def write_weights(
     entries: Mapping[str, Entry],
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
-    """Write tensors as `target` (*.safetensors), or as its shards and their index if they are more than shard_bytes."""
+    """Write tensors to `target` (*.safetensors), or to shards and an index if they exceed shard_bytes. Returns the files."""
     described = describe(origins, entries, target)
     shards = split_state_dict_into_shards_factory(
         {name: described[name] for name in sorted(described)},
@@ -378,7 +383,7 @@ def write_weights(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As diffusers writes its files."""
+    """Write JSON with the same formatting as diffusers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -390,14 +395,14 @@ def _write_file(
     reader: TensorReader,
     entries: Mapping[str, Entry],
 ) -> None:
-    # Wide types first, as the library writes them, so that every tensor is aligned.
+    # Widest dtypes first, like the safetensors library, so that every tensor is aligned.
     order = sorted(shard, key=lambda name: (-BITS[shard[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    offset = 0
     for name in order:
-        entry, end = shard[name], at + _known_bytes(shard[name])
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, end]}
-        at = end
+        entry, end = shard[name], offset + _known_bytes(shard[name])
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -407,18 +412,20 @@ def _write_file(
                 file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
-    if path.stat().st_size != 8 + len(text) + at:
-        raise CheckpointError(f"{path.name} came out with {path.stat().st_size} bytes instead of {8 + len(text) + at}")
+    if path.stat().st_size != 8 + len(text) + offset:
+        raise CheckpointError(
+            f"{path.name} came out with {path.stat().st_size} bytes instead of {8 + len(text) + offset}"
+        )
 
 
 def _write_output(output: Output, folder: Path, reader: TensorReader, shard_bytes: int | None, say: Report) -> None:
-    """Write everything into a folder. shard_bytes: None for one file."""
+    """Write everything into a folder. shard_bytes: None writes each set of weights to one file."""
     for weights in output.weights:
         size = sum(map(_known_bytes, weights.entries.values()))
         say(f"{weights.part.name}: {weights.part.identity.name}, {len(weights.origins)} tensors, {size / 1e9:.2f} GB")
         target = folder / weights.target
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The original layout has its encoders in one file each.
+        # The original layout stores each encoder in a single file.
         limit = 2**63 if shard_bytes is None or weights.config is None else shard_bytes
         write_weights(target, weights.origins, reader, weights.part.entries, limit)
         if weights.config is not None:
@@ -431,10 +438,10 @@ def _write_output(output: Output, folder: Path, reader: TensorReader, shard_byte
 
 @contextmanager
 def _temporary_folder(destination: Path) -> Iterator[Path]:
-    """A temporary folder beside the destination, gone at the end, whatever happens."""
+    """A temporary folder beside the destination, always removed at the end."""
     folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.absolute().parent))
     try:
-        os.chmod(folder, 0o755)  # mkdtemp makes it private; what is renamed should be as any other folder
+        os.chmod(folder, 0o755)  # mkdtemp creates private folders; the renamed one should have the usual mode
         yield folder
     except OSError as error:
         raise CheckpointError(f"{destination} cannot be written: {error.strerror or error}") from None

@@ -1,7 +1,7 @@
-"""Finds a model and its parts: a name, a folder in diffusers' or the original layout, a file, each read to the headers
-of its weights. What stands around a transformer's single file is found by single_files.py.
+"""Finds a model and its parts from a name, a folder in diffusers' or the original layout, or a file. Reads only the
+headers of weights. single_files.py finds the parts that belong to a transformer's single file.
 
-A part is what its tensors' names and shapes say it is (models/wan/detect.py), never what its file is called.
+Tensor names and shapes identify a part (models/wan/detect.py); its file name does not matter.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fastvid.models.wan import weight_names
 from fastvid.models.wan.detect import Identity, identify
 
 EMBEDDED = "embedded"
-BASE = "base"  # a whole model that a single file takes everything else from
+BASE = "base"  # the model that supplies all other parts of a single-file transformer
 PART_NAMES = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", TOKENIZER, BASE)
 PIPELINES = (
     "WanPipeline",
     "WanImageToVideoPipeline",
     "WanVACEPipeline",
-    "WanDMDPipeline",  # FastVideo's, of distilled models
+    "WanDMDPipeline",  # FastVideo's distilled models
     "WanCausalDMDPipeline",
 )
 SPIECE_FILE, SPIECE_TENSOR = "spiece.model", "spiece_model"
@@ -42,9 +42,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FoundPart:
-    """One part of a model, by its name in model_index.json: its files, their tensors, and its config.json in diffusers'
-    words. identity: what the tensors are; UNIDENTIFIED in a diffusers folder, where config.json says it. problems: why
-    it can't be read."""
+    """One part of a model, as found on disk.
+
+    name: as in model_index.json. entries: the tensors in the files. config: config.json with diffusers' key names.
+    identity: detected from the tensors; UNIDENTIFIED in a diffusers folder, where config.json identifies the part.
+    problems: why it can't be read."""
 
     name: str
     files: tuple[Path, ...] = ()
@@ -58,7 +60,7 @@ class FoundPart:
 class FoundModel:
     """A model's parts, and the JSON files that describe them in diffusers' layout.
 
-    scheduler: None where the folder has one. tokenizer: its folder or file; Path() if there is none, problems say why.
+    scheduler: None if it is in the folder. tokenizer: its folder or file; Path() if missing, see `problems`.
     """
 
     parts: tuple[FoundPart, ...]
@@ -70,7 +72,7 @@ class FoundModel:
 
 
 def note_problem(problems: list[str], read: Callable[[], T]) -> T | None:
-    """What `read` returns, or None with the reason added to the problems."""
+    """Call `read` and return its result. On CheckpointError, add the message to `problems` and return None."""
     try:
         return read()
     except CheckpointError as error:
@@ -122,7 +124,7 @@ def _refuse_unknown(model: str) -> Path:
 
 
 def find_sources(parts: Any, download: bool = False) -> dict[str, Path]:
-    """`parts=` of `fastvid.load`: names -> folders or files. Raises InvalidRequest for what is none of that."""
+    """Validate `parts=` of `fastvid.load`: part name -> folder or file. Raises InvalidRequest."""
     if parts is None:
         return {}
     if not isinstance(parts, Mapping):
@@ -147,11 +149,11 @@ def _find_source(name: str, path: Path, download: bool) -> Path:
     )
 
 
-# ---------------------------------------------------------------- a whole model's folder
+# ---------------------------------------------------------------- model folders
 
 
 def find_diffusers(folder: Path, sources: Mapping[str, Path]) -> FoundModel:
-    """A diffusers folder, with some parts from other sources."""
+    """The model in a diffusers folder. sources: parts to take from elsewhere."""
     if BASE in sources:
         raise InvalidRequest(f"parts: {BASE} is for a model that is a single file; {folder} is a whole folder")
     index = _check_index(read_json(folder / INDEX), folder)
@@ -167,11 +169,11 @@ def find_diffusers(folder: Path, sources: Mapping[str, Path]) -> FoundModel:
 
 
 def part_names(index: Mapping[str, Any]) -> list[str]:
-    """The parts that a model_index.json names, or has to name."""
-    wanted = [EXPERTS[0], *(name for name in KINDS if name not in (*EXPERTS, *OPTIONAL))]
-    named = [name for name in (EXPERTS[1], *OPTIONAL) if layouts.class_of(index, name)]
+    """The required parts, and the optional ones that model_index.json names, in a fixed order."""
+    required = [EXPERTS[0], *(name for name in KINDS if name not in (*EXPERTS, *OPTIONAL))]
+    optional = [name for name in (EXPERTS[1], *OPTIONAL) if layouts.class_of(index, name)]
     order = [*EXPERTS, *KINDS]
-    return sorted(wanted + named, key=order.index)
+    return sorted(required + optional, key=order.index)
 
 
 def _diffusers_part(folder: Path, name: str, index: Mapping[str, Any]) -> FoundPart:
@@ -187,19 +189,19 @@ def _diffusers_part(folder: Path, name: str, index: Mapping[str, Any]) -> FoundP
 def find_original(
     folder: Path, read_entries: Callable[[Iterable[Path]], Mapping[str, Entry]] | None = None
 ) -> FoundModel:
-    """An original folder. read_entries: reads pickles too. Raises CheckpointError that names what is missing, broken or
-    a pickle."""
+    """The model in an original folder. read_entries: reads headers, of pickles too; by default pickles are refused.
+    Raises CheckpointError for missing or broken files and for refused pickles."""
     if read_entries is None:
         _refuse_pickles(folder)
     extras = read_json(folder / layouts.EXTRAS) if (folder / layouts.EXTRAS).is_file() else {}
     configs = extras["configs"] if isinstance(extras.get("configs"), dict) else {}
     files = layouts.original_transformers(folder) | _original_files(folder)
     parts = {}
-    for name, found in files.items():
+    for name, part_files in files.items():
         config = dict(configs.get(name) or {}) | (_original_config(folder, name) if name in EXPERTS else {})
-        parts[name] = identify_part(name, found, (read_entries or safetensors.read_headers)(found), config)
+        parts[name] = identify_part(name, part_files, (read_entries or safetensors.read_headers)(part_files), config)
         if (actual := parts[name].identity.part) != kind_name(name):
-            raise CheckpointError(f"{found[0]} should hold a {kind_name(name)}, but it is a {actual}")
+            raise CheckpointError(f"{part_files[0]} should hold a {kind_name(name)}, but it is a {actual}")
     identity, experts = parts["transformer"].identity, "transformer_2" in parts
     if identity.task in ("i2v", "flf2v") and identity.family == "wan2.1" and "image_encoder" not in parts:
         wanted = layouts.ORIGINAL_NAMES["image_encoder"]
@@ -219,8 +221,8 @@ def _original_files(folder: Path) -> dict[str, tuple[Path, ...]]:
     """The files of the encoders and the VAE."""
     files: dict[str, tuple[Path, ...]] = {}
     for part in ("vae", "text_encoder", "image_encoder"):
-        if found := layouts.original_file(folder, part):
-            files[part] = (found,)
+        if file := layouts.original_file(folder, part):
+            files[part] = (file,)
         elif part not in OPTIONAL:
             name = layouts.ORIGINAL_NAMES[part].format(version="2.1")
             raise CheckpointError(f"{folder} lacks {name} (or .pth), the {part} of the original layout")
@@ -230,12 +232,12 @@ def _original_files(folder: Path) -> dict[str, tuple[Path, ...]]:
 def _original_config(folder: Path, name: str) -> Config:
     inner = folder / layouts.EXPERT_FOLDERS[name]
     config = (inner if inner.is_dir() else folder) / CONFIG
-    return layouts.to_diffusers_words(read_json(config)) if config.is_file() else {}
+    return layouts.to_diffusers_keys(read_json(config)) if config.is_file() else {}
 
 
 def _refuse_pickles(folder: Path) -> None:
-    found = [path for part in layouts.ORIGINAL_PATTERNS if (path := layouts.original_file(folder, part))]
-    if pickles := [path.name for path in found if path.suffix in safetensors.PICKLES]:
+    files = [path for part in layouts.ORIGINAL_PATTERNS if (path := layouts.original_file(folder, part))]
+    if pickles := [path.name for path in files if path.suffix in safetensors.PICKLES]:
         raise CheckpointError(
             f"{folder} is in the original Wan layout, with pickles ({', '.join(pickles)}), which fastvid does not "
             f"open; use `fastvid convert {folder} NEW-FOLDER`, or give the '-Diffusers' copy of the model"
@@ -243,9 +245,9 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def _check_index(index: Config, folder: Path) -> Config:
-    if (given := index.get("_class_name")) not in PIPELINES:
+    if (class_name := index.get("_class_name")) not in PIPELINES:
         raise CheckpointError(
-            f"{folder / INDEX} describes a {given}; the kinds known so far are {', '.join(PIPELINES)} (Wan, such as "
+            f"{folder / INDEX} describes a {class_name}; the kinds known so far are {', '.join(PIPELINES)} (Wan, such as "
             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers)"
         )
     return index
@@ -255,22 +257,22 @@ def _check_index(index: Config, folder: Path) -> Config:
 
 
 def kind_name(name: str) -> str:
-    """What the part of that name is: both experts are transformers."""
+    """The kind of the part with this name: both experts are transformers."""
     return "transformer" if name in EXPERTS else name
 
 
 def find_part(name: str, path: Path) -> FoundPart:
-    """The part `name` (all but the tokenizer) in a file, in a folder of its own, or in a whole model's folder.
+    """Find the part `name` (any but the tokenizer) in a file, a folder with only that part, or a model folder.
 
-    Raises CheckpointError if it is not there, or is none that is read.
+    Raises CheckpointError if it is missing or not supported.
     """
     if not path.exists():
         raise CheckpointError(f"{name}: {path} does not exist")
     if layouts.is_original(path):
-        found = {part.name: part for part in find_original(path).parts}
-        if name not in found:
-            raise CheckpointError(f"{path} has no {name}; it holds {', '.join(found)}")
-        return found[name]
+        parts = {part.name: part for part in find_original(path).parts}
+        if name not in parts:
+            raise CheckpointError(f"{path} has no {name}; it holds {', '.join(parts)}")
+        return parts[name]
     if path.is_file():
         shards = next((group for group in weight_groups(path.parent) if path in group), (path,))
         return read_part(name, shards)
@@ -278,23 +280,23 @@ def find_part(name: str, path: Path) -> FoundPart:
 
 
 def read_part(name: str, files: tuple[Path, ...]) -> FoundPart:
-    """The part `name` in files that hold it, alone or beside others. Raises CheckpointError."""
+    """Read the part `name` from files that may also hold other parts. Raises CheckpointError."""
     entries, kind = _read_headers(files), kind_name(name)
-    found = weight_names.find_parts(entries)
-    mine = [one for one in found if one.part == kind]
-    if found and not mine:
-        held = ", ".join(dict.fromkeys(one.part for one in found))
-        hint = f"; give the transformer itself, and this as parts={{{held!r}: ...}}" if name == "transformer" else ""
-        raise CheckpointError(f"{files[0]} holds no {kind}, it is a {held}{hint}")
-    if len(mine) == 1 and len(found) > 1:
-        entries = _behind_prefix(entries, mine[0].prefix, [one.prefix for one in found])
+    held = weight_names.find_parts(entries)
+    matching = [one for one in held if one.part == kind]
+    if held and not matching:
+        names = ", ".join(dict.fromkeys(one.part for one in held))
+        hint = f"; give the transformer itself, and this as parts={{{names!r}: ...}}" if name == "transformer" else ""
+        raise CheckpointError(f"{files[0]} holds no {kind}, it is a {names}{hint}")
+    if len(matching) == 1 and len(held) > 1:
+        entries = _select_prefix(entries, matching[0].prefix, [one.prefix for one in held])
     return identify_part(name, files, entries, _config_beside(files[0]))
 
 
 def identify_part(
     name: str, files: tuple[Path, ...], entries: Mapping[str, Entry], config: Mapping[str, Any] | None = None
 ) -> FoundPart:
-    """The part that tensors are, by their names and shapes. config: what is known of its configuration from elsewhere.
+    """Identify a part from the names and shapes of its tensors. config: known configuration values.
     Raises CheckpointError."""
     where = files[0] if len(files) == 1 else files[0].parent
     try:
@@ -305,12 +307,12 @@ def identify_part(
 
 
 def held_kinds(files: Iterable[Path]) -> tuple[str, ...]:
-    """The kinds of parts that files hold."""
+    """The kinds of parts in the files."""
     return tuple(dict.fromkeys(found.part for found in weight_names.find_parts(safetensors.read_headers(files))))
 
 
 def weight_groups(folder: Path) -> Iterator[tuple[Path, ...]]:
-    """The files with weights in a folder; shards of one index together."""
+    """The weight files in a folder; the shards of one index form one group."""
     files = sorted(path for path in folder.glob("*") if path.suffix in layouts.WEIGHT_FILES and path.is_file())
     sharded: set[Path] = set()
     for index in sorted(folder.glob(f"*{safetensors.SUFFIX}.index.json")):
@@ -335,30 +337,30 @@ def _read_headers(files: tuple[Path, ...]) -> dict[str, Entry]:
     return safetensors.read_headers(files)
 
 
-def _behind_prefix(entries: Mapping[str, Entry], prefix: str, others: Iterable[str]) -> dict[str, Entry]:
-    """The tensors behind a prefix, but not those behind a longer one of another part. What a file of several parts
-    holds behind none of them belongs to other programs."""
+def _select_prefix(entries: Mapping[str, Entry], prefix: str, others: Iterable[str]) -> dict[str, Entry]:
+    """The tensors whose names start with `prefix`, without those of another part with a longer prefix. Tensors without
+    any part's prefix belong to other programs."""
     longer = tuple(other for other in others if other != prefix and other.startswith(prefix))
     inside = {name: entry for name, entry in entries.items() if name.startswith(prefix)}
     return {name: entry for name, entry in inside.items() if not (longer and name.startswith(longer))}
 
 
 def _config_beside(file: Path) -> Config:
-    """config.json in the folder of a file that is named as diffusers and the original repositories name theirs."""
+    """config.json in the folder of a weights file, if the file has a standard name; {} otherwise."""
     config = file.parent / CONFIG
     if not file.name.startswith(("diffusion_pytorch_model", "model")) or not config.is_file():
         return {}
-    return layouts.to_diffusers_words(read_json(config))
+    return layouts.to_diffusers_keys(read_json(config))
 
 
 # ---------------------------------------------------------------- the tokenizer
 
 
 def find_tokenizer(path: Path) -> Path:
-    """The tokenizer in a folder of its own, in a whole model's folder, or in a file; CheckpointError if it is none."""
-    places = [path, *(path / inner for inner in TOKENIZER_FOLDERS)] if path.is_dir() else [path]
-    if found := next(filter(is_tokenizer, places), None):
-        return found
+    """Find the tokenizer in its own folder, a model folder, or a file. Raises CheckpointError if there is none."""
+    candidates = [path, *(path / inner for inner in TOKENIZER_FOLDERS)] if path.is_dir() else [path]
+    if tokenizer := next(filter(is_tokenizer, candidates), None):
+        return tokenizer
     raise CheckpointError(
         f"tokenizer: {path} holds none; a folder with tokenizer.json and tokenizer_config.json, a {SPIECE_FILE}, or a "
         "text encoder's file with the tensor spiece_model is expected"
@@ -366,7 +368,7 @@ def find_tokenizer(path: Path) -> Path:
 
 
 def is_tokenizer(path: Path) -> bool:
-    """Whether a folder or file is a tokenizer, or holds one as a tensor."""
+    """Whether a folder or file holds a tokenizer, possibly as a tensor."""
     if path.is_dir():
         return any((path / name).is_file() for name in ("tokenizer.json", SPIECE_FILE))
     if path.name.endswith(safetensors.SUFFIX):
@@ -375,14 +377,15 @@ def is_tokenizer(path: Path) -> bool:
 
 
 def holds_spiece(names: Iterable[str]) -> bool:
-    """Whether tensors of these names have a sentencepiece model among them."""
+    """Whether one of these tensor names is a sentencepiece model's."""
     return any(name.split(".")[-1] == SPIECE_TENSOR for name in names)
 
 
 def read_tokenizer(path: Path) -> TextTokenizer:
     """Read a tokenizer folder, a spiece.model, or a safetensors file that holds one as `spiece_model`.
 
-    A folder with spiece.model alone is read as that file. Raises CheckpointError if it is missing or broken.
+    A folder with spiece.model but no tokenizer.json is read as that file. Raises CheckpointError if the tokenizer is
+    missing or broken.
     """
     if path.is_dir() and not (path / "tokenizer.json").is_file() and (path / SPIECE_FILE).is_file():
         path = path / SPIECE_FILE
@@ -392,15 +395,15 @@ def read_tokenizer(path: Path) -> TextTokenizer:
 
 
 def _read_spiece(path: Path) -> bytes:
-    """The sentencepiece model that a file is, or holds as a tensor of bytes."""
+    """The bytes of a sentencepiece model: a whole file, or a tensor in a safetensors file."""
     try:
         if not path.name.endswith(safetensors.SUFFIX):
             return path.read_bytes()
-        found = [entry for name, entry in safetensors.read_header(path).items() if holds_spiece([name])]
-        if len(found) != 1 or found[0].dtype not in ("U8", "I8"):
+        spiece_entries = [entry for name, entry in safetensors.read_header(path).items() if holds_spiece([name])]
+        if len(spiece_entries) != 1 or spiece_entries[0].dtype not in ("U8", "I8"):
             raise CheckpointError(f"{path} holds no sentencepiece model as the bytes of a tensor {SPIECE_TENSOR}")
         with path.open("rb") as file:
-            file.seek(found[0].offset)
-            return file.read(math.prod(found[0].shape))
+            file.seek(spiece_entries[0].offset)
+            return file.read(math.prod(spiece_entries[0].shape))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None

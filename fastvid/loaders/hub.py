@@ -1,11 +1,11 @@
-"""Models from the Hugging Face hub: found in the local cache, or downloaded into it once, only what a pipeline reads.
+"""Models from the Hugging Face hub: looked up in the local cache, or downloaded to it. Downloads only needed files.
 
     org/name                            a repository in diffusers' layout, or in the original one
     org/name/path/to/file.safetensors   one file of a repository
 
-What is needed follows from the repository's list of files, before any is fetched. The cache, the login and
-HF_HUB_OFFLINE are huggingface_hub's own. After a download that was interrupted, only the files that were not whole are
-fetched; huggingface_hub 2.4 takes up a part of a file within one process alone.
+The repository's list of files determines what to download. huggingface_hub manages the cache, the login and
+HF_HUB_OFFLINE. After an interrupted download, only incomplete files are downloaded again; huggingface_hub 2.4 resumes
+within a file only in the same process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastvid.models.common.config_reader import read_json
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/((?:[\w .()+-]+/)*[\w .()+-]+\.safetensors)")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
-# A repository may hold the same weights in other formats and types, example videos and licences beside these.
+# Repositories may also hold other formats and dtypes of the weights, example videos and licenses.
 DIFFUSERS_FILES = (
     INDEX,
     "*/*.json",
@@ -35,24 +35,24 @@ DIFFUSERS_FILES = (
     "tokenizer/*",
 )
 OTHER_TYPES = ("*.fp16*.safetensors", "*.bf16*.safetensors", "*.fp32*.safetensors")
-UNWEIGHTED = ("scheduler", "tokenizer", "image_processor", "feature_extractor")  # parts that have no weights
-# The original repositories: transformers, with encoders that are published as pickles, and copied as safetensors.
+UNWEIGHTED = ("scheduler", "tokenizer", "image_processor", "feature_extractor")  # parts without weights
+# The original repositories publish their encoders as pickles; copies of them use safetensors.
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
 TRANSFORMERS = (WEIGHTS, *(f"{folder}/{WEIGHTS}" for folder in EXPERT_FOLDERS.values()))
 CONFIGS = (CONFIG, f"*/{CONFIG}", "*.safetensors.index.json", EXTRAS, f"{ORIGINAL_TOKENIZER}/*")
-SHOWN = 8  # files in a message
+SHOWN = 8  # file names listed in an error message
 T = TypeVar("T")
 
 
 def is_hub_name(model: str) -> bool:
-    """Whether a name could be of the hub: org/name, or a file of it. One below a folder that is here is not."""
+    """Whether a name has the form of a hub name: org/name, or a file in it. A path inside a local folder does not."""
     if HUB_ID.fullmatch(model):
         return True
     return HUB_FILE.fullmatch(model) is not None and not Path(model.split("/")[0]).exists()
 
 
 def find(model: str) -> Path | None:
-    """The folder or file of a hub name in the local cache, None if not all of it is there. Nothing is downloaded."""
+    """The folder or file of a hub name in the local cache; None if it is incomplete. Downloads nothing."""
     repo, file = split(model)
     folder = _snapshot(repo)
     if folder is None:
@@ -63,41 +63,40 @@ def find(model: str) -> Path | None:
 
 
 def _snapshot(repo: str) -> Path | None:
-    """The folder of a repository in the local cache, whatever is in it."""
+    """The folder of a repository in the local cache, complete or not; None if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    try:  # with a pattern that no file has it does not ask for the files that we leave out
+    try:  # a pattern that matches nothing: otherwise huggingface_hub requires files that we never download
         return Path(snapshot_download(repo, allow_patterns=["/"], local_files_only=True))
-    except (HFValidationError, OSError):  # not there is an OSError too
+    except (HFValidationError, OSError):  # a missing snapshot raises OSError too
         return None
 
 
 def download(model: str) -> Path:
-    """Download what is missing of a hub name and return its folder or file; progress is shown on a terminal.
+    """Download the missing files of a hub name and return its folder or file. Shows progress on a terminal.
 
-    Raises:
-        CheckpointError: the hub can't be reached, has no such model or file, does not give it, or has it in a form that
-        is not loaded; what to do then.
+    Raises CheckpointError if the hub is unreachable, does not have the model or file, refuses access, or has it only in
+    an unsupported format.
     """
     from huggingface_hub import snapshot_download
 
     repo, file = split(model)
-    names = _reaching(model, lambda: _list(repo))
+    names = _with_hub_errors(model, lambda: _list_files(repo))
     chosen = _with_shards(model, file, names) if file else select(model, names)
     fetch = lambda: snapshot_download(repo, allow_patterns=chosen, tqdm_class=_quiet_off_terminals())  # noqa: E731
-    folder = Path(_reaching(model, fetch))
+    folder = Path(_with_hub_errors(model, fetch))
     return folder / file if file else folder
 
 
 def split(model: str) -> tuple[str, str]:
     """(repository, file in it or "")."""
-    found = HUB_FILE.fullmatch(model)
-    return (found[1], found[2]) if found else (model, "")
+    match = HUB_FILE.fullmatch(model)
+    return (match[1], match[2]) if match else (model, "")
 
 
 def select(model: str, names: Iterable[str]) -> list[str]:
-    """The files of a repository that a pipeline reads. Raises CheckpointError for one that is no model as it is."""
+    """The files of a repository that a pipeline reads. Raises CheckpointError if they are not a complete model."""
     names = sorted(names)
     if INDEX in names:
         return [name for name in names if _matches(name, DIFFUSERS_FILES) and not _matches(name, OTHER_TYPES)]
@@ -127,12 +126,12 @@ def select(model: str, names: Iterable[str]) -> list[str]:
             f"model={model!r} has a transformer without VAE and text encoder; give its file, and the others as parts: "
             f'fastvid.load("{model}/{files[0]}", parts={{"base": FOLDER}}), --part base=FOLDER'
         )
-    chosen = {name for found in encoders.values() for name in found}
+    chosen = {name for files_found in encoders.values() for name in files_found}
     return [name for name in names if name in chosen or _is_at(name, TRANSFORMERS) or _matches(name, CONFIGS)]
 
 
-def _list(repo: str) -> list[str]:
-    """The files of a repository; without a network those that are in the cache."""
+def _list_files(repo: str) -> list[str]:
+    """The file names in a repository."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 
@@ -140,15 +139,15 @@ def _list(repo: str) -> list[str]:
         return [file.rfilename for file in HfApi().model_info(repo).siblings or ()]
     except HFValidationError:
         raise
-    except Exception:  # its HTTP library has errors of its own for a network that is down
+    except Exception:  # which types mean "no network" depends on huggingface_hub's HTTP library
         if folder := _snapshot(repo):
-            # What is there may say more than that there is no network.
+            # The cached files may allow a more useful error than "no network".
             select(repo, [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()])
         raise
 
 
-def _reaching(model: str, act: Callable[[], T]) -> T:
-    """What `act` returns, with the hub's errors as ours."""
+def _with_hub_errors(model: str, act: Callable[[], T]) -> T:
+    """Call `act` and return its result. Raises the hub's errors as CheckpointError."""
     from huggingface_hub import errors as hub
 
     repo, _ = split(model)
@@ -174,33 +173,33 @@ def _reaching(model: str, act: Callable[[], T]) -> T:
 
 
 def _network_error() -> type[Exception]:
-    """What the hub library's HTTP library raises when nothing answers; which one it is differs by version."""
+    """The base error of the HTTP library that huggingface_hub uses, which depends on its version."""
     for name in ("httpx2", "httpx"):
         try:
             return importlib.import_module(name).HTTPError
         except ImportError:
             continue
-    return OSError  # requests' errors are such
+    return OSError  # base of requests' errors
 
 
 def _with_shards(model: str, file: str, names: Iterable[str]) -> list[str]:
-    """A file with what belongs to it: its other shards and, where it is named as a folder's weights, config.json."""
+    """A file, its other shards and, if it has a standard name, the config.json beside it."""
     names = sorted(names)
     if file not in names:
-        held = _some([name for name in names if name.endswith(".safetensors")]) or "no weights"
-        raise CheckpointError(f"model={model!r}: the repository has no such file; it has {held}")
+        available = _some([name for name in names if name.endswith(".safetensors")]) or "no weights"
+        raise CheckpointError(f"model={model!r}: the repository has no such file; it has {available}")
     folder, _, name = file.rpartition("/")
-    wanted = {file}
+    selected = {file}
     if count := SHARD.search(file):
         stem = file[: count.start()]
-        wanted |= {n for n in names if n.startswith(stem) and (count[1] in n or n.endswith(".index.json"))}
+        selected |= {n for n in names if n.startswith(stem) and (count[1] in n or n.endswith(".index.json"))}
     if name.startswith(("diffusion_pytorch_model", "model")):
-        wanted.add(f"{folder}/config.json".lstrip("/"))
-    return sorted(wanted.intersection(names))
+        selected.add(f"{folder}/config.json".lstrip("/"))
+    return sorted(selected.intersection(names))
 
 
 def _has_file(folder: Path, file: str) -> bool:
-    """Whether a file is in a snapshot, with all of its shards."""
+    """Whether a snapshot has a file and all its shards."""
     if not (count := SHARD.search(file)):
         return (folder / file).is_file()
     shards = folder.glob(f"{glob.escape(file[: count.start()])}-*-of-{count[1]}.*")
@@ -208,8 +207,8 @@ def _has_file(folder: Path, file: str) -> bool:
 
 
 def complete(folder: Path) -> bool:
-    """Whether a snapshot holds a whole model, with all shards of its weights: every part that its model_index.json
-    names, or what the original layout consists of."""
+    """Whether a snapshot holds every part of a model (those that model_index.json names, or those of the original
+    layout), with all shards."""
     try:
         return _has_parts(folder) if (folder / INDEX).is_file() else _has_original_files(folder)
     except (CheckpointError, OSError, TypeError):
@@ -225,11 +224,11 @@ def _has_parts(folder: Path) -> bool:
 
 
 def _has_original_files(folder: Path) -> bool:
-    """Raises CheckpointError for some of what is missing."""
+    """Whether all files of the original layout are there. Raises CheckpointError if the transformer is missing."""
     experts = layouts.original_transformers(folder)
     config = read_json(experts["transformer"][0].with_name(CONFIG))
-    sees_pictures = config.get("model_type") in ("i2v", "flf2v") and len(experts) == 1
-    parts = ("vae", "text_encoder", "image_encoder") if sees_pictures else ("vae", "text_encoder")
+    needs_image_encoder = config.get("model_type") in ("i2v", "flf2v") and len(experts) == 1
+    parts = ("vae", "text_encoder", "image_encoder") if needs_image_encoder else ("vae", "text_encoder")
     encoders = all(any(folder.glob(ORIGINAL_PATTERNS[part] + ".safetensors")) for part in parts)
     return encoders and (folder / ORIGINAL_TOKENIZER / "tokenizer.json").is_file()
 
@@ -239,7 +238,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _is_at(name: str, patterns: Iterable[str]) -> bool:
-    """The same, where * does not reach into folders."""
+    """Like `_matches`, but * does not match a slash."""
     return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
 
 
@@ -249,12 +248,12 @@ def _some(files: list[str]) -> str:
 
 
 def _quiet_off_terminals() -> Any:
-    """tqdm's bar, shown on a terminal only."""
+    """A tqdm class that shows progress only on a terminal."""
     from tqdm.auto import tqdm
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
-            options.pop("name", None)  # huggingface_hub's own bar takes one
+            options.pop("name", None)  # huggingface_hub passes it; only its own bar accepts it
             super().__init__(*args, **{**options, "disable": None})
 
     return Bar

@@ -1,13 +1,13 @@
-"""What a model's folder looks like: file names, and JSON files, of diffusers' layout and of the original repositories.
+"""The two layouts of a model folder, diffusers' and the original repositories': file names and JSON files.
 
     diffusers  model_index.json  transformer/ vae/ text_encoder/ tokenizer/ scheduler/ (transformer_2/ image_encoder/)
     original   config.json + diffusion_pytorch_model*.safetensors, or (Wan 2.2 A14B) those in high_noise_model/ and
                low_noise_model/; models_t5_umt5-xxl-enc-bf16.pth; Wan2.1_VAE.pth or Wan2.2_VAE.pth;
                models_clip_*.pth (2.1 with pictures); google/umt5-xxl/ with the tokenizer
 
-The original encoders are published as pickles, which only `fastvid convert` opens; as .safetensors of the same names
-they are read as they are. The original layout has no place for the encoders' configurations and for the scheduler: they
-follow from the variant, or stand in EXTRAS, which `fastvid convert --to original` writes.
+The original encoders are published as pickles, which only `fastvid convert` opens; .safetensors files with the same
+stems can be loaded directly. The original layout does not store the encoders' configurations or the scheduler. They
+follow from the variant, or come from EXTRAS, a file that `fastvid convert --to original` writes.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ ORIGINAL_NAMES = {
 ORIGINAL_PATTERNS = {"vae": "*_VAE", "text_encoder": "models_t5*", "image_encoder": "models_clip*"}
 WEIGHT_FILES = (safetensors.SUFFIX, *safetensors.PICKLES)
 
-# original word of a transformer's config.json -> diffusers'
-_WORDS = {
+# key in an original transformer's config.json -> diffusers' key
+_CONFIG_KEYS = {
     "num_heads": "num_attention_heads",
     "in_dim": "in_channels",
     "out_dim": "out_channels",
@@ -56,7 +56,7 @@ _WORDS = {
     **{key: key for key in ("eps", "ffn_dim", "freq_dim", "num_layers", "vace_layers")},
 }
 _PIPELINES = {"t2v": "WanPipeline", "ti2v": "WanPipeline", "vace": "WanVACEPipeline"}  # by task
-# Shift by (task, two experts), where the expert changes by task.
+# Flow shift by (task, has two experts); 5 for all others.
 _FLOW_SHIFT = {
     ("flf2v", False): presets.WAN_FLF2V.flow_shift,
     ("vace", False): presets.WAN_VACE_14B.flow_shift,
@@ -69,20 +69,20 @@ _BOUNDARY = {"t2v": presets.WAN_T2V_A14B.boundary_ratio, "i2v": presets.WAN_I2V_
 
 
 def class_of(index: Mapping[str, Any], name: str) -> str | None:
-    """The class that model_index.json names for a component: the second of [library, class]."""
+    """The class of a component in model_index.json, which lists [library, class]."""
     value = index.get(name)
     return value[1] if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) else None
 
 
 def is_original(folder: Path) -> bool:
-    """Whether a folder is a whole model in the original layout: a transformer beside an encoder or a VAE."""
+    """Whether a folder is a model in the original layout: it holds the VAE or the text encoder under its usual name."""
     if not folder.is_dir() or (folder / INDEX).is_file():
         return False
     return any(original_file(folder, part) for part in ("vae", "text_encoder"))
 
 
 def original_file(folder: Path, part: str) -> Path | None:
-    """The file of an encoder or VAE in an original folder, safetensors before pickles."""
+    """The file of an encoder or VAE in an original folder; safetensors are preferred to pickles."""
     for suffix in WEIGHT_FILES:
         if found := sorted(folder.glob(ORIGINAL_PATTERNS[part] + suffix)):
             return found[0]
@@ -90,7 +90,7 @@ def original_file(folder: Path, part: str) -> Path | None:
 
 
 def original_transformers(folder: Path) -> dict[str, tuple[Path, ...]]:
-    """Files of an original folder's transformer, or of both experts. Raises CheckpointError."""
+    """The files of an original folder's transformer, or of both experts. Raises CheckpointError."""
     inner = {name: folder / inside for name, inside in EXPERT_FOLDERS.items() if (folder / inside).is_dir()}
     if len(inner) == 1:
         missing = next(inside for name, inside in EXPERT_FOLDERS.items() if name not in inner)
@@ -109,23 +109,23 @@ def original_name(part: str, identity: Identity) -> str:
 # ---------------------------------------------------------------- JSON files
 
 
-def to_diffusers_words(config: Mapping[str, Any]) -> Config:
-    """What an original transformer's config.json says, in diffusers' words; a diffusers config as it is."""
+def to_diffusers_keys(config: Mapping[str, Any]) -> Config:
+    """Translate an original transformer's config to diffusers' keys. A diffusers config is returned unchanged."""
     if "dim" not in config:
         return dict(config)
-    made = {ours: config[theirs] for theirs, ours in _WORDS.items() if config.get(theirs) is not None}
+    translated = {ours: config[theirs] for theirs, ours in _CONFIG_KEYS.items() if config.get(theirs) is not None}
     heads, dim = config.get("num_heads"), config["dim"]
     if type(heads) is int and type(dim) is int and heads > 0 and dim % heads == 0:
-        made["attention_head_dim"] = dim // heads
-    return made
+        translated["attention_head_dim"] = dim // heads
+    return translated
 
 
-def to_original_words(config: Mapping[str, Any], task: str | None) -> Config:
-    """A diffusers transformer's config as the original repositories save theirs."""
-    made = {theirs: config[ours] for theirs, ours in _WORDS.items() if config.get(ours) is not None}
+def to_original_keys(config: Mapping[str, Any], task: str | None) -> Config:
+    """Translate a diffusers transformer's config to the original repositories' keys."""
+    translated = {theirs: config[ours] for theirs, ours in _CONFIG_KEYS.items() if config.get(ours) is not None}
     names = {"_class_name": "VaceWanModel" if task == "vace" else "WanModel", "model_type": task or "t2v"}
     dim = config["num_attention_heads"] * config["attention_head_dim"]
-    return dict(sorted({**names, "dim": dim, "text_len": 512, **made}.items()))
+    return dict(sorted({**names, "dim": dim, "text_len": 512, **translated}.items()))
 
 
 def pipeline_of(identity: Identity) -> str:
@@ -134,7 +134,7 @@ def pipeline_of(identity: Identity) -> str:
 
 
 def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool) -> Config:
-    """model_index.json. identity: the transformer's; configs: of the parts; experts: there are two transformers."""
+    """Build model_index.json. identity: the transformer's; configs: of the parts; experts: there are two transformers."""
     task, pipeline = identity.task or "t2v", pipeline_of(identity)
     transformer = ["diffusers", configs["transformer"]["_class_name"]]
     index: Config = {
@@ -156,7 +156,7 @@ def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool)
 
 
 def make_scheduler(identity: Identity, experts: bool) -> Config:
-    """scheduler_config.json, with the shift that the original code takes."""
+    """Build scheduler_config.json with the original code's default shift."""
     return {
         "_class_name": "UniPCMultistepScheduler",
         "_diffusers_version": "0.35.0",
@@ -168,7 +168,7 @@ def make_scheduler(identity: Identity, experts: bool) -> Config:
 
 
 def make_image_processor() -> Config:
-    """preprocessor_config.json: what CLIP expects, as openai/clip and the published Wan folders say."""
+    """Build preprocessor_config.json with CLIP's values, as in openai/clip and the published Wan folders."""
     return {
         "crop_size": {"height": 224, "width": 224},
         "do_center_crop": True,

@@ -1,15 +1,15 @@
-"""LoRA files: low-rank changes of a transformer's weights, merged into them as they are loaded.
+"""LoRA files: low-rank changes of a transformer's weights, merged while the weights are loaded.
 
-    W + scale * (sum of alpha / rank * B @ A, and of the terms that are stored whole: diff, diff_b, diff_m)
+    W + scale * (sum of alpha / rank * B @ A, and of full-rank terms: diff, diff_b, diff_m)
 
-in fp32, rounded once, to the dtype that is loaded. Nothing is ever subtracted: to remove a LoRA, the base tensors are
-read again (`Pipeline.set_loras`), so what comes back is the very same bytes.
+computed in fp32 and rounded once, to the loaded dtype. LoRAs are never subtracted: removing one reloads the base
+weights (`Pipeline.set_loras`), which restores them bit for bit.
 
-Names of the files that are about (lora_A, lora_B are also called lora_down, lora_up, with .weight or without):
+Naming schemes in use (lora_A, lora_B are also called lora_down, lora_up, with or without .weight):
     diffusers, peft    transformer.blocks.0.attn1.to_q.lora_A.weight; alpha in the header or in adapter_config.json
     original, ComfyUI  diffusion_model.blocks.0.self_attn.q.lora_down.weight, .alpha
     kohya, musubi      lora_unet_blocks_0_self_attn_q.lora_down.weight, .alpha
-    lightx2v           as ComfyUI, with .diff (weights), .diff_b (biases), .diff_m (modulation)
+    lightx2v           like ComfyUI, with .diff (weights), .diff_b (biases), .diff_m (modulation)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PREFIXES = (
     "pipe.dit.",
 )
 KOHYA = "lora_unet_"
-# What a name ends in -> what it is; the longest first.
+# Suffix of a tensor's name -> its role.
 ENDINGS = {
     **{f".{a}{default}{weight}": "A" for a in ("lora_A", "lora_down", "lora.down") for default in ("", ".default")
        for weight in ("", ".weight")},
@@ -60,13 +60,13 @@ OTHER_KINDS = {
     "oft_": "OFT",
 }
 MAX_SCALE = 100.0
-NOISE_LEVELS = ("high", "low")  # the experts of a model with two, in the order of its transformers
-METADATA = "lora_adapter_metadata"  # diffusers' name for peft's configuration, in the header
+NOISE_LEVELS = ("high", "low")  # of transformer and transformer_2
+METADATA = "lora_adapter_metadata"  # header key under which diffusers stores peft's configuration
 
 
 @dataclass(frozen=True)
 class Term:
-    """One change of one parameter: factor * up @ down, or factor * up where down is None."""
+    """One change of one parameter: factor * up @ down, or factor * up if down is None."""
 
     up: Tensor
     down: Tensor | None
@@ -74,14 +74,14 @@ class Term:
 
     @property
     def shape(self) -> Shape:
-        """Of the change; what a convolution's kernel holds is in the order of its memory."""
+        """Shape of the change."""
         return tuple(self.up.shape) if self.down is None else (self.up.shape[0], *self.down.shape[1:])
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, read. terms: parameter in diffusers' names -> its changes, before `scale`. expert: "high" or "low",
-    the one of two transformers that it is for; "" for all there are."""
+    """A LoRA that was read from a file. terms: diffusers' parameter name -> changes, before `scale`. expert: "high" or
+    "low" for one of two transformers; "" for all."""
 
     path: Path
     scale: float
@@ -90,21 +90,26 @@ class Lora:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks that occur in it, smallest first; empty if all terms are stored whole."""
+        """The ranks that occur, ascending; empty if all terms have full rank."""
         pairs = (term.down for terms in self.terms.values() for term in terms)
         return tuple(sorted({down.shape[0] for down in pairs if down is not None}))
 
     def to_dict(self) -> dict[str, Any]:
-        """What it is, as plain JSON values."""
-        made = {"file": str(self.path), "scale": self.scale, "ranks": list(self.ranks), "parameters": len(self.terms)}
-        return made | ({"expert": self.expert} if self.expert else {})
+        """A summary of JSON types."""
+        summary = {
+            "file": str(self.path),
+            "scale": self.scale,
+            "ranks": list(self.ranks),
+            "parameters": len(self.terms),
+        }
+        return summary | ({"expert": self.expert} if self.expert else {})
 
 
 def read_lora(path: str | Path, scale: float = 1.0, expert: str = "") -> Lora:
-    """Read a LoRA file (safetensors). Nothing is said yet of whether it fits a model: see `check`.
+    """Read a LoRA file (safetensors). Does not check whether it fits a model: see `check`.
 
-    Raises InvalidRequest for a scale that is no number in [-100, 100] or an expert that is none, CheckpointError for a
-    file that is missing, broken, of another kind (DoRA, LoHa, ...), or has names that say nothing.
+    Raises InvalidRequest for an unknown expert or a scale outside [-100, 100], CheckpointError for a file that is
+    missing, broken, of another kind (DoRA, LoHa, ...), or has unknown tensor names.
     """
     path = Path(path).expanduser()
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not -MAX_SCALE <= scale <= MAX_SCALE:
@@ -127,24 +132,24 @@ def read_lora(path: str | Path, scale: float = 1.0, expert: str = "") -> Lora:
         raise CheckpointError(f"{path} holds no LoRA weights")
     alphas = _peft_settings(path, metadata)
     terms: dict[str, list[Term]] = {}
-    for module, found in groups.items():
-        for name, term in _terms(path, module, found, alphas):
+    for module, tensors_by_role in groups.items():
+        for name, term in _terms(path, module, tensors_by_role, alphas):
             terms.setdefault(name, []).append(term)
     return Lora(path, float(scale), {name: tuple(made) for name, made in terms.items()}, expert)
 
 
 def read_loras(loras: Any) -> tuple[Lora, ...]:
-    """LoRAs as they are given to `load`: files, (file, scale), or (file, scale, expert). Raises InvalidRequest,
+    """Read `loras=` of `fastvid.load`: files, (file, scale), or (file, scale, expert). Raises InvalidRequest,
     CheckpointError."""
     entries = []
     for entry in (loras,) if isinstance(loras, str | Path) else loras or ():
-        made = (entry,) if isinstance(entry, str | Path) else entry
-        if not isinstance(made, list | tuple) or not _is_lora(made) or (len(made) < 2 and made is entry):
+        fields = (entry,) if isinstance(entry, str | Path) else entry
+        if not isinstance(fields, list | tuple) or not _is_lora(fields) or (len(fields) < 2 and fields is entry):
             raise InvalidRequest(
                 f'loras: {entry!r:.60} is no LoRA; give a file, or (file, scale) such as ("a.safetensors", 0.8), or '
                 '("a.safetensors", 0.8, "high") for one of two experts'
             )
-        entries.append(made)
+        entries.append(fields)
     return tuple(read_lora(*entry) for entry in entries)
 
 
@@ -155,13 +160,13 @@ def _is_lora(entry: Sequence[Any]) -> bool:
 
 
 def as_tuples(loras: Sequence[Lora]) -> tuple[tuple[Any, ...], ...]:
-    """The files and scales of LoRAs, and the expert of those that are for one."""
+    """LoRAs as (file, scale) or (file, scale, expert)."""
     return tuple((str(lora.path), lora.scale, *([lora.expert] if lora.expert else [])) for lora in loras)
 
 
 def experts_of(lora: Lora, count: int) -> Sequence[int]:
-    """Which of a model's transformers, high noise first, a LoRA goes into: all, or the one that it names. Raises
-    InvalidRequest where it names one of a model that has a single transformer."""
+    """Indices of the transformers that a LoRA changes, of a model with `count` (high noise first). Raises
+    InvalidRequest if the LoRA names an expert and the model has only one transformer."""
     if not lora.expert:
         return range(count)
     if count == 1:
@@ -173,20 +178,20 @@ def experts_of(lora: Lora, count: int) -> Sequence[int]:
 
 
 def for_expert(loras: Sequence[Lora], number: int, count: int) -> tuple[Lora, ...]:
-    """The LoRAs that go into transformer `number` of `count`. Raises InvalidRequest as `experts_of` does."""
+    """The LoRAs that change transformer `number` of `count`. Raises InvalidRequest, see `experts_of`."""
     return tuple(lora for lora in loras if number in experts_of(lora, count))
 
 
 def merge(name: str, tensor: Tensor, loras: Iterable[Lora]) -> Tensor:
-    """A parameter with all changes of it added, in fp32 (fp64 stays fp64); the tensor itself if there are none.
+    """Add the changes of all LoRAs to a parameter. Returns fp32 (fp64 for fp64), or `tensor` itself if nothing changes.
 
-    name is the parameter's in diffusers' names, which are those of fastvid's modules. Shapes must be checked before.
+    name: the parameter's diffusers name, which fastvid's modules share. Shapes must be checked before.
     """
     changes = [(lora.scale, term) for lora in loras for term in lora.terms.get(name, ())]
     if not changes:
         return tensor
     kind = torch.promote_types(tensor.dtype, torch.float32)
-    # The terms among themselves first: they are small against the weight, so less is rounded away.
+    # Sum the terms first: they are small compared to the weight, so this loses less to rounding.
     delta = torch.zeros(tensor.shape, dtype=kind)
     for scale, term in changes:
         delta += (scale * term.factor) * _product(term, kind).reshape(tensor.shape)
@@ -194,9 +199,9 @@ def merge(name: str, tensor: Tensor, loras: Iterable[Lora]) -> Tensor:
 
 
 def check(loras: Iterable[Lora], shapes: Mapping[str, Sequence[int]], model: str = "the model") -> None:
-    """Hold LoRAs against the parameters of a model, names -> shapes.
+    """Check that LoRAs fit a model. shapes: parameter name -> shape.
 
-    Raises CheckpointError that lists what matches no parameter, and what has another shape.
+    Raises CheckpointError that lists unknown parameters and wrong shapes.
     """
     for lora in loras:
         unknown = [name for name in lora.terms if name not in shapes]
@@ -223,12 +228,12 @@ def check(loras: Iterable[Lora], shapes: Mapping[str, Sequence[int]], model: str
 
 
 def check_part(loras: Iterable[Lora], module: nn.Module, part: Part) -> None:
-    """Hold LoRAs against the module of a part. Raises CheckpointError."""
+    """Check that LoRAs fit the module of a part. Raises CheckpointError."""
     check(loras, _shapes(module), str(part.files[0].parent))
 
 
 def lora_problems(checkpoint: Checkpoint, lora: Lora) -> list[str]:
-    """What keeps a LoRA from being merged into a model's transformers; empty if nothing does."""
+    """The reasons why a LoRA can't be merged into a model's transformers; empty if it can."""
     problems: list[str] = []
     try:
         numbers = experts_of(lora, len(checkpoint.experts))
@@ -241,7 +246,7 @@ def lora_problems(checkpoint: Checkpoint, lora: Lora) -> list[str]:
             check([lora], _shapes(build_empty(part.name, part.config)))
         except CheckpointError as error:
             problems.append(str(error))
-    return list(dict.fromkeys(problems))  # two experts of one shape say the same
+    return list(dict.fromkeys(problems))  # both experts usually report the same problem
 
 
 def _shapes(module: nn.Module) -> dict[str, Shape]:
@@ -249,7 +254,7 @@ def _shapes(module: nn.Module) -> dict[str, Shape]:
 
 
 def changed_weights(loras: Iterable[Lora]) -> frozenset[str]:
-    """Names of the parameters that any of the LoRAs changes."""
+    """Names of the parameters that the LoRAs change."""
     return frozenset(name for lora in loras for name in lora.terms)
 
 
@@ -273,7 +278,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """(module in diffusers' names -> what it is -> tensor, names that say nothing)."""
+    """(diffusers' module name -> role, see ENDINGS -> tensor; names that are not understood)."""
     groups: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for name, tensor in tensors.items():
@@ -286,7 +291,7 @@ def _group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]],
 
 
 def _module(name: str) -> str:
-    """A module's name in diffusers' words; as it is where no layout knows it, to be found wanting by `check`."""
+    """Diffusers' name of a module. Unknown names are returned unchanged; `check` rejects them."""
     table = rules("transformer")
     if name.startswith(KOHYA):
         return table.unflatten(name.removeprefix(KOHYA)) or name
@@ -298,36 +303,38 @@ def _module(name: str) -> str:
 
 
 def _terms(
-    path: Path, module: str, found: Mapping[str, Tensor], settings: Mapping[str, Any]
+    path: Path, module: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> Iterable[tuple[str, Term]]:
-    """(parameter, change) for all that is said of a module."""
-    if ("A" in found) != ("B" in found) or not found.keys() - {"alpha"}:
-        there = ", ".join(sorted(found))
-        raise CheckpointError(f"{path}: {module} needs lora_A (lora_down) and lora_B (lora_up); only {there} is there")
+    """Yield (parameter, change) for the tensors of a module."""
+    if ("A" in tensors) != ("B" in tensors) or not tensors.keys() - {"alpha"}:
+        present = ", ".join(sorted(tensors))
+        raise CheckpointError(
+            f"{path}: {module} needs lora_A (lora_down) and lora_B (lora_up); only {present} is there"
+        )
     factor = 1.0
-    if "A" in found:
-        up, down = found["B"], found["A"]
+    if "A" in tensors:
+        up, down = tensors["B"], tensors["A"]
         if up.ndim < 2 or down.ndim < 2 or math.prod(up.shape[1:]) != down.shape[0] or 0 in (*up.shape, *down.shape):
             raise CheckpointError(
                 f"{path}: {module} has lora_B {list(up.shape)} and lora_A {list(down.shape)}, which do not multiply"
             )
-        factor = _factor(path, module, found.get("alpha"), down.shape[0], settings)
+        factor = _factor(path, module, tensors.get("alpha"), down.shape[0], settings)
         yield f"{module}.weight", Term(up, down, factor)
-    if "bias" in found:
-        yield f"{module}.bias", Term(found["bias"], None, factor)
-    if "diff" in found:
+    if "bias" in tensors:
+        yield f"{module}.bias", Term(tensors["bias"], None, factor)
+    if "diff" in tensors:
         bare = module.endswith(("scale_shift_table", "pos_embed"))  # parameters, not modules
-        yield (module if bare else f"{module}.weight"), Term(found["diff"], None, 1.0)
-    if "diff_b" in found:
-        yield f"{module}.bias", Term(found["diff_b"], None, 1.0)
-    if "diff_m" in found:
-        # Of a block, or of the head, whose modulation diffusers keeps at the top.
+        yield (module if bare else f"{module}.weight"), Term(tensors["diff"], None, 1.0)
+    if "diff_b" in tensors:
+        yield f"{module}.bias", Term(tensors["diff_b"], None, 1.0)
+    if "diff_m" in tensors:
+        # Modulation of a block, or of the head; diffusers keeps the head's at the top level.
         name = "scale_shift_table" if module in ("head", "proj_out") else f"{module}.scale_shift_table"
-        yield name, Term(found["diff_m"], None, 1.0)
+        yield name, Term(tensors["diff_m"], None, 1.0)
 
 
 def _factor(path: Path, module: str, alpha: Tensor | None, rank: int, settings: Mapping[str, Any]) -> float:
-    """alpha / rank; 1 where nothing says alpha. peft may ask for the root of the rank (arXiv 2312.03732)."""
+    """alpha / rank, or 1 without an alpha. With peft's use_rslora: alpha / sqrt(rank) (arXiv 2312.03732)."""
     if alpha is not None:
         value: Any = alpha.item() if alpha.numel() == 1 else list(alpha.shape)
         root = False
@@ -343,15 +350,15 @@ def _factor(path: Path, module: str, alpha: Tensor | None, rank: int, settings: 
 
 
 def _peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """peft's configuration of a file: in its header, as diffusers writes it, or in adapter_config.json beside it."""
+    """peft's configuration, from the file's header (written by diffusers) or from adapter_config.json beside it."""
     if METADATA in metadata:
         try:
-            told = json.loads(metadata[METADATA])
+            parsed = json.loads(metadata[METADATA])
         except ValueError as error:
             raise CheckpointError(f"{path} has broken {METADATA} in its header: {error}") from None
-        if not isinstance(told, dict):
+        if not isinstance(parsed, dict):
             raise CheckpointError(f"{path} has broken {METADATA} in its header: an object is expected")
-        settings = {key.removeprefix("transformer."): value for key, value in told.items()}
+        settings = {key.removeprefix("transformer."): value for key, value in parsed.items()}
     elif path.name.startswith("adapter_model") and (path.parent / "adapter_config.json").is_file():
         settings = read_json(path.parent / "adapter_config.json")
     else:

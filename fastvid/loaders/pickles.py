@@ -1,10 +1,10 @@
-"""Pickles, opened in a child process alone: torch.load with weights_only, which makes nothing but tensors. The file is
-mapped, so that no more than one tensor of it is in memory.
+"""Reads pickles safely: only a child process opens them, with torch.load and weights_only, which creates nothing but
+tensors. The file is memory-mapped, so at most one of its tensors is in memory.
 
     python -m fastvid.loaders.pickles FILE [KEY]
 
-The child first writes a line: {"tensors": {name: [dtype, shape, bytes]}} or {"error": text}. Then, for every line that
-it reads, a name as a JSON string, it writes the tensor's bytes. `PickleReader` is the parent's side.
+The child first writes one line: {"tensors": {name: [dtype, shape, bytes]}} or {"error": text}. Then it reads tensor
+names, one JSON string per line, and writes the bytes of each. `PickleReader` is the parent's side.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastvid.errors import CheckpointError
 
-CHUNK = 2**24  # bytes read at once
+CHUNK = 2**24  # bytes per read
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -40,17 +40,17 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-# Where checkpoints of training code keep the weights; averaged ones first.
+# Where training checkpoints keep their weights; averaged weights first.
 WEIGHT_KEYS = (
     *("generator_ema", "ema", "params_ema", "generator", "generator_lora"),
     *("state_dict", "model_state_dict", "model", "module"),
 )
-# What wrappers of modules (FSDP, activation checkpointing, torch.compile) put into names, wherever they stand.
+# Prefixes that module wrappers (FSDP, activation checkpointing, torch.compile) insert into names at any level.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 class PickleReader:
-    """A child process that has a pickle open, and hands out its tensors. Nothing is unpickled in this process.
+    """Reads tensors from a pickle through a child process. This process unpickles nothing.
 
     tensors: name -> (dtype as safetensors writes it, shape, bytes).
     """
@@ -58,7 +58,7 @@ class PickleReader:
     def __init__(self, path: Path, key: str = "") -> None:
         self.path = path
         self.tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
-        # The child finds what this process finds, and starts where no file of the user's can stand for a module.
+        # Same import path as this process. The working directory is ours, so no file of the user's shadows a module.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         child = subprocess.Popen(
@@ -74,17 +74,17 @@ class PickleReader:
 
     def __enter__(self) -> PickleReader:
         try:
-            told = json.loads(self._from_child.readline() or "null")
-            if not isinstance(told, dict) or "tensors" not in told:
-                raise CheckpointError(f"{self.path} {told['error'] if told else self._why_it_ended()}")
+            reply = json.loads(self._from_child.readline() or "null")
+            if not isinstance(reply, dict) or "tensors" not in reply:
+                raise CheckpointError(f"{self.path} {reply['error'] if reply else self._why_it_ended()}")
         except BaseException:
             self.__exit__()
             raise
-        self.tensors = {name: (dtype, tuple(shape), size) for name, (dtype, shape, size) in told["tensors"].items()}
+        self.tensors = {name: (dtype, tuple(shape), size) for name, (dtype, shape, size) in reply["tensors"].items()}
         return self
 
     def __exit__(self, *error: object) -> None:
-        with suppress(OSError):  # a child that is gone
+        with suppress(OSError):  # the child may have exited
             self._to_child.close()
         self._child.terminate()
         self._child.wait()
@@ -92,7 +92,7 @@ class PickleReader:
         self._errors.close()
 
     def chunks(self, name: str, begin: int, end: int) -> Iterator[bytes]:
-        """Bytes [begin, end) of a tensor, in pieces; all of it goes through the pipe."""
+        """Yield bytes [begin, end) of a tensor in chunks. The whole tensor goes through the pipe."""
         try:
             self._to_child.write(json.dumps(name).encode() + b"\n")
             self._to_child.flush()
@@ -111,7 +111,7 @@ class PickleReader:
 
 
 def read_exactly(file: IO[bytes], size: int, problem: str) -> Iterator[bytes]:
-    """So many bytes of a file, in pieces. Raises CheckpointError(problem) if it ends before."""
+    """Yield `size` bytes of a file in chunks. Raises CheckpointError(problem) if the file is shorter."""
     while size > 0:
         chunk = file.read(min(CHUNK, size))
         if not chunk:
@@ -124,16 +124,16 @@ def read_exactly(file: IO[bytes], size: int, problem: str) -> Iterator[bytes]:
 
 
 class Refused(Exception):
-    """The file is not what can be read; the text ends a sentence that begins with its name."""
+    """The file can't be read. The text completes a sentence that starts with the file's name."""
 
 
 def main(path: str, key: str = "") -> int:
-    """Serve one file, or what stands in it under `key`, on standard input and output."""
+    """Serve the tensors of one file, or those under `key` in it, on standard input and output."""
     out, sys.stdout = sys.stdout.buffer, sys.stderr
     try:
         tensors = _load(path, key)
-        told = {name: [DTYPES[one.dtype], list(one.shape), one.nbytes] for name, one in tensors.items()}
-        out.write(json.dumps({"tensors": told}).encode() + b"\n")
+        listing = {name: [DTYPES[one.dtype], list(one.shape), one.nbytes] for name, one in tensors.items()}
+        out.write(json.dumps({"tensors": listing}).encode() + b"\n")
     except Refused as error:
         out.write(json.dumps({"error": str(error)}).encode() + b"\n")
         return 1
@@ -146,12 +146,12 @@ def main(path: str, key: str = "") -> int:
 
 
 def _load(path: str, key: str = "") -> dict[str, Tensor]:
-    """The tensors of a file, mapped, by their names without those of wrappers. Raises Refused."""
+    """The memory-mapped tensors of a file, by name without wrapper prefixes. Raises Refused."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        first = str(error).replace("WeightsUnpickler error: ", "").split("\n")
-        detail = next((line.strip() for line in first if "Unsupported" in line or "GLOBAL" in line), first[0])
+        lines = str(error).replace("WeightsUnpickler error: ", "").split("\n")
+        detail = next((line.strip() for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0])
         raise Refused(
             f"holds more than plain tensors and was refused, nothing in it was run ({detail[:200]}); only files of "
             "plain tensors are read"
@@ -167,7 +167,7 @@ def _load(path: str, key: str = "") -> dict[str, Tensor]:
 
 
 def _under_key(state: Any, key: str) -> Any:
-    """What stands under `key`, or all of it if that is empty."""
+    """The value under `key`, or all of `state` if the key is empty."""
     if not key:
         return state
     entries = state if isinstance(state, dict) else {}
@@ -178,20 +178,20 @@ def _under_key(state: Any, key: str) -> Any:
 
 
 def _without_wrappers(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
-    """The same without the names of wrappers, unless two would become one."""
-    made = {}
+    """Remove wrapper prefixes from the names. Raises Refused if two names become equal."""
+    renamed = {}
     for name, tensor in tensors.items():
         plain = name
         for wrapper in WRAPPERS if isinstance(name, str) else ():
             plain = plain.replace(wrapper, "")
-        if plain in made:
+        if plain in renamed:
             raise Refused(f"holds {plain} twice, once in a wrapper")
-        made[plain] = tensor
-    return made
+        renamed[plain] = tensor
+    return renamed
 
 
 def _find_tensors(state: Any) -> dict[str, Tensor]:
-    """The dict of tensors in what was loaded: itself, or the entry that holds the weights."""
+    """The dict of tensors in a loaded checkpoint: the checkpoint itself, or its entry that holds the weights."""
     for _ in range(4):
         if not isinstance(state, dict):
             break
@@ -206,7 +206,7 @@ def _find_tensors(state: Any) -> dict[str, Tensor]:
 
 
 def _check(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same, if safetensors has a place for all of it."""
+    """Return `tensors`. Raises Refused if safetensors can't store one of them."""
     for name, tensor in tensors.items():
         if not isinstance(name, str) or tensor.layout != torch.strided or tensor.is_meta:
             raise Refused(f"holds {name!r}, which is not a plain tensor with a name")

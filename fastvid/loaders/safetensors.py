@@ -1,7 +1,7 @@
-"""Safetensors in: which files a folder holds, what their headers say, and their tensors streamed into a module.
+"""Reads safetensors: finds the files of a folder, reads their headers, and streams their tensors into a module.
 
-A header is small and at the front of a file, so what a checkpoint is, and whether it fits a model, is known before any
-weight is read. Nothing here unpickles. Format: https://github.com/huggingface/safetensors#format: eight bytes with the
+The header at the front of a file is small. It tells what a checkpoint holds and whether it fits a model before any
+weight is read. Nothing here unpickles. Format (https://github.com/huggingface/safetensors#format): eight bytes with the
 header's length, the header in JSON (name -> dtype, shape, data_offsets), the data.
 """
 
@@ -32,15 +32,13 @@ STANDARD_NAMES = ("diffusion_pytorch_model" + SUFFIX, "model" + SUFFIX)
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 BITS |= {"U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
-MAX_HEADER = 100_000_000  # what the safetensors library itself allows
-CHUNK = 2**24  # bytes that are asked of the system at once
+MAX_HEADER = 100_000_000  # bytes; the safetensors library's limit
+CHUNK = 2**24  # bytes per read
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as a header describes it; dtype as safetensors writes it ("F32", "BF16", ...). Its bytes begin at
-    `offset` in the file.
-    """
+    """One tensor in a header. dtype: safetensors' name ("F32", "BF16", ...); offset: of its first byte in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,10 +47,10 @@ class Entry:
 
 
 def find_files(folder: Path, others: Iterable[Path] = ()) -> tuple[Path, ...]:
-    """The safetensors files that hold a part's weights: the shards of its index, or its only file; `others` are known
-    to hold something else.
+    """The safetensors files that hold a part's weights: the shards of its index, or its only file. others: files to
+    ignore because they hold something else.
 
-    Raises CheckpointError if there is none, if it is not clear which, or if shards are missing.
+    Raises CheckpointError if there is none, if several qualify, or if shards are missing.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing; it should hold config.json and {STANDARD_NAMES[0]}")
@@ -71,7 +69,7 @@ def find_files(folder: Path, others: Iterable[Path] = ()) -> tuple[Path, ...]:
 def read_header(path: Path) -> dict[str, Entry]:
     """Name -> entry of every tensor in a safetensors file, read from its header and checked against the file's size.
 
-    Raises CheckpointError that says how the file is broken, and what to do.
+    Raises CheckpointError if the file is broken.
     """
     try:
         size = path.stat().st_size
@@ -104,7 +102,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
-    """read_header of all files together; a tensor that is in two of them is an error."""
+    """The merged headers of several files. Raises CheckpointError if two files have a tensor of the same name."""
     entries: dict[str, Entry] = {}
     for file in files:
         header = read_header(file)
@@ -115,7 +113,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
 
 
 def count_parameters(entries: Mapping[str, Entry]) -> int:
-    """How many numbers the tensors hold together."""
+    """The total number of elements."""
     return sum(math.prod(entry.shape) for entry in entries.values())
 
 
@@ -125,7 +123,7 @@ def nbytes(entry: Entry) -> int:
 
 
 def dtypes(entries: Mapping[str, Entry]) -> tuple[str, ...]:
-    """The dtypes of the tensors, the one with most numbers first."""
+    """The dtypes of the tensors, the one with the most elements first."""
     counts: Counter[str] = Counter()
     for entry in entries.values():
         counts[entry.dtype] += math.prod(entry.shape)
@@ -133,23 +131,25 @@ def dtypes(entries: Mapping[str, Entry]) -> tuple[str, ...]:
 
 
 def in_module_names(module: nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The entries under the names that the module knows; what a file holds twice, once, and what is unused, not."""
+    """The entries under the module's own names: aliases are resolved (so duplicates merge), unused tensors dropped."""
     aliases = getattr(module, "ALIASES", {})
     return {aliases.get(name, name): entry for name, entry in entries.items() if not _unused(module, name)}
 
 
 def mismatches(module: nn.Module, entries: Mapping[str, Entry]) -> tuple[str, ...]:
-    """What is wrong with these tensors as the weights of a module, one sentence a kind; empty if they fit."""
-    wanted = module.state_dict()
-    found = in_module_names(module, entries)
-    missing = sorted(wanted.keys() - found.keys())
-    unknown = sorted(name for name in found if name not in wanted)
+    """Why these tensors do not fit a module, one sentence per kind of problem; empty if they fit."""
+    expected = module.state_dict()
+    entries_by_name = in_module_names(module, entries)
+    missing = sorted(expected.keys() - entries_by_name.keys())
+    unknown = sorted(name for name in entries_by_name if name not in expected)
     shapes = [
-        f"{name} {list(found[name].shape)} for {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found and found[name].shape != tuple(tensor.shape)
+        f"{name} {list(entries_by_name[name].shape)} for {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in entries_by_name and entries_by_name[name].shape != tuple(tensor.shape)
     ]
-    kinds = sorted({entry.dtype for name, entry in found.items() if name in wanted and entry.dtype not in FLOATS})
+    kinds = sorted(
+        {entry.dtype for name, entry in entries_by_name.items() if name in expected and entry.dtype not in FLOATS}
+    )
     sentences = (
         (missing, "missing weights: "),
         (unknown, "weights that the model does not have: "),
@@ -171,14 +171,16 @@ def load_into(
 ) -> None:
     """Fill a module, built on the meta device, from safetensors files, one tensor at a time.
 
-    Weights become dtype on device, but those with a part of their name in `module.FP32_PARTS` (if it has that) become
-    fp32. Names in `module.ALIASES` stand for others, those with a part in `module.UNUSED` are left out. The module
-    ends in eval mode, without gradients.
-    origins: what each weight is made of, where the files name them otherwise. merge: called with every weight's name
-    and the tensor as stored; what it returns is taken instead. only: these weights, of a module that has its others.
-    Host memory beyond the module itself: one tensor as stored and as it becomes. On the meta device everything is read,
-    checked and let go: what a load costs beside its memory.
-    Raises CheckpointError, before anything is read, if the files are broken or do not fit.
+    Weights are converted to `dtype`, except those whose names contain a part in `module.FP32_PARTS`, which become fp32.
+    `module.ALIASES` maps file names of tensors to the module's; names with a part in `module.UNUSED` are skipped. All
+    three attributes are optional. The module ends in eval mode, without gradients.
+
+    origins: how to build each weight if the files use another layout. merge: called with every weight's name and stored
+    tensor; returns the tensor to use. only: the weights to load into a module that already has the others.
+
+    Host memory beyond the module: one tensor as stored and as converted. With device "meta" everything is read, checked
+    and dropped, to measure loading time.
+    Raises CheckpointError if the files are broken or do not fit, before any weight is read.
     """
     files = tuple(files)
     entries = read_matching_headers(module, files, origins)
@@ -191,7 +193,7 @@ def load_into(
                 continue
             names = (stored,) if origins is None else origins[stored].names
             target = target_dtype(module, name, dtype)
-            # What is copied to another device or dtype anyway goes through memory that the next tensor uses again.
+            # Tensors that are copied to another device or dtype are read into memory shared with the next ones.
             copied = device.type != "cpu" or FLOATS[entries[names[0]].dtype] != target
             reused = scratch if copied and len(names) == 1 else None
 
@@ -206,7 +208,7 @@ def load_into(
 
 
 def _in_file_order(entries: Mapping[str, Entry], origins: Mapping[str, Origin] | None) -> list[str]:
-    """Weights in the order in which files hold (the first tensor of) them, so that they are read from front to back."""
+    """Weights in the order of their (first) tensors in the files, so that files are read sequentially."""
     files = {file: number for number, file in enumerate(dict.fromkeys(entry.file for entry in entries.values()))}
 
     def place(name: str) -> tuple[int, int]:
@@ -219,7 +221,7 @@ def _in_file_order(entries: Mapping[str, Entry], origins: Mapping[str, Origin] |
 def read_matching_headers(
     module: nn.Module, files: Iterable[Path], origins: Mapping[str, Origin] | None = None
 ) -> dict[str, Entry]:
-    """The headers of files that hold a module's weights; CheckpointError if they are broken or do not fit it."""
+    """The headers of files that hold a module's weights. Raises CheckpointError if they are broken or do not fit."""
     files = tuple(files)
     entries = read_headers(files)
     if wrong := mismatches(module, entries if origins is None else origin_entries(origins, entries)):
@@ -228,29 +230,29 @@ def read_matching_headers(
 
 
 def origin_entries(origins: Mapping[str, Origin], entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The entries of weights that are made of others."""
+    """The entries of weights that are built from other tensors."""
     shapes = {name: entry.shape for name, entry in entries.items()}
     first = {name: entries[origin.names[0]] for name, origin in origins.items()}
     return {name: Entry(first[name].dtype, origin.shape(shapes), first[name].file) for name, origin in origins.items()}
 
 
 class ReusedMemory:
-    """Memory for one tensor at a time: touching new pages for each takes as long as reading it."""
+    """Memory reused for one tensor at a time. Touching new pages for each takes as long as reading it."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def take(self, size: int) -> Tensor:
-        """uint8 [size]; what was taken before is overwritten."""
+        """Memory, uint8 [size]. Overwrites what was taken before."""
         if len(self._memory) < size:
             self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._memory[:size]
 
 
 def _open(stack: ExitStack, files: Iterable[Path]) -> dict[Path, Any]:
-    """The files, as long as the stack is open, for reading from front to back.
+    """Open files for sequential reading until the stack closes.
 
-    By the system's read in large pieces: pages of a map come in smaller ones, and count as this process's memory.
+    Not memory-mapped: mapped files are read in smaller pieces, and their pages count as this process's memory.
     """
     opened = {}
     for file in files:
@@ -264,7 +266,7 @@ def _open(stack: ExitStack, files: Iterable[Path]) -> dict[Path, Any]:
 
 
 def _read(file: Any, entry: Entry, scratch: ReusedMemory | None) -> Tensor:
-    """The tensor of an entry from its open file, in new memory or in the scratch."""
+    """Read a tensor from its open file, into `scratch` or into new memory."""
     dtype = FLOATS[entry.dtype]
     size = math.prod(entry.shape) * dtype.itemsize
     memory = torch.empty(size, dtype=torch.uint8, device="cpu") if scratch is None else scratch.take(size)
@@ -282,7 +284,7 @@ def _read(file: Any, entry: Entry, scratch: ReusedMemory | None) -> Tensor:
 
 
 def _unused(module: nn.Module, name: str) -> bool:
-    """Whether a tensor of a file is none that the module computes with."""
+    """Whether the module does not need a tensor."""
     return not frozenset(getattr(module, "UNUSED", ())).isdisjoint(name.split("."))
 
 
@@ -292,7 +294,7 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    """The files named by an index, all of which must be there, inside its folder."""
+    """The shards that an index names. Raises CheckpointError if one is missing or outside the index's folder."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise CheckpointError(f'{index} has no "weight_map" of tensor names to file names')
@@ -309,7 +311,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a file name of an index stays in the folder, read as either system would."""
+    """Whether a file name in an index stays inside the folder, on POSIX and on Windows."""
     paths = (PurePosixPath(name), PureWindowsPath(name))
     return bool(name) and not any(path.is_absolute() or path.drive or ".." in path.parts for path in paths)
 

@@ -1,13 +1,13 @@
-"""Finds what belongs to a transformer's single file: its other expert, VAE, encoders and tokenizer, as ComfyUI keeps
-them in neighbouring folders, inside the same file, or named by the caller.
+"""Finds the parts that belong to a transformer's single file: its other expert, VAE, encoders and tokenizer. They may be
+in ComfyUI's neighboring folders, inside the same file, or named by the caller.
 
     models/diffusion_models/ (or unet/)   the transformer; the high and the low noise expert of Wan 2.2
     models/text_encoders/ (or clip/)      UMT5, the tokenizer inside as the tensor `spiece_model`
     models/vae/  models/clip_vision/      the VAE, the image encoder
 
-Each part comes from the first of: where the caller says (`parts=`), the transformer's own file, the caller's `base`
-folder, the folders around the file. There a file is taken if it fits the transformer: a VAE by its channels, an encoder
-by its width. Of several that fit, the one in fp32 is taken, if there is just one; otherwise the caller has to say which.
+Each part comes from the first match of: the caller's `parts=`, the transformer's own file, the caller's `base` folder,
+the folders around the file. In those folders a file must fit the transformer: a VAE by its channels, an encoder by its
+width. If several fit, the only one in fp32 is taken; otherwise the caller must choose.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ TRANSFORMER_FOLDERS = (
     *("diffusion_models", "unet", "transformer", "transformer_2", "checkpoints"),
     *layouts.EXPERT_FOLDERS.values(),
 )
-# Beside those of transformers.
+# Siblings of the transformers' folders.
 PART_FOLDERS = {
     "vae": ("vae",),
     "text_encoder": ("text_encoders", "clip", "text_encoder"),
     "image_encoder": ("clip_vision", "image_encoder"),
 }
-DEPTH = 2  # people sort their files into folders of their own
+DEPTH = 2  # levels of subfolders to search
 NOISE = re.compile(r"(?<![a-z])(high|low)(?![a-z])|(high|low)(?=[-_ ]?noise)", re.IGNORECASE)
 OTHER_NOISE = {"high": "low", "low": "high"}
 
 
 class Need(NamedTuple):
-    """A part that a transformer needs, and the value of its configuration that has to be the transformer's."""
+    """A part that a transformer needs, and the config value (`key`: `value`) that it must have."""
 
     name: str
     key: str
@@ -64,9 +64,9 @@ class Need(NamedTuple):
 
 
 def find_single_file(file: Path, sources: Sources) -> FoundModel:
-    """The model whose transformer is in `file`. Parts that can't be found have the reason in their problems.
+    """The model whose transformer is in `file`. A missing part states the reason in its `problems`.
 
-    Raises CheckpointError for a file that holds no transformer, InvalidRequest for parts that contradict each other.
+    Raises CheckpointError if the file holds no transformer, InvalidRequest if `sources` contradict each other.
     """
     parts = _find_experts(file, sources)
     main = parts["transformer"]
@@ -92,7 +92,7 @@ def _needs(transformer: FoundPart) -> tuple[Need, ...]:
 
 
 def _or_missing(name: str, find: Callable[[], FoundPart]) -> FoundPart:
-    """What is found, or a part with the reason why it is not."""
+    """Call `find`. If it raises CheckpointError, return a part with the message in its `problems`."""
     try:
         return find()
     except CheckpointError as error:
@@ -103,10 +103,10 @@ def _or_missing(name: str, find: Callable[[], FoundPart]) -> FoundPart:
 
 
 def _find_experts(file: Path, sources: Sources) -> dict[str, FoundPart]:
-    """The transformer, and the one for low noise where there are two."""
+    """The transformer, and the low noise one if the model has two."""
     noise = _noise_of(file)
     if noise == "low" and "transformer" not in sources and "transformer_2" not in sources:
-        partner = _find_partner(file)  # without the first there is nothing to describe
+        partner = _find_partner(file)  # required: the high noise expert describes the model
         return {
             "transformer": read_part("transformer", partner),
             "transformer_2": find_part("transformer_2", file),
@@ -140,7 +140,7 @@ def _find_low_noise(file: Path, other: Path | None, noise: str) -> FoundPart:
 
 
 def _noise_of(file: Path) -> str:
-    """ "high" or "low" if the name of a file, or of its folder, says for which expert it is; "" otherwise."""
+    """ "high" or "low" if the name of a file or its folder contains it; "" otherwise."""
     for name in (file.name, file.parent.name):
         if found := NOISE.search(name):
             return (found[1] or found[2]).lower()
@@ -148,14 +148,14 @@ def _noise_of(file: Path) -> str:
 
 
 def _find_partner(file: Path) -> tuple[Path, ...]:
-    """The file of the other expert: the one whose name says high for low, or low for high. Raises CheckpointError."""
+    """The file of the other expert: the same name with high and low exchanged. Raises CheckpointError."""
     noise = _noise_of(file)
     folders = [file.parent]
     if NOISE.search(file.parent.name):
         folders += [path for path in sorted(file.parent.parent.iterdir()) if path.is_dir()]
-    wanted = _letters(file).replace(noise, OTHER_NOISE[noise])
+    partner_letters = _letters(file).replace(noise, OTHER_NOISE[noise])
     groups = [group for folder in dict.fromkeys(folders) for group in weight_groups(folder)]
-    fitting = [group for group in groups if any(_letters(one) == wanted for one in group)]
+    fitting = [group for group in groups if any(_letters(one) == partner_letters for one in group)]
     if len(fitting) == 1:
         return fitting[0]
     listed = f"; {', '.join(str(group[0]) for group in fitting)} could be it" if fitting else ""
@@ -166,7 +166,7 @@ def _find_partner(file: Path) -> tuple[Path, ...]:
 
 
 def _letters(file: Path) -> str:
-    """Folder and name of a file, without what separates words: publishers are not consistent in that."""
+    """Folder and name of a file, letters and digits only: publishers separate words inconsistently."""
     folder = file.parent.name if NOISE.search(file.parent.name) else ""
     return "".join(letter for letter in f"{folder}/{file.name}".lower() if letter.isalnum())
 
@@ -183,8 +183,8 @@ def _find_needed(need: Need, file: Path, sources: Sources) -> FoundPart:
 
 
 def _search(need: Need, file: Path) -> FoundPart:
-    """The part that fits, from the folders around a transformer's file. Raises CheckpointError that says where was
-    looked, what is there and what to give, if there is none, or not one alone."""
+    """Search the folders around a transformer's file for a part that fits. Raises CheckpointError if none fits, or if
+    the choice is ambiguous."""
     folders, refused, fitting = _folders_of(need.name, file), list[str](), list[FoundPart]()
     for folder in folders:
         for group in _groups_below(folder, DEPTH if folder.name in PART_FOLDERS[need.name] else 0):
@@ -199,9 +199,9 @@ def _search(need: Need, file: Path) -> FoundPart:
         raise CheckpointError(f"{need.name}: {len(fitting)} files fit, {listed}; {give}")
     names = ", ".join(PART_FOLDERS[need.name])
     looked = ", ".join(map(str, folders)) or f"{file.parent} and folders named {names} beside it"
-    there = f"; what is there does not fit: {'; '.join(refused)}" if refused else ""
+    mismatches = f"; what is there does not fit: {'; '.join(refused)}" if refused else ""
     raise CheckpointError(
-        f"{need.name} ({need.key} {need.value}) is missing: looked in {looked}{there}; {give}, a file or a folder"
+        f"{need.name} ({need.key} {need.value}) is missing: looked in {looked}{mismatches}; {give}, a file or a folder"
     )
 
 
@@ -212,20 +212,20 @@ def _folders_of(name: str, file: Path) -> list[Path]:
 
 
 def _root_of(file: Path) -> Path:
-    """The folder that has those of PART_FOLDERS inside."""
+    """The folder that contains PART_FOLDERS."""
     home = next((path for path in list(file.parents)[:3] if path.name.lower() in TRANSFORMER_FOLDERS), None)
     return home.parent if home else file.parent
 
 
 def _groups_below(folder: Path, depth: int) -> Iterator[tuple[Path, ...]]:
-    """Files with weights in a folder, and in those inside it, so many folders down."""
+    """Weight files in a folder and its subfolders, down to `depth` levels."""
     yield from weight_groups(folder)
     for inner in sorted(path for path in folder.iterdir() if depth and path.is_dir()):
         yield from _groups_below(inner, depth - 1)
 
 
 def _try_group(need: Need, files: tuple[Path, ...], refused: list[str]) -> FoundPart | None:
-    """The part, if these files are one that fits; what is near but does not fit goes into `refused`."""
+    """The part in these files if it fits; None otherwise. Adds the reason to `refused` if the files almost fit."""
     name = files[0].name
     if files[0].suffix in safetensors.PICKLES:
         refused.append(f"{name} is a pickle (see `fastvid convert --help`)")
@@ -270,16 +270,16 @@ def _try_tokenizer(folder: Path) -> Path | None:
 
 
 def _search_tokenizer(text_files: tuple[Path, ...], file: Path) -> Path:
-    """The tokenizer inside a text encoder's file, or in the folders around it or around the transformer."""
+    """The tokenizer inside the text encoder's file, or in the folders around it or around the transformer."""
     inside = [one for one in (*text_files, file) if holds_spiece(safetensors.read_header(one))]
-    around = [place for one in (*text_files[:1], file) for place in (one.parent, _root_of(one), one.parent.parent)]
-    around = list(dict.fromkeys(around))
-    places = [place / inner for place in around for inner in TOKENIZER_FOLDERS]
-    places += [place / SPIECE_FILE for place in around]
-    if found := next(filter(is_tokenizer, (*inside, *places)), None):
-        return found
+    folders = [place for one in (*text_files[:1], file) for place in (one.parent, _root_of(one), one.parent.parent)]
+    folders = list(dict.fromkeys(folders))
+    candidates = [place / inner for place in folders for inner in TOKENIZER_FOLDERS]
+    candidates += [place / SPIECE_FILE for place in folders]
+    if tokenizer := next(filter(is_tokenizer, (*inside, *candidates)), None):
+        return tokenizer
     raise CheckpointError(
         "tokenizer is missing: the text encoder's file has no tensor spiece_model, and there is no folder "
-        f"{' or '.join(TOKENIZER_FOLDERS)} in {', '.join(map(str, around))}; "
+        f"{' or '.join(TOKENIZER_FOLDERS)} in {', '.join(map(str, folders))}; "
         'give parts={"tokenizer": PATH}, --part tokenizer=PATH'
     )
