@@ -12,8 +12,8 @@ import time
 import fastvid
 
 PROMPTS = [
-    f"a {colour} {shape} moving right on a white background"
-    for colour in ("red", "blue")
+    f"a {color} {shape} moving right on a white background"
+    for color in ("red", "blue")
     for shape in ("circle", "square")
 ]
 
@@ -25,14 +25,14 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=2, help="pipelines")
     parser.add_argument("--parallel", default="1", help="ranks of each")
     parser.add_argument("--folder", help="for checkpoints; one that all machines see")
-    given = parser.parse_args()
-    mark = time.perf_counter()
-    with fastvid.Pool(given.model, groups=given.groups, parallel=given.parallel, folder=given.folder) as pool:
-        print(f"{given.groups} pipelines after {time.perf_counter() - mark:.1f} s")
-        jobs = [(prompt, pool.submit(prompt=prompt)) for prompt in given.prompts]
+    args = parser.parse_args()
+    began = time.perf_counter()
+    with fastvid.Pool(args.model, groups=args.groups, parallel=args.parallel, folder=args.folder) as pool:
+        print(f"{args.groups} pipelines after {time.perf_counter() - began:.1f} s")
+        jobs = [(prompt, pool.submit(prompt=prompt)) for prompt in args.prompts]
         for number, (prompt, job) in enumerate(jobs):
             path = job.result().save(f"{number}.mp4")
-            print(f"{time.perf_counter() - mark:6.1f} s  {path}  {prompt}")
+            print(f"{time.perf_counter() - began:6.1f} s  {path}  {prompt}")
 
 
 if __name__ == "__main__":

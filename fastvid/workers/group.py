@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 
-from fastvid.errors import WorkerFailed
+from fastvid.errors import Error, WorkerFailed
 from fastvid.workers.channel import Channel, Closed, Message
 from fastvid.workers.messages import HEARTBEAT
 
@@ -26,6 +26,7 @@ POLL_INTERVAL = 0.1  # seconds between two looks at the workers
 NO_LIMIT = 7 * 86400.0  # seconds
 KILL_TIMEOUT = 5.0  # seconds until a killed process is gone; one that a driver holds may never be
 OUTPUT_LINES = 30  # the last lines of a worker's output that are kept
+CLOSED = "this pipeline was closed; load the model again"
 COMMAND = (sys.executable, "-m", "fastvid.workers.worker")
 
 log = logging.getLogger("fastvid.workers")
@@ -196,6 +197,15 @@ class WorkerGroup:
         """Whether it has ended or is about to."""
         return self._ending.is_set()
 
-    def wait_until_gone(self, seconds: float) -> bool:
-        """Whether all workers are gone, within so many seconds."""
-        return self._gone.wait(seconds)
+    def error(self) -> Error:
+        """What is raised for a command to a group that has ended."""
+        return self.failure or Error(CLOSED)
+
+    def failed(self, rank: int, cause: str) -> Error:
+        """End all workers because this one failed; the error to raise."""
+        self.fail(rank, cause)
+        return self.error()
+
+    def unreachable(self, rank: int) -> Error:
+        """The error to raise for a rank whose channel is closed. The watch sees how it ended, or another one before."""
+        return self.error() if self._gone.wait(20 * POLL_INTERVAL) else self.failed(rank, "it closed its connection")

@@ -22,14 +22,13 @@ from typing import Any
 
 from fastvid.errors import Error
 from fastvid.workers.channel import Closed, Message
-from fastvid.workers.group import NO_LIMIT, POLL_INTERVAL, ChildWorker, WorkerGroup
+from fastvid.workers.group import CLOSED, NO_LIMIT, POLL_INTERVAL, ChildWorker, WorkerGroup
 from fastvid.workers.messages import pack, unpack, unpack_error
 
 SILENCE_LIMIT = 9.5  # seconds: with the polling and the killing, a hang is over within 10
 STARTUP_SILENCE_LIMIT = 120.0  # loading large libraries from a slow disk blocks heartbeats
 OTHERS_FAIL_WITHIN = 9.5  # seconds, once one rank has raised an error
 EXIT_TIMEOUT = 2.0  # seconds for workers that are asked to exit
-CLOSED = "this pipeline was closed; load the model again"
 
 log = logging.getLogger("fastvid.workers")
 
@@ -115,7 +114,7 @@ class Team:
         with self._lock:
             current = self.start() if group is None else group
             if current is not self.group or current.ended():
-                raise _reason(current)
+                raise current.error()
             return self._run(current, deadline, [{"do": do, **values}] * self.ranks)
 
     def close(self) -> None:
@@ -151,7 +150,7 @@ class Team:
             for rank, worker in enumerate(group.workers):
                 worker.send(messages[0 if same else rank])
         except Closed:
-            raise self._failure(group, rank) from None
+            raise group.unreachable(rank) from None
         except BaseException:  # an interrupt: some ranks have the command, others do not
             group.end()
             raise
@@ -164,7 +163,7 @@ class Team:
         while len(answers) < len(group.workers) and (answer := self._next_answer(group, until)) is not None:
             rank, message = answer
             if message is None:
-                raise self._failure(group, rank)
+                raise group.unreachable(rank)
             if message.header["number"] == number:  # not of a command whose caller was interrupted
                 answers[rank] = unpack(message)
                 if "error" in answers[rank]:
@@ -176,7 +175,12 @@ class Team:
             raise unpack_error(errors[0])
         if len(answers) == len(group.workers) and not errors:
             return answers[0]["result"]
-        raise self._out_of_step(group, set(answers), errors)
+        if not errors:
+            late = min(set(range(len(group.workers))) - set(answers))
+            raise group.failed(late, "it did not answer in the time that its work takes at most")
+        rank, packed = min(errors.items())  # the others wait for it, or have done what it has not
+        failure = group.failed(rank, f"it raised {packed['kind']}: {packed['text']}, and others did not")
+        raise failure from unpack_error(packed)
 
     def _next_answer(self, group: WorkerGroup, until: float) -> tuple[int, Message | None] | None:
         """The next answer; None if there is none by then."""
@@ -184,28 +188,6 @@ class Team:
             return group.answers.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:
             return None
-
-    def _out_of_step(self, group: WorkerGroup, answered: set[int], errors: dict[int, dict[str, str]]) -> Error:
-        """Ends workers of which some answered and others did not, or some raised and others did not."""
-        if errors:
-            rank, packed = min(errors.items())
-            group.fail(rank, f"it raised {packed['kind']}: {packed['text']}, and others did not")
-        else:
-            rank = min(set(range(len(group.workers))) - answered)
-            group.fail(rank, "it did not answer in the time that its work takes at most")
-        reason = _reason(group)
-        reason.__cause__ = unpack_error(errors[rank]) if errors else None
-        return reason
-
-    def _failure(self, group: WorkerGroup, rank: int) -> Error:
-        """Why a rank cannot be reached. The watch sees how it ended, or which other rank failed before."""
-        if not group.wait_until_gone(20 * POLL_INTERVAL):
-            group.fail(rank, "it closed its connection")
-        return _reason(group)
-
-
-def _reason(group: WorkerGroup) -> Error:
-    return group.failure or Error(CLOSED)
 
 
 def worker_environment(environment: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
