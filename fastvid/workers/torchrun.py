@@ -8,6 +8,7 @@ start them again.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import queue
@@ -27,7 +28,7 @@ import torch
 from fastvid.distributed.mesh import Mesh
 from fastvid.errors import Error, InvalidRequest
 from fastvid.workers.channel import Channel
-from fastvid.workers.group import POLL_INTERVAL, Answers, Worker, WorkerGroup
+from fastvid.workers.group import KILL_TIMEOUT, POLL_INTERVAL, Answers, Worker, WorkerGroup
 from fastvid.workers.messages import pack, unpack
 from fastvid.workers.team import SILENCE_LIMIT, Team
 from fastvid.workers.worker import WorkerServer, init_process_group, serve
@@ -68,15 +69,22 @@ def join(ranks: int, layout: str | None, model: str, options: Mapping[str, Any])
     if mesh.rank:
         _serve_rank_0(mesh, server)
     job = WorkerGroup()
-    job.workers += [_rank_0(server, job.answers), *_connect_all(mesh, job.answers)]
+    job.workers += [_rank_0(server, job), *_connect_all(mesh, job.answers)]
     return TorchrunTeam(job, ranks, layout, model, options)
 
 
-def _rank_0(server: WorkerServer, answers: Answers) -> Worker:
+def _rank_0(server: WorkerServer, job: WorkerGroup) -> Worker:
     """The rank in this process, in a thread."""
     ours, theirs = map(Channel, Pipe())
-    threading.Thread(target=serve, args=(theirs, server, True), name="fastvid-rank", daemon=True).start()
-    return Worker(0, os.getpid(), answers, ours)
+    thread = threading.Thread(target=serve, args=(theirs, server, True), name="fastvid-rank", daemon=True)
+    thread.start()
+
+    def end() -> None:
+        job.end()
+        thread.join(KILL_TIMEOUT)  # Python aborts where a thread returns from torch while the interpreter ends
+
+    atexit.register(end)
+    return Worker(0, os.getpid(), job.answers, ours)
 
 
 def _connect_all(mesh: Mesh, answers: Answers) -> list[Worker]:
