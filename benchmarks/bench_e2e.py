@@ -162,7 +162,7 @@ def model(ours: WanTransformer, run: Callable[..., Tensor], vae: WanVAE) -> Mode
     def decode(latents: Tensor) -> Tensor:
         frames, cache = [], None
         for part in latents.split(1, dim=2):
-            decoded, cache = vae.decode_rgb(part, cache, reuse_cache=cache is not None)
+            decoded, cache = vae.decode_rgb(part, cache, reuse=cache is not None)
             frames.append(decoded[0])
         return torch.cat(frames)
 

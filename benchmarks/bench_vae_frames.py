@@ -137,7 +137,7 @@ def build(
             vae_gpu.channels_last(own)
 
         def decode(latents: Tensor, own: WanVAE = own) -> Tensor:
-            parts = one_by_one(lambda x, c: own.decode_rgb(x, c, reuse_cache=c is not None), latents)
+            parts = one_by_one(lambda x, c: own.decode_rgb(x, c, reuse=c is not None), latents)
             return torch.cat([part[0] for part in parts])
 
         yield f"fastvid {name}", decode

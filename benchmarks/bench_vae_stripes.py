@@ -48,7 +48,7 @@ def weigh(vae: WanVAE, stripes: int) -> tuple[int, int]:
     latents = torch.randn(1, 16, 2, height // 8, width // 8)
     _, cache = vae.decode(latents[:, :, :1], stripes=stripes)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        vae.decode(latents[:, :, 1:], cache, stripes=stripes, reuse_cache=True)
+        vae.decode(latents[:, :, 1:], cache, stripes=stripes, reuse=True)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

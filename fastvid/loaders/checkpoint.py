@@ -36,7 +36,7 @@ from fastvid.models.description import Checkpoint, Part, flat_config
 from fastvid.models.preset import Preset
 from fastvid.models.registry import CONTROLLED, EXPERTS, PartKind, build_empty, kind_of, on_meta
 from fastvid.models.wan import weight_names
-from fastvid.models.wan.config import VAEConfig, WanTransformerConfig, WanVACEConfig
+from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.models.wan.presets import find_preset, find_variants, read_signature
 from fastvid.ops import reference
 
@@ -179,7 +179,7 @@ def _detect_preset(folder: Path, found: FoundModel, parts: Mapping[str, Part]) -
     """The model's preset and the names of other matching variants. None if the transformer's config.json or the VAE's
     config could not be read. Works for transformers that are not supported yet: only their config.json is needed."""
     raw_config, vae = parts["transformer"].stated, parts["vae"].config
-    if raw_config is None or not isinstance(vae, VAEConfig):
+    if raw_config is None or not isinstance(vae, WanVAEConfig):
         return None
     scheduler = found.scheduler or read_json(folder / layouts.SCHEDULER)
     experts, name = sum(part in EXPERTS for part in parts), f"{_model_name(folder)} {found.index['_class_name']}"
@@ -203,7 +203,7 @@ def _size_conflicts(parts: Mapping[str, Part]) -> list[str]:
     transformer = (
         transformer_config.transformer if isinstance(transformer_config, WanVACEConfig) else transformer_config
     )
-    if not isinstance(transformer, WanTransformerConfig) or not isinstance(vae, VAEConfig):
+    if not isinstance(transformer, WanTransformerConfig) or not isinstance(vae, WanVAEConfig):
         return []
     pairs: list[tuple[str, Any, str, Any]] = [
         ("transformer out_channels", transformer.out_channels, "vae z_dim", vae.z_dim)

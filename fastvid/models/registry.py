@@ -12,14 +12,14 @@ from torch import nn
 from fastvid.device.offload import Weights, weigh
 from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
-from fastvid.models.wan.config import VAEConfig, WanTransformerConfig, WanVACEConfig, WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.models.wan.vace import WanVACETransformer
 from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.ops import reference
 
-Config = WanTransformerConfig | WanVACEConfig | VAEConfig | UMT5Config | CLIPVisionConfig
+Config = WanTransformerConfig | WanVACEConfig | WanVAEConfig | UMT5Config | CLIPVisionConfig
 
 EXPERTS = ("transformer", "transformer_2")  # high noise, low noise; most models have the first alone
 ENCODERS = ("text_encoder", "image_encoder")
@@ -48,14 +48,9 @@ def build_transformer(config: WanTransformerConfig | WanVACEConfig, ops: Any = r
     return WanVACETransformer(config, ops) if isinstance(config, WanVACEConfig) else WanTransformer(config, ops)
 
 
-def read_vae(config: Mapping[str, Any]) -> VAEConfig:
-    """Wan 2.2's VAE if the file says is_residual, else 2.1's: diffusers has one class for both."""
-    return (WanVAE22Config if config.get("is_residual") else WanVAEConfig).from_dict(config)
-
-
-def build_vae(config: VAEConfig, ops: Any = reference) -> WanVAE:
+def build_vae(config: WanVAEConfig, ops: Any = reference) -> WanVAE:
     """The encoder and decoder of frames, with weights still to be loaded."""
-    return (WanVAE22 if isinstance(config, WanVAE22Config) else WanVAE)(config, ops)
+    return (WanVAE22 if config.is_residual else WanVAE)(config, ops)
 
 
 def build_text_encoder(config: UMT5Config, ops: Any = reference) -> UMT5Encoder:
@@ -70,7 +65,7 @@ def build_image_encoder(config: CLIPVisionConfig, ops: Any = reference) -> CLIPV
 
 KINDS: Mapping[str, PartKind] = {
     "transformer": PartKind("WanTransformer3DModel", read_transformer, build_transformer, CONTROLLED),
-    "vae": PartKind("AutoencoderKLWan", read_vae, build_vae),
+    "vae": PartKind("AutoencoderKLWan", WanVAEConfig.from_dict, build_vae),
     "text_encoder": PartKind("UMT5EncoderModel", UMT5Config.from_dict, build_text_encoder),
     "image_encoder": PartKind(
         "CLIPVisionModel", CLIPVisionConfig.from_dict, build_image_encoder, "CLIPVisionModelWithProjection"

@@ -20,7 +20,7 @@ from fastvid.errors import OutOfMemory
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.loaded import Model, Sizes
 from fastvid.models.registry import EXPERTS, weigh_part
-from fastvid.models.wan.config import VAEConfig, WanTransformerConfig, WanVACEConfig, WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
 
@@ -90,7 +90,7 @@ class ModelFacts:
     """
 
     transformer: WanTransformerConfig
-    vae: VAEConfig
+    vae: WanVAEConfig
     text: UMT5Config
     sizes: Sizes
     itemsize: int
@@ -233,7 +233,7 @@ def choose_offload(
     return MODES[-1]
 
 
-def whole_clip(request: Resolved, vae: VAEConfig) -> Segment:
+def whole_clip(request: Resolved, vae: WanVAEConfig) -> Segment:
     """A request as one segment that the model makes at once."""
     return Segment(
         num_frames=request.num_frames,
@@ -295,7 +295,7 @@ def text_bytes(rows: int, config: UMT5Config, itemsize: int) -> int:
     return rows * (max(scores, 3 * config.d_ff * itemsize) + config.d_model * (8 + 4 * itemsize))
 
 
-def band_height(vae: VAEConfig, height: int, bands: int) -> int:
+def band_height(vae: WanVAEConfig, height: int, bands: int) -> int:
     """The most rows of pixels of one rank where `bands` ranks share a frame: its own and those of neighbours that it
     sees."""
     rows = height // vae.spatial_scale
@@ -303,7 +303,7 @@ def band_height(vae: VAEConfig, height: int, bands: int) -> int:
 
 
 def decoder_bytes(
-    vae: VAEConfig,
+    vae: WanVAEConfig,
     height: int,
     width: int,
     frames: int,
@@ -314,7 +314,7 @@ def decoder_bytes(
     """Peak of decoding `frames` pixel frames of a stream at once: the feature cache, which does not grow with their
     number, and activations, of which each of the `stripes` holds a part. bands: ranks that share the rows; each gathers
     all 8-bit frames, and holds them twice meanwhile. itemsize: bytes of a number."""
-    tensors = DECODER_TENSORS_22 if isinstance(vae, WanVAE22Config) else DECODER_TENSORS
+    tensors = DECODER_TENSORS_22 if vae.is_residual else DECODER_TENSORS
     share = 1 / stripes + (STRIPE_SHARE if stripes > 1 else 0) + (BAND_SHARE if bands > 1 else 0)
     rows = band_height(vae, height, bands)
     activations = frames * rows * width * vae.widest * itemsize * tensors * share
@@ -323,7 +323,7 @@ def decoder_bytes(
 
 
 def encoder_bytes(
-    vae: VAEConfig,
+    vae: WanVAEConfig,
     height: int,
     width: int,
     frames: int,
@@ -336,20 +336,20 @@ def encoder_bytes(
     the VAE's range, with so many `masks` of one channel. bands: ranks that share the rows. itemsize: bytes of a
     number."""
     widest, tensors = float(vae.base_dim), ENCODER_TENSORS
-    if isinstance(vae, WanVAE22Config):
+    if vae.is_residual:
         widest, tensors = vae.base_dim / vae.patch_size**2, ENCODER_TENSORS_22
     tensors *= 1 + (BAND_SHARE if bands > 1 else 0)
     activations = frames * band_height(vae, height, bands) * width * widest * itemsize * tensors
     return math.ceil(activations) + given * height * width * (2 * 3 + masks) * 4
 
 
-def cache_bytes(config: VAEConfig, height: int, width: int, itemsize: int = FP32_BYTES) -> int:
+def cache_bytes(config: WanVAEConfig, height: int, width: int, itemsize: int = FP32_BYTES) -> int:
     """Bytes of the decoder's feature cache for frames of height x width: the last two input frames of every layer that
     looks back in time."""
     pixels = height * width // config.spatial_scale**2
     mults, upsampled = config.dim_mult[::-1], config.temperal_downsample[::-1]
-    dims = [config.decoder_base_dim * m for m in (mults[0], *mults)]
-    halved = isinstance(config, WanVAEConfig)  # its upsamplers halve the channels
+    dims = [config.decoder_dim * m for m in (mults[0], *mults)]
+    halved = not config.is_residual  # its upsamplers halve the channels
     values = pixels * (config.z_dim + 4 * dims[0])
     for i, (c_in, c_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
         c_in = c_in // 2 if halved and i else c_in

@@ -4,7 +4,7 @@ other, and what each holds."""
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import numpy as np
@@ -20,7 +20,7 @@ from fastvid.errors import InvalidRequest
 from fastvid.models.common.vae_stream import Stream, Window
 from fastvid.models.registry import build_vae
 from fastvid.models.wan import vae as wan_vae
-from fastvid.models.wan.config import WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.config import WAN22_VAE, WanVAEConfig
 from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.models.wan.vae_bands import Band, Bands, BandStream
@@ -51,7 +51,7 @@ def drawn(numbers: random.Random, mesh: Mesh, rows: int) -> Cut:
 
 def networks(dtype: torch.dtype) -> list[WanVAE]:
     torch.manual_seed(3)
-    made = [WanVAE(WanVAEConfig(**SMALL)), WanVAE22(WanVAE22Config(decoder_base_dim=8, **SMALL))]
+    made = [WanVAE(WanVAEConfig(**SMALL)), WanVAE22(replace(WAN22_VAE, decoder_base_dim=8, **SMALL))]
     return [scaled(vae).to(dtype) for vae in made]
 
 
@@ -72,7 +72,7 @@ def compare(vae: WanVAE, latents: torch.Tensor, parts: list[int], bands: Bands, 
         alone = cache = None
         for part in latents.split(parts, dim=2):
             true, alone = method(part, alone)
-            made, cache = method(part, cache, reuse_cache=reuse and cache is not None, bands=bands)
+            made, cache = method(part, cache, reuse=reuse and cache is not None, bands=bands)
             assert made.dtype == true.dtype and made.shape == true.shape
             if made.dtype == torch.uint8:
                 assert (made.int() - true.int()).abs().max() <= 1, said
@@ -85,7 +85,7 @@ def compare(vae: WanVAE, latents: torch.Tensor, parts: list[int], bands: Bands, 
     first = time * parts[0] - time + 1
     for part in (frames[:, :, :first], frames[:, :, first:]):
         true, alone = vae.encode(part, alone)
-        made, cache = vae.encode(part, cache, reuse_cache=reuse and cache is not None, bands=bands)
+        made, cache = vae.encode(part, cache, reuse=reuse and cache is not None, bands=bands)
         assert relative(made, true) < bar, (*said, relative(made, true))
 
 
@@ -167,7 +167,7 @@ def bytes_sent(mesh: Mesh, rows: int) -> None:
 def memory(mesh: Mesh) -> None:
     """What a rank holds is at most what plans say, with the forms for CPUs and as on a GPU."""
     rows, width = 8 * mesh.size, 4
-    for config in (WanVAEConfig(base_dim=16), WanVAE22Config(base_dim=16, decoder_base_dim=16)):
+    for config in (WanVAEConfig(base_dim=16), replace(WAN22_VAE, base_dim=16, decoder_base_dim=16)):
         vae, scale = build_vae(config), config.spatial_scale
         frames = torch.rand(1, 3, 5, rows * scale, width * scale)
         chunks = {
@@ -184,7 +184,7 @@ def memory(mesh: Mesh) -> None:
                 with mock.patch.object(vae_ops, "channels_last", form), LiveMemory() as seen:
                     for chunk in given:
                         reuse = cache is not None and method == vae.decode_rgb  # as pipelines do
-                        _, cache = method(chunk, cache, reuse_cache=reuse, bands=Bands(mesh))
+                        _, cache = method(chunk, cache, reuse=reuse, bands=Bands(mesh))
                 peaks = mesh.gather(torch.tensor([seen.peak]), (1,) * mesh.size, 0)
                 assert 0.7 <= peaks.max().item() / says[method] <= 1.01, (config, method, peaks, says[method])
 

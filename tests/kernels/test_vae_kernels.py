@@ -21,7 +21,7 @@ from torch import Tensor
 from vae_cases import exact_conv, exact_double, exact_downsample, exact_norm, exact_upsample
 
 from fastvid.models.common.vae_stream import Stream
-from fastvid.models.wan.config import WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.models.wan.vae_layers import SpatialAttention
@@ -390,7 +390,7 @@ def test_a_network_in_chunks_and_stripes(verb: str) -> None:
     want, want_cache = getattr(plain, verb)(x)
     first, cache = getattr(fast, verb)(x[:, :, :1])
     places = [part.data_ptr() for part in cache]
-    rest, cache = getattr(fast, verb)(x[:, :, 1:], cache, stripes=2, reuse_cache=True)
+    rest, cache = getattr(fast, verb)(x[:, :, 1:], cache, stripes=2, reuse=True)
     assert [part.data_ptr() for part in cache] == places
     assert error(torch.cat((first, rest), 2), want.double()) < 1e-5
     assert all(error(a, b.double()) < 1e-5 for a, b in zip(cache, want_cache, strict=True))
@@ -433,7 +433,7 @@ def test_a_network_to_rgb() -> None:
 @pytest.mark.interpret
 def test_the_other_network() -> None:
     sizes = {**SMALL, "decoder_base_dim": 4, "patch_size": 2}
-    plain, fast = networks(WanVAE22, WanVAE22Config(**sizes, **STATS))
+    plain, fast = networks(WanVAE22, WanVAEConfig(**sizes, **STATS, is_residual=True))
     latents = random(1, 3, 1, 2, 1)
     want, made = plain.decode(latents)[0], fast.decode(latents)[0]
     assert error(made, want.double()) < 1e-5
@@ -443,7 +443,8 @@ def test_the_other_network() -> None:
 @pytest.mark.parametrize("stripes", [1, 3])
 def test_rgb_of_the_reference_is_to_rgb_of_its_frames(kind: type[WanVAE], stripes: int) -> None:
     torch.manual_seed(0)
-    config = WanVAEConfig(**SMALL, **STATS) if kind is WanVAE else WanVAE22Config(**SMALL, **STATS, decoder_base_dim=4)
+    residual = {"decoder_base_dim": 4, "patch_size": 2, "is_residual": True} if kind is WanVAE22 else {}
+    config = WanVAEConfig(**SMALL, **STATS, **residual)
     network = kind(config).eval().requires_grad_(False)
     latents = random(2, 3, 3, 3, 2)
     frames, cache = network.decode(latents[:, :, :1])

@@ -21,7 +21,7 @@ from fastvid.loaders.safetensors import read_header
 from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.preset import EXPERIMENTAL, NATIVE, REFUSED, REIMPOSED
 from fastvid.models.registry import KINDS
-from fastvid.models.wan.config import WanVAE22Config, WanVAEConfig
+from fastvid.models.wan.config import WAN22_VAE, WanVAEConfig
 from fastvid.models.wan.presets import VARIANTS, find_preset, find_variants
 from fastvid.models.wan.weight_names import ORIGINAL, origins
 from fastvid.ops import reference
@@ -114,7 +114,7 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the models have in common: both VAEs, the encoders of text and pictures, a tokenizer, a scheduler."""
     folder = tmp_path_factory.mktemp("shared")
-    vae22 = asdict(WanVAE22Config()) | {"is_residual": True, "in_channels": 12, "out_channels": 12}
+    vae22 = asdict(WAN22_VAE) | {"is_residual": True, "in_channels": 12, "out_channels": 12}
     own = (("text_encoder", "text_encoder", {}), ("image_encoder", "image_encoder", {"hidden_act": "gelu"}))
     for name, kind, config in (("vae", "vae", {}), ("vae22", "vae", vae22), *own):
         write(folder / name / "config.json", config)
@@ -338,7 +338,7 @@ def test_patterns_are_declared() -> None:
     ],
 )
 def test_variants_of_one_shape_are_told_by_name(config: dict[str, Any], name: str, expected: str) -> None:
-    vae = WanVAE22Config() if config is MIDDLE else WanVAEConfig()
+    vae = WAN22_VAE if config is MIDDLE else WanVAEConfig()
     assert find_preset(config, vae, {}, {}, name).name == expected
 
 

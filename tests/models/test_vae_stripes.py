@@ -56,7 +56,7 @@ def test_stripes_are_the_whole_frame(networks: dict[str, WanVAE], name: str, ver
     want, want_cache = step(x)
     cache, out = None, []
     for part in x.split(parts(vae, verb, lengths), dim=2):
-        options = {"stripes": data.draw(st.integers(1, h)), "reuse_cache": data.draw(st.booleans())}
+        options = {"stripes": data.draw(st.integers(1, h)), "reuse": data.draw(st.booleans())}
         done, cache = step(part, cache, **options)
         out.append(done)
     assert error(torch.cat(out, dim=2), want) < 1e-12
@@ -76,7 +76,7 @@ def test_with_winograd(networks: dict[str, WanVAE], verb: str, stripes: int) -> 
 def test_no_more_rows_are_taken_than_are_seen(networks: dict[str, WanVAE], verb: str, name: str) -> None:
     """Of the input, the first stripe takes what its result depends on by the gradient, and what pairs add."""
     vae, config = networks[name], networks[name].config
-    layers, channels, height = vae.decoder._up, config.decoder_base_dim * config.dim_mult[-1], 24
+    layers, channels, height = vae.decoder._up, config.decoder_dim * config.dim_mult[-1], 24
     if verb == "encode":
         layers, channels, height = vae.encoder._down, config.frame_channels, 24 * 8
     x = torch.randn(1, channels, 1, height, 8, dtype=torch.float64, requires_grad=True)
@@ -135,7 +135,7 @@ def test_a_reused_cache_is_the_same_memory(networks: dict[str, WanVAE]) -> None:
     x = draw(vae, "decode", 2, 4, 2)
     for stripes in (1, 3):
         _, cache = vae.decode(x[:, :, :1])
-        _, new = vae.decode(x[:, :, 1:], cache, stripes=stripes, reuse_cache=True)
+        _, new = vae.decode(x[:, :, 1:], cache, stripes=stripes, reuse=True)
         assert [t.data_ptr() for t in new] == [t.data_ptr() for t in cache]
 
 

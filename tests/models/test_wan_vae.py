@@ -248,7 +248,6 @@ def test_a_later_chunk_needs_whole_groups(vae: WanVAE) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"is_residual": True}, "2.2"),
         ({"patch_size": 2}, "2.2"),
         ({"attn_scales": [1.0]}, "attn_scales"),
         ({"latents_mean": [0.0] * 3}, "z_dim=4"),

@@ -11,7 +11,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from fastvid.models.common.vae_stream import Cache
-from fastvid.models.registry import build_vae, read_vae
+from fastvid.models.registry import build_vae
+from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.vae import WanVAE
 
 STATISTICS = {"latents_mean": [0.3, -0.2, 0.1, 0.0], "latents_std": [0.5, 1.5, 2.0, 1.0]}
@@ -56,7 +57,7 @@ def diffusers_vae(config: dict[str, Any]) -> AutoencoderKLWan:
 
 
 def ours(theirs: AutoencoderKLWan) -> WanVAE:
-    vae = build_vae(read_vae(dict(theirs.config)))
+    vae = build_vae(WanVAEConfig.from_dict(dict(theirs.config)))
     vae.load_state_dict(theirs.state_dict())
     return vae.eval().requires_grad_(False)
 

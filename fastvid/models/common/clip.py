@@ -50,7 +50,7 @@ class CLIPVisionConfig:
             raise CheckpointError(f"{source} has hidden_act={activation!r}; only {ACTIVATION!r} is known")
         if (channels := config.get("num_channels", 3)) != 3:
             raise CheckpointError(f"{source} has num_channels={channels!r}; pictures have 3")
-        made = read_fields(cls, config, source, strict=False)
+        made = read_fields(cls(), config, source, strict=False)
         if made.hidden_size % made.num_attention_heads or made.image_size < made.patch_size:
             raise CheckpointError(
                 f"{source}: hidden_size has to be a multiple of num_attention_heads, and image_size at least patch_size"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastvid.errors import CheckpointError
-from fastvid.models.common.config_reader import read_fields, read_vae_config
+from fastvid.models.common.config_reader import read_fields
 
 HEAD_DIM = 128  # of every published transformer
 # Mean and standard deviation of the published latents by their channels: Wan2.1 `wan/modules/vae.py`, Wan2.2
@@ -41,6 +41,7 @@ LATENT_STATISTICS: Mapping[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 # fmt: on
 QK_NORM = "rms_norm_across_heads"
+UNSET_VAE = ("decoder_base_dim", "patch_size", "is_residual")  # null: the default
 OPTIONAL = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 
 
@@ -82,9 +83,11 @@ class WanTransformerConfig:
             raise CheckpointError(
                 f"transformer/config.json has qk_norm={config['qk_norm']!r}; only {QK_NORM!r} is known"
             )
-        made = read_fields(cls, config, "transformer/config.json", ignored=("qk_norm", "rope_max_seq_len"))
+        made = read_fields(cls(), config, "transformer/config.json", ignored=("qk_norm", "rope_max_seq_len"))
         if made.attention_head_dim % 2 or made.freq_dim % 2:
             raise CheckpointError("transformer/config.json: attention_head_dim and freq_dim have to be even")
+        if len(made.patch_size) != 3:
+            raise CheckpointError(f"transformer/config.json: patch_size is {config['patch_size']!r}; three are needed")
         made._check_image_widths()
         return made
 
@@ -136,92 +139,56 @@ def _ascending(layers: Any, end: int) -> bool:
 
 @dataclass(frozen=True)
 class WanVAEConfig:
-    """What `vae/config.json` says. Channel widths are base_dim * dim_mult; temporal scale is 2 per True."""
+    """What `vae/config.json` says; the defaults are Wan 2.1's. Channel widths are base_dim * dim_mult in the encoder and
+    decoder_base_dim * dim_mult in the decoder (0: base_dim there too); temporal scale is 2 per True. is_residual: it is
+    the Wan 2.2 network, whose frames are patches of patch_size x patch_size pixels.
+    """
 
     base_dim: int = 96
+    decoder_base_dim: int = 0
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temperal_downsample: tuple[bool, ...] = (False, True, True)
+    patch_size: int = 1
     latents_mean: tuple[float, ...] = (0.0,) * 16
     latents_std: tuple[float, ...] = (1.0,) * 16
+    is_residual: bool = False
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> WanVAEConfig:
-        """Reads a diffusers AutoencoderKLWan configuration.
-
-        Raises:
-            CheckpointError: the configuration asks for what this network cannot do.
-        """
-        if config.get("is_residual"):
-            raise CheckpointError("vae/config.json describes a Wan 2.2 VAE (is_residual): read it as WanVAE22Config")
-        if config.get("patch_size") not in (None, 1):
+        """Reads a diffusers AutoencoderKLWan configuration; CheckpointError for what this network cannot do."""
+        config = {key: value for key, value in config.items() if key not in UNSET_VAE or value is not None}
+        if config.get("attn_scales"):
+            raise CheckpointError(f"vae/config.json has attn_scales={config['attn_scales']}; only [] is supported")
+        if not config.get("is_residual") and config.get("patch_size", 1) != 1:
             raise CheckpointError(
                 f"vae/config.json has patch_size={config['patch_size']}; only the Wan 2.2 VAE (is_residual) has patches"
             )
-        return read_vae_config(cls, config)
-
-    @property
-    def decoder_base_dim(self) -> int:
-        return self.base_dim
-
-    @property
-    def frame_channels(self) -> int:
-        """Channels of the frames as the network's first layer sees them."""
-        return 3
-
-    @property
-    def widest(self) -> int:
-        """Values that the widest activation holds for each pixel of a frame."""
-        return self.base_dim
-
-    @property
-    def spatial_scale(self) -> int:
-        return 2 ** (len(self.dim_mult) - 1)
-
-    @property
-    def temporal_scale(self) -> int:
-        return 2 ** sum(self.temperal_downsample)
-
-
-@dataclass(frozen=True)
-class WanVAE22Config:
-    """What `vae/config.json` says; the defaults are the published ones. Channel widths are base_dim * dim_mult in the
-    encoder and decoder_base_dim * dim_mult in the decoder; temporal scale is 2 per True.
-    """
-
-    base_dim: int = 160
-    decoder_base_dim: int = 256
-    z_dim: int = 48
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    temperal_downsample: tuple[bool, ...] = (False, True, True)
-    patch_size: int = 2
-    latents_mean: tuple[float, ...] = LATENT_STATISTICS[48][0]
-    latents_std: tuple[float, ...] = LATENT_STATISTICS[48][1]
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> WanVAE22Config:
-        """Reads a diffusers AutoencoderKLWan configuration with is_residual.
-
-        Raises:
-            CheckpointError: the configuration asks for what this network cannot do.
-        """
-        if not config.get("is_residual"):
-            raise CheckpointError("vae/config.json describes a Wan 2.1 VAE (no is_residual): read it as WanVAEConfig")
-        defaults = {"patch_size": 1, "decoder_base_dim": config.get("base_dim", cls.base_dim)}
-        unset = {key: value for key, value in defaults.items() if config.get(key) is None}
-        vae = read_vae_config(cls, {**config, **unset})
-        vae._check(config)
-        return vae
+        published = replace(WAN22_VAE, patch_size=1, decoder_base_dim=0) if config.get("is_residual") else cls()
+        made = read_fields(published, config, "vae/config.json", strict=False)
+        made._check(config)
+        return made
 
     def _check(self, config: Mapping[str, Any]) -> None:
+        """Raises CheckpointError for sizes that do not fit each other."""
+        if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
+            raise CheckpointError(f"vae/config.json: latents_mean and latents_std need z_dim={self.z_dim} numbers each")
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise CheckpointError(
+                f"vae/config.json: temperal_downsample has {len(self.temperal_downsample)} values; one less than "
+                f"dim_mult, {len(self.dim_mult) - 1}, are needed"
+            )
         for key in ("in_channels", "out_channels"):
-            if config.get(key, 3) != self.frame_channels:
+            if self.is_residual and config.get(key, 3) != self.frame_channels:
                 raise CheckpointError(
                     f"vae/config.json has {key}={config.get(key, 3)}; RGB in patches of patch_size={self.patch_size} "
                     f"needs {self.frame_channels}"
                 )
+
+    @property
+    def decoder_dim(self) -> int:
+        return self.decoder_base_dim or self.base_dim
 
     @property
     def frame_channels(self) -> int:
@@ -230,8 +197,10 @@ class WanVAE22Config:
 
     @property
     def widest(self) -> int:
-        """Values that the widest activation, the last upsampler's, holds for each pixel of a frame."""
-        return self.decoder_base_dim * self.dim_mult[:2][-1] // self.patch_size**2
+        """Values that the widest activation (in 2.2 the last upsampler's) holds for each pixel of a frame."""
+        if not self.is_residual:
+            return self.base_dim
+        return self.decoder_dim * self.dim_mult[:2][-1] // self.patch_size**2
 
     @property
     def spatial_scale(self) -> int:
@@ -242,4 +211,12 @@ class WanVAE22Config:
         return 2 ** sum(self.temperal_downsample)
 
 
-VAEConfig = WanVAEConfig | WanVAE22Config
+WAN22_VAE = WanVAEConfig(
+    160,
+    256,
+    48,
+    patch_size=2,
+    latents_mean=LATENT_STATISTICS[48][0],
+    latents_std=LATENT_STATISTICS[48][1],
+    is_residual=True,
+)

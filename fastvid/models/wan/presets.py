@@ -17,14 +17,7 @@ from fastvid.models import preset as patterns
 from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.preset import Preset, Rollout, Signature, Variant
-from fastvid.models.wan.config import (
-    HEAD_DIM,
-    VAEConfig,
-    WanTransformerConfig,
-    WanVACEConfig,
-    WanVAE22Config,
-    WanVAEConfig,
-)
+from fastvid.models.wan.config import HEAD_DIM, WAN22_VAE, WanTransformerConfig, WanVACEConfig, WanVAEConfig
 
 # Wan2.1 `wan/configs/shared_config.py`, sample_neg_prompt; the models that take pictures put more in front.
 WAN_NEGATIVE_PROMPT = (
@@ -259,7 +252,7 @@ def find_variants(signature: Signature, name: str = "") -> list[Variant]:
 
 def find_preset(
     transformer: Mapping[str, Any],
-    vae: VAEConfig,
+    vae: WanVAEConfig,
     scheduler: Mapping[str, Any],
     index: Mapping[str, Any] | None = None,
     name: str = "",
@@ -295,7 +288,7 @@ def _custom(signature: Signature, scheduler: Mapping[str, Any]) -> Preset:
     return preset
 
 
-def _fit(preset: Preset, vae: VAEConfig, patch_size: tuple[int, int, int]) -> Preset:
+def _fit(preset: Preset, vae: WanVAEConfig, patch_size: tuple[int, int, int]) -> Preset:
     """The preset with its sizes rounded up to what this VAE and these patches can make."""
     multiple = vae.spatial_scale * patch_size[1]
     return replace(
@@ -370,7 +363,7 @@ def published_configs(name: str) -> tuple[Preset, dict[str, Any]]:
     configs: dict[str, Any] = {"transformer": transformer}
     if signature.experts > 1:
         configs["transformer_2"] = transformer
-    configs |= {"vae": WanVAE22Config() if signature.out_channels == 48 else WanVAEConfig(), "text_encoder": text}
+    configs |= {"vae": WAN22_VAE if signature.out_channels == 48 else WanVAEConfig(), "text_encoder": text}
     return variant.preset, configs | ({"image_encoder": CLIPVisionConfig()} if signature.image else {})
 
 

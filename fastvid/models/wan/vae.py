@@ -14,15 +14,15 @@ Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvid.models.common.vae_stream import Cache, Stream
-from fastvid.models.wan.config import VAEConfig
+from fastvid.models.common.vae_stream import Cache, Layers, Stream
+from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.vae_bands import Band, Bands, band_of, stream_of
 from fastvid.models.wan.vae_layers import CausalConv3d, Downsample, MidBlock, ResidualBlock, RMSNorm, Upsample
 from fastvid.ops import reference, vae
@@ -34,8 +34,9 @@ CPU_CHUNK = 2**24
 class Encoder(nn.Module):
     """Frames to the means and variances of their latents, 2 * z_dim channels."""
 
-    def __init__(self, config: VAEConfig, ops: Any) -> None:
+    def __init__(self, config: WanVAEConfig, ops: Any) -> None:
         super().__init__()
+        self.config = config
         first, last = config.base_dim, config.base_dim * config.dim_mult[-1]
         self.conv_in = CausalConv3d(config.frame_channels, first, (3, 3, 3), ops, pad=1)
         self.down_blocks = nn.ModuleList(self.make_blocks(config, ops))
@@ -44,7 +45,7 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(last, 2 * config.z_dim, (3, 3, 3), ops, pad=1)
 
     @staticmethod
-    def make_blocks(config: VAEConfig, ops: Any) -> Iterator[nn.Module]:
+    def make_blocks(config: WanVAEConfig, ops: Any) -> Iterator[nn.Module]:
         dims = [config.base_dim * m for m in (1, *config.dim_mult)]
         for i, (c_in, c_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
             for j in range(config.num_res_blocks):
@@ -82,9 +83,10 @@ class UpBlock(nn.Module):
 class Decoder(nn.Module):
     """Latents to frames."""
 
-    def __init__(self, config: VAEConfig, ops: Any) -> None:
+    def __init__(self, config: WanVAEConfig, ops: Any) -> None:
         super().__init__()
-        first, last = (config.decoder_base_dim * config.dim_mult[i] for i in (-1, 0))
+        self.config, self.ops = config, ops
+        first, last = (config.decoder_dim * config.dim_mult[i] for i in (-1, 0))
         self.conv_in = CausalConv3d(config.z_dim, first, (3, 3, 3), ops, pad=1)
         self.mid_block = MidBlock(first, ops)
         self.up_blocks = nn.ModuleList(self.make_blocks(config, ops))
@@ -92,9 +94,9 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(last, config.frame_channels, (3, 3, 3), ops, pad=1)
 
     @staticmethod
-    def make_blocks(config: VAEConfig, ops: Any) -> Iterator[nn.Module]:
+    def make_blocks(config: WanVAEConfig, ops: Any) -> Iterator[nn.Module]:
         mults = config.dim_mult[::-1]
-        dims = [config.decoder_base_dim * m for m in (mults[0], *mults)]
+        dims = [config.decoder_dim * m for m in (mults[0], *mults)]
         temporal = config.temperal_downsample[::-1]
         for i, (c_in, c_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
             # Every upsampler halves the channels, so all stages but the first start from half of the last width.
@@ -128,7 +130,7 @@ class WanVAE(nn.Module):
     encoder_type: type[Encoder] = Encoder
     decoder_type: type[Decoder] = Decoder
 
-    def __init__(self, config: VAEConfig, ops: Any = reference) -> None:
+    def __init__(self, config: WanVAEConfig, ops: Any = reference) -> None:
         super().__init__()
         self.config, self.ops = config, ops
         self.encoder = self.encoder_type(config, ops)
@@ -143,23 +145,18 @@ class WanVAE(nn.Module):
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
     def encode(
-        self,
-        frames: Tensor,
-        cache: Cache | None = None,
-        stripes: int = 1,
-        reuse_cache: bool = False,
-        bands: Bands | None = None,
+        self, x: Tensor, cache: Cache | None = None, stripes: int = 1, reuse: bool = False, bands: Bands | None = None
     ) -> tuple[Tensor, Cache]:
         """Encodes the next frames of a stream to the mean of their latents.
 
         Args:
-            frames: [B, 3, F, H, W] in [-1, 1]; H and W multiples of the spatial scale (8). F is 4k + 1 where a stream
+            x: frames [B, 3, F, H, W] in [-1, 1]; H and W multiples of the spatial scale (8). F is 4k + 1 where a stream
                 starts (cache None) and 4k afterwards.
             cache: what the previous call returned, None at the start of a stream.
             stripes: in how many parts the rows are worked on, 1 to H/8: memory falls, the result and the cache do not
                 change. Any number for any chunk of a stream.
-            reuse_cache: the given cache's memory becomes that of the new cache, so that there is only one; the given
-                one is worthless then.
+            reuse: the given cache's memory becomes that of the new cache, so that there is only one; the given one is
+                worthless then.
             bands: ranks that share the rows; all of them call this alike, with stripes of 1, and each gets the whole
                 result and a cache of its own part.
 
@@ -170,42 +167,32 @@ class WanVAE(nn.Module):
         Raises:
             ValueError: a size, a number of frames or of stripes that the network cannot take.
         """
-        self._check_frames(frames, first=cache is None)
-        frames = frames.to(self.quant_conv.weight.dtype)
-        scale, rows = self.config.spatial_scale, frames.shape[3] // self.config.spatial_scale
-        band = band_of(bands, rows, stripes)
-        latents, first = [], cache is None
-        for part in self._steps(frames, first):
-            if band is not None and not band.rows:
-                count = (part.shape[2] + self.config.temporal_scale - 1) // self.config.temporal_scale
-                latents.append(part.new_empty(len(part), self.config.z_dim, count, 0, frames.shape[4] // scale))
-                cache = ()
-                continue
-            stream, cache = stream_of(cache, reuse_cache, band), None
-            part = part if band is None else band.cut(part, scale)
-            moments = self.quant_conv(self.encoder(part, stream, stripes), stream)
-            latents.append(moments[:, : self.config.z_dim])
-            cache, reuse_cache = stream.cache(), True
-        assert cache is not None
-        mean, std = self._statistics(frames)
-        made = (torch.cat(latents, dim=2) - mean) / std
+        self._check_frames(x, first=cache is None)
+        x, scale = x.to(self.quant_conv.weight.dtype), self.config.spatial_scale
+        band = band_of(bands, x.shape[3] // scale, stripes)
+
+        def means(part: Tensor, stream: Stream) -> Tensor:
+            return self.quant_conv(self.encoder(part, stream, stripes), stream)[:, : self.config.z_dim]
+
+        def no_rows(part: Tensor, first: bool) -> Tensor:
+            count = -(-part.shape[2] // self.config.temporal_scale)
+            return part.new_empty(len(part), self.config.z_dim, count, 0, part.shape[4] // scale)
+
+        made, cache = _run(means, no_rows, self._steps(x, cache is None), cache, reuse, band, scale)
+        mean, std = self._statistics(x)
+        made = (made - mean) / std
         return made if band is None else band.join(made, 3), cache
 
     def decode(
-        self,
-        latents: Tensor,
-        cache: Cache | None = None,
-        stripes: int = 1,
-        reuse_cache: bool = False,
-        bands: Bands | None = None,
+        self, z: Tensor, cache: Cache | None = None, stripes: int = 1, reuse: bool = False, bands: Bands | None = None
     ) -> tuple[Tensor, Cache]:
         """Decodes the next latents of a stream.
 
         Args:
-            latents: normalised, [B, C, T, h, w], any T >= 1.
+            z: normalised latents [B, C, T, h, w], any T >= 1.
             cache: what the previous call returned, None at the start of a stream.
             stripes: in how many parts the rows are worked on, 1 to h; see encode.
-            reuse_cache, bands: see encode.
+            reuse, bands: see encode.
 
         Returns:
             Frames [B, 3, F, 8h, 8w] clamped to [-1, 1], F = 4T - 3 at the start of a stream and 4T afterwards,
@@ -214,60 +201,41 @@ class WanVAE(nn.Module):
         Raises:
             ValueError: a number of stripes that the network cannot take.
         """
-        frames, cache = self.decode_raw(latents, cache, stripes, reuse_cache, bands)
+        frames, cache = self.decode_raw(z, cache, stripes, reuse, bands)
         return frames.clamp(-1.0, 1.0), cache
 
     def decode_raw(
-        self,
-        latents: Tensor,
-        cache: Cache | None = None,
-        stripes: int = 1,
-        reuse_cache: bool = False,
-        bands: Bands | None = None,
+        self, z: Tensor, cache: Cache | None = None, stripes: int = 1, reuse: bool = False, bands: Bands | None = None
     ) -> tuple[Tensor, Cache]:
         """`decode` before the clamp: what training needs, since a clamp has no gradient outside."""
-        band = band_of(bands, latents.shape[3], stripes)
-        frames, cache = self._decode(self.decoder, latents, cache, stripes, reuse_cache, band)
+        band = band_of(bands, z.shape[3], stripes)
+        frames, cache = self._decode(partial(self.decoder, stripes=stripes), z, cache, reuse, band)
         return frames if band is None else band.join(frames, 3, self.config.spatial_scale), cache
 
     def decode_rgb(
-        self,
-        latents: Tensor,
-        cache: Cache | None = None,
-        stripes: int = 1,
-        reuse_cache: bool = False,
-        bands: Bands | None = None,
+        self, z: Tensor, cache: Cache | None = None, stripes: int = 1, reuse: bool = False, bands: Bands | None = None
     ) -> tuple[Tensor, Cache]:
         """`decode` to 8-bit RGB, uint8 [B, F, 8h, 8w, 3]: what ops.to_rgb makes of the frames."""
-        band = band_of(bands, latents.shape[3], stripes)
-        frames, cache = self._decode(partial(self.decoder, rgb=True), latents, cache, stripes, reuse_cache, band)
+        band = band_of(bands, z.shape[3], stripes)
+        frames, cache = self._decode(partial(self.decoder, stripes=stripes, rgb=True), z, cache, reuse, band)
         frames = frames.permute(0, 2, 3, 4, 1).to(torch.uint8)  # of a rank that holds no rows there are none
         return frames if band is None else band.join(frames, 2, self.config.spatial_scale), cache
 
     def _decode(
-        self,
-        decoder: Callable[..., Tensor],
-        latents: Tensor,
-        cache: Cache | None,
-        stripes: int,
-        reuse_cache: bool,
-        band: Band | None,
+        self, decoder: Callable[..., Tensor], z: Tensor, cache: Cache | None, reuse: bool, band: Band | None
     ) -> tuple[Tensor, Cache]:
         """What `decoder` makes of the latents; of a rank's rows, its rows of that."""
-        mean, std = self._statistics(latents)
-        latents = (latents * std + mean).to(self.quant_conv.weight.dtype)  # rounded once, where weights are 16 bits
-        scale = self.config.spatial_scale
-        at_once = self._latents_at_once(latents, latents[:, 0, 0].numel() * scale**2)
-        if band is not None and not band.rows:
-            count = self.config.temporal_scale * latents.shape[2] - (cache is None) * (self.config.temporal_scale - 1)
-            return latents.new_empty(len(latents), 3, count, 0, latents.shape[4] * scale), ()
-        latents, frames = latents if band is None else band.cut(latents), []
-        for part in latents.split(at_once, dim=2):
-            stream, cache = stream_of(cache, reuse_cache, band), None
-            frames.append(decoder(self.post_quant_conv(part, stream), stream, stripes))
-            cache, reuse_cache = stream.cache(), True
-        assert cache is not None
-        return torch.cat(frames, dim=2), cache
+        mean, std = self._statistics(z)
+        z = (z * std + mean).to(self.quant_conv.weight.dtype)  # rounded once, where weights are 16 bits
+        scale, time = self.config.spatial_scale, self.config.temporal_scale
+        parts = z.split(self._latents_at_once(z, z[:, 0, 0].numel() * scale**2), dim=2)
+
+        def no_rows(part: Tensor, first: bool) -> Tensor:
+            return part.new_empty(len(part), 3, time * part.shape[2] - first * (time - 1), 0, part.shape[4] * scale)
+
+        return _run(
+            lambda x, stream: decoder(self.post_quant_conv(x, stream), stream), no_rows, parts, cache, reuse, band
+        )
 
     def _steps(self, frames: Tensor, first: bool) -> list[Tensor]:
         """The frames of one step after another."""
@@ -291,3 +259,30 @@ class WanVAE(nn.Module):
         if f < 1 or (f - first) % time:
             want = f"{time}k+1 at the start of a stream" if first else f"{time}k after the start"
             raise ValueError(f"{f} frames given; the encoder takes {want}")
+
+
+def _run(
+    network: Layers,
+    no_rows: Callable[[Tensor, bool], Tensor],
+    parts: Iterable[Tensor],
+    cache: Cache | None,
+    reuse: bool,
+    band: Band | None,
+    scale: int = 1,
+) -> tuple[Tensor, Cache]:
+    """network(part, stream) of one part after another, joined in time; on a rank that shares rows, of its own.
+
+    no_rows: (part, whether it starts the stream) -> the result of a rank that holds none. scale: rows of a part for
+    each of the latents'.
+    """
+    made = []
+    for part in parts:
+        if band is not None and not band.rows:
+            made.append(no_rows(part, cache is None))
+            cache = ()
+            continue
+        stream, cache = stream_of(cache, reuse, band), None
+        made.append(network(part if band is None else band.cut(part, scale), stream))
+        cache, reuse = stream.cache(), True
+    assert cache is not None, "no parts"
+    return torch.cat(made, dim=2), cache

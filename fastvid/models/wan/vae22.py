@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
-from fastvid.models.common.vae_stream import Cache, Stream
-from fastvid.models.wan.config import VAEConfig, WanVAE22Config
+from fastvid.models.common.vae_stream import Stream
+from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.vae import Decoder, Encoder, WanVAE
-from fastvid.models.wan.vae_bands import Bands, band_of
 from fastvid.models.wan.vae_layers import Downsample, ResidualBlock, Upsample
 
 
@@ -127,59 +126,35 @@ class ResidualUpBlock(nn.Module):
 class PatchEncoder(Encoder):
     """2.1's encoder over patches, with stages of its own."""
 
-    def __init__(self, config: WanVAE22Config, ops: Any) -> None:
-        super().__init__(config, ops)
-        self.patch_size = config.patch_size
-
     @staticmethod
-    def make_blocks(config: VAEConfig, ops: Any) -> Iterator[nn.Module]:
+    def make_blocks(config: WanVAEConfig, ops: Any) -> Iterator[nn.Module]:
         dims = [config.base_dim * m for m in (1, *config.dim_mult)]
         for i, temporal in enumerate((*config.temperal_downsample, False)):
             spatial = i < len(config.temperal_downsample)
             yield ResidualDownBlock(dims[i], dims[i + 1], config.num_res_blocks, temporal, spatial, ops)
 
     def forward(self, x: Tensor, stream: Stream, stripes: int = 1) -> Tensor:
-        return super().forward(patchify(x, self.patch_size), stream, stripes)
+        return super().forward(patchify(x, self.config.patch_size), stream, stripes)
 
 
 class PatchDecoder(Decoder):
     """2.1's decoder over patches, with stages of its own."""
 
-    def __init__(self, config: WanVAE22Config, ops: Any) -> None:
-        super().__init__(config, ops)
-        self.patch_size = config.patch_size
-
     @staticmethod
-    def make_blocks(config: VAEConfig, ops: Any) -> Iterator[nn.Module]:
+    def make_blocks(config: WanVAEConfig, ops: Any) -> Iterator[nn.Module]:
         mults = config.dim_mult[::-1]
-        dims = [config.decoder_base_dim * m for m in (mults[0], *mults)]
+        dims = [config.decoder_dim * m for m in (mults[0], *mults)]
         for i, temporal in enumerate((*config.temperal_downsample[::-1], False)):
             spatial = i < len(config.temperal_downsample)
             yield ResidualUpBlock(dims[i], dims[i + 1], config.num_res_blocks, temporal, spatial, ops)
 
     def forward(self, x: Tensor, stream: Stream, stripes: int = 1, rgb: bool = False) -> Tensor:
-        assert not rgb, "patches have no bytes in order: see WanVAE22.decode_rgb"
-        return unpatchify(super().forward(x, stream, stripes), self.patch_size)
+        frames = unpatchify(super().forward(x, stream, stripes), self.config.patch_size)
+        # The last convolution makes patches, whose bytes would not be in the order of pixels.
+        return torch.stack([self.ops.to_rgb(one) for one in frames]).permute(0, 4, 1, 2, 3) if rgb else frames
 
 
 class WanVAE22(WanVAE):
-    """Encoder and decoder; `encode`, `decode` and `decode_raw` are those of WanVAE, with a spatial scale of 16."""
+    """Encoder and decoder; `encode` and the ways to decode are those of WanVAE, with a spatial scale of 16."""
 
     encoder_type, decoder_type = PatchEncoder, PatchDecoder
-
-    def decode_rgb(
-        self,
-        latents: Tensor,
-        cache: Cache | None = None,
-        stripes: int = 1,
-        reuse_cache: bool = False,
-        bands: Bands | None = None,
-    ) -> tuple[Tensor, Cache]:
-        """See WanVAE.decode_rgb. The last convolution makes patches, whose bytes are not yet in their order."""
-        band = band_of(bands, latents.shape[3], stripes)
-        frames, cache = self._decode(self.decoder, latents, cache, stripes, reuse_cache, band)
-        if frames.shape[3]:
-            made = torch.stack([self.ops.to_rgb(one) for one in frames])
-        else:  # a rank that holds no rows
-            made = frames.permute(0, 2, 3, 4, 1).to(torch.uint8)
-        return made if band is None else band.join(made, 2, self.config.spatial_scale), cache
