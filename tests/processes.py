@@ -21,9 +21,15 @@ def workers_here() -> set[int]:
     """Workers that this process has."""
     own = Path(f"/proc/{os.getpid()}/task").glob("*/children")
     found = {int(pid) for path in own for pid in path.read_text().split()}
-    return {
-        pid for pid in found if alive(pid) and b"fastvid.workers.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    }
+    return {pid for pid in found if alive(pid) and b"fastvid.workers.worker" in _command_line(pid)}
+
+
+def _command_line(pid: int) -> bytes:
+    """Empty if the process ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def listening(pids: set[int]) -> list[str]:

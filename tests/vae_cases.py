@@ -1,53 +1,134 @@
-"""The meanings of the VAEs' operations in float64, written a second time."""
+"""Small networks of both Wan VAEs: diffusers' with drawn weights, ours with the same, and what both make."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from fastvid.models.common.vae_stream import Cache
+from fastvid.models.registry import build_vae
+from fastvid.models.wan.config import WanVAEConfig
+from fastvid.models.wan.vae import WanVAE
 
-def exact_conv(
-    x: Tensor,
-    past: Tensor | int | None,
-    weight: Tensor,
-    bias: Tensor,
-    pad: tuple[int, int] = (0, 0),
-    edges: tuple[int, int] = (0, 0),
-    stride: tuple[int, int, int] = (1, 1, 1),
-) -> Tensor:
-    """In float64, tap by tap. past: frames, or how many of zeros."""
-    x, weight, bias = x.double(), weight.double(), bias.double()
-    if isinstance(past, int):
-        past = x.new_zeros(*x.shape[:2], past, *x.shape[3:])
-    x = x if past is None else torch.cat((past.double(), x), 2)
-    x = F.pad(x, (pad[1], pad[1], pad[0], pad[0]))
-    kt, kh, kw = weight.shape[2:]
-    T, H, W = ((n - k) // s + 1 for n, k, s in zip(x.shape[2:], weight.shape[2:], stride, strict=True))
-    out = bias.view(1, -1, 1, 1, 1).repeat(len(x), 1, T, H, W)
-    for i in range(kt):
-        for j in range(kh):
-            for k in range(kw):
-                seen = x[:, :, i :: stride[0], j :: stride[1], k :: stride[2]][:, :, :T, :H, :W]
-                out += torch.einsum("nc,bcthw->bnthw", weight[:, :, i, j, k], seen)
-    return out[:, :, :, edges[0] : H - edges[1]]
-
-
-def exact_norm(x: Tensor, gamma: Tensor, silu: bool = True) -> Tensor:
-    x = x.double()
-    y = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12) * x.shape[1] ** 0.5 * gamma.double().view(-1, 1, 1, 1)
-    return y * torch.sigmoid(y) if silu else y
+STATISTICS = {"latents_mean": [0.3, -0.2, 0.1, 0.0], "latents_std": [0.5, 1.5, 2.0, 1.0]}
+SMALL: dict[str, Any] = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, **STATISTICS}
+# Wide enough for the Winograd form of the convolutions.
+WIDE: dict[str, Any] = {**SMALL, "base_dim": 64, "dim_mult": [1, 1, 1, 1]}
+SMALL_22: dict[str, Any] = {
+    **SMALL,
+    "decoder_base_dim": 16,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
+WIDE_22: dict[str, Any] = {**SMALL_22, "base_dim": 64, "decoder_base_dim": 64, "dim_mult": [1, 1, 1, 1]}
+# No patches, one width for both, other stages: groups of 8 and 1 on the way down, 4 channels to one on the way up.
+OTHER_22: dict[str, Any] = {
+    **SMALL_22,
+    "decoder_base_dim": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "patch_size": None,
+    "dim_mult": [1, 1, 4, 4],
+    "temperal_downsample": [True, False, False],
+}
 
 
-def exact_upsample(x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, int] = (0, 0)) -> Tensor:
-    doubled = x.repeat_interleave(2, 3).repeat_interleave(2, 4)
-    return exact_conv(doubled, None, weight[:, :, None], bias, (1, 1), (2 * edges[0], 2 * edges[1]))
+def error(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||"""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def exact_downsample(x: Tensor, weight: Tensor, bias: Tensor, bottom: int = 0) -> Tensor:
-    return exact_conv(F.pad(x, (0, 1, 0, 1 - bottom)), None, weight[:, :, None], bias, stride=(1, 2, 2))
+def diffusers_vae(config: dict[str, Any]) -> AutoencoderKLWan:
+    """diffusers' network with every weight drawn, also those that start as ones or zeros; few frames are clamped."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**config).eval().requires_grad_(False)
+    for parameter in vae.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    vae.decoder.conv_out.weight.mul_(0.3 if config.get("is_residual") else 0.2)
+    return vae
 
 
-def exact_double(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    made = exact_conv(x, 2 if past is None else past, weight, bias)
-    return made.unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)
+def ours(theirs: AutoencoderKLWan) -> WanVAE:
+    vae = build_vae(WanVAEConfig.from_dict(dict(theirs.config)))
+    vae.load_state_dict(theirs.state_dict())
+    return vae.eval().requires_grad_(False)
+
+
+def statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+    dtype = next(vae.parameters()).dtype
+    values = vae.config.latents_mean, vae.config.latents_std
+    mean, std = (torch.tensor(v, dtype=dtype).view(1, -1, 1, 1, 1) for v in values)
+    return mean, std
+
+
+def their_encoding(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
+    mean, std = statistics(vae)
+    return (vae.encode(frames).latent_dist.mode() - mean) / std
+
+
+def their_decoding(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    mean, std = statistics(vae)
+    return vae.decode(latents * std + mean).sample
+
+
+def draw_frames(t: int, h: int, w: int, batch: int = 1, scale: int = 8) -> Tensor:
+    """Frames of t latent frames of h x w."""
+    generator = torch.Generator().manual_seed(t * 100 + h * 10 + w)
+    return torch.rand(batch, 3, 4 * t - 3, scale * h, scale * w, generator=generator) * 2 - 1
+
+
+def draw_latents(t: int, h: int, w: int, batch: int = 1) -> Tensor:
+    return torch.randn(batch, 4, t, h, w, generator=torch.Generator().manual_seed(t * 100 + h * 10 + w))
+
+
+def in_chunks(step: Any, x: Tensor, lengths: list[int]) -> Tensor:
+    """The results of one chunk after another."""
+    out, cache = [], None
+    for part in x.split(lengths, dim=2):
+        done, cache = step(part, cache)
+        out.append(done)
+    return torch.cat(out, dim=2)
+
+
+def nbytes(cache: Cache) -> int:
+    """Memory that a cache keeps alive."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in cache}.values())
+
+
+@dataclass(frozen=True)
+class Network:
+    """One of the two VAEs. scale: pixels a latent, along height and width."""
+
+    small: dict[str, Any]
+    wide: dict[str, Any]
+    scale: int
+
+    @cached_property
+    def theirs(self) -> AutoencoderKLWan:
+        return diffusers_vae(self.small)
+
+    @cached_property
+    def vae(self) -> WanVAE:
+        return ours(self.theirs)
+
+    @cached_property
+    def their_wide(self) -> AutoencoderKLWan:
+        return diffusers_vae(self.wide)
+
+    @cached_property
+    def wide_vae(self) -> WanVAE:
+        return ours(self.their_wide)
+
+    def frames(self, t: int, h: int, w: int, batch: int = 1) -> Tensor:
+        return draw_frames(t, h, w, batch, self.scale)
+
+
+NETWORKS = {"2.1": Network(SMALL, WIDE, 8), "2.2": Network(SMALL_22, WIDE_22, 16)}

@@ -16,10 +16,10 @@ import pytest
 import torch
 from compiled_host import CXX
 from conv_host import conv_host, library, norm_host, words
+from exact_vae import exact_conv, exact_double, exact_downsample, exact_norm, exact_upsample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from vae_cases import exact_conv, exact_double, exact_downsample, exact_norm, exact_upsample
 
 from fastvid.errors import BackendUnavailable
 from fastvid.ops import vae, vae_gpu, vae_kernels

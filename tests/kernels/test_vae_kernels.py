@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from exact_vae import exact_conv, exact_double, exact_downsample, exact_norm, exact_upsample
 from interpreted import run_interpreted
 from kernel_cases import NAN, apart, check, error, laid_out, random
 from torch import Tensor
-from vae_cases import exact_conv, exact_double, exact_downsample, exact_norm, exact_upsample
 
 from fastvid.models.common.vae_stream import Stream
 from fastvid.models.wan.config import WanVAEConfig

@@ -7,6 +7,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import image_models
 import numpy as np
 import pytest
 import test_umt5
@@ -146,9 +147,7 @@ def test_fp32_parts_are_those_of_diffusers(folder: Path) -> None:
 
 
 def test_clip_is_loaded_in_fp32(tmp_path: Path) -> None:
-    import test_image_to_video
-
-    test_image_to_video.write(tmp_path, "i2v")
+    image_models.write_image_model(tmp_path, "i2v")
     parts = fastvid.load(str(tmp_path), device="cpu", dtype="bfloat16")._model
     assert {p.dtype for p in parts.image_encoder.parameters()} == {torch.float32}
     kept = {name for name, p in parts.transformer.named_parameters() if p.dtype == torch.float32}
