@@ -65,7 +65,8 @@ class SequenceParallel:
 
     def shard_rows(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of a tensor with N, one entry a token, along a dimension."""
-        return x.unflatten(dim, (self.frames, -1)).narrow(dim + 1, self.span.start, self._mine).flatten(dim, dim + 1)
+        size = self.sizes[self.view.sequence]
+        return x.unflatten(dim, (self.frames, -1)).narrow(dim + 1, self.span.start, size).flatten(dim, dim + 1)
 
     def shard_groups(self, index: Tensor, tokens: int) -> Tensor:
         """This rank's part of [B, G], one entry a group of tokens; all of it where groups are whole frames."""
@@ -77,10 +78,6 @@ class SequenceParallel:
         sizes = [size * pw for size in self.sizes]
         x = self.view.mesh.gather(x, sizes, 4, self.view.sharers)
         return x.unflatten(4, (height // patch[1], -1)).transpose(3, 4).flatten(3, 4)
-
-    @property
-    def _mine(self) -> int:
-        return self.sizes[self.view.sequence]
 
 
 class HeadExchange:

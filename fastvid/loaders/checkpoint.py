@@ -34,7 +34,7 @@ from fastvid.models.common.config_reader import read_json
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.description import Checkpoint, Part, flat_config
 from fastvid.models.preset import Preset
-from fastvid.models.registry import CONTROLLED, EXPERTS, PartKind, build_empty, kind_of, on_meta
+from fastvid.models.registry import CONTROLLED, EXPERTS, build_empty, kind_of
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.models.wan.presets import find_preset, find_variants, read_signature
@@ -140,7 +140,7 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
     if class_name not in (kind.class_name, kind.also):
         problems.append(f"{INDEX}: {found.name} is a {class_name}; only {kind.class_name} is supported")
     elif (raw_config := found.config) is not None:
-        built = note_problem(problems, lambda: _read_config(kind, raw_config, config_path))
+        built = note_problem(problems, lambda: _read_config(found.name, raw_config, config_path))
         config, module = built or (None, None)
         config_class = raw_config.get("_class_name", class_name)
         if config is not None and class_name == CONTROLLED != config_class:
@@ -166,11 +166,12 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
     )
 
 
-def _read_config(kind: PartKind, raw_config: dict[str, Any], path: Path) -> tuple[Any, nn.Module]:
+def _read_config(name: str, raw_config: dict[str, Any], path: Path) -> tuple[Any, nn.Module]:
     """Parse a config and build its module on the meta device."""
+    kind = kind_of(name)
     config = kind.read_config(raw_config)
     try:
-        return config, on_meta(kind, config, reference)
+        return config, build_empty(name, config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} describes no {kind.class_name} that can be built: {error}") from None
 

@@ -53,22 +53,12 @@ def build_vae(config: WanVAEConfig, ops: Any = reference) -> WanVAE:
     return (WanVAE22 if config.is_residual else WanVAE)(config, ops)
 
 
-def build_text_encoder(config: UMT5Config, ops: Any = reference) -> UMT5Encoder:
-    """The text encoder, with weights still to be loaded."""
-    return UMT5Encoder(config)
-
-
-def build_image_encoder(config: CLIPVisionConfig, ops: Any = reference) -> CLIPVisionEncoder:
-    """What pictures are looked at with, with weights still to be loaded."""
-    return CLIPVisionEncoder(config, ops)
-
-
 KINDS: Mapping[str, PartKind] = {
     "transformer": PartKind("WanTransformer3DModel", read_transformer, build_transformer, CONTROLLED),
     "vae": PartKind("AutoencoderKLWan", WanVAEConfig.from_dict, build_vae),
-    "text_encoder": PartKind("UMT5EncoderModel", UMT5Config.from_dict, build_text_encoder),
+    "text_encoder": PartKind("UMT5EncoderModel", UMT5Config.from_dict, lambda config, ops: UMT5Encoder(config)),
     "image_encoder": PartKind(
-        "CLIPVisionModel", CLIPVisionConfig.from_dict, build_image_encoder, "CLIPVisionModelWithProjection"
+        "CLIPVisionModel", CLIPVisionConfig.from_dict, CLIPVisionEncoder, "CLIPVisionModelWithProjection"
     ),
 }
 
@@ -81,15 +71,10 @@ def kind_of(name: str) -> PartKind:
     return KINDS["transformer" if name in EXPERTS else name]
 
 
-def on_meta(kind: PartKind, config: Any, ops: Any) -> nn.Module:
-    """A module on the meta device, without weights."""
-    with torch.device("meta"):
-        return kind.build(config, ops)
-
-
 def build_empty(name: str, config: Config, ops: Any = reference) -> nn.Module:
     """A part without weights, on the meta device."""
-    return on_meta(kind_of(name), config, ops)
+    with torch.device("meta"):
+        return kind_of(name).build(config, ops)
 
 
 def build_outline(name: str, config: Config, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -22,6 +22,7 @@ SIZES = {(1536, 30): "1.3B", (3072, 30): "5B", (5120, 40): "14B"}  # (width, lay
 CUSTOM, STANDARD = "custom", "standard"
 UNCHECKED = ("_class_name", "architectures", "model_type")  # names of classes, which differ between libraries
 Config = dict[str, Any]
+Shapes = Mapping[str, Shape]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Identity:
     family: str
     size: str
     task: str | None
-    shapes: Mapping[str, Shape]
+    shapes: Shapes
 
     @property
     def name(self) -> str:
@@ -52,7 +53,7 @@ class Identity:
         shapes. Raises CheckpointError if they do not, or if shapes alone do not tell.
         """
         given = dict(given or {})
-        made = _CONFIGS[self.part](self.shapes, given)
+        made = _PARTS[self.part][1](self.shapes, given)
         for key, value in made.items():
             if key not in UNCHECKED and given.get(key) is not None and _plain(given[key]) != _plain(value):
                 raise CheckpointError(f"the configuration says {key}={given[key]!r}, but the weights {value!r}")
@@ -67,14 +68,14 @@ def identify(shapes: Mapping[str, Sequence[int]]) -> Identity:
     found = weight_names.find_part(shapes)
     made = weight_names.origins(shapes, DIFFUSERS, found)
     known = {name: origin.shape(shapes) for name, origin in made.items()}
-    family, size, task = _VARIANTS[found.part](known)
+    family, size, task = _PARTS[found.part][0](known)
     return Identity(found.part, found.layout, found.prefix, family, size, task, known)
 
 
 # ---------------------------------------------------------------- which variant
 
 
-def _transformer_variant(shapes: Mapping[str, Shape]) -> tuple[str, str, str]:
+def _transformer_variant(shapes: Shapes) -> tuple[str, str, str]:
     dim, channels = _shape(shapes, "patch_embedding.weight", 5)[:2]
     out = _shape(shapes, "proj_out.weight", 2)[0] // math.prod(shapes["patch_embedding.weight"][2:])
     size = SIZES.get((dim, _count(shapes, r"blocks\.(\d+)\.")), CUSTOM)
@@ -96,7 +97,7 @@ def _transformer_variant(shapes: Mapping[str, Shape]) -> tuple[str, str, str]:
     return ("wan2.1" if size == "1.3B" else "wan"), size, "t2v"
 
 
-def _vae_variant(shapes: Mapping[str, Shape]) -> tuple[str, str, None]:
+def _vae_variant(shapes: Shapes) -> tuple[str, str, None]:
     residual = _is_residual(shapes)
     published = (48, 160) if residual else (16, 96)
     z_dim, width = _shape(shapes, "post_quant_conv.weight", 5)[0], _shape(shapes, "encoder.conv_in.weight", 5)[0]
@@ -104,11 +105,11 @@ def _vae_variant(shapes: Mapping[str, Shape]) -> tuple[str, str, None]:
     return ("wan2.2" if residual else "wan2.1"), size, None
 
 
-def _text_variant(shapes: Mapping[str, Shape]) -> tuple[str, str, None]:
+def _text_variant(shapes: Shapes) -> tuple[str, str, None]:
     return "umt5", ("xxl" if _shape(shapes, weight_names.SHARED, 2) == (256384, 4096) else CUSTOM), None
 
 
-def _image_variant(shapes: Mapping[str, Shape]) -> tuple[str, str, None]:
+def _image_variant(shapes: Shapes) -> tuple[str, str, None]:
     width = _shape(shapes, "vision_model.embeddings.class_embedding", 1)[0]
     return "clip", ("huge" if width == 1280 else CUSTOM), None
 
@@ -116,7 +117,7 @@ def _image_variant(shapes: Mapping[str, Shape]) -> tuple[str, str, None]:
 # ---------------------------------------------------------------- configurations
 
 
-def _transformer_config(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> Config:
+def _transformer_config(shapes: Shapes, given: Config) -> Config:
     dim, channels, *patch = _shape(shapes, "patch_embedding.weight", 5)
     image = shapes.get("condition_embedder.image_embedder.norm1.weight")
     config = {
@@ -144,7 +145,7 @@ def _transformer_config(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -
     return config
 
 
-def _heads(dim: int, given: Mapping[str, Any]) -> Config:
+def _heads(dim: int, given: Config) -> Config:
     heads = given.get("num_attention_heads") or dim // HEAD_DIM
     if type(heads) is not int or heads < 1 or dim % heads or (dim % HEAD_DIM and "num_attention_heads" not in given):
         raise CheckpointError(
@@ -154,7 +155,7 @@ def _heads(dim: int, given: Mapping[str, Any]) -> Config:
     return {"num_attention_heads": heads, "attention_head_dim": dim // heads}
 
 
-def _vace_layers(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> list[int]:
+def _vace_layers(shapes: Shapes, given: Config) -> list[int]:
     """Evenly spaced from 0 on, as published, unless given."""
     layers, hints = _count(shapes, r"blocks\.(\d+)\."), _count(shapes, r"vace_blocks\.(\d+)\.")
     chosen = given.get("vace_layers") or list(range(0, layers, max(1, layers // hints)))
@@ -165,7 +166,7 @@ def _vace_layers(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> list[
     return list(chosen)
 
 
-def _vae_config(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> Config:
+def _vae_config(shapes: Shapes, given: Config) -> Config:
     residual, z_dim = _is_residual(shapes), _shape(shapes, "post_quant_conv.weight", 5)[0]
     base, channels = _shape(shapes, "encoder.conv_in.weight", 5)[:2]
     stages = _count(shapes, r"decoder\.up_blocks\.(\d+)\.")
@@ -189,7 +190,7 @@ def _vae_config(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> Config
     return config | (_residual_extras(shapes, config, channels) if residual else {})
 
 
-def _residual_extras(shapes: Mapping[str, Shape], config: Config, channels: int) -> Config:
+def _residual_extras(shapes: Shapes, config: Config, channels: int) -> Config:
     patch = math.isqrt(channels // 3)
     return {
         "decoder_base_dim": _shape(shapes, "decoder.conv_in.weight", 5)[0] // config["dim_mult"][-1],
@@ -212,7 +213,7 @@ def _encoder_stage(stage: int, blocks: int, residual: bool) -> tuple[str, str]:
     return f"encoder.down_blocks.{first + blocks - 1}", f"encoder.down_blocks.{first + blocks}"
 
 
-def _text_config(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> Config:
+def _text_config(shapes: Shapes, given: Config) -> Config:
     vocabulary, width = _shape(shapes, weight_names.SHARED, 2)
     layer = "encoder.block.0.layer.0.SelfAttention"
     buckets, heads = _shape(shapes, f"{layer}.relative_attention_bias.weight", 2)
@@ -232,7 +233,7 @@ def _text_config(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> Confi
     }
 
 
-def _image_config(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> Config:
+def _image_config(shapes: Shapes, given: Config) -> Config:
     inside = "vision_model.embeddings"
     width, _, patch, _ = _shape(shapes, f"{inside}.patch_embedding.weight", 4)
     heads = given.get("num_attention_heads") or CLIP_HEADS.get(width)
@@ -255,17 +256,12 @@ def _image_config(shapes: Mapping[str, Shape], given: Mapping[str, Any]) -> Conf
     return config | ({"projection_dim": head[0]} if head else {})
 
 
-_VARIANTS: Mapping[str, Callable[[Mapping[str, Shape]], tuple[str, str, str | None]]] = {
-    "transformer": _transformer_variant,
-    "vae": _vae_variant,
-    "text_encoder": _text_variant,
-    "image_encoder": _image_variant,
-}
-_CONFIGS: Mapping[str, Callable[[Mapping[str, Shape], Mapping[str, Any]], Config]] = {
-    "transformer": _transformer_config,
-    "vae": _vae_config,
-    "text_encoder": _text_config,
-    "image_encoder": _image_config,
+# Of each part: (its family, size and task; its config.json), from shapes.
+_PARTS: Mapping[str, tuple[Callable[[Shapes], tuple[str, str, str | None]], Callable[[Shapes, Config], Config]]] = {
+    "transformer": (_transformer_variant, _transformer_config),
+    "vae": (_vae_variant, _vae_config),
+    "text_encoder": (_text_variant, _text_config),
+    "image_encoder": (_image_variant, _image_config),
 }
 
 
@@ -279,7 +275,7 @@ def _count(shapes: Iterable[str], pattern: str) -> int:
     return max((int(found[1]) for name in shapes if (found := regex.match(name))), default=-1) + 1
 
 
-def _shape(shapes: Mapping[str, Shape], name: str, dims: int) -> Shape:
+def _shape(shapes: Shapes, name: str, dims: int) -> Shape:
     """The shape of a tensor that has to be there, with so many dimensions."""
     if name not in shapes:
         raise CheckpointError(f"{name} (in diffusers' names) is missing; without it the weights cannot be told")

@@ -32,22 +32,26 @@ SIZES_480P, SIZES_720P, SIZES_5B = ("832x480", "480x832"), ("1280x720", "720x128
 SIZES_14B = (*SIZES_720P, *SIZES_480P)
 
 
+def _sized(preset: Preset, sizes: tuple[str, ...], **changes: Any) -> Preset:
+    """The preset at other sizes, the first of which it takes unless told otherwise."""
+    width, height = map(int, sizes[0].split("x"))
+    return replace(preset, width=width, height=height, sizes=sizes, **changes)
+
+
 # ---------------------------------------------------------------- the published models
 
 SMALL, LARGE, MIDDLE = Signature(1536, 30), Signature(5120, 40), Signature(3072, 30, in_channels=48, out_channels=48)
 PICTURE = LARGE._replace(in_channels=36, image=True)
 
-EMBEDDED = Preset(
-    "embedded",
+EMBEDDED = _sized(
+    Preset("embedded"),
+    ("64x64",),
     num_inference_steps=20,
     flow_shift=3.0,
     guidance_scale=3.0,
     known_guidance_scale=1.5,
     edit_strength=0.4,  # most edits show what they shall from 0.2 on, and things leave their path from 0.6 on
     num_frames=17,
-    height=64,
-    width=64,
-    sizes=("64x64",),
     per_token_timesteps=True,
     window=9,
     overlap=3,
@@ -58,7 +62,7 @@ EMBEDDED = Preset(
 )
 # The 1.3B's scheduler file says flow_shift 3; the original code takes 5.
 WAN_1_3B = Preset("wan2.1-t2v-1.3b", sizes=SIZES_480P, negative_prompt=WAN_NEGATIVE_PROMPT)
-WAN_14B = replace(WAN_1_3B, name="wan2.1-t2v-14b", height=720, width=1280, sizes=SIZES_14B)
+WAN_14B = _sized(WAN_1_3B, SIZES_14B, name="wan2.1-t2v-14b")
 WAN_I2V_480P = replace(
     WAN_1_3B,
     name="wan2.1-i2v-14b-480p",
@@ -68,9 +72,7 @@ WAN_I2V_480P = replace(
     context=1,
     patterns=patterns.PICTURE,
 )
-WAN_I2V_720P = replace(
-    WAN_I2V_480P, name="wan2.1-i2v-14b-720p", flow_shift=5.0, height=720, width=1280, sizes=SIZES_720P
-)
+WAN_I2V_720P = _sized(WAN_I2V_480P, SIZES_720P, name="wan2.1-i2v-14b-720p", flow_shift=5.0)
 WAN_FLF2V = replace(
     WAN_I2V_720P,
     name="wan2.1-flf2v-14b",
@@ -80,7 +82,7 @@ WAN_FLF2V = replace(
     patterns=patterns.TWO_PICTURES,
 )
 WAN_VACE_1_3B = replace(WAN_1_3B, name="wan2.1-vace-1.3b", flow_shift=16.0, context=4, patterns=patterns.CONTROL)
-WAN_VACE_14B = replace(WAN_VACE_1_3B, name="wan2.1-vace-14b", height=720, width=1280, sizes=SIZES_14B)
+WAN_VACE_14B = _sized(WAN_VACE_1_3B, SIZES_14B, name="wan2.1-vace-14b")
 WAN_T2V_A14B = replace(
     WAN_14B,
     name="wan2.2-t2v-a14b",
@@ -101,14 +103,12 @@ WAN_I2V_A14B = replace(
     context=1,
     patterns=patterns.one_level(patterns.PICTURE),
 )
-WAN_TI2V_5B = replace(
+WAN_TI2V_5B = _sized(
     WAN_1_3B,
+    SIZES_5B,
     name="wan2.2-ti2v-5b",
     fps=24.0,
     num_frames=121,
-    height=704,
-    width=1280,
-    sizes=SIZES_5B,
     per_token_timesteps=True,
     spatial_multiple=32,
     window=31,
@@ -121,49 +121,42 @@ WAN_TI2V_5B = replace(
 # The model is told 1000, 757, 522; x0 and new noise are reckoned with the nearest levels of a table of 1000 steps that
 # is shifted by 8, which are its steps 1000, 280 and 120: FastVideo `fastvideo/pipelines/stages/denoising.py`,
 # DmdDenoisingStage (by 8 for the 5B too), and CausVid `causvid/models/wan/wan_wrapper.py` with `flow_match.py`.
-DMD_SIGMAS = (1.0, 28 / 37, 12 / 23)
+DMD: dict[str, Any] = {
+    **{"num_inference_steps": 3, "sigmas": (1.0, 28 / 37, 12 / 23), "whole_timesteps": True},
+    **{"guidance_scale": 1.0, "solver": "redraw"},
+}
 # 1000, 750, 500, 250 on the table that is shifted by 5, which the model is told as they are: Self-Forcing
 # `configs/self_forcing_dmd.yaml` (warp_denoising_step), `pipeline/causal_inference.py`.
 SELF_FORCING_SIGMAS = (1.0, 0.9375, 5 / 6, 0.625)
 
-FASTWAN_1_3B = replace(
+FASTWAN_1_3B = _sized(
     WAN_1_3B,
+    ("832x448",),
     name="fastwan2.1-t2v-1.3b",
-    num_inference_steps=3,
     flow_shift=8.0,
-    sigmas=DMD_SIGMAS,
-    whole_timesteps=True,
-    guidance_scale=1.0,
     num_frames=61,
-    height=448,
-    sizes=("832x448",),
-    solver="redraw",
     patterns=patterns.FEW_STEPS,
+    **DMD,
 )
 FASTWAN_14B = replace(FASTWAN_1_3B, name="fastwan2.1-t2v-14b")
 FASTWAN_5B = replace(
     WAN_TI2V_5B,
     name="fastwan2.2-ti2v-5b",
-    num_inference_steps=3,
-    sigmas=DMD_SIGMAS,
-    whole_timesteps=True,
-    guidance_scale=1.0,
-    solver="redraw",
     patterns=replace(patterns.FIRST_FRAME, first=patterns.EXPERIMENTAL, staggered=patterns.REFUSED),
+    **DMD,
 )
 # The KV cache of `pipeline/causal_inference.py` holds 32760 tokens, which are 21 latent frames, all that it makes at
 # once; longer videos go on with the latest 21. Its first picture needs independent_first_frame, which its released
 # configuration has not.
-SELF_FORCING = replace(
+SELF_FORCING = _sized(
     FASTWAN_1_3B,
+    SIZES_480P[:1],
     name="self-forcing-1.3b",
     num_inference_steps=4,
     flow_shift=5.0,
     sigmas=SELF_FORCING_SIGMAS,
     whole_timesteps=False,
     num_frames=81,
-    height=480,
-    sizes=("832x480",),
     rollout=Rollout(window=21),
     context=3,
     carries=True,
@@ -178,9 +171,7 @@ CAUSAL_FORCING_FRAMEWISE = replace(
     patterns=replace(patterns.CAUSAL, first=patterns.NATIVE),
 )
 # `configs/wan_causal_dmd.yaml` (no warp), `causvid/models/wan/causal_inference.py` (32760 tokens).
-CAUSVID = replace(
-    SELF_FORCING, name="causvid-1.3b", num_inference_steps=3, flow_shift=8.0, sigmas=DMD_SIGMAS, whole_timesteps=True
-)
+CAUSVID = replace(SELF_FORCING, name="causvid-1.3b", flow_shift=8.0, **DMD)
 # Branch v1.0: `configs/longlive_inference.yaml` (120 latent frames), `pipeline/interactive_causal_inference.py`.
 LONGLIVE = replace(SELF_FORCING, name="longlive-1.3b", num_frames=477, rollout=Rollout(window=12, sink=3, recache=True))
 # Branch main: `configs/inference.yaml` (128 latent frames), `pipeline/causal_diffusion_inference.py`,
@@ -228,16 +219,8 @@ VARIANTS: tuple[Variant, ...] = (
 
 def read_signature(transformer: Mapping[str, Any], experts: int = 1) -> Signature:
     """The signature of a transformer/config.json. Raises CheckpointError where its sizes are no whole numbers."""
-    heads, head_dim, layers, text, channels = (
-        _whole(transformer, key, default)
-        for key, default in (
-            ("num_attention_heads", 40),
-            ("attention_head_dim", 128),
-            ("num_layers", 40),
-            ("text_dim", 4096),
-            ("in_channels", 16),
-        )
-    )
+    keys = ("num_attention_heads", "attention_head_dim", "num_layers", "text_dim", "in_channels")
+    heads, head_dim, layers, text, channels = (_whole(transformer, k, getattr(WanTransformerConfig, k)) for k in keys)
     out = _whole(transformer, "out_channels", channels)
     image, positions, control = (bool(transformer.get(k)) for k in ("image_dim", "pos_embed_seq_len", "vace_layers"))
     return Signature(heads * head_dim, layers, text, channels, out, image, image and positions, control, experts)
@@ -369,7 +352,7 @@ def published_configs(name: str) -> tuple[Preset, dict[str, Any]]:
 
 def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACEConfig:
     """A published transformer's configuration."""
-    dim, image = signature.dim, signature.image
+    dim = signature.dim
     made = WanTransformerConfig(
         num_attention_heads=dim // HEAD_DIM,
         attention_head_dim=HEAD_DIM,
@@ -378,11 +361,8 @@ def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACECo
         text_dim=signature.text_dim,
         ffn_dim=FFN_DIM[dim],
         num_layers=signature.num_layers,
-        **_picture(dim, signature.positions) if image else {},
+        image_dim=CLIPVisionConfig.hidden_size if signature.image else 0,
+        added_kv_proj_dim=dim if signature.image else 0,
+        pos_embed_seq_len=TWO_PICTURES if signature.positions else 0,
     )
     return WanVACEConfig(made, tuple(range(0, signature.num_layers, VACE_STEP[dim]))) if signature.control else made
-
-
-def _picture(dim: int, positions: bool) -> dict[str, Any]:
-    sizes = {"image_dim": CLIPVisionConfig().hidden_size, "added_kv_proj_dim": dim}
-    return sizes | ({"pos_embed_seq_len": TWO_PICTURES} if positions else {})

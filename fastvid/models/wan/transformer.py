@@ -52,8 +52,15 @@ class AnyContext(Protocol):
     def layers(self) -> tuple[tuple[Tensor, ...], ...]: ...
 
 
-# Of one call: latents, known, distinct timesteps, their groups, rotary tables, context.
-Inputs = tuple[Tensor, Tensor | None, Tensor, Tensor, tuple[Tensor, Tensor], AnyContext]
+class Inputs(NamedTuple):
+    """What one call computes from."""
+
+    latents: Tensor
+    known: Tensor | None
+    timesteps: Tensor  # the distinct ones, [K]
+    groups: Tensor  # which of them each group of tokens has, [B, G]
+    rotary: tuple[Tensor, Tensor]
+    context: AnyContext
 
 
 class SelfAttention(nn.Module):
@@ -315,14 +322,17 @@ class WanTransformer(nn.Module):
         """
         grid = self._grid(latents, known)
         context = self.prepare_context(text) if isinstance(text, Tensor) else text
+        self._check_context(context, latents, cache)
         values, index = (one.to(latents.device) for one in group_timesteps(timestep, latents.shape[0], grid))
-        rotary = self.rotary(grid, rope_offset, latents.device)
+        inputs = Inputs(latents, known, values, index, self.rotary(grid, rope_offset, latents.device), context)
         if view is not None and view.layout.sequence > 1:
             parallel = self._sequence_parallel(view, grid)
-            given = self._shard(parallel, latents, known, values, index, rotary, context)
-            return parallel.gather(self._velocity(*given, cache, parallel), self.config.patch_size, latents.shape[3])
-        given = latents, known, values, index, rotary, context
-        return self.run(self._velocity, *given) if cache is None else self._velocity(*given, cache)
+            own = self._velocity(self._shard(inputs, parallel), cache, parallel)
+            return parallel.gather(own, self.config.patch_size, latents.shape[3])
+        return self.run(self._velocity, inputs) if cache is None else self._velocity(inputs, cache)
+
+    def _check_context(self, context: AnyContext, latents: Tensor, cache: KVCache | None) -> None:
+        """Raises InvalidRequest for a context that does not fit the latents."""
 
     def _sequence_parallel(self, view: RankView, grid: tuple[int, int, int]) -> SequenceParallel:
         layout, heads, tokens = view.layout, self.config.num_attention_heads, grid[1] * grid[2]
@@ -333,34 +343,22 @@ class WanTransformer(nn.Module):
             )
         return SequenceParallel.of_grid(view, grid)
 
-    def _shard(
-        self,
-        parallel: SequenceParallel,
-        latents: Tensor,
-        known: Tensor | None,
-        values: Tensor,
-        index: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        context: AnyContext,
-    ) -> Inputs:
-        """This rank's part of what `_velocity` takes."""
-        patch, tokens = self.config.patch_size, len(rotary[0])
-        known = None if known is None else parallel.shard(known, patch)
-        rotary = parallel.shard_rows(rotary[0], 0), parallel.shard_rows(rotary[1], 0)
-        return parallel.shard(latents, patch), known, values, parallel.shard_groups(index, tokens), rotary, context
+    def _shard(self, inputs: Inputs, parallel: SequenceParallel) -> Inputs:
+        """This rank's part."""
+        latents, known, values, index, (cos, sin), context = inputs
+        latents = parallel.shard(latents, self.config.patch_size)
+        known = None if known is None else parallel.shard(known, self.config.patch_size)
+        index, rotary = (
+            parallel.shard_groups(index, len(cos)),
+            (parallel.shard_rows(cos, 0), parallel.shard_rows(sin, 0)),
+        )
+        return Inputs(latents, known, values, index, rotary, context)
 
     def _velocity(
-        self,
-        latents: Tensor,
-        known: Tensor | None,
-        values: Tensor,
-        index: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        context: AnyContext,
-        cache: KVCache | None = None,
-        parallel: SequenceParallel | None = None,
+        self, inputs: Inputs, cache: KVCache | None = None, parallel: SequenceParallel | None = None
     ) -> Tensor:
-        """The part of a call that is work for the device alone: distinct timesteps [K], which each group has [B, G]."""
+        """The part of a call that is work for the device alone."""
+        latents, known, values, index, rotary, context = inputs
         embedding, rows = self.condition_embedder.embed_time(values)
         embed = self.patch_embedding.weight, self.patch_embedding.bias
         stream = Stream(self.ops.patch_embed(latents, *embed, known))

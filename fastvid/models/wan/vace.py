@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvid.distributed.mesh import RankView
 from fastvid.errors import InvalidRequest
 from fastvid.layers.kv_cache import KVCache
 from fastvid.layers.linear import Linear, linear
@@ -85,33 +84,21 @@ class WanVACETransformer(WanTransformer):
         )
         return VACEContext(main, vace, control, scales)
 
-    def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text: Tensor | AnyContext,
-        *,
-        known: Tensor | None = None,
-        rope_offset: int | Sequence[int] = 0,
-        cache: KVCache | None = None,
-        view: RankView | None = None,
-    ) -> Tensor:
-        """See WanTransformer.forward; the control has the latents' height and width, and may end before them."""
-        self._grid(latents, known)
+    def _check_context(self, context: AnyContext, latents: Tensor, cache: KVCache | None) -> None:
+        """The control has the latents' height and width, and may end before them."""
         if cache is not None:
             raise InvalidRequest("models with a control branch keep no KV cache")
-        if isinstance(text, VACEContext):
-            (t, *size), (latent_t, *latent_size) = text.control.shape[2:], latents.shape[2:]
-            if size != latent_size or t > latent_t:
-                raise InvalidRequest(
-                    f"the control is {[t, *size]} (T, H, W) and does not fit latents of {[latent_t, *latent_size]}"
-                )
-        return super().forward(latents, timestep, text, known=known, rope_offset=rope_offset, view=view)
-
-    def _shard(self, parallel: SequenceParallel, *given: Any) -> Inputs:
-        *_, context = own = super()._shard(parallel, *given)
         assert isinstance(context, VACEContext)
-        return *own[:-1], context._replace(control=parallel.shard(context.control, self.config.patch_size))
+        (t, *size), (latent_t, *latent_size) = context.control.shape[2:], latents.shape[2:]
+        if size != latent_size or t > latent_t:
+            raise InvalidRequest(
+                f"the control is {[t, *size]} (T, H, W) and does not fit latents of {[latent_t, *latent_size]}"
+            )
+
+    def _shard(self, inputs: Inputs, parallel: SequenceParallel) -> Inputs:
+        assert isinstance(inputs.context, VACEContext)
+        control = parallel.shard(inputs.context.control, self.config.patch_size)
+        return super()._shard(inputs, parallel)._replace(context=inputs.context._replace(control=control))
 
     def _run_blocks(
         self,
@@ -133,10 +120,8 @@ class WanVACETransformer(WanTransformer):
                 vace, (seen, scale) = next(walk), next(due)
                 # The first goes on from the control's tokens and, on top, the video's.
                 control = control if vace.proj_in is None else linear(self.ops, vace.proj_in, control) + start
-                control, start = (
-                    self._added(vace(Stream(control), modulation, seen, rotary, None, parallel), modulation),
-                    None,
-                )
+                control = self._added(vace(Stream(control), modulation, seen, rotary, None, parallel), modulation)
+                start = None
                 hint = linear(self.ops, vace.proj_out, control)
                 stream = Stream(self._added(stream, modulation).add(hint, alpha=scale))
         next(walk, None)
