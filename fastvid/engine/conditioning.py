@@ -1,13 +1,17 @@
-"""What the model is told in each call, and the denoiser that follows.
+"""Conditions a segment on its known frames, and builds its denoiser.
 
-The known frames of a segment reach models in five ways: models with more input channels (I2V, FLF2V, I2V-A14B) get a mask
-and latents behind the noisy latents, most of them CLIP tokens too; models with a timestep for every token (TI2V-5B,
-embedded) get them clean, at timestep 0; models with a control branch (VACE) see a video in which they stay; causal models
-have them in their KV cache; all others get them at the noise level of the rest, put back before every call. See
-`fastvid.models.wan.conditioning`.
+Known frames reach a model in one of five ways (see `fastvid.models.wan.conditioning`):
 
-Shapes: C channels, T columns of a segment or (t) of a window, N tokens of a window, h/w latent height and width; F pixel
-frames, H/W height and width, V control channels, R reference pictures.
+    CHANNELS    a mask and clean latents in extra input channels, mostly with CLIP tokens (I2V, FLF2V, I2V-A14B)
+    TIMESTEPS   clean latents among the noisy ones, at timestep 0 (models with a timestep per token: TI2V-5B, embedded)
+    CONTROL     the video that the control branch sees (VACE)
+    CACHE       the KV cache (causal models)
+    REIMPOSED   latents noised to the level of the others, and put back before every call (all other models)
+
+A column is a latent frame: a column of the noise table.
+
+Shapes: C channels, T columns of a segment, t columns of a window, N tokens of a window, h/w latent height and width;
+F pixel frames, H/W height and width, V control channels, R reference pictures.
 """
 
 from __future__ import annotations
@@ -37,16 +41,17 @@ from fastvid.sampling.noise_table import TableRow
 from fastvid.sampling.sigmas import timesteps
 
 NEGATIVE, SOURCE = -1, -2
-"""Numbers of the prompts that are not the request's own: the negative one, and an edit's source_prompt."""
+"""Prompt numbers of the negative prompt and of an edit's source_prompt; the request's own prompts count from 0."""
 
 LEAD_IN = 4
-"""Latents of stills in front of a clip that is encoded as body. With one, the embedded model's VAE makes the clip's
-first latent 29 % (of its norm) different from what it is in the middle of a stream, with four 12 %, and not less with
-more; in its videos the difference was not seen (6 clips extended to the left, 6 blends)."""
+"""Latent frames of stills put before a clip that is encoded as if in the middle of a stream. The clip's first latent
+then differs from the one encoded in mid-stream by 29 % of its norm with one still latent, by 12 % with four, and by no
+less with more (embedded model's VAE). The difference was not visible in videos (6 clips extended to the left, 6
+blends)."""
 
 
 def lead_in(segment: Segment) -> int:
-    """Frames of the LEAD_IN latents."""
+    """Pixel frames that encode to LEAD_IN latent frames."""
     return 1 + (LEAD_IN - 1) * segment.temporal
 
 
@@ -55,11 +60,11 @@ def lead_in(segment: Segment) -> int:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What is known of a segment, as its model takes it.
+    """A segment's known frames in the form that its model takes.
 
-    way: how the model is told. columns: bool [T], those that are known whole. clean: [1, C, T, h, w], their latents.
-    channels: [1, M, T, h, w], behind the noisy latents. embeds: CLIP tokens [1, L, d]. control: what a control branch
-    sees [1, V, T, h, w]; scales: its weight, one or one for each of its layers.
+    way: how they reach the model (CHANNELS, TIMESTEPS, ...). columns: bool [T], the fully known columns. clean: their
+    latents [1, C, T, h, w]. channels: extra input channels [1, M, T, h, w]. embeds: CLIP tokens [1, L, d]. control: the
+    control branch's input [1, V, T, h, w]. scales: the control branch's weight, one number or one per layer.
     """
 
     way: str
@@ -71,7 +76,7 @@ class Conditions:
     scales: float | tuple[float, ...] = 1.0
 
     def context(self, transformer: Any, text: Tensor) -> Any:
-        """The transformer's context of a text [1, L, text_dim] and of this: once a segment."""
+        """The transformer's context for a text [1, L, text_dim] and these conditions; computed once per segment."""
         if self.control is None:
             return transformer.prepare_context(text, self.embeds)
         return transformer.prepare_context(text, self.embeds, control=self.control, scales=self.scales)
@@ -79,40 +84,40 @@ class Conditions:
     def input(
         self, x: Tensor, row: TableRow, noise: Callable[[int, int], Tensor], region: Region | None
     ) -> tuple[Tensor, Tensor]:
-        """The transformer's input for a window's latents [1, C, t, h, w], and its levels [t] or [N].
+        """The transformer's input latents for a window [1, C, t, h, w], and their noise levels [t] or [N].
 
-        A column at level 0 is clean, hence known. noise: of columns (start, stop). region: places that are known in the
+        A column at level 0 is known. noise: returns the noise of columns (start, stop). region: the known region of the
         other columns.
         """
         sigma, level = row.sigma, row.sigma.max()
         if region is not None:
-            x = torch.where(region.places, region.clean.to(x), x)
+            x = torch.where(region.mask, region.clean.to(x), x)
         if self.way == TIMESTEPS:
             levels = sigma if region is None else region.levels(sigma)
         else:
             levels = sigma if row.write_cache else level.expand(len(sigma))
         if self.way in (REIMPOSED, CACHE) and level > 0 and (region is not None or bool((sigma == 0).any())):
-            places = (sigma == 0).view(1, 1, -1, 1, 1).to(x.device)
-            places = places if region is None else places | region.places
+            known = (sigma == 0).view(1, 1, -1, 1, 1).to(x.device)
+            known = known if region is None else known | region.mask
             noisy = (1 - float(level)) * x + float(level) * noise(row.start, row.stop).to(x)
-            x = torch.where(places, noisy, x)
+            x = torch.where(known, noisy, x)
         return x, levels
 
-    def behind(self, row: TableRow) -> Tensor | None:
-        """The channels behind a window's latents [1, M, t, h, w], of models that have them."""
+    def window_channels(self, row: TableRow) -> Tensor | None:
+        """A window's extra input channels [1, M, t, h, w]; None for models without them."""
         return None if self.channels is None else self.channels[:, :, row.start : row.stop]
 
 
 @dataclass(frozen=True)
 class Region:
-    """A region that is known in a window's frames: places bool [1, 1, t, h, w], clean latents [1, C, t, h, w]."""
+    """The known region of a window: mask bool [1, 1, t, h, w], True where known; clean latents [1, C, t, h, w]."""
 
-    places: Tensor
+    mask: Tensor
     clean: Tensor
 
     def levels(self, sigma: Tensor, patch: int = 2) -> Tensor:
-        """A level for every token [N]: 0 where it is known."""
-        free = ~self.places[0, 0, :, ::patch, ::patch].cpu()
+        """The noise level of every token [N], 0 for known ones. sigma: the columns' levels [t]."""
+        free = ~self.mask[0, 0, :, ::patch, ::patch].cpu()
         return (sigma.view(-1, 1, 1) * free).flatten()
 
 
@@ -120,17 +125,17 @@ class Region:
 def prepare(
     model: Model, request: Resolved, segment: Segment, known: KnownFrames, clip: SourceClip | None = None
 ) -> Conditions:
-    """The known frames of a segment as the model takes them, on its device. clip: the one that is edited."""
-    way, none = way_of(model), torch.zeros(segment.columns, dtype=torch.bool)
+    """The known frames of a segment in the form that the model takes, on its device. clip: the clip being edited."""
+    way, no_columns = way_of(model), torch.zeros(segment.columns, dtype=torch.bool)
     if way == CONTROL:
         scale = 1.0 if request.conditioning_scale is None else request.conditioning_scale
-        return Conditions(way, none, control=_control(model, request, segment, known, clip), scales=scale)
+        return Conditions(way, no_columns, control=_control(model, request, segment, known, clip), scales=scale)
     if not known:
-        return Conditions(way, none)
+        return Conditions(way, no_columns)
     if way == CHANNELS:
-        return _channels(model, segment, known, none)
+        return _channels(model, segment, known, no_columns)
     clean = torch.zeros(1, *segment.latent_shape(model.vae.config.z_dim), device=model.device)
-    columns = none.clone()
+    columns = no_columns.clone()
     for start, latents in known_latents(model, segment, known):
         clean[:, :, start : start + latents.shape[2]] = latents
         columns[start : start + latents.shape[2]] = True
@@ -138,13 +143,13 @@ def prepare(
 
 
 def known_latents(model: Model, segment: Segment, known: KnownFrames) -> Iterator[tuple[int, Tensor]]:
-    """(first column, latents) of everything that is known."""
+    """(first column, latents) of every run of known columns."""
     if known.left is not None:
         yield segment.lead, pixels.encode_stream(model, pixels.pad(known.left, segment), segment)
     if known.right is not None:
-        # As the body of a stream: a causal VAE encodes a stream's first latents differently, so stills stand there.
-        lead = np.repeat(known.right[:1], lead_in(segment), axis=0)
-        latents = pixels.encode_stream(model, pixels.pad(np.concatenate((lead, known.right)), segment), segment)
+        # A causal VAE encodes a stream's first latents differently, so stills precede the clip and are cut off again.
+        stills = np.repeat(known.right[:1], lead_in(segment), axis=0)
+        latents = pixels.encode_stream(model, pixels.pad(np.concatenate((stills, known.right)), segment), segment)
         yield segment.columns - segment.right_columns, latents[:, :, LEAD_IN:]
     by_column: dict[int, list[tuple[int, np.ndarray]]] = {}
     for frame, picture in sorted(known.pictures.items()):
@@ -154,7 +159,7 @@ def known_latents(model: Model, segment: Segment, known: KnownFrames) -> Iterato
 
 
 def _still(model: Model, segment: Segment, column: int, pictures: list[tuple[int, np.ndarray]]) -> Tensor:
-    """The latent of a column of which some frames are known: the others are like the nearest of those."""
+    """The latent of a column with some known frames; its other frames repeat the nearest known one."""
     if column == segment.lead:
         return pixels.encode_stream(model, pixels.fit(pictures[0][1][None], segment), segment)
     first = (column - segment.lead - 1) * segment.temporal + 1
@@ -167,35 +172,37 @@ def _nearest(pictures: list[tuple[int, np.ndarray]], frame: int) -> np.ndarray:
     return min(pictures, key=lambda one: abs(one[0] - frame))[1]
 
 
-def _channels(model: Model, segment: Segment, known: KnownFrames, none: Tensor) -> Conditions:
-    """Mask and latents behind the noisy latents; and CLIP's tokens of the first known frame, or of first and last."""
-    config, shown = model.transformer.config, known.shown()
-    both = bool(config.pos_embed_seq_len)
-    placed = {
+def _channels(model: Model, segment: Segment, known: KnownFrames, no_columns: Tensor) -> Conditions:
+    """Mask and latents as extra channels, and the CLIP tokens of the first known frame, or of the first and the
+    last."""
+    config, ends = model.transformer.config, known.clip_candidates()
+    first_and_last = bool(config.pos_embed_seq_len)
+    frames = {
         frame: picture.to(model.device, model.vae_dtype)[None]
-        for frame, picture in pixels.place(known, segment, last_only=both).items()
+        for frame, picture in pixels.place(known, segment, last_only=first_and_last).items()
     }
     channels = conditioning.image_condition(
-        partial(pixels.encode, model, segment=segment), placed, segment.made_frames, temporal=segment.temporal
+        partial(pixels.encode, model, segment=segment), frames, segment.made_frames, temporal=segment.temporal
     )
-    seen = [shown[0], shown[-1]] if both else shown[:1]
-    return Conditions(CHANNELS, none, None, channels, _clip_tokens(model, seen) if config.image_dim else None)
+    pictures = [ends[0], ends[-1]] if first_and_last else ends[:1]
+    embeds = _clip_tokens(model, pictures) if config.image_dim else None
+    return Conditions(CHANNELS, no_columns, None, channels, embeds)
 
 
 def _clip_tokens(model: Model, pictures: list[np.ndarray]) -> Tensor:
-    """CLIP's tokens of all pictures, one after the other: [1, L, d]."""
+    """The CLIP tokens of all pictures, concatenated: [1, L, d]."""
     assert model.image_encoder is not None
     size = model.image_encoder.config.image_size
-    seen = [pixels.clip_pixels(torch.from_numpy(picture)[None], size).to(model.device) for picture in pictures]
-    return model.look(torch.cat(seen)).flatten(0, 1)[None]
+    inputs = [pixels.clip_pixels(torch.from_numpy(picture)[None], size).to(model.device) for picture in pictures]
+    return model.look(torch.cat(inputs)).flatten(0, 1)[None]
 
 
 # ---------------------------------------------------------------- the control branch
 
 
 def _control(model: Model, request: Resolved, segment: Segment, known: KnownFrames, clip: SourceClip | None) -> Tensor:
-    """What a control branch sees of a segment: [1, V, R + T, h, w] on the model's device, as in diffusers'
-    WanVACEPipeline. Reference pictures stand in front in time: the model makes a latent frame more for each
+    """The control branch's input for a segment: [1, V, R + T, h, w] on the model's device, as in diffusers'
+    WanVACEPipeline. Reference pictures come first in time: the model generates one extra latent frame for each
     (`Segment.lead`), which is dropped."""
     frames, mask = control_video(request, segment, known, clip)
     size = segment.made_height, segment.made_width
@@ -216,22 +223,22 @@ def _control(model: Model, request: Resolved, segment: Segment, known: KnownFram
 def control_video(
     request: Resolved, segment: Segment, known: KnownFrames, clip: SourceClip | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The control video and its mask on all frames of the stream: [F, 3, H, W] in [-1, 1], [F, 1, H, W] in 0..1.
+    """The control video [F, 3, H, W] in [-1, 1] of all frames of the stream, and its mask [F, 1, H, W] in 0..1.
 
-    It is what the request gives (depth, pose, lines, or frames to keep), or the part of an edited clip that stays. The
-    mask is 1 where the model makes pixels: everywhere, with grey frames, where nothing is given. Known frames stay.
-    Frames past the video's end, which are made to have 4k + 1 and cropped, are like its last one.
+    The video is the request's (depth, pose, lines, or frames to keep), or the unmasked part of an edited clip. The mask
+    is 1 where the model generates pixels: everywhere without a video, whose frames are then gray. Known frames stay.
+    The last frame is repeated up to the stream's 4k + 1 frames; those are cropped from the result.
     """
     count, size = segment.made_frames, (segment.made_height, segment.made_width)
     frames, mask = torch.zeros(count, 3, *size), torch.ones(count, 1, *size)
     if request.video is not None and request.verb == "generate":
-        # The video's frame for each of the stream's; those that a segment is shown before it are like its first.
-        picks = (np.arange(count) + segment.source_start - segment.skip).clip(0, len(request.video) - 1)
-        frames = pixels.fit(request.video[picks], segment)
+        # Maps each frame of the stream to one of the video; context frames before the video take its first.
+        indices = (np.arange(count) + segment.source_start - segment.skip).clip(0, len(request.video) - 1)
+        frames = pixels.fit(request.video[indices], segment)
         if request.mask is not None:
-            # Resized as a picture, as the pipeline does: soft edges are the same to the last bit.
-            picks = picks.clip(0, len(request.mask) - 1)
-            mask = _unsigned(pixels.fit(request.mask[picks][..., None], segment))
+            # Resized like a picture, as diffusers' pipeline does, so that soft edges match it bit for bit.
+            indices = indices.clip(0, len(request.mask) - 1)
+            mask = _unsigned(pixels.fit(request.mask[indices][..., None], segment))
     elif clip is not None and clip.mask is not None:
         mask = _unsigned(pixels.pad(clip.masks(0, count)[..., None], segment))
         frames = pixels.pad(clip.frames(0, count), segment).masked_fill(mask > 0.5, 0)
@@ -241,7 +248,7 @@ def control_video(
 
 
 def _unsigned(masks: Tensor) -> Tensor:
-    """Masks in [-1, 1], as pictures are, in 0..1."""
+    """Maps masks from [-1, 1] to 0..1."""
     return ((masks + 1) / 2).clamp(0, 1)
 
 
@@ -249,11 +256,11 @@ def _unsigned(masks: Tensor) -> Tensor:
 
 
 class SegmentDenoiser:
-    """The denoiser of a segment's rows: guidance over the velocities of the expert for the row's level, with what is
-    known of the video.
+    """Builds the denoisers of a segment's table rows: expert selection, guidance, and conditioning on known frames.
 
-    texts: embeddings [1, L, text_dim] of a prompt by number. ranks: how they share a call. caches: KV caches of a causal
-    model, by prompt: 0 for all of the request's own. first: the segment's first column, for models that keep it in view.
+    texts: returns the embeddings [1, L, text_dim] of a prompt by number. ranks: how the ranks share a model call.
+    caches: a causal model's KV caches: number 0 for all prompts of the request, NEGATIVE and SOURCE for those two.
+    first: the latents of the segment's first column, for models that keep it in view.
     """
 
     def __init__(
@@ -276,7 +283,7 @@ class SegmentDenoiser:
             self.conditions = prepare(model, request, segment, known, self.clip)
         self.caches: dict[int, KVCache] = {}
         self.first: Tensor | None = None
-        self._contexts: dict[tuple[int, int], Any] = {}  # by expert and prompt
+        self._contexts: dict[tuple[int, int], Any] = {}  # by (expert, prompt)
 
     @property
     def takes_latents(self) -> bool:
@@ -284,20 +291,20 @@ class SegmentDenoiser:
         return self.conditions.way in (TIMESTEPS, REIMPOSED, CACHE)
 
     def initial(self, start: int, stop: int) -> Tensor:
-        """The columns that enter a window [1, C, t, h, w]: noise, of an edit mixed with the clip; clean latents where
-        they are known."""
-        latents, at = self.noise.initial(start, stop), self.conditions
+        """The latents [1, C, t, h, w] of columns that enter a window: noise (in an edit mixed with the clip), and clean
+        latents in known columns."""
+        latents, conditions = self.noise.initial(start, stop), self.conditions
         if self.clip is not None:
             level = 0.0 if self.request.source_prompt is not None else float(self.sigmas[0])
             latents = (1 - level) * self.clip.latents(start, stop, forget=False) + level * latents
-        if at.clean is None:
+        if conditions.clean is None:
             return latents
-        columns = at.columns[start:stop].view(1, 1, -1, 1, 1).to(latents.device)
-        return torch.where(columns, at.clean[:, :, start:stop], latents)
+        known = conditions.columns[start:stop].view(1, 1, -1, 1, 1).to(latents.device)
+        return torch.where(known, conditions.clean[:, :, start:stop], latents)
 
     def denoiser(self, row: TableRow, prompt: int) -> Denoise:
-        """The denoiser of a table row for a prompt by number."""
-        # A refill has no guidance: the cache of the negative prompt stays true when the other prompt changes.
+        """The denoiser of a table row for the prompt of this number."""
+        # A refill needs no guidance: the negative prompt's cache stays valid when the other prompt changes.
         experts = self.model.experts
         some_known = self.clip is not None or bool((row.sigma == 0).any())
         scales = (1.0,) * len(experts) if row.refill else self.request.guidance_scales(len(experts), some_known)
@@ -316,30 +323,31 @@ class SegmentDenoiser:
             denoise = self._flow_edit(row, region, velocity)
         else:
             denoise = Denoiser(velocity)
-        return denoise if region is None else keep_known(denoise, region.clean, region.places)
+        return denoise if region is None else keep_known(denoise, region.clean, region.mask)
 
     def _expert_for(self, sigma: Tensor) -> int:
         return self.model.experts.choose(timesteps(sigma.numpy(), self.request.solver).max())
 
     def _flow_edit(self, row: TableRow, region: Region | None, target: Velocity) -> Denoise:
-        """FlowEdit from the velocity for the source's own prompt, with new noise at every level."""
+        """FlowEdit from the source prompt's velocity to the target's, with new noise at every step."""
         assert self.clip is not None
         experts = range(len(self.model.experts))
         source = Switched([partial(self._velocity, row, region, e, SOURCE) for e in experts], self._expert_for)
-        draw = 1 + int((self.sigmas > float(row.sigma.max())).sum())
-        noise = self.noise.fresh(row.start, torch.full((len(row.sigma),), draw))
+        step = 1 + int((self.sigmas > float(row.sigma.max())).sum())
+        noise = self.noise.fresh(row.start, torch.full((len(row.sigma),), step))
         return flow_edit(target, source, self.clip.latents(row.start, row.stop), noise)
 
     def _region(self, row: TableRow) -> Region | None:
-        """The places that are known in the window's frames; a control branch is shown them instead."""
+        """The known region of an edit's window; None where a control branch or extra channels carry it instead."""
         if self.clip is None or self.request.mask is None or not self.takes_latents:
             return None
-        return Region(self.clip.known_places(row.start, row.stop), self.clip.latents(row.start, row.stop))
+        return Region(self.clip.known_mask(row.start, row.stop), self.clip.latents(row.start, row.stop))
 
     def _velocity(
         self, row: TableRow, region: Region | None, expert: int, prompt: int, x: Tensor, sigma: Tensor
     ) -> Tensor:
-        """One expert's velocity for a prompt. Its context is made in its first call, when it is on the device anyway."""
+        """One expert's velocity for a prompt. Its context is computed in the first call, which has the expert on the
+        device anyway."""
         model, key = self.model, (expert, prompt)
         text = self._texts(prompt)
         latents, levels = self.conditions.input(x, row, self.noise.initial, region)
@@ -349,20 +357,21 @@ class SegmentDenoiser:
         with model.experts.use(expert) as transformer, ieee_fp32():
             if key not in self._contexts:
                 self._contexts[key] = self.conditions.context(transformer, text)
-            more = {"known": self.conditions.behind(row), "rope_offset": offset, "cache": cache, "view": self._ranks}
-            velocity = transformer(latents, times[None], self._contexts[key], **more)
+            channels = self.conditions.window_channels(row)
+            options = {"known": channels, "rope_offset": offset, "cache": cache, "view": self._ranks}
+            velocity = transformer(latents, times[None], self._contexts[key], **options)
         return velocity if anchor is None else velocity[:, :, 1:]
 
     def _times(self, row: TableRow, levels: Tensor) -> Tensor:
-        """The timesteps that the model is told for these levels."""
+        """The timesteps that the model gets for these noise levels."""
         times, preset = torch.from_numpy(timesteps(levels.numpy(), self.request.solver)), self.model.preset
         if row.write_cache and preset.rollout is not None:
             return torch.full_like(times, preset.rollout.context_noise, dtype=torch.float64)
         return times.round() if preset.whole_timesteps else times
 
     def _offset(self, row: TableRow, anchored: bool) -> int | tuple[int, ...]:
-        """The window's first position, or all of its positions. Only a causal model counts along the segment; windows of
-        other models begin at 0, wherever they are, as in training."""
+        """RoPE positions in time: the window's first, or all of them. Only causal models count from the segment's
+        start; other models' windows begin at 0, as in training."""
         preset = self.model.preset
         if anchored:
             assert preset.anchor is not None
@@ -370,8 +379,8 @@ class SegmentDenoiser:
         return 0 if preset.rollout is None else row.start
 
     def _anchor(self, row: TableRow, prompt: int) -> Tensor | None:
-        """The first column, which some models keep in view of later windows: each is shown only the one before, and over
-        many windows the look of things gets lost."""
+        """The segment's first column, which some models see in every later window. Without it each window sees only the
+        one before, and the look of things drifts."""
         if self.model.preset.anchor is None or row.start == 0:
             return None
         if prompt != SOURCE:
@@ -380,19 +389,19 @@ class SegmentDenoiser:
         return self.clip.first
 
     def _cache(self, row: TableRow, prompt: int) -> KVCache | None:
-        """A causal model's KV cache for a prompt, ready for the row's columns."""
+        """A causal model's KV cache for a prompt, positioned at the row's columns."""
         rollout = self.model.preset.rollout
         if rollout is None:
             return None
-        kind = min(prompt, 0)
-        if kind not in self.caches:
+        number = min(prompt, 0)
+        if number not in self.caches:
             layers = self.model.transformer.config.num_layers
-            self.caches[kind] = windows.new_cache(rollout, self.segment, layers)
-        self.caches[kind].begin(row.start, len(row.sigma))
-        return self.caches[kind]
+            self.caches[number] = windows.new_cache(rollout, self.segment, layers)
+        self.caches[number].begin(row.start, len(row.sigma))
+        return self.caches[number]
 
 
 def anchored(x: Tensor, levels: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents and levels ([t] or [N]) with one more clean column [1, C, 1, h, w] in front."""
-    each = 1 if len(levels) == x.shape[2] else len(levels) // x.shape[2]
-    return torch.cat((anchor.to(x), x), dim=2), torch.cat((levels.new_zeros(each), levels))
+    """Latents and noise levels ([t] or [N]) with a clean column [1, C, 1, h, w] prepended."""
+    levels_per_column = 1 if len(levels) == x.shape[2] else len(levels) // x.shape[2]
+    return torch.cat((anchor.to(x), x), dim=2), torch.cat((levels.new_zeros(levels_per_column), levels))

@@ -1,4 +1,4 @@
-"""The events of a running request: what `pipe.stream` yields.
+"""The events of a running request, as `pipe.stream` yields them.
 
 Order: one Started, then Step and Frames as they happen, and one Finished.
 """
@@ -30,7 +30,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Step:
-    """Denoising step number `step` (from 1) of `total` is done: it began at noise level `sigma` and took `seconds`."""
+    """Denoising step number `step` (from 1) of `total` is done. It began at noise level `sigma` and took `seconds`."""
 
     step: int
     total: int
@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Frames:
-    """The next frames of the video: uint8 RGB [n, H, W, 3], the first of them frame `start`."""
+    """The next frames of the video, uint8 RGB [n, H, W, 3]; the first is number `start`."""
 
     start: int
     frames: np.ndarray = field(repr=False)
@@ -48,8 +48,8 @@ class Frames:
 
 @dataclass(frozen=True)
 class Finished:
-    """All frames are out. latents: the clean, normalised ones that were made, [1, C, T, h, w], or None if they were not
-    kept. seconds: by stage (text, denoise, decode)."""
+    """All frames have been yielded. latents: the generated clean, normalized latents [1, C, T, h, w]; None if not kept.
+    seconds: by stage (text, denoise, decode)."""
 
     seed: int
     num_frames: int
@@ -64,21 +64,22 @@ Event = Started | Step | Frames | Finished
 
 @dataclass(frozen=True)
 class Plan:
-    """What running a request takes. Sizes are in pixels, bytes and floating point operations.
+    """The cost of a request. Sizes are in pixels, bytes and floating point operations.
 
-    model_height, model_width, model_frames: what the model makes before cropping. latent_shape: (C, T, h, w).
-    tokens: of the largest window. decode_chunk: latent frames decoded at a time, in decode_stripes stripes of rows;
-    decode_beside: while later ones are denoised. flops_attention: its part of flops_denoise.
+    model_height, model_width, model_frames: the model's output before cropping. latent_shape: (C, T, h, w). tokens:
+    in the largest window. decode_chunk: latent frames per decoded chunk, decoded in decode_stripes horizontal
+    stripes. decode_beside: whether chunks are decoded while later latents are denoised. flops_attention: attention's
+    part of flops_denoise.
 
-    bytes_device: the peak on the device, weights included. bytes_host: weights kept in host memory. bytes_free: what can
-    still be taken on the device. bytes_graphs: buffers of CUDA graphs. offload: how weights share the device; choices: what was
-    decided, in sentences.
+    bytes_device: peak on the device, weights included. bytes_host: weights kept in host memory. bytes_free: memory
+    available on the device. bytes_graphs: buffers of CUDA graphs. offload: the offload mode. choices: the planner's
+    decisions, in sentences.
 
-    seconds, seconds_parts: estimated time, in all and by part; None and empty if no estimate was asked for.
+    seconds, seconds_parts: estimated time, total and by stage; None and empty without an estimate.
 
-    On several ranks: parallel: the layout; parallel_why: the reason for it; link: what joins the ranks, and whether that
-    was found, given or assumed; layouts: predicted seconds of a step for each layout that fits, the chosen one first;
-    efficiency: predicted speed of a step over that of one rank times the ranks, only with an estimate.
+    With several ranks: parallel: the layout. parallel_why: the reason for it. link: the interconnect, and whether it
+    was detected, requested or assumed. layouts: predicted seconds per step of each layout that fits, the chosen one
+    first. efficiency: predicted speedup of a step divided by the number of ranks; only with an estimate.
     """
 
     height: int
@@ -124,7 +125,7 @@ class Plan:
     link: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
+        """The plan as JSON types."""
         lists = {"latent_shape": list(self.latent_shape), "choices": list(self.choices)}
         dicts = {name: dict(getattr(self, name)) for name in ("backends", "seconds_parts", "layouts")}
         return {**asdict(self), **lists, **dicts}

@@ -1,7 +1,7 @@
-"""The known frames of a segment, as pixels: read from its neighbors, laid on its stream of frames, encoded; and
-pictures as the VAE, a control branch and CLIP take them.
+"""Known frames of a segment as pixels: reads them from neighboring segments and clips, places them in the segment's
+stream of frames, and encodes them. Also prepares pictures for the VAE, a control branch and CLIP.
 
-Shapes: H/W height and width as given, F frames; made_height, made_width and T latent frames of the segment.
+Shapes: H/W height and width of the input, F frames; made_height x made_width frames and T latent frames of the segment.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fastvid.requests.timeline import Edge, Segment
 
 @dataclass(frozen=True)
 class KnownFrames:
-    """The known frames of a segment: uint8 [n, H, W, 3] at its left and right end, and pictures [H, W, 3] by frame
-    number among those that come out. after: the frame [H, W, 3] that follows those that come out; the first of `right`
-    unless more is made between the two."""
+    """The known frames of a segment: uint8 [n, H, W, 3] at its left and right end, and pictures [H, W, 3] by output
+    frame number. after: the frame [H, W, 3] that follows the last output frame; it is the first of `right`, unless
+    the model generates surplus frames between the two."""
 
     left: np.ndarray | None = None
     right: np.ndarray | None = None
@@ -34,28 +34,28 @@ class KnownFrames:
     def __bool__(self) -> bool:
         return self.left is not None or self.right is not None or bool(self.pictures)
 
-    def shown(self) -> list[np.ndarray]:
-        """The known pictures that CLIP may see, first to last."""
+    def clip_candidates(self) -> list[np.ndarray]:
+        """The known frames that CLIP may see, first to last."""
         left = [] if self.left is None else [self.left[-1]]
         right = [] if self.right is None else [self.right[-1]]
         return [*left, *(self.pictures[frame] for frame in sorted(self.pictures)), *right]
 
 
 class SegmentEnds:
-    """The first and last frames of the segments made so far, as far as neighbors are shown them: at most `most`."""
+    """The first and last frames of the finished segments, at most `most` of each: the context of their neighbors."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._ends: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def add(self, number: int, frames: np.ndarray) -> None:
-        """The next frames [n, H, W, 3] of a segment."""
+        """Adds the next frames [n, H, W, 3] of a segment."""
         first, last = self._ends.get(number, (frames[:0], frames[:0]))
         first = first if len(first) >= self._most else np.concatenate((first, frames))[: self._most]
         self._ends[number] = (first, np.concatenate((last, frames))[-self._most :])
 
     def known(self, segment: Segment) -> KnownFrames:
-        """What a segment is shown of its neighbors, and its pictures."""
+        """The known frames of a segment: context from its neighbors, and its pictures."""
         left = self._frames(segment.before, segment.left, before=True) if segment.left else None
         right = self._frames(segment.after, segment.right, before=False) if segment.right else None
         if right is None or segment.over == 0:
@@ -65,7 +65,7 @@ class SegmentEnds:
         return KnownFrames(left, right, segment.pictures, self._frames(after, 1, before=False)[0])
 
     def _frames(self, edge: Edge | None, count: int, before: bool) -> np.ndarray:
-        """`count` frames before or after an edge; past the end of a clip its last frame is repeated."""
+        """`count` frames before or after an edge; a clip's last frame is repeated past its end."""
         assert edge is not None
         if edge.segment is not None:
             first, last = self._ends[edge.segment]
@@ -79,38 +79,39 @@ class SegmentEnds:
 
 
 def hold_last(frames: np.ndarray, count: int) -> np.ndarray:
-    """Frames [n, H, W, 3], the last one repeated until there are `count`."""
-    held = [frames[-1:]] * (count - len(frames))
-    return np.concatenate((frames, *held)) if held else frames
+    """Repeats the last of the frames [n, H, W, 3] until there are `count`."""
+    copies = [frames[-1:]] * (count - len(frames))
+    return np.concatenate((frames, *copies)) if copies else frames
 
 
 # ---------------------------------------------------------------- onto a segment
 
 
 def fit(frames: np.ndarray, segment: Segment) -> Tensor:
-    """uint8 [F, H, W, C] -> fp32 [F, C, made_height, made_width] in [-1, 1]: stretched (Lanczos) to the size that comes
-    out; the edge is repeated where the model makes more."""
+    """uint8 [F, H, W, C] -> fp32 [F, C, made_height, made_width] in [-1, 1]: stretched (Lanczos) to the output size,
+    then padded to the model's size by repeating the edge."""
     return widen(to_signed(torch.from_numpy(resize(frames, segment.height, segment.width))), segment)
 
 
 def pad(frames: np.ndarray, segment: Segment) -> Tensor:
-    """uint8 [F, height, width, C] -> fp32 [F, C, made_height, made_width] in [-1, 1], not resized."""
+    """uint8 [F, height, width, C] -> fp32 [F, C, made_height, made_width] in [-1, 1]: padded, not resized."""
     return widen(to_signed(torch.from_numpy(np.array(frames))), segment)
 
 
 def widen(frames: Tensor, segment: Segment) -> Tensor:
-    """Frames [F, C, height, width] with the edge repeated up to the size that the model makes."""
+    """Pads frames [F, C, height, width] to the model's size by repeating the edge."""
     right, bottom = segment.made_width - segment.width, segment.made_height - segment.height
     return F.pad(frames, (0, right, 0, bottom), mode="replicate") if right or bottom else frames
 
 
 def place(known: KnownFrames, segment: Segment, last_only: bool = False) -> dict[int, Tensor]:
-    """The known frames by frame of the stream: fp32 [3, made_height, made_width]. last_only: of those on the right."""
+    """The known frames, fp32 [3, made_height, made_width], by number in the stream. last_only: only the last of those
+    on the right."""
     placed: dict[int, Tensor] = {}
     if known.left is not None:
         placed |= dict(enumerate(pad(known.left, segment)))
-    for frame, one in known.pictures.items():
-        placed[segment.skip + frame] = fit(one[None], segment)[0]
+    for frame, picture in known.pictures.items():
+        placed[segment.skip + frame] = fit(picture[None], segment)[0]
     if known.right is not None:
         frames = dict(enumerate(pad(known.right, segment), segment.made_frames - len(known.right)))
         placed |= dict([max(frames.items())]) if last_only else frames
@@ -123,13 +124,14 @@ def encode_stream(model: Model, frames: Tensor, segment: Segment) -> Tensor:
 
 
 def encode(model: Model, frames: Tensor, segment: Segment) -> Tensor:
-    """Latents [1, C, T, h, w] of frames [1, 3, F, made_height, made_width], in chunks as when decoding."""
+    """Latents [1, C, T, h, w] of frames [1, 3, F, made_height, made_width], encoded in chunks of the decoder's
+    length."""
     step, latents, cache = segment.temporal * decode_chunk(segment), [], None
     first = step - segment.temporal + 1
     rest = frames[:, :, first:]
     for chunk in (frames[:, :, :first], *(rest.split(step, dim=2) if rest.shape[2] else ())):
-        made, cache = model.vae.encode(chunk.to(model.device, model.vae_dtype), cache, bands=model.bands)
-        latents.append(made)
+        encoded, cache = model.vae.encode(chunk.to(model.device, model.vae_dtype), cache, bands=model.bands)
+        latents.append(encoded)
     return torch.cat(latents, dim=2)
 
 
@@ -139,12 +141,13 @@ def to_signed(pictures: Tensor) -> Tensor:
 
 
 def fit_pictures(pictures: Tensor, height: int, width: int) -> Tensor:
-    """Pictures uint8 [..., H, W, 3], stretched (Lanczos) as the pipelines do: fp32 [..., 3, height, width]."""
+    """Pictures uint8 [..., H, W, 3], stretched (Lanczos) as in diffusers' pipelines: fp32 [..., 3, height, width]."""
     return to_signed(torch.from_numpy(resize(pictures.numpy(), height, width)))
 
 
 def fit_reference(picture: Tensor, height: int, width: int, *, spatial: int = 8) -> Tensor:
-    """A reference for VACE: uint8 [H, W, 3], its shape kept, in the middle of white: fp32 [3, height, width]."""
+    """A VACE reference picture uint8 [H, W, 3], scaled with its aspect ratio and centered on white: fp32 [3, height,
+    width] in [-1, 1]."""
     picture = fit_pictures(picture, *(side // spatial * spatial for side in picture.shape[:2]))
     scale = min(height / picture.shape[1], width / picture.shape[2])
     h, w = int(picture.shape[1] * scale), int(picture.shape[2] * scale)
@@ -154,17 +157,17 @@ def fit_reference(picture: Tensor, height: int, width: int, *, spatial: int = 8)
     return canvas
 
 
-# What transformers' OPENAI_CLIP_MEAN and OPENAI_CLIP_STD say, and every published preprocessor_config.json.
+# OPENAI_CLIP_MEAN and OPENAI_CLIP_STD of transformers; the same in every published preprocessor_config.json.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def clip_pixels(pictures: Tensor, size: int = 224) -> Tensor:
-    """Pictures uint8 [B, H, W, 3] as CLIP takes them: fp32 [B, 3, size, size], the middle square, normalised.
+    """CLIP's input for pictures uint8 [B, H, W, 3]: the center square, normalized, fp32 [B, 3, size, size].
 
-    The shorter side becomes `size` (bicubic, as Pillow does it), the middle of the longer one is kept. That is what
-    transformers' CLIPImageProcessor, and so diffusers, does; the original code squeezes the whole picture into the
-    square instead. Raises ValueError for another layout or dtype.
+    The shorter side is resized to `size` (bicubic, as in Pillow) and the longer one cropped, as in transformers'
+    CLIPImageProcessor and diffusers; Wan's original code squeezes the whole picture into the square instead. Raises
+    ValueError for another layout.
     """
     if pictures.ndim != 4 or pictures.shape[-1] != 3:
         raise ValueError(f"pictures are uint8 [B, H, W, 3], not {list(pictures.shape)}")
@@ -174,5 +177,5 @@ def clip_pixels(pictures: Tensor, size: int = 224) -> Tensor:
     pictures = torch.from_numpy(resize(pictures.numpy(), height, width, "bicubic"))
     top, left = (height - size) // 2, (width - size) // 2
     square = pictures[:, top : top + size, left : left + size]
-    values = (square.double() * (1 / 255)).float()  # in fp64, then rounded: what transformers does
+    values = (square.double() * (1 / 255)).float()  # in fp64, then rounded, as in transformers
     return ((values - values.new_tensor(CLIP_MEAN)) / values.new_tensor(CLIP_STD)).permute(0, 3, 1, 2).contiguous()

@@ -1,11 +1,11 @@
-"""The scheduler of a pipeline: which requests may begin, and whose turn it is.
+"""The scheduler of a pipeline: admits requests, and shares the device between the running ones.
 
-Begin: first come, first served, at most `running` at once. A request that waits to begin holds only its inputs, and
+Admission: first come, first served, at most `running` requests at once. A waiting request holds only its inputs, and
 nothing on the device. A stream that its caller has not pulled for PATIENCE seconds does not count as running, so a
-caller who pulls several streams in turn, from one thread or from many, never waits for himself.
+caller that pulls several streams in turn, from one thread or several, cannot deadlock.
 
-Turns: running requests work in turns, round robin, `steps` at a time: a denoising step, a text, a chunk decoded in
-place. Chunks decoded beside denoising have a line of their own, one at a time.
+Turns: round robin among running requests, `steps` turns at a time. A turn is a denoising step, encoding a prompt, or
+decoding a chunk in place. Chunks decoded beside denoising have a second queue, one turn at a time.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from typing import Any
 
 from fastvid.errors import Cancelled
 
-RUNNING = 4  # the default: each request has latents, texts and a decoder's cache on the device
-PATIENCE = 0.5  # seconds: far longer than a caller handles frames, far shorter than a request
+RUNNING = 4  # default; each running request holds latents, prompt embeddings and a VAE cache on the device
+PATIENCE = 0.5  # seconds; far longer than a caller takes to handle frames, far shorter than a request
 
 
 class Ticket:
-    """One request in a pipeline's scheduler. It works only inside `admitted`, and there only in its turns."""
+    """One request's handle to the scheduler. The request uses the device only inside `admitted`, and there only in its
+    turns."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler, self._cancelled = scheduler, threading.Event()
-        self.idle_since: float | None = None  # when its caller stopped waiting for it
+        self.idle_since: float | None = None  # since when no caller waits for its events
 
     @property
     def cancelled(self) -> bool:
@@ -39,13 +40,13 @@ class Ticket:
             raise Cancelled("the request was cancelled")
 
     def cancel(self) -> None:
-        """Cancel the request, from any thread, also while it waits."""
+        """Cancels the request, running or waiting. Thread-safe."""
         self._cancelled.set()
         self._scheduler.notify()
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Waits until the request may begin; it counts as running until the block ends. Raises Cancelled."""
+        """Waits for admission; the request counts as running until the block ends. Raises Cancelled."""
         try:
             self._scheduler.admit(self)
             yield
@@ -54,7 +55,7 @@ class Ticket:
 
     @contextmanager
     def pulled(self) -> Iterator[None]:
-        """The caller waits for the request until the block ends."""
+        """Marks that the caller waits for the request's next event, until the block ends."""
         self.idle_since = None
         try:
             yield
@@ -63,18 +64,18 @@ class Ticket:
             self._scheduler.notify_waiting()
 
     def step(self) -> AbstractContextManager[None]:
-        """A turn for a step, or for other work on the device. Raises Cancelled, also while waiting."""
+        """Waits for a turn to do a step, or other work on the device. Raises Cancelled."""
         return self._scheduler.step_turn(self)
 
     def decoding(self) -> AbstractContextManager[Scheduler]:
-        """A turn to decode a chunk beside denoising. Raises Cancelled, also while waiting."""
+        """Waits for a turn to decode a chunk beside denoising. Raises Cancelled."""
         return self._scheduler.decode_turn(self)
 
 
 class Scheduler:
-    """Decides for all requests on one pipeline. It holds no state of a request but its tickets.
+    """Schedules all requests of one pipeline; knows them only by their tickets.
 
-    decode_stream: the CUDA stream of all chunks that are decoded beside denoising; the first of them makes it.
+    decode_stream: the CUDA stream of all chunks decoded beside denoising; created with the first.
     """
 
     def __init__(self, running: int = RUNNING, steps: int = 1) -> None:
@@ -82,22 +83,22 @@ class Scheduler:
         self._change = threading.Condition()
         self._waiting: list[Ticket] = []
         self._running: list[Ticket] = []
-        self._step_line: list[object] = []
-        self._decode_line: list[object] = []
+        self._step_queue: list[object] = []
+        self._decode_queue: list[object] = []
         self.decode_stream: Any = None
 
     @property
     def running(self) -> int:
-        """How many requests have begun and not ended."""
+        """The number of admitted requests that have not ended."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """How many wait to begin."""
+        """The number of requests that wait for admission."""
         return len(self._waiting)
 
     def admit(self, ticket: Ticket) -> None:
-        """Waits until a request may begin. Raises Cancelled."""
+        """Waits until the request may begin. Raises Cancelled."""
         with self._change:
             self._waiting.append(ticket)
             try:
@@ -110,52 +111,54 @@ class Scheduler:
                 self._change.notify_all()
 
     def leave(self, ticket: Ticket) -> None:
-        """A request has ended, whether it had begun or not."""
+        """Removes a request that has ended, admitted or not."""
         with self._change:
             self._running = [other for other in self._running if other is not ticket]
             self._change.notify_all()
 
     def step_turn(self, ticket: Ticket) -> AbstractContextManager[None]:
         """See Ticket.step."""
-        return self._turn(ticket, self._step_line, self._max_steps)
+        return self._turn(ticket, self._step_queue, self._max_steps)
 
     @contextmanager
     def decode_turn(self, ticket: Ticket) -> Iterator[Scheduler]:
         """See Ticket.decoding."""
-        with self._turn(ticket, self._decode_line, 1):
+        with self._turn(ticket, self._decode_queue, 1):
             yield self
 
     def notify(self) -> None:
-        """All who wait look again whether they may go on, or were cancelled."""
+        """Wakes all waiting requests to check whether they may proceed or were cancelled."""
         with self._change:
             self._change.notify_all()
 
     def notify_waiting(self) -> None:
-        """The same, but free where no request waits to begin."""
+        """`notify`, if any request waits for admission."""
         if self._waiting:
             self.notify()
 
     @contextmanager
-    def _turn(self, ticket: Ticket, line: list[object], width: int) -> Iterator[None]:
+    def _turn(self, ticket: Ticket, queue: list[object], width: int) -> Iterator[None]:
+        """Waits until this turn is among the first `width` of the queue."""
         turn = object()
         try:
             with self._change:
-                line.append(turn)
-                self._change.wait_for(lambda: ticket.cancelled or turn in line[:width])
+                queue.append(turn)
+                self._change.wait_for(lambda: ticket.cancelled or turn in queue[:width])
             ticket.check()
             yield
         finally:
             with self._change:
-                line.remove(turn)
+                queue.remove(turn)
                 self._change.notify_all()
 
     def _seconds_to_wait(self, ticket: Ticket) -> float | None:
-        """Seconds until a request may begin, as things are now; None if something has to happen first."""
+        """Seconds until a request may begin if nothing else changes; None if something has to change first."""
         if self._waiting[0] is not ticket:
             return None
         now = time.monotonic()
-        left = [None if (since := other.idle_since) is None else since + PATIENCE - now for other in self._running]
-        counted = [seconds for seconds in left if seconds is None or seconds > 0]
+        # Seconds until each running request counts as idle; None for one that its caller waits for.
+        patience = [None if (since := other.idle_since) is None else since + PATIENCE - now for other in self._running]
+        counted = [seconds for seconds in patience if seconds is None or seconds > 0]
         excess = len(counted) - self._max_running
         if excess < 0:
             return 0

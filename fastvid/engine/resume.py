@@ -1,16 +1,16 @@
-"""Checkpoints of running requests: a folder from which a request goes on after its process is gone, with the very same
-frames. What is not there follows from the request: noise, texts, masks, encoded clips.
+"""Checkpoints of running requests: folders from which another process resumes a request, with bit-identical frames.
 
-    request.json            what was asked, of which model, by which version; written once
-    clean-<n>-<segment>-... clean latents, one file for each row that made some; each written once
-    state-<rows>-...        the window that is being made: the loop's Position
-    cache-<rows>-...        a causal model's keys and values that are new since the last such file
-    head.json               which of these count; replaced last, so all that it names is complete
-    rank-<n>-<rows>.json    of a causal model on several ranks: which of rank n's own cache-<rows>-r<n>-... count, at
-                            the rows that head.json says; rank 0 writes everything else
+    request.json            the request, its model and fastvid's version; written once
+    clean-<n>-<segment>-... clean latents, one file per row that finished some; each written once
+    state-<rows>-...        the loop's Position in the current window
+    cache-<rows>-...        a causal model's keys and values that changed since the last such file
+    head.json               the index of the valid files; replaced last, so all files it names are complete
+    rank-<n>-<rows>.json    for a causal model on several ranks: the index of rank n's files cache-<rows>-r<n>-...,
+                            valid at head.json's rows; rank 0 writes everything else
 
-So a checkpoint's cost does not grow with the video. Frames are not kept: decoding the clean latents again is cheap. A
-causal model is saved after each block; a block that was cut off is made again.
+Everything else follows from the request: noise, prompt embeddings, masks, encoded clips. Frames are not saved, since
+decoding the clean latents again is cheap. The cost of a save does not grow with the video. A causal model is saved
+after each block; an interrupted block is generated again.
 
 Shapes: latents [1, C, T, h, w]; a cache's keys and values [B, slots, N of a frame, H, D].
 """
@@ -39,14 +39,15 @@ from fastvid.models.loaded import Model
 from fastvid.sampling.loop import Position, Row
 from fastvid.sampling.solvers import SolverState
 
-EVERY = 1.0  # seconds between two saves; slower rows are saved each
+EVERY = 1.0  # least seconds between saves
 Caches = dict[int, KVCache]
 
 
 @dataclass(frozen=True)
 class Head:
-    """How far a checkpoint is. rows: done in all. segments: begun. clean: files of clean latents that count. state: the
-    last segment's file. caches: (file, {text: its slots}). places: the position of each cache."""
+    """A checkpoint's progress, as head.json holds it. rows: rows done. segments: segments begun. clean: number of valid
+    clean-* files. state: the state-* file. caches: (cache-* file, {prompt number: its slots}). places: the position of
+    each cache."""
 
     rows: int = 0
     segments: int = 0
@@ -58,8 +59,8 @@ class Head:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was read and found complete, or a fresh one, of which nothing is written yet. clean: the names
-    of its files of clean latents, in order."""
+    """A checkpoint that was read and verified, or a fresh one, with nothing written yet. about: request.json. clean:
+    its clean-* files, in order."""
 
     folder: Path
     about: dict[str, Any]
@@ -70,8 +71,8 @@ class Saved:
 
 @dataclass(frozen=True)
 class SavedSegment:
-    """What an earlier process has saved of a segment. rows: those that made clean latents, without positions. position:
-    where to go on after them, None at the start. finished: nothing is left to do."""
+    """A segment's saved progress. rows: the rows that finished clean latents, without positions. position: where to
+    continue after them; None at the start. finished: whether the segment is done."""
 
     rows: Iterable[Row] = ()
     position: Position | None = None
@@ -86,14 +87,14 @@ def begin(
     verb: str,
     options: Mapping[str, Any],
     recipe: dict[str, Any],
-    said: Mapping[str, Any],
+    settings: Mapping[str, Any],
     layout: Layout | None = None,
 ) -> Resume | None:
-    """The Resume of a new request, or None if no checkpoints are asked for. Nothing is written yet. layout: how ranks
-    share it."""
-    if not said:
+    """The Resume of a new request; None without checkpoints. Writes nothing yet. settings: the checkpoint options.
+    layout: how ranks share the request."""
+    if not settings:
         return None
-    folder = _new_folder(said["checkpoint"], model.mesh)
+    folder = _new_folder(settings["checkpoint"], model.mesh)
     about = {
         "format": files.FORMAT,
         "verb": verb,
@@ -102,25 +103,25 @@ def begin(
         "model": identity.fingerprint(model),
         "layout": str(layout or Layout()),
     }
-    return go_on(Saved(folder, about, Head(), fresh=True), model, said)
+    return open_saved(Saved(folder, about, Head(), fresh=True), model, settings)
 
 
 def _new_folder(path: Any, mesh: Mesh) -> Path:
-    """The folder of a new checkpoint. Rank 0, which makes it, checks whether it can."""
-    refused = None
+    """The folder of a new checkpoint. Rank 0, which will create it, checks whether it can."""
+    problem = None
     if mesh.rank == 0:
         try:
             files.new_folder(path)
         except InvalidRequest as error:
-            refused = error
-    if not agree(mesh, refused is None, first):
-        raise refused or InvalidRequest(f"checkpoint: rank 0 cannot make one at {path}")
+            problem = error
+    if not agree(mesh, problem is None, first):
+        raise problem or InvalidRequest(f"checkpoint: rank 0 cannot make one at {path}")
     return files.folder_of(path)
 
 
-def go_on(saved: Saved, model: Model, said: Mapping[str, Any]) -> Resume:
-    """The Resume of a request that goes on. said: options about checkpoints. Raises InvalidRequest for bad ones."""
-    every, keep = said.get("checkpoint_every"), said.get("keep_checkpoint", False)
+def open_saved(saved: Saved, model: Model, settings: Mapping[str, Any]) -> Resume:
+    """The Resume of a checkpoint. settings: the checkpoint options. Raises InvalidRequest for bad ones."""
+    every, keep = settings.get("checkpoint_every"), settings.get("keep_checkpoint", False)
     if not isinstance(keep, bool):
         raise InvalidRequest(f"keep_checkpoint={keep!r:.40}: allowed is True or False")
     every = EVERY if every is None else number(0.0, 86400.0, " seconds")("checkpoint_every", every)
@@ -128,7 +129,8 @@ def go_on(saved: Saved, model: Model, said: Mapping[str, Any]) -> Resume:
 
 
 def read(path: Any) -> Saved:
-    """A checkpoint, all of its files checked. Raises CheckpointError if it is missing, damaged or of a later format."""
+    """Reads a checkpoint and verifies all its files. Raises CheckpointError if it is missing, damaged or of another
+    format."""
     folder = files.folder_of(path)
     about = files.get_about(folder)
     head = _head(folder)
@@ -148,52 +150,54 @@ def _head(folder: Path) -> Head:
 
 
 def _clean_files(folder: Path, count: int) -> Iterator[str]:
-    found = {name[:12]: name for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")}
+    by_stem = {name[:12]: name for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")}
     for index in range(count):
-        if (stem := f"clean-{index:06d}") not in found:
+        if (stem := f"clean-{index:06d}") not in by_stem:
             raise CheckpointError(f"{folder}: {stem} is missing from this checkpoint; start the request anew")
-        yield found[stem]
+        yield by_stem[stem]
 
 
 def check(saved: Saved, model: Model) -> None:
-    """Raises InvalidRequest if a checkpoint is of another model, version or precision."""
+    """Raises InvalidRequest if the checkpoint is from another model, version or precision."""
     identity.check_model(saved.about["model"], identity.fingerprint(model))
 
 
 def layout_of(saved: Saved, model: Model) -> Layout | None:
-    """How ranks shared the request and will go on with it. Raises CheckpointError if the checkpoint does not say."""
-    said = saved.about.get("layout")
-    if said is None and model.mesh.size > 1 and model.layout is None:
+    """The layout with which ranks shared the request, and with which it must resume. Raises CheckpointError if the
+    checkpoint does not say."""
+    layout = saved.about.get("layout")
+    if layout is None and model.mesh.size > 1 and model.layout is None:
         raise CheckpointError(
             f"{saved.folder} does not say how ranks shared the request, and goes on in that way alone: "
             "load with the degrees that it had, such as parallel='guidance=2,ulysses=2'"
         )
     try:
-        return None if said is None else parse_parallel(said).layout
+        return None if layout is None else parse_parallel(layout).layout
     except InvalidRequest as error:
         raise CheckpointError(f"{saved.folder} is damaged: {error}") from error
 
 
 def check_request(saved: Saved, recipe: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest if a checkpoint is of another request than this recipe's."""
+    """Raises InvalidRequest if the checkpoint is of another request than this recipe."""
     identity.check_request(saved.about["recipe"], recipe)
 
 
-def options(saved: Saved, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The verb, and the arguments to go on with. Raises InvalidRequest if something has to be given again."""
-    return saved.about["verb"], identity.options(saved.about["arguments"], given)
+def options(saved: Saved, inputs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The verb and arguments to resume with. inputs: pictures, clips and tensors passed again. Raises InvalidRequest if
+    one is missing."""
+    return saved.about["verb"], identity.options(saved.about["arguments"], inputs)
 
 
 # ---------------------------------------------------------------- while it runs
 
 
 class Resume:
-    """One request's checkpoint while it runs: what an earlier process has saved, and what is saved now.
+    """The checkpoint of a running request: restores what an earlier process has saved, and saves progress.
 
-    A context: rank 0 holds the folder's lock in it. Left by an exception the checkpoint stays, else it is removed.
-    every: the least seconds between two saves. keep: do not remove it. mesh: the ranks that make the request together;
-    all make the same calls. Ranks beside rank 0 write and read only their part of a causal model's caches; what they
-    read of rank 0's files stays until all have made the next row together.
+    A context manager: rank 0 holds the folder's lock. The checkpoint is removed when the block ends, and stays if it
+    ends by an exception or with `keep`. every: least seconds between saves. mesh: the ranks that run the request
+    together; all make the same calls. Ranks other than 0 write and read only their shard of a causal model's caches;
+    rank 0's files that they read stay in place until all ranks have done the next row together.
     """
 
     def __init__(
@@ -203,15 +207,15 @@ class Resume:
         self._every, self._keep, self._rank = every, keep, self._mesh.rank
         self._head = saved.head
         self.rows, self._clean, self._segments = saved.head.rows, saved.head.clean, 0
-        self._segment = 0  # the number of the open one
-        self._caches: Caches = {}  # its own
+        self._segment = 0  # the open segment's number
+        self._caches: Caches = {}  # the open segment's
         self._cache_files: list[tuple[str, dict[str, list[int]]]] = []
         self._saved_clean = iter(saved.clean)
         self._next_clean = next(self._saved_clean, None)
 
     def __enter__(self) -> Resume:
         if self._rank:
-            self._read_note()
+            self._read_rank_index()
         else:
             self._lock_folder()
         self._saved_at = time.monotonic()
@@ -237,9 +241,10 @@ class Resume:
             raise
 
     def _claim(self) -> None:
-        """Makes the folder this request's, and removes what was written after the last head: it is made again."""
-        taken = (self.folder / "request.json").exists()
-        if taken if self._saved.fresh else not taken or _head(self.folder) != self._saved.head:
+        """Claims the folder for this request, and removes files written after the last head.json: their rows are
+        computed again."""
+        exists = (self.folder / "request.json").exists()
+        if exists if self._saved.fresh else not exists or _head(self.folder) != self._saved.head:
             raise CheckpointError(f"{self.folder}: another request has been here since this one was asked for")
         if self._saved.fresh:
             files.put_json(self.folder, "request.json", self._saved.about)
@@ -252,7 +257,8 @@ class Resume:
     # ------------------------------------------------------------ saving
 
     def save(self, row: Row) -> None:
-        """A row of the open segment is done: writes what became clean and, if it is time, where the loop stands."""
+        """Saves a finished row of the open segment: the latents that became clean and, if a save is due, the loop's
+        position."""
         assert row.position is not None
         self.rows += 1
         if row.clean is not None and self._rank == 0:
@@ -260,10 +266,10 @@ class Resume:
             stem = f"clean-{self._clean:06d}-{self._segment}"
             files.put_tensors(self.folder, stem, {"ready": row.clean, **numbers})
             self._clean += 1
-        if self._caches and row.sigma > 0:  # within a causal model's block the cache holds what is half made
+        if self._caches and row.sigma > 0:  # inside a causal model's block the cache is inconsistent
             return
         due = time.monotonic() - self._saved_at >= self._every
-        if agree(self._mesh, due, first) if self._caches else due:  # caches are saved by all ranks or by none
+        if agree(self._mesh, due, first) if self._caches else due:  # all ranks save their caches, or none does
             self._save_position(row.position)
             self._saved_at = time.monotonic()
 
@@ -276,17 +282,17 @@ class Resume:
         places = self._save_caches()
         self._head = Head(self.rows, self._segments, self._clean, state, self._cache_files, places)
         if self._rank:
-            files.put_json(self.folder, self._note(self.rows), {"caches": self._cache_files, "places": places})
+            files.put_json(self.folder, self._rank_index(self.rows), {"caches": self._cache_files, "places": places})
         if self._caches:
-            agree(self._mesh, 0)  # all ranks' files are on the disk
+            agree(self._mesh, 0)  # barrier: all ranks' files are on disk
         if self._rank == 0:
             files.put_json(self.folder, "head.json", asdict(self._head))
         if self._caches:
-            agree(self._mesh, 0)  # rank 0 has said that they count
-        self._remove({self._note(old.rows) if self._rank else old.state, *(name for name, _ in old.caches)})
+            agree(self._mesh, 0)  # barrier: head.json names them
+        self._remove({self._rank_index(old.rows) if self._rank else old.state, *(name for name, _ in old.caches)})
 
     def _save_caches(self) -> dict[str, CacheState]:
-        """Writes what is new in this rank's caches; returns their positions."""
+        """Writes the changed slots of this rank's caches; returns the caches' positions."""
         if changed := {str(text): sorted(cache.changed) for text, cache in self._caches.items() if cache.changed}:
             stem = f"cache-{self.rows:08d}" + (f"-r{self._rank}" if self._rank else "")
             name = files.put_tensors(self.folder, stem, dict(_cache_tensors(self._caches, changed)))
@@ -296,14 +302,15 @@ class Resume:
         return {str(text): cache.place for text, cache in self._caches.items()}
 
     def _remove(self, names: set[str]) -> None:
-        """Removes those of these files that do not count any more."""
+        """Removes those of these files that the index no longer names."""
         for name in names - {"", self._head.state, *(name for name, _ in self._cache_files)}:
             (self.folder / name).unlink(missing_ok=True)
 
-    # ------------------------------------------------------------ going on
+    # ------------------------------------------------------------ resuming
 
     def open_segment(self, segment: int, caches: Caches) -> SavedSegment:
-        """Begins a segment: what was saved of it. caches: its own, restored here and saved from now on."""
+        """Begins a segment and returns its saved progress. caches: the segment's caches; restored here, and saved from
+        now on."""
         self._segments += 1
         self._segment, self._caches, self._cache_files = segment, caches, []
         begun = self._saved.head.segments
@@ -333,22 +340,22 @@ class Resume:
         self._cache_files = list(head.caches)
         return restored
 
-    def _read_note(self) -> None:
+    def _read_rank_index(self) -> None:
         head = self._saved.head
         if head.places:
-            own = files.get_json(self.folder, self._note(head.rows))
-            self._head = replace(head, **own)
+            index = files.get_json(self.folder, self._rank_index(head.rows))
+            self._head = replace(head, **index)
             self._saved = replace(self._saved, head=self._head)
 
-    def _note(self, rows: int) -> str:
-        """The file in which a rank beside rank 0 says which of its cache files count."""
+    def _rank_index(self, rows: int) -> str:
+        """The name of the file in which a rank other than 0 lists its valid cache files."""
         return f"rank-{self._rank}-{rows:08d}.json"
 
 
 def _rank_of(name: str) -> int:
-    """The rank that writes a file of this name."""
-    found = re.match(r"cache-\d+-r(\d+)-", name)
-    return int(found[1]) if found else 0
+    """The rank that writes the file of this name."""
+    match = re.match(r"cache-\d+-r(\d+)-", name)
+    return int(match[1]) if match else 0
 
 
 def _cache_tensors(caches: Caches, changed: Mapping[str, list[int]]) -> Iterator[tuple[str, Tensor]]:
@@ -360,22 +367,22 @@ def _cache_tensors(caches: Caches, changed: Mapping[str, list[int]]) -> Iterator
 
 
 def _without(caches: Any, changed: Mapping[str, list[int]]) -> Iterator[tuple[str, dict[str, list[int]]]]:
-    """The files that still count once these slots are written again. Files are restored as a whole, older ones first,
-    so each slot gets its newest values."""
-    fresh = {(text, slot) for text, slots in changed.items() for slot in slots}
-    kept: list[Any] = []
-    for name, held in reversed(caches):
-        if own := {(text, slot) for text, slots in held.items() for slot in slots} - fresh:
-            kept.append((name, held))
-            fresh |= own
-    return reversed(kept)
+    """The cache files still needed after these slots are rewritten. Whole files are restored, oldest first, so each
+    slot gets its newest values."""
+    rewritten = {(text, slot) for text, slots in changed.items() for slot in slots}
+    needed: list[Any] = []
+    for name, slots_of in reversed(caches):
+        if newest := {(text, slot) for text, slots in slots_of.items() for slot in slots} - rewritten:
+            needed.append((name, slots_of))
+            rewritten |= newest
+    return reversed(needed)
 
 
 # ---------------------------------------------------------------- a position as tensors
 
 
 def position_to_tensors(position: Position) -> dict[str, Tensor]:
-    """A position as named tensors, without the source of new noise, which the loop has."""
+    """A position as named tensors, without the solver's noise source, which the loop supplies."""
     return dict(_named_tensors("", position))
 
 
@@ -385,20 +392,21 @@ def _named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, int):
         yield name, torch.tensor(value)
     elif isinstance(value, tuple):
-        for i, one in enumerate(value):
-            yield from _named_tensors(f"{name}.{i}", one)
+        for i, item in enumerate(value):
+            yield from _named_tensors(f"{name}.{i}", item)
     elif isinstance(value, Position | SolverState):
-        for each in fields(value):
-            yield from _named_tensors(f"{name}.{each.name}".strip("."), getattr(value, each.name))
+        for entry in fields(value):
+            yield from _named_tensors(f"{name}.{entry.name}".strip("."), getattr(value, entry.name))
     else:
         assert value is None or name == "state.fresh", name
 
 
 def position_from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> Position:
-    """The position of these tensors, latents on the device; levels and orders stay on the CPU, where solvers take
-    them."""
-    moved = {name: one.to(device) if one.ndim == 5 else one for name, one in tensors.items()}
+    """The position that `position_to_tensors` took apart. Latents go to the device; noise levels and orders stay on the
+    CPU, where solvers expect them."""
+    moved = {name: tensor.to(device) if tensor.ndim == 5 else tensor for name, tensor in tensors.items()}
     lists = {n: tuple(moved[k] for k in sorted(moved) if k.startswith(f"state.{n}.")) for n in ("sigmas", "x0s")}
     state = SolverState(moved.get("state.order"), lists["sigmas"], lists["x0s"], moved.get("state.x"))
-    own: dict[str, Any] = {name: int(one) if one.ndim == 0 else one for name, one in moved.items() if "." not in name}
-    return Position(state=state, **own)
+    direct = {name: tensor for name, tensor in moved.items() if "." not in name}
+    values: dict[str, Any] = {n: int(tensor) if tensor.ndim == 0 else tensor for n, tensor in direct.items()}
+    return Position(state=state, **values)

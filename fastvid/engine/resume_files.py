@@ -1,6 +1,6 @@
-"""The files of a checkpoint. Each is written under another name, synced to the disk and then renamed, so a file with its
-own name is always complete. The names of tensor files hold a digest of their bytes, JSON files hold one of the rest:
-damage is detected. Nothing here unpickles.
+"""Reads and writes a checkpoint's files. Each file is written under a temporary name, synced to disk and then
+renamed, so a file under its final name is complete. Damage is detected: a tensor file's name holds the digest of its
+bytes, and a JSON file the digest of its other entries. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from fastvid.errors import CheckpointError, InvalidRequest
 if TYPE_CHECKING:
     from torch import Tensor
 
-DIGEST = 16  # hex digits in a name
+DIGEST = 16  # hex digits of the digest in a file name
 PARTIAL = ".partial"
-FORMAT = 1  # of the whole folder
+FORMAT = 1  # version of the folder's format
 
 
 def folder_of(path: Any) -> Path:
-    """The folder that a path names, links resolved. Raises InvalidRequest for what is no path."""
+    """The folder at a path, links resolved. Raises InvalidRequest if the value is not a path."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(path):
         raise InvalidRequest(f"checkpoint={path!r:.60}: give the name of a folder, such as job.ckpt")
     return Path(os.path.realpath(path))
 
 
 def new_folder(path: Any) -> Path:
-    """The folder of a new checkpoint, which must not exist or be empty. Raises InvalidRequest."""
+    """The folder for a new checkpoint; it must not exist, or be empty. Raises InvalidRequest otherwise."""
     folder = folder_of(path)
     if (folder / "request.json").exists():
         raise InvalidRequest(f"checkpoint: {path} holds one already; resume it (fastvid resume {path}), or remove it")
@@ -47,7 +47,7 @@ def new_folder(path: Any) -> Path:
 
 
 def get_about(path: Any) -> dict[str, Any]:
-    """A checkpoint's request.json: what it is of. Raises CheckpointError."""
+    """A checkpoint's request.json. Raises CheckpointError if there is none, or for another format."""
     folder = folder_of(path)
     try:
         about = get_json(folder, "request.json")
@@ -61,7 +61,7 @@ def get_about(path: Any) -> dict[str, Any]:
 
 
 def put_json(folder: Path, name: str, value: Mapping[str, Any]) -> None:
-    """Writes an object with its digest. It gets to the disk after all that was put before, and before this returns."""
+    """Writes an object with its digest. It is on disk after all files written before it, and before this returns."""
     with _errors(folder):
         sync(folder)
         _put(folder / name, json.dumps({**value, "sha256": _digest_of(value)}, separators=(",", ":")).encode())
@@ -69,7 +69,7 @@ def put_json(folder: Path, name: str, value: Mapping[str, Any]) -> None:
 
 
 def get_json(folder: Path, name: str) -> dict[str, Any]:
-    """Reads what `put_json` wrote. Raises CheckpointError if it is damaged, FileNotFoundError if it isn't there."""
+    """Reads an object that `put_json` wrote. Raises CheckpointError if it is damaged, FileNotFoundError if missing."""
     path = folder / name
     try:
         value = json.loads(path.read_bytes())
@@ -87,9 +87,9 @@ def put_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
     import safetensors.torch
     import torch
 
-    # Copies: safetensors writes no tensors that share memory.
+    # Copies, because safetensors rejects tensors that share memory.
     layout = torch.contiguous_format
-    copies = {key: one.detach().to("cpu", copy=True, memory_format=layout) for key, one in tensors.items()}
+    copies = {key: tensor.detach().to("cpu", copy=True, memory_format=layout) for key, tensor in tensors.items()}
     data = safetensors.torch.save(copies)
     name = f"{stem}-{hashlib.sha256(data).hexdigest()[:DIGEST]}.safetensors"
     with _errors(folder):
@@ -99,7 +99,7 @@ def put_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
 
 def get_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """Reads a file's tensors to the CPU. Raises CheckpointError if it is missing or damaged."""
-    import safetensors.torch  # here, so that "there is no checkpoint" is said without loading torch
+    import safetensors.torch  # not at the top: a missing checkpoint is reported without loading torch
 
     path = folder / name
     try:
@@ -120,15 +120,15 @@ def damaged(path: Path) -> CheckpointError:
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint; renamed first, so that no half of one is found."""
-    gone = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL}")
+    """Removes a checkpoint. It is renamed first, so that nobody finds half of one."""
+    renamed = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL}")
     with _errors(folder):
-        folder.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 class Lock:
-    """A folder's lock: held by one request at a time, and released by the system when its process ends."""
+    """A folder's lock: held by one request at a time; the system releases it when the process ends."""
 
     def __init__(self, folder: Path) -> None:
         with _errors(folder):
@@ -146,22 +146,22 @@ class Lock:
 def _lock(number: int) -> None:
     try:
         import fcntl
-    except ImportError:  # Windows has other locks, and lets nobody remove a folder with an open file
+    except ImportError:  # Windows: no flock, and an open file already blocks removing the folder
         return
     fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _put(path: Path, data: bytes) -> None:
-    stage = path.with_name(path.name + PARTIAL)
-    with stage.open("wb") as file:
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(stage, path)
+    os.replace(partial, path)
 
 
 def sync(folder: Path) -> None:
-    """Brings a folder's names to the disk; not needed where folders can't be opened (Windows)."""
+    """Syncs a folder's directory entries to disk; not needed where folders cannot be opened (Windows)."""
     with contextlib.suppress(PermissionError):
         number = os.open(folder, os.O_RDONLY)
         try:

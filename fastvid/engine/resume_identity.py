@@ -1,8 +1,7 @@
-"""What a checkpoint belongs to: the request, as arguments that can be given again, and the model; and how what is given
-when it goes on differs from them.
+"""Identifies a checkpoint's request and model, and compares them with those that resume it.
 
-Arguments are kept as JSON. Of pictures, clips and tensors the recipe has the sha256: those that were given as files are
-found by their paths, the others have to be given again.
+Arguments are saved as JSON. Pictures, clips and tensors are not saved; the recipe has their sha256. Those passed as
+files are read from the same paths again, all others must be passed again.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ SAMPLES, SAMPLE_BYTES, MOST_HEADER = 16, 4096, 2**24
 
 
 def fingerprint(model: Model) -> dict[str, Any]:
-    """Everything beside the request that decides the bytes of a video, as JSON. Reads some blocks of each weights
+    """Everything except the request that determines a video's bytes, as JSON. Reads some blocks of each weights
     file."""
     return {
         "fastvid": __version__,
@@ -46,7 +45,7 @@ def fingerprint(model: Model) -> dict[str, Any]:
 
 
 def _device(device: torch.device) -> str:
-    """What decides the order in which sums are added: on a CPU its vectors and threads too."""
+    """What determines the order of floating point sums: the GPU's name, or the CPU's vector width and thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
@@ -63,7 +62,7 @@ def _weights(model: Model) -> Iterator[tuple[str, str]]:
 
 
 def _digest(files: Any) -> str:
-    """A digest of files' sizes, headers and some of their bytes: enough to tell models apart, and fast."""
+    """A fast digest of files: their sizes, headers and some sampled blocks."""
     digest = hashlib.sha256()
     for path in sorted(files):
         size = path.stat().st_size
@@ -78,21 +77,22 @@ def _digest(files: Any) -> str:
 
 
 def check_model(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest that names all differences, of the model and of how it runs."""
-    found = []
+    """Raises InvalidRequest, which names all differences, if the model or its settings are not those of the
+    checkpoint."""
+    differences = []
     for name in sorted({*saved, *here}):
         then, now = saved.get(name), here.get(name)
         if then == now:
             continue
         if isinstance(then, dict) and isinstance(now, dict):
-            other = [part for part in sorted({*then, *now}) if then.get(part) != now.get(part)]
-            found.append(f"{name} ({', '.join(other)})")
+            changed = [part for part in sorted({*then, *now}) if then.get(part) != now.get(part)]
+            differences.append(f"{name} ({', '.join(changed)})")
         else:
-            found.append(name if len(str(then)) == 64 else f"{name} ({then} then, {now} now)")
-    if found:
+            differences.append(name if len(str(then)) == 64 else f"{name} ({then} then, {now} now)")
+    if differences:
         raise InvalidRequest(
-            f"this checkpoint was made with other {', '.join(found)}: the frames would not be the same; load the model "
-            "as it was then, or start the request anew"
+            f"this checkpoint was made with other {', '.join(differences)}: the frames would not be the same; load the "
+            "model as it was then, or start the request anew"
         )
 
 
@@ -100,46 +100,45 @@ def check_model(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 
 
 def arguments(verb: str, options: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A request's arguments as JSON; filled in: what was drawn (seed) or read from a clip's own recipe."""
-    given = dict(options)
-    found = {name: _reference(value) if name in DATA else _plain(value) for name, value in given.items()}
-    filled = ("seed", *(("prompt",) if "prompt_embeds" not in given and "prompt" in VERBS[verb] else ()))
-    if verb == "finalize" and not any(name in given for name in SIZE):
+    """A request's arguments as JSON, with the drawn seed and what was read from a clip's recipe filled in."""
+    saved = {name: _reference(value) if name in DATA else _plain(value) for name, value in options.items()}
+    filled = ("seed", *(("prompt",) if "prompt_embeds" not in options and "prompt" in VERBS[verb] else ()))
+    if verb == "finalize" and not any(name in options for name in SIZE):
         filled = (*filled, "width", "height")
-    return found | {name: recipe[name] for name in filled if name in recipe}
+    return saved | {name: recipe[name] for name in filled if name in recipe}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Fraction):
         return f"{value.numerator}:{value.denominator}"
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _reference(value: Any) -> Any:
-    """A file's path; of anything else only that it was given."""
+    """A file's path as JSON; for data in memory only its type."""
     if isinstance(value, str | os.PathLike):
         return {"path": os.path.abspath(value)}
     if isinstance(value, dict):
-        return {"at": {str(key): _reference(one) for key, one in value.items()}}
-    return [_reference(one) for one in value] if isinstance(value, list | tuple) else {"given": type(value).__name__}
+        return {"at": {str(key): _reference(item) for key, item in value.items()}}
+    return [_reference(item) for item in value] if isinstance(value, list | tuple) else {"given": type(value).__name__}
 
 
-def options(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments to go on with: the saved ones, and what is given again.
+def options(saved: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments to resume with: the saved ones, and the inputs passed again.
 
-    Raises InvalidRequest for what has to be given again and is not, and for what was not given then.
+    Raises InvalidRequest for a missing input, and for one that the request did not have.
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    found = dict(given)
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    arguments = dict(inputs)
     for name, value in saved.items():
-        if name in given:
+        if name in inputs:
             continue
         if name in DATA and _is_missing(value):
             raise InvalidRequest(f"{name} is missing: a checkpoint holds its sha256 alone; give {name}= again")
-        found[name] = _load_reference(value) if name in DATA else value
-    if added := [name for name in given if name not in saved]:
+        arguments[name] = _load_reference(value) if name in DATA else value
+    if added := [name for name in inputs if name not in saved]:
         raise InvalidRequest(f"{added[0]} was not given when this checkpoint was made; leave it out")
-    return found
+    return arguments
 
 
 def _is_missing(value: Any) -> bool:
@@ -150,20 +149,24 @@ def _is_missing(value: Any) -> bool:
 
 def _load_reference(value: Any) -> Any:
     if isinstance(value, list):
-        return [_load_reference(one) for one in value]
-    return (
-        value["path"] if "path" in value else {int(frame): _load_reference(one) for frame, one in value["at"].items()}
-    )
+        return [_load_reference(item) for item in value]
+    if "path" in value:
+        return value["path"]
+    return {int(frame): _load_reference(item) for frame, item in value["at"].items()}
 
 
 def check_request(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest that names all differences between two recipes."""
-    then, now = (json.loads(json.dumps({k: v for k, v in one.items() if k not in recipes.CONTEXT})) for one in
-                 (saved, here))  # fmt: skip
-    found = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
-    if found:
-        shown = ", ".join(f"{name} ({_shown(then.get(name))} then, {_shown(now.get(name))} now)" for name in found)
+    """Raises InvalidRequest, which names all differences, if two recipes differ."""
+    then, now = _comparable(saved), _comparable(here)
+    if different := [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]:
+        shown = ", ".join(f"{name} ({_shown(then.get(name))} then, {_shown(now.get(name))} now)" for name in different)
         raise InvalidRequest(f"this checkpoint is of another request: {shown}; give what was given then")
+
+
+def _comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's arguments as they come back from JSON."""
+    arguments = {name: value for name, value in recipe.items() if name not in recipes.CONTEXT}
+    return dict(json.loads(json.dumps(arguments)))
 
 
 def _shown(value: Any) -> str:

@@ -1,5 +1,5 @@
-"""One request while it runs: its segments one after another, each from noise table to loop to decoder, and its frames in
-order. All state of a request is here.
+"""Runs one request: its segments one after another, each through noise table, denoising loop and decoder; yields its
+frames in order. All state of a running request is here.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from fastvid.sampling.loop import Row, walk
 from fastvid.sampling.noise_table import TableRow
 from fastvid.sampling.sigmas import find_solver
 
-KEPT_AT_ONCE = 16  # frames of a clip that are read at a time
+READ_FRAMES = 16  # frames of a kept clip that are read at a time
 
 log = logging.getLogger("fastvid.engine")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request that was checked and planned, and all that was decided for it. sigmas [N] without the zero.
+    """A checked and planned request. sigmas: noise levels [N] without the final zero.
 
-    decode_chunk: latent frames decoded at a time, in decode_stripes stripes of rows; beside: while the denoiser goes on.
-    layout: how ranks share it.
+    decode_chunk: latent frames per decoded chunk, decoded in decode_stripes horizontal stripes. beside: whether chunks
+    are decoded beside denoising. layout: how ranks share the work.
     """
 
     request: Resolved
@@ -56,38 +56,39 @@ class Job:
 
 
 class PromptChanges:
-    """Prompts that the caller changes, from any thread, while a request runs: each from the next window, block or segment
-    on."""
+    """Prompt changes that a caller requests, from any thread, while the request runs. Each applies from the next
+    window, block or segment on."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._asked: str | None = None
-        self.taken: list[tuple[int, str]] = []  # (first frame, prompt), in the order in which they were taken
+        self._pending: str | None = None
+        self.applied: list[tuple[int, str]] = []  # (first frame, prompt), in order
 
-    def ask(self, prompt: str) -> None:
-        """Ask for a prompt; one that was asked for before and not taken yet is dropped."""
+    def request(self, prompt: str) -> None:
+        """Requests a change; replaces a pending one."""
         with self._lock:
-            self._asked = prompt
+            self._pending = prompt
 
     def take(self, frame: int) -> str | None:
-        """The prompt from this frame on, once; None if none was asked for."""
+        """The pending prompt, which applies from this frame on; None if there is none."""
         with self._lock:
-            asked, self._asked = self._asked, None
-            if asked is not None:
-                self.taken.append((frame, asked))
-            return asked
+            prompt, self._pending = self._pending, None
+            if prompt is not None:
+                self.applied.append((frame, prompt))
+            return prompt
 
 
 class Prompts:
-    """The texts of a request by number: its prompts from 0 on, NEGATIVE and SOURCE, then those that changes brought."""
+    """A request's prompts and their embeddings, by number: its own from 0 on, NEGATIVE and SOURCE, then changed
+    ones."""
 
     def __init__(self, model: Model, request: Resolved, changes: PromptChanges) -> None:
         self._model, self._request, self._changes = model, request, changes
         self._embeds: dict[int, Tensor] = {}
-        self._replaced: dict[int, int] = {}  # prompts that others stand for now
+        self._replaced: dict[int, int] = {}  # changed prompts: planned number -> current number
 
     def embeds(self, number: int) -> Tensor:
-        """Embeddings [1, L, text_dim] of a prompt, made when first asked for."""
+        """A prompt's embeddings [1, L, text_dim], computed on first use."""
         if number not in self._embeds:
             prompt, embeds = self._text(number)
             if embeds is None:
@@ -97,26 +98,26 @@ class Prompts:
         return self._embeds[number]
 
     def of(self, segment: Segment) -> set[int]:
-        """The prompts that a segment needs."""
+        """The numbers of the prompts that a segment needs."""
         guided = self._request.guided(len(self._model.experts))
         others = {NEGATIVE: guided, SOURCE: self._request.source_prompt is not None}
         return {prompt for _, prompt in segment.prompts} | {number for number, used in others.items() if used}
 
     def change(self, number: int, frame: int) -> bool:
-        """Replaces a prompt from a frame on if the caller asked for that; whether it did."""
+        """Replaces a prompt from a frame on if the caller has requested a change; returns whether it has."""
         if (prompt := self._changes.take(frame)) is None:
             return False
-        new = len(self._request.prompts) + len(self._changes.taken) - 1
+        new = len(self._request.prompts) + len(self._changes.applied) - 1
         self._embeds[new] = self._embed(prompt)
         self._replaced[number] = new
         return True
 
     def current(self, number: int) -> int:
-        """The prompt that stands for this one now."""
+        """The number of the prompt now used in place of this one."""
         return self._replaced.get(number, number)
 
     def _text(self, number: int) -> tuple[str | None, Any]:
-        """A prompt's text, or its embeddings where those were given."""
+        """A prompt's text, and its embeddings if the request has them."""
         request = self._request
         if number == NEGATIVE:
             return request.negative_prompt, request.negative_prompt_embeds
@@ -131,8 +132,8 @@ class Prompts:
 
 @dataclass
 class Session:
-    """Runs a job. latents: the clean ones of all segments so far, if they are kept. resume: saves how far it is, and knows
-    what an earlier process has made."""
+    """Runs a job. latents: the clean latents of all segments so far, if kept. resume: saves progress, and restores what
+    an earlier process has saved."""
 
     model: Model
     job: Job
@@ -142,7 +143,7 @@ class Session:
     changes: PromptChanges = field(default_factory=PromptChanges)
     latents: list[Tensor] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"text": 0.0, "denoise": 0.0, "decode": 0.0})
-    refills: int = 0  # rows more than planned, for prompts that the caller changed
+    refills: int = 0  # rows beyond the plan, for prompts that the caller changed
 
     def __post_init__(self) -> None:
         preset = self.model.preset
@@ -157,41 +158,41 @@ class Session:
         return sum(windows.count_rows(self.model, s, steps, schedule) for s in self.job.timeline.segments)
 
     def run(self) -> Iterator[Event]:
-        """Step and Frames events, frames in order. Raises Cancelled."""
-        timeline, mark = self.job.timeline, time.perf_counter()
+        """Yields Step and Frames events, frames in order. Raises Cancelled."""
+        timeline, began = self.job.timeline, time.perf_counter()
         self._log_start()
         with closing(self._output):
             for number in timeline.order():
                 part = timeline.parts[number]
-                yield from self._kept(number, part) if isinstance(part, Kept) else self._made(number, part)
+                yield from self._copy(number, part) if isinstance(part, Kept) else self._generate(number, part)
                 yield from self._output.end(number)
-        log.info("request finished: %d frames in %.2f s", timeline.num_frames, time.perf_counter() - mark)
+        log.info("request finished: %d frames in %.2f s", timeline.num_frames, time.perf_counter() - began)
 
-    def _kept(self, number: int, part: Kept) -> Iterator[Frames]:
-        for start in range(part.start, part.stop, KEPT_AT_ONCE):
+    def _copy(self, number: int, part: Kept) -> Iterator[Frames]:
+        for start in range(part.start, part.stop, READ_FRAMES):
             self.ticket.check()
-            yield from self._output.put(number, part.clip.read(start, min(start + KEPT_AT_ONCE, part.stop)))
+            yield from self._output.put(number, part.clip.read(start, min(start + READ_FRAMES, part.stop)))
 
-    def _made(self, number: int, segment: Segment) -> Iterator[Event]:
+    def _generate(self, number: int, segment: Segment) -> Iterator[Event]:
         total = self.total_steps
         with self.ticket.step():
-            mark = time.perf_counter()
+            began = time.perf_counter()
             for prompt in self.prompts.of(segment):
                 self.prompts.embeds(prompt)
             run = SegmentRun(self, number, segment)
-            self.seconds["text"] += time.perf_counter() - mark
+            self.seconds["text"] += time.perf_counter() - began
         with closing(run):
             for row in run.rows():
-                if row.position is not None:  # else an earlier process has made it
+                if row.position is not None:  # None: restored from a checkpoint
                     self._step += 1
                     log.debug("step %d: level %.4f, %.3f s", self._step, row.sigma, row.seconds)
                     yield Step(self._step, total + self.refills, row.sigma, row.seconds)
                 yield from self._put(number, run.decode(row))
-            # Only now: the next segment may begin with these frames.
+            # The next segment may start from these frames.
             yield from self._put(number, run.finish())
 
-    def _put(self, number: int, made: Iterator[np.ndarray]) -> Iterator[Frames]:
-        for frames in made:
+    def _put(self, number: int, chunks: Iterator[np.ndarray]) -> Iterator[Frames]:
+        for frames in chunks:
             self.ends.add(number, frames)
             yield from self._output.put(number, frames)
 
@@ -199,20 +200,20 @@ class Session:
         job, request = self.job, self.job.request
         size = f"{request.width}x{request.height}, {job.timeline.num_frames} frames"
         log.info("request begins: %s, %s, seed %s", request.verb, size, request.seed)
-        made = f"{len(job.timeline.segments)} segments, {self.total_steps} steps in all, {request.solver}"
-        how = "beside denoising" if job.beside else "in place"
-        log.info("plan: %s; decoding %s, %d latent frames at a time", made, how, job.decode_chunk)
+        work = f"{len(job.timeline.segments)} segments, {self.total_steps} steps in total, {request.solver}"
+        where = "beside denoising" if job.beside else "in place"
+        log.info("plan: %s; decoding %s, %d latent frames at a time", work, where, job.decode_chunk)
 
 
 class SegmentRun:
-    """One segment from its noise to its frames."""
+    """Generates one segment, from noise to frames."""
 
     def __init__(self, session: Session, number: int, segment: Segment) -> None:
         self._session, self._number, self._segment = session, number, segment
         model, job, known = session.model, session.job, session.ends.known(segment)
         ranks = RankView(model.mesh, job.layout)
         self._denoising = SegmentDenoiser(model, job.request, job.sigmas, segment, known, session.prompts.embeds, ranks)
-        # A picture that reaches the model as a latent fills a group of frames, and decoding does not return it exactly.
+        # A picture passed as a latent spans a group of frames, and decoding does not reproduce it exactly.
         pictures = known.pictures if self._denoising.takes_latents else {}
         left = None if known.left is None else known.left[-1]
         self._blend = KnownFrameBlend(segment, decode.frames_to_blend(segment, left, known.after, pictures))
@@ -220,22 +221,22 @@ class SegmentRun:
         self._window: tuple[int, int] | None = None
 
     def close(self) -> None:
-        """Ends what decodes beside denoising."""
+        """Ends the decoder's thread."""
         self._decoder.close()
 
     # ------------------------------------------------------------ rows
 
     def rows(self) -> Iterator[Row]:
-        """The rows of the segment, each made, and saved, in a turn of this request."""
+        """Yields the segment's rows; each is computed, and saved, in one turn of this request."""
         session, rows = self._session, self._walk()
         while True:
             with session.ticket.step():
-                mark = time.perf_counter()
+                began = time.perf_counter()
                 row = next(rows, None)
                 if row is not None and row.position is not None and session.resume is not None:
                     session.resume.save(row)
                 decode.wait_for_gpu(session.model.device)
-                seconds = time.perf_counter() - mark
+                seconds = time.perf_counter() - began
                 session.seconds["denoise"] += seconds
             if row is None:
                 return
@@ -244,7 +245,7 @@ class SegmentRun:
             yield replace(row, seconds=seconds)
 
     def _walk(self) -> Iterator[Row]:
-        """Rows of which an earlier process has saved what became clean, then the rest."""
+        """Yields the rows restored from a checkpoint, then the remaining ones."""
         session, position = self._session, None
         if session.resume is not None:
             saved = session.resume.open_segment(self._number, self._denoising.caches)
@@ -256,7 +257,7 @@ class SegmentRun:
         model, request, segment = session.model, session.job.request, self._segment
         columns, schedule = self._denoising.conditions.columns, request.schedule
         solver = find_solver(request.solver)
-        if model.ops.bound["solver_step"] != "reference":  # the solvers in eager PyTorch are that reference
+        if model.ops.bound["solver_step"] != "reference":  # the reference is the solver itself, in eager PyTorch
             solver = replace(solver, operation=model.ops.solver_step)
         yield from walk(
             windows.table_of(model, segment, session.job.sigmas, columns, schedule, self._change_prompt),
@@ -270,14 +271,14 @@ class SegmentRun:
         )
 
     def _denoiser(self, row: TableRow) -> Denoise:
-        # Another prompt may begin with a window. A causal model's blocks ask when their table gets to them.
-        entered, self._window = self._window, (row.start, row.stop)
-        if self._window != entered and self._session.model.preset.rollout is None:
+        # A changed prompt starts with a window; for a causal model the noise table asks before each block.
+        previous, self._window = self._window, (row.start, row.stop)
+        if self._window != previous and self._session.model.preset.rollout is None:
             self._change_prompt(_first_free(row))
         return self._denoising.denoiser(row, self._prompt_of(row))
 
     def _prompt_of(self, row: TableRow) -> int:
-        """The prompt of a window's first free column, or of the column that a refill is for."""
+        """The prompt of a window's first free column, or of the column after a refill."""
         column = row.stop if row.refill else _first_free(row)
         return self._session.prompts.current(self._planned_prompt(column))
 
@@ -286,7 +287,7 @@ class SegmentRun:
         return [prompt for first, prompt in starts if first <= column][-1]
 
     def _change_prompt(self, column: int) -> bool:
-        """Whether another prompt begins with this column because the caller asked for it."""
+        """Applies a prompt change that the caller has requested, from this column on; returns whether there is one."""
         session, segment = self._session, self._segment
         frame = max(0, (column - segment.lead - 1) * segment.temporal + 1 - segment.skip)
         start = session.job.timeline.starts()[self._number]
@@ -298,15 +299,16 @@ class SegmentRun:
     # ------------------------------------------------------------ frames
 
     def decode(self, row: Row) -> Iterator[np.ndarray]:
-        """Frames uint8 [n, height, width, 3] that come out now that a row is done."""
+        """The output frames uint8 [n, height, width, 3] that are ready after a row."""
         return self._frames(self._decoder.put(self._chunks(row)))
 
     def finish(self) -> Iterator[np.ndarray]:
-        """The frames that are left after the last row."""
+        """The remaining output frames, after the last row."""
         return self._frames(self._decoder.finish())
 
     def _chunks(self, row: Row) -> tuple[Tensor, ...]:
-        """What became clean, in the decoder's chunks: without reference columns, and without what is not shown."""
+        """The columns that became clean, split into decoder chunks, without reference columns and those not needed for
+        the output."""
         if row.clean is None:
             return ()
         session, segment, start = self._session, self._segment, max(row.start, self._segment.lead)
@@ -316,12 +318,12 @@ class SegmentRun:
             return ()
         if session.keep_latents:
             end = segment.column_of(segment.skip + segment.num_frames - 1) + 1
-            own = clean[:, :, max(0, segment.lead + segment.left_columns - start) : max(0, end - start)]
-            session.latents.extend([own] if own.shape[2] else [])
+            generated = clean[:, :, max(0, segment.lead + segment.left_columns - start) : max(0, end - start)]
+            session.latents.extend([generated] if generated.shape[2] else [])
         return clean.split(session.job.decode_chunk, dim=2)
 
     def _frames(self, decoded: Iterator[Decoded]) -> Iterator[np.ndarray]:
-        """The frames that come out of what is decoded, with an edited clip's own pixels where nothing changes."""
+        """The output frames of decoded chunks: seams blended, and an edited clip's unmasked pixels restored."""
         clip = self._denoising.clip
         for chunk, begin, seconds in decoded:
             self._session.seconds["decode"] += seconds
@@ -332,5 +334,5 @@ class SegmentRun:
 
 
 def _first_free(row: TableRow) -> int:
-    """The first column of a window that is not clean, or its first."""
+    """A window's first column that is not clean; its first if all are."""
     return row.start + int((row.sigma > 0).long().argmax())

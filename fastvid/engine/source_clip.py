@@ -1,7 +1,7 @@
-"""The clip that an edit starts from: latents and masks for the windows of a segment. It is encoded as windows reach it, so
+"""The source clip of an edit: its latents and masks for the windows of a segment. It is encoded window by window, so
 memory does not grow with its length.
 
-Shapes: C channels, t columns of a window, h/w latent height and width, H/W the height and width that come out.
+Shapes: C channels, t columns (latent frames) of a window, h/w latent height and width, H/W output height and width.
 """
 
 from __future__ import annotations
@@ -21,39 +21,40 @@ from fastvid.requests.timeline import Segment
 
 
 class SourceClip:
-    """A segment's source. mask: uint8 [F or 1, H, W], 255 where something may change; None for everywhere.
-    first: the first column's latents, once they are encoded."""
+    """A segment's source clip. mask: uint8 [F or 1, H, W], 255 where pixels may change; None: everywhere.
+    first: the first column's latents, once encoded."""
 
     def __init__(self, model: Model, segment: Segment, known: KnownFrames, mask: np.ndarray | None) -> None:
         self.model, self.segment, self.known, self.mask = model, segment, known, mask
         self.first: Tensor | None = None
-        self._columns: list[Tensor] = []  # latents of one column each, from number _start on
+        self._columns: list[Tensor] = []  # latents of single columns; the first is column _start
         self._start = 0
-        self._cache: Any = None  # what the VAE keeps from one column to the next
+        self._cache: Any = None  # the VAE's state between columns
 
     @torch.no_grad()
     def latents(self, start: int, stop: int, forget: bool = True) -> Tensor:
-        """The clean latents [1, C, t, h, w] of these columns. forget: drop the columns before `start`."""
+        """The clean latents [1, C, t, h, w] of columns start to stop - 1. forget: drop the columns before `start`."""
         with ieee_fp32():
             for column in range(self._start + len(self._columns), stop):
                 frames = pixels.pad(self.frames(*self._frames_of(column)), self.segment).transpose(0, 1)[None]
                 frames = frames.to(self.model.device, self.model.vae_dtype)
-                made, self._cache = self.model.vae.encode(frames, self._cache, bands=self.model.bands)
-                self.first = made if self.first is None else self.first
-                self._columns.append(made)
+                latents, self._cache = self.model.vae.encode(frames, self._cache, bands=self.model.bands)
+                self.first = latents if self.first is None else self.first
+                self._columns.append(latents)
         if forget and start > self._start:
             del self._columns[: start - self._start]
             self._start = start
         return torch.cat(self._columns[start - self._start : stop - self._start], dim=2)
 
     def _frames_of(self, column: int) -> tuple[int, int]:
-        """(start, stop) of the stream's frames in a column."""
+        """(start, stop) of a column's frames in the stream."""
         column -= self.segment.lead
         stop = column * self.segment.temporal + 1
         return max(0, stop - self.segment.temporal), stop
 
     def frames(self, start: int, stop: int) -> np.ndarray:
-        """The stream's frames, uint8 [n, H, W, 3]: the known ones on its left, then the clip, its last frame held."""
+        """Frames of the stream, uint8 [n, H, W, 3]: the known ones on the left, then the clip, its last frame
+        repeated."""
         left = self.known.left
         before = [] if left is None or start >= len(left) else [left[start:stop]]
         first = max(start, self.segment.left) - self.segment.skip + self.segment.source_start
@@ -64,29 +65,29 @@ class SourceClip:
         frames = clip.read(min(first, clip.num_frames - 1), min(first + count, clip.num_frames))
         return np.concatenate((*before, pixels.hold_last(frames, count)))
 
-    def known_places(self, start: int, stop: int, patch: int = 2) -> Tensor:
-        """Where nothing changes in these columns: bool [1, 1, t, h, w]. A token is known if all of its pixels in all of
-        its frames are."""
+    def known_mask(self, start: int, stop: int, patch: int = 2) -> Tensor:
+        """The unchanged region of these columns: bool [1, 1, t, h, w]. A token is unchanged if all pixels of all its
+        frames are."""
         side = self.segment.spatial * patch
-        found = []
+        unchanged = []
         for column in range(start, stop):
             changed = torch.from_numpy(self.changed(*self._frames_of(column)).astype(np.float32))[:, None]
-            found.append(F.max_pool2d(pixels.widen(changed, self.segment), side)[:, 0].amax(0) == 0)
-        tokens = torch.stack(found)
+            unchanged.append(F.max_pool2d(pixels.widen(changed, self.segment), side)[:, 0].amax(0) == 0)
+        tokens = torch.stack(unchanged)
         return tokens.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[None, None].to(self.model.device)
 
     def changed(self, start: int, stop: int) -> np.ndarray:
-        """What may change in the stream's frames: bool [n, H, W]."""
+        """Which pixels of the stream's frames may change: bool [n, H, W]."""
         return self.masks(start, stop) > 127
 
     def masks(self, start: int, stop: int) -> np.ndarray:
-        """The mask of the stream's frames, uint8 [n, H, W]; the last one held, as the clip's last frame is."""
+        """The masks of the stream's frames, uint8 [n, H, W]; the last one is repeated past the end."""
         assert self.mask is not None
-        picks = np.arange(start, stop) - self.segment.skip + self.segment.source_start
-        return self.mask[picks.clip(0, len(self.mask) - 1)]
+        indices = np.arange(start, stop) - self.segment.skip + self.segment.source_start
+        return self.mask[indices.clip(0, len(self.mask) - 1)]
 
-    def keep(self, made: np.ndarray, start: int) -> np.ndarray:
-        """Frames that come out [n, H, W, 3], from number `start` on, with the clip's own pixels where nothing changes."""
+    def keep(self, frames: np.ndarray, start: int) -> np.ndarray:
+        """Output frames [n, H, W, 3], from number `start` on, with unmasked pixels taken from the clip."""
         first = self.segment.skip + start
-        changed = self.changed(first, first + len(made))
-        return np.where(changed[..., None], made, self.frames(first, first + len(made)))
+        changed = self.changed(first, first + len(frames))
+        return np.where(changed[..., None], frames, self.frames(first, first + len(frames)))

@@ -91,7 +91,7 @@ class Stream:
         """
         if self._changes is None:
             raise InvalidRequest("a request with a checkpoint keeps its prompts; leave checkpoint out")
-        self._changes.ask(checks.text("prompt", prompt))
+        self._changes.request(checks.text("prompt", prompt))
 
     def cancel(self) -> None:
         """Stop before the next step or chunk, or while it waits; the iteration then raises fastvid.Cancelled."""
@@ -375,7 +375,7 @@ class Pipeline:
         resume.check_request(saved, prepared.recipe)
         prepared = replace(prepared, recipe=saved.about["recipe"])
         said = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
-        return self._stream(prepared, keep_latents, resume.go_on(saved, self._model, said))
+        return self._stream(prepared, keep_latents, resume.open_saved(saved, self._model, said))
 
     def set_loras(self, loras: Sequence[Any] = ()) -> None:
         """Use these LoRAs, as `fastvid.load` takes them, in place of those that were loaded; none takes all away.
@@ -415,6 +415,8 @@ def _events(prepared: Prepared, session: Session, saving: Resume | None) -> Gene
         spent = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in session.seconds.items())
         log.info("made %d frames (%s)", timeline.num_frames, spent)
         clean = torch.cat(session.latents, dim=2) if session.keep_latents else None
-        changed = {"changed_prompts": [list(pair) for pair in session.changes.taken]} if session.changes.taken else {}
+        changed = (
+            {"changed_prompts": [list(pair) for pair in session.changes.applied]} if session.changes.applied else {}
+        )
         recipe = prepared.recipe | changed
         yield Finished(request.seed, timeline.num_frames, request.fps, clean, recipe, session.seconds)
