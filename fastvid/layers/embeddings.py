@@ -53,7 +53,6 @@ class RotaryTables:
     def __call__(
         self, grid: tuple[int, int, int], offset: int | Sequence[int], device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """See `rotary_table`."""
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
         key = (tuple(grid), offset if isinstance(offset, int) else tuple(offset), device, stream)
         last = self._last

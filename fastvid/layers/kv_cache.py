@@ -85,8 +85,6 @@ class KVCache:
 
 
 class LayerCache:
-    """One layer's part of a KVCache."""
-
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
         self._keys: Tensor | None = None

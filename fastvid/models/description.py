@@ -49,12 +49,10 @@ class Checkpoint:
     tokenizer: Path = Path()
 
     def part(self, name: str) -> Part:
-        """The transformer, transformer_2, vae or text_encoder."""
         return next(part for part in self.parts if part.name == name)
 
     @property
     def configs(self) -> dict[str, Any]:
-        """The configuration of each part."""
         return {part.name: part.config for part in self.parts}
 
     @property

@@ -44,12 +44,10 @@ def read_transformer(config: Mapping[str, Any]) -> WanTransformerConfig | WanVAC
 
 
 def build_transformer(config: WanTransformerConfig | WanVACEConfig, ops: Any = reference) -> WanTransformer:
-    """The denoiser, with weights still to be loaded."""
     return WanVACETransformer(config, ops) if isinstance(config, WanVACEConfig) else WanTransformer(config, ops)
 
 
 def build_vae(config: WanVAEConfig, ops: Any = reference) -> WanVAE:
-    """The encoder and decoder of frames, with weights still to be loaded."""
     return (WanVAE22 if config.is_residual else WanVAE)(config, ops)
 
 

@@ -46,16 +46,6 @@ def latent_noise(seed: int, shape: tuple[int, int, int, int], *, start: int = 0,
     return torch.from_numpy(out)
 
 
-def column_noise(seed: int, shape: tuple[int, int, int], start: int, draws: torch.Tensor) -> torch.Tensor:
-    """`latent_noise` with a draw for each frame from `start` on. shape: (C, h, w). draws: int64 [T]."""
-    channels, height, width = shape
-    frames = [
-        latent_noise(seed, (channels, 1, height, width), start=start + i, draw=draw)
-        for i, draw in enumerate(draws.tolist())
-    ]
-    return torch.cat(frames, dim=2)
-
-
 @dataclass
 class StreamNoise:
     """The noise of a stream of columns (latent frames), fp32 on a device.
@@ -79,14 +69,18 @@ class StreamNoise:
 
     def fresh(self, start: int, draws: torch.Tensor) -> torch.Tensor:
         """New noise for the columns from `start` on: draws int64 [T], from 1 on."""
-        return column_noise(self.seed, self.shape, self.origin + start, draws).to(self.device)
+        columns = enumerate(draws.tolist(), start)
+        return torch.cat([self._noise(at, at + 1, draw) for at, draw in columns], dim=2).to(self.device)
 
     def _draw(self, start: int, stop: int) -> torch.Tensor:
         if self.given is not None:
             return torch.as_tensor(self.given)[:, :, start:stop].to(self.device, torch.float32, copy=True)
+        return self._noise(start, stop).to(self.device)
+
+    def _noise(self, start: int, stop: int, draw: int = 0) -> torch.Tensor:
         channels, height, width = self.shape
         shape = (channels, stop - start, height, width)
-        return latent_noise(self.seed, shape, start=self.origin + start).to(self.device)
+        return latent_noise(self.seed, shape, start=self.origin + start, draw=draw)
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:

@@ -39,7 +39,6 @@ class CLIPVisionConfig:
 
     @property
     def tokens(self) -> int:
-        """One for the whole picture and one for every patch."""
         return 1 + (self.image_size // self.patch_size) ** 2
 
     @classmethod
@@ -78,8 +77,6 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of every token to every token."""
-
     def __init__(self, config: CLIPVisionConfig, ops: Any) -> None:
         super().__init__()
         self.ops, self.heads = ops, config.num_attention_heads
@@ -94,8 +91,6 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, exact GELU, Linear."""
-
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
@@ -106,8 +101,6 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each behind its norm and with a residual."""
-
     def __init__(self, config: CLIPVisionConfig, ops: Any) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config, ops)
@@ -121,8 +114,6 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers."""
-
     def __init__(self, config: CLIPVisionConfig, ops: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList([Layer(config, ops) for _ in range(config.num_hidden_layers)])

@@ -100,8 +100,6 @@ class GatedFeedForward(nn.Module):
 
 
 class AttentionLayer(nn.Module):
-    """Norm, attention, residual."""
-
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.SelfAttention = SelfAttention(config)
@@ -112,8 +110,6 @@ class AttentionLayer(nn.Module):
 
 
 class FeedForwardLayer(nn.Module):
-    """Norm, feed-forward, residual."""
-
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.DenseReluDense = GatedFeedForward(config)
@@ -124,8 +120,6 @@ class FeedForwardLayer(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of the encoder."""
-
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.layer = nn.ModuleList([AttentionLayer(config), FeedForwardLayer(config)])

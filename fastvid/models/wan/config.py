@@ -171,7 +171,6 @@ class WanVAEConfig:
         return made
 
     def _check(self, config: Mapping[str, Any]) -> None:
-        """Raises CheckpointError for sizes that do not fit each other."""
         if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
             raise CheckpointError(f"vae/config.json: latents_mean and latents_std need z_dim={self.z_dim} numbers each")
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:

@@ -98,7 +98,7 @@ def _transformer_variant(shapes: Shapes) -> tuple[str, str, str]:
 
 
 def _vae_variant(shapes: Shapes) -> tuple[str, str, None]:
-    residual = _is_residual(shapes)
+    residual = weight_names.is_residual(shapes)
     published = (48, 160) if residual else (16, 96)
     z_dim, width = _shape(shapes, "post_quant_conv.weight", 5)[0], _shape(shapes, "encoder.conv_in.weight", 5)[0]
     size = STANDARD if (z_dim, width) == published else CUSTOM
@@ -167,7 +167,7 @@ def _vace_layers(shapes: Shapes, given: Config) -> list[int]:
 
 
 def _vae_config(shapes: Shapes, given: Config) -> Config:
-    residual, z_dim = _is_residual(shapes), _shape(shapes, "post_quant_conv.weight", 5)[0]
+    residual, z_dim = weight_names.is_residual(shapes), _shape(shapes, "post_quant_conv.weight", 5)[0]
     base, channels = _shape(shapes, "encoder.conv_in.weight", 5)[:2]
     stages = _count(shapes, r"decoder\.up_blocks\.(\d+)\.")
     blocks = _count(shapes, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1
@@ -263,10 +263,6 @@ _PARTS: Mapping[str, tuple[Callable[[Shapes], tuple[str, str, str | None]], Call
     "text_encoder": (_text_variant, _text_config),
     "image_encoder": (_image_variant, _image_config),
 }
-
-
-def _is_residual(shapes: Iterable[str]) -> bool:
-    return any(name.startswith("encoder.down_blocks.0.resnets.") for name in shapes)
 
 
 def _count(shapes: Iterable[str], pattern: str) -> int:

@@ -351,7 +351,6 @@ def published_configs(name: str) -> tuple[Preset, dict[str, Any]]:
 
 
 def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACEConfig:
-    """A published transformer's configuration."""
     dim = signature.dim
     made = WanTransformerConfig(
         num_attention_heads=dim // HEAD_DIM,

@@ -10,6 +10,7 @@ Maths: Wan2.1 `wan/modules/model.py` (Apache-2.0).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import call
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -218,13 +219,7 @@ class ConditionEmbedder(nn.Module):
 
 
 def cross_attentions(blocks: nn.ModuleList) -> list[nn.Module]:
-    """The cross-attention of every block."""
     return [cast(Block, block).attn2 for block in blocks]
-
-
-def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args)."""
-    return function(*args)
 
 
 class WanTransformer(nn.Module):
@@ -257,7 +252,6 @@ class WanTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the residual stream and the large matrices."""
         return self.patch_embedding.weight.dtype
 
     def prepare_context(self, text_embeds: Tensor, image_embeds: Tensor | None = None) -> AnyContext:

@@ -107,18 +107,12 @@ class Decoder(nn.Module):
         """Frames, or with `rgb` their 8-bit values."""
         stream.begin(x)
         x = self.mid_block(self.conv_in(x, stream), stream)
-        return stream.in_stripes(self._up_to_rgb if rgb else self._up, x, stripes)
+        return stream.in_stripes(partial(self._up, rgb=rgb), x, stripes)
 
-    def _up(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.conv_out.after(self.norm_out, self._blocks(x, stream), stream)
-
-    def _up_to_rgb(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.conv_out.rgb_after(self.norm_out, self._blocks(x, stream), stream)
-
-    def _blocks(self, x: Tensor, stream: Stream) -> Tensor:
+    def _up(self, x: Tensor, stream: Stream, rgb: bool = False) -> Tensor:
         for block in self.up_blocks:
             x = block(x, stream)
-        return x
+        return (self.conv_out.rgb_after if rgb else self.conv_out.after)(self.norm_out, x, stream)
 
 
 class WanVAE(nn.Module):
@@ -238,7 +232,6 @@ class WanVAE(nn.Module):
         )
 
     def _steps(self, frames: Tensor, first: bool) -> list[Tensor]:
-        """The frames of one step after another."""
         time = self.config.temporal_scale
         step = time * self._latents_at_once(frames, frames[:, 0, 0].numel())
         lead = step - time + 1 if first else step

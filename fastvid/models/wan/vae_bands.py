@@ -54,7 +54,6 @@ class Band:
 
     @property
     def holders(self) -> list[int]:
-        """The ranks that hold rows."""
         return [rank for rank, size in enumerate(self.sizes) if size]
 
     @property
@@ -157,5 +156,4 @@ def band_of(bands: Bands | None, rows: int, stripes: int) -> Band | None:
 
 
 def stream_of(cache: Cache | None, reuse: bool, band: Band | None) -> Stream:
-    """The walk through a network that goes on from a cache."""
     return Stream(cache, reuse) if band is None else BandStream(cache, band, reuse)

@@ -54,8 +54,8 @@ class CausalConv3d(nn.Conv3d):
             residual = stream.delay(residual, window.rows if window else 0)
         if window is None:
             return nothing(x, self.out_channels)
-        given = (window.x, window.past, norm.gamma, self.weight, self.bias)
-        out, kept = self.ops.vae_norm_silu_conv3d(*given, residual, window.edges, pixels)
+        inputs = (window.x, window.past, norm.gamma, self.weight, self.bias)
+        out, kept = self.ops.vae_norm_silu_conv3d(*inputs, residual, window.edges, pixels)
         stream.keep(kept)
         return out
 
@@ -77,8 +77,6 @@ class CausalConv3d(nn.Conv3d):
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, norm, SiLU, conv, plus the input."""
-
     def __init__(self, c_in: int, c_out: int, ops: Any) -> None:
         super().__init__()
         self.norm1 = RMSNorm(c_in, 3, ops)

@@ -105,11 +105,9 @@ class Rules:
 
     def __init__(self, table: Mapping[str, str]) -> None:
         self.table = table
-        self._plain = {DIFFUSERS: dict(table), ORIGINAL: {b: a for a, b in table.items()}}
-        numbered = [(a, b) for a, b in table.items() if "#" in a]
+        self._plain = {DIFFUSERS: table, ORIGINAL: {b: a for a, b in table.items()}}
         self._numbered = {
-            DIFFUSERS: [(_pattern(a), b) for a, b in numbered],
-            ORIGINAL: [(_pattern(b), a) for a, b in numbered],
+            to: [(_pattern(a), b) for a, b in names.items() if "#" in a] for to, names in self._plain.items()
         }
 
     def translate(self, name: str, to: str) -> str | None:
@@ -186,13 +184,18 @@ def vae_rules(names: Iterable[str]) -> Rules:
     names = set(names)
     stages = _numbers(names, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.")
     if stages:
-        return rules("vae", any(name.startswith("encoder.down_blocks.0.resnets.") for name in names), max(stages))
+        return rules("vae", is_residual(names), max(stages))
     nested = _numbers(names, r"decoder\.upsamples\.0\.upsamples\.(\d+)\.residual\.")
     if nested:
         return rules("vae", True, max(nested))
     resampled = _numbers(names, r"decoder\.upsamples\.(\d+)\.resample\.")
     blocks = min(resampled) - 1 if resampled else max(_numbers(names, r"decoder\.upsamples\.(\d+)\."), default=2)
     return rules("vae", False, max(0, blocks))
+
+
+def is_residual(names: Iterable[str]) -> bool:
+    """Whether diffusers' names of a VAE are those of 2.2."""
+    return any(name.startswith("encoder.down_blocks.0.resnets.") for name in names)
 
 
 def _numbers(names: Iterable[str], pattern: str) -> set[int]:
@@ -261,7 +264,6 @@ class Origin:
 
     @property
     def is_copy(self) -> bool:
-        """Whether the tensor is another one under a new name."""
         return len(self.names) == 1 and self.parts == 1 and self.lead == 0 and not self.transpose
 
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> Shape:
