@@ -128,27 +128,27 @@ def load(
         loras: LoRA files, or (file, scale), merged into the transformer; in models with two into both, or with (file,
             scale, "high") or (file, scale, "low") into one; see `Pipeline.set_loras`.
         offload: which weights are in host memory while they are not used. "none"; "text": those of the encoders and of
-            the expert that rests; "blocks": also the blocks of transformer and text encoder but two at a time; "auto":
+            the expert not in use; "blocks": also all but two blocks of transformer and text encoder at a time; "auto":
             the least with which the model's default video fits. On a CPU "auto" is "none"; the others cost memory.
-        parts: where parts come from that the model does not have or that are to be others: names (transformer_2, vae,
-            text_encoder, image_encoder, tokenizer) to files, folders or hub files; "base" names a whole folder that a
-            single file takes everything else from.
+        parts: parts that the model lacks or that you replace: from names (transformer_2, vae, text_encoder,
+            image_encoder, tokenizer) to files, folders or hub files. "base" is a folder from which a single file takes
+            everything else.
         max_running: how many requests may have begun at once; others wait, first come first served.
-        cuda_graphs: True captures the transformer's calls as CUDA graphs, once a shape, and replays them (see
+        cuda_graphs: True captures the transformer's calls as CUDA graphs, once per shape, and replays them (see
             `fastvid.device.cuda_graphs`), which is faster where calls are short; their memory is kept until the
             pipeline is gone. "auto" does so where a committed result shows a gain: nowhere so far.
         parallel: ranks that make each video together (docs/gpus.md): a number, "auto" (as many as there are GPUs),
-            or degrees such as "guidance=2,ulysses=4". Each is a process that this call starts; one is this process.
-            Under torchrun its processes are the ranks: this call returns on rank 0; on the others it serves rank 0
-            until that is done, and then ends the process.
+            or degrees such as "guidance=2,ulysses=4". Each rank is a process that this call starts; with 1, all runs in this process.
+            Under torchrun, torchrun's processes are the ranks: this call returns on rank 0 alone; the others serve
+            rank 0 until it is done, and then end.
         vae_dtype: the same names as dtype, for the VAE; the default is float32 everywhere, as the VAEs are published.
             In 16 bits it takes half the memory and a GPU's matrix units; its norms' statistics stay in fp32.
-        link: what joins ranks, for `parallel` to choose by: "nvlink", "pcie", "infiniband", "loopback", or two of them,
+        link: what connects the ranks, from which `parallel` chooses a layout: "nvlink", "pcie", "infiniband", "loopback", or two of them,
             within a host and between hosts ("nvlink,infiniband"). "auto" asks the driver; a plan shows what it found.
 
     Raises:
         CheckpointError: the model is missing, broken or of an unsupported kind, or a LoRA does not fit it.
-        InvalidRequest: an option that does not exist, or CUDA graphs of a model that they are not for.
+        InvalidRequest: an option that does not exist, or CUDA graphs for a model that cannot use them.
         BackendUnavailable: a back end or device asked for by name cannot run here.
         WorkerFailed: a rank's process ended while it loaded.
     """

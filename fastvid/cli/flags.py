@@ -144,7 +144,7 @@ COMMANDS: Mapping[str, Verb] = {
         ('fastvid image "a green square on a gray background" -o out.png --size 128x96',),
     ),
     "extend": Verb(
-        "make what comes after a clip, or before it",
+        "continue a clip after its end, before its start, or on both sides",
         (
             "fastvid extend clip.mp4 -o longer.mp4 --seconds 2            (its own prompt, from its recipe)",
             f"fastvid extend clip.mp4 {RED} -o longer.mp4 --direction before",
@@ -160,7 +160,7 @@ COMMANDS: Mapping[str, Verb] = {
         ("A", "B"),
     ),
     "edit": Verb(
-        "make a clip anew after a prompt, all of it, where a mask is white, or around it",
+        "change a clip by a prompt: all of it, where a mask is white, or around it",
         (
             f"fastvid edit clip.mp4 {RED} -o edited.mp4 --strength 0.7",
             f"fastvid edit clip.mp4 {RED} -o edited.mp4 --mask mask.png",
@@ -170,7 +170,7 @@ COMMANDS: Mapping[str, Verb] = {
         ("CLIP",),
     ),
     "storyboard": Verb(
-        "make a video of several shots, each going on from the one before",
+        "make a video of several shots, each continuing the one before",
         (
             'fastvid storyboard --shot "a red circle moving right:1.5" --shot "a red circle growing:1" -o out.mp4',
             "fastvid storyboard --shots shots.json -o out.mp4",

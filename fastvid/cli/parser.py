@@ -17,7 +17,7 @@ from fastvid.requests.arguments import CHECKPOINT, VERBS
 from fastvid.requests.request import PROMPT_OF_CLIP
 
 OTHERS = {
-    "resume": "go on with a request whose process ended, from its --checkpoint",
+    "resume": "continue a request whose process ended, from its --checkpoint",
     "plan": "what a request of any verb would cost, without running it",
     "inspect": "what a model is, without loading it",
     "convert": "turn pickles and original Wan files into what fastvid loads, and back",
@@ -160,20 +160,22 @@ def _verb(verb: str) -> Parser:
 def _resume() -> Parser:
     parser = Parser(
         prog="fastvid resume",
-        description="Go on with a request whose process ended, from the folder that --checkpoint named.\n"
+        description="Continue a request whose process ended, from the folder that --checkpoint named.\n"
         "The video is the same, to the last bit, as without the interruption.",
         epilog="example:\n"
         '  fastvid generate "a red circle moving right" --seconds 20 --checkpoint job.ckpt -o out.mp4   (interrupted)\n'
         f"  fastvid resume job.ckpt -o out.mp4\n\n{EPILOG}",
     )
     parser.add_argument("folder", help="the checkpoint")
-    parser.add_argument("-o", "--output", required=True, metavar="PATH", help="as of the verb that is gone on with")
+    parser.add_argument("-o", "--output", required=True, metavar="PATH", help="as for the command that was interrupted")
     for name in CHECKPOINT[1:]:
         FLAGS[name].add_to(parser, name)
     group = parser.add_argument_group("files that are not where they were")
     for name in ("image", "last-image", "video", "video-2", "mask"):
-        group.add_argument(f"--{name}", metavar="FILE", help="the same file as then")
-    group.add_argument("--reference-image", action="append", dest="reference_images", metavar="FILE", help="the same")
+        group.add_argument(f"--{name}", metavar="FILE", help="the same file, where it is now")
+    group.add_argument(
+        "--reference-image", action="append", dest="reference_images", metavar="FILE", help="the same; may be repeated"
+    )
     _add_model(parser)
     parser.add_shown(" about the video on standard output")
     return parser
@@ -187,14 +189,16 @@ def _plan(verb: str) -> Parser:
         epilog=f"{PLAN}\n\n{EPILOG}",
     )
     _add_words(parser, verb)
-    parser.add_argument("-o", "--output", metavar="PATH", help="left alone: a command can be planned as it is")
+    parser.add_argument(
+        "-o", "--output", metavar="PATH", help="ignored, so that any command can be planned by putting plan in front"
+    )
     _add_recipe(parser)
     group = parser.add_argument_group("the plan")
     group.add_argument(
         "--device-memory",
         type=size_in_bytes,
         metavar="SIZE",
-        help="plan for another card, of so much memory, such as 24GB; no estimate of time then",
+        help="plan for another card with this much memory, such as 24GB; without an estimate of time",
     )
     group.add_argument("--measure", action="store_true", help="measure this machine's rates again (about 2 s)")
     _add_request(parser, verb)
@@ -215,17 +219,18 @@ def _add_recipe(parser: Parser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="FILE",
-        help="as the video in FILE was made; clips and pictures, which it does not hold, are given again; what else "
-        "is given beside it is changed",
+        help="make the video in FILE again; other flags change what they name. A recipe holds no clips and pictures: "
+        "give them again",
     )
 
 
 def _add_request(parser: Parser, verb: str) -> None:
     takes = flags_of(verb)
-    recipe = "default: as the model's recipe says; embedded:"
+    preset = "defaults: the model's preset"
+    size = "; embedded: 64x64, 17 frames at 16 fps" if {"width", "num_frames"} <= set(takes) else ""
     for title, names in (
-        (f"the video ({recipe} 64x64, 17 frames at 16 fps)", [name for name in takes if name not in SAMPLING]),
-        (f"sampling ({recipe} 20 steps)", [name for name in takes if name in SAMPLING]),
+        (f"the video ({preset}{size})", [name for name in takes if name not in SAMPLING]),
+        (f"sampling ({preset}; embedded: 20 steps)", [name for name in takes if name in SAMPLING]),
     ):
         group = parser.add_argument_group(title)
         for name in names:
@@ -254,19 +259,19 @@ def _add_model(parser: Parser, also: str = "") -> None:
         "--parallel",
         dest="parallel",
         metavar="N",
-        help="processes that make the video together, a GPU each: a number, auto (all that there are), or how they "
-        "share it, such as guidance=2,ulysses=4 (default: 1)",
+        help="processes that make each video together, one per GPU: a number, auto (all GPUs), or a layout such as "
+        "guidance=2,ulysses=4 (default: 1)",
     )
     add(
         "--link",
         metavar="NAME",
-        help="what joins those processes, for auto to choose by: auto (asks the driver), nvlink, pcie, infiniband, "
-        "loopback, or two: within a host and between hosts (default: auto)",
+        help="what connects those GPUs, from which a layout is chosen: auto (asks the driver), nvlink, pcie, infiniband, "
+        "loopback, or two of them: within a host and between hosts (default: auto)",
     )
     add(
         "--cuda-graphs",
         action=argparse.BooleanOptionalAction,
-        help="replay the transformer's calls as CUDA graphs, captured once a shape (default: auto)",
+        help="replay the transformer's calls as CUDA graphs, captured once per shape (default: auto)",
     )
     _add_files(parser)
 
@@ -278,14 +283,14 @@ def _add_files(parser: Any) -> None:
         action="append",
         metavar="NAME=PATH",
         help="where a part of the model comes from: vae, text_encoder, image_encoder, tokenizer, transformer_2, or "
-        "base (a whole folder, for all that is missing beside a single file); may be repeated",
+        "base (a whole folder, for everything that a single file lacks); may be repeated",
     )
     parser.add_argument(
         "--lora",
         type=lora,
         action="append",
         metavar="FILE:SCALE",
-        help="a LoRA merged into the model, with a scale of 1 if none is given; FILE:SCALE:high or :low for one of two "
+        help="a LoRA to merge into the model (scale 1 if none is given); FILE:SCALE:high or FILE:SCALE:low for one of two "
         "experts; may be repeated",
     )
 
@@ -306,7 +311,7 @@ def _convert() -> Parser:
     parser = Parser(
         prog="fastvid convert",
         description="Turn a model, or one part of it, from one layout into the other, bit for bit.\n\n"
-        "Pickles (.pth, .pt, .bin, .ckpt) are opened in a child process that makes nothing but tensors.",
+        "Pickles (.pth, .pt, .bin, .ckpt) are opened in a child process that accepts nothing but tensors.",
         epilog="examples:\n"
         "  fastvid convert Wan2.1-T2V-1.3B wan-diffusers                (a whole folder)\n"
         "  fastvid convert wan-diffusers wan-original --to original\n"

@@ -83,11 +83,12 @@ class Stream:
             return next(self._events)
 
     def change_prompt(self, prompt: str) -> None:
-        """Show this from the next window, block or segment of frames on; from any thread. Frames that are begun, and a
-        video of one window, stay as they are; a storyboard's next shot has its own prompt again. What was changed, and
-        from which frame on, is in Finished.recipe as "changed_prompts".
+        """Use this prompt from the next window, block or segment of frames on. May be called from any thread.
 
-        Raises InvalidRequest for what is no prompt, and for a request with a checkpoint, which could not be resumed.
+        Frames that are already begun keep the old prompt, and so does a video of one window. A storyboard's next shot
+        has its own prompt again. Finished.recipe["changed_prompts"] says what changed, and from which frame on.
+
+        Raises InvalidRequest if this is no prompt, or if the request has a checkpoint: it could not be resumed.
         """
         if self._changes is None:
             raise InvalidRequest("a request with a checkpoint keeps its prompts; leave checkpoint out")
@@ -128,12 +129,13 @@ class Pipeline:
         """Make a video from a prompt, and perhaps from pictures.
 
         A picture is a file, a uint8 array [H, W, 3] or a Pillow image; a clip is a file, uint8 frames [F, H, W, 3], a
-        Video, or pictures. The last picture and keyframes come out as they are. For VACE models: frames of `video` are
-        taken one for one, and are as many as come out if num_frames is left out; a mask is a file, bool, or uint8 0 and
-        255, [F, H, W] or [H, W].
+        Video, or a list of pictures. The last picture and keyframes come out unchanged, where the model takes them as
+        latents (as the embedded one does). VACE models take frames of `video` one for one; without num_frames or
+        seconds the result is as long as `video`. A mask is a file, or an array [F, H, W] or [H, W]: bool, or uint8 with
+        0 and 255.
 
-        A checkpoint is a folder from which `resume` goes on if the process ends before the video is done. It is removed
-        when the request is done; one that failed or was cancelled keeps it.
+        `checkpoint` names a folder from which `resume` continues if the process ends early. It is removed when the
+        video is done, and kept if the request fails or is cancelled.
 
         Args:
             prompt: what to show. An empty one is allowed.
@@ -153,7 +155,7 @@ class Pipeline:
 
     @documented
     def extend(self, video: Clip, prompt: str | None = None, **options: Unpack[ExtendOptions]) -> Video:
-        """A clip, and what comes after it, or before it, or on both sides.
+        """Continue a clip after its end, before its start, or on both sides. The result contains the clip.
 
         Args:
             video: a file, uint8 frames [T, H, W, 3], or a Video. Its frames come out as they are.
@@ -163,31 +165,31 @@ class Pipeline:
 
     @documented
     def loop(self, video: Clip, prompt: str | None = None, **options: Unpack[BridgeOptions]) -> Video:
-        """A clip, and a bridge of `seconds` or num_frames that leads from its end back to its start."""
+        """A clip, followed by a bridge of `seconds` or num_frames from its end back to its start."""
         return self._video("loop", video=video, prompt=prompt, **options)
 
     @documented
     def blend(self, a: Clip, b: Clip, prompt: str | None = None, **options: Unpack[BridgeOptions]) -> Video:
-        """A clip, a bridge of `seconds` or num_frames, and another clip, which is brought to the first one's size and
-        rate."""
+        """Join two clips by a bridge of `seconds` or num_frames. The second is brought to the size and rate of the
+        first."""
         return self._video("blend", video=a, video_2=b, prompt=prompt, **options)
 
     @documented
     def edit(self, video: Clip, prompt: str | None = None, **options: Unpack[EditOptions]) -> Video:
-        """A clip made anew after a prompt.
+        """Change a clip by a prompt.
 
-        With a source_prompt the edit follows the difference of the two prompts (FlowEdit). A width and height larger
-        than the clip's: what is around it is made, with a strength of 1.
+        With a source_prompt the edit follows the difference of the two prompts (FlowEdit). With a size larger than the
+        clip's, what is around the clip is generated, with a strength of 1.
 
         Args:
             video: a file, uint8 frames [T, H, W, 3], or a Video.
-            prompt: what it shall show.
+            prompt: what the result shows.
         """
         return self._video("edit", video=video, prompt=prompt, **options)
 
     @documented
     def storyboard(self, shots: Shots, **options: Unpack[StoryboardOptions]) -> Video:
-        """A video of several shots, [(prompt, seconds), ...], each going on from the one before."""
+        """A video of several shots, [(prompt, seconds), ...], each continuing the one before."""
         return self._video("storyboard", shots=shots, **options)
 
     @documented
@@ -214,18 +216,18 @@ class Pipeline:
         keep_latents: bool = True,
         **options: Unpack[AnyOptions],
     ) -> Stream:
-        """Any verb, as events: Started, Step, Frames, Finished. Frames come out while later ones are still made.
+        """Any verb, as events: Started, Step, Frames, Finished. Frames come out while later ones are still being made.
 
-        The request is checked and planned before this returns; nothing is computed until the first event is asked for.
-        After Started it may have to wait for others. On a GPU decoding runs beside denoising, if both fit: frames then
-        come out with the step after that in which they were decoded.
+        The request is checked and planned before this returns. Nothing is computed until the first event is asked for.
+        After Started the request may have to wait for others. On a GPU, decoding runs beside denoising if both fit;
+        frames then come out one step later.
 
-        A checkpoint goes once what comes after Finished was asked for, that is when a loop over the stream ends: what
-        the caller does with Finished may fail, and is safe.
+        A checkpoint is removed when the loop over the stream ends, not at Finished: if handling Finished fails, the
+        request can still be resumed.
 
         Args:
             verb: "generate", "image", "extend", "loop", "blend", "edit", "storyboard" or "finalize", with its options.
-            keep_latents: whether Finished has them; without, memory does not grow with the video.
+            keep_latents: whether Finished holds the latents. If False, memory does not grow with the video.
         """
         return self._start(verb, {"prompt": prompt, **options}, keep_frames=False, keep_latents=keep_latents)
 
@@ -286,8 +288,12 @@ class Pipeline:
         estimate: bool = False,
         **options: Unpack[AnyOptions],
     ) -> Plan:
-        """What a request would cost, without running it. The prompt may be left out. estimate: also how long it takes,
-        by this machine's rates, which are measured (2 s) if that was not done before."""
+        """What a request would cost, without running it. The prompt may be left out.
+
+        Args:
+            verb: as for `stream`.
+            estimate: also estimate its time, from this machine's rates. They are measured once (about 2 s).
+        """
         made: Plan = self._call("plan", prompt, verb=verb, estimate=estimate, **options)
         return made
 
@@ -315,7 +321,7 @@ class Pipeline:
         return made
 
     def inspect(self) -> dict[str, Any]:
-        """What the checkpoint is: parts, parameters, types, recipe."""
+        """What the checkpoint is: parts, parameters, types, preset."""
         made: dict[str, Any] = self._call("inspect")
         return made
 
@@ -351,15 +357,16 @@ class Pipeline:
         keep_checkpoint: bool = False,
         **given: Unpack[GivenAgain],
     ) -> Stream:
-        """Go on with the request whose checkpoint is at `path` (see `generate`), after its process is gone.
+        """Continue the request whose checkpoint is at `path` (see `generate`), after its process has ended.
 
-        All frames come out, from the first on, as they would have without the interruption: those that were made are
-        decoded again, then the next step is done. Steps are counted on; Finished.seconds are those of this process.
+        All frames come out, from the first on, as they would have without the interruption: finished ones are decoded
+        again, then the next step is computed. Steps continue their count; Finished.seconds are those of this process.
 
         Args:
-            given: pictures, clips and tensors that were not given as files, once more, by the same names. Files are
-                found where they were.
-            keep_latents: see `stream`. checkpoint_every, keep_checkpoint: see `generate`.
+            keep_latents: see `stream`.
+            checkpoint_every, keep_checkpoint: see `generate`.
+            given: pictures, clips and tensors that were not files, again, by the same names. Files are found where
+                they were.
 
         Raises:
             CheckpointError: there is no checkpoint there, or it is damaged, or the request is still running.
@@ -378,15 +385,15 @@ class Pipeline:
         return self._stream(prepared, keep_latents, resume.open_saved(saved, self._model, said))
 
     def set_loras(self, loras: Sequence[Any] = ()) -> None:
-        """Use these LoRAs, as `fastvid.load` takes them, in place of those that were loaded; none takes all away.
+        """Replace the LoRAs by these, given as for `fastvid.load`. An empty list removes all.
 
-        What they change is read again from the model's files, so nothing of former ones is left. Finish running
-        streams first: they go on with the new weights. Raises as `fastvid.load` does, and then nothing is changed.
+        Changed weights are read again from the model's files, so nothing of earlier LoRAs is left. Finish running
+        streams first: they would continue with the new weights. Raises as `fastvid.load` does; then nothing changes.
         """
         self._model = change_loras(self._model, loras)
 
     def close(self) -> None:
-        """End the processes of a pipeline on several ranks. There is nothing to do for one in this process."""
+        """End the processes of a pipeline on several ranks. Does nothing for a pipeline in this process."""
 
     def _stream(self, prepared: Prepared, keep_latents: bool, saving: Resume | None) -> Stream:
         ticket, changes = self._ticket or self.new_ticket(), PromptChanges()
