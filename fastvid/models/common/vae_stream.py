@@ -130,9 +130,7 @@ class Stream:
         old = self._past[layer] if self._reuse else None
         window, whole = self._rows
         if old is None and whole == slice(0, self.height):
-            # A view would keep the whole chunk's activation alive.
-            alone = frames.untyped_storage().nbytes() == frames.nbytes
-            self._next[layer] = frames if alone or frames.requires_grad else frames.clone()
+            self._next[layer] = alone(frames)
             return
         kept = self._next[layer]
         if kept is None:
@@ -197,6 +195,12 @@ def check_stripes(stripes: int, rows: int) -> None:
 def nothing(x: Tensor, channels: int, scale: int = 1) -> Tensor:
     """No rows of a result: [B, channels, T, 0, scale * W]."""
     return x.new_empty(*x.shape[:1], channels, x.shape[2], 0, scale * x.shape[4])
+
+
+def alone(frames: Tensor) -> Tensor:
+    """In memory of their own, since a view would keep the whole chunk's activation alive; as they are in training."""
+    whole = frames.untyped_storage().nbytes() == frames.nbytes
+    return frames if whole or frames.requires_grad else frames.clone()
 
 
 def _joined(held: Tensor | None, x: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ class WanVACEConfig:
         channels = config.get("vace_in_channels", cls.vace_in_channels)
         rest = {key: value for key, value in config.items() if key not in ("vace_layers", "vace_in_channels")}
         transformer = WanTransformerConfig.from_dict(rest)
-        if not _ascending(layers, transformer.num_layers):
+        whole = isinstance(layers, list | tuple) and all(type(layer) is int for layer in layers)
+        if not whole or list(layers) != sorted({0, *layers}) or layers[0] < 0 or layers[-1] >= transformer.num_layers:
             raise CheckpointError(
                 f"transformer/config.json: vace_layers is {layers!r}; a list of layers is needed that ascends from 0 "
                 f"and stays below num_layers={transformer.num_layers}"
@@ -128,13 +129,6 @@ class WanVACEConfig:
                 f"transformer/config.json: vace_in_channels is {channels!r}; a positive number is needed"
             )
         return cls(transformer, tuple(layers), channels)
-
-
-def _ascending(layers: Any, end: int) -> bool:
-    """Whether these are whole numbers 0 = a < b < ... < end."""
-    if not isinstance(layers, list | tuple) or not layers or not all(type(layer) is int for layer in layers):
-        return False
-    return layers[0] == 0 and layers[-1] < end and all(a < b for a, b in zip(layers[:-1], layers[1:], strict=True))
 
 
 @dataclass(frozen=True)

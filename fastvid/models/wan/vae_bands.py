@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvid.distributed.mesh import Mesh, shares, starts
 from fastvid.errors import InvalidRequest
-from fastvid.models.common.vae_stream import Cache, Layers, Stream, Window, check_stripes
+from fastvid.models.common.vae_stream import Cache, Layers, Stream, Window, alone, check_stripes
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ class BandStream(Stream):
             assert past is not None
             self._next[layer] = past.copy_(frames)
             return
-        alone = frames.untyped_storage().nbytes() == frames.nbytes
-        self._next[layer] = frames if alone else frames.clone()
+        self._next[layer] = alone(frames)
 
     def whole(self, x: Tensor, dim: int) -> Tensor:
         """See Stream.whole."""
