@@ -1,11 +1,11 @@
-"""Clips: frames of any source, read on demand. F frames of H x W pixels, uint8 RGB [F, H, W, 3].
+"""Clips: frames from any source, read on demand. F frames of H x W pixels, uint8 RGB [F, H, W, 3].
 
     clip = open_clip("phone.mp4")
     clip.num_frames, clip.height, clip.width, clip.fps
     clip.resampled(16).resized(480, 832).tail(17)
 
-Only the frames that are asked for are in memory. Alpha is shown over black, rotation is applied, sound is ignored,
-pixels are taken as square.
+Only requested frames are in memory. Alpha is composited over black, rotation is applied, sound is ignored, and pixels
+are assumed to be square.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from fastvid.media.metadata import stated_fps
 from fastvid.media.reader import ArraySource, PictureSource, Source, open_source
 
 FITS = ("cover", "stretch")
-EVEN = 0.25  # of a frame: times no further than this from an even grid count as even (files round them)
+EVEN = 0.25  # of a frame: frames this close to an even grid count as evenly spaced, since files round their times
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Clip:
-    """Frames that are read when they are asked for. Make one with `open_clip`.
+    """Frames that are read on demand. Create one with `open_clip`.
 
-    num_frames is exact; height and width are those of the frames that come out; fps: frames a second, None for pictures
-    and arrays, which state none. source_frames: for each frame of the clip, its number in the source.
+    num_frames is exact. height, width: of the frames that `read` returns. fps: frames per second, None for pictures and
+    arrays. source_frames: for each frame of the clip, its index in the source.
     """
 
     source: Source
@@ -64,18 +64,18 @@ class Clip:
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Frames start to stop - 1 as a new array, uint8 [stop - start, H, W, 3]. Reading in order is fastest.
 
-        Raises InvalidRequest outside of 0 <= start <= stop <= num_frames, MediaError for a file that changed.
+        Raises InvalidRequest unless 0 <= start <= stop <= num_frames, MediaError if the file has changed.
         """
         stop = self.num_frames if stop is None else stop
         if not 0 <= start <= stop <= self.num_frames:
             raise InvalidRequest(f"{self.name}: frames {start} to {stop} of {self.num_frames} were asked for")
-        made = np.empty((stop - start, self.height, self.width, 3), np.uint8)
+        frames = np.empty((stop - start, self.height, self.width, 3), np.uint8)
         last = None
         with media_errors(self.name):
-            for place, wanted in enumerate(self.source_frames[start:stop].tolist()):
-                made[place] = made[place - 1] if wanted == last else self._sized(self.source.frame(wanted))
-                last = wanted
-        return made
+            for index, number in enumerate(self.source_frames[start:stop].tolist()):
+                frames[index] = frames[index - 1] if number == last else self._sized(self.source.frame(number))
+                last = number
+        return frames
 
     def head(self, count: int) -> np.ndarray:
         """The first `count` frames."""
@@ -108,11 +108,11 @@ class Clip:
     # ------------------------------------------------------------ other rates and sizes
 
     def resampled(self, fps: float | None = None) -> Clip:
-        """The same clip at another rate (default: its own). Frame n is the one nearest in time to n / fps, of two as near
-        the later one, as with FFmpeg's filter `fps`. Unevenly spaced frames (of a phone, a screen recording) become
-        even. A clip without a rate keeps its frames and takes this rate.
+        """The same clip at another rate (default: its own). Frame n is the one nearest in time to n / fps; ties take the
+        later one, like FFmpeg's filter `fps`. Unevenly spaced frames (phones, screen recordings) become evenly spaced.
+        A clip without a rate keeps its frames and gets this rate.
 
-        Raises InvalidRequest for a rate out of bounds, or one at which there would be too many frames.
+        Raises InvalidRequest if the rate is out of bounds or results in too many frames.
         """
         if fps is None and self.fps is None:
             return self
@@ -128,20 +128,20 @@ class Clip:
                 f"{self.name} at {rate:g} fps has {int(slots[-1])} frames: allowed are {MAX_FRAMES}; "
                 f"the nearest is {MAX_FRAMES / times[-1]:g} fps"
             )
-        shown = np.searchsorted(slots[:-1], np.arange(max(1, int(slots[-1]))), side="right") - 1
-        return replace(self, source_frames=self.source_frames[shown], fps=rate)
+        indices = np.searchsorted(slots[:-1], np.arange(max(1, int(slots[-1]))), side="right") - 1
+        return replace(self, source_frames=self.source_frames[indices], fps=rate)
 
     def _times(self) -> np.ndarray:
-        """The second at which each frame begins, and at which the last one ends."""
-        stated = self.source.times
-        if stated is not None and np.array_equal(self.source_frames, np.arange(self.source.num_frames)):
-            return stated
+        """The start of each frame and the end of the last one, in seconds."""
+        source_times = self.source.times
+        if source_times is not None and np.array_equal(self.source_frames, np.arange(self.source.num_frames)):
+            return source_times
         assert self.fps is not None
         return np.arange(self.num_frames + 1) / self.fps
 
     def resized(self, height: int, width: int, fit: str = "cover") -> Clip:
-        """The same clip at another size, with Pillow's Lanczos filter. fit "cover": cropped around the center to the new
-        shape, then scaled; "stretch": scaled without cropping. Raises InvalidRequest for a size or fit out of bounds."""
+        """The same clip at another size, scaled with Pillow's Lanczos filter. fit "cover": crop the center to the new
+        aspect ratio, then scale; "stretch": scale without cropping. Raises InvalidRequest for an invalid size or fit."""
         side = whole(1, MAX_SIDE, " pixels")
         return replace(self, height=side("height", height), width=side("width", width), fit=one_of(FITS)("fit", fit))
 
@@ -157,7 +157,7 @@ class Clip:
 
 
 def center_crop(height: int, width: int, new_height: int, new_width: int) -> tuple[slice, slice]:
-    """The largest centered part that has the new aspect ratio."""
+    """The largest centered crop with the new aspect ratio."""
     cut_height = min(height, max(1, round(width * new_height / new_width)))
     cut_width = min(width, max(1, round(height * new_width / new_height)))
     top, left = (height - cut_height) // 2, (width - cut_width) // 2
@@ -165,19 +165,19 @@ def center_crop(height: int, width: int, new_height: int, new_width: int) -> tup
 
 
 def open_clip(source: Any, *, name: str = "video") -> Clip:
-    """A clip of anything that has frames.
+    """Open anything that has frames as a clip.
 
     Args:
         source: a path (a video, a .gif, a picture, a .npy, a folder of PNGs), a `fastvid.Video` or anything else with
             `frames` and `fps`, a `Clip`, a uint8 array or tensor [F, H, W, 3] or [H, W, 3] (gray and RGBA too), a
             Pillow image, or a list of pictures of one size, each a path, an array, a tensor or a Pillow image.
             Arrays are not copied.
-        name: what errors call it, when it is not a path.
+        name: what error messages call a source that is not a path.
 
     Raises:
-        MediaError: a file that is missing, damaged, of an unknown kind or too large: sides of 16 to 8192 pixels (a
-            frame of a clip at most 2^25 of them), 2^17 frames, 0.01 to 1000 frames a second. Found before decoding.
-        InvalidRequest: something that has no frames, or too many, or too large ones.
+        MediaError: the file is missing, damaged, of an unknown kind, or exceeds the limits, which are checked before
+            decoding: sides of 16 to 8192 pixels, 2^25 pixels in a video frame, 2^17 frames, 0.01 to 1000 frames a second.
+        InvalidRequest: the source has no frames, too many, or too large ones.
     """
     if isinstance(source, Clip):
         return source

@@ -18,7 +18,7 @@ import numpy as np
 
 from fastvid.errors import MediaError
 
-THREADS = 4  # of the encoder: the bytes depend on their number, so it must not depend on the machine
+THREADS = 4  # encoder threads. The output depends on their number, so it is the same on every machine.
 BT709, LIMITED_RANGE = 1, 1  # ITU-T H.273 codes, the same in every FFmpeg version
 
 
@@ -32,8 +32,8 @@ class VideoSpec:
 
 
 class OutputFile(io.FileIO):
-    """A file for PyAV, which ignores short writes such as the last one on a full disk. (Given a name instead of a file,
-    FFmpeg's fragmented MP4 muxer does not report a full disk at all.)"""
+    """A file for PyAV that completes short writes. PyAV ignores them, such as the last write on a full disk. (If it opens
+    the file by name, FFmpeg's fragmented MP4 muxer does not report a full disk at all.)"""
 
     def write(self, data: Any) -> int:
         view, written = memoryview(data).cast("B"), 0
@@ -43,7 +43,7 @@ class OutputFile(io.FileIO):
 
 
 class Graph(NamedTuple):
-    """A configured filter graph. source and sink crash once the graph is freed, and do not keep it alive."""
+    """A configured filter graph. Keep `graph` referenced: source and sink crash after it is freed."""
 
     graph: Any
     source: Any
@@ -60,7 +60,7 @@ def _yuv_graph(spec: VideoSpec) -> Graph:
 
 
 def _palette_graph(spec: VideoSpec) -> Graph:
-    """RGB -> 256 colors with a palette for each frame, so that no frame is kept. Ordered dither does not flicker."""
+    """RGB -> 256 colors. A palette per frame, so no frames are buffered; ordered dither, which does not flicker."""
     graph, source = _graph(spec)
     split, sink = graph.add("split"), graph.add("buffersink")
     make = graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
@@ -85,9 +85,9 @@ def _graph(spec: VideoSpec) -> tuple[Any, Any]:
 class Encoding:
     """How one kind of file is encoded.
 
-    encoders: tried in order; options: of the first one; staging and final: the muxer's options for the staging file and
-    for the finished one, None where the staging file needs no remux; lookahead: the first encoder's option for how
-    many frames it holds before it writes one.
+    encoders: tried in order; options: for the first one; staging, final: muxer options of the staging file and of the
+    finished one (final=None: no remux needed); lookahead: the first encoder's option for the number of frames that it
+    buffers.
     """
 
     container: str
@@ -125,7 +125,7 @@ GIF = Encoding("gif", ("gif",), "pal8", _palette_graph, {}, {}, None)
 
 
 def find_encoder(encoding: Encoding) -> str:
-    """The first encoder that this PyAV has. Raises MediaError if it has none of them."""
+    """The first encoder that this build of PyAV supports. Raises MediaError if there is none."""
     import av
 
     for name in encoding.encoders:
@@ -139,8 +139,8 @@ def find_encoder(encoding: Encoding) -> str:
 
 
 class EncodedWriter:
-    """Encodes into the staging file as frames come (a fragmented MP4 plays even when the process is killed), then
-    copies the packets into a file with its index first, its exact size and its recipe."""
+    """Encodes frames into a staging file (a fragmented MP4, which plays even if the process is killed). `finish` remuxes
+    it into the final file, with the index at the front, the exact frame size and the recipe."""
 
     def __init__(self, encoding: Encoding, stage: Path, spec: VideoSpec, recipe: str | None) -> None:
         import av
@@ -169,7 +169,7 @@ class EncodedWriter:
         self._drain()
 
     def _drain(self) -> None:
-        """Encode what the filters have ready."""
+        """Encode the frames that the filter graph has finished."""
         with contextlib.suppress(BlockingIOError, EOFError):
             while True:
                 picture = self._graph.sink.pull()
@@ -215,17 +215,17 @@ def _add_stream(container: Any, encoding: Encoding, spec: VideoSpec) -> Any:
     codec.colorspace = codec.color_primaries = codec.color_trc = BT709
     codec.color_range = LIMITED_RANGE
     if name == encoding.encoders[0]:
-        # A killed process loses at most a group of pictures, which is half a second, and the frames looked ahead.
+        # A killed process loses at most one group of pictures (half a second) and the lookahead frames.
         ahead = {encoding.lookahead: str(codec.gop_size // 2)} if encoding.lookahead else {}
         codec.options = encoding.options | ahead
-    else:  # the others have no constant quality: about the bits that it takes
+    else:  # the other encoders have no constant quality: use about the bit rate that it results in
         codec.bit_rate = int(spec.width * spec.height * spec.fps / 4)
     return stream
 
 
 def _remux(encoding: Encoding, stage: Path, final: Path, spec: VideoSpec, recipe: str | None) -> None:
-    """Copy packets, with the exact size stated in the container: H.264 4:2:0 has even sides only, so its pictures may
-    be one edge column or row larger, and decoders crop to what the file says (libavcodec/h264_slice.c)."""
+    """Copy packets and state the exact frame size in the container. H.264 4:2:0 requires even sides, so its pictures may
+    have one more column or row; decoders crop to the container's size (libavcodec/h264_slice.c)."""
     import av
 
     options = (encoding.final or {}) | {"fflags": "+bitexact"}
@@ -238,7 +238,7 @@ def _remux(encoding: Encoding, stage: Path, final: Path, spec: VideoSpec, recipe
             target.metadata["comment"] = recipe
         stream = target.add_stream_from_template(source.streams.video[0])
         stream.codec_context.width, stream.codec_context.height = spec.width, spec.height
-        stream.codec_context.framerate = spec.fps  # .webm states it; a template does not carry it
+        stream.codec_context.framerate = spec.fps  # for .webm; the template does not copy it
         for packet in source.demux(source.streams.video[0]):
             if packet.dts is not None:
                 packet.stream = stream
@@ -248,7 +248,7 @@ def _remux(encoding: Encoding, stage: Path, final: Path, spec: VideoSpec, recipe
 
 
 def _payload(path: Path) -> tuple[int, int]:
-    """Number of packets, and of their bytes."""
+    """The number of packets and their total bytes."""
     import av
 
     with path.open("rb") as file, av.open(file, "r") as container:

@@ -1,8 +1,8 @@
-"""Opens files that may be hostile. The first bytes decide what a file is, and it is opened as nothing else, so a playlist
-never names another file; sizes and counts are checked before anything is decoded or allocated.
+"""Opens untrusted media files. The first bytes determine the format, and no other format is tried, so a playlist can't
+refer to other files. Sizes and counts are checked before anything is decoded or allocated.
 
-PyAV gets an open file instead of a name, and the one format that was found. So FFmpeg does not guess formats, use the
-network or open other files, and it decodes nothing while it opens a file (`codec_whitelist`).
+PyAV gets an open file instead of a name, and the detected format. So FFmpeg neither guesses formats, nor uses the
+network or opens other files. It decodes nothing while it opens a file (`codec_whitelist`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fastvid.checks import MAX_FRAMES
 from fastvid.errors import Error, MediaError
 
 MIN_INPUT_SIDE, MAX_INPUT_SIDE = 16, 8192  # pixels
-MAX_CLIP_PIXELS = 1 << 25  # of one frame of a clip: 8K; a picture may have MAX_INPUT_SIDE on both sides
+MAX_CLIP_PIXELS = 1 << 25  # in a video frame (8K). A still picture may have MAX_INPUT_SIDE on both sides.
 MIN_INPUT_FPS, MAX_INPUT_FPS = 0.01, 1000.0
-MAX_INDEX = 1 << 26  # bytes of an .mp4 that are not frames
-MAX_SAMPLES = 1 << 21  # of all its tracks together; a reader keeps 24 bytes for each
+MAX_INDEX = 1 << 26  # bytes of an .mp4 outside of `mdat`
+MAX_SAMPLES = 1 << 21  # in all tracks of an .mp4 together; the reader needs 24 bytes for each
 MAX_BOXES = 1 << 17
 
 PICTURES = ("png", "jpeg", "webp", "bmp", "tiff")
@@ -50,14 +50,14 @@ KINDS: tuple[tuple[str, bytes], ...] = (
     ("hevc", rb"\x00?\x00\x00\x01[\x40\x46]"),
     ("json", rb"\s*\{"),
 )
-# SyntaxError is Pillow's for a damaged header.
+# Pillow raises SyntaxError for a damaged header.
 SYSTEM_ERRORS = (OSError, ValueError, RuntimeError, ArithmeticError, LookupError, EOFError, SyntaxError)
 KNOWN = "mp4, mov, webm, mkv, gif, avi, mpg, ts, flv, ogv, wmv, ivf, y4m, png, jpg, webp, bmp, tiff, npy"
 
 
 @contextlib.contextmanager
 def media_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raises what the system, Pillow and PyAV raise as MediaError with the path in it."""
+    """Convert errors of the system, Pillow and PyAV to MediaError with the path in the message."""
     try:
         yield
     except Error:
@@ -70,8 +70,8 @@ def media_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens an ordinary file for reading. Raises OSError where there is none, and MediaError at once for a device, a pipe
-    or a socket, which may have no end."""
+    """Open a regular file for reading. Raises OSError if it is missing, and MediaError without blocking if it is a
+    device, pipe or socket, which may be endless."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -80,7 +80,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def kind_of(file: BinaryIO) -> str:
-    """What a file is by its first bytes: "png", "mov" (.mp4 too), ...; "" for a kind that is not read."""
+    """The format of a file from its first bytes: "png", "mov" (also .mp4), ...; "" if it is not supported."""
     file.seek(0)
     start = file.read(4096)
     file.seek(0)
@@ -88,7 +88,7 @@ def kind_of(file: BinaryIO) -> str:
 
 
 def check_picture_size(name: str, width: int, height: int, most: int = MAX_INPUT_SIDE**2) -> None:
-    """Raises MediaError for sides or an area out of bounds."""
+    """Raise MediaError if the sides or the area are out of bounds. most: maximum area in pixels."""
     low, high = MIN_INPUT_SIDE, MAX_INPUT_SIDE
     if not (min(width, height) >= low and max(width, height) <= high and width * height <= most):
         area = "" if most == high**2 else f", at most {most} pixels a frame"
@@ -106,14 +106,14 @@ def check_fps(name: str, fps: float) -> None:
 
 
 class _AnonymousFile:
-    """What PyAV needs to read a file, without the name: FFmpeg would guess the format from that."""
+    """A file for PyAV without a name, from which FFmpeg would guess the format."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
 def open_container(file: BinaryIO, kind: str, name: str) -> Any:
-    """Opens a file of a known kind as a PyAV container. Decodes nothing and opens no other file."""
+    """Open a file of a known kind as a PyAV container. Decodes nothing and opens no other file."""
     import av
 
     if kind == "mov":
@@ -131,8 +131,8 @@ def _refuse(url: str, flags: int, options: dict[str, str]) -> Any:
 
 
 def check_boxes(file: BinaryIO, name: str) -> None:
-    """Limits the counts in an .mp4's index that need no bytes in the file: a file of 1 KB may claim 2^32 frames of equal
-    size, and FFmpeg would allocate memory for them. Raises MediaError."""
+    """Raise MediaError if an .mp4's index claims too many samples. A file of 1 KB may claim 2^32 samples of equal size,
+    and FFmpeg would allocate memory for all of them."""
     samples = index = 0
     for kind, start, end in _boxes(file, 0, file.seek(0, os.SEEK_END), name):
         if kind == b"mdat":
@@ -151,7 +151,7 @@ def check_boxes(file: BinaryIO, name: str) -> None:
 
 
 def _boxes(file: BinaryIO, start: int, end: int, name: str) -> Iterator[tuple[bytes, int, int]]:
-    """(kind, start and end of the content) of the boxes in a range of bytes; the last one may be cut short."""
+    """Yield (kind, start, end) of the content of each box in a range of bytes. The last box may be truncated."""
     for _ in range(MAX_BOXES):
         file.seek(start)
         head = file.read(16)
@@ -170,24 +170,24 @@ def _boxes(file: BinaryIO, start: int, end: int, name: str) -> Iterator[tuple[by
 
 
 def _samples(kind: bytes, data: bytes, name: str) -> int:
-    """How many samples a box claims, in boxes at any depth: FFmpeg accepts them anywhere, so all bytes that look like
-    such a box count."""
+    """The number of samples that a box claims. FFmpeg accepts sample tables at any depth, so all bytes that look like one
+    are counted."""
     if b"cmov" in data or kind == b"cmov":
         raise MediaError(f"{name} has a compressed index, which is not read; write it again, as ffmpeg -c copy does")
     if b"iinf" in data:
         raise MediaError(f"{name} is a HEIC or AVIF picture, which is not read; save it as a .png or .jpg")
     data = kind + data
-    found = 0
+    total = 0
     for match in re.finditer(rb"(stsz|stz2).{4}(.{4})(.{4})", data, re.DOTALL):
         count = int.from_bytes(match[3], "big")
-        found += 0 if kind == b"trak" and _is_plain_sound(data, count) else count
+        total += 0 if kind == b"trak" and _is_plain_sound(data, count) else count
     for match in re.finditer(rb"trun.{4}(.{4})", data, re.DOTALL):
-        found += int.from_bytes(match[1], "big")
-    return found
+        total += int.from_bytes(match[1], "big")
+    return total
 
 
 def _is_plain_sound(track: bytes, count: int) -> bool:
-    """Whether a track is uncompressed sound. FFmpeg reads it in chunks, so its millions of samples cost nothing."""
+    """Whether a track is uncompressed sound. FFmpeg reads that in chunks, so its millions of samples are harmless."""
     alone = track.count(b"stsz") == track.count(b"stts") == 1 and b"stz2" not in track
     one_tick = struct.pack(">III", 1, count, 1)  # one run of `count` samples, each one tick long
     times = track[(at := track.find(b"stts") + 8) : at + 12]

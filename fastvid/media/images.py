@@ -1,7 +1,6 @@
-"""One still picture, or one decoded frame, as uint8 RGB [H, W, 3], and resizing.
+"""Converts still pictures and decoded video frames to uint8 RGB [H, W, 3], and resizes them.
 
-Everything a file says about how to show it is applied: color matrix and range, the rotation that a phone notes instead
-of rotating the pixels, and alpha (over black, which is what a video player shows behind a video).
+Applies a file's color matrix, color range and rotation. Alpha is composited over black, like in video players.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ import numpy as np
 from fastvid.errors import MediaError
 from fastvid.media.files import check_picture_size
 
-MAX_FILE = 1 << 28  # bytes of a picture
-MAX_SCANS = 100  # of a progressive JPEG: each is a few bytes, and costs as much as the whole picture
+MAX_FILE = 1 << 28  # bytes of a picture's file
+MAX_SCANS = 100  # in a progressive JPEG: a scan of a few bytes takes as long to decode as the whole picture
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"gAMA", b"sRGB")
 FILTERS = ("bicubic", "lanczos")
-# ITU-T H.273 matrix -> swscale's code for it
+# ITU-T H.273 matrix code -> swscale's code
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 BT709, BT601 = 1, 5
 
@@ -30,14 +29,14 @@ BT709, BT601 = 1, 5
 
 
 def read_picture(file: BinaryIO, kind: str, name: str) -> np.ndarray:
-    """A still picture, uint8 RGB [H, W, 3]. Its size is checked before it is decoded. Raises MediaError."""
+    """Read a still picture as uint8 RGB [H, W, 3]. Checks its size before decoding. Raises MediaError."""
     from PIL import ImageOps
 
     file.seek(0)
     data = file.read(MAX_FILE + 1)
     if len(data) > MAX_FILE:
         raise MediaError(f"{name} has more than {MAX_FILE >> 20} MiB, which is the most that is read of a picture")
-    if kind == "webp":  # Pillow allocates memory for all pixels while it opens one
+    if kind == "webp":  # Pillow allocates memory for all pixels when it opens a WebP
         check_picture_size(name, *_webp_size(data))
     if kind == "jpeg" and data.count(b"\xff\xda") > MAX_SCANS:
         raise MediaError(f"{name} has more than {MAX_SCANS} scans, which is the most that is read")
@@ -51,14 +50,14 @@ def read_picture(file: BinaryIO, kind: str, name: str) -> np.ndarray:
         raise
     except Exception as error:  # Pillow raises many types for a damaged file
         raise MediaError(f"{name} is damaged or cut off: {error}") from error
-    with contextlib.suppress(Exception):  # damaged EXIF is taken as none
+    with contextlib.suppress(Exception):  # ignore damaged EXIF
         image = ImageOps.exif_transpose(image)
     return pillow_pixels(image, name)
 
 
 def _open(data: bytes, kind: str) -> Any:
-    """A Pillow image that has read its header only. Not by `Image.open`: its limit on pixels is the program's to set,
-    and warns."""
+    """Open a Pillow image; reads only its header. Avoids `Image.open`, which applies a process-wide pixel limit and
+    warns."""
     from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
     readers: dict[str, Any] = {
@@ -83,24 +82,24 @@ def pillow_pixels(image: Any, name: str) -> np.ndarray:
 
 
 def strip_png(data: bytes, name: str) -> bytes:
-    """A PNG without texts, profiles and all else that does not change its pixels: a few KB there may inflate to
-    gigabytes. Raises MediaError for one that is cut off or damaged."""
-    at, kept = 8, [data[:8]]
-    while at + 12 <= len(data):
-        size, kind = struct.unpack_from(">I4s", data, at)
-        end = at + 12 + size
-        if end > len(data) or zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+    """Remove texts, profiles and all other chunks that do not affect pixels from a PNG: a few KB of them may decompress
+    to gigabytes. Raises MediaError if the PNG is damaged or truncated."""
+    offset, kept = 8, [data[:8]]
+    while offset + 12 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, offset)
+        end = offset + 12 + size
+        if end > len(data) or zlib.crc32(data[offset + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
             break
         if kind in PNG_CHUNKS:
-            kept.append(data[at:end])
+            kept.append(data[offset:end])
         if kind == b"IEND":
             return b"".join(kept)
-        at = end
-    raise MediaError(f"{name} is damaged or cut off at byte {at} of {len(data)}")
+        offset = end
+    raise MediaError(f"{name} is damaged or cut off at byte {offset} of {len(data)}")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height from the first chunk: extended, lossless or lossy."""
+    """Width and height from the first chunk of an extended, lossless or lossy WebP."""
     kind, body = data[12:16], data[20:30].ljust(10, b"\0")
     if kind == b"VP8X":
         return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
@@ -117,8 +116,8 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 def resize(pictures: np.ndarray, height: int, width: int, method: str = "lanczos") -> np.ndarray:
     """Pictures uint8 [..., H, W, C] -> uint8 [..., height, width, C] with Pillow, C 1 or 3; method: "lanczos", "bicubic".
 
-    First along the rows, then along the columns. Pillow 13 takes the other order where the height shrinks much more
-    than the width, and the models were trained on what earlier versions gave; so each direction is a call of its own.
+    Resizes horizontally, then vertically, in two calls. In a single call Pillow 13 swaps the order if the height shrinks
+    much more than the width; the models were trained with the order of earlier versions.
     Raises ValueError for another dtype, layout, size or method.
     """
     from PIL import Image
@@ -141,13 +140,13 @@ def resize(pictures: np.ndarray, height: int, width: int, method: str = "lanczos
 
 
 def to_rgb(frame: Any, size: tuple[int, int]) -> np.ndarray:
-    """A video's PyAV frame as uint8 RGB [H, W, 3], scaled to `size` (width, height before rotating) if it has another,
-    and rotated as it is to be shown."""
+    """Convert a PyAV frame to uint8 RGB [H, W, 3]: scale it to `size` (width, height before rotation), then apply its
+    rotation."""
     from av.video.reformatter import ColorRange, Interpolation
 
     alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
     flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-    made = frame.reformat(
+    converted = frame.reformat(
         *size,
         "rgba" if alpha else "rgb24",
         src_colorspace=_matrix(frame),
@@ -156,7 +155,7 @@ def to_rgb(frame: Any, size: tuple[int, int]) -> np.ndarray:
         interpolation=int(flags),
         threads=1,
     )
-    return _rotated(over_black(made.to_ndarray()), _display_matrix(frame))
+    return _rotated(over_black(converted.to_ndarray()), _display_matrix(frame))
 
 
 def _is_yuv(frame: Any) -> bool:
@@ -164,7 +163,7 @@ def _is_yuv(frame: Any) -> bool:
 
 
 def _matrix(frame: Any) -> int | None:
-    """What the file states, else BT.709 from 720p on and BT.601 below, as players guess."""
+    """swscale's code of the color matrix. If the file states none: BT.709 from 720p up, else BT.601, like players."""
     if not _is_yuv(frame):
         return None
     guess = BT709 if frame.width >= 1280 or frame.height > 576 else BT601
@@ -182,7 +181,7 @@ def _range(frame: Any) -> int | None:
 
 
 def over_black(pictures: np.ndarray) -> np.ndarray:
-    """uint8 [..., 1], [..., 3] or [..., 4] (gray, RGB, RGBA) -> RGB [..., 3], alpha over black."""
+    """Composite over black: uint8 gray [..., 1], RGB [..., 3] or RGBA [..., 4] -> RGB [..., 3]."""
     if pictures.shape[-1] != 4:
         return np.ascontiguousarray(np.broadcast_to(pictures, (*pictures.shape[:-1], 3)))
     alpha = pictures[..., 3:]
@@ -192,15 +191,15 @@ def over_black(pictures: np.ndarray) -> np.ndarray:
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
-    """The signs (a, b, c, d) of a display matrix: a pixel at (x, y) is shown at (ax + cy, bx + dy)."""
+    """The signs (a, b, c, d) of a frame's display matrix: pixel (x, y) is shown at (ax + cy, bx + dy)."""
     from av.sidedata.sidedata import Type
 
-    found = None
-    with contextlib.suppress(ValueError):  # PyAV 18 does not know all kinds of side data of its FFmpeg
-        found = frame.side_data.get(Type.DISPLAYMATRIX)
-    if found is None:
+    side_data = None
+    with contextlib.suppress(ValueError):  # PyAV 18 raises for side data types of its FFmpeg that it does not know
+        side_data = frame.side_data.get(Type.DISPLAYMATRIX)
+    if side_data is None:
         return None
-    values = np.frombuffer(bytes(found), "=i4")[[0, 1, 3, 4]]
+    values = np.frombuffer(bytes(side_data), "=i4")[[0, 1, 3, 4]]
     a, b, c, d = (int(np.sign(value)) if abs(value) > 1 << 15 else 0 for value in values)
     return (a, b, c, d) if (a and d and not b and not c) or (b and c and not a and not d) else None
 

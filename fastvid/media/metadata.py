@@ -1,4 +1,4 @@
-"""All frames of a file, and the recipe in it. The first bytes of a file decide its kind, not its name."""
+"""Reads all frames of a file, its frame rate, and its recipe. The first bytes determine a file's kind, not its name."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fastvid.errors import MediaError
 from fastvid.media.files import MAX_INPUT_FPS, MIN_INPUT_FPS, kind_of, media_errors, open_container, open_regular
 from fastvid.media.reader import Source, VideoSource, open_source
 
-MAX_RECIPE = 1 << 24  # bytes; what is longer was not written here
+MAX_RECIPE = 1 << 24  # bytes; fastvid writes no longer ones
 
 
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float | None]:
-    """All frames, uint8 RGB [T, H, W, 3], and frames a second (None where the file does not say).
+    """All frames, uint8 RGB [T, H, W, 3], and frames per second (None if unknown).
 
-    For what can be read see `fastvid.media.clip.open_clip`. Raises MediaError.
+    `fastvid.media.clip.open_clip` lists the supported files. Raises MediaError.
     """
     with media_errors(path):
         source = open_source(path)
@@ -29,7 +29,7 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float | None]:
 
 
 def stated_fps(path: str | os.PathLike[str], source: Source) -> float | None:
-    """Frames a second: from the recipe where the kind of file states none or not exactly (.gif), else from the file."""
+    """Frames per second: the file's, or the recipe's if the format stores no exact rate (.gif, pictures, arrays)."""
     if isinstance(source, VideoSource) and source.kind != "gif":
         return source.fps
     with contextlib.suppress(MediaError):
@@ -40,9 +40,9 @@ def stated_fps(path: str | os.PathLike[str], source: Source) -> float | None:
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The recipe in a file or folder of frames that fastvid has written, or of a .json file that holds just that.
+    """The recipe in a file or folder that fastvid wrote, or in a .json file that holds only the recipe.
 
-    Raises MediaError for a file that cannot be read or has none.
+    Raises MediaError if the file can't be read or has no recipe.
     """
     readers = {"png": _from_png, "npy": _from_npy, "json": _from_json}
     with media_errors(path):

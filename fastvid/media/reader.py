@@ -1,8 +1,8 @@
-"""Sources of frames: video files, pictures, arrays. Each gives any frame when asked, uint8 RGB [H, W, 3].
+"""Sources of frames: video files, pictures, arrays. Each supports random access to its frames, uint8 RGB [H, W, 3].
 
-Reading in order is fast, since a video's decoder stays open where it is; any other order is correct too. Memory does not
-grow with the number of frames. `times` are the seconds at which the frames begin, and at last the second at which the
-last one ends: float64 [num_frames + 1], or None for pictures and arrays, which have no times.
+Sequential reading is fastest, since a video's decoder keeps its position. Memory does not grow with the number of
+frames. `times` holds the start of each frame and the end of the last one in seconds, float64 [num_frames + 1]; None for
+pictures and arrays.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from fastvid.media.files import (
 )
 from fastvid.media.images import over_black, read_picture, strip_png, to_rgb
 
-SEEKABLE = ("mov", "matroska")  # whose index leads to a key frame exactly
-VP8_SHOWN = 0x10  # bit of a packet's first byte (RFC 6386, 9.1): libvpx writes packets that show nothing
-THREADS = 4  # of a decoder, at most
+SEEKABLE = ("mov", "matroska")  # formats that seek exactly to a key frame
+VP8_SHOWN = 0x10  # bit of a packet's first byte (RFC 6386, 9.1); libvpx also writes packets that are not shown
+THREADS = 4  # maximum of a decoder
 
 
 class Source:
@@ -46,11 +46,11 @@ class Source:
     times: np.ndarray | None = None
 
     def frame(self, number: int) -> np.ndarray:
-        """Frame `number`, uint8 RGB [H, W, 3]. It may be shared: do not write to it."""
+        """Frame `number`, uint8 RGB [H, W, 3]. It may be shared memory: do not write to it."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Release what can be opened again."""
+        """Release resources that the next read can open again."""
 
 
 # ---------------------------------------------------------------- pictures and arrays
@@ -72,7 +72,7 @@ class ArraySource(Source):
 
 
 def _frames_shape(shape: tuple[int, ...], dtype: np.dtype, name: str) -> tuple[int, ...]:
-    """The shape as [F, H, W, C]. Raises MediaError for another dtype or layout, too many frames or a size out of bounds."""
+    """The shape as [F, H, W, C]. Raises MediaError for a wrong dtype or layout, too many frames or an invalid size."""
     has_channels = len(shape) in (3, 4) and shape[-1] in (1, 3, 4)
     by_ndim = {2: (1, *shape, 1), 3: (1, *shape) if has_channels else (*shape, 1), 4: shape if has_channels else None}
     full = by_ndim.get(len(shape))
@@ -86,7 +86,7 @@ def _frames_shape(shape: tuple[int, ...], dtype: np.dtype, name: str) -> tuple[i
 
 
 class NpySource(Source):
-    """A .npy file, read frame by frame; the array must be uint8 in C order, of a shape that `ArraySource` takes."""
+    """A .npy file, read frame by frame. Its array must be uint8 in C order, in a shape that `ArraySource` accepts."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         version = np.lib.format.read_magic(file)
@@ -106,7 +106,7 @@ class NpySource(Source):
 
 
 class PictureSource(Source):
-    """Pictures of one size, each read when its frame is asked for; the first one at once, for the size."""
+    """Pictures of one size, each read on demand. The first is read immediately to determine the size."""
 
     def __init__(self, count: int, read: Callable[[int], np.ndarray], name: str) -> None:
         if count == 0:
@@ -152,10 +152,10 @@ def _read_file(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """A video's frames in the order in which they are shown.
+    """A video's frames in presentation order.
 
-    pts: their times in ticks, or None where the file does not state them (then decoded frames are counted); keys: the
-    times of key frames, ascending; last_duration: of the last frame in ticks, 0 if unknown.
+    pts: their times in ticks; None if the file has no reliable times (then decoded frames are counted). keys: times of
+    key frames, ascending. last_duration: of the last frame in ticks, 0 if unknown.
     """
 
     count: int
@@ -165,8 +165,8 @@ class FrameIndex:
 
 
 class VideoSource(Source):
-    """The first video track of a file. There is one frame for each packet: where one cannot be decoded, the frame before
-    it is shown again, as in players, so that count and times stay."""
+    """The first video track of a file, one frame per packet. If a packet can't be decoded, the previous frame is repeated,
+    like in players, so that the frame count and times stay correct."""
 
     def __init__(self, file: BinaryIO, kind: str, name: str) -> None:
         self._file, self.kind, self._name = file, kind, name
@@ -176,7 +176,7 @@ class VideoSource(Source):
         self.num_frames = self._index.count
         self.fps, self.times = self._rate()
         self._decoded: Iterator[tuple[int, Any]] = iter(())
-        self._at = -1  # the number of _frame
+        self._at = -1  # index of _frame
         self._ahead: tuple[int, Any] | None = None
         self._frame = self._first()
         self.height, self.width = self._frame.shape[:2]
@@ -185,7 +185,7 @@ class VideoSource(Source):
 
     def _scan(self) -> FrameIndex:
         pts: list[int | None] = []
-        keys, hidden, latest, last = [], 0, None, 0
+        key_times, hidden, latest, last = [], 0, None, 0
         with contextlib.closing(self._open()) as container:
             stream = _track(container, self._name)
             for packet in container.demux(stream):
@@ -195,22 +195,22 @@ class VideoSource(Source):
                 pts.append(packet.pts)
                 check_frame_count(self._name, len(pts))
                 if packet.pts is not None and packet.is_keyframe:
-                    keys.append(packet.pts)
+                    key_times.append(packet.pts)
                 if packet.pts is not None and (latest is None or packet.pts > latest):
                     latest, last = packet.pts, packet.duration or 0
             self._time_base, self._average = stream.time_base, stream.average_rate or stream.base_rate
-            stated = stream.frames if self.kind == "mov" else 0
+            declared = stream.frames if self.kind == "mov" else 0
         if not pts:
             raise MediaError(f"{self._name}: there are no frames in it")
-        if stated > len(pts) + hidden:
-            raise MediaError(f"{self._name} is cut off: it has {len(pts) + hidden} of {stated} frames")
-        # An .avi states times in the order of decoding only, so its decoded frames are counted.
+        if declared > len(pts) + hidden:
+            raise MediaError(f"{self._name} is cut off: it has {len(pts) + hidden} of {declared} frames")
+        # An .avi states only decoding times, so its decoded frames are counted.
         times = sorted(time for time in pts if time is not None)
         known = self.kind != "avi" and len(set(times)) == len(pts)
-        return FrameIndex(len(pts), tuple(times) if known else None, tuple(sorted(keys)), last)
+        return FrameIndex(len(pts), tuple(times) if known else None, tuple(sorted(key_times)), last)
 
     def _rate(self) -> tuple[float | None, np.ndarray | None]:
-        """Frames a second, and the times of all frames."""
+        """Frames per second, and the times of all frames (see `Source`)."""
         fps, index = float(self._average or 0), self._index
         if index.pts is None:
             if index.count > 1 or fps:
@@ -223,7 +223,7 @@ class VideoSource(Source):
             return None, None
         check_fps(self._name, fps)
         usual = float(np.median(np.diff(times))) if index.count > 1 else 1 / fps
-        # Some files state one tick for the last frame, which would then not be shown at all.
+        # Some files give the last frame one tick, which would make it invisible.
         end = times[-1] + max(index.last_duration * float(self._time_base), usual)
         return fps, np.append(times, end)
 
@@ -241,17 +241,17 @@ class VideoSource(Source):
             return self._frame
 
     def _worth_seeking(self, number: int) -> bool:
-        """Whether a key frame lies between here and there."""
+        """Whether there is a key frame between the current frame and this one."""
         pts = self._index.pts
         return self.kind in SEEKABLE and pts is not None and self._key(number) > pts[max(self._at, 0)]
 
     def _key(self, number: int) -> int:
-        """The time of the last key frame up to a frame, or of the first one."""
+        """The time of the last key frame at or before a frame; the first key frame if there is none."""
         pts, keys = self._index.pts or (0,), self._index.keys or (0,)
         return max((key for key in keys if key <= pts[number]), default=keys[0])
 
     def _restart(self, number: int) -> None:
-        """Decode from the key frame before a frame, or from the beginning where the file cannot seek there exactly."""
+        """Restart decoding at the key frame before a frame, or at the beginning if the file can't seek exactly."""
         self._begin()
         if self.kind not in SEEKABLE or self._index.pts is None or self._key(number) <= self._index.pts[0]:
             return
@@ -267,14 +267,14 @@ class VideoSource(Source):
         self._container = self._open()
         self._stream = _track(self._container, self._name)
         codec = self._stream.codec_context
-        # Not FRAME: such threads hold more frames, and PyAV hangs when it frees them in mid-stream.
+        # Not FRAME: frame threads hold more frames, and PyAV hangs when it frees them mid-stream.
         codec.thread_count, codec.thread_type = min(THREADS, os.cpu_count() or 1), "SLICE"
-        # strict: assume the most reordering for H.264 that does not state it, so that no frame comes too late
+        # strict: assume maximum reordering for H.264 streams that do not state it, so that no frame is late
         codec.options = {"max_pixels": str(MAX_CLIP_PIXELS), "strict": "1"}
         self._decoded, self._ahead, self._at = self._decode(), None, -1
 
     def _decode(self) -> Iterator[tuple[int, Any]]:
-        """(frame number, decoded frame) in the order of decoding, without frames that are not in the index."""
+        """Yield (frame number, decoded frame) in decoding order; skips frames that are not in the index."""
         order = None if self._index.pts is None else {pts: number for number, pts in enumerate(self._index.pts)}
         for count, frame in enumerate(self._frames()):
             number = count if order is None else order.get(frame.pts, -1)
@@ -291,9 +291,9 @@ class VideoSource(Source):
                 yield from self._stream.codec_context.decode(packet if packet.size else None)
 
     def _step(self) -> None:
-        """Go to the next frame. If none could be decoded for it, the picture stays."""
+        """Advance to the next frame. If it can't be decoded, the previous picture stays."""
         if self._ahead is None or self._ahead[0] <= self._at:
-            self._ahead = next((made for made in self._decoded if made[0] > self._at), None)
+            self._ahead = next((item for item in self._decoded if item[0] > self._at), None)
         self._at += 1
         if self._ahead is not None and self._ahead[0] == self._at:
             self._show(self._ahead[1])
@@ -303,7 +303,7 @@ class VideoSource(Source):
         self._frame = to_rgb(frame, self._size)
 
     def _first(self) -> np.ndarray:
-        """The first frame that can be decoded. It determines the size, and is shown for those before it that cannot."""
+        """The first frame that can be decoded. It determines the size and replaces undecodable frames before it."""
         self._begin()
         width, height = self._stream.codec_context.width, self._stream.codec_context.height
         if width and height:
@@ -321,7 +321,7 @@ class VideoSource(Source):
         return self._frame
 
     def close(self) -> None:
-        """Release the decoder; the next frame opens one again."""
+        """Release the decoder. The next read opens a new one."""
         container = getattr(self, "_container", None)
         if container is not None:
             self._decoded = iter(())
@@ -330,16 +330,16 @@ class VideoSource(Source):
 
 
 def _track(container: Any, name: str) -> Any:
-    """The first video track that is not a cover picture. The others are skipped where the format allows."""
+    """The first video track that is not a cover picture. Discards the other tracks if the format supports it."""
     import av.stream
 
-    found = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    if not found or found[0].codec_context is None:
+    tracks = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    if not tracks or tracks[0].codec_context is None:
         raise MediaError(f"{name}: there is no video in it that can be decoded")
     for stream in container.streams:
-        if stream is not found[0]:
+        if stream is not tracks[0]:
             stream.discard = av.stream.Discard.all
-    return found[0]
+    return tracks[0]
 
 
 def _shows_nothing(stream: Any, packet: Any) -> bool:
@@ -350,16 +350,16 @@ def _shows_nothing(stream: Any, packet: Any) -> bool:
 
 
 def _is_gif_comment(block: bytes) -> bool:
-    """Extensions (GIF89a, 23 to 26) without a picture behind them."""
-    at = 0
+    """Whether a block has only extensions (GIF89a, 23 to 26) and no picture."""
+    offset = 0
     if block[:3] == b"GIF":
-        at = 13 + (3 << (block[10] & 7) + 1 if block[10] & 0x80 else 0)
-    while block[at : at + 1] == b"!":
-        at += 2
-        while at < len(block) and block[at]:
-            at += 1 + block[at]
-        at += 1
-    return block[at : at + 1] != b","
+        offset = 13 + (3 << (block[10] & 7) + 1 if block[10] & 0x80 else 0)
+    while block[offset : offset + 1] == b"!":
+        offset += 2
+        while offset < len(block) and block[offset]:
+            offset += 1 + block[offset]
+        offset += 1
+    return block[offset : offset + 1] != b","
 
 
 def _strip_packet(packet: Any, name: str) -> Any:
@@ -375,7 +375,7 @@ def _strip_packet(packet: Any, name: str) -> Any:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """The frames of a file or of a folder of PNGs. Raises MediaError, OSError where there is none."""
+    """Open a file or a folder of PNGs. Raises MediaError, or OSError if it does not exist."""
     path = Path(path)
     if path.is_dir():
         return folder_source(path)

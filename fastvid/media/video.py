@@ -1,4 +1,4 @@
-"""What a verb returns: frames, and everything needed to make them again. T frames of H x W pixels."""
+"""What a verb returns: frames, and everything needed to reproduce them. T frames of H x W pixels."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fastvid.media.writer import FrameSink, check_writable
 class Video:
     """A finished video.
 
-    frames: uint8 RGB [T, H, W, 3]; fps: frames a second; seed: the one that was used; latents: clean and normalised,
-    [1, C, T', h, w], as the model made them (before cropping), or None; recipe: JSON types, see
+    frames: uint8 RGB [T, H, W, 3]; fps: frames per second; seed: the seed used; latents: denoised and normalized
+    [1, C, T', h, w], before cropping, or None; recipe: JSON types, see
     `fastvid.requests.request.Resolved.to_recipe`.
     """
 
@@ -48,11 +48,11 @@ class Video:
         return self.num_frames / self.fps
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write .mp4, .webm, .gif, .npy, .png (one frame) or, to a name ending in / or without suffix, a folder of
-        PNGs; the recipe goes into the file. Returns the absolute path.
+        """Write .mp4, .webm, .gif, .npy, .png (one frame) or a folder of PNGs (a name that ends in / or has no suffix).
+        The file includes the recipe. Returns the absolute path.
 
-        Raises InvalidRequest for a kind of file that cannot hold this video, MediaError where it cannot be written;
-        then nothing is left under that name, and a file that was there stays.
+        Raises InvalidRequest if this kind of file can't hold the video, MediaError if it can't be written. On an error,
+        no new file is created and an existing one is unchanged.
         """
         check_writable(path, num_frames=self.num_frames, width=self.width, height=self.height, fps=self.fps)
         with FrameSink(path, width=self.width, height=self.height, fps=self.fps) as sink:

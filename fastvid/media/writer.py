@@ -1,13 +1,13 @@
-"""Frames to files: .mp4 (H.264), .webm (VP9), .gif, .png (one frame), .npy, and folders of PNGs.
+"""Writes frames to files: .mp4 (H.264), .webm (VP9), .gif, .png (one frame), .npy, and folders of PNGs.
 
-A path names a folder of PNGs (000000.png, ...) when it ends in a slash, has no suffix, or is a folder already.
-`FrameSink` takes uint8 RGB frames [T, H, W, 3] as they come and gives the file its name only when it is whole.
-`check_writable` finds out before any work whether that can succeed. Memory does not grow with the length of the video,
-and the same frames give the same bytes.
+A path names a folder of PNGs (000000.png, ...) if it ends in a slash, has no suffix, or is an existing folder.
+`FrameSink` writes uint8 RGB frames [T, H, W, 3] incrementally and renames the file to its final name when it is complete.
+`check_writable` checks beforehand whether that can succeed. Memory does not grow with the length of the video, and the
+same frames give the same bytes.
 
-Every kind of file carries the recipe, which `fastvid.media.metadata.read_recipe` reads back: .mp4 and .webm in the tag
-"comment", .gif in a comment extension, .png in a text chunk "fastvid" (in a folder: of the first frame), .npy in a
-second array behind the frames.
+Every file includes the recipe (`fastvid.media.metadata.read_recipe` reads it): .mp4 and .webm in the tag "comment", .gif
+in a comment extension, .png in a text chunk "fastvid" (in a folder: of the first frame), .npy in a second array after
+the frames.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from fastvid.media.encoders import ENCODINGS, EncodedWriter, VideoSpec, find_enc
 from fastvid.media.files import media_errors
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".png", ".npy")
-MAX_GIF_FPS = 50  # players show frames of less than 2/100 s for 10/100 s
+MAX_GIF_FPS = 50  # players show frames shorter than 0.02 s for 0.1 s
 RECIPE_KEY = "fastvid"  # keyword of the PNG text chunk
-PNG_LEVEL = 2  # zlib's, 0 to 9: higher ones take much longer for little
-MAX_PENDING = 2  # chunks of frames that a BackgroundWriter holds before its `write` waits
+PNG_LEVEL = 2  # of zlib, 0 to 9: higher levels are much slower and save little
+MAX_PENDING = 2  # chunks of frames that a BackgroundWriter queues before `write` blocks
 
 PathLike = str | os.PathLike[str]
 
 
 def exact_rate(fps: float) -> Fraction:
-    """Frames a second as a file states them: 23.976, 29.97 and 59.94 are n * 1000/1001."""
+    """The exact frame rate to store in a file: 23.976, 29.97 and 59.94 mean n * 1000/1001."""
     ntsc = Fraction(round(fps) * 1000, 1001)
     return ntsc if 0 < abs(fps - ntsc) < 1e-3 and fps != round(fps) else Fraction(fps).limit_denominator(100_000)
 
@@ -54,13 +54,13 @@ def exact_rate(fps: float) -> Fraction:
 
 @dataclass(frozen=True)
 class Target:
-    """Where frames go: an absolute path with links followed, and its kind, a suffix or "" for a folder of PNGs."""
+    """Where to write. path: absolute, with links resolved; kind: a suffix, or "" for a folder of PNGs."""
 
     path: Path
     kind: str
 
     def staging(self) -> Path:
-        """A new name in the same file system, at most 255 bytes long, ending in .partial."""
+        """A new temporary path in the same file system. Its name has at most 255 bytes and ends in .partial."""
         token = f"{secrets.token_hex(4)}.partial"
         if self.kind == "" and self.path.is_dir():
             return self.path / token
@@ -76,10 +76,10 @@ def check_writable(
     height: int | None = None,
     fps: float | None = None,
 ) -> Target:
-    """Checks that a video can be written there, by writing a small file next to it and removing that again.
+    """Check that a video can be written to a path, by creating and removing a small file next to it.
 
-    Raises InvalidRequest for a name or a kind of file that cannot hold this video, MediaError for a folder that is
-    missing, read-only or full, or an encoder that is missing. Give what is known of the video.
+    Pass the properties of the video that are known. Raises InvalidRequest if the name is invalid or the kind of file
+    can't hold this video, MediaError if the folder is missing, read-only or full, or the encoder is missing.
     """
     target = _parse_target(path)
     if target.kind == ".png" and (num_frames or 1) != 1:
@@ -162,16 +162,16 @@ def _check_free_space(target: Target, num_bytes: int) -> None:
 
 
 class Writer(Protocol):
-    """Fills a staging path, which `FrameSink` names, renames and removes."""
+    """Writes one kind of file to a staging path. `FrameSink` chooses, renames and removes that path."""
 
     def write(self, frame: np.ndarray) -> None:
-        """Take one uint8 RGB frame [H, W, 3]."""
+        """Write one uint8 RGB frame [H, W, 3]."""
 
     def finish(self, recipe: str | None) -> Path:
-        """Complete the file; return the path of the whole one (or folder)."""
+        """Complete the file or folder and return its path."""
 
     def discard(self) -> None:
-        """Let go of open files, in any state."""
+        """Close open files, in any state."""
 
 
 def save_png(path: Path, frame: np.ndarray, recipe: str | None = None) -> None:
@@ -185,7 +185,7 @@ def save_png(path: Path, frame: np.ndarray, recipe: str | None = None) -> None:
 
 
 class PngWriter:
-    """One picture, or a folder of 000000.png, 000001.png, ...; the recipe is in the first one."""
+    """Writes one picture, or a folder of 000000.png, 000001.png, ...; the first one includes the recipe."""
 
     def __init__(self, stage: Path, folder: bool) -> None:
         self._stage, self._folder, self._count = stage, folder, 0
@@ -211,7 +211,7 @@ class PngWriter:
 
 
 class NpyWriter:
-    """uint8 [T, H, W, 3], followed by a second array in the same file, the recipe's bytes: np.load reads the first."""
+    """Writes uint8 [T, H, W, 3] and then the recipe's bytes as a second array, which np.load ignores."""
 
     def __init__(self, stage: Path, spec: VideoSpec) -> None:
         self._stage, self._spec, self._count = stage, spec, 0
@@ -219,7 +219,7 @@ class NpyWriter:
         self._write_header()
 
     def _write_header(self) -> None:
-        """Of constant length, so that it can be overwritten once the number of frames is known."""
+        """The header has constant length, so it can be overwritten once the number of frames is known."""
         shape = (self._count, self._spec.height, self._spec.width, 3)
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, header)
@@ -242,7 +242,7 @@ class NpyWriter:
 
 
 def open_writer(target: Target, stage: Path, spec: VideoSpec, recipe: str | None) -> Writer:
-    """`recipe` is JSON in ASCII."""
+    """The writer for a kind of file. recipe: JSON in ASCII."""
     if target.kind == ".npy":
         return NpyWriter(stage, spec)
     if target.kind in ("", ".png"):
@@ -254,15 +254,15 @@ def open_writer(target: Target, stage: Path, spec: VideoSpec, recipe: str | None
 
 
 class FrameSink:
-    """Writes uint8 RGB frames to a file as they come. Sides in pixels, fps in frames a second.
+    """Writes uint8 RGB frames to a file incrementally. Sides in pixels, fps in frames per second.
 
         with FrameSink("out.mp4", width=64, height=64, fps=16) as sink:
-            sink.write(frames)      # [T, 64, 64, 3], any T, again and again
-            sink.close(recipe)      # now out.mp4 is there, whole
+            sink.write(frames)      # [T, 64, 64, 3], any T, any number of times
+            sink.close(recipe)      # creates out.mp4
 
-    Until then the frames are in a file next to it whose name ends in .partial (that of an .mp4 already plays). An
-    exception in the block or a full disk removes it and leaves the path as it was. An existing file is replaced in one
-    step; in an existing folder of frames the old frames are removed.
+    Until `close`, the frames are in a file next to it whose name ends in .partial (of an .mp4, it is playable). An
+    exception in the block or a full disk removes that file and leaves the target path unchanged. An existing file is
+    replaced atomically; in an existing folder of frames, the old frames are removed.
     """
 
     def __init__(
@@ -276,13 +276,13 @@ class FrameSink:
         self._writer: Writer | None = None
 
     def write(self, frames: np.ndarray) -> None:
-        """Append frames [T, H, W, 3]. Raises MediaError; then nothing is left of the file."""
+        """Append frames [T, H, W, 3]. Raises MediaError, after removing the file."""
         frames = np.asarray(frames)
-        wanted = (self._spec.height, self._spec.width, 3)
-        if frames.ndim != 4 or frames.shape[1:] != wanted or frames.dtype != np.uint8:
+        frame_shape = (self._spec.height, self._spec.width, 3)
+        if frames.ndim != 4 or frames.shape[1:] != frame_shape or frames.dtype != np.uint8:
             self.abort()
             raise MediaError(
-                f"frames must be uint8 [T, {wanted[0]}, {wanted[1]}, 3], not {frames.dtype} {frames.shape}"
+                f"frames must be uint8 [T, {frame_shape[0]}, {frame_shape[1]}, 3], not {frames.dtype} {frames.shape}"
             )
         with self._aborting():
             for frame in frames:
@@ -297,21 +297,21 @@ class FrameSink:
         return self._writer
 
     def close(self, recipe: dict[str, Any] | None = None) -> Path:
-        """Complete the file, with this recipe or the one given first, and give it its name. A second call does
+        """Complete the file and rename it to its final name. recipe: None for the constructor's. A second call does
         nothing."""
         if self.closed:
             return self._target.path
         with self._aborting():
             if self.num_frames == 0:
                 raise MediaError(f"{self.path}: there are no frames to write")
-            whole = self._open().finish(self._recipe if recipe is None else _as_json(recipe))
-            _publish(whole, self._target)
+            complete = self._open().finish(self._recipe if recipe is None else _as_json(recipe))
+            _publish(complete, self._target)
         self.closed = True
         self._clean()
         return self._target.path
 
     def abort(self) -> None:
-        """Remove what was written; the path stays as it was. Does nothing after `close`."""
+        """Remove the partial file; the target path is unchanged. Does nothing after `close`."""
         if not self.closed:
             self.closed = True
             if self._writer is not None:
@@ -346,38 +346,38 @@ class FrameSink:
 
 
 def _as_json(recipe: dict[str, Any] | None) -> str | None:
-    """In ASCII, which every container takes."""
+    """A recipe as JSON in ASCII, which every container supports."""
     return None if recipe is None else json.dumps(recipe, allow_nan=False)
 
 
-def _publish(whole: Path, target: Target) -> None:
-    """Give a whole file its name. It is synced first, or a crash after the rename could lose its content."""
-    if not whole.is_dir():
-        with whole.open("r+b") as file:  # Windows syncs only what is open for writing
+def _publish(complete: Path, target: Target) -> None:
+    """Rename a complete file or folder to its final name. Files are synced first, so that a crash can't lose them."""
+    if not complete.is_dir():
+        with complete.open("r+b") as file:  # Windows can sync only files that are open for writing
             os.fsync(file.fileno())
-        os.replace(whole, target.path)
+        os.replace(complete, target.path)
     elif not target.path.exists():
-        whole.rename(target.path)
+        complete.rename(target.path)
     else:
-        new = sorted(os.listdir(whole))
+        new = sorted(os.listdir(complete))
         for name in new:
-            os.replace(whole / name, target.path / name)
-        for name in set(os.listdir(target.path)) - set(new) - {whole.name}:
+            os.replace(complete / name, target.path / name)
+        for name in set(os.listdir(target.path)) - set(new) - {complete.name}:
             if re.fullmatch(r"\d{6}\.png", name):
                 (target.path / name).unlink()
 
 
 class BackgroundWriter:
-    """Hands frames to a sink in a thread, in order; the file is the same.
+    """Writes frames to a sink in a background thread, in order.
 
         with FrameSink(...) as sink:
             with BackgroundWriter(sink) as writer:
-                writer.write(frames)    # again and again
+                writer.write(frames)    # any number of times
                 writer.finish()
             sink.close(recipe)
 
-    An error of the sink is raised by a later `write`, or by `finish`. Leaving the block waits for the write under way
-    and drops those that have not begun: put it inside of the sink's own block. seconds: how long the sink was at work.
+    A later `write`, or `finish`, raises the sink's errors. Leaving the block waits for the current write and drops queued
+    ones, so nest it in the sink's own block. seconds: the time that the sink spent writing.
     """
 
     def __init__(self, sink: FrameSink) -> None:
@@ -386,8 +386,8 @@ class BackgroundWriter:
         self._pending: deque[Future[None]] = deque()
 
     def write(self, frames: np.ndarray) -> None:
-        """uint8 RGB frames [T, H, W, 3]; they must not change any more. Waits while `MAX_PENDING` are pending, so that
-        memory stays bounded."""
+        """Queue uint8 RGB frames [T, H, W, 3], which must not be modified afterwards. Blocks while `MAX_PENDING` chunks
+        are queued, to bound memory."""
         while len(self._pending) >= MAX_PENDING:
             self._pending.popleft().result()
         self._pending.append(self._executor.submit(self._write, frames))
