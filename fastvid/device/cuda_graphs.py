@@ -1,16 +1,16 @@
-"""CUDA graphs of a model's calls: captured once a shape, replayed after that. Launching hundreds of kernels then costs
-what launching one does, which counts where calls are short (few tokens), and not where they are long.
+"""CUDA graphs of a model's calls: captured once per shape, then replayed. Launching hundreds of kernels then costs as
+much as launching one. This helps short calls (few tokens), not long ones.
 
-A graph reads and writes memory at fixed addresses, so what a call is given is copied there, and its result from there.
-These buffers belong to one call at a time: a lock is held from the first copy to the last. Another thread that calls
-meanwhile waits, which costs it little: what it starts would wait on the device too.
+A graph reads and writes fixed addresses, so arguments are copied into its buffers and the result out of them. A lock
+covers a call from the first copy to the last, so the buffers serve one call at a time. A waiting thread loses little:
+its kernels would wait on the device anyway.
 
-A shape that is seen for the first time runs eagerly, which compiles and sets up all that its kernels need; when it is
-seen again it is captured. Calls that differ in text alone (guidance) share a graph. All graphs share one pool of memory
-for what is computed in between, since no two of them ever run at once.
+The first call of a shape runs eagerly, which compiles and sets up its kernels. The second call captures it. Calls that
+differ only in text (guidance) share a graph. All graphs share one memory pool for intermediate results, since no two of
+them run at once.
 
-Weights are read where they are. So graphs are for modules whose weights stay on the device, and whoever exchanges
-weights calls `free`. A KV cache, which grows and is written to, is no part of a graph: such calls stay eager.
+Graphs read weights in place, so they are only for modules whose weights stay on the device. Call `free` after changing
+weights. Calls with a KV cache, which grows and is written to, stay eager.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from torch import Tensor
 
 from fastvid.errors import BackendUnavailable, InvalidRequest
 
-LIMIT = 8  # graphs that are kept; of those the one that was used last the longest ago goes
-REMEMBERED = 64  # shapes that are known to have run eagerly
+LIMIT = 8  # graphs kept; the least recently used one is evicted
+REMEMBERED = 64  # shapes remembered as warmed up
 
 
 class Capture(Protocol):
-    """What records a call, and plays it again."""
+    """Records calls for replay."""
 
     def capture(self, call: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
-        """Record a call: (what plays it again, its result's buffer, which the first playing fills)."""
+        """Record a call without running it: (replay function, the result's buffer, which each replay fills)."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """What is started inside runs after all that was started inside before, whatever threads and streams."""
+        """Work launched in this block runs after all work of earlier blocks, on any thread and stream."""
 
     def release(self) -> None:
-        """Nothing that was played is under way any more; what is recorded next takes new memory."""
+        """Wait until all replays are done. Later recordings use a new memory pool."""
 
 
 class CudaCapture:
@@ -53,10 +53,10 @@ class CudaCapture:
 
     def capture(self, call: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # The decoder's thread may allocate meanwhile: an error only if this thread does what cannot be recorded.
+        # The decoder's thread may allocate meanwhile, so only forbidden calls of this thread are errors.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            made = call()
-        return graph.replay, made
+            result = call()
+        return graph.replay, result
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -73,10 +73,10 @@ class CudaCapture:
 
 
 class Graphs:
-    """Calls functions of tensors, by graphs from the second call of a shape on. limit: how many graphs are kept.
+    """Calls functions through CUDA graphs, from the second call of a shape on. limit: number of graphs kept.
 
-    A function is a bound method of a module whose weights stay where they are; its arguments are tensors, plain values,
-    and tuples (of tuples) of them, its result is a tensor. No gradients are taken.
+    A function must be a bound method of a module whose weights do not move. Its arguments are tensors, hashable values
+    and nested tuples of them; its result is a tensor. Gradients are not supported.
     """
 
     def __init__(self, backend: Capture, limit: int = LIMIT) -> None:
@@ -89,31 +89,31 @@ class Graphs:
         return len(self._graphs)
 
     def __call__(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """function(*args), in memory of its own."""
-        given: list[Tensor] = []
-        key = (function, _shape(args, given))
+        """function(*args). The result is a new tensor, not a graph's buffer."""
+        tensors: list[Tensor] = []
+        key = (function, _shape(args, tensors))
         with self._lock:
             if key in self._graphs or key in self._seen:
                 with self.backend.alone():
-                    return self._find(key, given).run(given)
+                    return self._find(key, tensors).run(tensors)
             self._seen.append(key)
         return function(*args)
 
     def free(self) -> None:
-        """Let go of all graphs and their memory; shapes that are seen again begin anew."""
+        """Free all graphs and their memory, and forget all shapes."""
         with self._lock:
             if self._graphs:
                 self.backend.release()
             self._graphs.clear()
             self._seen.clear()
 
-    def _find(self, key: tuple[Callable[..., Tensor], Any], given: list[Tensor]) -> _Graph:
-        """The graph of a shape, captured if there is none."""
+    def _find(self, key: tuple[Callable[..., Tensor], Any], tensors: list[Tensor]) -> _Graph:
+        """The graph of a shape. Captures it if there is none."""
         if key not in self._graphs:
             if len(self._graphs) >= self.limit:
-                self.backend.release()  # what goes must not be under way
+                self.backend.release()  # the evicted graph may still be running
                 self._graphs.popitem(last=False)
-            self._graphs[key] = _Graph(self.backend, *key, given)
+            self._graphs[key] = _Graph(self.backend, *key, tensors)
         self._graphs.move_to_end(key)
         return self._graphs[key]
 
@@ -121,25 +121,25 @@ class Graphs:
 class _Graph:
     """One captured call with its buffers."""
 
-    def __init__(self, backend: Capture, function: Callable[..., Tensor], shape: Any, given: list[Tensor]) -> None:
-        self._inputs = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in given]
-        self._copied: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(given)
-        self._fill(given)
+    def __init__(self, backend: Capture, function: Callable[..., Tensor], shape: Any, tensors: list[Tensor]) -> None:
+        self._inputs = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+        self._copied: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(tensors)
+        self._fill(tensors)
         args = _with(shape, iter(self._inputs))
         self._replay, self._made = backend.capture(lambda: function(*args))
 
-    def run(self, given: list[Tensor]) -> Tensor:
-        self._fill(given)
+    def run(self, tensors: list[Tensor]) -> Tensor:
+        self._fill(tensors)
         self._replay()
         return self._made.clone()
 
-    def _fill(self, given: list[Tensor]) -> None:
-        """Copy what is not there yet: keys and values of a text are the same in every step."""
-        new = [i for i, tensor in enumerate(given) if not self._holds(i, tensor)]
+    def _fill(self, tensors: list[Tensor]) -> None:
+        """Copy the inputs that changed since the last call. Keys and values of a text are the same in every step."""
+        new = [i for i, tensor in enumerate(tensors) if not self._holds(i, tensor)]
         if new:
-            torch._foreach_copy_([self._inputs[i] for i in new], [given[i] for i in new])
+            torch._foreach_copy_([self._inputs[i] for i in new], [tensors[i] for i in new])
         for i in new:
-            self._copied[i] = weakref.ref(given[i]), given[i]._version
+            self._copied[i] = weakref.ref(tensors[i]), tensors[i]._version
 
     def _holds(self, number: int, tensor: Tensor) -> bool:
         copied = self._copied[number]
@@ -147,7 +147,7 @@ class _Graph:
 
 
 def _shape(value: Any, tensors: list[Tensor]) -> Hashable:
-    """What a graph depends on beside numbers, and the tensors in order."""
+    """The hashable structure of a call's arguments, with `_Like` for tensors. Appends the tensors to `tensors`."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return _Like(value)
@@ -157,20 +157,20 @@ def _shape(value: Any, tensors: list[Tensor]) -> Hashable:
 
 
 class _Like(tuple):
-    """Stands for a tensor of this shape, type and device."""
+    """Placeholder for a tensor of this shape, dtype and device."""
 
     def __new__(cls, tensor: Tensor) -> _Like:
         return super().__new__(cls, (tuple(tensor.shape), tensor.dtype, tensor.device))
 
 
 def _with(shape: Any, tensors: Iterator[Tensor]) -> Any:
-    """The arguments again, with these tensors."""
+    """Rebuild arguments from their structure, with these tensors in place of `_Like`."""
     if isinstance(shape, _Like):
         return next(tensors)
     if isinstance(shape, tuple):
         kind, inner = shape
-        made = [_with(one, tensors) for one in inner]
-        return kind(*made) if hasattr(kind, "_fields") else kind(made)
+        items = [_with(one, tensors) for one in inner]
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)
     return shape
 
 
@@ -178,18 +178,18 @@ def _with(shape: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def check(asked: Any) -> Any:
-    """What was asked for: "auto", True or False. Raises InvalidRequest for anything else."""
+    """Return `cuda_graphs=` if it is "auto", True or False. Raises InvalidRequest otherwise."""
     if asked != "auto" and not isinstance(asked, bool):
         raise InvalidRequest(f"cuda_graphs={asked!r:.40}: allowed is 'auto', True or False; the nearest is 'auto'")
     return asked
 
 
 def choose(asked: Any, device: torch.device, stays: bool, caches: bool, ranks: int = 1) -> tuple[bool, str]:
-    """Whether a model's calls are to be replayed, and why. stays: its weights stay on the device; caches: it is called
-    with a KV cache; ranks: that share its tokens.
+    """Whether to replay a model's calls as CUDA graphs, and why. stays: its weights stay on the device; caches: it uses
+    a KV cache; ranks: number of ranks that share its tokens.
 
-    Asked for with True it works or raises: BackendUnavailable without a CUDA device, InvalidRequest where graphs would
-    have nothing to do. "auto" waits for committed GPU results, as it does with kernels.
+    True either works or raises: BackendUnavailable without a CUDA device, InvalidRequest if graphs can't be used.
+    "auto" is off until there are committed GPU results, like for kernels.
     """
     if asked is False:
         return False, "off: asked for"

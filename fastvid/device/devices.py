@@ -14,9 +14,9 @@ from fastvid.errors import InvalidRequest
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device."""
+    """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for reuse
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by torch
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
@@ -25,7 +25,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _cgroup_free() -> int:
-    """What the container's own limit leaves, if there is one."""
+    """Bytes left below the container's memory limit, if there is one."""
     limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
     return max(0, int(limit) - int(used)) if limit.isdecimal() and used.isdecimal() else 1 << 62
 
@@ -41,16 +41,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def find_device(device: Any) -> torch.device:
-    """The device asked for; what it must be is checked again where the back ends are bound."""
+    """Parse `device=`; None: a GPU if there is one. `ops.dispatch.bind` checks that it can be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        where = torch.device(device)
+        parsed = torch.device(device)
     except (RuntimeError, TypeError):
         raise InvalidRequest(f"device={device!r:.60}: allowed is 'cpu', 'cuda' or 'cuda:<number>'") from None
-    if where.type not in ("cpu", "cuda"):
-        raise InvalidRequest(f"device={str(where)!r}: allowed is 'cpu', 'cuda' or 'cuda:<number>'")
-    return where
+    if parsed.type not in ("cpu", "cuda"):
+        raise InvalidRequest(f"device={str(parsed)!r}: allowed is 'cpu', 'cuda' or 'cuda:<number>'")
+    return parsed
 
 
 def resolve_dtype(dtype: Any, device: torch.device) -> torch.dtype:
@@ -60,7 +60,7 @@ def resolve_dtype(dtype: Any, device: torch.device) -> torch.dtype:
 
 
 def resolve_vae_dtype(dtype: Any) -> torch.dtype:
-    """What the VAE computes in: fp32, as published, if nothing is asked for."""
+    """The VAE's dtype; by default fp32, as published."""
     return torch.float32 if dtype is None else _named_dtype("vae_dtype", dtype)
 
 

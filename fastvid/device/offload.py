@@ -1,11 +1,12 @@
-"""Weights in host memory that are copied to the device while they are used.
+"""Offloading: keeps weights in host memory and copies them to the device while they are used.
 
-"none": every part stays on the device. "text": text encoder and image encoder are copied when they are needed, and of
-two experts the one in use. "blocks": the same, and the blocks of transformer and text encoder go through two buffers on
-the device: the next one is copied while the present one computes. On the CPU the same steps are made and save nothing.
+"none": every part stays on the device. "text": the text encoder, the image encoder and, if there are two experts, the
+experts are copied when needed. "blocks": in addition, the blocks of the transformer and the text encoder stream through
+two buffers on the device: the next block is copied while the current one computes. On a CPU the same code runs, but
+saves nothing.
 
-Weights never change on the device, so nothing is copied back: leaving frees the copy. Modules list their streamable
-blocks in `STREAMED` and iterate over them by their attribute `walk`, which is `iter` unless it is replaced here.
+Weights never change on the device, so they are never copied back; the device copy is just freed. Modules list their
+streamable blocks in `STREAMED` and iterate over them with their attribute `walk`, which is `iter` unless replaced here.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from fastvid.errors import OutOfMemory
 
 MODES = ("none", "text", "blocks")  # the least offloading first
 SLOTS = 2
-ALIGNMENT = 256  # bytes; what CUDA's own allocations have
-RUN = 2**29  # bytes of weights that are packed into one run of host memory, or one weight if that is larger
+ALIGNMENT = 256  # bytes, like CUDA's own allocations
+RUN = 2**29  # maximum bytes of weights packed into one host allocation; a larger weight gets its own
 
 
 class Weights(NamedTuple):
-    """Bytes of a module's weights: those outside of the blocks that it walks, those of each block, and of a buffer that
-    takes the largest."""
+    """Bytes of a module's weights. rest: outside of its streamed blocks; blocks: of each block; buffer: size of a buffer
+    for the largest block."""
 
     rest: int
     blocks: tuple[int, ...] = ()
@@ -42,12 +43,12 @@ class Weights(NamedTuple):
 
     @property
     def streamed(self) -> int:
-        """Bytes on the device with the blocks in two buffers."""
+        """Bytes on the device if the blocks stream through two buffers."""
         return self.rest + (SLOTS * self.buffer if self.blocks else 0)
 
 
 def weigh(module: nn.Module) -> Weights:
-    """Bytes of a module's weights, also on the meta device."""
+    """Bytes of a module's weights. The module may be on the meta device."""
     blocks = {id(block): block for block in streamed_blocks(module)}
     inside = {id(p) for block in blocks.values() for p in block.parameters()}
     sizes = {id(p): p.nbytes for p in module.parameters()}
@@ -57,29 +58,29 @@ def weigh(module: nn.Module) -> Weights:
 
 
 def streamed_blocks(module: nn.Module) -> list[nn.Module]:
-    """The blocks that a module walks, of all lists that it names."""
+    """All blocks in the lists that a module names in `STREAMED`."""
     lists = [cast(nn.ModuleList, module.get_submodule(name)) for name in getattr(module, "STREAMED", ())]
     return [block for blocks in lists for block in blocks]
 
 
-# ---------------------------------------------------------------- the two ways to copy
+# ---------------------------------------------------------------- copies
 
 
 class Lane(Protocol):
-    """Where copies run, beside the computation. A mark is a point in the order of either."""
+    """Runs copies in parallel with the computation. A mark is a point in the order of either, like a CUDA event."""
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any) -> Any:
-        """Copy (target, source) pairs once the mark `after` is passed; returns the mark of their end."""
+        """Copy (target, source) pairs after the mark `after`. Returns the mark of their end."""
 
     def wait(self, mark: Any) -> None:
-        """Later computation waits for the mark."""
+        """Make later computation wait for the mark."""
 
     def mark(self) -> Any:
-        """The end of the computation up to here."""
+        """The mark of the end of the computation launched so far."""
 
 
 class HostLane:
-    """Copies are made at once, so nothing has to wait."""
+    """Copies synchronously, so nothing has to wait."""
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any) -> None:
         for target, source in pairs:
@@ -93,7 +94,7 @@ class HostLane:
 
 
 class CudaLane:
-    """Copies run on a stream of their own, ordered against the computing by events."""
+    """Copies on a separate CUDA stream, synchronized with the computation by events."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.side = device, torch.cuda.Stream(device)
@@ -113,19 +114,19 @@ class CudaLane:
 
 
 def make_lane(device: torch.device) -> Lane:
-    """The way to copy to a device."""
+    """The lane for a device."""
     return CudaLane(device) if device.type == "cuda" else HostLane()
 
 
-# ---------------------------------------------------------------- blocks, one after the other
+# ---------------------------------------------------------------- streaming blocks
 
 
 class Prefetcher:
-    """Iterates over modules with the weights of each on the device while it is used.
+    """Iterates over modules. The weights of the current one are on the device.
 
-    Two buffers of `capacity` bytes: while the module in one computes, the next one's weights are copied into the other.
-    One walk at a time (`Swapped` holds a lock); starting a walk, or `recall`, ends one that was left unfinished.
-    homes: the host copy of every parameter.
+    Has two buffers of `capacity` bytes: while the module in one computes, the next one's weights are copied into the
+    other. Only one walk runs at a time (`Swapped` holds a lock); starting a walk, or `recall`, ends an unfinished one.
+    homes: parameter -> host copy.
     """
 
     def __init__(self, device: torch.device, lane: Lane | None = None) -> None:
@@ -133,19 +134,19 @@ class Prefetcher:
         self.homes: dict[nn.Parameter, Tensor] = {}
         self.capacity = 0
         self._buffers: list[Tensor] = []
-        self._left: list[Any] = []  # of each buffer, the end of what was computed from it
-        self._coming: list[Any] = []  # ends of copies that nothing waits for yet
-        self._out: list[nn.Parameter] = []
+        self._buffer_free: list[Any] = []  # for each buffer, the mark after which it may be overwritten
+        self._arriving: list[Any] = []  # end marks of copies that nothing waits for yet
+        self._on_device: list[nn.Parameter] = []
         self._walk: object = None
 
     def take(self, homes: dict[nn.Parameter, Tensor], blocks: Iterable[nn.Module]) -> None:
-        """Register host copies, and make room for the largest block."""
+        """Register host copies, and size the buffers for the largest block."""
         self.homes |= homes
         sizes = [sum(_aligned(homes[p].nbytes) for p in block.parameters()) for block in blocks]
         self.capacity = max(self.capacity, *sizes)
 
     def __call__(self, modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-        """Walk modules, each of them a block or a part of one."""
+        """Walk over modules, each a block or a part of one."""
         self.recall()
         self._open()
         self._walk = walk = object()
@@ -157,56 +158,56 @@ class Prefetcher:
             if number + 1 < len(queue):
                 ahead = self._send(queue[number + 1], (number + 1) % SLOTS)
             self.lane.wait(arrived)
-            self._coming.remove(arrived)
+            self._arriving.remove(arrived)
             self._bind(views)
             yield module
             if self._walk is not walk:
                 raise RuntimeError("a walk over blocks went on after another one had started")
             self._unbind()
-            self._left[number % SLOTS] = self.lane.mark()
+            self._buffer_free[number % SLOTS] = self.lane.mark()
 
     def recall(self) -> None:
-        """End a walk: parameters point to host memory again, and later computation waits for unfinished copies."""
+        """End a walk: point parameters to host memory again, and make later computation wait for unfinished copies."""
         self._walk = None
         self._unbind()
-        for mark in self._coming:
+        for mark in self._arriving:
             self.lane.wait(mark)
-        self._coming.clear()
-        # A computation that an exception cut off may still read a buffer.
-        self._left = [self.lane.mark() for _ in self._buffers]
+        self._arriving.clear()
+        # After an exception, kernels may still read a buffer.
+        self._buffer_free = [self.lane.mark() for _ in self._buffers]
 
     def close(self) -> None:
         """Free the buffers until the next walk."""
         self.recall()
-        self._buffers, self._left = [], []
+        self._buffers, self._buffer_free = [], []
 
     def _open(self) -> None:
         if not self._buffers:
             self._buffers = [torch.empty(self.capacity, dtype=torch.uint8, device=self.device) for _ in range(SLOTS)]
-            # The memory may be what kernels still under way have just given back.
-            self._left = [self.lane.mark() for _ in self._buffers]
+            # Running kernels may still use memory that the allocator has reused for these buffers.
+            self._buffer_free = [self.lane.mark() for _ in self._buffers]
 
     def _send(self, module: nn.Module, slot: int) -> tuple[list[tuple[nn.Parameter, Tensor]], Any]:
-        """Start copying a module's weights into a buffer: (the parameters with their views of it, the copy's end)."""
+        """Start copying a module's weights into a buffer. Returns (parameters with their views of it, the end mark)."""
         views, start = [], 0
         for parameter in module.parameters():
             home = self.homes[parameter]
             views.append((parameter, _view(self._buffers[slot], start, home)))
             start += _aligned(home.nbytes)
-        arrived = self.lane.copy([(view, self.homes[p]) for p, view in views], self._left[slot])
-        self._coming.append(arrived)
+        arrived = self.lane.copy([(view, self.homes[p]) for p, view in views], self._buffer_free[slot])
+        self._arriving.append(arrived)
         return views, arrived
 
     def _bind(self, views: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         for parameter, view in views:
             parameter.data = view
-            self._out.append(parameter)
+            self._on_device.append(parameter)
 
     def _unbind(self) -> None:
-        # Kernels that were started hold the buffer's addresses themselves.
-        for parameter in self._out:
+        # Running kernels are not affected: they hold the buffer's addresses.
+        for parameter in self._on_device:
             parameter.data = self.homes[parameter]
-        self._out.clear()
+        self._on_device.clear()
 
 
 # ---------------------------------------------------------------- modules in host memory
@@ -219,19 +220,19 @@ class Walker(Protocol):
 
 
 class Offloaded:
-    """A module whose weights are in host memory (pinned for a GPU). With a prefetcher its blocks are streamed, and only
-    the rest is copied as a whole."""
+    """A module with its weights in host memory (pinned for a GPU). With a prefetcher, its blocks are streamed and
+    `arrive` copies only the other weights."""
 
     def __init__(self, module: nn.Module, device: torch.device, prefetcher: Prefetcher | None = None) -> None:
         self.module, self.device, self.prefetcher = module, device, prefetcher
         self._homes: dict[str, Tensor] = {}
-        self._here = False
+        self._on_device = False
         self.settle()
         if prefetcher is not None:
             cast(Walker, module).walk = prefetcher  # modules that list blocks in STREAMED have it
 
     def settle(self) -> None:
-        """Make the weights that the module now has in host memory its host copies."""
+        """Store the module's current weights (in host memory) as its host copies."""
         fresh = {n: p for n, p in self.module.named_parameters() if n not in self._homes}
         for run in _runs(fresh):
             self._homes |= _pack(run, pin=self.device.type == "cuda")
@@ -245,11 +246,11 @@ class Offloaded:
             self.prefetcher.take({p: self._homes[n] for n, p in self.module.named_parameters()}, blocks)
 
     def arrive(self) -> None:
-        """Copy the weights that are not streamed to the device, if they are not there."""
-        if self._here:
+        """Copy all weights that are not streamed to the device, unless they are there already."""
+        if self._on_device:
             return
         walked = {p for b in streamed_blocks(self.module) for p in b.parameters()} if self.prefetcher else set()
-        self._here = True  # also if the device is full half-way: then `leave` has something to do
+        self._on_device = True  # set first, so that `leave` cleans up if the device runs out of memory
         for parameter in self.module.parameters():
             if parameter not in walked:
                 parameter.data = torch.empty_like(parameter.data, device=self.device).copy_(
@@ -257,35 +258,35 @@ class Offloaded:
                 )
 
     def leave(self) -> None:
-        """Give the device's memory back."""
-        if self._here:
+        """Free the device copies."""
+        if self._on_device:
             for name, parameter in self.module.named_parameters():
                 parameter.data = self._homes[name]
-            self._here = False
+            self._on_device = False
 
 
 class Resident:
-    """Modules that stay where they are; the interface of Swapped."""
+    """Modules that are not offloaded, with the interface of `Swapped`."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = tuple(modules)
 
     @contextmanager
     def use(self, number: int) -> Iterator[nn.Module]:
-        """One of them."""
+        """The module with this index."""
         yield self.modules[number]
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """Weights may be exchanged until the block ends."""
+        """Weights may be replaced inside the block."""
         yield
 
 
 class Swapped:
-    """Modules of which one at a time is on the device, for one user at a time.
+    """Modules that take turns on the device: one module, and one user, at a time.
 
-    linger: the last one used stays until another is asked for. stream: blocks go through a prefetcher that all of them
-    share.
+    linger: the last used module stays until another is needed. stream: blocks are streamed through a prefetcher that all
+    modules share.
     """
 
     def __init__(
@@ -304,7 +305,7 @@ class Swapped:
 
     @contextmanager
     def use(self, number: int) -> Iterator[nn.Module]:
-        """One of them, on the device until the block ends. Other threads wait until then."""
+        """The module with this index, on the device inside the block. Other threads wait until it ends."""
         with self._lock:
             for other in self.offloaded:
                 if other is not self.offloaded[number]:
@@ -321,14 +322,14 @@ class Swapped:
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """All of them in host memory until the block ends, so that weights can be exchanged there."""
+        """Moves all modules to host memory, so that their weights can be replaced inside the block."""
         with self._lock:
             self._clear()
             try:
                 yield
             finally:
                 if self.prefetcher is not None:
-                    self.prefetcher.homes.clear()  # of parameters that may be gone
+                    self.prefetcher.homes.clear()  # its parameters may be gone
                 for module in self.offloaded:
                     module.settle()
 
@@ -343,10 +344,10 @@ class Swapped:
 
 
 def host_memory(size: int, pin: bool = False) -> Tensor:
-    """uint8 [size] on pages of its own, page-locked for a GPU if `pin`; freed with the last tensor that looks at it.
+    """uint8 [size] on its own pages, page-locked for a GPU if `pin`; freed with its last view.
 
-    Not torch's pinned allocator: that rounds up to a power of two, 28 GB to 45. Raises OutOfMemory if the system does
-    not lock so much.
+    Avoids torch's pinned allocator, whose rounding up to powers of two turns 28 GB into 45. Raises OutOfMemory if the
+    system can't lock that much.
     """
     private: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     pages = mmap.mmap(-1, max(1, size), **private)
@@ -363,7 +364,7 @@ def host_memory(size: int, pin: bool = False) -> Tensor:
 
 
 def _runs(parameters: dict[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters in runs of at most RUN bytes."""
+    """Split parameters into runs of at most RUN bytes."""
     run: dict[str, nn.Parameter] = {}
     size = 0
     for name, parameter in parameters.items():
@@ -376,7 +377,7 @@ def _runs(parameters: dict[str, nn.Parameter]) -> Iterator[dict[str, nn.Paramete
 
 
 def _pack(run: dict[str, nn.Parameter], pin: bool) -> dict[str, Tensor]:
-    """Move parameters into host memory of ours, one behind the other; returns where each is now."""
+    """Move parameters into one new host allocation; returns their tensors there."""
     memory, homes, start = host_memory(sum(_aligned(p.nbytes) for p in run.values()), pin), {}, 0
     for name, parameter in run.items():
         homes[name] = _view(memory, start, parameter.data).copy_(parameter.data)

@@ -1,4 +1,4 @@
-"""fp32 means IEEE fp32: TF32 on GPUs and bf16 shortcuts on CPUs are off for it, within our calls only."""
+"""IEEE fp32 arithmetic: turns off TF32 on GPUs and bf16 shortcuts on CPUs, only during fastvid's calls."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _CUDNN: Any = torch.backends.cudnn
 KINDS = (_MKLDNN.matmul, _MKLDNN.conv, torch.backends.cuda.matmul, _CUDNN.conv)
 
 
-class _Setting:
-    """torch's settings belong to the process, so those who compute at once share one change of them: the first in saves
-    the caller's, the last out puts them back."""
+class _SharedSetting:
+    """torch's precision settings are per process, so concurrent users share one change: the first to enter saves the
+    caller's settings, the last to leave restores them."""
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
@@ -39,15 +39,15 @@ class _Setting:
                     kind.fp32_precision = precision
 
 
-_SETTING = _Setting()
+_SETTING = _SharedSetting()
 
 
 @contextmanager
 def ieee_fp32() -> Iterator[None]:
-    """Full-precision fp32 matrix products and convolutions inside; the caller's settings come back after.
+    """Full-precision fp32 matrix products and convolutions inside the block; restores the caller's settings after it.
 
-    Never held across a yield of ours, so that a caller with one thread never sees it. With several, it lasts until the
-    last one of them that computes is done.
+    Our generators never yield inside the block, so a single-threaded caller never sees the change. With several threads,
+    it lasts until the last of them leaves.
     """
     _SETTING.enter()
     try:

@@ -1,1 +1,1 @@
-"""Ranks: how they exchange messages, how they share the work, and what that costs."""
+"""How ranks communicate, how they share the work, and a model of what that costs."""

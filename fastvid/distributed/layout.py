@@ -1,6 +1,7 @@
-"""What `parallel=` means, and the layouts that a request can have.
+"""Parses `parallel=` and lists the possible layouts of a request.
 
-Ranks agree on everything that decides what they do next. An impossible layout is refused with the nearest possible one.
+Impossible layouts are refused; the error names the nearest possible one. `agree` makes ranks use the same values for all
+decisions.
 """
 
 from __future__ import annotations
@@ -18,22 +19,21 @@ from fastvid.errors import InvalidRequest
 
 AUTO = "auto"
 MOST = 1024  # ranks
-GROUPS = 2  # of heads: while one group is attended to, the tokens of the next one travel
+GROUPS = 2  # of heads: attention of one group overlaps with the exchange of the next
 NAMES = tuple(field.name for field in fields(Layout))
 ALLOWED = f"'auto', a number of ranks, or degrees such as 'ulysses=4,ring=2' ({', '.join(NAMES)})"
 
 
 @dataclass(frozen=True)
 class Parallelism:
-    """What `parallel=` asks for. ranks: None for as many as there are devices. layout: None to choose one for each
-    request."""
+    """A parsed `parallel=`. ranks: None for one per device. layout: None to choose one for each request."""
 
     ranks: int | None = None
     layout: Layout | None = None
 
 
 def parse_parallel(parallel: Any) -> Parallelism:
-    """Read `parallel=` as `fastvid.load` takes it: "auto", a number, "ulysses=4,ring=2", {"ulysses": 4} or a Layout.
+    """Parse `parallel=` of `fastvid.load`: "auto", a number, "ulysses=4,ring=2", {"ulysses": 4} or a Layout.
 
     Raises InvalidRequest.
     """
@@ -69,10 +69,10 @@ def _degree(name: str, value: Any) -> int:
 def layouts_for(
     asked: Layout | None, size: int, heads: int, tokens: int, guided: bool, per_host: int | None = None
 ) -> list[Layout]:
-    """The layouts in which `size` ranks can share a request: the one asked for, or all, the default one first.
+    """The layouts in which `size` ranks can share a request: only `asked`, or all with the default one first.
 
-    heads: of the model. tokens: of a latent frame. guided: with guidance. per_host: ranks on each host, None if all are
-    on one. Raises InvalidRequest for an impossible layout, with the nearest possible one.
+    heads: of the model. tokens: in a latent frame. guided: with guidance. per_host: ranks per host, None for a single
+    host. Raises InvalidRequest for an impossible layout, naming the nearest possible one.
     """
     possible = [layout for layout in every(size, heads, guided) if layout.sequence <= tokens]
     if asked is None:
@@ -100,7 +100,7 @@ def layouts_for(
 
 
 def every(size: int, heads: int, guided: bool) -> list[Layout]:
-    """All layouts of `size` ranks for a model with so many heads."""
+    """All layouts of `size` ranks for a model with `heads` heads."""
     divisors = [n for n in range(1, size + 1) if size % n == 0]
     return [
         Layout(guidance, size // guidance // ulysses, ulysses)
@@ -111,11 +111,11 @@ def every(size: int, heads: int, guided: bool) -> list[Layout]:
 
 
 def default_layout(size: int, heads: int, guided: bool, per_host: int | None = None) -> Layout:
-    """The layout of `size` ranks where no times are predicted.
+    """The layout of `size` ranks if no times are predicted.
 
-    Both velocities of guidance at once if there are two and the ranks are even: that exchanges next to nothing. Then
-    Ulysses as far as the heads divide, within one host, since its exchanges all happen at once. The rest is ring, whose
-    exchanges follow each other and hide behind attention. per_host: ranks of a host, None if all are on one.
+    First splits guidance, if there is any and `size` is even: it exchanges almost nothing. Then Ulysses as far as it
+    divides the heads, within a host, since it exchanges everything at once. The rest is ring, whose exchanges are spread
+    out and overlap with attention. per_host: ranks per host, None for a single host.
     """
     guidance = 2 if guided and size % 2 == 0 else 1
     sequence = size // guidance
@@ -125,7 +125,7 @@ def default_layout(size: int, heads: int, guided: bool, per_host: int | None = N
 
 
 def _fewer_ranks(size: int, heads: int, tokens: int, guided: bool) -> int:
-    """The most ranks, fewer than `size`, that can share so many tokens."""
+    """The largest number of ranks below `size` that can share `tokens` tokens."""
     counts = range(size - 1, 0, -1)
     return next(n for n in counts if any(one.sequence <= tokens for one in every(n, heads, guided)))
 
@@ -135,13 +135,13 @@ def _distance(layout: Layout, asked: Layout) -> int:
 
 
 def agree(mesh: Mesh, value: int, how: Callable[[list[int]], int] = min) -> int:
-    """One number for all ranks, made of each rank's own by `how`: the least, by default."""
-    if mesh.group is None:  # one rank, or ranks that are planned for and do not run
+    """Reduce a number of each rank to one that all ranks use; by default the minimum."""
+    if mesh.group is None:  # a single rank, or a plan for ranks that do not run
         return value
-    mine = torch.tensor([value], dtype=torch.int64, device=mesh.device)
-    return how(mesh.gather(mine, (1,) * mesh.size, 0).tolist())
+    own_value = torch.tensor([value], dtype=torch.int64, device=mesh.device)
+    return how(mesh.gather(own_value, (1,) * mesh.size, 0).tolist())
 
 
 def first(values: list[int]) -> int:
-    """Rank 0's."""
+    """Rank 0's value, for `agree`."""
     return values[0]

@@ -1,7 +1,7 @@
-"""What joins the ranks of a job and what they compute on, for `fastvid.distributed.cost_model`.
+"""The links and devices of a job's ranks, for `fastvid.distributed.cost_model`.
 
-Links are found where possible, else given by the caller, else assumed; which of these is kept too. Ranks agree when a
-model is loaded: the slowest link that one of them finds counts for all, and so does rank 0's card.
+A link is stated by the caller, or detected, or assumed; `Links` records which. When a model is loaded, the ranks agree
+on the slowest link that any of them detects, and on rank 0's GPU model.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fastvid.errors import InvalidRequest
 AUTO = "auto"
 FOUND, SAID, ASSUMED = "found", "as was said", "assumed"
 ALLOWED = f"{', '.join((AUTO, *LINKS))}, or two of them: within a host and between hosts, such as 'nvlink,infiniband'"
-PER_HOST = 8  # GPUs, of hosts that are not here
+PER_HOST = 8  # GPUs of an assumed host
 log = logging.getLogger("fastvid.plan")
 
-# Dense bf16 operations and bytes a second, by NVIDIA's data sheets. The share that is reached is assumed to be that of
-# an H200 (`cost_model.H200`). The first name that is part of a card's name counts.
+# Dense bf16 operations per second and memory bytes per second from NVIDIA's data sheets. We assume that every card
+# reaches the same share as an H200 (`cost_model.H200`). The first key that is contained in a card's name applies.
 CARDS = {
     "B200": (2250e12, 8.0e12),
     "H200": (989e12, 4.8e12),
@@ -42,8 +42,8 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Links:
-    """near: the link between ranks of a host, and how it is known; far: between hosts of per_host ranks (None: all ranks
-    are on one). device: what ranks compute on."""
+    """near: the link within a host, near_how: how it is known. far: the link between hosts of per_host ranks (None: a
+    single host). device: what ranks compute on."""
 
     near: Link = LOOPBACK
     near_how: str = FOUND
@@ -59,7 +59,7 @@ class Links:
 
 
 def parse_link(link: Any) -> tuple[Link | None, Link | None]:
-    """Read `link=` as `fastvid.load` takes it: the links within a host and between hosts, None for "auto".
+    """Parse `link=` of `fastvid.load`: the links within a host and between hosts, None for "auto".
 
     Raises InvalidRequest.
     """
@@ -74,9 +74,9 @@ def parse_link(link: Any) -> tuple[Link | None, Link | None]:
 
 
 def find_links(link: Any, mesh: Mesh, device: torch.device, planned: bool = False) -> Links:
-    """The links of a mesh, the same on all of its ranks. link: see `parse_link`.
+    """The links of a mesh, the same on all its ranks. link: see `parse_link`.
 
-    planned: the ranks do not run; those of a GPU that is not here are assumed on hosts of 8 with NVLink.
+    planned: the ranks do not run. For GPUs this assumes hosts of 8 with NVLink.
     """
     near, far = parse_link(link)
     if mesh.size == 1:
@@ -84,9 +84,9 @@ def find_links(link: Any, mesh: Mesh, device: torch.device, planned: bool = Fals
     per_host = mesh.per_host or (PER_HOST if planned and device.type == "cuda" else mesh.size)
     how = SAID
     if near is None:
-        found, how = (LOOPBACK, FOUND) if device.type == "cpu" or mesh.staged else _between(mesh, per_host, planned)
+        detected, how = (LOOPBACK, FOUND) if device.type == "cpu" or mesh.staged else _between(mesh, per_host, planned)
         order, hows = list(LINKS.values()), (FOUND, ASSUMED)
-        code = agree(mesh, order.index(found) * len(hows) + hows.index(how), max)
+        code = agree(mesh, order.index(detected) * len(hows) + hows.index(how), max)
         near, how = order[code // len(hows)], hows[code % len(hows)]
     slower = min(near, INFINIBAND, key=lambda link: link.bandwidth)
     far_how = SAID if far else ASSUMED
@@ -95,24 +95,24 @@ def find_links(link: Any, mesh: Mesh, device: torch.device, planned: bool = Fals
 
 
 def _between(mesh: Mesh, per_host: int, planned: bool) -> tuple[Link, str]:
-    """The link that this rank sees between the GPUs of its host, and whether it is found or assumed."""
+    """The link that this rank detects between the GPUs of its host, and whether it is found or assumed."""
     count = min(per_host, mesh.size)
-    if torch.cuda.device_count() < count:  # they are elsewhere, or hidden from this process
+    if torch.cuda.device_count() < count:  # on other machines, or hidden from this process
         return (NVLINK if planned else PCIE), ASSUMED
     joined = nvlinked([str(torch.cuda.get_device_properties(i).uuid) for i in range(count)])
     if joined is not None:
         return (NVLINK if joined else PCIE), FOUND
-    # Over NVLink a GPU can always read another's memory. Over PCI Express it may, so access proves nothing.
+    # Peer access always works over NVLink, but may also work over PCI Express. Only its absence proves anything.
     accessible = all(torch.cuda.can_device_access_peer(a, b) for a, b in combinations(range(count), 2))
     return PCIE, ASSUMED if accessible else FOUND
 
 
 def nvlinked(uuids: Sequence[str]) -> bool | None:
-    """Whether all of these GPUs reach each other by NVLink, by the driver's NVML; None if it cannot be asked."""
+    """Whether NVLink connects all of these GPUs, according to NVML; None if NVML can't be queried."""
     try:
         import pynvml
     except ImportError:
-        log.info("links between GPUs are assumed: asking NVML takes the package nvidia-ml-py (fastvid[nvml])")
+        log.info("links between GPUs are assumed: detecting them requires the package nvidia-ml-py (fastvid[nvml])")
         return None
     try:
         pynvml.nvmlInit()
@@ -124,14 +124,14 @@ def nvlinked(uuids: Sequence[str]) -> bool | None:
         kind, joined = pynvml.NVML_P2P_CAPS_INDEX_NVLINK, pynvml.NVML_P2P_STATUS_OK
         return all(pynvml.nvmlDeviceGetP2PStatus(a, b, kind) == joined for a, b in combinations(gpus, 2))
     except pynvml.NVMLError as error:
-        log.info("links between GPUs are assumed: NVML does not tell (%s)", error)
+        log.info("links between GPUs are assumed: NVML failed (%s)", error)
         return None
     finally:
         pynvml.nvmlShutdown()
 
 
 def _device(mesh: Mesh, device: torch.device) -> Device:
-    """What ranks compute on: rank 0's card, or an H200 if that is unknown."""
+    """The device of all ranks: rank 0's card, or an H200 if that is unknown."""
     if device.type != "cuda":
         return CORE
     name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
@@ -140,7 +140,7 @@ def _device(mesh: Mesh, device: torch.device) -> Device:
 
 
 def card_of(index: int) -> Device:
-    """The device of CARDS at an index; -1: an H200, assumed."""
+    """The device of CARDS at an index; -1: an assumed H200."""
     if index < 0:
         return Device(f"an {H200.name} ({ASSUMED})", H200.linear, H200.attention, H200.memory, H200.launch)
     name, (operations, memory) = list(CARDS.items())[index]

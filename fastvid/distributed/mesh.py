@@ -1,12 +1,12 @@
-"""Ranks that make one video together: how they share it, and how tensors get from one rank to another.
+"""Ranks that generate one video together: how they share it, and how they exchange tensors.
 
-A rank is a process with a device. `Layout` says which part of guidance and which part of the tokens each rank has. All
-exchanges are point-to-point messages, so parts may have different lengths, ranks without data are skipped, no sum
-depends on the order of arrival, and any group of ranks can exchange without a communicator of its own. Every rank makes
-the same exchanges in the same order, from one thread at a time. A single rank exchanges nothing.
+A rank is a process with a device. `Layout` assigns each rank a part of guidance and a part of the tokens. All exchanges
+are point-to-point messages. So parts may differ in length, ranks without data are skipped, no sum depends on the order
+of arrival, and any subset of ranks can exchange without its own communicator. All ranks must make the same exchanges in
+the same order, from one thread at a time. A single rank exchanges nothing.
 
-Uses torch.distributed alone: NCCL between GPUs, gloo between CPUs, and gloo through host memory between GPUs where NCCL
-does not work, as with two ranks on one GPU.
+Uses torch.distributed: NCCL between GPUs, gloo between CPUs, and gloo through host memory between GPUs if NCCL does not
+work, as with two ranks on one GPU.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-FOREVER = timedelta(days=7)  # heartbeats detect a hang, so messages have no time limit of their own
+FOREVER = timedelta(days=7)  # heartbeats detect hangs, so messages need no timeout
 
 
 def shares(count: int, ranks: int) -> tuple[int, ...]:
-    """How many of `count` things each rank has: as even as possible, the first ranks have one more."""
+    """Split `count` items as evenly as possible; the first ranks get one more."""
     each, more = divmod(count, ranks)
     return tuple(each + (rank < more) for rank in range(ranks))
 
 
 def starts(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Where each share begins, and where the last one ends."""
+    """The start of each share, and the end of the last one."""
     return (0, *accumulate(sizes))
 
 
@@ -39,8 +39,8 @@ def starts(sizes: Sequence[int]) -> tuple[int, ...]:
 class Layout:
     """How ranks share a video: guidance x ring x ulysses, numbered with ulysses fastest.
 
-    guidance: 1, or 2 where each half of the ranks computes one of the two velocities. ulysses: ranks that exchange
-    tokens for heads (arXiv 2309.14509); divides the number of heads. ring: groups of such ranks that pass keys and
+    guidance: 1, or 2 if each half of the ranks computes one of the two velocities. ulysses: ranks that exchange tokens
+    for heads (arXiv 2309.14509); must divide the number of heads. ring: number of Ulysses groups that pass keys and
     values around (arXiv 2310.01889).
     """
 
@@ -63,7 +63,7 @@ class Layout:
 
 
 class Pending:
-    """Messages in flight. Sent tensors are kept alive, and must not be written to, until `wait`."""
+    """Messages in flight. Keeps sent tensors alive; they must not be modified before `wait`."""
 
     def __init__(
         self, works: Iterable[Any], kept: Iterable[Tensor], copies: Iterable[tuple[Tensor, Tensor]] = ()
@@ -71,7 +71,7 @@ class Pending:
         self._works, self._kept, self._copies = list(works), list(kept), list(copies)
 
     def wait(self) -> None:
-        """Wait for the messages: on a GPU the current stream waits, on a CPU the caller does."""
+        """Wait for the messages: on a GPU the current stream waits, on a CPU the calling thread."""
         for work in self._works:
             work.wait()
         for to, staged in self._copies:
@@ -81,7 +81,7 @@ class Pending:
 
 @dataclass
 class Counted:
-    """How much this rank has sent to others."""
+    """Traffic that this rank has sent to others."""
 
     bytes: int = 0
     messages: int = 0
@@ -89,10 +89,10 @@ class Counted:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a job, seen from one of them. The default is a job of one rank.
+    """The ranks of a job, from the view of one of them. The default is a job with a single rank.
 
-    group: their process group; None for one rank. device: where this rank's tensors are. staged: GPU tensors go through
-    host memory, since gloo takes CPU tensors only. per_host: ranks on each host, None if all are on one. counted: what
+    group: their process group; None for one rank. device: of this rank's tensors. staged: GPU tensors go through host
+    memory, since gloo supports only CPU tensors. per_host: ranks per host, None for a single host. counted: traffic that
     this rank has sent.
     """
 
@@ -106,22 +106,22 @@ class Mesh:
 
     @classmethod
     def of_group(cls, group: Any = None, device: torch.device | str = "cpu") -> Mesh:
-        """The mesh of an initialised process group of torch.distributed; None: the default group."""
+        """The mesh of an initialized process group of torch.distributed; None: the default group."""
         group = dist.group.WORLD if group is None else group
         device = torch.device(device)
         staged = device.type != "cpu" and dist.get_backend(group) == "gloo"
         return cls(dist.get_rank(group), dist.get_world_size(group), group, device, staged)
 
     def exchange(self, sends: Iterable[tuple[int, Tensor]], receives: Iterable[tuple[int, Tensor]]) -> Pending:
-        """Start sending tensors and receiving into others, each as (rank, contiguous tensor).
+        """Start sending tensors and receiving into others. Both lists hold (rank, contiguous tensor).
 
-        Two ranks list the messages between them in the same order. Empty tensors are skipped on both sides. A message
-        of a rank to itself is a copy.
+        Any two ranks must list the messages between them in the same order. Empty tensors are skipped on both sides. A
+        message to the rank itself is a copy.
         """
         sends = [(to, x) for to, x in sends if x.numel()]
         receives = [(source, x) for source, x in receives if x.numel()]
-        own = [x for to, x in sends if to == self.rank], [x for source, x in receives if source == self.rank]
-        for x, into in zip(*own, strict=True):
+        self_messages = [x for to, x in sends if to == self.rank], [x for source, x in receives if source == self.rank]
+        for x, into in zip(*self_messages, strict=True):
             into.copy_(x)
         operations, kept, copies = [], [], []
         for to, x in sends:
@@ -134,7 +134,7 @@ class Mesh:
                 operations.append(dist.P2POp(dist.isend, x, group=self.group, group_peer=to))
         for source, x in receives:
             if source != self.rank:
-                assert x.is_contiguous()  # a copy would be received into, and lost
+                assert x.is_contiguous()  # otherwise data would be received into a temporary copy
                 into = torch.empty_like(x, device="cpu") if self.staged else x
                 copies += [(x, into)] if self.staged else []
                 kept.append(into)
@@ -142,10 +142,10 @@ class Mesh:
         return Pending(dist.batch_isend_irecv(operations) if operations else (), kept, copies)
 
     def gather(self, x: Tensor, sizes: Sequence[int], dim: int, ranks: Sequence[int] | None = None) -> Tensor:
-        """Concatenate the parts of these ranks (None: all) along a dimension; x is this rank's part.
+        """Concatenate the parts of `ranks` (None: all) along a dimension. x: this rank's part.
 
-        sizes: the length of each rank's part along that dimension; the other lengths are equal everywhere. This rank is
-        one of `ranks`.
+        sizes: the length of each rank's part along that dimension; all other dimensions must be equal. `ranks` must
+        include this rank.
         """
         ranks = range(self.size) if ranks is None else ranks
         assert x.shape[dim] == sizes[list(ranks).index(self.rank)], (x.shape, dim, sizes)
@@ -157,30 +157,30 @@ class Mesh:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
     def broadcast(self, x: Tensor | None = None, source: int = 0, device: torch.device | str | None = None) -> Tensor:
-        """The tensor x of the rank `source`, on all ranks. Other ranks give no x; they learn its shape and type. device:
-        where this rank wants it, if not on its own device."""
+        """Send the tensor x of the rank `source` to all ranks, and return it. Other ranks pass no x; they receive its
+        shape and dtype. device: where this rank receives it, by default its own device."""
         if self.size == 1:
             assert x is not None
             return x
-        hosts = replace(self, staged=False) if self.staged else self  # the header is in host memory already
+        hosts = replace(self, staged=False) if self.staged else self  # the header is already in host memory
         device = self.device if device is None else torch.device(device)
-        where = torch.device("cpu") if self.staged else device
+        header_device = torch.device("cpu") if self.staged else device
         others = [rank for rank in range(self.size) if rank != source]
         if self.rank == source:
             assert x is not None
-            header = _header(x).to(where)
+            header = _header(x).to(header_device)
             hosts.exchange([(rank, header) for rank in others], []).wait()
             self.exchange([(rank, x) for rank in others], []).wait()
             return x
-        header = torch.empty(HEADER, dtype=torch.int64, device=where)
+        header = torch.empty(HEADER, dtype=torch.int64, device=header_device)
         hosts.exchange([], [(source, header)]).wait()
         kind, ndim, *shape = header.tolist()
-        made = torch.empty(shape[:ndim], dtype=DTYPES[kind], device=device)
-        self.exchange([], [(source, made)]).wait()
-        return made
+        received = torch.empty(shape[:ndim], dtype=DTYPES[kind], device=device)
+        self.exchange([], [(source, received)]).wait()
+        return received
 
 
-HEADER = 10  # a type, the number of dimensions, and at most eight of them
+HEADER = 10  # dtype, number of dimensions, and up to eight dimensions
 DTYPES = (
     torch.float32,
     torch.float16,
@@ -201,7 +201,7 @@ def _header(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RankView:
-    """A rank's coordinates in a layout: its half of guidance, its place in the ring and in its Ulysses group."""
+    """A rank's coordinates in a layout: its half of guidance, its position in the ring and in its Ulysses group."""
 
     mesh: Mesh
     layout: Layout
@@ -215,7 +215,7 @@ class RankView:
 
     @property
     def sequence(self) -> int:
-        """This rank's number among those that share the tokens."""
+        """This rank's index among those that share the tokens."""
         return self.mesh.rank % self.layout.sequence
 
     @property
@@ -227,7 +227,7 @@ class RankView:
         return self.sequence % self.layout.ulysses
 
     def rank(self, *, guidance: int | None = None, ring: int | None = None, ulysses: int | None = None) -> int:
-        """The rank with these coordinates; those that are not given are this rank's."""
+        """The rank with these coordinates. Omitted ones are this rank's."""
         guidance = self.guidance if guidance is None else guidance
         ring = self.ring if ring is None else ring
         ulysses = self.ulysses if ulysses is None else ulysses
@@ -236,24 +236,24 @@ class RankView:
     def both(
         self, cond: Callable[[], Tensor], uncond: Callable[[], Tensor] | None, like: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The two velocities of guidance, or the first alone, on all ranks. With guidance=2 each half of the ranks
-        computes one and sends it to the other. like: a tensor of their shape and type."""
+        """The two velocities of guidance (or only the first, if uncond is None) on all ranks. With guidance=2 each half
+        of the ranks computes one and sends it to the other half. like: a tensor with their shape and dtype."""
         if self.layout.guidance == 1:
             return cond(), None if uncond is None else uncond()
         partner, first = self.rank(guidance=1 - self.guidance), self.guidance == 0
-        makes = cond if first else uncond
-        mine = makes().contiguous() if makes is not None else None
+        compute = cond if first else uncond
+        computed = compute().contiguous() if compute is not None else None
         other = (
             torch.empty_like(like, memory_format=torch.contiguous_format) if uncond is not None or not first else None
         )
-        sends = [] if mine is None else [(partner, mine)]
+        sends = [] if computed is None else [(partner, computed)]
         self.mesh.exchange(sends, [] if other is None else [(partner, other)]).wait()
-        velocity, unguided = (mine, other) if first else (other, mine)
+        velocity, unguided = (computed, other) if first else (other, computed)
         assert velocity is not None
         return velocity, unguided
 
     @property
     def sharers(self) -> tuple[int, ...]:
-        """The ranks that share the tokens with this one, itself included, in the order of their shares."""
+        """The ranks that share the tokens with this one, including itself, in the order of their shares."""
         first = self.guidance * self.layout.sequence
         return tuple(range(first, first + self.layout.sequence))

@@ -1,1 +1,1 @@
-"""Memory, layout and time of a request, before anything runs."""
+"""Predicts the memory, layout and time of a request before it runs."""

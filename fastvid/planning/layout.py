@@ -1,7 +1,7 @@
-"""Chooses how ranks share a request: of the layouts that fit into memory, the one with the fastest predicted step.
+"""Chooses how ranks share a request: the layout with the fastest predicted step among those that fit into memory.
 
-All ranks and all runs choose the same. The choice depends only on configurations, on the links that ranks have agreed
-on, on the kind of device (not on its measured rates) and on the least memory that a rank has. Rank 0's choice counts.
+The choice is the same on all ranks and in all runs. It depends only on configurations, the links that ranks agreed on,
+the kind of device (not its measured speed) and the least memory of any rank. Rank 0's choice is final.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fastvid.requests.timeline import Segment, Timeline
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout. predictions: of a step in each layout that fits, the chosen one first. too_large: layouts that do not
-    fit. asked: the caller gave the layout."""
+    """The chosen layout. predictions: of a step in each layout that fits, the chosen one first. too_large: layouts that
+    do not fit. asked: the caller requested this layout."""
 
     layout: Layout
     predictions: tuple[Prediction, ...] = ()
@@ -32,11 +32,11 @@ class Choice:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Predicted seconds of a step by layout."""
+        """Layout -> predicted seconds of a step."""
         return {str(one.layout): one.seconds for one in self.predictions}
 
     def why(self, device: str) -> str:
-        """The reason in a sentence; empty on one rank."""
+        """The reason for the choice, in a sentence; empty on one rank."""
         if not self.predictions:
             return ""
         best, *others = self.predictions
@@ -58,8 +58,8 @@ def work_of(
     itemsize: int = 2,
     control_layers: int = 0,
 ) -> Work:
-    """The sizes of a step of a transformer on a grid (t, h, w) of tokens, for the cost model. The layers of a control
-    branch count like others."""
+    """The sizes of a transformer's step on a grid (t, h, w) of tokens, for the cost model. Control layers count like
+    other layers."""
     return Work(
         grid=grid,
         dim=config.dim,
@@ -74,7 +74,7 @@ def work_of(
 
 
 def step_work(model: Model, request: Resolved, window: Segment) -> Work:
-    """The sizes of a step on what is with the model at once."""
+    """The sizes of a step on one window of latents."""
     config = model.transformer.config
     t, h, w = (n // p for n, p in zip(window.latent_shape(1)[1:], config.patch_size, strict=True))
     guided = request.guided(len(model.experts))
@@ -83,7 +83,7 @@ def step_work(model: Model, request: Resolved, window: Segment) -> Work:
 
 
 def layouts_of(model: Model, request: Resolved, timeline: Timeline, asked: Layout | None) -> list[Layout]:
-    """The layouts that a request can have; only the one asked for, if there is one. Raises InvalidRequest."""
+    """The possible layouts of a request; only `asked` if it is not None. Raises InvalidRequest."""
     config, mesh = model.transformer.config, model.mesh
     _, ph, pw = config.patch_size
     shapes = [segment.latent_shape(1)[2:] for segment in timeline.segments]
@@ -95,9 +95,9 @@ def layouts_of(model: Model, request: Resolved, timeline: Timeline, asked: Layou
 def choose_layout(
     model: Model, work: Work, layouts: list[Layout], asked: bool, taken: Callable[[Layout], int], capacity: int
 ) -> Choice:
-    """The layout of a request on the model's ranks. taken: bytes that the request takes of a device in a layout.
+    """Choose the layout of a request. taken: layout -> bytes of device memory that the request needs.
 
-    If no layout fits, the one that takes the least is chosen; the request is then refused with what would fit.
+    If no layout fits, chooses the one that needs the least memory; `check_fits` then refuses the request.
     """
     if model.mesh.size == 1:
         return Choice(layouts[0])

@@ -1,7 +1,7 @@
-"""How much device memory a request takes with each way of offloading, computed from configurations alone.
+"""Estimates the device memory of a request in each offload mode (`fastvid.device.offload`), from configurations only.
 
-A request runs in phases. In each, the weights that stay on the device, those that visit it and the tensors that are
-computed exist at the same time; the largest phase is the peak. `fastvid.device.offload` has the ways of offloading.
+A request runs in phases. Each phase needs the resident weights, the weights copied in for it, and its activations. The
+largest phase is the peak.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from fastvid.requests.timeline import Segment
 
 log = logging.getLogger("fastvid.plan")
 
-STRIPES = (1, 2, 4, 8)  # in which frames may be decoded: the fewest that fit
+STRIPES = (1, 2, 4, 8)  # possible numbers of stripes for decoding; the smallest that fits is used
 CLIP_TOKENS = 257
-SOLVER_COPIES = 6  # tensors like the latents that denoising holds
-# How many tensors of the widest activation's size the VAE holds at its peak: the decoder beside its cache, the encoder
-# with its caches of the previous and of this step. Measured on its operations (tests/planning/test_plan_memory.py).
+SOLVER_COPIES = 6  # tensors of the latents' size during denoising
+# Peak memory of the VAE in tensors of the widest activation's size: the decoder without its cache, the encoder with its
+# caches of the previous and the current step. Measured on its operations (tests/planning/test_plan_memory.py).
 DECODER_TENSORS, ENCODER_TENSORS = 6.9, 11.5
 DECODER_TENSORS_22, ENCODER_TENSORS_22 = 5.4, 13.5
-# The share of a decoder's activations that a stripe of rows keeps for the next one and copies; measured as above.
+# Extra share of the decoder's activations that a stripe of rows keeps and copies for the next one; measured as above.
 STRIPE_SHARE = 0.25
-# The share of its band's activations that a rank holds again, in copies with its neighbours' rows; measured in
+# Extra share of a band's activations for copies that include the neighboring ranks' rows; measured in
 # tests/distributed/test_bands.py.
 BAND_SHARE = 0.1
 FP32_BYTES = 4
@@ -43,12 +43,12 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """Peak bytes of each part of a request, weights not counted.
+    """Peak bytes of each part of a request, without weights.
 
-    activations: of one call of the transformer. decoder, encoder: of the VAE; the encoder's with the frames it reads, 0
-    if there are none. latents: with the solver's history. frames: the result, in host memory. context: keys and values
-    of the text for every layer, guidance branch and expert. text: of the text encoder. graphs: what CUDA graphs keep in
-    all phases: a call's activations and copies of its inputs.
+    activations: of one call of the transformer. decoder, encoder: of the VAE; encoder includes its input frames, and is
+    0 without any. latents: with the solver's history. frames: the result, in host memory. context: keys and values of
+    the text for every layer, guidance branch and expert. text: of the text encoder. graphs: held by CUDA graphs in all
+    phases: a call's activations and copies of its inputs.
     """
 
     activations: int
@@ -63,8 +63,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Memory:
-    """A request with one way of offloading. phases: bytes on the device in each; host: bytes of weights kept in host
-    memory; choices: what happens, in sentences."""
+    """The memory of a request in one offload mode. phases: phase -> bytes on the device; host: bytes of weights in host
+    memory; choices: sentences that describe the mode."""
 
     offload: str
     phases: Mapping[str, int]
@@ -83,10 +83,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What memory depends on of a model, loaded or known from its configurations.
+    """The properties of a model that determine its memory.
 
-    sizes: bytes of its weights. itemsize, vae_itemsize: bytes of a number in the transformer and in the VAE. text_rows:
-    tokens of text. control_layers: of a control branch. graphs: its calls are replayed as CUDA graphs.
+    sizes: bytes of its weights. itemsize, vae_itemsize: bytes per element in the transformer and in the VAE. text_rows:
+    text tokens. control_layers: layers of the control branch. graphs: calls are replayed as CUDA graphs.
     """
 
     transformer: WanTransformerConfig
@@ -101,7 +101,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, model: Model) -> ModelFacts:
-        """The facts of a loaded model, or of one without weights."""
+        """The facts of a model, with or without weights."""
         return cls(
             model.transformer.config,
             model.vae.config,
@@ -118,7 +118,7 @@ class ModelFacts:
     def of_configs(
         cls, configs: Mapping[str, Any], dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
     ) -> ModelFacts:
-        """The facts of a model that is not loaded, from the configurations of its parts by name."""
+        """The facts of a model that is not loaded. configs: part name -> configuration."""
         weights = {name: weigh_part(name, config, dtype, vae_dtype) for name, config in configs.items()}
         image = weights["image_encoder"].total if "image_encoder" in weights else 0
         experts = tuple(weights[name] for name in EXPERTS if name in weights)
@@ -132,12 +132,11 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a request asks of a model, as numbers.
+    """The quantities of a request that determine its memory.
 
-    segment: the frames that are with the model at once. texts: prompts that it reads, 2 with guidance. pictures: those
-    that CLIP sees. encoded: frames that the VAE encodes at once. frames: those that are kept in host memory. cached:
-    tokens in the KV cache. stripes: of rows in which frames are decoded. sharers: ranks that share the tokens; bands:
-    ranks that share the rows of frames in the VAE.
+    segment: the frames that the model denoises at once. texts: prompts, 2 with guidance. pictures: images encoded by
+    CLIP. encoded: frames that the VAE encodes at once. frames: frames kept in host memory. cached: tokens in the KV
+    cache. stripes: of rows, for decoding. sharers: ranks that share the tokens; bands: ranks that share the VAE's rows.
     """
 
     model: ModelFacts
@@ -152,11 +151,11 @@ class Needs:
     bands: int = 1
 
     def memory(self, mode: str) -> Memory:
-        """Memory by phase with one of `offload.MODES`."""
+        """Memory by phase in one of `offload.MODES`."""
         return memory_of(self.model.sizes, self.cost(), mode)
 
     def cost(self) -> Cost:
-        """Peak bytes beside the weights."""
+        """Peak bytes without the weights."""
         model, segment, config, vae = self.model, self.segment, self.model.transformer, self.model.vae
         tokens = share_of(count_tokens(segment, config), segment.columns // config.patch_size[0], self.sharers)
         activations = activation_bytes(tokens, config, model.itemsize, model.control_layers)
@@ -175,7 +174,7 @@ class Needs:
 
     @property
     def _chunk(self) -> int:
-        """Frames that are decoded at a time."""
+        """Frames decoded at a time."""
         return self.segment.temporal * decode_chunk(self.segment)
 
     def _decoder_bytes(self) -> int:
@@ -187,22 +186,22 @@ class Needs:
         model, segment = self.model, self.segment
         concatenated = model.transformer.in_channels > model.transformer.out_channels
         if model.control_layers or (concatenated and self.pictures):
-            given = segment.made_frames
+            input_frames = segment.made_frames
         else:
-            given = max(self.encoded, min(self.pictures, 1))
-        if not given:
+            input_frames = max(self.encoded, min(self.pictures, 1))
+        if not input_frames:
             return 0
-        masks = 2 if model.control_layers else 0  # as given, and rounded
-        height, width, chunk = segment.made_height, segment.made_width, min(self._chunk, given)
-        return encoder_bytes(model.vae, height, width, chunk, given, masks, self.bands, model.vae_itemsize)
+        masks = 2 if model.control_layers else 0  # the original and the rounded one
+        height, width, chunk = segment.made_height, segment.made_width, min(self._chunk, input_frames)
+        return encoder_bytes(model.vae, height, width, chunk, input_frames, masks, self.bands, model.vae_itemsize)
 
     def _context_bytes(self, texts: int, experts: int) -> int:
         model = self.model
-        seen = self.pictures * CLIP_TOKENS if model.transformer.image_dim else 0
-        return context_bytes(model.text_rows + seen, texts, experts, model.transformer, model.itemsize)
+        image_tokens = self.pictures * CLIP_TOKENS if model.transformer.image_dim else 0
+        return context_bytes(model.text_rows + image_tokens, texts, experts, model.transformer, model.itemsize)
 
     def _graph_inputs(self, control: int) -> int:
-        """Bytes of the copies that a replayed call has of its inputs."""
+        """Bytes of a CUDA graph's input buffers."""
         channels = 2 * self.model.vae.z_dim + self.model.transformer.in_channels + control
         return self._context_bytes(1, 1) + math.prod(self.segment.latent_shape(channels)) * 4
 
@@ -214,10 +213,10 @@ def choose_offload(
     dtype: torch.dtype,
     vae_dtype: torch.dtype = torch.float32,
 ) -> str:
-    """The least offloading with which a request's whole clip fits into `capacity` bytes of a device.
+    """The mode with the least offloading in which a request's whole clip fits into `capacity` bytes of a device.
 
-    configs: of the model's parts by name. Frames are decoded in stripes only if no way of offloading suffices. The most
-    offloading if nothing fits: smaller requests may, and others are refused when they are planned.
+    configs: part name -> configuration. Decoding in stripes is considered only if no mode fits without. If nothing fits,
+    returns the mode with the most offloading: smaller requests may fit, and planning refuses those that do not.
     """
     model = ModelFacts.of_configs(configs, dtype, vae_dtype)
     config = model.transformer
@@ -227,14 +226,14 @@ def choose_offload(
         for mode in MODES:
             taken = replace(needs, stripes=stripes).memory(mode).device
             if taken <= capacity:
-                log.info("offload=%s: it takes %s of the %s that are there", mode, _gib(taken), _gib(capacity))
+                log.info("offload=%s: the default request needs %s of %s", mode, _gib(taken), _gib(capacity))
                 return mode
-    log.info("offload=%s: the default request takes more than the %s that are there", MODES[-1], _gib(capacity))
+    log.info("offload=%s: the default request needs more than %s", MODES[-1], _gib(capacity))
     return MODES[-1]
 
 
 def whole_clip(request: Resolved, vae: WanVAEConfig) -> Segment:
-    """A request as one segment that the model makes at once."""
+    """A request as a single segment that the model denoises at once."""
     return Segment(
         num_frames=request.num_frames,
         height=request.height,
@@ -249,7 +248,7 @@ def whole_clip(request: Resolved, vae: WanVAEConfig) -> Segment:
 
 
 def refuse(needs: Needs, mode: str, taken: int, capacity: int, num_frames: int, hint: str) -> NoReturn:
-    """Raise OutOfMemory for a request that takes more than there is. hint: the nearest request that fits."""
+    """Raise OutOfMemory for a request that needs more memory than available. hint: the nearest request that fits."""
     how, segment = ("" if mode == "none" else f" with offload={mode!r}"), needs.segment
     raise OutOfMemory(
         f"{segment.width}x{segment.height} with {num_frames} frames takes about {_gib(taken)}{how}, "
@@ -267,16 +266,16 @@ def count_tokens(segment: Segment, config: WanTransformerConfig) -> int:
 
 
 def share_of(tokens: int, frames: int, sharers: int) -> int:
-    """The most tokens that one rank has if so many share each frame's."""
+    """The most tokens of any rank if `sharers` ranks share those of each frame."""
     return frames * -(-tokens // frames // sharers)
 
 
 def activation_bytes(tokens: int, config: WanTransformerConfig, itemsize: int, control_layers: int = 0) -> int:
-    """Peak of one call of the transformer on `tokens`, without a matrix of attention scores.
+    """Peak bytes of one transformer call on `tokens`; attention scores are never materialized.
 
-    Attention holds the residual, the product of queries, keys and values, one of these after norm and rotation, and
-    fp32 copies of another. The feed-forward holds residual, norm, and the hidden tensor before and after GELU. Both
-    hold the rotary table. A control branch adds a residual and a hint.
+    Attention holds the residual, the fused q/k/v projection, one of q/k/v after norm and rotation, and fp32 copies of
+    another one. The feed-forward holds the residual, the norm, and the hidden tensor before and after GELU. Both hold
+    the rotary table. A control branch adds a residual and a hint.
     """
     attention = config.dim * (12 + 5 * itemsize)
     feed_forward = 2 * (config.dim + config.ffn_dim) * itemsize
@@ -285,19 +284,18 @@ def activation_bytes(tokens: int, config: WanTransformerConfig, itemsize: int, c
 
 
 def context_bytes(rows: int, texts: int, experts: int, config: WanTransformerConfig, itemsize: int) -> int:
-    """Keys and values of `rows` of text and pictures for every layer, guidance branch and expert."""
+    """Bytes of keys and values of `rows` text and image tokens for every layer, guidance branch and expert."""
     return 2 * config.num_layers * rows * config.dim * itemsize * texts * experts
 
 
 def text_bytes(rows: int, config: UMT5Config, itemsize: int) -> int:
-    """Peak of the text encoder on a prompt of `rows` tokens: scores and softmax of all heads, or the feed-forward."""
+    """Peak bytes of the text encoder on a prompt of `rows` tokens: scores and softmax of all heads, or feed-forward."""
     scores = rows * config.num_heads * (3 * itemsize + 8)
     return rows * (max(scores, 3 * config.d_ff * itemsize) + config.d_model * (8 + 4 * itemsize))
 
 
 def band_height(vae: WanVAEConfig, height: int, bands: int) -> int:
-    """The most rows of pixels of one rank where `bands` ranks share a frame: its own and those of neighbours that it
-    sees."""
+    """The most pixel rows of any rank if `bands` ranks share a frame, including the rows of neighbors that it reads."""
     rows = height // vae.spatial_scale
     return height if bands == 1 else min(rows, -(-rows // bands) + 1) * vae.spatial_scale
 
@@ -311,9 +309,9 @@ def decoder_bytes(
     bands: int = 1,
     itemsize: int = FP32_BYTES,
 ) -> int:
-    """Peak of decoding `frames` pixel frames of a stream at once: the feature cache, which does not grow with their
-    number, and activations, of which each of the `stripes` holds a part. bands: ranks that share the rows; each gathers
-    all 8-bit frames, and holds them twice meanwhile. itemsize: bytes of a number."""
+    """Peak bytes of decoding `frames` pixel frames of a stream at once: the feature cache, whose size does not depend on
+    `frames`, and the activations of one stripe. bands: ranks that share the rows; each gathers all 8-bit frames, and
+    temporarily holds them twice. itemsize: bytes per element."""
     tensors = DECODER_TENSORS_22 if vae.is_residual else DECODER_TENSORS
     share = 1 / stripes + (STRIPE_SHARE if stripes > 1 else 0) + (BAND_SHARE if bands > 1 else 0)
     rows = band_height(vae, height, bands)
@@ -332,9 +330,9 @@ def encoder_bytes(
     bands: int = 1,
     itemsize: int = FP32_BYTES,
 ) -> int:
-    """Peak of encoding `given` pixel frames, `frames` of them at once. All are held twice in fp32, as they come and in
-    the VAE's range, with so many `masks` of one channel. bands: ranks that share the rows. itemsize: bytes of a
-    number."""
+    """Peak bytes of encoding `given` pixel frames, `frames` at once. The input is held twice in fp32 (before and after
+    scaling to the VAE's range), with `masks` one-channel masks. bands: ranks that share the rows. itemsize: bytes per
+    element."""
     widest, tensors = float(vae.base_dim), ENCODER_TENSORS
     if vae.is_residual:
         widest, tensors = vae.base_dim / vae.patch_size**2, ENCODER_TENSORS_22
@@ -344,8 +342,8 @@ def encoder_bytes(
 
 
 def cache_bytes(config: WanVAEConfig, height: int, width: int, itemsize: int = FP32_BYTES) -> int:
-    """Bytes of the decoder's feature cache for frames of height x width: the last two input frames of every layer that
-    looks back in time."""
+    """Bytes of the decoder's feature cache for frames of height x width: the last two input frames of every temporal
+    convolution."""
     pixels = height * width // config.spatial_scale**2
     mults, upsampled = config.dim_mult[::-1], config.temperal_downsample[::-1]
     dims = [config.decoder_dim * m for m in (mults[0], *mults)]
@@ -359,34 +357,34 @@ def cache_bytes(config: WanVAEConfig, height: int, width: int, itemsize: int = F
     return 2 * values * itemsize
 
 
-# ---------------------------------------------------------------- ways of offloading
+# ---------------------------------------------------------------- offload modes
 
 
 def memory_of(sizes: Sizes, cost: Cost, mode: str) -> Memory:
-    """What a request takes with one of `offload.MODES`."""
-    stays, text, image, host = _weight_bytes(sizes, mode)
-    stays += cost.graphs
-    during = stays + cost.latents
-    phases = {"text": stays + text + cost.text}
+    """The memory of a request in one of `offload.MODES`."""
+    resident, text, image, host = _weight_bytes(sizes, mode)
+    resident += cost.graphs
+    common = resident + cost.latents
+    phases = {"text": resident + text + cost.text}
     if cost.encoder:
-        phases["pictures"] = during + max(image, cost.encoder)
-    phases["denoising"] = during + cost.context + cost.activations
-    phases["decoding"] = during + cost.context + cost.decoder
+        phases["pictures"] = common + max(image, cost.encoder)
+    phases["denoising"] = common + cost.context + cost.activations
+    phases["decoding"] = common + cost.context + cost.decoder
     return Memory(mode, phases, host, _choices(sizes, mode))
 
 
 def _weight_bytes(sizes: Sizes, mode: str) -> tuple[int, int, int, int]:
-    """Bytes of weights that stay on the device, that the text encoder and the image encoder bring, and in host
-    memory."""
+    """Bytes of weights: resident on the device, of the text encoder while it is there, of the image encoder while it is
+    there, and in host memory."""
     if mode == "none":
         return sizes.total, 0, 0, 0
-    away = sizes.text.total + sizes.image
+    offloaded = sizes.text.total + sizes.image
     experts = sum(expert.total for expert in sizes.experts)
     if mode == "blocks":
-        stays = max(expert.streamed for expert in sizes.experts) + sizes.vae
-        return stays, sizes.text.streamed, sizes.image, away + experts
-    stays = max(expert.total for expert in sizes.experts) + sizes.vae
-    return stays, sizes.text.total, sizes.image, away + (experts if len(sizes.experts) > 1 else 0)
+        resident = max(expert.streamed for expert in sizes.experts) + sizes.vae
+        return resident, sizes.text.streamed, sizes.image, offloaded + experts
+    resident = max(expert.total for expert in sizes.experts) + sizes.vae
+    return resident, sizes.text.total, sizes.image, offloaded + (experts if len(sizes.experts) > 1 else 0)
 
 
 def _choices(sizes: Sizes, mode: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""Plans a request on a model: sizes, model calls, arithmetic, memory and the choices made, before anything runs.
+"""Plans a request before it runs: sizes, model calls, FLOPs, memory and the choices made.
 
-A request that does not fit is refused with the number that does not fit and the nearest request that does.
+A request that does not fit into memory is refused; the error names the nearest request that fits.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def plan_request(
 ) -> tuple[Plan, Layout]:
     """The plan of a request, and the layout in which ranks share it.
 
-    keep: all frames stay in memory. free: bytes that can be taken of the device, None to ask it; ranks use the least of
-    all. rates: of this machine, to estimate the time. layout: None to choose one. Raises OutOfMemory if the request
-    does not fit, InvalidRequest if ranks cannot share it as was asked.
+    keep: all frames stay in memory. free: available bytes on the device, None to query it; ranks use the minimum of
+    all. rates: this machine's speed, to estimate the time. layout: None to choose one. Raises OutOfMemory if the request
+    does not fit, InvalidRequest if the requested layout is impossible.
     """
     free = available_bytes(model.device) if free is None else free
     free, capacity = (agree(model.mesh, count) for count in (free, free + model.bytes_held))
@@ -78,11 +78,11 @@ def plan_request(
     return plan, choice.layout
 
 
-# ---------------------------------------------------------------- what the request needs
+# ---------------------------------------------------------------- requirements
 
 
 def needs_of(model: Model, request: Resolved, timeline: Timeline, keep: bool) -> Needs:
-    """What a request asks of a model at once. keep: all frames stay in memory."""
+    """The quantities of a request that determine its memory. keep: all frames stay in memory."""
     largest = largest_segment(model, timeline)
     window = window_of(largest, window_columns(model, largest))
     return Needs(
@@ -102,20 +102,20 @@ def largest_segment(model: Model, timeline: Timeline) -> Segment:
 
 
 def _pictures(model: Model, timeline: Timeline) -> int:
-    """How many pictures CLIP sees, or whether any are known."""
-    shown = max(len(segment.pictures) + bool(segment.left) + bool(segment.right) for segment in timeline.segments)
-    return min(shown, 2 if way_of(model) in (CHANNELS, CONTROL) else 1)
+    """The number of pictures that condition the model, limited to what it supports."""
+    pictures = max(len(segment.pictures) + bool(segment.left) + bool(segment.right) for segment in timeline.segments)
+    return min(pictures, 2 if way_of(model) in (CHANNELS, CONTROL) else 1)
 
 
 def _encoded(timeline: Timeline, window: Segment) -> int:
-    """The most frames that are encoded at once."""
+    """The most frames that the VAE encodes at once."""
     segments = timeline.segments
     known = max(max(one.left, one.right and one.right + lead_in(one)) for one in segments)
     return max(known, window.temporal if any(one.source is not None for one in segments) else 0)
 
 
 def with_frames(needs: Needs, frames: int) -> Needs:
-    """What the request needs if it makes only so many frames."""
+    """The needs of the same request with at most `frames` frames."""
     window = needs.segment
     if frames < window.made_frames:
         window = window_of(window, frames // window.temporal + 1)
@@ -123,14 +123,15 @@ def with_frames(needs: Needs, frames: int) -> Needs:
 
 
 def bytes_taken(model: Model, needs: Needs, frames: int) -> int:
-    """Bytes of the device for so many frames; on a CPU also those of the host, which is the same memory."""
+    """Device bytes that a request of `frames` frames needs. On a CPU includes the host bytes: it is the same memory."""
     needs = with_frames(needs, frames)
     memory = needs.memory(model.offload)
     return memory.device + (memory.host + needs.cost().frames if model.device.type == "cpu" else 0)
 
 
 def choose_stripes(model: Model, needs: Needs, frames: int, capacity: int) -> int:
-    """The fewest stripes in which decoding fits; the most if none does. Ranks share rows instead."""
+    """The smallest number of stripes with which decoding fits; the largest if none does. On several ranks 1: they share
+    the rows instead."""
     rows = needs.segment.made_height // needs.segment.spatial if model.mesh.size == 1 else 1
     possible = [count for count in STRIPES if count <= rows]
     fits = (n for n in possible if bytes_taken(model, replace(needs, stripes=n), frames) <= capacity)
@@ -138,7 +139,7 @@ def choose_stripes(model: Model, needs: Needs, frames: int, capacity: int) -> in
 
 
 def check_fits(model: Model, needs: Needs, frames: int, capacity: int) -> None:
-    """Raise OutOfMemory, with the nearest number of frames that fits, if a request takes more than there is."""
+    """Raise OutOfMemory, naming the nearest number of frames that fits, if a request needs more than `capacity`."""
     if (needed := bytes_taken(model, needs, frames)) > capacity:
         temporal = needs.segment.temporal
         most = most_frames(frames, temporal, lambda count: bytes_taken(model, needs, count) <= capacity)
@@ -147,7 +148,7 @@ def check_fits(model: Model, needs: Needs, frames: int, capacity: int) -> None:
 
 
 def most_frames(frames: int, temporal: int, fits: Callable[[int], bool]) -> int:
-    """The largest number temporal * k + 1 of frames, up to this one, for which `fits(number)`; 0 if there is none."""
+    """The largest temporal * k + 1 <= frames for which `fits` is true; 0 if there is none."""
     low, high = 0, (frames - 1) // temporal + 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -189,7 +190,7 @@ def _arithmetic(model: Model, calls: Sequence[Calls], steps: int) -> dict[str, A
 def _memory(model: Model, needs: Needs, frames: int, capacity: int) -> dict[str, Any]:
     needs = with_frames(needs, frames)
     cost, memory = needs.cost(), needs.memory(model.offload)
-    # Decoding beside denoising takes the most memory together. Ranks decode together, so no device is free meanwhile.
+    # Decoding in parallel with denoising has the highest peak. Several ranks decode together, so it does not apply.
     both = memory.phases["denoising"] + cost.decoder
     beside = decode.faster_beside(model.device) and both <= capacity and model.mesh.size == 1
     choices = memory.choices + (("decoding runs beside denoising, on a stream of its own",) if beside else ())

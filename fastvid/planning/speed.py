@@ -1,9 +1,9 @@
-"""How long a request takes: what it computes, and how fast this machine computes it.
+"""Estimates how long a request takes, from its FLOPs and this machine's measured speed.
 
-Rates are seconds of a linear layer, an attention and a convolution at a few sizes, measured once with the functions
-that models call, and kept in the user's cache folder. Between two sizes the time is interpolated over the logarithm of
-the work; above the largest the speed stays; a smaller call takes as long as the smallest. Norms, rotations, the reading
-of weights and the text encoder are not counted.
+`Rates` holds the seconds of linear layers, attention and convolutions at a few sizes. They are measured once, with the
+functions that models call, and stored in the user's cache folder. Times between two sizes are interpolated on a log-log
+scale; beyond the largest size the speed is constant; below the smallest size the time is constant. Norms, rotations,
+loading weights and the text encoder are ignored.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from fastvid.planning.memory import count_tokens
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment, Timeline, window_of
 
-SIDE = 8  # of the latents on which a VAE's operations are counted
+SIDE = 8  # height and width of the latents on which a VAE's FLOPs are counted
 BUDGET = 0.6  # seconds to measure each kind of work
-SHARES = 4  # a size gets at least one of so many shares of the budget
-RUNS = 3  # of a size, at least
-LONG = 5e-3  # seconds from which all threads work on a run
+SHARES = 4  # each size is measured for at least BUDGET / SHARES seconds
+RUNS = 3  # minimum of each size
+LONG = 5e-3  # seconds; longer runs are assumed to use all threads
 Points = tuple[tuple[float, float], ...]  # (operations of a call, its seconds), ascending
 
-# (rows, width); (tokens, heads, width of a head); (channels, frames, height, width).
+# (rows, width); (tokens, heads, head_dim); (channels, frames, height, width).
 LINEAR = ((80, 256), (256, 1024), (1560, 1536), (4096, 3072), (8192, 5120), (32768, 5120))
 ATTENTION = ((80, 4, 64), (320, 8, 64), (1560, 12, 128), (8192, 24, 128), (32768, 40, 128))
 CONVOLUTION = ((32, 4, 16, 16), (96, 2, 16, 16), (96, 4, 64, 64), (192, 4, 96, 96), (96, 4, 480, 832))
@@ -59,7 +59,7 @@ CONVOLUTION = ((32, 4, 16, 16), (96, 2, 16, 16), (96, 4, 64, 64), (192, 4, 96, 9
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured for each kind of work: (floating point operations of a call, its seconds), ascending."""
+    """Measured points of each kind of work: (floating point operations of a call, its seconds), ascending."""
 
     linear: Points
     attention: Points
@@ -71,7 +71,7 @@ class Rates:
 
 
 def interpolate(points: Points, flops: float) -> float:
-    """Seconds of a call with so many operations."""
+    """Seconds of a call with `flops` operations."""
     if flops <= points[0][0]:
         return points[0][1] if flops > 0 else 0.0
     for (less, fast), (more, slow) in pairwise(points):
@@ -81,12 +81,12 @@ def interpolate(points: Points, flops: float) -> float:
     return points[-1][1] * flops / points[-1][0]
 
 
-# ---------------------------------------------------------------- what is computed
+# ---------------------------------------------------------------- work
 
 
 @dataclass(frozen=True)
 class Calls:
-    """So many calls of the transformer, each with `tokens` that attend to `keys` tokens and to `rows` of text."""
+    """`count` calls of the transformer, in each of which `tokens` attend to `keys` tokens and `rows` of text."""
 
     count: int
     tokens: int
@@ -95,7 +95,7 @@ class Calls:
 
 
 def calls_of(model: Model, request: Resolved, segment: Segment, sigmas: np.ndarray) -> Calls:
-    """How often the model is called for a segment, and with how many tokens."""
+    """The number of model calls for a segment, and their sizes."""
     window = window_of(segment, window_columns(model, segment))
     tokens = count_tokens(window, model.transformer.config)
     count = count_calls(model, segment, sigmas, request)
@@ -103,7 +103,7 @@ def calls_of(model: Model, request: Resolved, segment: Segment, sigmas: np.ndarr
 
 
 def cached_tokens(model: Model, segment: Segment) -> int:
-    """Tokens in the full KV cache of a causal model; 0 for others."""
+    """Tokens in the full KV cache of a causal model; 0 for other models."""
     if (rollout := model.preset.rollout) is None:
         return 0
     columns = min(rollout.window or segment.columns, segment.columns)
@@ -111,7 +111,7 @@ def cached_tokens(model: Model, segment: Segment) -> int:
 
 
 def denoise_flops(call: Calls, config: WanTransformerConfig, control_layers: int = 0) -> float:
-    """Floating point operations of one of the calls. control_layers: of a control branch.
+    """Floating point operations of one call. control_layers: layers of the control branch.
 
     A layer with N tokens, K keys, width d, feed-forward f and L rows of text takes 2N(6d^2 + 2df) in linear layers,
     4NKd in self-attention and 4NLd in cross-attention.
@@ -130,7 +130,7 @@ def attention_flops(call: Calls, config: WanTransformerConfig, control_layers: i
 
 @dataclass(frozen=True)
 class Convolutions:
-    """What a VAE computes for each pixel of a frame: floating point operations, in so many convolutions a chunk."""
+    """A VAE's floating point operations per pixel of a frame, and its number of convolutions per chunk."""
 
     flops: float
     count: int
@@ -138,26 +138,26 @@ class Convolutions:
 
 @torch.no_grad()
 def count_vae(vae: WanVAE, decode: bool = True) -> Convolutions:
-    """What decoding takes, or encoding. vae: with weights or without."""
+    """Count the work of decoding or encoding. vae: with or without weights."""
     config = vae.config
     with torch.device("meta"):
         empty = type(vae)(config)
     side, frames = SIDE * config.spatial_scale, config.temporal_scale
-    counted = []
-    for latents in (2, 3):  # the second latent frame and all later ones are alike
+    flops = []
+    for latents in (2, 3):  # all latent frames after the first cost the same
         with FlopCounterMode(display=False) as counter:
             if decode:
                 empty.decode(torch.empty(1, config.z_dim, latents, SIDE, SIDE, device="meta"))
             else:
                 empty.encode(torch.empty(1, 3, frames * (latents - 1) + 1, side, side, device="meta"))
-        counted.append(counter.get_total_flops())
+        flops.append(counter.get_total_flops())
     half = empty.decoder if decode else empty.encoder
     count = sum(isinstance(module, nn.Conv2d | nn.Conv3d) for module in half.modules())
-    return Convolutions((counted[1] - counted[0]) / (side**2 * frames), count)
+    return Convolutions((flops[1] - flops[0]) / (side**2 * frames), count)
 
 
 def frames_encoded(model: Model, segment: Segment) -> int:
-    """Frames of a segment that are encoded; a control branch sees what stays and what changes, beside a source."""
+    """Frames that are encoded for a segment. With a control branch: the kept and the changed frames, and the source."""
     if way_of(model) == CONTROL:
         return (2 + (segment.source is not None)) * segment.made_frames + segment.lead
     if segment.source is not None or way_of(model) == CHANNELS:
@@ -165,7 +165,7 @@ def frames_encoded(model: Model, segment: Segment) -> int:
     return segment.left + segment.right + len(segment.pictures)
 
 
-# ---------------------------------------------------------------- how long it takes
+# ---------------------------------------------------------------- estimates
 
 
 def estimate(
@@ -177,7 +177,7 @@ def estimate(
     layout: Layout,
     rates: Rates,
 ) -> dict[str, Any]:
-    """A plan's seconds, seconds_parts and efficiency. On several ranks of denoising alone."""
+    """A plan's seconds, seconds_parts and efficiency. On several ranks the estimate covers only denoising."""
     config, control = model.transformer.config, model.control_layers
     parts = {"denoise": sum(denoise_seconds(each, config, control, rates) for each in calls)}
     share = None
@@ -193,7 +193,7 @@ def estimate(
 
 
 def denoise_seconds(calls: Calls, config: WanTransformerConfig, control_layers: int, rates: Rates) -> float:
-    """Seconds of all of these calls."""
+    """Seconds of all calls."""
     d, n, layers = config.dim, calls.tokens, config.num_layers + control_layers
     linear = rates.seconds("linear", 2.0 * n * d * d, 6) + rates.seconds("linear", 2.0 * n * d * config.ffn_dim, 2)
     attention = rates.seconds("attention", 4.0 * n * calls.keys * d)
@@ -203,7 +203,7 @@ def denoise_seconds(calls: Calls, config: WanTransformerConfig, control_layers: 
 
 
 def vae_seconds(vae: WanVAE, window: Segment, frames: int, rates: Rates, decode: bool) -> float:
-    """Seconds of decoding so many frames, or encoding them, in chunks as large as those of a window."""
+    """Seconds of decoding or encoding `frames` frames in a window's chunk size."""
     if not frames:
         return 0.0
     work, pixels = count_vae(vae, decode), window.made_height * window.made_width
@@ -212,7 +212,7 @@ def vae_seconds(vae: WanVAE, window: Segment, frames: int, rates: Rates, decode:
 
 
 def efficiency(model: Model, work: Work, layout: Layout, call: Calls, rates: Rates) -> float:
-    """The share of ideal speed that a step keeps in a layout, by this machine's rates and the links between ranks."""
+    """The parallel efficiency of a step in a layout, from this machine's rates and the links between ranks."""
     links, dim = model.links, model.transformer.config.dim
     linear, attention = 2.0 * call.tokens * dim**2, 4.0 * call.tokens * call.keys * dim
     device = cost_model.Device(
@@ -226,19 +226,18 @@ def efficiency(model: Model, work: Work, layout: Layout, call: Calls, rates: Rat
 
 
 def find_rates(ops: Ops, device: torch.device, dtype: torch.dtype, again: bool = False) -> Rates:
-    """The rates of this machine, from the user's cache folder; measured first, in about 2 s, if they are not there.
-    again: measure in any case."""
+    """This machine's rates, from the user's cache folder. Measures them (about 2 s) if they are missing or `again`."""
     key = _key(ops, device, dtype)
     path = _folder() / f"rates-{sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
-    if not again and (kept := _read(path, key)) is not None:
-        return kept
-    made = measure(ops, device, dtype)
-    with contextlib.suppress(OSError):  # without a writable folder it takes 2 s the next time too
+    if not again and (stored := _read(path, key)) is not None:
+        return stored
+    rates = measure(ops, device, dtype)
+    with contextlib.suppress(OSError):  # without a writable folder they are measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{secrets.token_hex(4)}.partial")
-        part.write_text(json.dumps({"key": key, "rates": asdict(made)}, indent=1), encoding="utf-8")
+        part.write_text(json.dumps({"key": key, "rates": asdict(rates)}, indent=1), encoding="utf-8")
         part.replace(path)
-    return made
+    return rates
 
 
 def _folder() -> Path:
@@ -260,17 +259,17 @@ def _key(ops: Ops, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _read(path: Path, key: dict[str, Any]) -> Rates | None:
-    """The rates in a file, if they are complete and of this machine."""
+    """The rates in a file; None if they are invalid or belong to another machine."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        made = Rates(
-            **{kind: tuple((float(w), float(s)) for w, s in points) for kind, points in found["rates"].items()}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rates = Rates(
+            **{kind: tuple((float(w), float(s)) for w, s in points) for kind, points in content["rates"].items()}
         )
-        points = [made.linear, made.attention, made.convolution]
+        points = [rates.linear, rates.attention, rates.convolution]
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
-    whole = all(one and one == tuple(sorted(one)) and all(0 < n < math.inf for p in one for n in p) for one in points)
-    return made if whole and found.get("key") == key else None
+    valid = all(one and one == tuple(sorted(one)) and all(0 < n < math.inf for p in one for n in p) for one in points)
+    return rates if valid and content.get("key") == key else None
 
 
 # ---------------------------------------------------------------- measuring
@@ -278,7 +277,7 @@ def _read(path: Path, key: dict[str, Any]) -> Rates | None:
 
 @torch.no_grad()
 def measure(ops: Ops, device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure now, from small to large sizes, as far as the budget allows."""
+    """Measure this machine's rates, from small to large sizes, within the time budget."""
     with ieee_fp32():
         return Rates(
             _points(_linear(device, dtype), device),
@@ -292,30 +291,30 @@ Case = tuple[float, Callable[[], Any]]  # floating point operations, and the cal
 
 def _points(cases: Iterator[Case], device: torch.device) -> Points:
     end = time.perf_counter() + BUDGET
-    found: list[tuple[float, float]] = []
+    points: list[tuple[float, float]] = []
     for flops, run in cases:
-        found.append((flops, _time(run, device)))
-        # The next one is some ten times as much work.
-        if time.perf_counter() + 10 * found[-1][1] * RUNS > end:
+        points.append((flops, _time(run, device)))
+        # The next size has about ten times the work.
+        if time.perf_counter() + 10 * points[-1][1] * RUNS > end:
             break
-    return tuple(found)
+    return tuple(points)
 
 
 def _time(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest run, since other load only adds. Short runs are timed together, up to 1 ms, since clocks
-    are coarse."""
+    """Seconds of the fastest run, since other load can only slow it down. Short runs are timed in batches of 1 ms, since
+    clocks are coarse."""
     run()
     count = max(1, min(1000, int(1e-3 / _clock(run, device, 1))))
     end = time.perf_counter() + BUDGET / SHARES
-    taken: list[float] = []
-    while len(taken) < RUNS or time.perf_counter() < end:
-        taken.append(_clock(run, device, count))
-    return min(taken)
+    seconds: list[float] = []
+    while len(seconds) < RUNS or time.perf_counter() < end:
+        seconds.append(_clock(run, device, count))
+    return min(seconds)
 
 
 def _clock(run: Callable[[], Any], device: torch.device, count: int) -> float:
-    """Seconds of a run. A long run on the CPU counts at most the processor time that its threads had, so that other
-    load on the machine is left out; a short one may not use all threads."""
+    """Seconds of a run. For long CPU runs at most the CPU time per thread, which excludes other load on the machine;
+    short runs may not use all threads."""
     _wait(device)
     start, used = time.perf_counter(), time.process_time()
     for _ in range(count):

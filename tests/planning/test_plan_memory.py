@@ -115,7 +115,7 @@ def test_the_log_says_what_was_chosen(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="fastvid.plan"):
         fastvid.blueprint("wan2.1-t2v-1.3b", device_memory=24 * GIB).plan(num_frames=17)
     load, plan = (record.getMessage() for record in caplog.records if record.name == "fastvid.plan")
-    assert load.startswith("offload=none: it takes") and "of the 23.0 GiB that are there" in load
+    assert load.startswith("offload=none: the default request needs") and "of 23.0 GiB" in load
     assert plan.startswith("offload=none, decoded in 1 stripe") and "every part stays on the device" in plan
 
 

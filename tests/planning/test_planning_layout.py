@@ -159,7 +159,7 @@ def test_links_are_found(driver: Driver | None, peers: bool, found: tuple, monke
 def test_a_log_says_why_links_are_assumed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     gpus(monkeypatch, 2)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
-    for driver, reason in ((None, "takes the package nvidia-ml-py"), (Driver(ALL, "start"), "NVML does not start")):
+    for driver, reason in ((None, "requires the package nvidia-ml-py"), (Driver(ALL, "start"), "NVML does not start")):
         monkeypatch.setitem(sys.modules, "pynvml", driver)
         with caplog.at_level("INFO", logger="fastvid.plan"):
             find_links("auto", Mesh(size=2), CUDA)
