@@ -1,16 +1,16 @@
-"""Attention, dense or block-sparse, with its log-sum-exp or without: what it means, and what runs it.
+"""Attention, dense or block-sparse, optionally with its log-sum-exp: definition and back ends.
 
     attention(q, k, v, *, scale=None, return_lse=False, blocks=None) -> out, or (out, lse)
 
     out[b, n, h] = sum_m p[m] v[b, m, h] / sum_m p[m],  p[m] = exp(scale * q[b, n, h] . k[b, m, h])
     lse[b, h, n] = log(sum_m p[m])
 
-q [B, N, H, D], k and v [B, M, H, D]; scale is 1 / sqrt(D) when None. out has the shape and the type of q, lse is fp32
-(fp64 for fp64). With `blocks` (sparse.py), m runs over the listed tiles of keys only; without any, out is 0 and lse
--inf. `merge` joins attention to two sets of keys (the ranks of a ring).
+q [B, N, H, D], k and v [B, M, H, D]; scale defaults to 1 / sqrt(D). out has the shape and dtype of q, lse is fp32 (fp64
+for fp64). With `blocks` (sparse.py), m runs only over the listed tiles of keys; for an empty list out is 0 and lse -inf.
+`merge` combines attention to two sets of keys (the ranks of a ring).
 
-Every back end has this one signature: `reference` and `sdpa` are PyTorch, `flash` is the flash-attn package, and the
-others are the registered operators of attention_gpu.py.
+All back ends share this signature: `reference` and `sdpa` are PyTorch, `flash` is the flash-attn package, and the others
+are the registered operators of attention_gpu.py.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from fastvid.ops.sparse import Blocks, token_mask
 Result = Tensor | tuple[Tensor, Tensor]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
-SLAB = 2**26  # scores that the reference holds at a time
+SLAB = 2**26  # scores that the reference computes at a time
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None = None) -> None:
-    """Raises ValueError unless q is [B, N, H, D], k and v [B, M, H, D] with M > 0, all of one type, and blocks fit."""
+    """Raise ValueError unless q is [B, N, H, D], k and v are [B, M, H, D] with M > 0 and q's dtype, and blocks fit."""
     if q.ndim != 4 or k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(f"attention takes q [B, N, H, D] and k, v [B, M, H, D], not {_shapes(q, k, v)}")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
@@ -62,7 +62,7 @@ def reference(
     return_lse: bool = False,
     blocks: Blocks | None = None,
 ) -> Result:
-    """What every other back end must equal: PyTorch's own attention if it has this form, else eager scores in fp32."""
+    """The reference for all back ends: PyTorch's attention if it supports this call, else eager scores in fp32."""
     check(q, k, v, blocks)
     if blocks is None and not return_lse:
         return _sdpa(q, k, v, scale)
@@ -79,8 +79,8 @@ def sdpa(
     return_lse: bool = False,
     blocks: Blocks | None = None,
 ) -> Result:
-    """scaled_dot_product_attention, and the forms of it that return the log-sum-exp. It has no block-sparse form: the
-    reference does those."""
+    """scaled_dot_product_attention, and its variants that return the log-sum-exp. Uses the reference for block-sparse
+    attention, which PyTorch lacks."""
     if blocks is not None:
         return reference(q, k, v, scale=scale, return_lse=return_lse, blocks=blocks)
     check(q, k, v)
@@ -101,11 +101,12 @@ def _sdpa_lse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Ten
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
     else:
         out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
-    return out.transpose(1, 2), lse[..., : q.shape[2]]  # the last of them pads rows to a multiple of 32
+    return out.transpose(1, 2), lse[..., : q.shape[2]]  # the efficient kernel pads rows to a multiple of 32
 
 
 def _by_slabs(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention in fp32 or better, some queries at a time; mask bool [lists, N, M], list (b * H + h) % lists."""
+    """Attention in fp32 or fp64, some queries at a time. mask: bool [lists, N, M]; head h of sample b uses list
+    (b * H + h) % lists."""
     B, N, H, D = q.shape
     M = k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -126,11 +127,11 @@ def _by_slabs(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to two sets of keys as attention to both: (out, lse) of each -> (out, lse) of the union."""
+    """Combine attention to two sets of keys: (out, lse) of each -> (out, lse) of the union."""
     lse = torch.logaddexp(lse_a, lse_b)
-    total: Any = 0  # a Tensor from the first round on
+    total: Any = 0  # a Tensor after the first iteration
     for out, part in ((out_a, lse_a), (out_b, lse_b)):
-        weight = torch.where(part == -torch.inf, 0.0, torch.exp(part - lse))  # not exp(-inf + inf), without any keys
+        weight = torch.where(part == -torch.inf, 0.0, torch.exp(part - lse))  # avoids exp(-inf + inf) without any keys
         total = total + out.to(weight.dtype) * weight.transpose(1, 2)[..., None]
     return total.to(out_a.dtype), lse
 
@@ -147,8 +148,8 @@ def flash(
     return_lse: bool = False,
     blocks: Blocks | None = None,
 ) -> Result:
-    """The flash-attn package, which picks a kernel for the GPU. Raises ValueError for other types than fp16 and bf16,
-    and for blocks."""
+    """The flash-attn package, which selects a kernel for the GPU. Raises ValueError for blocks, and for dtypes other than
+    fp16 and bf16."""
     from flash_attn import flash_attn_func
 
     check(q, k, v, blocks)
@@ -169,8 +170,8 @@ def flash(
 class Kernel:
     """A registered operator as a back end.
 
-    operator(q, k, v, lists, largest, scale, with_lse) -> (out, lse), lse empty unless it is asked for.
-    needs: the only architecture that it is compiled for ("90a"), if there is just one. dtypes: the types that it takes.
+    operator(q, k, v, lists, largest, scale, with_lse) -> (out, lse); lse is empty unless with_lse.
+    needs: the architecture that it requires ("90a"), None for any. dtypes: supported dtypes.
     """
 
     operator: Callable[..., tuple[Tensor, Tensor]]

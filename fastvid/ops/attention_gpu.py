@@ -1,22 +1,21 @@
-"""Attention's kernels as operators of torch: Triton (kernels/) and CUDA (csrc/), dense and block-sparse.
+"""Attention kernels as torch operators: Triton (kernels/) and CUDA (csrc/), dense and block-sparse.
 
     operator(q, k, v, lists, largest, scale, with_lse) -> (out, lse)
 
 lists and largest: `Blocks.tensors` and `Blocks.largest`, both empty for dense attention. lse is empty unless with_lse.
-`attention.check` has been passed. Nothing falls back and nothing is copied: what a kernel cannot take raises
-ValueError.
+Callers must call `attention.check` first. Nothing falls back and nothing is copied: unsupported inputs raise ValueError.
 
 attention_triton   any GPU since sm_80, fp32 and 16-bit types, head_dim up to 128
-attention_cuda     sm_90a, 16-bit types, head_dim 64 or 128, strides of multiples of 16 bytes. With lists, keys that
-                   follow a tile are read where the tile fills no block of 128, with weight 0: their values must be
-                   finite. `schedule` of the Triton kernel cuts the lists, so Triton has to be installed for them.
-attention_eight    the same with 8-bit products, an approximation: q and k become e4m3 or int8, v and the weights of
-                   the softmax e4m3, and sums are fp32. csrc/quantize.h has the scales (one a query, one for 128 keys
-                   and one for 128 values, after the mean of all keys is subtracted), csrc/attention_eight.h the
-                   products. A query that is not finite makes its result NaN, a key every result of its head, a value
-                   those that read its block. Each tile of keys is padded to whole blocks of 128.
+attention_cuda     sm_90a, 16-bit types, head_dim 64 or 128, strides that are multiples of 16 bytes. With lists, a tile
+                   whose size is not a multiple of 128 also reads the keys after it, with weight 0, so their values must
+                   be finite. Lists require Triton to be installed: `schedule` of the Triton kernel splits them.
+attention_eight    the same with 8-bit products, an approximation: q and k become e4m3 or int8, v and the softmax
+                   weights e4m3; sums are fp32. csrc/quantize.h defines the scales (one per query, per 128 keys and per
+                   128 values, after subtracting the mean of all keys), csrc/attention_eight.h the products. A
+                   non-finite query makes its own result NaN, a non-finite key all results of its head, a non-finite
+                   value the results that read its block. Each tile of keys is padded to a multiple of 128.
 
-The two for CUDA have not been verified on a GPU yet, so `auto` never takes them.
+The two CUDA operators have not been verified on a GPU yet, so `auto` never selects them.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from fastvid.ops.sparse import Blocks
 
-KEYS = 128  # of a block: one step of the CUDA kernels
+KEYS = 128  # keys per block, which is one step of the CUDA kernels
 Call = dict[str, tuple[int, ...] | int]
 
 
@@ -96,7 +95,7 @@ def attention_eight(
     scale: float | None,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """csrc/quantize.cu, then csrc/attention_eight.cu; kind, of the products of q and k: "fp8" or "int8"."""
+    """csrc/quantize.cu, then csrc/attention_eight.cu. kind: "fp8" or "int8", the type of the q k products."""
     out, lse = _outputs(q, with_lse)
     _check_tensors(f"cuda_{kind}", q, k, v)
     if out.numel() == 0:
@@ -152,33 +151,33 @@ def _fake_eight(
 
 
 def _outputs(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """(out, lse), not filled in."""
+    """Uninitialized (out, lse)."""
     B, N, H, _ = q.shape
     lse = torch.empty((B, H, N) if with_lse else (0,), dtype=torch.float32, device=q.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
 def _check_tensors(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    given = ", ".join(f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (q, k, v))
+    described = ", ".join(f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (q, k, v))
     if q.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"attention by {name} takes float16 or bfloat16 (nearest: bfloat16), not {given}")
+        raise ValueError(f"attention by {name} takes float16 or bfloat16 (nearest: bfloat16), not {described}")
     if q.device.type != "cuda" or k.device != q.device or v.device != q.device:
-        raise ValueError(f"attention by {name} takes tensors of one CUDA device, not {given}")
+        raise ValueError(f"attention by {name} takes tensors of one CUDA device, not {described}")
     for label, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(-1) != 1:
             raise ValueError(f"the last dimension of {label} has stride {x.stride(-1)}; it must have 1")
 
 
-# What the device code is told
+# Arguments of the device code
 
 
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, steps: Callable[[Blocks], list[Tensor]]
 ) -> tuple[Call, list[Tensor]]:
-    """`Call` of csrc/attention_call.h, in its order, and the tensors whose addresses go with it, in the order of
-    `Lists` there. steps: what cuts the lists into steps of the kernel.
+    """The fields of `Call` in csrc/attention_call.h, in order, and the tensors for `Lists` there, in order. steps: splits
+    the lists into steps of the kernel.
 
-    Raises ValueError for lists that the kernel cannot walk; their contents are not read.
+    Raises ValueError for lists that the kernel does not support; does not read their contents.
     """
     B, N, H, D = q.shape
     call: Call = {
@@ -205,44 +204,44 @@ def prepare(
 
 
 def exact_steps(blocks: Blocks) -> list[Tensor]:
-    """The runs of tiles that every row of lists has, cut into blocks of 128 keys and what is left over."""
+    """Split the runs of tiles in each row of the lists into blocks of 128 keys and remainders."""
     from fastvid.kernels.sparse_attention import schedule
 
-    cut = schedule(blocks.key_tiles, blocks.rows, blocks.indices, blocks.largest[1], KEYS)
-    return [x.contiguous() for x in cut]
+    schedules = schedule(blocks.key_tiles, blocks.rows, blocks.indices, blocks.largest[1], KEYS)
+    return [x.contiguous() for x in schedules]
 
 
 def padded_steps(blocks: Blocks) -> list[Tensor]:
-    """The blocks that every row of lists has where each tile is padded to whole blocks: int64 [rows + 1] and the first
-    key of full ones, then int64 [rows + 1], the first key and the end of those that are not full.
+    """The blocks in each row of the lists, if each tile is padded to whole blocks. Returns offsets int64 [rows + 1] and
+    first keys of full blocks, then offsets int64 [rows + 1], first keys and ends of partial blocks.
 
-    Made on the device, without waiting for it.
+    Computed on the device without synchronization.
     """
     each, size, indices = _blocks_each(blocks), blocks.indices.numel(), blocks.indices.long()
     counts = blocks.key_tiles.diff()[indices]
     first = indices * each * KEYS
-    whole = _sums(counts // KEYS)
+    full_offsets = _sums(counts // KEYS)
     places = torch.arange(each, device=indices.device)
-    slots = torch.where(places < (counts // KEYS)[:, None], whole[:-1, None] + places, size * each)
+    slots = torch.where(places < (counts // KEYS)[:, None], full_offsets[:-1, None] + places, size * each)
     full_starts = blocks.key_tiles.new_empty(size * each + 1)
     full_starts.scatter_(0, slots.flatten(), (first[:, None] + places * KEYS).int().flatten())
     parts = counts % KEYS > 0
-    cut = _sums(parts)
-    slots = torch.where(parts, cut[:-1], size)
+    partial_offsets = _sums(parts)
+    slots = torch.where(parts, partial_offsets[:-1], size)
     part_starts, part_ends = (blocks.key_tiles.new_empty(size + 1) for _ in range(2))
     part_starts.scatter_(0, slots, (first + counts // KEYS * KEYS).int())
     part_ends.scatter_(0, slots, (first + counts).int())
-    return [whole[blocks.rows], full_starts, cut[blocks.rows], part_starts, part_ends]
+    return [full_offsets[blocks.rows], full_starts, partial_offsets[blocks.rows], part_starts, part_ends]
 
 
 def quantized(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, with_lse: bool, quantize: Callable[..., None]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor]]:
-    """q8 [B, H, N, D], k8 [B, H, blocks * 128, D] and v8 [B, H, blocks, D, 128] as bytes, and their scales: one a
-    query, what is added to a query's scores (with the log-sum-exp only), and for each block the scale of its keys and
-    the exponent of its values.
+    """q8 [B, H, N, D], k8 [B, H, blocks * 128, D] and v8 [B, H, blocks, D, 128] as bytes, and their scales: a scale per
+    query, a shift of each query's scores (None without the log-sum-exp), and per block the scale of its keys and the
+    exponent of its values.
 
-    quantize(part, x, mean, (out, scales, shift)): makes "queries", "keys" or "values".
+    quantize(part, x, mean, (out, scales, shift)): quantizes "queries", "keys" or "values".
     """
     (B, N, H, D), device = q.shape, q.device
     count = block_count(k, blocks)
@@ -260,7 +259,7 @@ def quantized(
 
 
 def source_of(x: Tensor, blocks: Blocks | None) -> tuple[Call, Tensor | None]:
-    """`Call` of csrc/quantize.h, in its order, for q, k or v, and the tiles that it is cut by."""
+    """The fields of `Call` in csrc/quantize.h, in order, for q, k or v, and the tiles that split its tokens."""
     B, tokens, H, D = x.shape
     tiles, each = (1, -(-tokens // KEYS)) if blocks is None else (_key_tiles(blocks), _blocks_each(blocks))
     call: Call = {
@@ -276,7 +275,7 @@ def source_of(x: Tensor, blocks: Blocks | None) -> tuple[Call, Tensor | None]:
 
 
 def block_count(k: Tensor, blocks: Blocks | None) -> int:
-    """Blocks of 128 keys in all."""
+    """The total number of blocks of 128 keys."""
     return -(-k.shape[1] // KEYS) if blocks is None else _key_tiles(blocks) * _blocks_each(blocks)
 
 
@@ -285,7 +284,7 @@ def _key_tiles(blocks: Blocks) -> int:
 
 
 def _blocks_each(blocks: Blocks) -> int:
-    """Blocks of 128 keys in a tile."""
+    """Blocks of 128 keys per tile."""
     return -(-blocks.largest[1] // KEYS)
 
 
@@ -297,7 +296,7 @@ def _blocks(lists: Sequence[Tensor], largest: Sequence[int]) -> Blocks | None:
 
 
 def _sums(counts: Tensor) -> Tensor:
-    """[n] -> int64 [n + 1]: the sum of all that come before."""
+    """Exclusive prefix sums with the total at the end: [n] -> int64 [n + 1]."""
     return torch.cat((counts.new_zeros(1, dtype=torch.long), counts.cumsum(0)))
 
 

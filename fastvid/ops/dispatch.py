@@ -1,17 +1,17 @@
-"""Chooses what runs every operation.
+"""Chooses the back end of every operation.
 
-`bind` makes an `Ops` once, when a model is loaded. Models call every function of `reference.py` on it, such as
-`ops.attention(...)`, and do not know which back end answers:
+`bind` creates an `Ops` once, when a model is loaded. It has all functions of `reference.py`, such as
+`ops.attention(...)`; models do not know which back end runs them:
 
     reference             eager PyTorch, everywhere
     triton                kernels/, on CUDA devices, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1)
-    cuda                  csrc/, on the architectures that fastvid._C was built for
+    cuda                  csrc/, on the architectures for which fastvid._C was built
     sdpa                  PyTorch's scaled_dot_product_attention, everywhere (attention only)
     flash                 the flash-attn package (attention only)
     cuda_fp8, cuda_int8   csrc/ with 8-bit products, an approximation (attention only)
 
-A back end asked for by name works or raises BackendUnavailable. Only `auto` chooses. It takes a kernel only if
-verified.json has a committed result for it on this architecture, from the very source that is here.
+A back end that is requested explicitly either works or raises BackendUnavailable; there is no fallback. `auto` selects a
+kernel only if verified.json has a committed result for this architecture and exactly this source code.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ MIN_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Ops:
-    """The functions of every operation, bound; each is an attribute: `ops.rms_norm(...)`.
+    """The chosen function of every operation, as an attribute: `ops.rms_norm(...)`.
 
-    functions: operation -> function; bound: operation -> name of its back end; reasons: operation -> why that one.
+    functions: operation -> function; bound: operation -> back end; reasons: operation -> why it was chosen.
     """
 
     functions: Mapping[str, Function]
@@ -61,10 +61,10 @@ class Ops:
 
 
 @dataclass(frozen=True)
-class ByClass:
-    """A function that runs a kernel on the classes of shapes that it is verified for, and another one on the rest.
+class DispatchByShape:
+    """A function that runs a kernel on the shape classes for which it is verified, and `rest` on all others.
 
-    shape_class: from the function's arguments to the name of their class. kernels: class -> kernel.
+    shape_class: maps the function's arguments to a shape class. kernels: shape class -> kernel.
     """
 
     shape_class: Function
@@ -76,12 +76,12 @@ class ByClass:
 
 
 def shape_classes() -> dict[str, Function]:
-    """Operation -> which class its arguments are of, where speed depends on that; "any" of the others."""
+    """Operation -> function that returns the shape class of its arguments. Other operations have only the class "any"."""
     return {"attention": attentions.form}
 
 
 def implementations() -> dict[str, dict[str, Function]]:
-    """Operation -> back end -> function. Each name is one of `reference.py`."""
+    """Operation -> back end -> function. The operations are those of `reference.py`."""
     families = (transformer.BACKENDS, solver_step.BACKENDS, vae_gpu.BACKENDS)
     table = {"attention": attentions.BACKENDS, "to_rgb": rgb.BACKENDS}
     return {name: dict(functions) for of in (table, *families) for name, functions in of.items()}
@@ -93,26 +93,27 @@ def bind(
     device: str | torch.device = "cpu",
     verified: Iterable[Mapping[str, str]] | None = None,
 ) -> Ops:
-    """Choose what runs every operation on a device.
+    """Choose the back end of every operation on a device.
 
-    backend: "auto", "reference", "triton" or "cuda" for all of them, or a list such as "to_rgb=cuda,rms_norm=reference"
-        with `auto` for the rest. attention: the same for attention alone, also "sdpa", "flash", or "cuda_fp8" and
-        "cuda_int8", which approximate; wins over backend.
-    verified: the kernels that `auto` may take; those of verified.json when None.
-    Raises InvalidRequest for an unknown name, BackendUnavailable when what was asked for cannot run here.
+    backend: "auto", "reference", "triton" or "cuda" for all operations, or a list such as
+        "to_rgb=cuda,rms_norm=reference" with `auto` for the others.
+    attention: overrides `backend` for attention; also "sdpa", "flash", "cuda_fp8" or "cuda_int8" (the last two are
+        approximations).
+    verified: the kernels that `auto` may select; None: those of verified.json.
+    Raises InvalidRequest for an unknown name, BackendUnavailable if a requested back end cannot run here.
     """
-    where = _device(device)
+    torch_device = _device(device)
     table = implementations()
-    asked = _asked(backend, attention, table)
-    if missing := _missing(asked, table, where):
+    requested = _asked(backend, attention, table)
+    if missing := _missing(requested, table, torch_device):
         raise BackendUnavailable(
             f"backend={backend!r}, attention={attention!r} cannot run here: {missing}. "
             'One operation can be asked for ("to_rgb=cuda"); auto and reference always run.'
         )
     rows = list(read_verified() if verified is None else verified)
     chosen = {
-        op: _auto(op, table[op], where, rows) if name == "auto" else (table[op][name], name, "asked for")
-        for op, name in asked.items()
+        op: _auto(op, table[op], torch_device, rows) if name == "auto" else (table[op][name], name, "asked for")
+        for op, name in requested.items()
     }
     return Ops(
         functions={op: function for op, (function, _, _) in chosen.items()},
@@ -122,12 +123,12 @@ def bind(
 
 
 def read_verified() -> list[dict[str, str]]:
-    """The rows of verified.json: op, backend, shape_class, arch, file, source (its hash), result (its path)."""
+    """The rows of verified.json: op, backend, shape_class, arch, file, source (hash of the file), result (a path)."""
     return json.loads(Path(__file__).with_name("verified.json").read_text(encoding="utf-8"))["kernels"]
 
 
 def source_hash(backend: str, file: str) -> str | None:
-    """The hash that a row of verified.json must have: of the kernel's file, or of all of csrc for the extension."""
+    """The hash that a row of verified.json must match: of the Triton kernel's file, or of all of csrc."""
     if backend == "cuda":
         return getattr(extension(), "SOURCE_HASH", None)
     spec = importlib.util.find_spec("fastvid.kernels")
@@ -139,24 +140,24 @@ def source_hash(backend: str, file: str) -> str | None:
 def _auto(
     op: str, functions: Mapping[str, Function], device: torch.device, rows: list[Mapping[str, str]]
 ) -> tuple[Function, str, str]:
-    """(function, name, reason) that `auto` gives an operation: verified kernels, or what PyTorch itself has."""
+    """(function, back end, reason) that `auto` chooses for an operation: verified kernels, else PyTorch."""
     name = "sdpa" if op == "attention" else "reference"
-    found = {row["shape_class"]: row for row in rows if _fits(row, op, functions, device)}
-    if every := found.get("any"):
-        return functions[every["backend"]], every["backend"], f"verified: {every['result']}"
-    if found and op in shape_classes():
-        kernels = {shapes: functions[row["backend"]] for shapes, row in found.items()}
-        told = ", ".join(f"{row['backend']} for {shapes}" for shapes, row in sorted(found.items()))
-        results = ", ".join(sorted({row["result"] for row in found.values()}))
-        function = ByClass(shape_classes()[op], kernels, functions[name])
-        return function, f"{told}, else {name}", f"verified: {results}"
+    matching_rows = {row["shape_class"]: row for row in rows if _fits(row, op, functions, device)}
+    if row_for_any := matching_rows.get("any"):
+        return functions[row_for_any["backend"]], row_for_any["backend"], f"verified: {row_for_any['result']}"
+    if matching_rows and op in shape_classes():
+        kernels = {shapes: functions[row["backend"]] for shapes, row in matching_rows.items()}
+        description = ", ".join(f"{row['backend']} for {shapes}" for shapes, row in sorted(matching_rows.items()))
+        results = ", ".join(sorted({row["result"] for row in matching_rows.values()}))
+        function = DispatchByShape(shape_classes()[op], kernels, functions[name])
+        return function, f"{description}, else {name}", f"verified: {results}"
     if op == "attention":
         return functions[name], name, "PyTorch's own"
     return functions[name], name, device.type if device.type == "cpu" else "no committed GPU result"
 
 
 def _fits(row: Mapping[str, str], op: str, functions: Mapping[str, Function], device: torch.device) -> bool:
-    """Whether a row is of this operation, this architecture and the very source that is here, and can run."""
+    """Whether a row matches this operation, architecture and source code, and its back end can run."""
     same = (row["op"], row["arch"]) == (op, architecture(device))
     return (
         same
@@ -169,7 +170,7 @@ def _fits(row: Mapping[str, str], op: str, functions: Mapping[str, Function], de
 
 
 def _missing(asked: Mapping[str, str], table: Mapping[str, Mapping[str, Function]], device: torch.device) -> str:
-    """What was asked for by name and cannot run: "reason (operations); ..."; empty if everything can."""
+    """Why explicitly requested back ends cannot run: "reason (operations); ..."; empty if all can."""
     reasons: dict[str, list[str]] = {}
     for op, name in asked.items():
         if name != "auto":
@@ -181,13 +182,13 @@ def _missing(asked: Mapping[str, str], table: Mapping[str, Mapping[str, Function
 
 
 def _asked(backend: str, attention: str, table: Mapping[str, object]) -> dict[str, str]:
-    """Operation -> the name asked for it, "auto" included."""
+    """Operation -> requested back end, or "auto"."""
     if isinstance(backend, str) and "=" in backend:
         pairs = [part.strip().partition("=") for part in backend.split(",")]
-        named = {_known(op, table, "operation"): name for op, _, name in pairs}
+        by_operation = {_known(op, table, "operation"): name for op, _, name in pairs}
     else:
-        named = dict.fromkeys(table, _known(backend, ("auto", *NAMES), "backend"))
-    asked = {op: named.get(op, "auto") for op in table}
+        by_operation = dict.fromkeys(table, _known(backend, ("auto", *NAMES), "backend"))
+    asked = {op: by_operation.get(op, "auto") for op in table}
     if attention != "auto":
         asked["attention"] = attention
     for op, name in asked.items():
@@ -197,7 +198,7 @@ def _asked(backend: str, attention: str, table: Mapping[str, object]) -> dict[st
 
 
 def _known(name: str, allowed: Iterable[str], what: str) -> str:
-    """The name itself, if it is one of those allowed."""
+    """Return `name` if it is allowed. Raises InvalidRequest otherwise."""
     allowed = list(allowed)
     if name in allowed:
         return name
@@ -207,19 +208,19 @@ def _known(name: str, allowed: Iterable[str], what: str) -> str:
 
 def _device(device: str | torch.device) -> torch.device:
     try:
-        where = torch.device(device)
+        torch_device = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise InvalidRequest(f"device is {device!r}; it can be 'cpu', 'cuda' or 'cuda:<number>'") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailable(f"device is {str(where)!r}, and no CUDA device is found; 'cpu' always runs")
-    return where
+    if torch_device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable(f"device is {str(torch_device)!r}, and no CUDA device is found; 'cpu' always runs")
+    return torch_device
 
 
-# Which back ends can run on a device
+# Availability of back ends on a device
 
 
 def why_not(backend: str, device: torch.device) -> str | None:
-    """None if the back end can run on this device of this machine, else the reason that it cannot."""
+    """The reason why a back end cannot run on this device; None if it can."""
     if backend == "triton":
         return _why_not_triton(device)
     if backend == "cuda" or backend in APPROXIMATE:
@@ -230,9 +231,9 @@ def why_not(backend: str, device: torch.device) -> str | None:
 
 
 def lacks(function: object, device: torch.device) -> str | None:
-    """What a form of an operation lacks on a device on which its back end runs; None if nothing.
+    """The reason why a function cannot run on a device although its back end can; None if it can.
 
-    Its attribute `needs`, if it has one ("90a"), names the only architecture that it is compiled for.
+    Its optional attribute `needs` ("90a") names the architecture that it requires.
     """
     needs, module = getattr(function, "needs", None), extension()
     if needs is None:
@@ -247,7 +248,7 @@ def lacks(function: object, device: torch.device) -> str | None:
 
 
 def extension() -> ModuleType | str:
-    """The module fastvid._C, or the reason that there is none."""
+    """The module fastvid._C, or the reason why it is not available."""
     try:
         return importlib.import_module("fastvid._C")
     except ModuleNotFoundError:
@@ -257,7 +258,7 @@ def extension() -> ModuleType | str:
 
 
 def runs_on(archs: str, capability: tuple[int, int]) -> bool:
-    """Whether code built for archs ("80;90a") runs on a device: sm_80 on any 8.x, sm_90a on 9.0 alone."""
+    """Whether code built for archs ("80;90a") runs on a device: sm_80 on any 8.x, sm_90a only on 9.0."""
     for number, minor, suffix in re.findall(r"(\d+)(\d)([af]?)", archs):
         built = (int(number), int(minor))
         if built == capability or (suffix != "a" and built[0] == capability[0] and built[1] <= capability[1]):
@@ -266,7 +267,7 @@ def runs_on(archs: str, capability: tuple[int, int]) -> bool:
 
 
 def architecture(device: torch.device) -> str:
-    """sm_90 and the like for a CUDA device, else the device's type."""
+    """ "sm_90" etc. for a CUDA device, else the device's type."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
@@ -300,8 +301,10 @@ def _why_not_cuda(device: torch.device) -> str | None:
         return None
     if (major, minor) < MIN_CAPABILITY:
         return f"{architecture(device)} is older than sm_80: ask for reference"
-    own = f"{major}{minor}{'a' if major >= 9 else ''}"  # from Hopper on there are instructions of each alone
-    return f"the device is {architecture(device)}, and {_built_without(own, module.ARCHS)}"
+    device_arch = (
+        f"{major}{minor}{'a' if major >= 9 else ''}"  # since Hopper each architecture has specific instructions
+    )
+    return f"the device is {architecture(device)}, and {_built_without(device_arch, module.ARCHS)}"
 
 
 def _built_without(arch: str, archs: str) -> str:

@@ -1,4 +1,4 @@
-"""Whether this torch can be asked for oneDNN's CPU routines by name, as torch.compile does."""
+"""Checks whether torch exposes oneDNN's CPU routines, which torch.compile also calls."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import functools
 
 import torch
 
-# None of them is in torch's documentation, so that a release may drop or rename them.
+# Undocumented, so a release of torch may drop or rename them.
 NAMES = ("_linear_pointwise", "_convolution_pointwise", "_reorder_convolution_weight")
 
 
 def available() -> bool:
-    """Whether all routines are there, and nobody has turned oneDNN off (torch.backends.mkldnn.flags)."""
+    """Whether all routines exist and oneDNN is not disabled (torch.backends.mkldnn.flags)."""
     return bool(torch.backends.mkldnn.enabled) and _built_in()
 
 

@@ -1,8 +1,8 @@
-"""The meaning of every operation, in eager PyTorch: it runs anywhere, with autograd, and every other back end is
-compared with it.
+"""The reference of every operation, in eager PyTorch. It runs anywhere, supports autograd, and all other back ends are
+tested against it.
 
 Shapes: B batch, N tokens, M tokens of the context, H heads, D head_dim, d = H * D width, K distinct timesteps,
-G groups of N // G neighbouring tokens that share a timestep (1: one a sample, T: one a frame, N: one a token).
+G groups of N // G consecutive tokens that share a timestep (1: one per sample, T: one per frame, N: one per token).
 Statistics (means, variances, softmax) are computed in fp32; the result has the dtype of the input.
 """
 
@@ -20,11 +20,11 @@ from fastvid.ops import solver_step as stepping
 
 
 def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor | None = None) -> Tensor:
-    """Cut [B, C, T, H, W] into patches and project each: -> [B, N, d] in weight's type, N in (t, h, w) order.
+    """Split [B, C, T, H, W] into patches and project each: -> [B, N, d] in weight's dtype, N in (t, h, w) order.
 
-    weight [d, C, pt, ph, pw] is that of a convolution whose stride is its kernel; T, H, W are multiples of the patch.
-    known [B, C2, T, H, W]: channels that follow those of the latents (in image-to-video models mask and known latents);
-    weight is then [d, C + C2, pt, ph, pw]. Latents and known may be of any type.
+    weight [d, C, pt, ph, pw]: of a convolution whose stride equals its kernel size; T, H, W are multiples of the patch.
+    known [B, C2, T, H, W]: channels appended to the latents (in image-to-video models the mask and known latents);
+    weight is then [d, C + C2, pt, ph, pw]. Latents and known may have any dtype.
     """
     latents = latents.to(weight.dtype)
     if known is not None:
@@ -50,18 +50,18 @@ def head(
     eps: float,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Modulated LayerNorm, projection, and patches back in their places: -> latents [B, C, T, H, W].
+    """Modulated LayerNorm, projection and unpatchify: -> latents [B, C, T, H, W].
 
-    x [B, N, d], shift and scale [K, d], index [B, G] as modulated_layer_norm has them; weight [pt ph pw C, d] and bias
-    [pt ph pw C], C fastest; grid (t, h, w) with N = t h w; patch (pt, ph, pw). dtype: of the latents, that of x when
-    None; kernels round their fp32 sums to it once.
+    x [B, N, d], shift and scale [K, d], index [B, G], see modulated_layer_norm; weight [pt ph pw C, d] and bias
+    [pt ph pw C], C fastest; grid (t, h, w) with N = t h w; patch (pt, ph, pw). dtype: of the latents, by default that of
+    x; kernels round their fp32 sums to it once.
     """
     y = F.linear(modulated_layer_norm(x, shift, scale, index, eps), weight, bias)
     return _unpatchify(y, grid, patch).to(dtype or x.dtype)
 
 
 def _unpatchify(x: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
-    """Put projected patches back: [B, N, pt * ph * pw * C] (C fastest), N = t * h * w of grid -> [B, C, T, H, W]."""
+    """Rearrange patches [B, N, pt * ph * pw * C] (C fastest, N = t * h * w of grid) to latents [B, C, T, H, W]."""
     B = x.shape[0]
     (t, h, w), (pt, ph, pw) = grid, patch
     x = x.reshape(B, t, h, w, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
@@ -69,7 +69,7 @@ def _unpatchify(x: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
 
 
 def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float) -> Tensor:
-    """LN(x) * (1 + scale) + shift with the row of each token: x [B, N, d], shift and scale [K, d], index [B, G]."""
+    """LN(x) * (1 + scale) + shift: x [B, N, d], shift and scale [K, d], index [B, G]: the row of each token group."""
     if shift.shape[0] == 1:
         return F.layer_norm(x.float(), x.shape[-1:], 1 + scale[0], shift[0], eps).to(x.dtype)
     groups = _groups(F.layer_norm(x.float(), x.shape[-1:], eps=eps), index)
@@ -77,7 +77,7 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, index: Tensor,
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, index: Tensor) -> Tensor:
-    """x + y * gate with the row of each token: x and y [B, N, d], gate [K, d] in fp32, index [B, G] -> [B, N, d]."""
+    """x + y * gate: x and y [B, N, d], gate [K, d] in fp32, index [B, G]: the row of each token group -> [B, N, d]."""
     rows = gate[0] if gate.shape[0] == 1 else _rows(gate, index)
     out = _add_product(_groups(x, index).float(), _groups(y, index).float(), rows)
     return out.view(x.shape).to(x.dtype)
@@ -86,7 +86,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, index: Tensor) -> Tensor:
 def gated_residual_norm(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(s, its modulated layer norm), with s = x + y * gate rounded to the type of x."""
+    """(s, modulated_layer_norm(s)), s = x + y * gate rounded to x's dtype."""
     x = gated_residual(x, y, gate, index)
     return x, modulated_layer_norm(x, shift, scale, index, eps)
 
@@ -94,7 +94,7 @@ def gated_residual_norm(
 def gated_residual_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(s, its layer norm with weight and bias), with s = x + y * gate rounded to the type of x."""
+    """(s, layer_norm(s)), s = x + y * gate rounded to x's dtype."""
     x = gated_residual(x, y, gate, index)
     return x, layer_norm(x, weight, bias, eps)
 
@@ -102,7 +102,7 @@ def gated_residual_layer_norm(
 def residual_norm(
     x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(s, its modulated layer norm), with s = x + y rounded to the type of x."""
+    """(s, modulated_layer_norm(s)), s = x + y rounded to x's dtype."""
     x = (x + y).to(x.dtype)
     return x, modulated_layer_norm(x, shift, scale, index, eps)
 
@@ -123,7 +123,7 @@ def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
     x [B, N, H * D], weight [H * D], cos and sin [N, D // 2] in fp32 -> [B, N, H, D].
     """
     y = F.rms_norm(x, x.shape[-1:], weight, eps).float().view(*x.shape[:2], -1, cos.shape[-1], 2)
-    # One complex product is one pass over memory; the four real ones with strides of two take six times as long.
+    # A complex product is one pass over memory. Four real products with stride 2 take six times as long.
     pairs, turn = torch.view_as_complex(y), torch.complex(cos, sin)[:, None]
     pairs = pairs * turn if y.requires_grad else pairs.mul_(turn)
     return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
@@ -138,11 +138,11 @@ def qkv_norm_rope(
     eps: float,
     order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a fused projection [B, N, 3 * d]: q and k with RMS norm and rotation, and v, each [B, N, H, D].
+    """Split a fused projection [B, N, 3 * d] into q and k (with RMS norm and rotation) and v, each [B, N, H, D].
 
-    Kernels write them as [B, H, N, D] in memory; here, without an order, v is a view of qkv.
-    order [N], a permutation in int32 or int64 (see `sparse.tile_order`): position p of all three has token order[p],
-    rotated by that token's cos and sin.
+    Kernels write them as [B, H, N, D] in memory; here v is a view of qkv if there is no order.
+    order [N]: a permutation, int32 or int64 (see `sparse.tile_order`). Position p of all three then holds token
+    order[p], rotated by that token's cos and sin.
     """
     q, k, v = qkv.chunk(3, -1)
     q, k = rms_norm_rope(q, weight_q, cos, sin, eps), rms_norm_rope(k, weight_k, cos, sin, eps)
@@ -156,7 +156,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """GELU in its tanh form of x [..., K] @ weight [n, K]^T + bias [n] -> [..., n]."""
+    """gelu_tanh(x [..., K] @ weight [n, K]^T + bias [n]) -> [..., n]."""
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
@@ -168,12 +168,12 @@ def _groups(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _add_product(a: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """a + x * y in one pass; under autograd in two, whose gradients are cheaper."""
+    """a + x * y in one pass; in two under autograd, where that has cheaper gradients."""
     return a + x * y if torch.is_grad_enabled() else torch.addcmul(a, x, y)
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
-    """Rows [K, d] -> [B, G, 1, d]."""
+    """Gather rows: table [K, d], index [B, G] -> [B, G, 1, d]."""
     return table[index].unsqueeze(2)
 
 
@@ -181,7 +181,7 @@ def _shapes(*tensors: Tensor) -> str:
     return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
 
 
-# Operations that are defined in a file of their own.
+# Operations defined in other files.
 attention = attentions.reference
 to_rgb = rgb.reference
 solver_step = stepping.solver_step

@@ -2,7 +2,7 @@
 
     byte = rint((clamp(x, -1, 1) * 0.5 + 0.5) * 255), ties to even, NaN -> 0, in IEEE fp32
 
-All back ends give the same bytes. `reference` is the meaning; `triton` is kernels/rgb.py, `cuda` is csrc/rgb.cu.
+All back ends produce the same bytes: `reference`, `triton` (kernels/rgb.py) and `cuda` (csrc/rgb.cu).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def reference(frames: Tensor) -> Tensor:
-    """Eager PyTorch, a frame at a time so that the fp32 copies stay small."""
+    """Eager PyTorch, one frame at a time to keep the fp32 copies small."""
     out = _empty(frames)
     for frame, rgb in zip(frames.detach().unbind(1), out, strict=True):
         unit = frame.float().nan_to_num(nan=-1.0).clamp_(-1, 1).mul_(0.5).add_(0.5)
@@ -44,7 +44,7 @@ def cuda(frames: Tensor) -> Tensor:
         stream = torch.cuda.current_stream(frames.device)
         layout = (str(frames.dtype).removeprefix("torch."), tuple(frames.shape[1:]), frames.stride())
         _C.to_rgb(frames.data_ptr(), out.data_ptr(), *layout, frames.device.index, stream.cuda_stream)
-        frames.record_stream(stream)  # the caller may drop frames that came from another stream at once
+        frames.record_stream(stream)  # the caller may free frames from another stream immediately
     return out
 
 
@@ -54,8 +54,8 @@ BACKENDS: Mapping[str, Callable[[Tensor], Tensor]] = {"reference": reference, "t
 @triton.register_fake
 @cuda.register_fake
 def _empty(frames: Tensor) -> Tensor:
-    """The result, not filled in. Raises ValueError for frames of another shape or type."""
+    """The uninitialized result. Raises ValueError for frames of another shape or dtype."""
     if frames.ndim != 4 or frames.shape[0] != 3 or frames.dtype not in DTYPES:
-        given = f"{frames.dtype} {tuple(frames.shape)}"
-        raise ValueError(f"to_rgb takes frames [3, T, H, W] in float32, float16 or bfloat16, not {given}")
+        described = f"{frames.dtype} {tuple(frames.shape)}"
+        raise ValueError(f"to_rgb takes frames [3, T, H, W] in float32, float16 or bfloat16, not {described}")
     return torch.empty((*frames.shape[1:], 3), dtype=torch.uint8, device=frames.device)

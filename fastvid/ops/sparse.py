@@ -1,14 +1,14 @@
-"""Block-sparse attention: which tiles of keys every tile of queries attends to, on a video's grid of tokens (t, h, w).
+"""Block-sparse attention patterns: the key tiles that each query tile attends to, on a video's token grid (t, h, w).
 
-A tile is a box of tokens, smaller at the grid's far ends. `tile_order` sorts a video's tokens tile by tile. Every
-pattern is a pure function that returns `Blocks`: sorted lists of tiles, for all heads, or for each head of each sample
-(`top_k`). `attention(..., blocks=...)` runs them. No model asks for it yet.
+A tile is a box of tokens, truncated at the far ends of the grid. `tile_order` sorts tokens tile by tile. Every pattern
+is a pure function that returns `Blocks`: sorted lists of tiles, shared by all heads, or for each head of each sample
+(`top_k`). `attention(..., blocks=...)` runs them. No model uses them yet.
 
-    full     all of them
+    full     all tiles
     window   a box of tiles around each (sliding tile attention)
-    radial   fewer and fewer with temporal distance (radial attention)
-    causal   chunks of frames: the first ones, the last ones, and the own (what a KV cache of a causal model holds)
-    top_k    the best by the scores of pooled queries and keys, from the very tensors that will attend
+    radial   fewer tiles with growing temporal distance (radial attention)
+    causal   chunks of frames: the first ones, the most recent ones and its own (the KV cache of a causal model)
+    top_k    the tiles with the best scores of pooled queries and keys
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Triple = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Blocks:
-    """For every tile of queries the tiles of keys that it attends to.
+    """The key tiles that every query tile attends to.
 
-    query_tiles, key_tiles: int32 [tiles + 1], the token at which each tile starts, and the number of tokens at the end.
+    query_tiles, key_tiles: int32 [tiles + 1], the first token of each tile, and the number of tokens at the end.
     rows: int64 [lists * query tiles + 1]; indices: int32, sorted in a row. Tile q of list l attends to the tiles
         indices[rows[i] : rows[i + 1]] with i = l * query tiles + q.
-    There are 1, H (one for each head) or B * H lists. largest: tokens of the largest tile of queries, and of keys.
+    There are 1, H (one per head) or B * H lists. largest: tokens of the largest query tile and of the largest key tile.
     """
 
     query_tiles: Tensor
@@ -45,7 +45,7 @@ class Blocks:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What a kernel is given of them, beside `largest`."""
+        """The tensor arguments of a kernel; it also needs `largest`."""
         return [self.query_tiles, self.key_tiles, self.rows, self.indices]
 
     def to(self, device: torch.device | str) -> Blocks:
@@ -57,7 +57,7 @@ class Blocks:
 
 
 def tile_counts(grid: Triple, tile: Triple) -> Triple:
-    """Tiles along each axis. Raises ValueError for sizes below 1."""
+    """The number of tiles along each axis. Raises ValueError for sizes below 1."""
     if len(grid) != 3 or len(tile) != 3 or min(*grid, *tile) < 1:
         raise ValueError(f"grid is {grid} and tile {tile}; both are three numbers (t, h, w) of at least 1")
     t, h, w = (-(-n // size) for n, size in zip(grid, tile, strict=True))
@@ -65,15 +65,15 @@ def tile_counts(grid: Triple, tile: Triple) -> Triple:
 
 
 def tile_offsets(grid: Triple, tile: Triple) -> Tensor:
-    """int32 [tiles + 1]: where each tile starts among tokens in tile order, w fastest; the last is their number."""
+    """The first token of each tile in tile order (w fastest), and the number of tokens at the end: int32 [tiles + 1]."""
     t, h, w = (_lengths(n, size) for n, size in zip(grid, tile, strict=True))
     sizes = t[:, None, None] * h[None, :, None] * w[None, None, :]
     return torch.cat((sizes.new_zeros(1), sizes.flatten().cumsum(0))).int()
 
 
 def tile_order(grid: Triple, tile: Triple) -> Tensor:
-    """int64 [N]: tokens in tile order, each as its place in (t, h, w) order; x[:, order] sorts tokens, and
-    y[:, order.argsort()] puts them back."""
+    """The permutation int64 [N] from (t, h, w) order to tile order: x[:, order] sorts tokens by tile, and
+    y[:, order.argsort()] restores them."""
     axes = (torch.arange(n) for n in grid)
     t, h, w = torch.meshgrid(*axes, indexing="ij")
     _, height, width = tile_counts(grid, tile)
@@ -85,14 +85,14 @@ def tile_order(grid: Triple, tile: Triple) -> Tensor:
 
 
 def full(grid: Triple, tile: Triple) -> Blocks:
-    """All tiles."""
+    """Every tile attends to all tiles."""
     return window(grid, tile, tile_counts(grid, tile))
 
 
 def window(grid: Triple, tile: Triple, size: Triple) -> Blocks:
-    """A box of `size` tiles around each, moved inwards at borders so that all tiles see as many of them.
+    """A box of `size` tiles around each tile, shifted inwards at the borders so that every tile sees equally many.
 
-    Sliding tile attention (arXiv 2502.04507). An even size reaches one tile further back than ahead.
+    Sliding tile attention (arXiv 2502.04507). An even size extends one tile further back than ahead.
     """
     counts = tile_counts(grid, tile)
     if min(size) < 1:
@@ -102,12 +102,12 @@ def window(grid: Triple, tile: Triple, size: Triple) -> Blocks:
 
 
 def radial(grid: Triple, tile: Triple, decay: float = 2.0) -> Blocks:
-    """All tiles of the same and the neighbouring tile frames, and of the first; 1 / decay as many with each doubling of
-    the temporal distance.
+    """All tiles of the first, the same and the neighboring tile frames; with each doubling of the temporal distance,
+    1 / decay as many.
 
     Radial attention (arXiv 2506.19852). At a distance of 2^r to 2^(r+1) - 1 tile frames, each tile sees the
-    ceil(S / decay^r) of S that are the nearest to its own place; once that is less than a whole tile, it sees a single
-    one, in one of so many tile frames that the share goes on falling.
+    ceil(S / decay^r) tiles (of S) that are nearest to its own position. Once S / decay^r is below 1, it sees one tile
+    in every ceil(decay^r / S)-th tile frame, so the density keeps falling.
     """
     if not decay >= 1:
         raise ValueError(f"decay is {decay}; it is at least 1, which keeps everything")
@@ -125,11 +125,11 @@ def radial(grid: Triple, tile: Triple, decay: float = 2.0) -> Blocks:
 
 
 def causal(grid: Triple, tile: Triple, chunk: int, window: int, sink: int = 1) -> Blocks:
-    """Frames in chunks of `chunk`: each chunk attends to the first `sink` ones and to the last `window`, its own among
-    them; never to later ones.
+    """Chunks of `chunk` frames: each attends to the first `sink` chunks and to the last `window` up to and including
+    itself, never to later ones.
 
-    What a causal model's KV cache with an attention sink holds (Self-Forcing, arXiv 2506.08009; LongLive, arXiv
-    2509.22622; sinks: arXiv 2309.17453). chunk is a multiple of the tile's frames.
+    This is the content of a causal model's KV cache with an attention sink (Self-Forcing, arXiv 2506.08009; LongLive,
+    arXiv 2509.22622; sinks: arXiv 2309.17453). chunk must be a multiple of the tile's frames.
     """
     T, height, width = tile_counts(grid, tile)
     if chunk < 1 or chunk % tile[0]:
@@ -147,12 +147,12 @@ def causal(grid: Triple, tile: Triple, chunk: int, window: int, sink: int = 1) -
 
 
 def top_k(q: Tensor, k: Tensor, tiles: Tensor, largest: int, count: int) -> Blocks:
-    """The `count` tiles of keys with the best scores for each tile of queries, its own always among them: a list for
-    each head of each sample.
+    """For each query tile, the `count` key tiles with the best scores, always including its own. One list per head of
+    each sample.
 
-    q and k [B, N, H, D] in tile order; tiles, int32 [tiles + 1], as `tile_offsets` gives them on the device of q, with
-    at most `largest` tokens each. A score is the product of a tile's mean query and a tile's mean key (as in MoBA,
-    arXiv 2502.13189, and the coarse stage of VSA, arXiv 2505.13389). Nothing here waits for the device.
+    q and k [B, N, H, D] in tile order; tiles: int32 [tiles + 1] from `tile_offsets`, on q's device, with at most
+    `largest` tokens each. The score is the product of a tile's mean query and a tile's mean key (as in MoBA, arXiv
+    2502.13189, and the coarse stage of VSA, arXiv 2505.13389). Does not synchronize with the device.
     """
     B, N, H, _ = q.shape
     n = tiles.numel() - 1
@@ -174,14 +174,14 @@ def top_k(q: Tensor, k: Tensor, tiles: Tensor, largest: int, count: int) -> Bloc
 
 
 def share(blocks: Blocks) -> float:
-    """The share of all pairs of tokens that is computed, 0 to 1."""
+    """The share of token pairs that is computed, 0 to 1."""
     queries, keys = (tiles.diff().double() for tiles in (blocks.query_tiles, blocks.key_tiles))
     kept = queries.repeat(blocks.lists).repeat_interleave(blocks.rows.diff()) * keys[blocks.indices.long()]
     return (kept.sum() / (queries.sum() * keys.sum() * blocks.lists)).item()
 
 
 def tile_mask(blocks: Blocks) -> Tensor:
-    """bool [lists, query tiles, key tiles]."""
+    """Which tiles attend to which: bool [lists, query tiles, key tiles]."""
     queries, keys = blocks.query_tiles.numel() - 1, blocks.key_tiles.numel() - 1
     mask = torch.zeros(blocks.lists * queries, keys, dtype=torch.bool, device=blocks.rows.device)
     row = torch.arange(len(mask), device=mask.device).repeat_interleave(blocks.rows.diff())
@@ -190,7 +190,7 @@ def tile_mask(blocks: Blocks) -> Tensor:
 
 
 def token_mask(blocks: Blocks) -> Tensor:
-    """bool [lists, N, M]: which tokens attend to which."""
+    """Which tokens attend to which: bool [lists, N, M]."""
     mask = tile_mask(blocks)
     for dim, tiles in ((1, blocks.query_tiles), (2, blocks.key_tiles)):
         mask = mask.repeat_interleave(tiles.diff().long(), dim)
@@ -201,7 +201,7 @@ def token_mask(blocks: Blocks) -> Tensor:
 
 
 def heads_of(blocks: Blocks, heads: int, first: int, last: int) -> Blocks:
-    """The lists of heads first to last, out of `heads`; of each sample, if each has its own."""
+    """The lists of heads first to last - 1 out of `heads`, of every sample."""
     if blocks.lists == 1:
         return blocks
     kept = (torch.arange(blocks.lists, device=blocks.rows.device) % heads).unsqueeze(1)
@@ -210,8 +210,8 @@ def heads_of(blocks: Blocks, heads: int, first: int, last: int) -> Blocks:
 
 
 def tiles_of(blocks: Blocks, queries: slice, keys: slice) -> Blocks:
-    """The part for some queries and some keys, each a slice of tokens, which are then counted from its start. Raises
-    ValueError where an end of a slice lies within a tile."""
+    """Restrict blocks to a slice of query tokens and a slice of key tokens; tokens are renumbered from the start of the
+    slices. Raises ValueError if a slice does not end at a tile boundary."""
     inside, starts = [], []
     for tiles, tokens in ((blocks.query_tiles, queries), (blocks.key_tiles, keys)):
         for end in (tokens.start, tokens.stop):
@@ -225,27 +225,27 @@ def tiles_of(blocks: Blocks, queries: slice, keys: slice) -> Blocks:
 
 
 def _select(blocks: Blocks, rows: Tensor, keys: Tensor) -> Blocks:
-    """The rows and the tiles of keys that are True. Tiles are renumbered; their offsets stay those of all tokens."""
+    """Keep only the rows and key tiles that are True. Renumbers the tiles, but does not change their token offsets."""
     lengths = blocks.rows.diff()
-    wanted = rows.repeat_interleave(lengths) & keys[blocks.indices.long()]
+    selected = rows.repeat_interleave(lengths) & keys[blocks.indices.long()]
     row = torch.arange(len(lengths), device=rows.device).repeat_interleave(lengths)
-    counts = torch.zeros_like(lengths).index_add_(0, row, wanted.to(lengths.dtype))[rows]
+    counts = torch.zeros_like(lengths).index_add_(0, row, selected.to(lengths.dtype))[rows]
     number = keys.cumsum(0) - 1
     starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    return replace(blocks, rows=starts, indices=number[blocks.indices.long()][wanted].int())
+    return replace(blocks, rows=starts, indices=number[blocks.indices.long()][selected].int())
 
 
 # Helpers of the patterns
 
 
 def _lengths(size: int, tile: int) -> Tensor:
-    """Tokens of each tile along an axis: the tile's, and what is left."""
+    """Lengths of the tiles along an axis of `size` tokens; the last may be shorter."""
     starts = torch.arange(0, size, tile)
     return (size - starts).clamp(max=tile)
 
 
 def _of_grid(grid: Triple, tile: Triple, masks: Iterable[Tensor]) -> Blocks:
-    """Blocks from the masks [h * w tiles, all tiles] of every tile frame of queries, one at a time."""
+    """Build Blocks from a mask [h * w tiles, all tiles] for each tile frame of queries."""
     tiles = tile_offsets(grid, tile)
     counts, indices = [], []
     for mask in masks:
@@ -257,20 +257,20 @@ def _of_grid(grid: Triple, tile: Triple, masks: Iterable[Tensor]) -> Blocks:
 
 
 def _clamped(n: int, size: int) -> Tensor:
-    """bool [n, n]: the `size` neighbours of each of n in a row, itself among them."""
+    """bool [n, n]: the window of `size` positions around each of n, clamped to the ends."""
     places = torch.arange(n)
     first = (places - size // 2).clamp(0, n - size)[:, None]
     return (places >= first) & (places < first + size)
 
 
 def _box(t: Tensor, h: Tensor, w: Tensor) -> Tensor:
-    """Masks of the three axes, [T], [h, h] and [w, w], as one: [h * w, T * h * w]."""
+    """Combine the masks of the three axes, [T], [h, h] and [w, w]: -> [h * w, T * h * w]."""
     kept = t[None, None, :, None, None] & h[:, None, None, :, None] & w[None, :, None, None, :]
     return kept.flatten(2).flatten(0, 1)
 
 
 def _ranks(height: int, width: int) -> Tensor:
-    """[h * w, h * w]: 0 for a place itself, 1 for its nearest neighbour, and so on; of equally near ones, the first."""
+    """Distance ranks [h * w, h * w]: 0 for a position itself, 1 for its nearest neighbor, etc.; ties in index order."""
     h, w = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     h, w = h.flatten(), w.flatten()
     distance = (h[:, None] - h).square() + (w[:, None] - w).square()
@@ -278,7 +278,7 @@ def _ranks(height: int, width: int) -> Tensor:
 
 
 def _radial_count(distance: int, places: int, decay: float) -> int:
-    """Tiles that are seen of the `places` tiles of a tile frame, `distance` tile frames away."""
+    """How many of the `places` tiles in a tile frame are seen from `distance` tile frames away."""
     share = decay ** -math.floor(math.log2(max(distance, 1)))
     if places * share >= 1:
         return math.ceil(places * share)
@@ -288,7 +288,7 @@ def _radial_count(distance: int, places: int, decay: float) -> int:
 def _pooled(x: Tensor, tiles: Tensor, largest: int) -> Tensor:
     """Means over the tokens of each tile, in fp32: [B, N, H, D] -> [B, tiles, H, D]."""
     n, N = tiles.numel() - 1, x.shape[1]
-    if n * largest == N:  # all alike: no token has to be moved
+    if n * largest == N:  # all tiles have the same size
         return x.unflatten(1, (n, largest)).mean(2, dtype=torch.float32)
     places = tiles[:-1, None] + torch.arange(largest, device=x.device)
     inside = places < tiles[1:, None]

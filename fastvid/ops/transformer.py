@@ -1,6 +1,6 @@
-"""The Triton kernels of a transformer's operations, each one registered operator of torch.
+"""The Triton kernels of a transformer's operations, registered as torch operators.
 
-`reference.py` has their meaning and their shapes. Here shapes are checked and results allocated:
+`reference.py` defines the operations and their shapes. This file checks shapes and allocates results:
 
     both ends     patch_embed, head                       kernels/patch_embed.py, kernels/head.py
     norms         rms_norm, layer_norm, and those with    kernels/row_norms.py
@@ -21,7 +21,7 @@ from fastvid.ops import reference
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of linear layers
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # supported by the linear layers
 
 
 # Both ends
@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of linear layers
 
 @torch.library.custom_op("fastvid::patch_embed_triton", mutates_args=())
 def patch_embed_triton(latents: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor | None = None) -> Tensor:
-    """The Triton kernel, which makes no copy of the patches."""
+    """The Triton kernel; it does not copy the patches."""
     from fastvid.kernels.patch_embed import patch_embed as run
 
     out = _tokens_of(latents, weight, bias, known)
@@ -50,7 +50,7 @@ def head_triton(
     eps: float,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The Triton kernel, which reads the tokens once (twice where each has a row of its own)."""
+    """The Triton kernel. Reads the tokens once (twice if every token has its own timestep)."""
     from fastvid.kernels.head import head as run
 
     out = _latents_of(x, shift, scale, index, weight, bias, grid, patch, eps, dtype)
@@ -62,8 +62,8 @@ def head_triton(
 
 @patch_embed_triton.register_fake
 def _tokens_of(latents: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor | None = None) -> Tensor:
-    """The result, not filled in. Raises ValueError for shapes that do not fit together."""
-    given = [tensor for tensor in (latents, weight, known, bias) if tensor is not None]
+    """The uninitialized result. Raises ValueError for shapes that do not fit together."""
+    tensors = [tensor for tensor in (latents, weight, known, bias) if tensor is not None]
     fits = latents.ndim == weight.ndim == 5 and (bias is None or bias.shape == weight.shape[:1])
     if fits and known is not None:
         fits = known.ndim == 5 and (known.shape[0], *known.shape[2:]) == (latents.shape[0], *latents.shape[2:])
@@ -74,7 +74,7 @@ def _tokens_of(latents: Tensor, weight: Tensor, bias: Tensor | None, known: Tens
     if not fits:
         raise ValueError(
             "patch_embed takes latents [B, C, T, H, W], weight [d, C + C2, pt, ph, pw] whose patch divides T, H and W, "
-            f"known [B, C2, T, H, W] and bias [d], not {_shapes(*given)}"
+            f"known [B, C2, T, H, W] and bias [d], not {_shapes(*tensors)}"
         )
     B, _, T, H, W = latents.shape
     d, _, pt, ph, pw = weight.shape
@@ -94,7 +94,7 @@ def _latents_of(
     eps: float,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The result, not filled in. Raises ValueError for shapes that do not fit together."""
+    """The uninitialized result. Raises ValueError for shapes that do not fit together."""
     fits = x.ndim == 3 and len(grid) == len(patch) == 3 and x.shape[1] == grid[0] * grid[1] * grid[2]
     fits = fits and shift.ndim == 2 and shift.shape == scale.shape and shift.shape[1] == x.shape[2]
     fits = fits and len(shift) > 0 and index.ndim == 2 and index.shape[0] == x.shape[0] and index.shape[1] > 0
@@ -200,12 +200,12 @@ def qkv_norm_rope_triton(
 
 
 def _like(x: Tensor) -> Tensor:
-    """A result as large as x, not filled in."""
+    """An uninitialized contiguous tensor of x's shape and dtype."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., d] as [B, N, d], a view. Raises ValueError where strides do not allow it."""
+    """View [..., d] as [B, N, d]. Raises ValueError if the strides do not allow it."""
     if x.ndim == 0:
         raise ValueError("rows [..., d] are needed, not a single number")
     if x.ndim <= 3:
@@ -217,7 +217,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor, cos: Tensor) -> Tensor:
-    """[B, N, H, D] for x [B, N, H * D], not filled in."""
+    """An uninitialized [B, N, H, D] for x [B, N, H * D]."""
     if x.ndim != 3 or cos.ndim != 2 or not cos.shape[1] or x.shape[2] % (2 * cos.shape[1]):
         raise ValueError(f"x [B, N, H * D] and cos [N, D // 2] are needed, not {list(x.shape)} and {list(cos.shape)}")
     head_dim = 2 * cos.shape[1]
@@ -226,10 +226,10 @@ def _heads(x: Tensor, cos: Tensor) -> Tensor:
 
 
 def _three_heads(qkv: Tensor, cos: Tensor) -> Triple:
-    """Three times [B, N, H, D], laid out [B, H, N, D], for qkv [B, N, 3 * H * D], not filled in."""
+    """Three uninitialized [B, N, H, D] (memory layout [B, H, N, D]) for qkv [B, N, 3 * H * D]."""
     if qkv.ndim != 3 or cos.ndim != 2 or not cos.shape[1] or qkv.shape[2] % (6 * cos.shape[1]):
-        given = f"{list(qkv.shape)} and {list(cos.shape)}"
-        raise ValueError(f"qkv [B, N, 3 * H * D] and cos [N, D // 2] are needed, not {given}")
+        shapes = f"{list(qkv.shape)} and {list(cos.shape)}"
+        raise ValueError(f"qkv [B, N, 3 * H * D] and cos [N, D // 2] are needed, not {shapes}")
     head_dim = 2 * cos.shape[1]
     shape = (qkv.shape[0], qkv.shape[2] // (3 * head_dim), qkv.shape[1], head_dim)
     q, k, v = (torch.empty(shape, dtype=qkv.dtype, device=qkv.device).transpose(1, 2) for _ in range(3))
@@ -280,7 +280,7 @@ def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("fastvid::linear_gelu_tanh_triton", mutates_args=())
 def linear_gelu_tanh_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The Triton kernel, GELU in its epilogue."""
+    """The Triton kernel with GELU in its epilogue."""
     return _linear(x, weight, bias, gelu=True)
 
 
@@ -288,7 +288,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tenso
     from fastvid.kernels.linear_gelu import linear as run
 
     out = _linear_out(x, weight, bias)
-    # Rows that cannot be seen as one matrix (a slice of a batch, say) are copied.
+    # reshape copies rows that cannot be viewed as one matrix, such as a slice of a batch.
     rows = out.shape[:-1].numel()
     run(x.reshape(rows, x.shape[-1]), weight, bias, out.view(rows, out.shape[-1]), gelu)
     return out
@@ -297,18 +297,18 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tenso
 @linear_triton.register_fake
 @linear_gelu_tanh_triton.register_fake
 def _linear_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The result, not filled in. Raises ValueError for what does not fit together."""
+    """The uninitialized result. Raises ValueError for shapes or dtypes that do not fit together."""
     _check_linear(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
     fits = x.ndim >= 1 and weight.ndim == 2 and x.shape[-1] == weight.shape[1] and x.dtype in DTYPES
-    if not fits or (bias is not None and bias.shape != weight.shape[:1]) or len({t.dtype for t in given}) > 1:
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]) or len({t.dtype for t in tensors}) > 1:
         raise ValueError(
             "linear takes x [..., K], weight [n, K] and bias [n] of one type, float32, float16 or bfloat16, not "
-            + _shapes(*given)
+            + _shapes(*tensors)
         )
 
 

@@ -1,12 +1,12 @@
-"""Operations of the video compression networks, each one function with one meaning.
+"""Operations of the VAEs in PyTorch.
 
-Every one has two forms with the same result: plain PyTorch, which runs on any device, in any type and under autograd;
-and a form for fp32 on the CPU where no gradient is taken, which holds tensors channels-last, works in stripes of rows
-that stay in the cache, and calls oneDNN itself: F.conv3d takes a loop of its own, 5 to 10 times slower, for all
-tensors of less than 20,480 rows. `channels_last` is the one place that decides between the two.
+Each has two implementations with the same result. The first is plain PyTorch, for any device and dtype, with autograd.
+The second is for fp32 on the CPU without gradients: it keeps tensors channels-last, works in stripes of rows that fit
+into the cache, and calls oneDNN directly, because F.conv3d uses its own loop, 5 to 10 times slower, for tensors of less
+than 20,480 rows. `channels_last` decides between the two.
 
-A convolution may be done in parts of a frame's rows. `edges` are then the rows at the top and at the bottom of x, 0 or
-1 of each, that are there to be seen and get no result; without one the frame ends there, and zeros follow.
+A convolution may be split into parts of a frame's rows. `edges` is then the number of rows (0 or 1) at the top and at
+the bottom of x that are only context: they are read but get no result. With 0 the frame ends there and is zero-padded.
 
 Shapes: B batch, C and N channels in and out, T frames, H and W height and width.
 """
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from fastvid.ops import onednn, rgb, winograd
 
-STRIPE = 2**21  # values of the input that a stripe of a direct convolution holds: 8 MB
+STRIPE = 2**21  # input elements per stripe of a direct convolution: 8 MB
 
 
 def channels_last(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether the CPU forms apply: fp32 on a CPU that oneDNN serves, and no gradient to be taken."""
+    """Whether the CPU implementation applies: fp32 on a CPU with oneDNN, and no gradients."""
     tensors = (x, *parameters)
     return (
         all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
@@ -35,7 +35,7 @@ def channels_last(x: Tensor, *parameters: Tensor) -> bool:
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int] = (0, 0), stride_t: int = 1) -> Tensor:
-    """A convolution of [B, C, T, H, W] that sees the frames given and no others; padding is that of H and W."""
+    """A convolution of [B, C, T, H, W] without padding in time. padding: of H and W."""
     stride, pad = (stride_t, 1, 1), (0, *padding)
     if channels_last(x, weight):
         x = x.contiguous(memory_format=torch.channels_last_3d)
@@ -51,14 +51,14 @@ def causal_conv3d(
     padding: tuple[int, int],
     edges: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
-    """A convolution over `past` [B, C, kt - 1, H, W], or zeros if None, and then x [B, C, T, H, W]; kt is at least 2.
+    """A convolution of `past` [B, C, kt - 1, H, W] (zeros if None) followed by x [B, C, T, H, W], kt >= 2.
 
-    Returns [B, N, T, H - sum(edges), W], which keeps the number of frames, and the past of the next call, of all of x's
-    rows, [B, C, kt - 1, H, W], perhaps as a view of more.
+    Returns [B, N, T, H - sum(edges), W] and the past of the next call, [B, C, kt - 1, H, W], which has all rows of x and
+    may be a view of a larger tensor.
     """
     history = weight.shape[2] - 1
     if past is None and x.shape[2] == 1:
-        # A lone first frame: its history is zeros, so only the last tap counts.
+        # A single first frame: its history is zero, so only the last tap contributes.
         out = conv3d(x, weight[:, :, -1:], bias, padding)
         return _without(out, edges), F.pad(x, (0, 0, 0, 0, history - 1, 0))
     if past is None:
@@ -68,13 +68,13 @@ def causal_conv3d(
 
 
 def _without(out: Tensor, edges: tuple[int, int]) -> Tensor:
-    """The results of an edge's rows were computed with zeros beyond it: they are dropped."""
+    """Drop the result rows of the edges, which were computed with zero padding."""
     return out[:, :, :, edges[0] : out.shape[3] - edges[1]]
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """x / max(||x||_2 over C, 1e-12) * sqrt(C) * gamma over dim 1, statistics in fp32 or better; gamma [C, 1, ...]."""
-    # One multiplication of the whole tensor less than F.normalize.
+    """x / max(||x||_2 over C, 1e-12) * sqrt(C) * gamma over dim 1, statistics in fp32 or fp64; gamma [C, 1, ...]."""
+    # Needs one multiplication of the whole tensor less than F.normalize.
     norm = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
     return x * (x.shape[1] ** 0.5 / norm).to(x.dtype) * gamma.to(x.dtype)
 
@@ -89,9 +89,10 @@ def norm_silu_conv3d(
     edges: tuple[int, int] = (0, 0),
     pixels: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """causal_conv3d(silu(rms_norm(x))), 3x3x3 with a border of one, plus a residual that may be overwritten.
+    """causal_conv3d(silu(rms_norm(x))), 3x3x3 with padding 1, plus a residual, which may be overwritten.
 
-    `pixels` of the whole chunk choose the form, so that its parts are computed as the whole is; None if x is whole.
+    pixels: of the whole chunk if x is a part of its rows. It selects the algorithm, so that parts and whole are computed
+    in the same way.
 
     Returns [B, N, T, H - sum(edges), W] and the past of the next call: the last two frames of x after norm and SiLU,
     [B, C, 2, H, W].
@@ -111,7 +112,7 @@ def norm_silu_conv3d(
 
 
 def row_grain(x: Tensor, gamma: Tensor, weight: Tensor, pixels: int) -> int:
-    """In parts of how many rows norm_silu_conv3d gives the very values of the whole: those of a tile, or any."""
+    """The row multiple at which a chunk must be split so that norm_silu_conv3d gives bit-identical results."""
     return winograd.TILE if channels_last(x, weight, gamma) and winograd.worthwhile(pixels, weight) else 1
 
 
@@ -125,7 +126,7 @@ def _direct(
     add: bool,
     edges: tuple[int, int],
 ) -> Tensor:
-    """norm_silu_conv3d into `out`, or added to it, by stripes of rows: no normalized copy of the whole chunk."""
+    """norm_silu_conv3d, written or added to `out` in stripes of rows, without a normalized copy of the whole chunk."""
     H = x.shape[3]
     rows = max(8, STRIPE * H // x.numel())
     kept = _empty(x, *x.shape[:2], 2, *x.shape[3:])
@@ -141,7 +142,7 @@ def _direct(
 
 
 def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, int] = (0, 0)) -> Tensor:
-    """Double height and width to the nearest pixel, then convolve 3x3 with a border of one.
+    """Nearest-neighbor upsampling by 2 in height and width, then a 3x3 convolution with padding 1.
 
     [B, C, T, H, W] -> [B, N, T, 2 * (H - sum(edges)), 2W], frame by frame.
     """
@@ -173,18 +174,18 @@ def norm_silu_conv3d_rgb(
     pixels: int | None = None,
     to_rgb: Callable[[Tensor], Tensor] = rgb.reference,
 ) -> tuple[Tensor, Tensor]:
-    """to_rgb of norm_silu_conv3d to 3 channels: uint8 [B, 3, T, H - sum(edges), W], channels-last, and the past.
+    """to_rgb of norm_silu_conv3d with 3 output channels: uint8 [B, 3, T, H - sum(edges), W], channels-last, and the past.
 
-    to_rgb: the operation of that name, [3, T, H, W] -> [T, H, W, 3], for where the convolution does not do its work.
+    to_rgb: the operation of that name, [3, T, H, W] -> [T, H, W, 3]. Kernels that fuse it ignore the argument.
     """
     out, kept = norm_silu_conv3d(x, past, gamma, weight, bias, None, edges, pixels)
     return torch.stack([to_rgb(frames) for frames in out]).permute(0, 4, 1, 2, 3), kept
 
 
 def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, bottom: int = 0) -> Tensor:
-    """Every second row and column of a 3x3 convolution that sees two rows and columns from its own on and one more;
-    zeros follow at the right, and below where `bottom` rows (0 or 1) of x are not there to be seen.
+    """A 3x3 convolution with stride 2, zero-padded by one at the right and, unless `bottom` is 1, at the bottom.
 
+    bottom: 1 if the last row of x is context from the next part, else 0.
     [B, C, T, H, W] -> [B, N, T, (H - bottom) / 2, W / 2], frame by frame.
     """
     B, C, T, H, W = x.shape
@@ -194,7 +195,7 @@ def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, bottom: int = 0) 
 
 
 def double_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """causal_conv3d, 3x1x1, to twice the channels, whose halves are the even and the odd frames.
+    """causal_conv3d, 3x1x1, to twice the channels; the two halves become the even and the odd frames.
 
     [B, C, T, H, W] -> [B, N / 2, 2T, H, W], and the past of the next call.
     """
@@ -205,25 +206,25 @@ def double_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor) 
 
 
 def halve_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """conv3d, 3x1x1, of every second frame of `past` [B, C, 1, H, W], if there is one, and then x [B, C, T, H, W]."""
+    """conv3d, 3x1x1 with stride 2 in time, of `past` [B, C, 1, H, W] (if any) followed by x [B, C, T, H, W]."""
     return conv3d(x if past is None else torch.cat((past, x), dim=2), weight, bias, stride_t=2)
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """x [B, C, T, H, W] with its channels side by side: itself, also if it is a part of something larger, or a copy."""
+    """x [B, C, T, H, W] if its channels are contiguous (it may be a view), else a channels-last copy."""
     return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    """Channels-last memory for [B, C, T, H, W]."""
+    """An uninitialized channels-last tensor [B, C, T, H, W]."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
 
 
 def phase_weights(weight: Tensor) -> Tensor:
-    """Of a 3x3 kernel on doubled pixels, what falls on each real pixel: four 2x2 kernels, [4N, C, 2, 2].
+    """The four 2x2 kernels [4N, C, 2, 2] on the original pixels that equal a 3x3 kernel on upsampled pixels.
 
-    An even row sees the real rows (-1, 0) with weights (w0, w1 + w2), an odd one (0, 1) with (w0 + w1, w2): 4 products
-    instead of 9.
+    An even output row reads the original rows (-1, 0) with weights (w0, w1 + w2), an odd one (0, 1) with (w0 + w1, w2):
+    4 products instead of 9.
     """
     merge = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
     merged = torch.einsum("ipk,jql,nckl->ijncpq", merge, merge, weight)

@@ -1,9 +1,9 @@
-"""The VAEs' operations on kernels: Triton for all types, CUDA for 16-bit types on sm_90a. `vae.py` has their meaning.
+"""The VAEs' operations on GPUs: Triton for all dtypes, CUDA for 16-bit dtypes on sm_90a. `vae.py` defines them.
 
-Each calls the two kernels of vae_kernels.py; `kernels` says whose. Results are channels-last, so a network is
-channels-last from its first layer on. Triton reads inputs of any strides without a copy (except a residual
-that is not channels-last). A weight is copied unless its memory is channels-last: `channels_last` lays out a module's.
-There are no gradients.
+Each calls the two kernels of vae_kernels.py; the argument `kernels` selects Triton or CUDA. Results are channels-last,
+so a network is channels-last from its first layer on. Triton reads inputs of any strides without a copy (except a
+residual that is not channels-last). Weights are copied unless they are channels-last: call `channels_last` on a module.
+Gradients are not supported.
 
 Shapes as in `vae.py`.
 """
@@ -25,7 +25,7 @@ LAST = torch.channels_last_3d
 
 
 def channels_last(module: nn.Module) -> None:
-    """Put the memory of all kernels of convolutions in the order in which the Triton forms read it."""
+    """Convert all convolution weights of a module to channels-last memory, which avoids copies."""
     for weight in module.parameters():
         if weight.ndim == 5:
             weight.data = weight.data.contiguous(memory_format=LAST)
@@ -35,9 +35,9 @@ def rms_norm(x: Tensor, gamma: Tensor, *, kernels: Kernels = TRITON) -> Tensor:
     """vae.rms_norm of [B, C, H, W] or [B, C, T, H, W]."""
     if x.ndim not in (4, 5) or gamma.numel() != x.shape[1] or x.dtype not in DTYPES:
         raise ValueError(f"vae_rms_norm takes x [B, C, (T,) H, W] and gamma [C, 1, ...], not {_shapes(x, gamma)}")
-    whole = x if x.ndim == 5 else x[:, :, None]
-    out = _empty(whole, *whole.shape)
-    kernels.norm(whole, gamma.reshape(-1), *((None,) if kernels.on_load else ()), out, False)
+    x5 = x if x.ndim == 5 else x[:, :, None]
+    out = _empty(x5, *x5.shape)
+    kernels.norm(x5, gamma.reshape(-1), *((None,) if kernels.on_load else ()), out, False)
     return out if x.ndim == 5 else out[:, :, 0]
 
 
@@ -70,7 +70,7 @@ def causal_conv3d(
     *,
     kernels: Kernels = TRITON,
 ) -> tuple[Tensor, Tensor]:
-    """vae.causal_conv3d, past read where it lies."""
+    """vae.causal_conv3d; reads `past` in place."""
     _check("vae_causal_conv3d", x, weight, bias, past)
     _check_edges("vae_causal_conv3d", x, edges)
     kt, kh, kw = weight.shape[2:]
@@ -93,7 +93,7 @@ def norm_silu_conv3d(
     *,
     kernels: Kernels = TRITON,
 ) -> tuple[Tensor, Tensor]:
-    """vae.norm_silu_conv3d: x is normalized as it is loaded, and the sum is written over the residual."""
+    """vae.norm_silu_conv3d; the result overwrites a channels-last residual. Triton normalizes x while loading it."""
     _check_normed("vae_norm_silu_conv3d", x, past, gamma, weight, bias, edges)
     size = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3] - sum(edges), x.shape[4])
     if residual is None:
@@ -114,7 +114,7 @@ def norm_silu_conv3d_rgb(
     pixels: int | None = None,
     to_rgb: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """vae.norm_silu_conv3d_rgb: bytes are stored by the convolution itself, those of to_rgb."""
+    """vae.norm_silu_conv3d_rgb; the convolution converts to bytes itself, with the same result as to_rgb."""
     _check_normed("vae_norm_silu_conv3d_rgb", x, past, gamma, weight, bias, edges)
     if weight.shape[0] != 3:
         raise ValueError(f"vae_norm_silu_conv3d_rgb makes 3 channels, not {weight.shape[0]}")
@@ -125,18 +125,18 @@ def norm_silu_conv3d_rgb(
 def upsample_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, int] = (0, 0), *, kernels: Kernels = TRITON
 ) -> Tensor:
-    """vae.upsample_conv2d: four 2x2 kernels, each of which makes every second row and column."""
+    """vae.upsample_conv2d as four 2x2 kernels, one for each combination of even and odd rows and columns."""
     _check("vae_upsample_conv2d", x, weight[:, :, None], bias, kernel=(1, 3, 3))
     _check_edges("vae_upsample_conv2d", x, edges)
-    # In fp32, so that sums of weights are rounded once.
-    places = vae.phase_weights(weight.float()).to(weight.dtype)[:, :, None]
+    # Sum the weights in fp32, so that they are rounded once.
+    phases = vae.phase_weights(weight.float()).to(weight.dtype)[:, :, None]
     B, _, T, H, W = x.shape
     out = _empty(x, B, weight.shape[0], T, 2 * (H - sum(edges)), 2 * W)
-    return _run(kernels, x, None, places, bias, out, pad=(1, 1), top=edges[0], doubled=True)
+    return _run(kernels, x, None, phases, bias, out, pad=(1, 1), top=edges[0], doubled=True)
 
 
 def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, bottom: int = 0, *, kernels: Kernels = TRITON) -> Tensor:
-    """vae.downsample_conv2d, nothing padded."""
+    """vae.downsample_conv2d without a padded copy."""
     _check("vae_downsample_conv2d", x, weight[:, :, None], bias, kernel=(1, 3, 3))
     _check_edges("vae_downsample_conv2d", x, (0, bottom))
     B, _, T, H, W = x.shape
@@ -147,7 +147,7 @@ def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, bottom: int = 0, 
 def double_frames(
     x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, *, kernels: Kernels = TRITON
 ) -> tuple[Tensor, Tensor]:
-    """vae.double_frames: the frames are stored between each other."""
+    """vae.double_frames; the kernel stores the frames interleaved."""
     _check("vae_double_frames", x, weight, bias, past, kernel=(3, 1, 1))
     if weight.shape[0] % 2:
         raise ValueError(f"vae_double_frames takes an even number of channels out, not {weight.shape[0]}")
@@ -157,7 +157,7 @@ def double_frames(
 
 
 def halve_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, *, kernels: Kernels = TRITON) -> Tensor:
-    """vae.halve_frames, past read where it lies."""
+    """vae.halve_frames; reads `past` in place."""
     _check("vae_halve_frames", x, weight, bias, past, kernel=(3, 1, 1), history=1)
     B, _, T, H, W = x.shape
     before = 0 if past is None else 1
@@ -184,7 +184,7 @@ def _run(
     interleaved: bool = False,
     add: bool = False,
 ) -> Tensor:
-    """The kernel into out, which is returned. norm: statistics and gamma."""
+    """Run the convolution kernel into `out` and return it. norm: (statistics, gamma)."""
     weight = weight.contiguous(memory_format=LAST)
     how = (history, pad, top, stride, stride_t, doubled, interleaved, add)
     kernels.conv(x, past, *(norm or (None, None)), weight, bias, out, *how)
@@ -202,13 +202,14 @@ def _normed(
     edges: tuple[int, int],
     add: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """out, and the past of the next call, which the statistics' kernel makes of the last frames, or a pass of all."""
+    """Run norm, SiLU and convolution into `out`. Returns it and the past of the next call, which the norm kernel writes:
+    of the last frames if the convolution normalizes on load, else of all frames."""
     B, C, T, H, W = x.shape
     if not kernels.on_load:
-        made = _empty(x, *x.shape)
-        kernels.norm(x, gamma.reshape(-1), made, True)
-        _run(kernels, made, past, weight, bias, out, 2, pad=(1, 1), top=edges[0], add=add)
-        return out, _last_frames(made, past, 2).clone(memory_format=LAST)  # so that the rest of it may go
+        normalized = _empty(x, *x.shape)
+        kernels.norm(x, gamma.reshape(-1), normalized, True)
+        _run(kernels, normalized, past, weight, bias, out, 2, pad=(1, 1), top=edges[0], add=add)
+        return out, _last_frames(normalized, past, 2).clone(memory_format=LAST)  # a copy, so that `normalized` is freed
     scale, kept = x.new_empty((B, T, H, W), dtype=torch.float32), _empty(x, B, C, 2, H, W)
     if T < 2:
         kept[:, :, :1] = 0 if past is None else past[:, :, -1:]
@@ -219,7 +220,7 @@ def _normed(
 
 
 def _last_frames(x: Tensor, past: Tensor | None, count: int) -> Tensor:
-    """The last frames of past, or zeros, and then x: a part of x where it has that many."""
+    """The last `count` frames of `past` (zeros if None) followed by x. A view of x if it has enough frames."""
     missing = count - x.shape[2]
     if missing <= 0:
         return x[:, :, -count:]
@@ -228,7 +229,7 @@ def _last_frames(x: Tensor, past: Tensor | None, count: int) -> Tensor:
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Channels-last memory for [B, C, T, H, W]."""
+    """An uninitialized channels-last tensor [B, C, T, H, W]."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=LAST)
 
 
@@ -241,10 +242,10 @@ def _check(
     kernel: tuple[int, int, int] | None = None,
     history: int | None = None,
 ) -> None:
-    """Raise ValueError unless everything fits; history: frames of the past, one less than the kernel's when None."""
-    given = [tensor for tensor in (x, weight, bias, past) if tensor is not None]
+    """Raise ValueError unless everything fits. history: frames of the past, by default kt - 1."""
+    tensors = [tensor for tensor in (x, weight, bias, past) if tensor is not None]
     fits = x.ndim == weight.ndim == 5 and x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1]
-    fits = fits and x.dtype in DTYPES and len({tensor.dtype for tensor in given}) == 1
+    fits = fits and x.dtype in DTYPES and len({tensor.dtype for tensor in tensors}) == 1
     if fits and past is not None:
         frames = weight.shape[2] - 1 if history is None else history
         fits = past.shape == (*x.shape[:2], frames, *x.shape[3:])
@@ -252,7 +253,7 @@ def _check(
         size = "kt, kh, kw" if kernel is None else ", ".join(map(str, kernel))
         raise ValueError(
             f"{op} takes x [B, C, T, H, W], weight [N, C, {size}], bias [N] and a past of x's size with "
-            f"{'kt - 1' if history is None else history} frames, of one type, not {_shapes(*given)}"
+            f"{'kt - 1' if history is None else history} frames, of one type, not {_shapes(*tensors)}"
         )
 
 
@@ -275,13 +276,13 @@ def _shapes(*tensors: Tensor) -> str:
 
 
 def _backends(operation: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """The back ends of an operation of this file."""
-    found = {"reference": getattr(vae, operation.__name__), "triton": operation}
-    if operation is not norm_silu_conv3d_rgb:  # which makes 3 channels: the CUDA convolution has no form for it
-        found["cuda"] = partial(operation, kernels=CUDA)
-        found["cuda"].needs = "90a"  # the only architecture that it is compiled for; `dispatch.lacks` asks
-        found["cuda"].dtypes = CUDA_DTYPES  # what benchmarks give it
-    return found
+    """The back ends of an operation in this file."""
+    functions = {"reference": getattr(vae, operation.__name__), "triton": operation}
+    if operation is not norm_silu_conv3d_rgb:  # the CUDA convolution does not support 3 output channels
+        functions["cuda"] = partial(operation, kernels=CUDA)
+        functions["cuda"].needs = "90a"  # the required architecture, for `dispatch.lacks`
+        functions["cuda"].dtypes = CUDA_DTYPES  # supported dtypes, for benchmarks
+    return functions
 
 
 OPERATIONS = (

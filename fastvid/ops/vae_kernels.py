@@ -1,13 +1,12 @@
-"""The VAEs' two kernels, a convolution and an RMS norm, as operators of torch: Triton (kernels/) and CUDA (csrc/).
+"""The VAEs' two kernels, a convolution and an RMS norm, as torch operators: Triton (kernels/) and CUDA (csrc/).
 
-They write into what the caller has allocated; vae_gpu.py makes the VAEs' operations of them and checks shapes. Nothing
-falls back: what a kernel cannot take raises ValueError.
+They write into tensors that the caller allocates. vae_gpu.py builds the VAEs' operations from them and checks shapes.
+Nothing falls back: unsupported inputs raise ValueError.
 
-Triton   any types and strides; it normalizes what it loads, with the statistics of its norm.
-CUDA     16-bit types on sm_90a. It takes normalized values: RMS norm and SiLU are a pass of their own (csrc/conv.cu
-         says why). Activations are read in place if their channels are contiguous. Others, and a number of channels
-         that is not a multiple of 8 (the first layer of a network), are copied. Not verified on a GPU yet, so `auto`
-         never takes it.
+Triton   any dtype and strides; the convolution normalizes while loading, with the statistics of the norm kernel.
+CUDA     16-bit dtypes on sm_90a. RMS norm and SiLU run as a separate pass before the convolution (csrc/conv.cu says
+         why). Activations are read in place if their channels are contiguous and a multiple of 8, else copied (as in
+         the first layer of a network). Not verified on a GPU yet, so `auto` never selects it.
 
 Shapes: x [B, C, T, H, W], weight [N, C, kt, kh, kw], gamma [C], statistics (`scale`) fp32 [B, T, H, W].
 """
@@ -29,8 +28,8 @@ GROUP = 8  # channels, 16 bytes: the unit of TMA's strides
 
 @dataclass(frozen=True)
 class Kernels:
-    """What runs the operations below. on_load: the convolution normalizes what it loads, with the statistics of `norm`;
-    otherwise `norm(x, gamma, out, silu)` makes all of what it takes."""
+    """A pair of kernels. on_load: the convolution normalizes its input while loading, with statistics from `norm`;
+    otherwise `norm(x, gamma, out, silu)` writes the normalized input."""
 
     conv: Callable[..., None]
     norm: Callable[..., None]
@@ -77,7 +76,7 @@ def norm_triton(x: Tensor, gamma: Tensor, scale: Tensor | None, out: Tensor | No
 
 
 def channel_groups(x: Tensor) -> Tensor:
-    """x [B, C, ...], or a copy of it, with channels side by side and 0 to 7 of zeros added to make whole eights."""
+    """x [B, C, ...] with contiguous channels, zero-padded to a multiple of 8; a copy only if needed."""
     extra = -x.shape[1] % GROUP
     if extra:
         x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, extra))
@@ -98,10 +97,8 @@ def call_of(
     interleaved: bool,
     add: bool,
 ) -> dict[str, tuple[int, ...] | int]:
-    """What the device code is told, `Call` in csrc/conv_call.h, in its order; checked for what it can't see.
-
-    Raises ValueError for sizes that don't fit together.
-    """
+    """The fields of `Call` in csrc/conv_call.h, in order. Raises ValueError for sizes that do not fit together, which the
+    device code can't check."""
     B, C, T, H, W = x.shape
     step, halves = 1 + doubled, 1 + interleaved
     fits = weight.shape[:2] == (out.shape[1] * halves * step**2, C) and out.shape[0] == B
@@ -150,7 +147,7 @@ def conv_cuda(
     interleaved: bool,
     add: bool,
 ) -> None:
-    """The CUDA kernel, into `out`; arguments as `conv_triton` has them, without scale and gamma."""
+    """The CUDA kernel, into `out`. Arguments as for `conv_triton`; scale and gamma must be None."""
     _check("vae_conv", x, *(one for one in (past, weight, bias, out) if one is not None))
     if scale is not None or gamma is not None or not weight.permute(0, 2, 3, 4, 1).is_contiguous():
         raise ValueError(
@@ -169,12 +166,12 @@ def conv_cuda(
     pointers = (x.data_ptr(), 0 if past is None else past.data_ptr(), weight.data_ptr(), bias.data_ptr())
     _C.vae_conv(*pointers, out.data_ptr(), _dtype(x), call, x.device.index, stream.cuda_stream)
     for tensor in read:
-        tensor.record_stream(stream)  # the caller may drop what came from another stream at once
+        tensor.record_stream(stream)  # the caller may free tensors from another stream immediately
 
 
 @torch.library.custom_op("fastvid::vae_norm_cuda", mutates_args=("out",))
 def norm_cuda(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
-    """The CUDA kernel, RMS norm of x [B, C, T, H, W] by gamma [C], then SiLU or not, into `out` of x's shape."""
+    """The CUDA kernel: RMS norm of x [B, C, T, H, W] with gamma [C], then SiLU if `silu`, into `out` of x's shape."""
     _check("vae_rms_norm", x, gamma, out)
     if gamma.shape != x.shape[1:2] or out.shape != x.shape or out.stride(1) != 1:
         raise ValueError(
@@ -199,19 +196,19 @@ def norm_cuda(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
 @conv_cuda.register_fake
 @norm_cuda.register_fake
 def _nothing(*args: Any) -> None:
-    """The caller has allocated what is written."""
+    """Fake implementation: the kernels return nothing."""
 
 
 def _check(op: str, x: Tensor, *others: Tensor) -> None:
-    given = ", ".join(f"{one.dtype} {tuple(one.shape)} on {one.device}" for one in (x, *others))
+    described = ", ".join(f"{one.dtype} {tuple(one.shape)} on {one.device}" for one in (x, *others))
     if x.ndim != 5 or x.dtype not in CUDA_DTYPES or any(one.dtype != x.dtype for one in others):
-        raise ValueError(f"{op} by cuda takes [B, C, T, H, W] in float16 or bfloat16, all of one type, not {given}")
+        raise ValueError(f"{op} by cuda takes [B, C, T, H, W] in float16 or bfloat16, all of one type, not {described}")
     if x.device.type != "cuda" or any(one.device != x.device for one in others):
-        raise ValueError(f"{op} by cuda takes tensors of one CUDA device, not {given}")
+        raise ValueError(f"{op} by cuda takes tensors of one CUDA device, not {described}")
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
-    """Of B, T, H and W."""
+    """Strides of B, T, H and W."""
     b, _, t, h, w = x.stride()
     return b, t, h, w
 

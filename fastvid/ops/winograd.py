@@ -1,14 +1,16 @@
-"""Winograd convolution of chunks of frames on the CPU: 3x3 in space by F(4x4, 3x3), time by plain sums.
+"""Winograd convolution of chunks of frames on the CPU: F(4x4, 3x3) in space, direct sums in time.
 
-A tile of 6x6 pixels d gives 4x4 pixels y = A^T [(G g G^T) * (B^T d B)] A: 36 products instead of 144. The points of
-the underlying polynomial are 0, +-1/sqrt(2), +-sqrt(2) and infinity. With the usual 0, +-1, +-2 the fp32 error is 3.6
-times that of a direct convolution, with these 1.6 times (relative 8.7e-7 and 5.3e-7 at 96 channels, against fp64).
+A 6x6 tile d of pixels gives 4x4 pixels y = A^T [(G g G^T) * (B^T d B)] A, with 36 products instead of 144. The
+interpolation points are 0, +-1/sqrt(2), +-sqrt(2) and infinity. Their fp32 error is 1.6 times that of a direct
+convolution (relative 8.7e-7 instead of 5.3e-7 at 96 channels, against fp64); with the usual points 0, +-1, +-2 it is
+3.6 times.
 
-One row of tiles at a time, so that all that is worked on stays in the cache: normalise 4 new rows, transform, multiply,
-transform back. All three are plain GEMMs or grouped convolutions of oneDNN, the taps in time being its kernel height.
+Processes one row of tiles at a time, so that its data stays in the cache: normalize 4 new rows, transform, multiply,
+transform back. All transforms and products are GEMMs or grouped oneDNN convolutions, whose kernel height is the taps in
+time.
 
-Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", 2015. Shapes: T frames, S frames with
-their past, H and W height and width, K tiles in a row, C and N channels in and out; pixels last but for channels.
+Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", 2015. Shapes: T frames, S frames including
+the past, H and W height and width, K tiles in a row, C and N channels in and out; channels are the last dimension.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE, WINDOW = 4, 6  # pixels a side that a tile gives, and that it reads
+TILE, WINDOW = 4, 6  # side of a tile's output and of its input, in pixels
 
 _A, _B = 0.5**0.5, 2.0**0.5
 _OUT = [[1, 1, 1, 1, 1, 0], [0, _A, -_A, _B, -_B, 0], [0, 0.5, 0.5, 2, 2, 0], [0, _A**3, -(_A**3), _B**3, -(_B**3), 1]]
@@ -40,12 +42,12 @@ _KERNEL = [
 
 
 def worthwhile(pixels: int, weight: Tensor) -> bool:
-    """Whether T * H * W pixels are enough: transforming the kernels costs what 2,000 pixels save."""
+    """Whether Winograd pays off for T * H * W pixels: transforming the kernels costs as much as 2,000 pixels save."""
     return min(weight.shape[:2]) >= 64 and pixels >= 8192
 
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    """silu(rms_norm(x)) over the last dimension: [..., C] -> new and contiguous [..., C]."""
+    """silu(rms_norm(x)) over the last dimension, as a new contiguous tensor: [..., C] -> [..., C]."""
     C = x.shape[-1]
     scale = C**0.5 / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1e-12)
     return F.silu((x * scale).mul_(gamma.view(C)), inplace=True)
@@ -61,15 +63,15 @@ def norm_silu_conv3d(
     add: bool,
     edges: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """ops.vae.norm_silu_conv3d into `out` [B, N, T, H, W], or added to it; returns the past of the next call.
+    """ops.vae.norm_silu_conv3d, written or added to `out` [B, N, T, H, W]. Returns the past of the next call.
 
-    x has as many rows more than `out` as `edges` says, at its top and at its bottom.
+    x has `edges` more rows than `out` at the top and at the bottom.
     """
     if past is None and x.shape[2] > 1:
         past = torch.zeros_like(x[:, :, :1]).expand(-1, -1, 2, -1, -1)
     B, C, _, H, W = x.shape
     kept = x.new_zeros(B, 2, H, W, C).permute(0, 4, 1, 2, 3)
-    conv = _Rows(weight if past is not None else weight[:, :, -1:], bias, frames=x.shape[2], width=x.shape[4])
+    conv = _RowConvolution(weight if past is not None else weight[:, :, -1:], bias, frames=x.shape[2], width=x.shape[4])
     for b in range(x.shape[0]):
         before = None if past is None else _pixels(past[b])
         _run(conv, _pixels(x[b]), before, gamma, _pixels(out[b]), _pixels(kept[b]), add, edges[0])
@@ -82,11 +84,19 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _run(
-    conv: _Rows, x: Tensor, past: Tensor | None, gamma: Tensor, out: Tensor, kept: Tensor, add: bool, above: int
+    conv: _RowConvolution,
+    x: Tensor,
+    past: Tensor | None,
+    gamma: Tensor,
+    out: Tensor,
+    kept: Tensor,
+    add: bool,
+    above: int,
 ) -> None:
-    """One picture, a row of tiles at a time: x [T, h, W, C] -> out [T, H, W, N], last frames -> kept [2, h, W, C].
+    """Convolve one sample, a row of tiles at a time: x [T, h, W, C] -> out [T, H, W, N], last frames -> kept
+    [2, h, W, C].
 
-    The first row of `out` is that of x's row `above`; after the last row that x has are zeros.
+    Row 0 of `out` corresponds to row `above` of x; x is zero-padded at the bottom.
     """
     h, H = x.shape[1], out.shape[1]
     new = min(2, x.shape[0])
@@ -109,17 +119,17 @@ def _run(
         target.add_(done) if add else target.copy_(done)
 
 
-class _Rows:
-    """Convolves the window of 6 rows that it holds to 4 rows; buffers and transformed kernels for one convolution."""
+class _RowConvolution:
+    """Convolves a window of 6 input rows to 4 output rows. Holds the buffers and transformed kernels."""
 
     def __init__(self, weight: Tensor, bias: Tensor, frames: int, width: int) -> None:
         self.N, C, taps = weight.shape[:3]
         self.T, self.S, self.width = frames, frames + taps - 1, width
-        # A tile more than needed, so that the tiles of all rows are one sequence with one stride.
+        # One extra tile, so that the tiles of all rows form one sequence with a constant stride.
         self.K = -(-width // TILE) + 1
         self.bias = bias
         pixels = self.S * self.K * TILE
-        # Two pixels after the end: the last tile, which is dropped, reads them.
+        # Two extra pixels, read by the last tile, whose result is dropped.
         self._window = weight.new_zeros(WINDOW * pixels + 2, C)
         self._half = weight.new_zeros(WINDOW * pixels + 2, C)
         self._tiles = weight.new_empty(WINDOW * self.S * self.K, WINDOW, C)
@@ -130,15 +140,15 @@ class _Rows:
         self._kernels = _pack(weight, (self.S, self.K))
 
     def clear(self) -> None:
-        """Before the first row: zeros above it."""
+        """Fill the window with zeros, the padding above the first row."""
         self._window_rows.zero_()
 
     def advance(self) -> None:
-        """The last two rows become the first two."""
+        """Move the last two rows of the window to its start."""
         self._window_rows[: WINDOW - TILE] = self._window_rows[TILE:]
 
     def fill(self, row: int, frames: Tensor, past: Tensor | None) -> None:
-        """Put rows [T, h, W, C] and those of the past in at a row; zeros in the rows after them."""
+        """Write rows [T, h, W, C] and those of the past into the window at `row`, and zeros after them."""
         end = row + frames.shape[1]
         target = self._window_rows[row:end, :, 1 : self.width + 1].transpose(0, 1)
         target[self.S - self.T :] = frames
@@ -147,7 +157,7 @@ class _Rows:
         self._window_rows[end:] = 0
 
     def rows(self) -> Tensor:
-        """The 4 rows of results, [T, 4, W, N]; valid until the next call."""
+        """Compute the 4 output rows, [T, 4, W, N]; valid until the next call."""
         C = self._window.shape[1]
         half = self._half[:-2]
         torch.mm(self._to_tiles, self._window[:-2].view(WINDOW, -1), out=half.view(WINDOW, -1))
@@ -160,7 +170,7 @@ class _Rows:
         return rows[:, :, : self.width].transpose(0, 1)
 
     def _multiply(self) -> None:
-        """tiles [6, S, K, 6, C] times the kernels, summed over the taps in time, columns transformed back."""
+        """Multiply tiles [6, S, K, 6, C] with the kernels, sum over the taps in time, and transform columns back."""
         back = self._from_tiles.expand(self.T * self.K, -1, -1)
         tiles = self._tiles.view(WINDOW, 1, self.S, self.K, -1).permute(0, 1, 4, 2, 3)
         for i, kernel in enumerate(self._kernels):
@@ -169,10 +179,11 @@ class _Rows:
 
 
 def _pack(weight: Tensor, size: tuple[int, int]) -> list[Tensor]:
-    """G g G^T of [N, C, taps, 3, 3], one kernel [6N, C, taps, 1] in 6 groups for each of 6 rows, in oneDNN's layout."""
+    """G g G^T of weights [N, C, taps, 3, 3]: for each of 6 rows, a kernel [6N, C, taps, 1] with 6 groups, in oneDNN's
+    layout."""
     N, C, taps = weight.shape[:3]
     transform = torch.tensor(_KERNEL, dtype=torch.float64)
-    # In fp64, since it is rounded to fp32 just once.
+    # fp64, so that it is rounded to fp32 only once.
     transform = torch.kron(transform, transform).float()
     kernels = torch.mm(transform, weight.reshape(-1, 9).t()).view(WINDOW, WINDOW * N, C, taps, 1)
     shape = [1, WINDOW * C, *size]
