@@ -49,7 +49,7 @@ def check_wheel(path: Path) -> list[str]:
     """The wheel has what the checkout's packages have, no more and no less; returns its binaries."""
     held = {name for name in zipfile.ZipFile(path).namelist() if ".dist-info/" not in name}
     beside = {f"fastvid/{name}" for folder in ("benchmarks", "kernels") for name in files(folder)}
-    wanted = files("fastvid") | {name for name in beside if re.fullmatch(r"fastvid/\w+/\w+\.py", name)}
+    wanted = files("fastvid") | {name for name in beside if re.fullmatch(r"fastvid/(\w+/)+\w+\.py", name)}
     binaries = sorted(filter(BINARY.fullmatch, held))
     wrong = (held - set(binaries)) ^ wanted
     assert not wrong, f"{path.name} lacks {sorted(wrong - held)} and has {sorted(wrong & held)} beyond the packages"

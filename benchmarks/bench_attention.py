@@ -1,6 +1,7 @@
-"""Dense attention of a video's tokens: PyTorch's (what it chooses, and cuDNN, flash and efficient by name), flash-attn
-where it is installed, this package's Triton and CUDA kernels (those with 8-bit products with all that makes the bytes),
-and eager scores where they fit.
+"""Dense attention of a video's tokens: this package's kernels beside PyTorch's and flash-attn.
+
+PyTorch's is what it chooses, and cuDNN, flash and efficient by name. This package's are in Triton and CUDA; the 8-bit
+ones are timed with the quantization. Eager scores are timed where they fit.
 
 python benchmarks/bench_attention.py [--device cuda] [--rounds 20] [--configs]
 

@@ -1,5 +1,6 @@
-"""Norms, gated residuals and the rotation of queries and keys, at the sizes of a block of Wan, beside eager PyTorch,
-torch.compile, PyTorch's own layer norm, and a copy that moves as many bytes: the bandwidth that there is to be had.
+"""Norms, gated residuals and the rotation of queries and keys, at the sizes of a block of Wan, beside PyTorch.
+
+PyTorch is eager, under torch.compile, and its own layer norm. A copy that moves as many bytes shows the bandwidth.
 
 python benchmarks/bench_norms.py [--device cuda] [--rounds 50] [--sweep]
 

@@ -1,5 +1,6 @@
-"""Streaming on the CPU with the embedded model: time to the first frame, memory against length, and whether decoding or
-writing beside denoising is worth it.
+"""Streaming on the CPU with the embedded model: time to the first frame, memory against length, work done in parallel.
+
+The last is whether decoding or writing beside denoising is worth it.
 
 python benchmarks/bench_stream.py [first] [memory] [beside] [full] [--size 160x96] [--seconds 10 60] [--rounds 5]
 

@@ -1,5 +1,6 @@
-"""The VAEs' operations on layers of a decoder, every back end that runs on a device, beside eager PyTorch's (cuDNN's)
-convolutions, also channels-last.
+"""The VAEs' operations on layers of a decoder, every back end that runs on a device, beside eager PyTorch (cuDNN).
+
+cuDNN's convolutions are timed channels-last too.
 
 `norm, then conv` is the Triton kernel on a copy that was normalised before, instead of normalising what it loads, 27
 times each: a pass over memory more, less arithmetic beside the matrix units.

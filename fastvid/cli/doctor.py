@@ -49,7 +49,8 @@ def render(report: dict[str, Any]) -> str:
     lines = []
     for section, facts in report.items():
         lines.append(section)
-        lines += [f"  {name:<22} {_text(value)}" for name, value in facts.items()]
+        width = max(22, *map(len, facts))
+        lines += [f"  {name:<{width}} {_text(value)}" for name, value in facts.items()]
     return "\n".join(lines)
 
 

@@ -41,9 +41,8 @@ def lines(plan: Any, model: str) -> Iterator[str]:
     yield _line("memory", f"{size(plan.bytes_device)} at the peak, weights included; {free}")
     for name, field in PARTS.items():
         if count := getattr(plan, field):
-            yield _line(f"  {name}", size(count))
-    if plan.bytes_host:
-        yield _line("  in host memory", size(plan.bytes_host))
+            stays = plan.bytes_host if name == "weights" else 0
+            yield _line(f"  {name}", size(count) + (f", {size(stays)} of them in host memory" if stays else ""))
     yield _line("offload", "; ".join((plan.offload, *plan.choices)))
     if plan.decode_stripes > 1:
         yield _line("decoding", f"in {plan.decode_stripes} stripes of rows")
