@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -65,12 +66,18 @@ class SolverState:
 
 @dataclass(frozen=True)
 class Move:
-    """One step of all columns, [T] each: levels in float64, which columns move, and its order in solvers that have one."""
+    """One step of all columns, [T] each: levels in float64, which columns move, and the orders of their last steps."""
 
     sigma: Tensor
     sigma_next: Tensor
     active: Tensor
-    order: Tensor
+    past: Tensor | None
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Of this step: 1 at both ends, else 2."""
+        past = torch.zeros(len(self.sigma), dtype=torch.int64) if self.past is None else self.past
+        return torch.where(self.sigma_next == 0, 1, (past + 1).clamp(max=2))
 
 
 Stepped = tuple[Tensor, SolverState]
@@ -255,8 +262,7 @@ def _move(x: Tensor, sigma: Tensor, sigma_next: Tensor, state: SolverState) -> M
     assert sigma.dtype == sigma_next.dtype == torch.float64, (sigma.dtype, sigma_next.dtype)
     assert sigma.device.type == sigma_next.device.type == "cpu", (sigma.device, sigma_next.device)
     assert bool(((sigma_next >= 0) & (sigma_next <= sigma) & (sigma <= 1)).all()), (sigma, sigma_next)
-    past = torch.zeros(len(sigma), dtype=torch.int64) if state.order is None else state.order
-    return Move(sigma, sigma_next, sigma_next != sigma, torch.where(sigma_next == 0, 1, (past + 1).clamp(max=2)))
+    return Move(sigma, sigma_next, sigma_next != sigma, state.order)
 
 
 def _order(state: SolverState) -> Tensor:
