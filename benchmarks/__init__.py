@@ -1,1 +1,1 @@
-"""Benchmarks, imported as `fastvid.benchmarks` only to be found: `harness` and one script a subject."""
+"""Benchmarks: a shared `harness` and one script per subject."""

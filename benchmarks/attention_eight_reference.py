@@ -1,5 +1,5 @@
-"""Attention with 8-bit products in eager PyTorch, block by block as csrc/quantize.h and csrc/attention_eight.h compute
-it: a reference for their tests, and a way to see on any device what the approximation costs. Shapes as in
+"""Reference of attention with 8-bit products, in eager PyTorch, block by block like csrc/quantize.h and
+csrc/attention_eight.h. For their tests, and to evaluate the approximation on any device. Shapes as in
 fastvid/ops/attention.py.
 """
 
@@ -19,12 +19,12 @@ SMALLEST, LOWEST_EXPONENT, BELOW, UP = 1e-12, -100, 80, 8
 
 
 def round_e4m3(x: Tensor) -> Tensor:
-    """To the nearest e4m3, ties to even; what is larger becomes 448. In x's own type."""
+    """Round to the nearest e4m3 value, ties to even, saturating at 448; keeps x's dtype."""
     return x.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype)
 
 
 def quantize(x: Tensor, kind: str, most: Tensor) -> tuple[Tensor, Tensor]:
-    """x -> its 8-bit values as fp32 numbers, and the scale that makes `most` the largest of them."""
+    """x -> its 8-bit values in fp32, and the scale that maps `most` to the largest 8-bit value."""
     most = most.clamp(min=SMALLEST)
     limit = torch.full_like(
         most, LIMITS[kind]
@@ -64,7 +64,7 @@ def attention(
     blocks: Blocks | None = None,
     kind: str = "fp8",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As `ops.attention` has it. kind: "fp8" or "int8", of the products of q and k."""
+    """Like `ops.attention`. kind: "fp8" or "int8", the type of the q k products."""
     check(q, k, v, blocks)
     B, N, H, D = q.shape
     scale = D**-0.5 if scale is None else scale
@@ -103,13 +103,13 @@ def attention(
 
 
 def _cut(tiles: list[int]) -> list[list[tuple[int, int]]]:
-    """The blocks of every tile, as (first, end)."""
+    """The blocks of every tile, as (start, end)."""
     ends = zip(tiles[:-1], tiles[1:], strict=True)
     return [[(i, min(i + KEYS, end)) for i in range(first, end, KEYS)] for first, end in ends]
 
 
 def _walks(q: Tensor, blocks: Blocks | None) -> Iterator[tuple[int, int, range, list[int]]]:
-    """(sample, head, queries, tiles of keys) of everything that is to be made."""
+    """Yield (sample, head, queries, key tiles) for the whole result."""
     B, N, H, _ = q.shape
     for b, h in ((b, h) for b in range(B) for h in range(H)):
         if blocks is None:

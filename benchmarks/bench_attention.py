@@ -1,11 +1,11 @@
-"""Dense attention of a video's tokens: this package's kernels beside PyTorch's and flash-attn.
+"""Dense attention of a video's tokens: our kernels compared with PyTorch and flash-attn.
 
-PyTorch's is what it chooses, and cuDNN, flash and efficient by name. This package's are in Triton and CUDA; the 8-bit
-ones are timed with the quantization. Eager scores are timed where they fit.
+PyTorch: its default choice, and cuDNN, flash and efficient explicitly. Ours: Triton and CUDA; the 8-bit ones include
+quantization. Also eager scores if they fit into memory.
 
 python benchmarks/bench_attention.py [--device cuda] [--rounds 20] [--configs]
 
---configs: the Triton kernel with other tile sizes than its table has, to choose the table by.
+--configs: also run the Triton kernel with tile sizes that are not in its table, to tune the table.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def pair() -> tuple[torch.nn.Module, WanTransformer]:
-    """diffusers' transformer with random weights, and ours with the same."""
+    """diffusers' transformer and ours, with the same random weights."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)

@@ -1,12 +1,12 @@
-"""Whole models with random weights, beside diffusers (eager and compiled) with the same weights, in one run.
+"""Complete models with random weights, compared with diffusers (eager and compiled) with the same weights.
 
     python benchmarks/bench_e2e.py [--device cuda] [--model 1.3b 14b] [--backend auto]
 
-1.3b: Wan 2.1 1.3B, 832x480, 81 frames: one denoising step with guidance (50 of them are *extrapolated* from these, and
-so labelled), and a whole video in 4 steps without guidance, decoded to uint8. 14b: Wan 2.1 14B, 1280x720, 81 frames: a
-denoising step with guidance. On a GPU fastvid's cases come with CUDA graphs (`fastvid.device.cuda_graphs`) too. Peak
-memory is that of a run of its own, weights and graphs included. diffusers is left out where it is not installed, and
-the result says so. On a CPU everything is small: it shows that the script works, and no more.
+1.3b: Wan 2.1 1.3B, 832x480, 81 frames: one denoising step with guidance (50 steps are *extrapolated* from it, and
+labeled so), and a complete video in 4 steps without guidance, decoded to uint8. 14b: Wan 2.1 14B, 1280x720, 81 frames:
+one denoising step with guidance. On a GPU, fastvid also runs with CUDA graphs (`fastvid.device.cuda_graphs`). Peak
+memory is measured in a separate run and includes weights and graphs. Without diffusers its cases are skipped, and the
+result says so. On a CPU all sizes are tiny: this only checks that the script works.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def bench(name: str, device: torch.device, args: argparse.Namespace, groups: dict, facts: dict) -> None:
-    """Everything about one model, into groups and facts."""
+    """Measure one model; adds the results to groups and facts."""
     models = build(name, device, args.backend, compiled=not args.no_compile)
     shape = LATENTS[name] if device.type == "cuda" else SMALL
     generator = torch.Generator(device).manual_seed(1)
@@ -87,7 +87,7 @@ def bench(name: str, device: torch.device, args: argparse.Namespace, groups: dic
 
 def run(title: str, cases: dict[str, Callable], device: torch.device, args: Any, groups: dict, facts: dict) -> None:
     wanted = next(iter(cases.values()))().float()
-    for name, case in cases.items():  # the same weights and inputs: what differs is rounding
+    for name, case in cases.items():  # same weights and inputs, so results differ only by rounding
         error = float((case().float() - wanted).norm() / wanted.norm())
         assert error < 0.05, f"{title}: {name} gives something else (relative error {error:.3f})"
     groups[title] = measure([Case(*case) for case in cases.items()], device, args.rounds, warm_up=1)
@@ -118,7 +118,7 @@ def few_steps(model: Model, latents: Tensor, text: Tensor) -> Tensor:
 
 
 def build(name: str, device: torch.device, backends: list[str], compiled: bool) -> dict[str, Model]:
-    """The cases, which share their weights."""
+    """Build all cases; they share their weights."""
     config = published_configs(NAMES[name])[1]["transformer"]
     on_gpu = device.type == "cuda"
     config = config if on_gpu else replace(config, num_layers=2)
@@ -153,7 +153,7 @@ def build(name: str, device: torch.device, backends: list[str], compiled: bool) 
 
 
 def model(ours: WanTransformer, run: Callable[..., Tensor], vae: WanVAE) -> Model:
-    """fastvid's, whose calls go through `run`. Frames are decoded as a pipeline does: a latent frame at a time."""
+    """fastvid's case; transformer calls go through `run`. Decodes one latent frame at a time, like a pipeline."""
 
     def velocity(latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         ours.run = run

@@ -1,7 +1,7 @@
-"""linear and linear_gelu_tanh, every back end that runs on a device, at the sizes of the models' feed-forward layers.
+"""linear and linear_gelu_tanh on all available back ends, at the sizes of the models' feed-forward layers.
 
-`reference` is eager PyTorch (cuBLAS, then GELU in a pass of its own); beside it torch.compile of the same, and the
-product alone, which is what the fused layer should cost.
+`reference` is eager PyTorch (cuBLAS, then a separate GELU). Compared with torch.compile, and with the matrix product
+alone, which is what the fused layer should cost.
 
 python benchmarks/bench_linears.py [--device cuda] [--rounds 50]
 """

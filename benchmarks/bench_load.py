@@ -1,11 +1,11 @@
-"""Loading a sharded checkpoint: how fast beside plain reading of the disk, and how much memory it takes meanwhile.
+"""Loading a sharded checkpoint: speed compared with plain file reads, and peak memory.
 
 python benchmarks/bench_load.py [--gb 4] [--rounds 3] [--folder DIR]
 
-Writes DIR/model (4 shards of a Wan 2.1 transformer's weights in bf16, random bytes, published names) and a plain file
-of the same size, and reads both with a cold cache, in turn: the file in pieces of 16 MB, the checkpoint with
-`weights.load_into` to the meta device (everything is read and let go) and to the CPU. Memory: anonymous resident bytes
-of this process, sampled while it loads, beyond what it had before. Removes what it wrote.
+Writes DIR/model (4 shards of a Wan 2.1 transformer's weights in bf16, random bytes, published names) and a plain file of
+the same size. Reads them alternately with a cold cache: the file in chunks of 16 MB, the checkpoint with
+`safetensors.load_into` to the meta device (data is read and dropped) and to the CPU. Memory is the growth of this
+process's anonymous resident bytes, sampled during loading. Removes the files at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.transformer import WanTransformer
 
 PIECE = 2**24
-BLOCK_BYTES = 2 * (8 * 1536**2 + 2 * 1536 * 8960)  # of the 1.3B in bf16, nearly
+BLOCK_BYTES = 2 * (8 * 1536**2 + 2 * 1536 * 8960)  # approximate size of a block of the 1.3B in bf16
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
 def compare(
     config: WanTransformerConfig, files: list[tuple[Path, int]], plain: Path, rounds: int
 ) -> tuple[list[Row], dict[str, int]]:
-    """Times of reading and loading, interleaved, and by how much memory grew at most in each."""
+    """Time reading and loading, interleaved, and the peak memory growth of each."""
     paths, total = [path for path, _ in files], sum(size for _, size in files)
     write_random(plain, total)
     kept: list[nn.Module] = []
@@ -92,7 +92,7 @@ def module_of(config: WanTransformerConfig) -> WanTransformer:
 
 
 def write_checkpoint(folder: Path, module: nn.Module, shards: int) -> list[tuple[Path, int]]:
-    """The module's weights as bf16 in that many shards with their index: (file, bytes) of each. Values are random."""
+    """Write random bf16 weights of a module's shapes as shards with an index; returns (file, bytes) of each shard."""
     folder.mkdir(parents=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     total, placed = sum(2 * tensor.numel() for tensor in module.state_dict().values()), 0
@@ -115,7 +115,7 @@ def write_checkpoint(folder: Path, module: nn.Module, shards: int) -> list[tuple
 
 
 def write_random(path: Path, size: int, head: bytes = b"") -> None:
-    """`head` and then random bytes, on the disk when this returns: holes and pages still to be written read faster."""
+    """Write `head` and random bytes, and sync: holes and dirty pages would read faster than data on disk."""
     piece = os.urandom(PIECE)
     with path.open("wb") as file:
         file.write(head)
@@ -126,7 +126,7 @@ def write_random(path: Path, size: int, head: bytes = b"") -> None:
 
 
 def read(path: Path) -> None:
-    """The whole file from front to back, in pieces, into one buffer."""
+    """Read a file sequentially in chunks into one buffer."""
     buffer = bytearray(PIECE)
     with path.open("rb", buffering=0) as file:
         while file.readinto(buffer):
@@ -134,27 +134,27 @@ def read(path: Path) -> None:
 
 
 def forget(paths: list[Path]) -> None:
-    """Drop what the system keeps of files in memory."""
+    """Drop files from the page cache."""
     for path in paths:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def timed(run: Callable[[], None]) -> float:
-    """Microseconds."""
+    """Run time in microseconds."""
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) * 1e6
 
 
 def anonymous() -> int:
-    """Anonymous resident bytes of this process: its own memory, not pages of files."""
+    """Anonymous resident bytes of this process, which excludes pages of files."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
     return int(line.split()[1]) * 1024
 
 
 class Sampler:
-    """Watches `anonymous` from a thread of its own; `growth` is the most above what it was."""
+    """Samples `anonymous` in a background thread; `growth` is the peak above the initial value."""
 
     def __enter__(self) -> Sampler:
         self.start, self.growth, self._done = anonymous(), 0, threading.Event()

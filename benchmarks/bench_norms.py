@@ -1,11 +1,11 @@
-"""Norms, gated residuals and the rotation of queries and keys, at the sizes of a block of Wan, beside PyTorch.
+"""Norms, gated residuals and rotary embedding at the sizes of a Wan block, compared with PyTorch.
 
-PyTorch is eager, under torch.compile, and its own layer norm. A copy that moves as many bytes shows the bandwidth.
+PyTorch: eager, torch.compile, and its own layer norm. A copy of as many bytes shows the achievable bandwidth.
 
 python benchmarks/bench_norms.py [--device cuda] [--rounds 50] [--sweep]
 
-Bytes are those of the tensors of tokens, read and written once; the tables, which stay in the cache, are left out.
---sweep: the kernels alone, with other numbers of warps than their CONFIGS have.
+Bytes count each token tensor once per read and write; small tables, which stay in the cache, are not counted.
+--sweep: only the kernels, with numbers of warps that are not in their CONFIGS.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def file_of(name: str) -> str:
 def calls(
     grid: tuple[int, int, int], heads: int, groups: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, tuple[str, tuple[Any, ...], int]]:
-    """What is timed -> (operation, its arguments, bytes moved)."""
+    """Case name -> (operation, arguments, bytes moved)."""
     N, d = grid[0] * grid[1] * grid[2], heads * 128
     qkv = torch.randn((1, N, 3 * d), device=device, dtype=dtype)
     x, y = torch.randn((2, 1, N, d), device=device, dtype=dtype).unbind(0)
@@ -93,11 +93,11 @@ def calls(
 
 
 def beside(name: str, given: tuple[Any, ...], moved: int, device: torch.device) -> list[Case]:
-    """Every way to run an operation, each checked against the reference."""
+    """All implementations of an operation, each checked against the reference."""
     functions = dict(transformer.BACKENDS[name])
     if dispatch.why_not("triton", device):
         del functions["triton"]
-    torch.compiler.reset()  # or the ninth shape of a function would run uncompiled
+    torch.compiler.reset()  # otherwise the ninth shape of a function would run uncompiled
     functions["torch.compile"] = torch.compile(functions["reference"], dynamic=False)
     if name == "layer_norm":
         functions["PyTorch's own"] = layer_norm
@@ -109,7 +109,7 @@ def beside(name: str, given: tuple[Any, ...], moved: int, device: torch.device) 
 
 
 def sweep(name: str, given: tuple[Any, ...], moved: int) -> list[Case]:
-    """The kernel with what CONFIGS has, then with other numbers of warps and no limit to its registers."""
+    """The kernel with its CONFIGS, then with other numbers of warps and no register limit."""
     from fastvid.kernels import row_norms
 
     configured = row_norms.CONFIGS
@@ -128,7 +128,7 @@ def sweep(name: str, given: tuple[Any, ...], moved: int) -> list[Case]:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Without the copy in fp32 that the reference makes: the CUDA kernel takes statistics in fp32 anyway."""
+    """Without the reference's fp32 copy: the CUDA kernel computes statistics in fp32 anyway."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 

@@ -1,6 +1,6 @@
-"""patch_embed and head, every back end that runs on a device, beside a copy that moves as many bytes.
+"""patch_embed and head on all available back ends, compared with a copy of as many bytes.
 
-Also beside them: torch.compile of the reference, and for patch_embed the convolution of PyTorch (cuDNN).
+Also compared with torch.compile of the reference and, for patch_embed, with PyTorch's convolution (cuDNN).
 
 python benchmarks/bench_patches.py [--device cuda] [--rounds 50]
 """
@@ -63,7 +63,7 @@ def bench_embed(
     device: torch.device,
     rounds: int,
 ) -> list[Row]:
-    """Latents in fp32, as the engine has them; weights in dtype."""
+    """Latents in fp32, like in the engine; weights in dtype."""
     latents = torch.randn(1, channels, *size, device=device)
     known = torch.randn(1, behind, *size, device=device) if behind else None
     weight = torch.randn(d, channels + behind, *PATCH, device=device, dtype=dtype) / 8
@@ -83,7 +83,7 @@ def bench_embed(
 def bench_head(
     size: tuple[int, int, int], channels: int, d: int, count: int, dtype: torch.dtype, device: torch.device, rounds: int
 ) -> list[Row]:
-    """Into fp32 latents. count: groups of tokens that share a timestep, each with one of its own."""
+    """Output: fp32 latents. count: number of token groups, each with its own timestep."""
     grid = (size[0], size[1] // 2, size[2] // 2)
     tokens, features = grid[0] * grid[1] * grid[2], channels * 4
     x = torch.randn(1, tokens, d, device=device).to(dtype)
@@ -99,7 +99,7 @@ def bench_head(
 def compare(
     op: str, args: tuple, more: Mapping[str, Callable[[], Tensor]], moved: int, flops: int, rounds: int
 ) -> list[Row]:
-    """All back ends, torch.compile and what else there is, checked against the reference."""
+    """Measure all back ends, torch.compile and the other cases, checked against the reference."""
     device, dtype = args[0].device, args[4].dtype if op == "head" else args[1].dtype
     functions = {name: f for name, f in transformer.BACKENDS[op].items() if dispatch.why_not(name, device) is None}
     functions["torch.compile"] = torch.compile(transformer.BACKENDS[op]["reference"])

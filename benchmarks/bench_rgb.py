@@ -1,4 +1,4 @@
-"""to_rgb, every back end that runs on a device, beside a copy that moves as many bytes: the bandwidth there is to have.
+"""to_rgb on all available back ends, compared with a copy of as many bytes (the achievable bandwidth).
 
 python benchmarks/bench_rgb.py [--device cuda] [--rounds 50]
 """

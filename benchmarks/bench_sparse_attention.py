@@ -1,9 +1,9 @@
-"""Block-sparse attention at several shares of the full one: windows in 3D tiles, and the best tiles by pooled scores.
+"""Block-sparse attention at several densities: windows of 3D tiles, and the best tiles by pooled scores.
 
 python benchmarks/bench_sparse_attention.py [--device cuda] [--rounds 20]
 
-`speed` is against dense attention by Triton, the first row; rows of csrc/'s kernel begin with "cuda". A case's share of
-the full attention's work is in its name, and its TFLOP/s count only what is kept.
+`speed` is relative to dense attention by Triton, the first row; rows of csrc/'s kernel begin with "cuda". A case's name
+states its share of the dense work, and its TFLOP/s count only the computed part.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def runs(name: str, device: torch.device) -> bool:
 def chosen(
     q: Tensor, k: Tensor, v: Tensor, grid: Triple, tile: Triple, run: Callable[..., Tensor], flops: int
 ) -> Iterator[Case]:
-    """The best tiles, once with the choice in the time and once without it."""
+    """The best tiles, timed with and without selecting them."""
     tiles, largest = sparsity.tile_offsets(grid, tile).to(q.device), math.prod(tile)
 
     def choose(count: int) -> Blocks:
@@ -106,7 +106,7 @@ def chosen(
 
 
 def windows(grid: Triple, tile: Triple) -> Iterator[Triple]:
-    """The window whose share of tiles comes nearest to each share; of equals the most cubic one."""
+    """For each density the window that comes nearest to it; among equals the most cubic one."""
     counts = sparsity.tile_counts(grid, tile)
     sizes = list(product(*(range(1, n + 1) for n in counts)))
     for wanted in SHARES:

@@ -1,4 +1,4 @@
-"""A sampler's step, every back end that runs on a device, beside the solvers of today and a copy of as many bytes.
+"""A sampler's step on all available back ends, compared with the eager solvers and a copy of as many bytes.
 
 python benchmarks/bench_step.py [--device cuda] [--rounds 50]
 """
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def bench(solver: str, size: tuple[int, ...], device: torch.device, rounds: int) -> list[Row]:
-    """fp32, guided, all columns at one level, in the middle of a run."""
+    """fp32, with guidance, all columns at the same noise level, in the middle of a run."""
     x, cond, uncond = (torch.randn(size, device=device) for _ in range(3))
     history = [torch.randn(size, device=device) for _ in range(DEPTHS[solver])]
     T = size[2]
@@ -54,7 +54,7 @@ def bench(solver: str, size: tuple[int, ...], device: torch.device, rounds: int)
         x0 = velocity_to_x0(x, combine(cond, uncond, 5.0), sigma)
         return SOLVERS[solver].step(x, x0, sigma, sigma_next, state)[0]
 
-    # Any weights take as long as the right ones.
+    # The time does not depend on the values of the weights.
     outputs = 2 if history else 1
     weights = torch.randn((outputs, 2 + len(history), T), dtype=torch.float64)
     args = (x, cond, uncond, 5.0, sigma, sigma_next != sigma, weights, history)

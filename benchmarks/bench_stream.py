@@ -1,16 +1,16 @@
-"""Streaming on the CPU with the embedded model: time to the first frame, memory against length, work done in parallel.
+"""Streaming on the CPU with the embedded model: time to the first frame, memory by length, gain of parallel work.
 
-The last is whether decoding or writing beside denoising is worth it.
+Parallel work is decoding or writing while denoising continues.
 
 python benchmarks/bench_stream.py [first] [memory] [beside] [full] [--size 160x96] [--seconds 10 60] [--rounds 5]
 
-first: a video of 60 s (960 frames, 64x64, 4 steps): seconds to its first frame and in all, from the stream's beginning,
-the model loaded. memory: peak resident bytes (VmHWM) of a process of its own that makes a file, 2 steps, guidance off,
-for each length. beside: the same request decoded in place and in a thread, and written in place and in a thread,
-interleaved, for the embedded model and for one with random weights, 384 wide. full: one window (33 frames) of 1920x1080
-in 1 step, guidance off, and what a minute of it would take, by frames.
+first: a video of 60 s (960 frames, 64x64, 4 steps): seconds to its first frame and in total, with the model loaded.
+memory: for each length, peak resident bytes (VmHWM) of a separate process that writes a file (2 steps, no guidance).
+beside: the same request decoded and written synchronously and in a thread, interleaved, for the embedded model and for
+one with random weights and width 384. full: one window (33 frames) of 1920x1080 in 1 step without guidance, and the
+time of a minute extrapolated from it.
 
-Every file is written as the command line does it: a stream without its latents into a FrameSink.
+Files are written like on the command line: a stream without latents into a FrameSink.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def write(pipe: Any, path: Path, in_thread: bool = True, **request: Any) -> dict[str, float]:
-    """Makes a file. Seconds from the beginning: to the first frame, and in all."""
+    """Write a video file. Returns the seconds to the first frame and in total."""
     start, first = time.perf_counter(), 0.0
     stream = pipe.stream(PROMPT, keep_latents=False, **request)
     started = next(stream)
@@ -73,7 +73,7 @@ def write(pipe: Any, path: Path, in_thread: bool = True, **request: Any) -> dict
 
 
 def one(request: dict[str, Any]) -> dict[str, Any]:
-    """One video in this process, with its memory."""
+    """Generate one video in this process, and measure its memory."""
     pipe = fastvid.load("embedded", device="cpu")
     loaded = peak()
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +82,7 @@ def one(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def peak() -> int:
-    """The most memory that was resident in this process, in bytes."""
+    """Peak resident bytes of this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
@@ -160,7 +160,7 @@ def beside(args: argparse.Namespace) -> None:
 def timed(
     pipe: Any, path: Path, decodes: bool, writes: bool, options: dict[str, Any]
 ) -> Callable[[], tuple[float, float]]:
-    """Makes the file with each of the two in place or in a thread: seconds, and those of all processors."""
+    """Write the file with decoding and writing each synchronous or in a thread: wall seconds and CPU seconds."""
 
     def run() -> tuple[float, float]:
         chosen, decode.faster_beside = decode.faster_beside, lambda device: decodes

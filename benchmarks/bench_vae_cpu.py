@@ -2,8 +2,8 @@
 
 python benchmarks/bench_vae_cpu.py [--rounds 3]
 
-Time: interleaved in one process. Memory: a process each, the peak of its resident set above what it had once the model
-was loaded.
+Time: interleaved in one process. Memory: peak resident set above that after loading the model, each in a separate
+process.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def peak(name: str, latents: torch.Tensor) -> int:
     """Bytes that one decode adds to the peak of this process."""
     decode = decoder(name)
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts again from here
+        file.write("5")  # reset the peak
     before = resident("VmRSS")
     with torch.no_grad():
         decode(latents)
@@ -74,7 +74,7 @@ def peak(name: str, latents: torch.Tensor) -> int:
 
 
 def resident(field: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """A field of /proc/self/status, in bytes."""
     with open("/proc/self/status") as file:
         for line in file:
             if line.startswith(field + ":"):
@@ -83,7 +83,7 @@ def resident(field: str) -> int:
 
 
 def peak_of_process(name: str) -> int:
-    """The peak of a process of its own."""
+    """`peak` in a new process."""
     done = subprocess.run([sys.executable, __file__, "--peak", name], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 

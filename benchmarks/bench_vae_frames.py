@@ -1,12 +1,13 @@
-"""Decoding 81 frames by the Wan 2.1 VAE at 480p, 720p and 1080p in bf16, beside diffusers with the same weights.
+"""Decoding 81 frames with the Wan 2.1 VAE at 480p, 720p and 1080p in bf16, compared with diffusers.
 
-diffusers runs as it comes and channels-last. Shows the share of the matrix units' time and the peak memory too.
+diffusers runs with the same random weights, by default and channels-last. Also shows the utilization of the matrix units
+and the peak memory.
 
     python benchmarks/bench_vae_frames.py [--device cuda] [--size 480p 720p 1080p] [--rounds 3]
 
-Frames are decoded as a pipeline decodes them, a latent frame at a time, down to uint8. Operations are counted on the
-meta device, without the few that cost nothing. diffusers is left out where it is not installed or has no room, and the
-result says so. On a CPU everything is small: it shows that the script works, and no more.
+Frames are decoded to uint8 one latent frame at a time, like in a pipeline. Operations of convolutions and products are
+counted on the meta device. diffusers is skipped if it is not installed or does not fit into memory, and the result says
+so. On a CPU all sizes are tiny: this only checks that the script works.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def bench(
     rounds: int,
     facts: dict[str, Any],
 ) -> list[Any]:
-    """Time and memory of every decoder; those without room for it are left out."""
+    """Measure the time and memory of every decoder; skips those that run out of memory."""
     flops = count(config, size)
     latents = torch.randn(1, config.z_dim, *size, device=device, generator=torch.Generator(device).manual_seed(1))
     wanted, cases, peaks = None, [], {}
@@ -145,7 +146,7 @@ def build(
 
 
 def why_not_here(name: str, device: torch.device) -> str | None:
-    """Why a back end's convolution isn't run, if it isn't."""
+    """Why a back end's convolution can't run; None if it can."""
     function = dispatch.implementations()["vae_norm_silu_conv3d"][name]
     return why_not(name, function, {"triton": "vae_conv.py", "cuda": "csrc"}.get(name, ""), device)
 

@@ -1,9 +1,9 @@
-"""The VAEs' operations on layers of a decoder, every back end that runs on a device, beside eager PyTorch (cuDNN).
+"""The VAEs' operations on decoder layers, on all available back ends, compared with eager PyTorch (cuDNN).
 
-cuDNN's convolutions are timed channels-last too.
+cuDNN's convolutions are also timed channels-last.
 
-`norm, then conv` is the Triton kernel on a copy that was normalised before, instead of normalising what it loads, 27
-times each: a pass over memory more, less arithmetic beside the matrix units.
+`norm, then conv` runs the Triton convolution on a normalized copy. Otherwise it normalizes each value 27 times while
+loading it: one memory pass less, but more arithmetic outside the matrix units.
 
 python benchmarks/bench_vae_kernels.py [--device cuda] [--dtype bfloat16] [--rounds 50]
 """
@@ -70,7 +70,7 @@ def main() -> None:
 def arguments(
     op: str, C: int, N: int, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[Any, ...], int]:
-    """What an operation takes, all of it channels-last; and products it makes for a pixel of its input."""
+    """The arguments of an operation, all channels-last, and its number of products per input pixel."""
 
     def random(*shape: int) -> Tensor:
         made = torch.randn(shape, device=device).to(dtype)
@@ -85,7 +85,7 @@ def arguments(
     )
     weight = random(N, C, 3, 3) if flat else random(N, C, *kernel)
     weight = weight / weight[0].numel() ** 0.5
-    # Of 9 products for each of 4 pixels, or for one of 4; of 3 for every other frame.
+    # Upsampling: 9 products for each of 4 pixels. Downsampling: 9 for one of 4. Halving: 3 for every other frame.
     share = {"vae_upsample_conv2d": 4, "vae_downsample_conv2d": 0.25, "vae_halve_frames": 0.5}.get(op, 1)
     products = int(share * weight.numel())
     if "silu" in op:
@@ -98,7 +98,7 @@ def arguments(
 def bench(
     op: str, C: int, N: int, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, rounds: int
 ) -> list[Row]:
-    """All that there are, checked against the reference."""
+    """Measure all back ends, checked against the reference."""
     given, products = arguments(op, C, N, size, dtype, device)
     plain = tuple(one.contiguous() if isinstance(one, Tensor) else one for one in given)
     reference, triton = (vae_gpu.BACKENDS[op][name] for name in ("reference", "triton"))
@@ -124,7 +124,7 @@ def bench(
 
 
 def cuda(op: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Any] | None:
-    """The form on csrc/, where it runs and takes the type: in 16 bits, on sm_90."""
+    """The CUDA back end if it can run and supports the dtype (16 bits, on sm_90); else None."""
     function = vae_gpu.BACKENDS[op].get("cuda")
     if function is None or dtype not in function.dtypes or why_not("cuda", function, "csrc", device):
         return None

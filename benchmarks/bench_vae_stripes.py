@@ -2,8 +2,8 @@
 
 python benchmarks/bench_vae_stripes.py [--rounds 1]
 
-Time: interleaved, random weights of base_dim 96, all stripes counts checked against the first. Memory: what torch has
-allocated at the worst moment of one later latent frame above what it had before, the cache reused, beside decoder_bytes.
+Time: interleaved, random weights with base_dim 96; results of all stripe counts are checked against the first. Memory:
+torch's peak allocation while decoding a latent frame after the first, compared with decoder_bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def weigh(vae: WanVAE, stripes: int) -> tuple[int, int]:
-    """Bytes that decoding one later latent frame adds, and what decoder_bytes says of it."""
+    """Bytes that decoding a latent frame after the first allocates: (measured, predicted by decoder_bytes)."""
     height, width = WEIGHED
     latents = torch.randn(1, 16, 2, height // 8, width // 8)
     _, cache = vae.decode(latents[:, :, :1], stripes=stripes)

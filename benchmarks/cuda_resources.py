@@ -1,10 +1,10 @@
-"""What csrc/'s kernels take on every architecture, as ptxas says; no GPU is needed, but nvcc and c++filt are.
+"""The resources of csrc/'s kernels on every architecture, from ptxas. Needs nvcc and c++filt, but no GPU.
 
-    python benchmarks/cuda_resources.py            # into results/cuda-resources.json
-    python benchmarks/cuda_resources.py --check    # what grew, spills or was not compiled as meant; writes nothing
+    python benchmarks/cuda_resources.py            # writes results/cuda-resources.json
+    python benchmarks/cuda_resources.py --check    # reports regressions, spills and ptxas warnings; writes nothing
 
-A row: registers a thread at the start (warpgroups that hand some over have others later), bytes spilled a thread, bytes
-of static shared memory a block. `tests/kernels/test_cuda_resources.py` holds the table to what the kernels are.
+A row: registers per thread at the start (warpgroups may reallocate them later), bytes spilled per thread, bytes of
+static shared memory per block. `tests/kernels/test_cuda_resources.py` checks that the table is up to date.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAID = re.compile(
 
 
 def build() -> ModuleType:
-    """setup.py, which knows where nvcc is and how it is called."""
+    """The module setup.py, which finds nvcc and its options."""
     spec = importlib.util.spec_from_file_location("fastvid_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -46,7 +46,7 @@ def files() -> list[str]:
 
 
 def compile_file(file: str, target: Path) -> str:
-    """Compile for all architectures that a wheel has; what ptxas says."""
+    """Compile for all architectures of a wheel; returns the output of ptxas."""
     setup = build()
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in setup.DEFAULT_ARCHS.split(";")]
     command = [setup.find_nvcc(), "-O3", "-std=c++17", *codes, "-Xptxas=-v", "-c", str(ROOT / "csrc" / file)]
@@ -78,7 +78,7 @@ def read() -> dict[str, Any]:
 
 
 def worse(said: str, recorded: dict[str, Any], same: bool) -> Iterator[str]:
-    """What is wrong with a file. same: the table was made by this nvcc, so that its numbers mean something."""
+    """Yield the regressions of a file. same: the table is from the same nvcc, so its numbers are comparable."""
     for line in said.splitlines():
         if re.search(r"\bwarning\b|C75\d\d|setmaxnreg|serializ", line, re.IGNORECASE):
             yield line  # ptxas leaves registers where they are, or waits for each product

@@ -1,5 +1,5 @@
-"""What attention with 8-bit products costs in quality: the embedded model's videos with it, in its eager form, against
-those with exact attention from the same seeds. It needs no GPU, and says nothing of speed.
+"""The quality loss of attention with 8-bit products: compares the embedded model's videos with it (eager reference) to
+those with exact attention and the same seeds. Needs no GPU and does not measure speed.
 
 python benchmarks/eight_bits.py [--frames 33] [--size 160x96]
 """
@@ -56,7 +56,7 @@ def make(
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """Of uint8 frames, in dB."""
+    """PSNR of uint8 frames in dB."""
     off = ((one.astype(np.float64) - other) ** 2).mean()
     return round(10 * math.log10(255**2 / off), 2) if off else math.inf
 

@@ -1,11 +1,11 @@
-"""What happens when ranks die: SIGKILL of any rank at random points, SIGSTOP, SIGKILL of the program; how long it takes
-to be seen, and whether all that was promised is kept each time.
+"""Fault injection: SIGKILL or SIGSTOP of random ranks at random times, and SIGKILL of the main program. Measures how long
+detection takes and checks the guarantees below each time.
 
     python benchmarks/faults.py [--kills 50] [--stops 10] [--orphans 20] [--ranks 3] [--out DIR]
 
-Each time: the caller gets WorkerFailed with the right rank and cause, within 2 s (killed) or 10 s (stopped);
-no process of the pipeline is left, and nothing in /dev/shm; the next request on the same pipeline gives the same bytes
-as before. A result is written only if every one of them was kept.
+Guarantees: the caller gets WorkerFailed with the right rank and cause within 2 s (killed) or 10 s (stopped). No process
+of the pipeline and nothing in /dev/shm is left. The next request on the same pipeline gives the same bytes as before.
+A result is written only if all guarantees held every time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fastvid.benchmarks.harness import cpu_name, machine
 PROMPT = "a red circle moving right on a white background"
 SHORT = {"num_frames": 9, "num_inference_steps": 2, "seed": 5}
 LONG = {"num_frames": 33, "num_inference_steps": 20, "seed": 5}
-KILLED, STOPPED = 2.0, 10.0  # seconds in which it is seen
+KILLED, STOPPED = 2.0, 10.0  # maximum seconds until detection
 PROGRAM = """
 import fastvid, sys
 pipe = fastvid.load("embedded", device="cpu", parallel=int(sys.argv[1]))
@@ -44,7 +44,7 @@ while True:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there, and no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -52,12 +52,12 @@ def alive(pid: int) -> bool:
 
 
 def shared_memory() -> set[str]:
-    """What is in /dev/shm."""
+    """The names in /dev/shm."""
     return set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
 
 
 def strike(pipe: Any, number: signal.Signals, latest: float) -> float:
-    """Signals a random rank at a random time while requests run; seconds until the error came."""
+    """Signal a random rank at a random time while requests run. Returns the seconds until the error."""
     pids = {worker.rank: worker.pid for worker in pipe._team.group.workers}
     victim, sent = random.choice(list(pids)), []
 
@@ -78,7 +78,7 @@ def strike(pipe: Any, number: signal.Signals, latest: float) -> float:
 
 
 def orphan(ranks: int, latest: float) -> float:
-    """Kills a program at a random time; seconds until its workers are gone."""
+    """Kill a program at a random time. Returns the seconds until its workers are gone."""
     program = subprocess.Popen([sys.executable, "-c", PROGRAM, str(ranks), PROMPT], stdout=subprocess.PIPE, text=True)
     pids = list(map(int, program.stdout.readline().split()))
     time.sleep(random.uniform(0, latest))

@@ -1,10 +1,9 @@
-"""Runs the tests marked `gpu` and records what passed, with the sources of the kernels that were tested.
+"""Runs the tests marked `gpu` and records the results, with hashes of the tested kernels' sources.
 
     python benchmarks/gpu_tests.py [--jobs 3] [--seconds 200] [tests/kernels/test_rgb.py ...]
 
-Each file runs in a process of its own with a limit of time, several beside each other: a kernel that faults leaves its
-process without a GPU, one that hangs never ends, and neither is to cost the results of the others. Files that passed
-already, by the result that is there and from the same sources, are not run again (--again: they are).
+Each file runs in a separate process with a timeout, several in parallel, so that a kernel that crashes or hangs does not
+affect the others. Files that already passed with the same sources are skipped, unless --again is given.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from fastvid import kernels
 from fastvid.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
-# Which kernels a file tests: of kernels/, or all of csrc. What has never run is first.
+# Test file -> kernels that it tests: files of kernels/, or all of csrc. Tests that have never run come first.
 COVERS = {
     "tests/kernels/test_rgb.py": ("csrc", "rgb.py"),
     "tests/kernels/test_attention_cuda.py": ("csrc",),
@@ -52,20 +51,20 @@ FINE = "done"
 
 
 def sources() -> dict[str, str]:
-    """File of kernels -> hash of its source; all of csrc is one, where it is built."""
+    """Kernel file -> hash of its source; csrc counts as one file, if it is built."""
     names = sorted(path.name for path in Path(kernels.__path__[0]).glob("*.py"))
     made = {name: dispatch.source_hash("triton", name) for name in names}
     return made | ({} if isinstance(dispatch.extension(), str) else {"csrc": dispatch.source_hash("cuda", "csrc")})
 
 
 def right(record: dict[str, Any], kernel: str) -> bool:
-    """Whether all files that test a kernel passed, and not all of them by skipping what is not for this device."""
+    """Whether all files that test a kernel passed, and at least one ran tests instead of skipping all."""
     outcomes = [record.get("files", {}).get(file) for file in record.get("covers", {}).get(kernel, ())]
     return all(one and passed(one) for one in outcomes) and any(one["passed"] for one in outcomes)
 
 
 def run(file: str, seconds: float) -> dict[str, Any]:
-    """How the tests of a file ended."""
+    """Run the tests of a file and return the outcome."""
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder, "report.xml"), Path(folder, "log.txt")
@@ -79,7 +78,7 @@ def run(file: str, seconds: float) -> dict[str, Any]:
                 ended = FINE if code >= 0 else f"killed by signal {-code}"
             except subprocess.TimeoutExpired:
                 ended = f"stopped after {seconds:.0f} s"
-            with contextlib.suppress(ProcessLookupError):  # what it started, too: ranks hold the device
+            with contextlib.suppress(ProcessLookupError):  # kill child processes too: ranks hold the device
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
         told = log.read_text(errors="replace")

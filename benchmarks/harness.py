@@ -1,14 +1,14 @@
-"""Side-by-side timing: what the benchmark scripts share.
+"""Side-by-side timing, shared by the benchmark scripts.
 
-Cases are run in turn, round after round, in an order that shifts by one each round, and the medians compared, so that a
-machine that slows down slows every case alike. Each case is warmed up first; on CUDA the L2 cache is flushed before
-every run and the time is that between two events of the stream. Use fresh random data, never zeros.
+Runs all cases in every round, in an order that shifts by one each round, and compares medians, so that slowdowns of the
+machine affect all cases equally. Each case is warmed up first. On CUDA, the L2 cache is flushed before every run, and
+runs are timed with events. Use fresh random data, never zeros.
 
     rows = measure([Case("eager", eager, bytes_moved=n), Case("kernel", kernel, bytes_moved=n)], device)
     print(table(rows))
     save("rgb", rows, device)      # benchmarks/results/rgb-<device>.json, or under $OUT
 
-Times are in microseconds, rates in GB/s (10^9) and TFLOP/s; `speed` is against the first case.
+Times are in microseconds, rates in GB/s (10^9) and TFLOP/s; `speed` is relative to the first case.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ import torch
 from fastvid.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
-L2_FLUSH_BYTES = 256 * 2**20  # several times the L2 of any GPU so far
+L2_FLUSH_BYTES = 256 * 2**20  # several times the L2 of any current GPU
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time. bytes_moved: read and written at least; flops: operations; both 0 if they mean nothing."""
+    """A function to time. bytes_moved: minimum bytes read and written; flops: operations; 0 if not meaningful."""
 
     name: str
     run: Callable[[], Any]
@@ -47,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a case, times in microseconds."""
+    """The measurements of a case; times in microseconds."""
 
     name: str
     median: float
@@ -60,7 +60,7 @@ class Row:
 
 
 def measure(cases: Sequence[Case], device: torch.device | str, rounds: int = 20, warm_up: int = 3) -> list[Row]:
-    """Run all cases `rounds` times, interleaved. The result of a case is dropped before the next one starts."""
+    """Run all cases `rounds` times, interleaved. Drops the result of a case before the next one starts."""
     timer = _CudaTimer(torch.device(device)) if torch.device(device).type == "cuda" else _host_timer
     for case in cases:
         for _ in range(warm_up):
@@ -74,10 +74,10 @@ def measure(cases: Sequence[Case], device: torch.device | str, rounds: int = 20,
     return [_row(case, taken, baseline) for case, taken in zip(cases, times, strict=True)]
 
 
-def _row(case: Case, taken: list[float], baseline: float) -> Row:
-    median = statistics.median(taken)
+def _row(case: Case, times: list[float], baseline: float) -> Row:
+    median = statistics.median(times)
     rates = case.bytes_moved / median / 1e3, case.flops / median / 1e6
-    return Row(case.name, median, min(taken), max(taken), len(taken), *rates, speed=baseline / median)
+    return Row(case.name, median, min(times), max(times), len(times), *rates, speed=baseline / median)
 
 
 def _host_timer(run: Callable[[], Any]) -> float:
@@ -87,7 +87,7 @@ def _host_timer(run: Callable[[], Any]) -> float:
 
 
 class _CudaTimer:
-    """Flushes the L2, then times a run between two events."""
+    """Flushes the L2 cache, then times a run with two events."""
 
     def __init__(self, device: torch.device) -> None:
         self.flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device)
@@ -103,7 +103,7 @@ class _CudaTimer:
 
 
 def table(rows: Sequence[Row], title: str = "") -> str:
-    """The rows as text; a rate that means nothing stays out."""
+    """The rows as a text table, without rates that are not meaningful."""
     lines = [title] if title else []
     lines.append(f"{'':<24} {'median us':>12} {'fastest':>12} {'slowest':>12} {'GB/s':>9} {'TFLOP/s':>9} {'speed':>8}")
     for row in rows:
@@ -116,7 +116,7 @@ def table(rows: Sequence[Row], title: str = "") -> str:
 def save(
     name: str, results: dict[str, Sequence[Row]] | Sequence[Row], device: torch.device | str, **facts: Any
 ) -> Path:
-    """Write results with the machine beside them; facts: whatever else a reader needs (sizes, versions compared)."""
+    """Write results as JSON with a description of the machine. facts: anything else that a reader needs (sizes, versions)."""
     groups = results if isinstance(results, dict) else {name: results}
     record = {
         "benchmark": name,
@@ -131,7 +131,7 @@ def save(
 
 
 def result_of(name: str, device: torch.device) -> dict[str, Any] | None:
-    """What `save` wrote last for this device."""
+    """The last result that `save` wrote for this device; None if there is none."""
     path = _path(name, device)
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -177,7 +177,7 @@ def compared(op: str, shape_class: str, instead: str, **kernels: str) -> dict[st
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were taken on."""
+    """A description of the machine, for results."""
     on_gpu = device.type == "cuda"
     return {
         "device": _device_name(device),
@@ -203,7 +203,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit measured, with a + if files differ from it; "unknown" outside a checkout."""
+    """The current commit, with a + if there are changes; "unknown" outside a checkout."""
     head = _run("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     changed = _run("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return f"{head}{'+' if changed else ''}" if head else "unknown"

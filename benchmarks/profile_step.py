@@ -1,10 +1,10 @@
-"""What one denoising step of a request runs: operations and their counts, the slowest kernels, and every copy and cast
-with its bytes and the line that makes it.
+"""Profiles one denoising step of a request: counts of operations, the slowest kernels, and every copy and cast with its
+bytes and source line.
 
     python benchmarks/profile_step.py [--model embedded] [--device cpu] [--dtype float32] [--backend auto]
 
-The step is the second one of a request with guidance, as the pipeline runs it; times are of the third, under
-torch.profiler. Bytes are those of the result. What a library copies inside of one operation is not seen.
+Operations are recorded in the second step of a request with guidance, times in the third with torch.profiler. Bytes are
+those of the result. Copies inside a library's operation are not visible.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROMPT = "a red circle moving right on a white background"
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations, and takes down what copies."""
+    """Counts operations and records copies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Watch(TorchDispatchMode):
         return made
 
     def report(self) -> dict[str, Any]:
-        """What was seen: the most bytes first."""
+        """The recorded copies, the largest first."""
         copies = [
             {"op": op, "at": at, "count": len(sizes), "bytes": sum(sizes)} for (op, at), sizes in self.copies.items()
         ]
@@ -62,7 +62,7 @@ class Watch(TorchDispatchMode):
 
 
 def _place() -> str:
-    """The line of fastvid that asked for it: "fastvid/ops/reference.py patch_embed: the code"."""
+    """The calling line of fastvid: "fastvid/ops/reference.py patch_embed: the code"."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         if path.is_relative_to(ROOT) and path != Path(__file__).resolve():

@@ -1,11 +1,10 @@
-"""Tables and plots of the results: docs/benchmarks.md, and docs/benchmarks-*.svg where there is something to draw.
+"""Writes tables and plots of the results: docs/benchmarks.md and docs/benchmarks-*.svg.
 
     pip install "fastvid[bench]" && python benchmarks/report.py
 
-A row a case: its median, its rates, the share of what the machine could do (of its matrix units or of its memory,
-whichever the case is closer to; only where both rates of that GPU were measured), and how many times as fast it is as
-eager PyTorch, torch.compile and the best library in the same run. Plots: roofline (TFLOP/s over operations a byte),
-attention's TFLOP/s over the number of tokens, and the VAE's time over the number of pixels.
+One row per case: median, rates, utilization (of matrix units or memory bandwidth, whichever is higher; only for GPUs
+whose limits were measured), and speedup over eager PyTorch, torch.compile and the best library in the same run. Plots:
+roofline (TFLOP/s over operations per byte), attention's TFLOP/s by number of tokens, the VAE's time by number of pixels.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ class Line:
 
     @property
     def of_limit(self) -> float | None:
-        """Share of what the machine could do, of its matrix units or its memory, whichever is more."""
+        """Utilization of the matrix units or of the memory bandwidth, whichever is higher."""
         if self.device not in LIMITS or not (self.tflop_per_s or self.gb_per_s):
             return None
         flops, bandwidth = LIMITS[self.device]
         return max(self.tflop_per_s / flops, self.gb_per_s / bandwidth)
 
     def speed(self, words: tuple[str, ...]) -> float | None:
-        """How many times as fast as the fastest other case of the group whose name begins with one of these words."""
+        """Speedup over the fastest other case of the group whose name begins with one of these words."""
         times = [time for name, time in self.others.items() if name != self.name and name.lower().startswith(words)]
         return min(times) / self.median if times else None
 
@@ -65,7 +64,7 @@ def read(folder: Path) -> Iterator[Line]:
 
 
 def table(lines: list[Line]) -> str:
-    """Markdown: a section a benchmark and device, a table a group."""
+    """Markdown with a section per benchmark and device, and a table per group."""
     out = []
     for place in dict.fromkeys((line.benchmark, line.device) for line in lines):
         out.append(f"## {place[0]}, {place[1]}\n\n{HEAD}\n|{' --- |' * 8}")

@@ -1,11 +1,11 @@
-"""What every kernel takes on every architecture, from binaries compiled here; no GPU is needed.
+"""The resources of every Triton kernel on every architecture, from binaries compiled here. Needs no GPU.
 
-    python benchmarks/resources.py            # of changed files, into results/kernel-resources.json
-    python benchmarks/resources.py --all      # of all of them
-    python benchmarks/resources.py --check    # what grew or spills; writes nothing
+    python benchmarks/resources.py            # updates changed files in results/kernel-resources.json
+    python benchmarks/resources.py --all      # updates all files
+    python benchmarks/resources.py --check    # reports regressions and spills; writes nothing
 
-A row: registers a thread, bytes spilled a thread, bytes of shared memory a block, and the units (mma, wgmma, tcgen05,
-tma) that are used. `tests/kernels/test_resources.py` holds the table to what the kernels are.
+A row: registers per thread, bytes spilled per thread, bytes of shared memory per block, and the hardware units used
+(mma, wgmma, tcgen05, tma). `tests/kernels/test_resources.py` checks that the table is up to date.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def firsts(variants: list[Variant]) -> list[Variant]:
 
 
 def worse(variant: Variant, arch: int, found: Resources, recorded: dict[str, Any] | None, same: bool) -> Iterator[str]:
-    """What is wrong with it. same: the table was made with this Triton, so that its numbers mean something."""
+    """Yield the regressions. same: the table is from the same Triton version, so its numbers are comparable."""
     name = f"{variant.name} on sm_{arch}"
     allowed = recorded["spilled"] if recorded else 0
     if found.spilled > allowed:
@@ -65,7 +65,7 @@ def worse(variant: Variant, arch: int, found: Resources, recorded: dict[str, Any
 
 
 def check(file: str, variants: list[Variant]) -> list[str]:
-    """Compiles one variant of each kernel, or all if the file has changed since the table was made."""
+    """Compile one variant of each kernel, or all variants if the file has changed since the table was written."""
     table = read()
     known = table["kernels"].get(file, {"source": None, "variants": {}})
     changed = known["source"] != source_hash(file)
@@ -79,7 +79,7 @@ def check(file: str, variants: list[Variant]) -> list[str]:
 
 
 def record(everything: bool) -> dict[str, Any]:
-    """The table, with rows of files that have changed (or, everything, of all) made anew."""
+    """The table with the rows of changed files (everything: of all files) measured again."""
     old, rows = read(), {}
     everything = everything or old["triton"] != triton.__version__
     for file, variants in files().items():

@@ -1,4 +1,4 @@
-"""Every kernel once on small and odd shapes, to run under compute-sanitizer; results are compared with the reference.
+"""Runs every kernel once on small odd shapes under compute-sanitizer, and compares results with the reference.
 
 compute-sanitizer --tool memcheck python benchmarks/sanitize.py [--backend triton] [--backend cuda]
 """
@@ -16,12 +16,12 @@ from fastvid.ops import dispatch, sparse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-APPROXIMATE = 0.1  # of 8-bit products
+APPROXIMATE = 0.1  # tolerance of 8-bit products
 BACKENDS = ("triton", "cuda", *dispatch.APPROXIMATE)
 
 
 def inputs(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """(operation, arguments), or (operation, arguments, named arguments): sizes that fill no block."""
+    """Yield (operation, arguments) or (operation, arguments, keyword arguments), with sizes that fill no block."""
     torch.manual_seed(0)
 
     def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -66,7 +66,7 @@ def inputs(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 def of_the_vae(random: Callable[..., Tensor]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Channels that are no power of 2, frames of 5x7 pixels, and rows that get no result."""
+    """Numbers of channels that are not powers of 2, frames of 5x7 pixels, and edge rows without a result."""
     C, N, size = 40, 32, (5, 7)
     x, past, gamma = random(2, C, 3, *size), random(2, C, 2, *size), random(C, 1, 1, 1)
     cube, square, line = random(N, C, 3, 3, 3) / 33, random(N, C, 3, 3) / 19, random(N, C, 3, 1, 1) / 11

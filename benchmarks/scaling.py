@@ -1,14 +1,14 @@
-"""The cost model of many ranks (`fastvid.distributed.cost_model`) against real ones, and what it says of 1 to 64 GPUs.
+"""Compares the cost model (`fastvid.distributed.cost_model`) with real ranks, and plots its prediction for 1 to 64 GPUs.
 
     python benchmarks/scaling.py [check] [draw]
 
-check: on this machine, over gloo, one thread a rank. First the parts are measured while all ranks work: how fast a rank
-multiplies and attends (at other sizes than those that follow) and moves memory, how long an exchange takes. From these
-a step of a random transformer is predicted in every layout of 1, 2 and 4 ranks, then it is done, and both are written
-down. Ranks beyond the cores share them: their rates are measured as they are shared.
+check: on this machine, over gloo, one thread per rank. First measures the components while all ranks work: matrix
+products and attention (at other sizes than the step's), memory bandwidth, and exchanges. From these it predicts a step
+of a random transformer in every layout of 1, 2 and 4 ranks, then runs the step and records both. If there are more ranks
+than cores, the measured rates include the sharing.
 
-draw: docs/scaling.svg, the share of ideal that a step keeps on 1 to 64 H200, by the model: a prediction, from rates and
-links that `cost_model.H200` names, nothing of which was measured here.
+draw: docs/scaling.svg, the parallel efficiency of a step on 1 to 64 H200. It is a prediction from the rates and links in
+`cost_model`; nothing of it was measured here.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MODELS = {
 
 
 def median(function: Callable[[], object], mesh: Mesh, runs: int = RUNS) -> float:
-    """Seconds of a call, begun together; the slowest rank's median."""
+    """Seconds of a call that all ranks start together: the median of the slowest rank."""
     function()
     taken = []
     for _ in range(runs):
@@ -69,7 +69,7 @@ def median(function: Callable[[], object], mesh: Mesh, runs: int = RUNS) -> floa
 
 
 def parts(mesh: Mesh) -> dict[str, float]:
-    """Operations a second of a rank while all work, and what an exchange with the next rank takes."""
+    """A rank's speed while all ranks work, and the cost of an exchange with the next rank."""
     d, f, ops = CONFIG.dim, CONFIG.ffn_dim, bind()
     rows, x = 700, torch.randn(1, 700, CONFIG.dim)
     wide, back = Linear(d, f), Linear(f, d)
@@ -93,7 +93,7 @@ def parts(mesh: Mesh) -> dict[str, float]:
 
 @torch.no_grad()
 def rank(mesh: Mesh, to: str) -> None:
-    """What one rank does; the first writes it down."""
+    """The work of one rank; rank 0 writes the result."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = WanTransformer(CONFIG, bind()).eval()
@@ -104,7 +104,7 @@ def rank(mesh: Mesh, to: str) -> None:
     link = Link("gloo", found["bandwidth"], found["latency"])
     work, rows = work_of(CONFIG, GRID, True, ROWS, itemsize=4), []
     for layout in every(mesh.size, CONFIG.num_attention_heads, True):
-        predicted = predict(work, layout, device, link)  # before it is done
+        predicted = predict(work, layout, device, link)  # before running it
         view = RankView(mesh, layout)
 
         def step(view: RankView = view) -> None:
@@ -116,7 +116,7 @@ def rank(mesh: Mesh, to: str) -> None:
 
 
 def check(folder: Path) -> None:
-    """Prediction and measurement, written to results/."""
+    """Write predictions and measurements to results/."""
     from fastvid.benchmarks import scaling as own  # by a name that children can import
 
     made = {}
@@ -132,7 +132,7 @@ def check(folder: Path) -> None:
 
 
 def draw() -> None:
-    """docs/scaling.svg, and its numbers."""
+    """Write docs/scaling.svg and its numbers."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,12 +1,11 @@
-"""Which kernels `auto` may take: fastvid/ops/verified.json from the results that are committed.
+"""Derives fastvid/ops/verified.json, the kernels that `auto` may select, from the committed results.
 
     python benchmarks/verified.py            # writes it
-    python benchmarks/verified.py --check    # says what is not as the results are
+    python benchmarks/verified.py --check    # reports differences between it and the results
 
-A kernel is taken for an operation, an architecture and a shape class if results there show that it was faster than what
-`auto` takes otherwise in every size of that class, and the tests of the kernel's file passed on that architecture from
-the very same source. A benchmark says so itself: `harness.compared` beside its rows. Results of sources that have
-changed since count for nothing.
+A kernel is verified for an operation, an architecture and a shape class if it was faster than the alternative of `auto`
+at every measured size of that class, and its file's tests passed on that architecture with the same source. Benchmarks
+declare the comparison with `harness.compared`. Results of sources that have changed since are ignored.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = ROOT / "fastvid" / "ops" / "verified.json"
 ABOUT = "Kernels that `auto` may choose: each has a committed result from a GPU, faster than what it replaces."
-FASTER = 1.02  # times as fast as what it stands in for, at least
+FASTER = 1.02  # minimum speedup over the alternative
 
 
 def tested(records: Iterable[dict[str, Any]]) -> set[tuple[str, str, str]]:
-    """(architecture, file, hash of its source) of kernels whose tests all passed there (`gpu_tests.py`)."""
+    """(architecture, file, source hash) of kernels whose tests all passed there (`gpu_tests.py`)."""
     return {
         (record["machine"]["arch"], file, source)
         for record in records
@@ -50,12 +49,12 @@ def rows(records: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
             medians = {row["name"]: row["median"] for row in record["results"][title]}
             for backend, kernel in of["kernels"].items():
                 if backend not in medians or kernel["source"] != dispatch.source_hash(backend, kernel["file"]):
-                    continue  # it did not run there, or is another kernel by now
+                    continue  # it did not run there, or its source has changed
                 known = (arch, kernel["file"], kernel["source"]) in right
                 faster = medians[of["instead"]] >= FASTER * medians[backend]
                 row = {"op": of["op"], "backend": backend, "shape_class": of["shape_class"], "arch": arch, **kernel}
                 found.setdefault(tuple(row.values()), []).append((known and faster, row | {"result": path}))
-    # Of a class all sizes that were measured have to be faster.
+    # It must be faster at all measured sizes of a class.
     return [measured[-1][1] for measured in found.values() if all(fine for fine, _ in measured)]
 
 
