@@ -1,6 +1,7 @@
-"""Reference of attention with 8-bit products, in eager PyTorch, block by block like csrc/quantize.h and
-csrc/attention_eight.h. For their tests, and to evaluate the approximation on any device. Shapes as in
-fastvid/ops/attention.py.
+"""Reference of attention with 8-bit products in eager PyTorch.
+
+Works block by block like csrc/quantize.h and csrc/attention_eight.h. For their tests, and to evaluate the approximation
+on any device. Shapes as in fastvid/ops/attention.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""The quality loss of attention with 8-bit products: compares the embedded model's videos with it (eager reference) to
-those with exact attention and the same seeds. Needs no GPU and does not measure speed.
+"""The quality loss of attention with 8-bit products.
+
+Compares the embedded model's videos with it (eager reference) to those with exact attention and the same seeds. Needs
+no GPU and does not measure speed.
 
 python benchmarks/eight_bits.py [--frames 33] [--size 160x96]
 """

@@ -1,5 +1,6 @@
-"""Fault injection: SIGKILL or SIGSTOP of random ranks at random times, and SIGKILL of the main program. Measures how long
-detection takes and checks the guarantees below each time.
+"""Fault injection: SIGKILL or SIGSTOP of random ranks at random times, and SIGKILL of the main program.
+
+Measures how long detection takes and checks the guarantees below each time.
 
     python benchmarks/faults.py [--kills 50] [--stops 10] [--orphans 20] [--ranks 3] [--out DIR]
 

@@ -1,5 +1,6 @@
-"""Profiles one denoising step of a request: counts of operations, the slowest kernels, and every copy and cast with its
-bytes and source line.
+"""Profiles one denoising step of a request: counts of operations, the slowest kernels, copies and casts.
+
+Copies and casts are listed with their bytes and source lines.
 
     python benchmarks/profile_step.py [--model embedded] [--device cpu] [--dtype float32] [--backend auto]
 
