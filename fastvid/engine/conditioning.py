@@ -182,7 +182,7 @@ def _channels(model: Model, segment: Segment, known: KnownFrames, no_columns: Te
         for frame, picture in pixels.place(known, segment, last_only=first_and_last).items()
     }
     channels = conditioning.image_condition(
-        partial(pixels.encode, model, segment=segment), frames, segment.made_frames, temporal=segment.temporal
+        partial(pixels.encode, model, segment=segment), frames, segment.model_frames, temporal=segment.temporal
     )
     pictures = [ends[0], ends[-1]] if first_and_last else ends[:1]
     embeds = _clip_tokens(model, pictures) if config.image_dim else None
@@ -205,7 +205,7 @@ def _control(model: Model, request: Resolved, segment: Segment, known: KnownFram
     WanVACEPipeline. Reference pictures come first in time: the model generates one extra latent frame for each
     (`Segment.lead`), which is dropped."""
     frames, mask = control_video(request, segment, known, clip)
-    size = segment.made_height, segment.made_width
+    size = segment.model_height, segment.model_width
     references = [
         pixels.fit_reference(torch.from_numpy(picture), *size, spatial=segment.spatial)[None]
         for picture in request.reference_images or ()
@@ -229,7 +229,7 @@ def control_video(
     is 1 where the model generates pixels: everywhere without a video, whose frames are then gray. Known frames stay.
     The last frame is repeated up to the stream's 4k + 1 frames; those are cropped from the result.
     """
-    count, size = segment.made_frames, (segment.made_height, segment.made_width)
+    count, size = segment.model_frames, (segment.model_height, segment.model_width)
     frames, mask = torch.zeros(count, 3, *size), torch.ones(count, 1, *size)
     if request.video is not None and request.verb == "generate":
         # Maps each frame of the stream to one of the video; context frames before the video take its first.

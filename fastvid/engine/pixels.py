@@ -1,7 +1,8 @@
 """Known frames of a segment as pixels: reads them from neighboring segments and clips, places them in the segment's
 stream of frames, and encodes them. Also prepares pictures for the VAE, a control branch and CLIP.
 
-Shapes: H/W height and width of the input, F frames; made_height x made_width frames and T latent frames of the segment.
+Shapes: H/W height and width of the input, F frames; model_height x model_width frames and T latent frames of the
+segment.
 """
 
 from __future__ import annotations
@@ -88,24 +89,24 @@ def hold_last(frames: np.ndarray, count: int) -> np.ndarray:
 
 
 def fit(frames: np.ndarray, segment: Segment) -> Tensor:
-    """uint8 [F, H, W, C] -> fp32 [F, C, made_height, made_width] in [-1, 1]: stretched (Lanczos) to the output size,
+    """uint8 [F, H, W, C] -> fp32 [F, C, model_height, model_width] in [-1, 1]: stretched (Lanczos) to the output size,
     then padded to the model's size by repeating the edge."""
     return widen(to_signed(torch.from_numpy(resize(frames, segment.height, segment.width))), segment)
 
 
 def pad(frames: np.ndarray, segment: Segment) -> Tensor:
-    """uint8 [F, height, width, C] -> fp32 [F, C, made_height, made_width] in [-1, 1]: padded, not resized."""
+    """uint8 [F, height, width, C] -> fp32 [F, C, model_height, model_width] in [-1, 1]: padded, not resized."""
     return widen(to_signed(torch.from_numpy(np.array(frames))), segment)
 
 
 def widen(frames: Tensor, segment: Segment) -> Tensor:
     """Pads frames [F, C, height, width] to the model's size by repeating the edge."""
-    right, bottom = segment.made_width - segment.width, segment.made_height - segment.height
+    right, bottom = segment.model_width - segment.width, segment.model_height - segment.height
     return F.pad(frames, (0, right, 0, bottom), mode="replicate") if right or bottom else frames
 
 
 def place(known: KnownFrames, segment: Segment, last_only: bool = False) -> dict[int, Tensor]:
-    """The known frames, fp32 [3, made_height, made_width], by number in the stream. last_only: only the last of those
+    """The known frames, fp32 [3, model_height, model_width], by number in the stream. last_only: only the last of those
     on the right."""
     placed: dict[int, Tensor] = {}
     if known.left is not None:
@@ -113,18 +114,18 @@ def place(known: KnownFrames, segment: Segment, last_only: bool = False) -> dict
     for frame, picture in known.pictures.items():
         placed[segment.skip + frame] = fit(picture[None], segment)[0]
     if known.right is not None:
-        frames = dict(enumerate(pad(known.right, segment), segment.made_frames - len(known.right)))
+        frames = dict(enumerate(pad(known.right, segment), segment.model_frames - len(known.right)))
         placed |= dict([max(frames.items())]) if last_only else frames
     return placed
 
 
 def encode_stream(model: Model, frames: Tensor, segment: Segment) -> Tensor:
-    """Latents [1, C, T, h, w] of a stream of frames [F, 3, made_height, made_width]."""
+    """Latents [1, C, T, h, w] of a stream of frames [F, 3, model_height, model_width]."""
     return encode(model, frames.transpose(0, 1)[None], segment)
 
 
 def encode(model: Model, frames: Tensor, segment: Segment) -> Tensor:
-    """Latents [1, C, T, h, w] of frames [1, 3, F, made_height, made_width], encoded in chunks of the decoder's
+    """Latents [1, C, T, h, w] of frames [1, 3, F, model_height, model_width], encoded in chunks of the decoder's
     length."""
     step, latents, cache = segment.temporal * decode_chunk(segment), [], None
     first = step - segment.temporal + 1

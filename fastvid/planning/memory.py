@@ -179,20 +179,20 @@ class Needs:
 
     def _decoder_bytes(self) -> int:
         model, segment = self.model, self.segment
-        height, width = segment.made_height, segment.made_width
+        height, width = segment.model_height, segment.model_width
         return decoder_bytes(model.vae, height, width, self._chunk, self.stripes, self.bands, model.vae_itemsize)
 
     def _encoder_bytes(self) -> int:
         model, segment = self.model, self.segment
         concatenated = model.transformer.in_channels > model.transformer.out_channels
         if model.control_layers or (concatenated and self.pictures):
-            input_frames = segment.made_frames
+            input_frames = segment.model_frames
         else:
             input_frames = max(self.encoded, min(self.pictures, 1))
         if not input_frames:
             return 0
         masks = 2 if model.control_layers else 0  # the original and the rounded one
-        height, width, chunk = segment.made_height, segment.made_width, min(self._chunk, input_frames)
+        height, width, chunk = segment.model_height, segment.model_width, min(self._chunk, input_frames)
         return encoder_bytes(model.vae, height, width, chunk, input_frames, masks, self.bands, model.vae_itemsize)
 
     def _context_bytes(self, texts: int, experts: int) -> int:
@@ -238,9 +238,9 @@ def whole_clip(request: Resolved, vae: WanVAEConfig) -> Segment:
         num_frames=request.num_frames,
         height=request.height,
         width=request.width,
-        made_frames=request.model_frames,
-        made_height=request.model_height,
-        made_width=request.model_width,
+        model_frames=request.model_frames,
+        model_height=request.model_height,
+        model_width=request.model_width,
         spatial=vae.spatial_scale,
         temporal=vae.temporal_scale,
         lead=len(request.reference_images or ()),

@@ -117,7 +117,7 @@ def _encoded(timeline: Timeline, window: Segment) -> int:
 def with_frames(needs: Needs, frames: int) -> Needs:
     """The needs of the same request with at most `frames` frames."""
     window = needs.segment
-    if frames < window.made_frames:
+    if frames < window.model_frames:
         window = window_of(window, frames // window.temporal + 1)
     return replace(needs, segment=window, frames=min(needs.frames, frames))
 
@@ -132,7 +132,7 @@ def bytes_taken(model: Model, needs: Needs, frames: int) -> int:
 def choose_stripes(model: Model, needs: Needs, frames: int, capacity: int) -> int:
     """The smallest number of stripes with which decoding fits; the largest if none does. On several ranks 1: they share
     the rows instead."""
-    rows = needs.segment.made_height // needs.segment.spatial if model.mesh.size == 1 else 1
+    rows = needs.segment.model_height // needs.segment.spatial if model.mesh.size == 1 else 1
     possible = [count for count in STRIPES if count <= rows]
     fits = (n for n in possible if bytes_taken(model, replace(needs, stripes=n), frames) <= capacity)
     return next(fits, possible[-1])
@@ -165,9 +165,9 @@ def _sizes(model: Model, request: Resolved, timeline: Timeline, window: Segment)
         "height": window.height,
         "width": window.width,
         "num_frames": timeline.num_frames,
-        "model_height": window.made_height,
-        "model_width": window.made_width,
-        "model_frames": sum(segment.made_frames - segment.left - segment.right for segment in segments),
+        "model_height": window.model_height,
+        "model_width": window.model_width,
+        "model_frames": sum(segment.model_frames - segment.left - segment.right for segment in segments),
         "fps": request.fps,
         "latent_shape": largest_segment(model, timeline).latent_shape(config.out_channels),
         "segments": len(segments),

@@ -159,9 +159,9 @@ def count_vae(vae: WanVAE, decode: bool = True) -> Convolutions:
 def frames_encoded(model: Model, segment: Segment) -> int:
     """Frames that are encoded for a segment. With a control branch: the kept and the changed frames, and the source."""
     if way_of(model) == CONTROL:
-        return (2 + (segment.source is not None)) * segment.made_frames + segment.lead
+        return (2 + (segment.source is not None)) * segment.model_frames + segment.lead
     if segment.source is not None or way_of(model) == CHANNELS:
-        return segment.made_frames
+        return segment.model_frames
     return segment.left + segment.right + len(segment.pictures)
 
 
@@ -186,7 +186,7 @@ def estimate(
         parts["denoise"] /= layout.size * share
     else:
         encoded = sum(frames_encoded(model, segment) for segment in timeline.segments)
-        decoded = sum(segment.made_frames for segment in timeline.segments)
+        decoded = sum(segment.model_frames for segment in timeline.segments)
         parts["encode"] = vae_seconds(model.vae, window, encoded, rates, decode=False)
         parts["decode"] = vae_seconds(model.vae, window, decoded, rates, decode=True)
     return {"seconds": sum(parts.values()), "seconds_parts": parts, "efficiency": share}
@@ -206,7 +206,7 @@ def vae_seconds(vae: WanVAE, window: Segment, frames: int, rates: Rates, decode:
     """Seconds of decoding or encoding `frames` frames in a window's chunk size."""
     if not frames:
         return 0.0
-    work, pixels = count_vae(vae, decode), window.made_height * window.made_width
+    work, pixels = count_vae(vae, decode), window.model_height * window.model_width
     chunk = window.temporal * decode_chunk(window) * pixels
     return frames * pixels / chunk * rates.seconds("convolution", work.flops * chunk / work.count, work.count)
 

@@ -1,4 +1,4 @@
-"""What a request works on, read: pictures, clips, control videos; and the size and rate that follow from them."""
+"""Reads a request's inputs (pictures, clips, control videos), and derives size and frame rate from them."""
 
 from __future__ import annotations
 
@@ -22,47 +22,46 @@ FILES = (*PICTURES, "keyframes", "video", "video_2", "mask", "reference_images")
 
 
 def read(request: Request) -> Request:
-    """The request with its pictures as uint8 arrays [H, W, 3] and its clips opened; without a size of its own, in the
-    shape of its first clip or picture.
+    """The request with its pictures as uint8 arrays [H, W, 3] and its clips opened. Without a size, it gets the aspect
+    ratio of its first clip or picture.
 
-    Raises MediaError for a file that can't be read, InvalidRequest for something that is no picture or clip.
+    Raises MediaError for a file that cannot be read, InvalidRequest for something that is not a picture or clip.
     """
     if request.verb in CLIPS:
         return _with_clips(request)
-    found: dict[str, Any] = _read_control(request)
+    values: dict[str, Any] = _read_control(request)
     for name in PICTURES:
         if (value := getattr(request, name)) is not None:
-            found[name] = read_picture(name, value)
+            values[name] = read_picture(name, value)
     if request.keyframes:
-        found["keyframes"] = {f: read_picture(f"keyframes[{f}]", p) for f, p in request.keyframes.items()}
-    shapes = [found[name].shape[-3:-1] for name in ("video", *PICTURES) if name in found]
-    shapes += [picture.shape[:2] for picture in found.get("keyframes", {}).values()]
+        values["keyframes"] = {f: read_picture(f"keyframes[{f}]", p) for f, p in request.keyframes.items()}
+    shapes = [values[name].shape[-3:-1] for name in ("video", *PICTURES) if name in values]
+    shapes += [picture.shape[:2] for picture in values.get("keyframes", {}).values()]
     if shapes and (request.height or request.width or request.aspect or request.budget) is None:
         height, width = shapes[0]
-        found["aspect"] = Fraction(width, height)
-    return replace(request, **found)
+        values["aspect"] = Fraction(width, height)
+    return replace(request, **values)
 
 
-def check_same(recipe: dict[str, Any], given: dict[str, Any]) -> None:
-    """Whether the clips and pictures that are given beside a recipe are those that it was made with: a recipe holds
-    nothing but their prints. given: arguments by name. Raises InvalidRequest for one that is another.
-    """
-    known = {name: prints for name in FILES if (prints := prints_of(recipe.get(name)))}
-    again = {name: given[name] for name in known if given.get(name) is not None}
-    if not again:
+def check_same(recipe: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Raises InvalidRequest for a clip or picture among the arguments that is not the one the recipe was made with, by
+    the recipe's fingerprints."""
+    recorded = {name: prints for name in FILES if (prints := prints_of(recipe.get(name)))}
+    passed = {name: arguments[name] for name in recorded if arguments.get(name) is not None}
+    if not passed:
         return
-    request = read(Request.from_recipe(recipe, **again))
-    for name in again:
-        wanted, found = known[name], prints_of(recordable(getattr(request, name)))
-        if [one["sha256"] for one in wanted] != [one["sha256"] for one in found]:
+    request = read(Request.from_recipe(recipe, **passed))
+    for name in passed:
+        wanted, actual = recorded[name], prints_of(recordable(getattr(request, name)))
+        if [one["sha256"] for one in wanted] != [one["sha256"] for one in actual]:
             raise InvalidRequest(
-                f"{name} is not what this recipe was made with ({_difference(wanted, found)}); give the same again, or "
-                "ask without the recipe"
+                f"{name} is not what this recipe was made with ({_difference(wanted, actual)}); give the same again, "
+                "or leave out the recipe"
             )
 
 
-def _difference(wanted: list[dict[str, Any]], found: list[dict[str, Any]]) -> str:
-    shapes = [" and ".join("x".join(map(str, one.get("shape", ()))) for one in prints) for prints in (wanted, found)]
+def _difference(wanted: list[dict[str, Any]], actual: list[dict[str, Any]]) -> str:
+    shapes = [" and ".join("x".join(map(str, one.get("shape", ()))) for one in prints) for prints in (wanted, actual)]
     return f"{shapes[0]} against {shapes[1]}" if shapes[0] != shapes[1] else f"{shapes[0]} both, but other pixels"
 
 
@@ -73,36 +72,36 @@ def _with_clips(request: Request) -> Request:
         raise InvalidRequest(
             f"video is {first.width}x{first.height}; {request.verb} takes sides of {MIN_SIDE} to {MAX_SIDE} pixels"
         )
-    found: dict[str, Any] = {**clips, **_from_recipe(request)}
-    found |= {"fps": first.fps} if request.fps is None and first.fps else {}
+    values: dict[str, Any] = {**clips, **_from_recipe(request)}
+    values |= {"fps": first.fps} if request.fps is None and first.fps else {}
     if "video_2" in clips:
         second = clips["video_2"].resized(first.height, first.width)
-        found["video_2"] = second.resampled(first.fps) if first.fps else second
+        values["video_2"] = second.resampled(first.fps) if first.fps else second
     if request.verb in ("edit", "finalize"):
-        return _on_canvas(replace(request, **found, num_frames=first.num_frames), first)
-    return replace(request, **found, height=first.height, width=first.width)
+        return _on_canvas(replace(request, **values, num_frames=first.num_frames), first)
+    return replace(request, **values, height=first.height, width=first.width)
 
 
 def _from_recipe(request: Request) -> dict[str, Any]:
-    """What the clip's own recipe says where nothing else does: the prompt; of a draft also seed and full size."""
+    """Missing values from the clip's recipe: the prompt; for a draft also seed and full size."""
     recipe = _recipe_of(request.video)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     if request.verb in PROMPT_OF_CLIP and request.prompt is None and request.prompt_embeds is None:
-        found["prompt"] = recipe.get("prompt") or ""
+        values["prompt"] = recipe.get("prompt") or ""
     if request.verb != "finalize":
-        return found
+        return values
     if request.seed is None and isinstance(recipe.get("seed"), int):
-        found["seed"] = recipe["seed"]
+        values["seed"] = recipe["seed"]
     if not _is_sized(request):
         full = recipe.get("full_size")
         if not isinstance(full, list | tuple) or len(full) != 2 or not all(type(side) is int for side in full):
             raise InvalidRequest("finalize: the video is no draft that says its full size; give width and height")
-        found["width"], found["height"] = full
-    return found
+        values["width"], values["height"] = full
+    return values
 
 
 def _recipe_of(video: Any) -> dict[str, Any]:
-    """The recipe of a Video, or in a file; empty if there is none."""
+    """The recipe of a Video or a file; empty if there is none."""
     if isinstance(video, str | os.PathLike):
         try:
             return read_recipe(video)
@@ -117,12 +116,12 @@ def _is_sized(request: Request) -> bool:
 
 
 def _on_canvas(request: Request, clip: Clip) -> Request:
-    """The clip at the size that was asked for. An edit that grows the frame has the clip in the middle, and makes what
-    is around it (outpainting), of nothing but noise if no strength says otherwise; any other is scaled."""
-    found: dict[str, Any] = {"mask": read_mask("mask", request.mask)} if request.mask is not None else {}
+    """The request with its clip at the requested size. An unmasked edit with a larger frame centers the clip and
+    generates the area around it (outpainting), with a default strength of 1; all others scale the clip."""
+    values: dict[str, Any] = {"mask": read_mask("mask", request.mask)} if request.mask is not None else {}
     if not _is_sized(request):
-        found |= {"height": clip.height, "width": clip.width}
-    request = replace(request, **found)
+        values |= {"height": clip.height, "width": clip.width}
+    request = replace(request, **values)
     width, height = request.width or clip.width, request.height or clip.height
     if request.aspect is not None or request.budget is not None:
         ratio = request.aspect or Fraction(clip.width, clip.height)
@@ -138,7 +137,7 @@ def _on_canvas(request: Request, clip: Clip) -> Request:
 
 
 def around(width: int, height: int, ratio: Fraction) -> tuple[int, int]:
-    """The smallest (width, height) of an aspect ratio that holds these sides."""
+    """The smallest (width, height) of an aspect ratio that contains these sides."""
     return max(width, round(height * ratio)), max(height, round(width / ratio))
 
 
@@ -155,7 +154,7 @@ def _with_mask(request: Request, clip: Clip) -> Request:
         raise InvalidRequest(
             f"mask is {width}x{height}; video is {clip.width}x{clip.height}, and so should the mask be"
         )
-    # Cut as the clip is, so that it stays where it was drawn.
+    # Cropped and resized like the clip, so that it stays aligned.
     inside = center_crop(height, width, *size)
     cut = request.mask[(slice(None), *inside)]
     rows, columns = (np.arange(n) * o // n for n, o in zip(size, cut.shape[1:], strict=True))
@@ -164,7 +163,7 @@ def _with_mask(request: Request, clip: Clip) -> Request:
 
 @dataclass(frozen=True, eq=False)
 class Canvas:
-    """A clip in the middle of larger frames; around it, its edge goes on."""
+    """A clip centered on larger frames, which repeat its edge pixels around it."""
 
     clip: Clip
     height: int
@@ -179,61 +178,62 @@ class Canvas:
         return self.clip.fps
 
     @property
-    def _place(self) -> tuple[int, int]:
+    def _offset(self) -> tuple[int, int]:
         return (self.height - self.clip.height) // 2, (self.width - self.clip.width) // 2
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Frames start to stop - 1, uint8 [n, height, width, 3]."""
-        top, left = self._place
+        top, left = self._offset
         bottom, right = self.height - self.clip.height - top, self.width - self.clip.width - left
         return np.pad(self.clip.read(start, stop), ((0, 0), (top, bottom), (left, right), (0, 0)), "edge")
 
     def mask(self) -> np.ndarray:
-        """What is to be made: uint8 [1, height, width], 255 around the clip."""
-        made, (top, left) = np.full((1, self.height, self.width), 255, np.uint8), self._place
-        made[:, top : top + self.clip.height, left : left + self.clip.width] = 0
-        return made
+        """The mask of the area to generate: uint8 [1, height, width], 255 around the clip, 0 on it."""
+        mask, (top, left) = np.full((1, self.height, self.width), 255, np.uint8), self._offset
+        mask[:, top : top + self.clip.height, left : left + self.clip.width] = 0
+        return mask
 
 
 def read_picture(name: str, value: Any) -> np.ndarray:
-    """A picture, uint8 RGB [H, W, 3]: a file (of a video its first frame), an array, a tensor or a Pillow image.
+    """Reads a picture, uint8 RGB [H, W, 3], from a file (a video's first frame), an array, a tensor or a Pillow image.
 
-    Raises MediaError for a file that can't be read, InvalidRequest for something that is no picture. An array is
-    copied: what the caller does to it later is not seen.
+    Arrays are copied, so later changes by the caller have no effect. Raises MediaError for a file that cannot be read,
+    InvalidRequest for something that is not a picture.
     """
     if len(getattr(value, "shape", (0, 0, 0))) != 3:
         raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [H, W, 3]")
-    with open_clip(value, name=name) as found:
-        frames = found.read(0, 1)
+    with open_clip(value, name=name) as clip:
+        frames = clip.read(0, 1)
     first: np.ndarray = frames[0]
     return first
 
 
 def read_clip(name: str, value: Any) -> np.ndarray:
-    """A clip, uint8 RGB [F, H, W, 3]: a file, an array, a tensor, a `Video`, or pictures of one size. Raises as
-    `read_picture` does."""
+    """Reads a clip, uint8 RGB [F, H, W, 3], from a file, an array, a tensor, a `Video`, or pictures of one size. Raises
+    as `read_picture` does."""
     if len(getattr(value, "shape", (0, 0, 0, 0))) != 4:
         raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [F, H, W, 3]")
-    with open_clip(value, name=name) as found:
-        return found.read()
+    with open_clip(value, name=name) as clip:
+        return clip.read()
 
 
 def read_mask(name: str, value: Any) -> np.ndarray:
-    """A mask, uint8 [F, H, W], 255 is white: a file, an array or tensor (bool, or uint8 from 0 to 255) [F, H, W] or
-    [H, W], with RGB behind it or not, a Pillow image, or a list of such pictures. F is 1 for a picture.
+    """Reads a mask, uint8 [F, H, W], 255 is white; F is 1 for a picture.
 
-    Of colours the first channel counts, as in diffusers. Raises as `read_picture` does.
+    value: a file, an array or tensor (bool, or uint8 from 0 to 255) [F, H, W] or [H, W], optionally with a last
+    dimension of RGB, a Pillow image, or a list of such pictures. Only the first channel counts, as in diffusers.
+    Raises as `read_picture` does.
     """
     if isinstance(value, list | tuple):
         return _stack_masks(name, [read_mask(f"{name}[{i}]", one)[0] for i, one in enumerate(value)])
     array = read_clip(name, value) if isinstance(value, str | os.PathLike) else _as_array(value)
-    kind, shape = array.dtype, list(array.shape)
+    dtype, shape = array.dtype, list(array.shape)
     if array.ndim > 2 and array.shape[-1] in (1, 3):
         array = array[..., 0]
     array = array[None] if array.ndim == 2 else array
-    if array.ndim != 3 or kind not in (np.uint8, np.bool_) or 0 in array.shape:
-        raise InvalidRequest(f"{name} is {kind} {shape}; it must be bool, or uint8 0 and 255, [F, H, W] or [H, W]")
-    if kind == np.bool_:
+    if array.ndim != 3 or dtype not in (np.uint8, np.bool_) or 0 in array.shape:
+        raise InvalidRequest(f"{name} is {dtype} {shape}; it must be bool, or uint8 0 and 255, [F, H, W] or [H, W]")
+    if dtype == np.bool_:
         return array.astype(np.uint8) * 255
     if array.max() == 1:
         raise InvalidRequest(f"{name} holds 0 and 1 as uint8, where white is 255; give it as bool, or times 255")
@@ -241,8 +241,8 @@ def read_mask(name: str, value: Any) -> np.ndarray:
 
 
 def _as_array(value: Any) -> np.ndarray:
-    """A copy: what the caller does to it later is not seen, and torch wants memory that can be written to."""
-    if hasattr(value, "convert"):  # Pillow's
+    """A copy: later changes by the caller have no effect, and torch requires writable memory."""
+    if hasattr(value, "convert"):  # a Pillow image
         value = value.convert("RGB")
     return np.array(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
 
@@ -255,17 +255,17 @@ def _stack_masks(name: str, pictures: list[np.ndarray]) -> np.ndarray:
 
 
 def _read_control(request: Request) -> dict[str, Any]:
-    """What `generate` takes for a control branch, as arrays: video uint8 [F, H, W, 3], mask uint8 [F or 1, H, W],
-    reference_images; and num_frames, that of the video if nothing else is said. Raises as `read_clip` does."""
-    found: dict[str, Any] = {}
+    """The control branch's inputs of `generate` as arrays: video uint8 [F, H, W, 3], mask uint8 [F or 1, H, W],
+    reference_images; and the video's num_frames if the request has no length. Raises as `read_clip` does."""
+    values: dict[str, Any] = {}
     if request.video is not None:
-        found["video"] = read_clip("video", request.video)
+        values["video"] = read_clip("video", request.video)
         if request.num_frames is None and request.seconds is None:
-            check_frames(len(found["video"]), "video")
-            found["num_frames"] = len(found["video"])
+            check_frames(len(values["video"]), "video")
+            values["num_frames"] = len(values["video"])
     if request.mask is not None:
-        found["mask"] = read_mask("mask", request.mask)
+        values["mask"] = read_mask("mask", request.mask)
     if request.reference_images is not None:
         pictures = enumerate(request.reference_images)
-        found["reference_images"] = tuple(read_picture(f"reference_images[{i}]", value) for i, value in pictures)
-    return found
+        values["reference_images"] = tuple(read_picture(f"reference_images[{i}]", value) for i, value in pictures)
+    return values

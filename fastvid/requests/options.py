@@ -1,7 +1,7 @@
 """The options of every verb with their types, for editors and type checkers (PEP 692).
 
-`fastvid.requests.arguments` has the same names with their checks, their help and their flags. None means that an
-option is left out. Pictures are files, arrays or Pillow images; clips also videos and sequences of pictures.
+`fastvid.requests.arguments` has their checks, help texts and flags. None is the same as leaving an option out. A
+picture is a file, an array or a Pillow image; a clip may also be a Video or a sequence of pictures.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Direction = Literal["after", "before", "both"]
 
 
 class SamplingOptions(TypedDict, total=False):
-    """What every verb takes."""
+    """Options of every verb."""
 
     negative_prompt: str | None
     seed: int | None
@@ -53,7 +53,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class PromptOptions(TypedDict, total=False):
-    """Who writes a prompt out."""
+    """Prompt expansion."""
 
     expand_prompt: bool | None
     prompt_endpoint: str | None
@@ -72,7 +72,7 @@ class SizeOptions(TypedDict, total=False):
 
 
 class LengthOptions(TypedDict, total=False):
-    """How much is made."""
+    """The number of new frames."""
 
     num_frames: int | None
     seconds: float | None
@@ -130,14 +130,14 @@ class StoryboardOptions(SamplingOptions, SizeOptions, total=False):
 
 
 class AnyOptions(GenerateOptions, ExtendOptions, EditOptions, total=False):
-    """Of any verb, for `stream` and `plan`: clips and shots are options there."""
+    """Options of any verb, for `stream` and `plan`, where clips and shots are options too."""
 
     video_2: Clip | None
     shots: Shots | None
 
 
 class GivenAgain(TypedDict, total=False):
-    """Of `resume`: what a checkpoint does not hold."""
+    """Inputs that a checkpoint does not hold, for `resume`."""
 
     image: Picture | None
     last_image: Picture | None

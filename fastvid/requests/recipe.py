@@ -1,6 +1,6 @@
-"""Recipes: what a video was made with, as JSON that a file can hold, and the arguments that make it again.
+"""Recipes: JSON that records how a video was made, stored in its file, and the arguments that reproduce it.
 
-Pictures, clips and tensors are recorded by their shape and sha256 (a print): whoever makes the video again gives them
+Pictures, clips and tensors are recorded as fingerprints (shape and sha256); to reproduce the video they must be passed
 again.
 """
 
@@ -15,11 +15,10 @@ from fastvid.errors import InvalidRequest
 from fastvid.requests.arguments import VERBS
 
 CONTEXT = ("fastvid", "verb", "model", "settings", "full_size")
-"""Entries of a recipe that are not arguments: version, verb, model as loaded, dtype and back ends, and for a draft the
-size that finalize brings it to."""
+"""Entries of a recipe that are not arguments: version, verb, model, load settings, and a draft's full size."""
 
 SAMPLED = 5
-"""Frames of a clip that a recipe knows it by."""
+"""How many frames of a clip are hashed for its fingerprint."""
 
 DISPLACED = {
     "seconds": ("num_frames",),
@@ -35,11 +34,11 @@ DISPLACED = {
     "negative_prompt": ("negative_prompt_embeds",),
     "negative_prompt_embeds": ("negative_prompt",),
 }
-"""What an argument that is given beside a recipe replaces in it."""
+"""The recipe entries that an override drops, since they contradict it."""
 
 
 def arguments_of(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The verb and the arguments of a recipe, with what is given beside it changed; see `Request.from_recipe`."""
+    """The verb and the arguments of a recipe, with overrides applied; see `Request.from_recipe`."""
     if not isinstance(recipe, Mapping) or "fastvid" not in recipe:
         raise InvalidRequest("this is not a fastvid recipe: it has no 'fastvid' entry")
     verb = recipe.get("verb", "generate")
@@ -49,20 +48,20 @@ def arguments_of(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> tup
         raise InvalidRequest(
             "this video's prompt was changed while it was made, which a recipe cannot repeat; make a storyboard"
         )
-    given = {name: value for name, value in overrides.items() if value is not None}
-    left_out = {*CONTEXT, *given, *(name for one in given for name in DISPLACED.get(one, ()))}
-    kept = {name: value for name, value in {**recipe, **_full_size(recipe)}.items() if name not in left_out}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    left_out = {*CONTEXT, *overrides, *(name for override in overrides for name in DISPLACED.get(override, ()))}
+    kept = {name: value for name, value in {**recipe, **_draft_arguments(recipe)}.items() if name not in left_out}
     for name, value in kept.items():
         if prints := prints_of(value):
             what = " and ".join(f"of shape {one.get('shape')} (sha256 {one['sha256']})" for one in prints)
             raise InvalidRequest(
                 f"this recipe was made with {name}= {what}, which a file does not hold; give {name}= again"
             )
-    return verb, kept | given
+    return verb, kept | overrides
 
 
-def _full_size(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A draft is asked for by what it is a draft of."""
+def _draft_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A draft's size arguments: its full size, and draft=True. Empty for other recipes."""
     full = recipe.get("full_size")
     if not isinstance(full, list | tuple) or len(full) != 2:
         return {}
@@ -70,26 +69,26 @@ def _full_size(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prints_of(value: Any) -> list[dict[str, Any]]:
-    """The prints that a recipe has in place of a tensor, a clip, or several of them."""
-    ones = value if isinstance(value, list) else [value]
+    """The fingerprints in a recipe entry: of a tensor, a clip, or several of them."""
+    entries = value if isinstance(value, list) else [value]
     if isinstance(value, dict) and "sha256" not in value:
-        ones = list(value.values())  # keyframes
-    return [one for one in ones if isinstance(one, dict) and "sha256" in one]
+        entries = list(value.values())  # keyframes
+    return [entry for entry in entries if isinstance(entry, dict) and "sha256" in entry]
 
 
 def recordable(value: Any) -> Any:
-    """A value as a recipe holds it: JSON types, and of arrays and clips a print."""
+    """A value as a recipe records it: JSON types, and fingerprints of arrays and clips."""
     if isinstance(value, dict):
         return {str(frame): recordable(one) for frame, one in sorted(value.items())}
     if hasattr(value, "num_frames"):
-        return _print_of_clip(value)
+        return _clip_fingerprint(value)
     if isinstance(value, tuple):
         return [recordable(one) for one in value]
     return fingerprint(value) if hasattr(value, "shape") else value
 
 
-def _print_of_clip(clip: Any) -> dict[str, Any]:
-    """What a clip is known by: its size, and the sha256 of a few of its frames, since it may be long."""
+def _clip_fingerprint(clip: Any) -> dict[str, Any]:
+    """A clip's size and the sha256 of SAMPLED of its frames, since it may be long."""
     digest, count = hashlib.sha256(), clip.num_frames
     for frame in sorted({round(i * (count - 1) / (SAMPLED - 1)) for i in range(SAMPLED)}):
         digest.update(clip.read(frame, frame + 1).tobytes())
@@ -98,9 +97,9 @@ def _print_of_clip(clip: Any) -> dict[str, Any]:
 
 
 def fingerprint(value: Any) -> dict[str, Any]:
-    """Shape, type and sha256 of a tensor's values as little-endian float64 in C order (exact for every float type)."""
+    """Shape, dtype and sha256 of a tensor's values as little-endian float64 in C order (exact for every float type)."""
     digest = hashlib.sha256()
-    for part in value if len(value.shape) > 1 else [value]:  # a clip in float64 is large, a frame is not
+    for part in value if len(value.shape) > 1 else [value]:  # in parts, since float64 copies are large
         host = part.detach().cpu().double().contiguous().numpy() if hasattr(part, "detach") else part
         digest.update(host.astype("<f8").tobytes())
     return {

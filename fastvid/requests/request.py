@@ -1,8 +1,8 @@
-"""A request: what is asked of a verb, validated whole before anything is allocated or loaded.
+"""Requests: the validated arguments of one call of a verb, before anything is allocated or loaded.
 
-`Request.make(verb, **arguments)` checks everything that can be known without the model. `request.resolve(preset)` fills
-in what was not given and counts frames and sizes. `resolved.to_recipe()` and `Request.from_recipe()` carry a request
-through a file.
+`Request.make(verb, **arguments)` checks everything that does not depend on the model. `request.resolve(preset)` fills
+in defaults and computes frame counts and sizes. `resolved.to_recipe()` and `Request.from_recipe()` save a request to
+JSON and read it back.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from fastvid.requests.arguments import ALIASES, ARGUMENTS, CHECKPOINT, CLIPS, RU
 
 SIZE = ("height", "width", "aspect", "budget")
 PROMPT_OF_CLIP = ("extend", "loop", "blend", "finalize")
-"""Verbs whose prompt, where none is given, is that which the clip was made with."""
+"""Verbs whose prompt defaults to the one in the clip's recipe."""
 DRAFT_SIDE, DRAFT_STEPS = 0.5, 0.4
-"""Of a draft's sides and steps, against what it is a draft of."""
+"""A draft's sides and number of steps, relative to the full video's."""
 
 EXCLUSIVE = (
     ("num_frames", "seconds"),
@@ -35,20 +35,20 @@ EXCLUSIVE = (
     ("prompt", "prompt_embeds"),
     ("negative_prompt", "negative_prompt_embeds"),
 )
-"""Arguments of which only one may be given."""
+"""Pairs of arguments that exclude each other."""
 
 
 def _data() -> Any:
-    """A field of pictures, clips or tensors, which neither compare nor print."""
+    """A field for pictures, clips or tensors, left out of comparisons and repr."""
     return field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call of a verb, as it was given. None means: as the model's preset says.
+    """The arguments of one call of a verb. None means the model preset's default.
 
-    Make it with `Request.make`, which checks; the constructor does not. Sides in pixels, fps in frames a second;
-    num_frames and seconds count what is made (in extend, loop and blend: beside the clips).
+    Create it with `Request.make`, which validates; the constructor does not. Sides are in pixels, fps in frames per
+    second. num_frames and seconds count generated frames (in extend, loop and blend: without the clips).
     """
 
     verb: str = "generate"
@@ -97,59 +97,62 @@ class Request:
 
     @classmethod
     def make(cls, verb: str = "generate", **arguments: Any) -> Request:
-        """Check and convert. Raises InvalidRequest, which says what is allowed and what is nearest."""
+        """Validates and converts the arguments. Raises InvalidRequest, which names what is allowed and the nearest
+        valid value."""
         if verb not in VERBS:
             near = nearest_name(str(verb), tuple(VERBS))
             raise InvalidRequest(f"there is no verb {shown(verb)}; the nearest is {near}")
         for name, value in arguments.items():
             _check_name(verb, name, value)
-        given = _split_size({name: value for name, value in arguments.items() if value is not None})
-        request = cls(verb=verb, **{name: ARGUMENTS[name].check(name, value) for name, value in given.items()})
+        values = _split_size({name: value for name, value in arguments.items() if value is not None})
+        request = cls(verb=verb, **{name: ARGUMENTS[name].check(name, value) for name, value in values.items()})
         _check_together(request)
         return request
 
     def arguments(self) -> dict[str, Any]:
-        """What was given, as keywords for the pipeline's verb and `Request.make`."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "verb"}
-        return {name: value for name, value in given.items() if value is not None}
+        """The arguments that are set, as keywords for the pipeline's verb and `Request.make`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "verb"}
+        return {name: value for name, value in values.items() if value is not None}
 
     def video_arguments(self) -> dict[str, Any]:
-        """The arguments that say what the video is: without how prompts are expanded and checkpoints kept."""
+        """The arguments that describe the video: all but those about prompt expansion and checkpoints."""
         return {name: value for name, value in self.arguments().items() if name not in RUN}
 
     def checkpoint_options(self) -> dict[str, Any]:
-        """What was said about checkpoints."""
+        """The arguments about checkpoints."""
         return {name: value for name, value in self.arguments().items() if name in CHECKPOINT}
 
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any], **overrides: Any) -> Request:
-        """The request that a recipe (see `Resolved.to_recipe`) was written for, with what is given beside it changed.
+        """The request that a recipe (see `Resolved.to_recipe`) records, with overrides applied.
 
-        An override also drops what contradicts it: `seconds` the recipe's num_frames, `size` its sides, and so on.
-        Raises InvalidRequest for a recipe of another program, or one that needs tensors it cannot hold.
+        An override also drops the entries that contradict it: `seconds` drops num_frames, `size` drops width and
+        height, and so on. Raises InvalidRequest for a recipe of another program, and for one with pictures, clips or
+        tensors that are not among the overrides.
         """
         verb, arguments = recipes.arguments_of(recipe, overrides)
         return cls.make(verb, **arguments)
 
-    # ------------------------------------------------------------ what was not given
+    # ------------------------------------------------------------ defaults
 
     def resolve(self, preset: Any) -> Resolved:
-        """Fill in what was not given and count. Raises InvalidRequest where the whole breaks a limit.
+        """Fills in the preset's defaults and computes sizes and counts. Raises InvalidRequest if the result exceeds a
+        limit.
 
         preset: the model's. It has num_inference_steps, flow_shift, guidance_scale, fps, num_frames, height, width,
         negative_prompt, solver, spatial_multiple and temporal, and may have guidance_scale_2 (models with two experts),
-        known_guidance_scale, sigmas (models with few steps) and edit_strength.
+        known_guidance_scale, sigmas (few-step models) and edit_strength.
         """
         fps = float(self.fps if self.fps is not None else preset.fps)
         num_frames = self._count_frames(fps, preset.num_frames)
         full = self._full_size(preset, num_frames)
         width, height = self._draft_size(full, preset.spatial_multiple) if self.draft else full
         check_size(width, height, num_frames)
-        counted = {"width": width, "height": height, "num_frames": num_frames, "fps": fps, "verb": self.verb}
-        own = {f.name for f in fields(Request)}
-        filled = {f.name: self._or_preset(f.name, preset) for f in fields(Resolved) if f.name in own}
+        computed = {"width": width, "height": height, "num_frames": num_frames, "fps": fps, "verb": self.verb}
+        names = {f.name for f in fields(Request)}
+        filled = {f.name: self._or_preset(f.name, preset) for f in fields(Resolved) if f.name in names}
         return Resolved(
-            **{**filled, **counted, **self._sampling(preset)},
+            **{**filled, **computed, **self._sampling(preset)},
             full_size=full if self.draft else None,
             model_width=round_up(width, preset.spatial_multiple),
             model_height=round_up(height, preset.spatial_multiple),
@@ -157,40 +160,40 @@ class Request:
         )
 
     def _or_preset(self, name: str, preset: Any) -> Any:
-        given = getattr(self, name)
-        return getattr(preset, name, None) if given is None else given
+        value = getattr(self, name)
+        return getattr(preset, name, None) if value is None else value
 
     def _sampling(self, preset: Any) -> dict[str, Any]:
-        """What follows from several arguments together: seed, guidance, noise levels, solver, strength."""
-        found: dict[str, Any] = {"seed": secrets.randbelow(2**32) if self.seed is None else self.seed}
-        found |= self._guidance(preset)
+        """Values that depend on several arguments: seed, guidance, noise levels, solver, strength."""
+        values: dict[str, Any] = {"seed": secrets.randbelow(2**32) if self.seed is None else self.seed}
+        values |= self._guidance(preset)
         sigmas = self._or_preset("sigmas", preset)
         if self.num_inference_steps is not None or self.flow_shift is not None:
-            sigmas = self.sigmas  # a preset's own levels are for its own number of steps
-        found["sigmas"] = sigmas
+            sigmas = self.sigmas  # the preset's noise levels are for its own number of steps
+        values["sigmas"] = sigmas
         if sigmas is not None:
-            found["num_inference_steps"] = len(sigmas)
+            values["num_inference_steps"] = len(sigmas)
         elif self.draft and self.num_inference_steps is None:
-            found["num_inference_steps"] = max(1, round(preset.num_inference_steps * DRAFT_STEPS))
+            values["num_inference_steps"] = max(1, round(preset.num_inference_steps * DRAFT_STEPS))
         if self.source_prompt is not None and self.solver is None:
-            found["solver"] = "euler"  # FlowEdit's path is not one that a multistep solver's history is of
+            values["solver"] = "euler"  # FlowEdit does not follow one ODE, as multistep solvers assume
         if self.verb in STRENGTH and self.strength is None:
-            of_preset = self.verb == "edit" and self.source_prompt is None
-            own = getattr(preset, "edit_strength", None) if of_preset else None
-            found["strength"] = STRENGTH[self.verb] if own is None else own
-        return found
+            use_preset = self.verb == "edit" and self.source_prompt is None
+            strength = getattr(preset, "edit_strength", None) if use_preset else None
+            values["strength"] = STRENGTH[self.verb] if strength is None else strength
+        return values
 
     def _guidance(self, preset: Any) -> dict[str, float | None]:
-        """A scale that was given also counts where a scale of its own was not: the preset's belong together."""
+        """Guidance scales. guidance_scale also replaces the preset's other scales, which are tuned to go together."""
         two_experts = getattr(preset, "guidance_scale_2", None) is not None
         if self.guidance_scale_2 is not None and not two_experts:
             raise InvalidRequest(f"guidance_scale_2={self.guidance_scale_2:g}: this model has one expert; leave it out")
         if self.guidance_scale is None:
             return {}
-        found: dict[str, float | None] = {"known_guidance_scale": self.known_guidance_scale}
+        scales: dict[str, float | None] = {"known_guidance_scale": self.known_guidance_scale}
         if two_experts and self.guidance_scale_2 is None:
-            found["guidance_scale_2"] = self.guidance_scale
-        return found
+            scales["guidance_scale_2"] = self.guidance_scale
+        return scales
 
     def _count_frames(self, fps: float, default: int) -> int:
         if self.verb == "image":
@@ -204,7 +207,7 @@ class Request:
             check_frames(count, f"seconds={self.seconds:g} at {fps:g} fps")
             return count
         if self.num_frames is None and self.verb in ("extend", "loop", "blend"):
-            return max(1, round(fps))  # a second
+            return max(1, round(fps))  # one second
         return default if self.num_frames is None else self.num_frames
 
     def _draft_size(self, full: tuple[int, int], multiple: int) -> tuple[int, int]:
@@ -220,14 +223,14 @@ class Request:
 
 
 DATA = tuple(f.name for f in fields(Request) if not f.compare)
-"""Arguments that are pictures, clips and tensors: a recipe holds their prints alone."""
+"""Arguments that are pictures, clips or tensors; recipes record only their fingerprints."""
 
 
-# ---------------------------------------------------------------- checks of the whole
+# ---------------------------------------------------------------- checks across arguments
 
 
 def _check_name(verb: str, name: str, value: Any) -> None:
-    """Whether there is such an argument, and whether the verb takes it."""
+    """Raises InvalidRequest if there is no such argument, or the verb does not take it."""
     if name not in ARGUMENTS:
         near = nearest_name(name, (*VERBS[verb], *ALIASES))
         raise InvalidRequest(f"there is no argument {shown(name)}; the nearest is {ALIASES.get(near, near)}")
@@ -236,19 +239,19 @@ def _check_name(verb: str, name: str, value: Any) -> None:
         raise InvalidRequest(f"{name}: {verb} does not take it ({others} does); leave it out")
 
 
-def _split_size(given: dict[str, Any]) -> dict[str, Any]:
-    """size as width and height."""
-    if "size" not in given:
-        return given
-    clash = [name for name in ("width", "height", "aspect", "budget") if name in given]
+def _split_size(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with `size` replaced by width and height."""
+    if "size" not in arguments:
+        return arguments
+    clash = [name for name in ("width", "height", "aspect", "budget") if name in arguments]
     if clash:
         raise InvalidRequest(f"size and {clash[0]} are both given; give one of them")
-    width, height = checks.size("size", given["size"])
-    return {name: value for name, value in given.items() if name != "size"} | {"width": width, "height": height}
+    width, height = checks.size("size", arguments["size"])
+    return {name: value for name, value in arguments.items() if name != "size"} | {"width": width, "height": height}
 
 
 def _check_together(request: Request) -> None:
-    """What single values cannot show: arguments that contradict each other, and the whole's size."""
+    """Checks that involve several arguments: contradictions, missing ones, the video's total size."""
     for one, other in EXCLUSIVE:
         if getattr(request, one) is not None and getattr(request, other) is not None:
             raise InvalidRequest(f"{one} and {other} are both given; give one of them")
@@ -267,13 +270,14 @@ def _check_together(request: Request) -> None:
 
 
 def _check_run(request: Request) -> None:
-    """Options of a run that mean nothing alone."""
-    given = request.arguments()
-    if request.checkpoint is None and (alone := [name for name in CHECKPOINT if name in given]):
+    """Options that need another one: checkpoint options without `checkpoint`, expansion options without
+    `expand_prompt`."""
+    arguments = request.arguments()
+    if request.checkpoint is None and (alone := [name for name in CHECKPOINT if name in arguments]):
         raise InvalidRequest(f"{alone[0]} says how checkpoints are written; give checkpoint= too")
     if not request.expand_prompt:
         for name in ("prompt_endpoint", "prompt_model", "prompt_key"):
-            if name in given:
+            if name in arguments:
                 raise InvalidRequest(f"{name} is given without expand_prompt; give both or none")
 
 
@@ -287,13 +291,13 @@ def _check_counts(request: Request) -> None:
         check_size(request.width, request.height, request.num_frames)
 
 
-# ---------------------------------------------------------------- with nothing left open
+# ---------------------------------------------------------------- with defaults filled in
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A request with nothing left open. The model makes model_frames of model_width x model_height, of which the
-    first num_frames and the top left width x height come out."""
+    """A request with all defaults filled in. The model generates model_frames frames of model_width x model_height; the
+    output is cropped to the first num_frames and the top left width x height."""
 
     prompt: str | None
     original_prompt: str | None
@@ -333,7 +337,7 @@ class Resolved:
     model_frames: int
 
     def guidance_scales(self, experts: int, known: bool = False) -> tuple[float, ...]:
-        """The scale of each of so many experts, high noise first. known: where frames are, or a clip is edited."""
+        """The guidance scale of each expert, high noise first. known: for windows with known frames, and edits."""
         if known and self.known_guidance_scale is not None:
             return (self.known_guidance_scale,) * experts
         if experts == 1 or self.guidance_scale_2 is None:
@@ -341,43 +345,43 @@ class Resolved:
         return self.guidance_scale, float(self.guidance_scale_2)
 
     def guided(self, experts: int) -> bool:
-        """Whether the negative prompt has a say anywhere."""
+        """Whether any guidance scale uses the negative prompt."""
         return any(scale != 1 for known in (False, True) for scale in self.guidance_scales(experts, known))
 
     @property
     def prompts(self) -> tuple[str | None, ...]:
-        """The prompt, or those of all shots."""
+        """The prompt, or all shots' prompts."""
         return tuple(prompt for prompt, _ in self.shots) if self.shots else (self.prompt,)
 
     @property
     def known_pictures(self) -> dict[int, Any]:
-        """The pictures by the number of their frame."""
-        placed = {0: self.image, self.num_frames - 1: self.last_image, **(self.keyframes or {})}
-        return {frame: picture for frame, picture in placed.items() if picture is not None}
+        """The first, last and keyframe pictures, by frame number."""
+        pictures = {0: self.image, self.num_frames - 1: self.last_image, **(self.keyframes or {})}
+        return {frame: picture for frame, picture in pictures.items() if picture is not None}
 
     def to_recipe(self, *, model: str = "", version: str = "", **settings: Any) -> dict[str, Any]:
-        """Everything needed to make the video again, as JSON types. Tensors are recorded by shape and sha256.
+        """Everything needed to reproduce the video, as JSON types. Tensors are recorded by shape and sha256.
 
-        `model` is what `fastvid.load` was given; `settings` what else decides the bytes (dtype, backend, ...).
+        model: the argument of `fastvid.load`. settings: what else determines the bytes (dtype, backend, ...).
         """
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_RECORDED}
         if self.sigmas is not None:
             values |= {"num_inference_steps": None, "flow_shift": None, "sigmas": list(self.sigmas)}
-        values |= dict.fromkeys(_FOLLOWING.get(self.verb, ("num_frames",)))
+        values |= dict.fromkeys(_DERIVED.get(self.verb, ("num_frames",)))
         values |= {"fps": None} if "fps" not in VERBS[self.verb] else {}
-        if hasattr(self.video, "mask"):  # that of what is around a clip follows from the size
+        if hasattr(self.video, "mask"):  # an outpainting mask follows from the size
             values["mask"] = None
         recipe: dict[str, Any] = {"fastvid": version, "verb": self.verb, "model": model, "settings": settings}
         return recipe | {name: recipes.recordable(value) for name, value in values.items() if value is not None}
 
 
 _NOT_RECORDED = ("model_height", "model_width", "model_frames", "verb")
-_FOLLOWING: Mapping[str, tuple[str, ...]] = {"generate": ()} | dict.fromkeys(
+_DERIVED: Mapping[str, tuple[str, ...]] = {"generate": ()} | dict.fromkeys(
     ("extend", "loop", "blend"), ("width", "height", "fps")
 )
-"""What is not recorded because it follows: from the clip, from the shots, or since there is one frame."""
+"""Arguments that are not recorded, by verb, because they follow from the clip, the shots or the verb."""
 
 
 def default_request(preset: Any) -> Resolved:
-    """What a model makes of a prompt alone."""
+    """The request for a preset's default video."""
     return Request(prompt="").resolve(preset)

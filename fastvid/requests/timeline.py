@@ -1,11 +1,12 @@
-"""A video as its frames, in the order in which they come out: those that are kept as they are, and segments, which the
-model makes. All verbs are ways to lay out a timeline; none has a loop of its own.
+"""Timelines: a video as a sequence of parts in output order. Kept parts are copied from a clip; segments are generated.
+Every verb lays out a timeline; all share one denoising loop.
 
-A segment is one stream of the causal VAE: its first latent, the head, is one frame, every later one, the body, is
-`temporal` frames. The model makes whole latents at sizes that it can take, with known frames of what stands before and
-after; those, and the tail and the edges that were not asked for, are cropped.
+A segment is one stream of the causal VAE: its first latent frame decodes to one frame, every later one to `temporal`
+frames. The model generates whole latent frames, at sizes that it supports, with known frames at the left and right
+end as context. The known frames, surplus frames and the padding at the right and bottom edge are cropped from the
+output.
 
-    | left: known | skip ... num_frames come out ... | right: known |      in frames of the stream
+    | left: known | output: num_frames, from frame `skip` on | over: surplus | right: known |      frames of the stream
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rules:
-    """What a model can make, in latent frames (columns) where nothing else is said.
+    """What a model can generate. Lengths are in latent frames (columns) unless stated otherwise.
 
-    multiple: of sides, in pixels. window: columns at once. overlap: of one window with the next. context: how many
-    columns of a clip it is shown. block: columns are made in multiples of it, past those that are known;
-    picture_in_block: a first picture is one of these. carries: what one window has made goes on as latents into the
-    next; else it is decoded and encoded again. pixels: what is known reaches the model by frames (channels, control)
-    instead of by latents.
+    multiple: sides are multiples of it, in pixels. window: columns per window. overlap: columns shared by neighboring
+    windows. context: columns of a neighboring clip or segment that the model sees. block: columns after the known ones
+    are generated in multiples of it. picture_in_block: whether a first picture counts as part of a block. carries:
+    whether latents are carried from one window to the next; otherwise a new segment starts from the decoded frames.
+    pixels: whether known frames reach the model as pixels (channels, control) instead of latents.
     """
 
     spatial: int = 8
@@ -43,7 +44,8 @@ class Rules:
 
 @dataclass(frozen=True)
 class Edge:
-    """Known frames beside a segment: of a clip, from `start` on, or the nearest ones of another segment's output."""
+    """The source of known frames next to a segment: a clip, before or from frame `start` on, or another segment's
+    output."""
 
     clip: Any = None
     start: int = 0
@@ -52,7 +54,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class Kept:
-    """Frames of a clip that come out as they are."""
+    """Frames start to stop - 1 of a clip, output unchanged."""
 
     clip: Any
     start: int
@@ -65,20 +67,21 @@ class Kept:
 
 @dataclass(frozen=True)
 class Segment:
-    """Frames that the model makes as one stream. Pixels: num_frames x height x width come out; made: the stream's.
+    """Frames that the model generates as one stream.
 
-    left, right: known frames at its ends; skip: the stream's frame that comes out first. before, after: where the known
-    ones are. pictures: known frames by number among those that come out. source: a clip to start from, its frames from
-    source_start on. prompts: (frame that comes out, prompt) from where on which is meant. origin: the absolute index of
-    its first column. lead: columns that are made in front of all and dropped.
+    num_frames, height, width: the output. model_frames, model_height, model_width: the stream before cropping. left,
+    right: number of known frames at its ends; before, after: their sources. skip: the stream's first output frame.
+    pictures: known frames by output frame number. source: a clip to edit, from its frame source_start on. prompts:
+    (output frame, number of the prompt from there on). origin: index of its first column in the noise stream. lead:
+    extra columns generated in front and dropped (for reference pictures).
     """
 
     num_frames: int
     height: int
     width: int
-    made_frames: int
-    made_height: int
-    made_width: int
+    model_frames: int
+    model_height: int
+    model_width: int
     spatial: int = 8
     temporal: int = 4
     left: int = 0
@@ -95,13 +98,13 @@ class Segment:
 
     @property
     def columns(self) -> int:
-        """Latent frames: the columns of the noise table."""
-        return self.lead + (self.made_frames - 1) // self.temporal + 1
+        """The number of latent frames, which are the columns of the noise table."""
+        return self.lead + (self.model_frames - 1) // self.temporal + 1
 
     @property
     def over(self) -> int:
-        """Frames that are made past those that come out, before the known ones on the right."""
-        return self.made_frames - self.right - self.skip - self.num_frames
+        """Surplus frames between the output and the known frames on the right."""
+        return self.model_frames - self.right - self.skip - self.num_frames
 
     @property
     def left_columns(self) -> int:
@@ -110,24 +113,24 @@ class Segment:
 
     @property
     def right_columns(self) -> int:
-        """Columns of the known frames on the right that are known whole."""
+        """Fully known columns on the right."""
         return self.right // self.temporal
 
     def latent_shape(self, channels: int) -> tuple[int, int, int, int]:
         """(C, T, h, w) of the latents."""
-        return channels, self.columns, self.made_height // self.spatial, self.made_width // self.spatial
+        return channels, self.columns, self.model_height // self.spatial, self.model_width // self.spatial
 
     def column_of(self, frame: int) -> int:
         """The column that holds a frame of the stream."""
         return self.lead + (frame + self.temporal - 1) // self.temporal
 
     def turn_column(self, frame: int) -> int:
-        """The column from which on something is meant that begins with a frame that comes out: the nearest one."""
+        """The column at which a prompt starts that is meant to start at this output frame: the nearest one."""
         nearest = self.column_of(self.skip + frame + self.temporal // 2)
         return min(nearest, self.column_of(self.skip + self.num_frames - 1))
 
     def crop(self, frames: Tensor) -> Tensor:
-        """Frames [n, H, W, 3] of the stream without the edges that do not come out."""
+        """Frames [n, H, W, 3] of the stream, cropped to the output size."""
         return frames[:, : self.height, : self.width]
 
 
@@ -136,7 +139,7 @@ Part = Kept | Segment
 
 @dataclass(frozen=True)
 class Timeline:
-    """The parts of a video in the order in which they come out, all of one size."""
+    """The parts of a video in output order, all of one size."""
 
     parts: tuple[Part, ...]
 
@@ -149,12 +152,12 @@ class Timeline:
         return tuple(part for part in self.parts if isinstance(part, Segment))
 
     def starts(self) -> list[int]:
-        """The frame at which each part begins."""
+        """The number of each part's first frame."""
         counts = [part.num_frames for part in self.parts]
         return [sum(counts[:i]) for i in range(len(counts))]
 
     def order(self) -> list[int]:
-        """The parts' numbers in the order in which they can be made: each after those that it is shown."""
+        """The parts' numbers in an order in which they can be generated: each after the parts it depends on."""
         done: list[int] = []
         waiting = list(range(len(self.parts)))
         while waiting:
@@ -171,18 +174,18 @@ def _needs(part: Part) -> set[int]:
     return {edge.segment for edge in edges if edge is not None and edge.segment is not None}
 
 
-# ---------------------------------------------------------------- one stretch of frames to make
+# ---------------------------------------------------------------- splitting a stretch into segments
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Frames to make, however many; `lay` parts them into segments that the model can make."""
+    """Any number of consecutive frames to generate; `lay` splits them into segments that the model can generate."""
 
     num_frames: int
     height: int
     width: int
     before: Edge | None = None
-    before_frames: int = 0  # how many there are
+    before_frames: int = 0  # how many are available
     after: Edge | None = None
     after_frames: int = 0
     pictures: Mapping[int, Any] = field(default_factory=dict)
@@ -192,10 +195,12 @@ class Stretch:
 
 
 def lay(stretch: Stretch, rules: Rules, number: int = 0, origin: int = 0) -> list[Segment]:
-    """The segments of a stretch, in the order in which they come out; the first will be part `number` of the timeline.
+    """The segments of a stretch in output order. number: the first segment's number among the timeline's parts. origin:
+    index of its first column in the noise stream.
 
-    One is enough where it fits the model's window, or where windows carry latents on: from left to right alone, so what
-    leads up to a clip is made from right to left in several. origin: its first column's index.
+    One segment is enough if it fits the model's window, or if the model carries latents from window to window. Latents
+    are carried only from left to right, so frames that lead up to a clip are several segments, generated from right to
+    left.
     """
     whole, backward = _segment(stretch, rules, origin), stretch.before is None and stretch.after is not None
     least = whole.left_columns + whole.right_columns + 1
@@ -206,11 +211,11 @@ def lay(stretch: Stretch, rules: Rules, number: int = 0, origin: int = 0) -> lis
 
 
 def _forward(stretch: Stretch, rules: Rules) -> list[int]:
-    """Frame counts of segments from left to right, each as long as the window lets it be."""
+    """Frame counts of segments from left to right, each as long as fits the window."""
     counts, done, known = [], 0, stretch.before is not None
     while done < stretch.num_frames:
         rest, most = stretch.num_frames - done, _most(rules, known, False)
-        if stretch.after is not None:  # the last one sees both sides, and has as much to bring together as it can
+        if stretch.after is not None:  # the last one joins both sides, so it is as long as possible
             last = _most(rules, known or rest > most, True)
             most = _share(rest - last, most, rules.temporal) if rest > last else rest
         turn = min((frame for frame, _ in stretch.prompts if frame > done), default=stretch.num_frames) - done
@@ -220,14 +225,14 @@ def _forward(stretch: Stretch, rules: Rules) -> list[int]:
 
 
 def _share(frames: int, most: int, temporal: int) -> int:
-    """The first of the fewest parts of at most so many frames, about as long as the others: each is shown the one
-    before, of which there should be enough."""
+    """The first length when `frames` are split into as few nearly equal parts of at most `most` frames as possible. No
+    part is very short, since each is context for the next."""
     each = math.ceil(frames / math.ceil(frames / most))
     return min(frames, most, math.ceil(each / temporal) * temporal)
 
 
 def _backward(stretch: Stretch, rules: Rules) -> list[int]:
-    """The same from right to left, for frames before a clip; returned in the order in which they come out."""
+    """Frame counts of segments generated from right to left, for frames before a clip; in output order."""
     counts, rest = [], stretch.num_frames
     while rest > 0:
         counts.append(min(rest, _most(rules, False, True)))
@@ -236,49 +241,50 @@ def _backward(stretch: Stretch, rules: Rules) -> list[int]:
 
 
 def _most(rules: Rules, left: bool, right: bool) -> int:
-    """Frames that one segment can make."""
+    """The most frames that one segment can output. left, right: whether it has known frames there."""
     columns = rules.window - (rules.context if left else 1) - (rules.context if right else 0)
     return max(1, columns) * rules.temporal + (0 if left else 1)
 
 
 def _chain(stretch: Stretch, counts: Sequence[int], rules: Rules, number: int, origin: int) -> list[Segment]:
-    """Segments of these lengths, each shown the end of the one before (or, right to left, the start of the next)."""
+    """Segments of these lengths; each sees the end of the one before (or, right to left, the start of the next)."""
     backward = stretch.before is None and stretch.after is not None
     segments: list[Segment] = []
     start = 0
     for i, count in enumerate(counts):
         first, last = i == 0, i == len(counts) - 1
-        before, had = stretch.before if first else None, stretch.before_frames
-        after, have = stretch.after if last else None, stretch.after_frames
+        before, before_frames = stretch.before if first else None, stretch.before_frames
+        after, after_frames = stretch.after if last else None, stretch.after_frames
         if not first and not backward:
-            before, had = Edge(segment=number + i - 1), counts[i - 1]
+            before, before_frames = Edge(segment=number + i - 1), counts[i - 1]
         if not last and backward:
-            after, have = Edge(segment=number + i + 1), counts[i + 1]
+            after, after_frames = Edge(segment=number + i + 1), counts[i + 1]
         part = replace(
             stretch,
             num_frames=count,
             before=before,
-            before_frames=had if before else 0,
+            before_frames=before_frames if before else 0,
             after=after,
-            after_frames=have if after else 0,
+            after_frames=after_frames if after else 0,
             pictures={f - start: p for f, p in stretch.pictures.items() if start <= f < start + count},
-            prompts=_within(stretch.prompts, start, count),
+            prompts=_prompts_within(stretch.prompts, start, count),
             lead=stretch.lead,
         )
-        made = _segment(part, rules, origin)
-        segments.append(replace(made, source_start=start))
-        origin += made.columns - made.left_columns - made.lead
+        segment = _segment(part, rules, origin)
+        segments.append(replace(segment, source_start=start))
+        origin += segment.columns - segment.left_columns - segment.lead
         start += count
     return segments
 
 
-def _within(prompts: Sequence[tuple[int, int]], start: int, count: int) -> tuple[tuple[int, int], ...]:
+def _prompts_within(prompts: Sequence[tuple[int, int]], start: int, count: int) -> tuple[tuple[int, int], ...]:
+    """The prompts of frames start to start + count - 1, with frame numbers counted from `start`."""
     current = [prompt for frame, prompt in prompts if frame <= start][-1]
     return ((0, current), *((frame - start, prompt) for frame, prompt in prompts if start < frame < start + count))
 
 
 def _segment(stretch: Stretch, rules: Rules, origin: int) -> Segment:
-    """One segment for all of a stretch: how many known frames it is shown, and how many it makes."""
+    """One segment for a whole stretch: computes how many known frames it sees, and how many frames it generates."""
     t = rules.temporal
     left = _left(stretch.before_frames, rules) if stretch.before else 0
     has_right = stretch.after is not None
@@ -290,19 +296,19 @@ def _segment(stretch: Stretch, rules: Rules, origin: int) -> Segment:
     right = 0
     after = stretch.after
     if has_right and after is not None:
-        # What is made beyond the bridge stands for the clip's first frames: only those behind it are shown.
+        # Surplus frames after the bridge take the place of the clip's first frames; known frames start after those.
         over = surplus if left else 0
-        shown = min(rules.context * t, max(t, (stretch.after_frames - over) // t * t))
-        right, after = shown, replace(after, start=after.start + over)
-        made += shown
+        right = min(rules.context * t, max(t, (stretch.after_frames - over) // t * t))
+        after = replace(after, start=after.start + over)
+        made += right
     skip = left if left or not has_right else surplus
     return Segment(
         num_frames=stretch.num_frames,
         height=stretch.height,
         width=stretch.width,
-        made_frames=made,
-        made_height=math.ceil(stretch.height / rules.multiple) * rules.multiple,
-        made_width=math.ceil(stretch.width / rules.multiple) * rules.multiple,
+        model_frames=made,
+        model_height=math.ceil(stretch.height / rules.multiple) * rules.multiple,
+        model_width=math.ceil(stretch.width / rules.multiple) * rules.multiple,
         spatial=rules.spatial,
         temporal=t,
         left=left,
@@ -319,7 +325,7 @@ def _segment(stretch: Stretch, rules: Rules, origin: int) -> Segment:
 
 
 def _left(available: int, rules: Rules) -> int:
-    """Known frames on the left: a head and whole bodies, as many as the model is shown."""
+    """The number of known frames on the left: whole latent frames, at most `context`."""
     return 1 + rules.temporal * min(rules.context - 1, (available - 1) // rules.temporal)
 
 
@@ -327,16 +333,16 @@ def _left(available: int, rules: Rules) -> int:
 
 
 def generate(stretch: Stretch, rules: Rules) -> Timeline:
-    """All frames free, but for pictures; also edit and finalize, where they start from a source."""
+    """All frames are generated; also for edit and finalize, which start from a source clip."""
     return Timeline(tuple(lay(stretch, rules)))
 
 
 def extend(clip: Any, num_frames: int, direction: str, stretch: Stretch, rules: Rules) -> Timeline:
-    """The clip, and so many new frames after it, before it, or on both sides."""
+    """The clip with num_frames new frames after it, before it, or on each side ("both")."""
     parts: list[Part] = []
     if direction in ("before", "both"):
         ahead = replace(stretch, num_frames=num_frames, after=Edge(clip), after_frames=clip.num_frames)
-        # Indices below zero: what is made after the clip does not depend on whether something is made before it.
+        # Negative noise indices, so that the frames after the clip do not depend on whether any are added before it.
         columns = sum(s.columns - s.left_columns - s.lead for s in lay(ahead, rules))
         parts += lay(ahead, rules, 0, -columns)
     parts.append(Kept(clip, 0, clip.num_frames))
@@ -349,7 +355,7 @@ def extend(clip: Any, num_frames: int, direction: str, stretch: Stretch, rules: 
 
 
 def loop(clip: Any, num_frames: int, stretch: Stretch, rules: Rules) -> Timeline:
-    """The clip, and a bridge from its end back to its start."""
+    """The clip, then a bridge from its end back to its start."""
     return Timeline((Kept(clip, 0, clip.num_frames), *_bridge(clip, clip, num_frames, stretch, rules)))
 
 
@@ -372,6 +378,6 @@ def _bridge(a: Any, b: Any, num_frames: int, stretch: Stretch, rules: Rules) -> 
 
 
 def window_of(segment: Segment, columns: int) -> Segment:
-    """A segment as long as what is with the model at once, of its length: what memory is taken for."""
+    """A segment shortened to the columns that the model sees at once; memory is planned for this."""
     made = (min(columns, segment.columns) - segment.lead - 1) * segment.temporal + 1
-    return replace(segment, made_frames=made, num_frames=made)
+    return replace(segment, model_frames=made, num_frames=made)

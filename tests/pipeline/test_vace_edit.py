@@ -208,7 +208,7 @@ def test_segments_are_shown_their_part(
     segments = job.timeline.segments
     found = short.plan("a", verb="edit", video=video, **asked, **FAST)
     assert found.segments == len(segments) == len(shown) == (3 if frames == 21 else 2)
-    one = replace(segments[0], num_frames=frames, made_frames=frames + 3)
+    one = replace(segments[0], num_frames=frames, model_frames=frames + 3)
     source = SourceClip(short._model, one, KnownFrames(), job.request.mask)
     whole, masks = conditioning.control_video(job.request, one, KnownFrames(), source)
     for segment, (frames_of, masks_of) in zip(segments, shown, strict=True):

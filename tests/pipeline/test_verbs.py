@@ -187,7 +187,7 @@ def test_a_clip_that_comes_later_is_encoded_as_in_mid_stream(pipe):
     """Its latents are near those that it has in a stream where it is not the first."""
     whole = clip(29)
     known = KnownFrames(right=whole[17:])
-    segment = replace(lay(Stretch(17, 64, 64), Rules())[0], made_frames=29, right=12)
+    segment = replace(lay(Stretch(17, 64, 64), Rules())[0], model_frames=29, right=12)
     ((column, latents),) = conditioning.known_latents(pipe._model, segment, known)
     there = pipe.encode(whole)[:, :, 5:]
     assert column == 5 and latents.shape == there.shape
@@ -229,8 +229,8 @@ def test_every_stretch_is_laid_whole(frames, before, after, window, context, car
     segments = lay(stretch, rules)
     assert sum(s.num_frames for s in segments) == frames
     for segment in segments:
-        rest = segment.made_frames - segment.right - segment.skip - segment.num_frames
-        assert 0 <= rest < 4 and (segment.made_frames - 1) % 4 == 0 and segment.skip >= segment.left
+        rest = segment.model_frames - segment.right - segment.skip - segment.num_frames
+        assert 0 <= rest < 4 and (segment.model_frames - 1) % 4 == 0 and segment.skip >= segment.left
         assert len(segments) == 1 or segment.columns <= rules.window
     assert [s.source_start for s in segments] == list(np.cumsum([0, *(s.num_frames for s in segments)])[:-1])
     timeline.Timeline(tuple(segments)).order()
@@ -245,7 +245,7 @@ def test_the_window_that_joins_has_as_much_to_make_as_it_can(pipe):
     (segment,) = lay_out(read(request).resolve(pipe._model.preset), rules_of(pipe._model)).segments
     found = spans(pipe._model, segment)
     assert found[-1] == (segment.columns - 7, segment.columns) and found[-2][1] == segment.columns - 5
-    short = replace(segment, num_frames=4, made_frames=segment.left + 4 + segment.right)
+    short = replace(segment, num_frames=4, model_frames=segment.left + 4 + segment.right)
     assert spans(pipe._model, short) == [(0, short.columns)]  # what fits is one window
 
 

@@ -215,9 +215,9 @@ def test_every_word_it_knows_is_kept() -> None:
         assert word in prompts.expand_embedded(word).split()
     choices = (prompts.COLOURS, prompts.SHAPES, prompts.MOTIONS, prompts.BACKGROUNDS)
     for choice in choices:
-        assert set(choice.others.values()) <= set(choice.values) and not set(choice.others) & set(words())
+        assert set(choice.synonyms.values()) <= set(choice.values) and not set(choice.synonyms) & set(words())
         assert {word for value in choice.values for word in value.split()} <= set(words())
-    others = [word for choice in choices for word in choice.others]
+    others = [word for choice in choices for word in choice.synonyms]
     assert len(others) == len(set(others)), "a word stands for one thing"
 
 
