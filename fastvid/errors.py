@@ -8,11 +8,11 @@ class Error(Exception):
 
 
 class InvalidRequest(Error, ValueError):
-    """What the caller asked for is not possible; the message names the nearest request that is."""
+    """The request is not possible; the message names the nearest valid value."""
 
 
 class OutOfMemory(Error, MemoryError):
-    """The request does not fit; the message says what does not fit and by how much."""
+    """The request does not fit into memory; the message says what does not fit and by how much."""
 
 
 class Cancelled(Error):
@@ -20,11 +20,11 @@ class Cancelled(Error):
 
 
 class CheckpointError(Error, ValueError):
-    """A model's files, or a request's checkpoint, are missing, broken, or do not hold what they say they do."""
+    """A model's files or a request's checkpoint are missing, damaged or inconsistent."""
 
 
 class BackendUnavailable(Error):
-    """A back end asked for by name cannot run here; the message says why."""
+    """An explicitly requested back end or device cannot run here; the message says why."""
 
 
 class MediaError(Error):
@@ -36,14 +36,14 @@ class PromptError(Error):
 
 
 class PoolFull(Error):
-    """As many jobs wait in a pool as may; the message says how many."""
+    """A pool's queue is full; the message says how many jobs it holds."""
 
 
 class WorkerFailed(Error):
-    """A worker process of a pipeline on several ranks has died or hangs. All its workers are stopped; the next request
-    starts new ones.
+    """A worker process of a pipeline on several ranks has died or hangs. All workers of the pipeline are stopped; the
+    next request starts new ones.
 
-    rank, pid: whose; cause: how it ended.
+    rank, pid: of the failed worker. cause: how it ended.
     """
 
     def __init__(self, rank: int, pid: int, cause: str) -> None:

@@ -39,7 +39,7 @@ def doctor(device: str | None = None) -> dict[str, Any]:
         "extension": _extension,
         "encoders": _encoders,
         "ops": lambda: _ops(device),
-        "environment": lambda: {"set": env.given(), "unknown": env.unknown()},
+        "environment": lambda: {"set": env.all_set(), "unknown": env.unknown()},
     }
     return {name: _guarded(look) for name, look in sections.items()}
 

@@ -1,4 +1,4 @@
-"""The verbs: `Pipeline` and what stands behind it."""
+"""`Pipeline`: loads a model, and prepares and runs requests."""
 
 from fastvid.pipeline.pipeline import Pipeline, Stream
 

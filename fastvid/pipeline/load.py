@@ -1,4 +1,4 @@
-"""From a model's name to the model on its device, or to one without weights to plan with."""
+"""Loads a model by name onto its device, or describes one without weights, for planning."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ log = logging.getLogger("fastvid.load")
 
 
 def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, mesh: Mesh | None = None) -> Model:
-    """Load everything of a model; see `fastvid.load`. What was asked for is checked before any weight is read.
+    """Loads a model; see `fastvid.load`. All options are checked before any weight is read.
 
-    mesh: the ranks that run it together, all of which load it with the same options but the device.
+    mesh: the ranks that run it together; all load it with the same options except the device.
     """
     device, loras, mesh = check_options(options), read_loras(options.loras), mesh or Mesh()
     ops = bind(options.backend, options.attention, device)
@@ -62,15 +62,15 @@ def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, m
 def outline(
     source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, *, parallel: Any = None, free: int | None = None
 ) -> Model:
-    """What `load_model` would make, with modules that have no weights: enough to plan with, and for nothing else.
+    """The model that `load_model` would return, with modules without weights; only for planning.
 
-    source: also the name of a published model (`fastvid.models.wan.presets.PUBLISHED`). parallel: the ranks that it is
-    planned for, see `fastvid.load`; one if nothing is said. free: bytes that can be taken of a device that is not here;
-    "cuda" unless said otherwise, and nothing is known of its back ends.
+    source: also the name of a published model (`fastvid.models.wan.presets.PUBLISHED`). parallel: the ranks to plan
+    for, see `fastvid.load`; default: one. free: available bytes of a device that this machine does not have; it is
+    "cuda" by default, and its back ends are unknown.
     """
     ranks = parse_parallel(parallel)
-    away = "cuda" if free is not None and options.device is None else options.device
-    options, mesh = replace(options, device=away, layout=ranks.layout), Mesh(size=ranks.ranks or 1)
+    planned_device = "cuda" if free is not None and options.device is None else options.device
+    options, mesh = replace(options, device=planned_device, layout=ranks.layout), Mesh(size=ranks.ranks or 1)
     device, loras = check_options(options), read_loras(options.loras)
     ops = bind(options.backend, options.attention, device) if free is None else Ops({}, {}, {})
     links = find_links(options.link, mesh, device, planned=True)
@@ -84,8 +84,8 @@ def outline(
 
 
 def change_loras(model: Model, loras: Any) -> Model:
-    """The same model with these LoRAs in place of those it has: every weight that one of them changes, or has changed,
-    is read again from the model's files, for every expert where it is. Everything is checked before the first is.
+    """The model with its LoRAs replaced by these. Every weight that an old or a new LoRA changes is read from the
+    model's files again, in every expert that has it. Everything is checked before the first weight is read.
     """
     merging = read_loras(loras)
     stale = model.merged | changed_weights(merging)
@@ -103,11 +103,11 @@ def change_loras(model: Model, loras: Any) -> Model:
     return replace(model, loras=as_tuples(merging), merged=changed_weights(merging))
 
 
-# ---------------------------------------------------------------- what is asked for, and what is decided
+# ---------------------------------------------------------------- options and placement
 
 
 def check_options(options: LoadOptions) -> torch.device:
-    """The device that is asked for. Raises InvalidRequest for options that do not exist, before anything is read."""
+    """Checks the options before anything is read, and returns the device. Raises InvalidRequest for invalid ones."""
     device = find_device(options.device)
     resolve_dtype(options.dtype, device)
     resolve_vae_dtype(options.vae_dtype)
@@ -120,9 +120,10 @@ def check_options(options: LoadOptions) -> torch.device:
 
 
 def choose_placement(checkpoint: Checkpoint, options: LoadOptions, mesh: Mesh, free: int | None = None) -> Placement:
-    """Where a model goes and what it computes in. free: bytes, of a device that is not here.
+    """A model's device, dtypes, offload mode and CUDA graphs. free: available bytes of a device that this machine does
+    not have.
 
-    Raises BackendUnavailable and InvalidRequest for CUDA graphs that are asked for and cannot be.
+    Raises BackendUnavailable or InvalidRequest if CUDA graphs are requested but impossible.
     """
     device = find_device(options.device)
     dtype, vae_dtype = resolve_dtype(options.dtype, device), resolve_vae_dtype(options.vae_dtype)
@@ -138,8 +139,8 @@ def choose_placement(checkpoint: Checkpoint, options: LoadOptions, mesh: Mesh, f
 def choose_offload(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype, free: int | None = None
 ) -> tuple[str, str]:
-    """(mode, why): the least offloading with which what the model makes by default fits into the device's free memory.
-    free: bytes, of a device that is not here."""
+    """(mode, reason): the least offloading with which the preset's default video fits into the device's free memory.
+    free: available bytes of a device that this machine does not have."""
     if device.type == "cpu":
         return MODES[0], "host and device are one memory"
     capacity = available_bytes(device) if free is None else free
@@ -149,12 +150,12 @@ def choose_offload(
 
 
 def experts_stay(checkpoint: Checkpoint, offload: str) -> bool:
-    """Whether the transformers stay on the device with this way of offloading."""
+    """Whether the transformers stay on the device in this offload mode."""
     return offload == "none" or (offload == "text" and len(checkpoint.experts) == 1)
 
 
 def describe(source: str | Path, options: LoadOptions) -> Checkpoint:
-    """What a model is: a checkpoint that is here, or a published one by its name, without any files."""
+    """The description of a local checkpoint, or of a published model by name, without any files."""
     if (name := str(source).lower()) in presets.PUBLISHED and not Path(source).exists():
         preset, configs = presets.published_configs(name)
         parts = tuple(Part(part, config) for part, config in configs.items())
@@ -174,17 +175,17 @@ def describe(source: str | Path, options: LoadOptions) -> Checkpoint:
 def load_modules(
     checkpoint: Checkpoint, ops: Ops, placement: Placement, loras: Sequence[Lora] = (), rank: int = 0
 ) -> Modules:
-    """Everything of a model, its weights on the device or in host memory until they are used."""
+    """All modules of a model, with weights on the device, or in host memory until they are used."""
     experts = load_experts(checkpoint, ops, placement, loras)
     encoders = load_encoders(checkpoint, ops, placement, rank)
     vae = read_part(checkpoint, "vae", ops, placement.device, placement)
     if ops.bound["vae_norm_silu_conv3d"] != "reference":
-        vae_gpu.channels_last(vae)  # here once, instead of in every call
+        vae_gpu.channels_last(vae)  # once, instead of in every call
     return Modules(read_tokenizer(checkpoint.tokenizer), encoders, experts, cast(WanVAE, vae))
 
 
 def load_experts(checkpoint: Checkpoint, ops: Ops, placement: Placement, loras: Sequence[Lora] = ()) -> Experts:
-    """The transformers, LoRAs merged into each."""
+    """The transformers, with LoRAs merged into them."""
     names, device = checkpoint.experts, placement.device
     stay = experts_stay(checkpoint, placement.offload)
     mine = [for_expert(loras, number, len(names)) for number in range(len(names))]
@@ -200,8 +201,9 @@ def load_experts(checkpoint: Checkpoint, ops: Ops, placement: Placement, loras: 
 
 
 def load_encoders(checkpoint: Checkpoint, ops: Ops, placement: Placement, rank: int = 0) -> Resident | Swapped:
-    """Text encoder and image encoder; without weights on other ranks than 0, which alone reads texts and pictures."""
-    # An I2V model without an image encoder (A14B) sees its picture in the latents alone.
+    """Text encoder and image encoder; without weights on ranks other than 0, since only rank 0 encodes prompts and
+    pictures."""
+    # Some I2V models (A14B) have no image encoder: the picture reaches them through the latents alone.
     names = [name for name in ENCODERS if name in checkpoint.configs]
     if rank > 0:
         return Resident([build_outline(name, checkpoint.configs[name], placement.dtype) for name in names])
@@ -214,7 +216,7 @@ def load_encoders(checkpoint: Checkpoint, ops: Ops, placement: Placement, rank: 
 def read_part(
     checkpoint: Checkpoint, name: str, ops: Ops, device: torch.device, placement: Placement, loras: Sequence[Lora] = ()
 ) -> nn.Module:
-    """One part with its weights, on a device."""
+    """One part of a model with its weights, on a device."""
     start, part = time.perf_counter(), checkpoint.part(name)
     dtype = part_dtype(name, placement.dtype, placement.vae_dtype)
     module = load_part(checkpoint, name, ops, device, dtype, loras)
@@ -225,7 +227,7 @@ def read_part(
 
 
 def empty_modules(checkpoint: Checkpoint, placement: Placement) -> Modules:
-    """The modules of a model without weights."""
+    """All modules of a model, without weights."""
     kinds = placement.dtype, placement.vae_dtype
     empty = {name: build_outline(name, config, *kinds) for name, config in checkpoint.configs.items()}
     experts = Experts([empty[name] for name in checkpoint.experts], checkpoint.require_preset().boundary_ratio)

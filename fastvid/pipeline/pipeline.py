@@ -1,4 +1,4 @@
-"""Pipeline: a loaded model and what can be asked of it. Thin: it hands a request from plan to engine to decoder.
+"""Pipeline: a loaded model and its verbs. A thin layer over request, plan and session.
 
 pipe = fastvid.load("embedded")
 video = pipe.generate("a red circle moving right on a white background", seed=1)
@@ -63,14 +63,15 @@ log = logging.getLogger(__name__)
 
 
 class Events(Protocol):
-    """Where a stream's events come from: a generator, or other processes."""
+    """The source of a stream's events: a generator, or other processes."""
 
     def __next__(self) -> Event: ...
     def close(self) -> None: ...
 
 
 class Stream:
-    """The events of one running request. Iterate over it; `cancel()`, from any thread, ends it with Cancelled."""
+    """The events of one running request. Iterate over it; `cancel()`, from any thread, ends the iteration with
+    Cancelled."""
 
     def __init__(self, events: Events, ticket: Ticket, changes: PromptChanges | None = None) -> None:
         self._events, self._ticket, self._changes = events, ticket, changes
@@ -95,23 +96,25 @@ class Stream:
         self._changes.request(checks.text("prompt", prompt))
 
     def cancel(self) -> None:
-        """Stop before the next step or chunk, or while it waits; the iteration then raises fastvid.Cancelled."""
+        """Stop the request, running (before its next step or chunk) or waiting; the iteration raises
+        fastvid.Cancelled."""
         self._ticket.cancel()
 
     def close(self) -> None:
-        """Free what the request holds, once what it is at in other threads has ended. Not while it is iterated over."""
+        """Free everything the request holds, after waiting for its other threads. Do not call it during the
+        iteration."""
         self._events.close()
 
 
 class Pipeline:
-    """A model ready to run. Make one with `fastvid.load`. It keeps no state between requests.
+    """A model ready to run. Create one with `fastvid.load`. It keeps no state between requests.
 
-    Requests may be made from many threads and tasks: they begin in the order in which they came, at most `max_running`
-    at once, and take turns step by step (see `fastvid.engine.queue`). Every verb has an async twin: `await
-    pipe.agenerate(...)`, `async for event in pipe.astream(...)`.
+    Any number of threads and tasks may send requests. They start first come, first served, at most `max_running` at
+    once, and share the device round robin, step by step (see `fastvid.engine.queue`). Every verb has an async
+    version: `await pipe.agenerate(...)`, `async for event in pipe.astream(...)`.
 
-    A subclass whose model is elsewhere replaces `_variant`, `_run`, `_call`, `resume`, `set_loras` and `close`; the
-    verbs are the same.
+    A subclass whose model runs in other processes overrides `_variant`, `_run`, `_call`, `resume`, `set_loras` and
+    `close`; the verbs stay the same.
     """
 
     def __init__(self, model: Model, max_running: int = RUNNING) -> None:
@@ -126,7 +129,7 @@ class Pipeline:
 
     @documented
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Video:
-        """Make a video from a prompt, and perhaps from pictures.
+        """Make a video from a prompt, optionally with pictures.
 
         A picture is a file, a uint8 array [H, W, 3] or a Pillow image; a clip is a file, uint8 frames [F, H, W, 3], a
         Video, or a list of pictures. The last picture and keyframes come out unchanged, where the model takes them as
@@ -138,11 +141,11 @@ class Pipeline:
         video is done, and kept if the request fails or is cancelled.
 
         Args:
-            prompt: what to show. An empty one is allowed.
+            prompt: what to show; may be empty.
 
         Raises:
             InvalidRequest: an option is out of range; the message names the nearest valid one.
-            OutOfMemory: the request does not fit.
+            OutOfMemory: the request does not fit into memory.
             MediaError: a picture or clip cannot be read.
             PromptError: the prompt could not be expanded.
         """
@@ -158,8 +161,8 @@ class Pipeline:
         """Continue a clip after its end, before its start, or on both sides. The result contains the clip.
 
         Args:
-            video: a file, uint8 frames [T, H, W, 3], or a Video. Its frames come out as they are.
-            prompt: what to show; left out, that of the video's own recipe.
+            video: a file, uint8 frames [T, H, W, 3], or a Video. Its frames are output unchanged.
+            prompt: what to show; default: the prompt in the video's recipe.
         """
         return self._video("extend", video=video, prompt=prompt, **options)
 
@@ -194,12 +197,13 @@ class Pipeline:
 
     @documented
     def finalize(self, draft: Clip, prompt: str | None = None, **options: Unpack[FinalizeOptions]) -> Video:
-        """A draft (see `generate`) at its full size, or at width and height, with all steps of `strength`."""
+        """Make the final video of a draft (see `generate`): at full size, or at width and height, with the full
+        number of steps. `strength` limits how much it changes."""
         return self._video("finalize", video=draft, prompt=prompt, **options)
 
     def _video(self, verb: str, **options: Any) -> Video:
         frames: list[np.ndarray] = []
-        # Closed also where an exception's traceback keeps the stream: others wait for its turn to end.
+        # Closed explicitly: an exception's traceback could keep the stream alive, and with it its turn.
         with contextlib.closing(self._start(verb, options, keep_frames=True, keep_latents=True)) as stream:
             for event in stream:
                 if isinstance(event, Frames):
@@ -232,7 +236,6 @@ class Pipeline:
         return self._start(verb, {"prompt": prompt, **options}, keep_frames=False, keep_latents=keep_latents)
 
     def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
-        """Where all verbs come through."""
         return self._run(make_request(verb, options, lambda: self._variant), keep_frames, keep_latents)
 
     # ------------------------------------------------------------ for services
@@ -246,14 +249,14 @@ class Pipeline:
         keep_latents: bool = True,
         **options: Unpack[AnyOptions],
     ) -> AsyncGenerator[Event, None]:
-        """`stream` as an async generator: the same options and events, made in a thread as they are asked for.
+        """`stream` as an async generator: the same options and events, computed in a thread when they are pulled.
 
-        What is wrong with the request is raised with the first event. Cancelling the task, or `aclose()`, stops the
-        request before its next step; when that is done, all that it held is free.
+        Errors in the request are raised with the first event. Cancelling the task, or `aclose()`, stops the request
+        before its next step, and returns after everything it held is freed.
         """
         ticket = self.new_ticket()
-        given: dict[str, Any] = {"verb": verb, "keep_latents": keep_latents, **options}
-        run = functools.partial(self.with_ticket(ticket).stream, prompt, **given)
+        arguments: dict[str, Any] = {"verb": verb, "keep_latents": keep_latents, **options}
+        run = functools.partial(self.with_ticket(ticket).stream, prompt, **arguments)
         async with contextlib.aclosing(asynchronous.events(ticket, run)) as events:
             async for event in events:
                 yield event
@@ -268,11 +271,11 @@ class Pipeline:
     afinalize = asynchronous.twin(finalize)
 
     def new_ticket(self) -> Ticket:
-        """A ticket for one more request, with which it can be stopped (see `fastvid.engine.queue`)."""
+        """A ticket for one request, with which it can be cancelled (see `fastvid.engine.queue`)."""
         return Ticket(self._scheduler)
 
     def with_ticket(self, ticket: Ticket) -> Pipeline:
-        """This pipeline, for the one request that has this ticket."""
+        """A copy of this pipeline that runs its next request with this ticket."""
         other = copy.copy(self)
         other._ticket = ticket
         return other
@@ -298,27 +301,29 @@ class Pipeline:
         return made
 
     def embed(self, prompt: str) -> Tensor:
-        """Text embeddings [1, L, text_dim] of a prompt, as `prompt_embeds=` takes them."""
-        made: Tensor = self._call("embed", prompt)
-        return made
+        """A prompt's text embeddings [1, L, text_dim], as `prompt_embeds=` takes them."""
+        embeddings: Tensor = self._call("embed", prompt)
+        return embeddings
 
     def encode(self, frames: Any) -> Tensor:
-        """Normalised latents [1, C, T', H/8, W/8], fp32, of uint8 RGB frames [T, H, W, 3]; T is 4k + 1, T' is k + 1.
+        """Encode uint8 RGB frames [T, H, W, 3] to normalized latents [1, C, T', H/8, W/8], fp32; T is 4k + 1, T' is k
+        + 1.
 
         H and W are multiples of the VAE's scale (8; 16 for Wan 2.2's 5B). Raises InvalidRequest for other sizes.
         """
-        made: Tensor = self._call("encode", frames)
-        return made
+        latents: Tensor = self._call("encode", frames)
+        return latents
 
     def decode(self, latents: Any) -> np.ndarray:
-        """Frames, uint8 RGB [4T - 3, 8h, 8w, 3], of normalised latents [1, C, T, h, w] such as `video.latents`."""
-        made: np.ndarray = self._call("decode", latents)
-        return made
+        """Decode normalized latents [1, C, T, h, w], such as `video.latents`, to uint8 RGB frames [4T - 3, 8h, 8w,
+        3]."""
+        frames: np.ndarray = self._call("decode", latents)
+        return frames
 
     def describe(self) -> dict[str, Any]:
-        """What was loaded and what every operation runs on."""
-        made: dict[str, Any] = self._call("describe")
-        return made
+        """How the model was loaded, and the back end of every operation."""
+        description: dict[str, Any] = self._call("describe")
+        return description
 
     def inspect(self) -> dict[str, Any]:
         """What the checkpoint is: parts, parameters, types, preset."""
@@ -335,17 +340,17 @@ class Pipeline:
 
     @property
     def _variant(self) -> str:
-        """Which model it is, as its preset is called."""
+        """The name of the model's preset."""
         return self._model.preset.name
 
-    def _call(self, name: str, *given: Any, **options: Any) -> Any:
-        """One of `CALLS`."""
-        return CALLS[name](self._model, *given, **options)
+    def _call(self, name: str, *args: Any, **options: Any) -> Any:
+        """Calls one of `CALLS`."""
+        return CALLS[name](self._model, *args, **options)
 
     def _run(self, request: Request, keep_frames: bool, keep_latents: bool) -> Stream:
         prepared = prepare(self._model, request, keep_frames)
-        given, said = request.video_arguments(), request.checkpoint_options()
-        saving = resume.begin(self._model, request.verb, given, prepared.recipe, said, prepared.job.layout)
+        arguments, settings = request.video_arguments(), request.checkpoint_options()
+        saving = resume.begin(self._model, request.verb, arguments, prepared.recipe, settings, prepared.job.layout)
         return self._stream(prepared, keep_latents, saving)
 
     def resume(
@@ -369,10 +374,10 @@ class Pipeline:
                 they were.
 
         Raises:
-            CheckpointError: there is no checkpoint there, or it is damaged, or the request is still running.
-            InvalidRequest: it was made with other weights, another version of fastvid or torch, on another kind of
-                device (on a CPU: with another number of threads) or in another precision, or what is given is not what
-                was given then; the message says which.
+            CheckpointError: there is no checkpoint, it is damaged, or the request is still running. InvalidRequest:
+            the checkpoint was made with other weights, another version of fastvid or torch, another kind
+                of device (on a CPU: another number of threads) or another dtype, or the inputs differ from the original
+                ones; the message says which.
         """
         saved = resume.read(path)
         resume.check(saved, self._model)
@@ -381,8 +386,8 @@ class Pipeline:
         prepared = prepare(self._model, request, layout=resume.layout_of(saved, self._model))
         resume.check_request(saved, prepared.recipe)
         prepared = replace(prepared, recipe=saved.about["recipe"])
-        said = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
-        return self._stream(prepared, keep_latents, resume.open_saved(saved, self._model, said))
+        settings = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
+        return self._stream(prepared, keep_latents, resume.open_saved(saved, self._model, settings))
 
     def set_loras(self, loras: Sequence[Any] = ()) -> None:
         """Replace the LoRAs by these, given as for `fastvid.load`. An empty list removes all.

@@ -1,4 +1,4 @@
-"""From a verb's arguments to a request that is checked, laid out and planned; nothing is computed yet."""
+"""Turns a verb's arguments into a checked, laid out and planned request; computes nothing yet."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that was checked and planned, and its recipe."""
+    """A checked and planned request, with its recipe."""
 
     job: Job
     plan: Plan
@@ -39,7 +39,7 @@ class Prepared:
 
 
 def make_request(verb: str, options: dict[str, Any], variant: Callable[[], str]) -> Request:
-    """The checked request, its prompt written out if that was asked for. variant: of the model that will make it."""
+    """The validated request, with its prompt expanded if requested. variant: returns the name of the model's preset."""
     request = Request.make(verb, **options)
     log.debug("request: %s", request)
     return prompts.expanded(request, variant()) if request.expand_prompt else request
@@ -54,10 +54,11 @@ def prepare(
     rates: Rates | None = None,
     layout: Layout | None = None,
 ) -> Prepared:
-    """Read what a request works on, check it against the model, lay it out and plan it.
+    """Reads a request's inputs, checks it against the model, lays it out and plans it.
 
-    keep_frames: all of its frames stay in memory. free: bytes of the device, if not what can be taken now. rates: for
-    an estimate of time. layout: of a request that goes on. Raises InvalidRequest, MediaError, OutOfMemory.
+    keep_frames: whether all frames stay in memory. free: available bytes on the device; default: what is free now.
+    rates: this machine's speed, for a time estimate. layout: the layout of a resumed request. Raises InvalidRequest,
+    MediaError, OutOfMemory.
     """
     resolved = inputs.read(request).resolve(model.preset)
     resolved = replace(resolved, seed=agree(model.mesh, resolved.seed, first))
@@ -91,7 +92,7 @@ def plan_of(
     keep_frames: bool = True,
     **options: Any,
 ) -> Plan:
-    """What a request would cost; see `Pipeline.plan` and `Blueprint.plan`."""
+    """The cost of a request; see `Pipeline.plan` and `Blueprint.plan`."""
     if "prompt_embeds" not in options and verb != "storyboard":
         options["prompt"] = prompt or ""
     request = Request.make(verb, **options)
@@ -100,7 +101,7 @@ def plan_of(
 
 
 def sigmas_of(request: Resolved) -> np.ndarray:
-    """The noise levels [N] of a request: of a work on a clip, the share of the steps that its strength says."""
+    """The noise levels [N] of a request; with a strength, only the last `strength` share of them."""
     if request.sigmas is not None:
         sigmas = np.array(request.sigmas, np.float64)
     else:

@@ -1,5 +1,4 @@
-"""What a pipeline does beside making videos: the steps one by one, for those who put them together themselves, and what
-it says of its model."""
+"""The single steps of a pipeline (embed, encode, decode), for custom pipelines, and descriptions of its model."""
 
 from __future__ import annotations
 
@@ -35,29 +34,29 @@ def encode(model: Model, frames: Any) -> Tensor:
 @torch.no_grad()
 def decode(model: Model, latents: Any) -> np.ndarray:
     """See Pipeline.decode."""
-    given, channels = checks.tensor("latents", latents), model.vae.config.z_dim
-    shape = tuple(given.shape)
+    array, channels = checks.tensor("latents", latents), model.vae.config.z_dim
+    shape = tuple(array.shape)
     if len(shape) != 5 or shape[:2] != (1, channels) or min(shape) < 1:
         raise InvalidRequest(f"latents has shape {list(shape)}; it must be [1, {channels}, T, h, w], as encode returns")
-    tensor = torch.as_tensor(given)
+    tensor = torch.as_tensor(array)
     if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
         raise InvalidRequest("latents must be finite floating point numbers, such as encode returns")
     out, cache = [], None
     with ieee_fp32():
-        # One latent frame at a time: the memory that it takes does not grow with the clip.
-        for part in torch.split(tensor.to(model.device, torch.float32), 1, dim=2):
-            decoded, cache = model.vae.decode_rgb(part, cache, bands=model.bands)
+        # One latent frame at a time, so that activation memory does not grow with the clip.
+        for column in torch.split(tensor.to(model.device, torch.float32), 1, dim=2):
+            decoded, cache = model.vae.decode_rgb(column, cache, bands=model.bands)
             out.append(decoded[0].cpu().numpy())
     return np.concatenate(out)
 
 
 def _frames(frames: Any, model: Model) -> Tensor:
-    """Frames [T, H, W, 3] as [1, 3, T, H, W]; sizes and number as the VAE takes them."""
-    given = checks.tensor("frames", frames)
-    if len(given.shape) != 4 or given.shape[3] != 3 or not str(given.dtype).endswith("uint8"):
-        raise InvalidRequest(f"frames is {given.dtype} {list(given.shape)}; it must be uint8 RGB [T, H, W, 3]")
+    """Frames [T, H, W, 3] as [1, 3, T, H, W]. Raises InvalidRequest for sizes and counts that the VAE cannot encode."""
+    array = checks.tensor("frames", frames)
+    if len(array.shape) != 4 or array.shape[3] != 3 or not str(array.dtype).endswith("uint8"):
+        raise InvalidRequest(f"frames is {array.dtype} {list(array.shape)}; it must be uint8 RGB [T, H, W, 3]")
     space, time = model.vae.config.spatial_scale, model.vae.config.temporal_scale
-    count, height, width = given.shape[:3]
+    count, height, width = array.shape[:3]
     if count < 1 or (count - 1) % time:
         nearest = max(0, round((count - 1) / time)) * time + 1
         raise InvalidRequest(f"frames holds {count} frames; the VAE takes {time}k+1, the nearest is {nearest}")
@@ -65,7 +64,7 @@ def _frames(frames: Any, model: Model) -> Tensor:
         if size < space or size % space:
             nearest = max(1, round(size / space)) * space
             raise InvalidRequest(f"frames have {name} {size}; it must be a multiple of {space}, such as {nearest}")
-    return torch.as_tensor(given).permute(3, 0, 1, 2)[None]
+    return torch.as_tensor(array).permute(3, 0, 1, 2)[None]
 
 
 def describe(model: Model) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a request asks of a model, laid out as a timeline; and whether the model can do that."""
+"""Lays out each verb's request as a timeline, and checks whether the model supports it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fastvid.requests.timeline import Rules, Segment, Stretch, Timeline
 
 
 def rules_of(model: Model) -> Rules:
-    """What a model can make."""
-    recipe, vae = model.preset, model.vae.config
+    """The sizes and lengths that a model can generate."""
+    preset, vae = model.preset, model.vae.config
     return Rules(
         spatial=vae.spatial_scale,
-        temporal=recipe.temporal,
-        multiple=recipe.spatial_multiple,
-        window=recipe.window,
-        overlap=recipe.overlap,
-        context=recipe.context,
-        block=recipe.rollout.frames_per_block if recipe.rollout else 1,
-        picture_in_block=recipe.rollout is not None and recipe.rollout.picture_in_block,
-        carries=recipe.carries,
+        temporal=preset.temporal,
+        multiple=preset.spatial_multiple,
+        window=preset.window,
+        overlap=preset.overlap,
+        context=preset.context,
+        block=preset.rollout.frames_per_block if preset.rollout else 1,
+        picture_in_block=preset.rollout is not None and preset.rollout.picture_in_block,
+        carries=preset.carries,
     )
 
 
@@ -43,14 +43,14 @@ def lay_out(request: Resolved, rules: Rules) -> Timeline:
 
 
 def _prompts(request: Resolved) -> tuple[tuple[int, int], ...]:
-    """(frame, prompt) from where on which is meant."""
+    """(first frame, prompt number) of each prompt."""
     if not request.shots:
         return ((0, 0),)
-    start, found = 0.0, []
+    start, prompts = 0.0, []
     for number, (_, seconds) in enumerate(request.shots):
-        found.append((round(start * request.fps), number))
+        prompts.append((round(start * request.fps), number))
         start += seconds
-    return tuple(found)
+    return tuple(prompts)
 
 
 def _generate(request: Resolved, stretch: Stretch, rules: Rules) -> Timeline:
@@ -85,49 +85,48 @@ _LAYOUTS: Mapping[str, Callable[[Resolved, Stretch, Rules], Timeline]] = {
 }
 
 
-# ---------------------------------------------------------------- whether the model can
+# ---------------------------------------------------------------- what the model supports
 
 
 def patterns_of(segment: Segment, request: Resolved) -> set[str]:
-    """The names, as `Patterns` has them, of the ways in which a segment is known in part."""
-    found = set()
+    """The patterns of known frames (fields of `Patterns`) in a segment."""
+    patterns = set()
     if segment.left and segment.right:
-        found.add("both_ends")
+        patterns.add("both_ends")
     elif segment.right:
-        found.add("suffix")
+        patterns.add("suffix")
     elif segment.left:
-        found.add("first" if segment.left == 1 else "prefix")
+        patterns.add("first" if segment.left == 1 else "prefix")
     frames = set(segment.pictures)
     if frames == {0}:
-        found.add("first")
+        patterns.add("first")
     elif frames:
-        found.add("both_ends" if frames <= {0, segment.num_frames - 1} and 0 in frames else "keyframe")
+        patterns.add("both_ends" if frames <= {0, segment.num_frames - 1} and 0 in frames else "keyframe")
     if segment.source is not None and request.mask is not None:
-        found.add("spatial_mask")
-    return found
+        patterns.add("spatial_mask")
+    return patterns
 
 
-def check(model: Model, request: Resolved, laid: Timeline) -> None:
-    """Raises InvalidRequest for what a model refuses, or needs and was not given."""
-    name, known = model.preset.name, model.preset.patterns
-    for segment in laid.segments:
+def check(model: Model, request: Resolved, layout: Timeline) -> None:
+    """Raises InvalidRequest for inputs that the model does not support, or requires but does not get."""
+    name, supported = model.preset.name, model.preset.patterns
+    for segment in layout.segments:
         for pattern in sorted(patterns_of(segment, request)):
-            if getattr(known, pattern) == REFUSED:
-                allowed = [
-                    p for p in ("first", "prefix", "suffix", "both_ends", "keyframe") if getattr(known, p) != REFUSED
-                ]
+            if getattr(supported, pattern) == REFUSED:
+                names = ("first", "prefix", "suffix", "both_ends", "keyframe")
+                allowed = [p for p in names if getattr(supported, p) != REFUSED]
                 raise InvalidRequest(
                     f"{request.verb}: {name} cannot take {_WORDS[pattern]}; it can take "
                     + (", ".join(_WORDS[p] for p in allowed) or "text alone")
                 )
     if request.schedule == "staggered":
-        _check_staggered(model, request, laid)
+        _check_staggered(model, request, layout)
     if request.known_guidance_scale is not None and model.preset.rollout is not None:
         raise InvalidRequest(
             f"known_guidance_scale: {name} has known frames in its cache, beside every block; use guidance_scale"
         )
     if way_of(model) == CHANNELS:
-        _check_channels(model, request, laid.segments[0])
+        _check_channels(model, request, layout.segments[0])
 
 
 _WORDS = {
@@ -140,25 +139,28 @@ _WORDS = {
 }
 
 
-def _check_staggered(model: Model, request: Resolved, laid: Timeline) -> None:
-    """Levels that rise from left to right: only what stands on the left may be known."""
+def _check_staggered(model: Model, request: Resolved, layout: Timeline) -> None:
+    """Raises InvalidRequest unless the staggered schedule is possible: its noise levels rise from left to right, so
+    frames may be known on the left only."""
     if model.preset.patterns.staggered == REFUSED or model.preset.rollout is not None:
         raise InvalidRequest(f"schedule='staggered': {model.preset.name} has one level in all frames; leave it out")
-    if len(laid.segments) > 1 or any(s.right or s.source is not None or set(s.pictures) - {0} for s in laid.segments):
+    if len(layout.segments) > 1 or any(
+        s.right or s.source is not None or set(s.pictures) - {0} for s in layout.segments
+    ):
         raise InvalidRequest(
             "schedule='staggered': only a first picture or a clip to go on from may be known; leave it out"
         )
 
 
 def _check_channels(model: Model, request: Resolved, first: Segment) -> None:
-    """Models with a picture in their channels need one, most of them a first, some a first and a last."""
+    """Raises InvalidRequest without the pictures that an I2V model needs: the first, for FLF2V models also the last."""
     config, name = model.transformer.config, model.preset.name
-    both = bool(config.pos_embed_seq_len)
+    first_and_last = bool(config.pos_embed_seq_len)
     if not first.left and 0 not in first.pictures:
         raise InvalidRequest(f"{name} makes videos from pictures: give image=")
-    if both and not first.right and len(first.pictures) < 2:
+    if first_and_last and not first.right and len(first.pictures) < 2:
         raise InvalidRequest(f"{name} makes videos from pictures: give last_image=")
-    if request.last_image is not None and config.image_dim and not both:
+    if request.last_image is not None and config.image_dim and not first_and_last:
         raise InvalidRequest(f"{name} takes image= alone; leave last_image out (FLF2V models take both)")
     if request.last_image is not None and request.num_frames != request.model_frames:
         raise InvalidRequest(
@@ -171,14 +173,14 @@ CONTROL_OPTIONS = ("video", "mask", "reference_images", "conditioning_scale")
 
 
 def check_control(model: Model, request: Resolved) -> None:
-    """Raises InvalidRequest if the model has no control branch, or what is for it does not fit."""
-    # Other verbs have clips and masks of their own.
-    own = CONTROL_OPTIONS if request.verb == "generate" else CONTROL_OPTIONS[2:]
-    asked = [name for name in own if getattr(request, name) is not None]
+    """Raises InvalidRequest for control options that do not fit the model, or if it has no control branch."""
+    # In other verbs, video and mask are not control options.
+    names = CONTROL_OPTIONS if request.verb == "generate" else CONTROL_OPTIONS[2:]
+    options = [name for name in names if getattr(request, name) is not None]
     if not model.control_layers:
-        if asked:
+        if options:
             raise InvalidRequest(
-                f"{model.preset.name} has no control branch; leave {asked[0]} out (VACE models take it)"
+                f"{model.preset.name} has no control branch; leave {options[0]} out (VACE models take it)"
             )
         return
     _check_video(request)
@@ -203,13 +205,14 @@ def _check_video(request: Resolved) -> None:
 
 
 def _check_reference(number: int, shape: tuple[int, ...], request: Resolved, spatial: int) -> None:
-    """Nothing may be left of it neither when its sides become multiples of `spatial` nor when it is put on a frame."""
-    said = f"reference_images[{number}] is {shape[1]}x{shape[0]}"
+    """Raises InvalidRequest if a side becomes zero when rounded down to a multiple of `spatial`, or scaled to a
+    frame."""
+    what = f"reference_images[{number}] is {shape[1]}x{shape[0]}"
     height, width = (side // spatial * spatial for side in shape[:2])
     if not height or not width:
-        raise InvalidRequest(f"{said}; at least {spatial}x{spatial} is needed")
+        raise InvalidRequest(f"{what}; at least {spatial}x{spatial} is needed")
     scale = min(request.model_height / height, request.model_width / width)
     if min(int(height * scale), int(width * scale)) < 1:
         raise InvalidRequest(
-            f"{said}, too narrow to be seen on a frame of {request.model_width}x{request.model_height}; crop it"
+            f"{what}, too narrow to be seen on a frame of {request.model_width}x{request.model_height}; crop it"
         )

@@ -159,7 +159,7 @@ ARGUMENTS: Mapping[str, Argument] = {
         "noise levels instead of --steps and --flow-shift: descending, in (0, 1]",
         "--sigmas A,B,...",
     ),
-    "solver": Argument(one_of(checks.SOLVERS), f"the ODE solver: {', '.join(checks.SOLVERS)}", "--solver NAME"),
+    "solver": Argument(one_of(checks.SOLVERS), f"one of {', '.join(checks.SOLVERS)}", "--solver NAME"),
     "schedule": Argument(
         one_of(checks.SCHEDULES),
         "how a long video is denoised: {0} (one window after another) or {1} (noise levels rise from left to right) "

@@ -13,7 +13,7 @@ from fastvid.ops.dispatch import implementations
 
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in env.given():
+    for name in env.all_set():
         monkeypatch.delenv(name)
     return monkeypatch
 

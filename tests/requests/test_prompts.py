@@ -115,7 +115,7 @@ def test_the_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None
             monkeypatch.setenv(f"FASTVID_PROMPT_{name}", value)
         assert prompts.expand("a fox") == CAPTION
     assert (asked[0]["model"], asked[0]["key"]) == ("large", f"Bearer {KEY}")
-    assert env.unknown() == [] and KEY not in repr(env.read()) and KEY not in str(env.given())
+    assert env.unknown() == [] and KEY not in repr(env.read()) and KEY not in str(env.all_set())
 
 
 @pytest.mark.parametrize(
