@@ -1,7 +1,7 @@
-"""`load`, `blueprint` and `inspect`: from a model's name to what makes videos, plans them, or says what it is.
+"""`load`, `blueprint` and `inspect`: load a model by name to make videos, plan with it, or describe it.
 
-On several ranks `load` starts a process for each (`fastvid.workers.team`), or is one of those that torchrun has
-started.
+With several ranks `load` starts a process for each (`fastvid.workers.team`); under torchrun, the processes that
+torchrun started are the ranks.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fastvid.requests.options import AnyOptions
 from fastvid.workers import remote
 
 log = logging.getLogger(__name__)
-CUDA_RESERVE = 2**30  # bytes of a card: an allowance for its context and libraries
+CUDA_RESERVE = 2**30  # bytes of device memory reserved for the CUDA context and libraries
 
 
 class OutlineOptions(TypedDict, total=False):
-    """How a model would be loaded, as `load` takes it."""
+    """The options of `load` that matter for planning."""
 
     device: str | torch.device | None
     dtype: str | torch.dtype | None
@@ -49,7 +49,7 @@ class OutlineOptions(TypedDict, total=False):
 
 
 class Blueprint:
-    """A model without its weights, to plan with. Make one with `fastvid.blueprint`."""
+    """A model without weights, for planning. Create one with `fastvid.blueprint`."""
 
     def __init__(self, model: Model, free: int | None = None) -> None:
         self._model, self._free = model, free
@@ -64,16 +64,16 @@ class Blueprint:
         keep_frames: bool = True,
         **options: Unpack[AnyOptions],
     ) -> Plan:
-        """What a request would cost. The prompt may be left out.
+        """The cost of a request. The prompt may be left out.
 
-        estimate: also how long it takes, by this machine's rates, which are measured (2 s) if that was not done before;
-        "again": in any case. keep_frames: all frames stay in memory, as with `generate`; False: as with `stream`.
-        Raises InvalidRequest, MediaError, and OutOfMemory if it does not fit.
+        estimate: also estimate the time, from this machine's speed, which is measured once (2 s); "again": measure
+        anew. keep_frames: whether all frames stay in memory, as with `generate`; False: as with `stream`. Raises
+        InvalidRequest, MediaError, and OutOfMemory if the request does not fit.
         """
         if estimate and self._free is not None:
             raise InvalidRequest("estimate: nothing is known of another card's rates; leave device_memory out, or it")
-        given: dict[str, Any] = {"estimate": estimate, "free": self._free, "keep_frames": keep_frames}
-        return plan_of(self._model, prompt, verb=verb, **given, **options)
+        settings: dict[str, Any] = {"estimate": estimate, "free": self._free, "keep_frames": keep_frames}
+        return plan_of(self._model, prompt, verb=verb, **settings, **options)
 
 
 def blueprint(
@@ -82,21 +82,21 @@ def blueprint(
     device_memory: int | None = None,
     **options: Unpack[OutlineOptions],
 ) -> Blueprint:
-    """A model to plan with: nothing but configurations and file headers are read.
+    """A model for planning. Reads only configurations and file headers.
 
     Args:
         model: as `load` takes it, but nothing is downloaded; or the name of a published model, such as
-            "wan2.1-t2v-14b", without any files.
-        device_memory: bytes, of a card that is not here; all but 1 GiB of it, for CUDA itself, can be taken.
+            "wan2.1-t2v-14b", which needs no files.
+        device_memory: memory in bytes of a GPU that this machine does not have; 1 GiB of it is reserved for CUDA.
         options: device, dtype, vae_dtype, backend, attention, loras, offload, parts, parallel, link and cuda_graphs,
             as `load` takes them.
 
     Raises as `load` does.
     """
     free = None if device_memory is None else max(0, device_memory - CUDA_RESERVE)
-    given: dict[str, Any] = {**options}
-    parallel = given.pop("parallel", None)
-    return Blueprint(outline(model, LoadOptions(**given), parallel=parallel, free=free), free)
+    load_options: dict[str, Any] = {**options}
+    parallel = load_options.pop("parallel", None)
+    return Blueprint(outline(model, LoadOptions(**load_options), parallel=parallel, free=free), free)
 
 
 def load(
@@ -152,41 +152,42 @@ def load(
         BackendUnavailable: a back end or device asked for by name cannot run here.
         WorkerFailed: a rank's process ended while it loaded.
     """
-    given: dict[str, Any] = {"device": device, "dtype": dtype, "vae_dtype": vae_dtype, "backend": backend}
-    given |= {"attention": attention, "loras": loras, "offload": offload, "parts": parts, "link": link}
-    given["cuda_graphs"] = cuda_graphs
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "vae_dtype": vae_dtype, "backend": backend}
+    options |= {"attention": attention, "loras": loras, "offload": offload, "parts": parts, "link": link}
+    options["cuda_graphs"] = cuda_graphs
     MAX_RUNNING("max_running", max_running)
-    return _start(model, given, remote.ranks_for(parse_parallel(parallel), device), max_running)
+    return _start(model, options, remote.ranks_for(parse_parallel(parallel), device), max_running)
 
 
-def _start(model: str, options: dict[str, Any], asked: Parallelism, max_running: int) -> Pipeline:
+def _start(model: str, options: dict[str, Any], parallel: Parallelism, max_running: int) -> Pipeline:
     """The pipeline, in this process or on several ranks."""
     began = time.perf_counter()
-    if asked.ranks == 1:
+    if parallel.ranks == 1:
         pipe = Pipeline(load_model(model, LoadOptions(**options)), max_running)
     else:
-        pipe = remote.load(model, asked, options, max_running)
+        pipe = remote.load(model, parallel, options, max_running)
     if log.isEnabledFor(logging.INFO):
         _log_loaded(pipe.describe(), time.perf_counter() - began)
     return pipe
 
 
-def _log_loaded(made: Mapping[str, Any], seconds: float) -> None:
-    """What was loaded from where, what was chosen for it and why."""
-    log.info("loaded %s (%s) in %.2f s", made["model"], made["variant"], seconds)
-    for name, path in made["parts"].items():
+def _log_loaded(description: Mapping[str, Any], seconds: float) -> None:
+    """Logs the sources of all parts, the settings, and each back end with its reason and operations."""
+    log.info("loaded %s (%s) in %.2f s", description["model"], description["variant"], seconds)
+    for name, path in description["parts"].items():
         log.info("%s comes from %s", name, path)
     names = ("device", "dtype", "vae_dtype", "offload", "parallel", "cuda_graphs")
-    log.info("%s", ", ".join(f"{name} {made[name]}" for name in names))
-    chosen: dict[tuple[str, str], list[str]] = {}
-    for op, backend in made["backends"].items():
-        chosen.setdefault((backend, made["reasons"].get(op, "")), []).append(op)
-    for (backend, reason), names_of_ops in chosen.items():
-        log.info("on %s (%s): %s", backend, reason, ", ".join(names_of_ops))
+    log.info("%s", ", ".join(f"{name} {description[name]}" for name in names))
+    ops_by_backend: dict[tuple[str, str], list[str]] = {}
+    for op, backend in description["backends"].items():
+        ops_by_backend.setdefault((backend, description["reasons"].get(op, "")), []).append(op)
+    for (backend, reason), ops in ops_by_backend.items():
+        log.info("on %s (%s): %s", backend, reason, ", ".join(ops))
 
 
 def inspect(model: str, loras: Sequence[Any] = (), parts: Mapping[str, str | Path] | None = None) -> dict[str, Any]:
-    """What a checkpoint is, read from its configurations and file headers, without loading it; whether LoRAs fit it."""
+    """Describe a checkpoint from its configurations and file headers, without loading it, and check whether LoRAs
+    fit."""
     checkpoint = open_checkpoint(model, parts)
     described = [{**lora.to_dict(), "problems": lora_problems(checkpoint, lora)} for lora in read_loras(loras)]
     return checkpoint.to_dict() | ({"loras": described} if described else {})

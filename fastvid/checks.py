@@ -1,7 +1,7 @@
-"""Limits of a request, and the checks of single values: wrong types, NaN, ranges, the nearest valid value.
+"""The limits of requests, and checks of single arguments: type, NaN, range; errors name the nearest valid value.
 
-Every check is `check(name, value) -> converted value` and raises InvalidRequest. Nothing here imports numpy or torch:
-their scalars, arrays and tensors are known by what they can do.
+Every check is `check(name, value) -> converted value` and raises InvalidRequest. This module imports neither numpy nor
+torch; it recognizes their scalars, arrays and tensors by their attributes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from fastvid.errors import InvalidRequest
 
 MIN_SIDE, MAX_SIDE = 64, 2048
-MAX_VIDEO = (1920, 1080)  # or turned; one frame may have both sides up to MAX_SIDE
+MAX_VIDEO = (1920, 1080)  # or 1080x1920; a single frame may have both sides up to MAX_SIDE
 MAX_FRAMES = 1 << 17
 MAX_STEPS = 1000
 MAX_SHOTS = 1000
@@ -32,7 +32,7 @@ Check = Callable[[str, Any], Any]
 
 
 def shown(value: Any) -> str:
-    """A value as an error message shows it: short, whatever was given."""
+    """A short form of any value, for error messages."""
     if isinstance(value, int) and abs(value) >= 10**21:  # Python refuses to print very long numbers
         return f"a number of {value.bit_length()} bits"
     if value is None or isinstance(value, (bool, int, float, Fraction)):
@@ -62,23 +62,24 @@ def _as_number(name: str, value: Any, allowed: str) -> int | float:
         refuse(name, value, allowed)
     for convert in (operator.index, float):
         try:
-            given = convert(value)
-        except Exception:  # a foreign object may raise anything; then it is no number
+            converted = convert(value)
+        except Exception:  # foreign objects may raise anything
             continue
-        return given if given == given else refuse(name, given, allowed)
+        return converted if converted == converted else refuse(name, converted, allowed)
     refuse(name, value, allowed)
 
 
 def whole(low: int, high: int, unit: str = "") -> Callable[[str, Any], int]:
+    """A check for integers from low to high."""
     allowed = f"a whole number from {low} to {high}{unit}"
 
     def check(name: str, value: Any) -> int:
-        given = _as_number(name, value, allowed)
-        if not low <= given <= high:
-            refuse(name, given, allowed, low if given < low else high)
-        if given != int(given):
-            refuse(name, given, allowed, round(given))
-        return int(given)
+        converted = _as_number(name, value, allowed)
+        if not low <= converted <= high:
+            refuse(name, converted, allowed, low if converted < low else high)
+        if converted != int(converted):
+            refuse(name, converted, allowed, round(converted))
+        return int(converted)
 
     return check
 
@@ -87,10 +88,10 @@ def number(low: float, high: float, unit: str = "") -> Callable[[str, Any], floa
     allowed = f"a number from {low:g} to {high:g}{unit}"
 
     def check(name: str, value: Any) -> float:
-        given = _as_number(name, value, allowed)
-        if not low <= given <= high:
-            refuse(name, given, allowed, f"{low if given < low else high:g}")
-        return float(given)
+        converted = _as_number(name, value, allowed)
+        if not low <= converted <= high:
+            refuse(name, converted, allowed, f"{low if converted < low else high:g}")
+        return float(converted)
 
     return check
 
@@ -121,7 +122,7 @@ def one_of(names: tuple[str, ...]) -> Callable[[str, Any], str]:
 
 
 def sigmas(name: str, value: Any) -> tuple[float, ...]:
-    """Descending noise levels in (0, 1], used as they are; the final zero is the sampler's."""
+    """Descending noise levels in (0, 1], without the final zero, which the sampler adds."""
     allowed = f"1 to {MAX_STEPS} numbers in (0, 1], each below the one before, without the final zero"
     if isinstance(value, (str, bytes, dict)) or getattr(value, "ndim", 1) != 1 or not hasattr(value, "__len__"):
         refuse(name, value, allowed)
@@ -148,7 +149,7 @@ def tensor(name: str, value: Any) -> Any:
 
 
 def picture(name: str, value: Any) -> Any:
-    """A file, an array or a Pillow image; what is in it is looked at later."""
+    """A file, an array or a Pillow image; its contents are checked when it is read."""
     array = hasattr(value, "shape") and hasattr(value, "dtype")
     if not array and not hasattr(value, "convert") and not isinstance(value, (str, os.PathLike)):
         refuse(name, value, "a file, a uint8 RGB array [H, W, 3] or a Pillow image")
@@ -156,7 +157,7 @@ def picture(name: str, value: Any) -> Any:
 
 
 def clip(name: str, value: Any) -> Any:
-    """A file, an array, a Video, or pictures; what is in it is looked at later."""
+    """A file, an array, a Video, or pictures; its contents are checked when it is read."""
     if isinstance(value, (list, tuple)):
         if not value:
             refuse(name, value, "one frame or more")
@@ -177,7 +178,7 @@ def pictures(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def scale(name: str, value: Any) -> float | tuple[float, ...]:
-    """A number, or one for each of several layers."""
+    """A number, or a sequence with one for each layer."""
     check = number(-100.0, 100.0)
     if not isinstance(value, (list, tuple)) and getattr(value, "ndim", 0) != 1:
         return check(name, value)
@@ -210,7 +211,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def aspect(name: str, value: Any) -> Fraction:
-    """Width to height, as "16:9" or as a number."""
+    """Width divided by height, as "16:9" or a number."""
     allowed = 'width:height such as "16:9", between 1:32 and 32:1'
     try:
         parts = [float(part) for part in value[:60].split(":")] if isinstance(value, str) else [value]
@@ -253,18 +254,19 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def check_frames(count: int, given: str) -> None:
-    """`given` is what the caller wrote, such as "seconds=0.001 at 16 fps"."""
+def check_frames(count: int, source: str) -> None:
+    """Raises InvalidRequest for a frame count out of range. source: the arguments that led to it, for the message, such
+    as "seconds=0.001 at 16 fps"."""
     if not 1 <= count <= MAX_FRAMES:
         shown_count = count if count <= 10**20 else "more than 10^20"
         raise InvalidRequest(
-            f"{given} is {shown_count} frames: allowed is 1 to {MAX_FRAMES}; "
+            f"{source} is {shown_count} frames: allowed is 1 to {MAX_FRAMES}; "
             f"the nearest is num_frames={1 if count < 1 else MAX_FRAMES}"
         )
 
 
 def check_size(width: int, height: int, num_frames: int) -> None:
-    """A video fits 1920x1080 or 1080x1920, one frame 2048x2048; each side alone was checked before."""
+    """Raises InvalidRequest for a video larger than 1920x1080 or 1080x1920, or one frame larger than 2048x2048."""
     limit = (MAX_SIDE, MAX_SIDE) if num_frames == 1 else MAX_VIDEO
     limit = limit if width >= height else limit[::-1]
     if width > limit[0] or height > limit[1]:
@@ -277,11 +279,11 @@ def check_size(width: int, height: int, num_frames: int) -> None:
 def nearest_size(
     ratio: Fraction, area: int, num_frames: int, multiple: int = 16, *, may_exceed: bool = False
 ) -> tuple[int, int]:
-    """(width, height) nearest to an aspect ratio (width / height) and an area in pixels, which it stays within.
+    """The (width, height) nearest to an aspect ratio (width / height) and an area in pixels, within that area.
 
-    Sides are multiples of what the model needs, or those of a common format of that very shape (1080 is no
-    multiple of 16). Near means the least |log| error in area plus twice that in aspect ratio. Where even the
-    smallest sides are above the area, or with `may_exceed`, the area is only aimed at.
+    Sides are multiples of `multiple`, or those of a common format with exactly this ratio (1080 is not a multiple of
+    16). Nearest minimizes |log error| of the area plus twice |log error| of the aspect ratio. The area may be
+    exceeded with `may_exceed`, or if even the smallest sides exceed it.
     """
     longest, shortest = (MAX_SIDE, MAX_SIDE) if num_frames == 1 else MAX_VIDEO
     sides = range(round_up(MIN_SIDE, multiple), longest + 1, multiple)

@@ -1,4 +1,4 @@
-"""The command line: from words to calls."""
+"""The command line."""
 
 from fastvid.cli.commands import main
 

@@ -1,6 +1,6 @@
-"""From the command line's flags to a request, and to what loads its model.
+"""Turns command-line flags into a request and the arguments of `load`.
 
-Nothing here needs the model; clips and pictures are opened only to be held against a recipe.
+Nothing here needs the model. Clips and pictures are opened only to compare them with a recipe.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ MAX_SHOTS_FILE = 1 << 26  # bytes
 
 
 def read_recipe(flags: argparse.Namespace) -> dict[str, Any] | None:
-    """What --recipe names; None if nothing does. Raises MediaError, and UsageError for one of another verb."""
+    """The recipe in the --recipe file; None without the flag. Raises MediaError, and UsageError if another verb made
+    it."""
     if flags.recipe is None:
         return None
     from fastvid.media.metadata import read_recipe as read
@@ -37,38 +38,38 @@ def read_recipe(flags: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def make(flags: argparse.Namespace, recipe: dict[str, Any] | None) -> Request:
-    """The request that flags, beside a recipe or alone, ask for."""
-    asked = {name: getattr(flags, name, None) for name in (*words_of(flags.verb), *FLAGS)}
-    given = {name: value for name, value in asked.items() if value is not None and value is not False}
-    if given.get("prompt") == "-":
-        given["prompt"] = _read_prompt()
-    if "keyframes" in given:
-        given["keyframes"] = _by_frame(given["keyframes"])
-    if "shots_file" in given:
-        given["shots"] = _read_shots(given.pop("shots_file"), given.get("shots"))
+    """The request of the flags, applied to a recipe if there is one."""
+    values = {name: getattr(flags, name, None) for name in (*words_of(flags.verb), *FLAGS)}
+    values = {name: value for name, value in values.items() if value is not None and value is not False}
+    if values.get("prompt") == "-":
+        values["prompt"] = _read_prompt()
+    if "keyframes" in values:
+        values["keyframes"] = _by_frame(values["keyframes"])
+    if "shots_file" in values:
+        values["shots"] = _read_shots(values.pop("shots_file"), values.get("shots"))
     if recipe is not None:
-        return Request.from_recipe(recipe, **given)
-    _check_words(flags, given)
-    return Request.make(flags.verb, **given)
+        return Request.from_recipe(recipe, **values)
+    _check_words(flags, values)
+    return Request.make(flags.verb, **values)
 
 
-def _check_words(flags: argparse.Namespace, given: dict[str, Any]) -> None:
-    """What a verb can't do without. A plan can do without a prompt: the cost does not depend on it."""
+def _check_words(flags: argparse.Namespace, values: dict[str, Any]) -> None:
+    """Raises UsageError if a required word is missing. Plans need no prompt, since the cost does not depend on it."""
     verb = flags.verb
     see = f"or --recipe FILE (see fastvid {verb} --help)"
     for name in CLIPS.get(verb, ()):
-        if name not in given:
+        if name not in values:
             raise UsageError(f"no {words_of(verb)[name]} given: {usage_of(verb)} -o PATH, {see}")
-    if not has_prompt(verb) and "shots" not in given:
+    if not has_prompt(verb) and "shots" not in values:
         raise UsageError(f"no shots given; give --shot PROMPT:SECONDS for each, --shots FILE, {see}")
-    if has_prompt(verb) and verb not in PROMPT_OF_CLIP and "prompt" not in given:
+    if has_prompt(verb) and verb not in PROMPT_OF_CLIP and "prompt" not in values:
         if not flags.planned:
             raise UsageError(f"no prompt given; give one in quotes, {see}")
-        given["prompt"] = ""
+        values["prompt"] = ""
 
 
 def _read_prompt() -> str:
-    """From standard input, without the line end. Reads no more than a prompt may have."""
+    """Reads a prompt from standard input, without the line end; no more than the longest allowed one."""
     data = sys.stdin.buffer.read(4 * MAX_PROMPT + 8)
     try:
         return data.decode("utf-8", errors="ignore" if len(data) > 4 * MAX_PROMPT else "strict").rstrip("\r\n")
@@ -85,20 +86,21 @@ def _by_frame(pairs: list[tuple[int | float, str]]) -> dict[int | float, str]:
     return dict(pairs)
 
 
-def _read_shots(path: str, given: Any) -> list[Any]:
-    """[[prompt, seconds], ...] of a JSON file, each also as {"prompt": ..., "seconds": ...}; the request checks it."""
-    if given is not None:
+def _read_shots(path: str, flag_shots: Any) -> list[Any]:
+    """Reads [[prompt, seconds], ...] from a JSON file; a shot may also be {"prompt": ..., "seconds": ...}. The request
+    validates them. flag_shots: the shots given as --shot flags."""
+    if flag_shots is not None:
         raise UsageError("--shot and --shots are both given; give one of them")
     try:
         with Path(path).open("rb") as file:
-            found = json.loads(file.read(MAX_SHOTS_FILE))
+            shots = json.loads(file.read(MAX_SHOTS_FILE))
     except OSError as error:
         raise MediaError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f'{path} is no JSON ({str(error):.100}); needed is [["a red circle", 2], ...]') from None
-    if not isinstance(found, list):
+    if not isinstance(shots, list):
         raise InvalidRequest(f'{path} holds no list; needed is [["a red circle", 2], ...]')
-    return [_shot(path, number, shot) for number, shot in enumerate(found)]
+    return [_shot(path, number, shot) for number, shot in enumerate(shots)]
 
 
 def _shot(path: str, number: int, shot: Any) -> Any:
@@ -114,13 +116,13 @@ def _shot(path: str, number: int, shot: Any) -> Any:
 # ---------------------------------------------------------------- the model
 
 
-def keeping(flags: argparse.Namespace) -> dict[str, Any]:
-    """What is said about checkpoints."""
+def checkpoint_options(flags: argparse.Namespace) -> dict[str, Any]:
+    """The flags about checkpoints."""
     return {name: value for name in CHECKPOINT if (value := getattr(flags, name, None)) is not None}
 
 
 def check_same(request: Request, recipe: dict[str, Any]) -> None:
-    """Whether the clips and pictures given beside a recipe are those that it knows."""
+    """Raises InvalidRequest if a clip or picture is not the one that the recipe was made with."""
     if any(isinstance(value, dict | list) for value in recipe.values()):
         from fastvid.requests import inputs
 
@@ -128,24 +130,26 @@ def check_same(request: Request, recipe: dict[str, Any]) -> None:
 
 
 def model_of(flags: argparse.Namespace, recipe: dict[str, Any]) -> str:
-    """The model's name: a flag's, the recipe's, the environment's."""
+    """The model's name, from the flag, else the recipe, else the environment."""
     return str(flags.model or recipe.get("model") or env.read().model)
 
 
 def load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
-    """A flag wins over what the recipe was made with, that over the environment. Its device may not be here, so that
-    is not taken."""
-    told = recipe.get("settings")
-    settings: dict[str, Any] = told if isinstance(told, dict) else {}
-    made_with = {
+    """The arguments of `load`, from flags, else the recipe, else the environment. The recipe's device is not used,
+    since this machine may not have it."""
+    recorded = recipe.get("settings")
+    settings: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+    from_recipe = {
         name: settings[name] for name in LOAD_FLAGS if isinstance(settings.get(name), str) and name != "device"
     }
-    here = env.read()
-    chosen = {name: getattr(flags, name) or made_with.get(name) or getattr(here, name, None) for name in LOAD_FLAGS}
-    chosen["loras"] = settings.get("loras") if flags.lora is None else flags.lora
-    chosen["offload"] = flags.offload  # of this machine alone, as graphs are: the video is the same
-    chosen["cuda_graphs"] = flags.cuda_graphs
-    chosen["parallel"], chosen["link"] = flags.parallel, flags.link
-    # Of another model, what the recipe's was made of says nothing.
-    chosen["parts"] = dict(flags.part) if flags.part else None if flags.model else settings.get("parts")
-    return {name: value for name, value in chosen.items() if value is not None}
+    from_env = env.read()
+    arguments = {
+        name: getattr(flags, name) or from_recipe.get(name) or getattr(from_env, name, None) for name in LOAD_FLAGS
+    }
+    arguments["loras"] = settings.get("loras") if flags.lora is None else flags.lora
+    # These depend on the machine and do not change the video, so recipes do not have them.
+    arguments["offload"], arguments["cuda_graphs"] = flags.offload, flags.cuda_graphs
+    arguments["parallel"], arguments["link"] = flags.parallel, flags.link
+    # The recipe's parts belong to its model, not to another one.
+    arguments["parts"] = dict(flags.part) if flags.part else None if flags.model else settings.get("parts")
+    return {name: value for name, value in arguments.items() if value is not None}

@@ -1,4 +1,4 @@
-"""`fastvid bench`: the benchmark scripts, each in a process of its own, with the machine beside every number."""
+"""`fastvid bench`: runs the benchmark scripts, each in its own process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvid.errors import Error, InvalidRequest
 
 
 def scripts() -> dict[str, Path]:
-    """Benchmark -> its script."""
+    """The benchmark scripts, by name."""
     spec = importlib.util.find_spec("fastvid.benchmarks")
     folders = spec.submodule_search_locations if spec else None
     paths = sorted(Path(folders[0]).glob("bench_*.py")) if folders else []
@@ -28,7 +28,7 @@ def summary(path: Path) -> str:
 
 
 def check(names: Sequence[str]) -> dict[str, Path]:
-    """The scripts of these benchmarks. Raises InvalidRequest for one that is not known."""
+    """The scripts of these benchmarks. Raises InvalidRequest for an unknown name."""
     known = scripts()
     for name in names:
         if name not in known:
@@ -40,15 +40,15 @@ def check(names: Sequence[str]) -> dict[str, Path]:
 
 
 def run(names: Sequence[str], out: Path, flags: Sequence[str] = ()) -> None:
-    """Run these, one after the other; results are written to the folder `out` as JSON, tables are printed.
+    """Runs benchmarks one after the other. The scripts print tables and write results as JSON to the folder `out`.
 
-    flags: passed on to each script. Raises Error when one of them failed, after all of them ran.
+    flags: passed to each script. Raises Error if any script failed, after all of them have run.
     """
-    chosen = check(names)
+    paths = check(names)
     out.mkdir(parents=True, exist_ok=True)
     failed = []
-    for name, path in chosen.items():
-        done = subprocess.run([sys.executable, str(path), *flags], env={**os.environ, "OUT": str(out)}, check=False)
-        failed += [f"{name} (exit status {done.returncode})"] if done.returncode else []
+    for name, path in paths.items():
+        process = subprocess.run([sys.executable, str(path), *flags], env={**os.environ, "OUT": str(out)}, check=False)
+        failed += [f"{name} (exit status {process.returncode})"] if process.returncode else []
     if failed:
         raise Error(f"failed: {', '.join(failed)}")

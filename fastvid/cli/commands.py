@@ -1,7 +1,7 @@
 """The command line: `fastvid generate | image | extend | loop | blend | edit | storyboard | finalize`, `resume`, and
 `plan`, `inspect`, `convert`, `doctor`, `bench`.
 
-What can be checked without the model (flags, request, output path) is checked before torch is imported.
+Everything that does not need the model (flags, request, output path) is checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from fastvid import env
 from fastvid.checks import one_of
 from fastvid.cli import arguments, parser, render
-from fastvid.cli.flags import RESUMED, with_flags
+from fastvid.cli.flags import RESUME_INPUTS, with_flags
 from fastvid.cli.progress import Progress, Stopwatch, duration
 from fastvid.engine.events import Finished, Frames, Started
 from fastvid.errors import Cancelled, Error, InvalidRequest
@@ -32,7 +32,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status. Errors are one line on standard error."""
+    """Runs one command and returns the exit status. Errors are printed as one line on standard error."""
     verb = "generate"
     try:
         with _sigterm_interrupts():
@@ -41,11 +41,11 @@ def main(argv: list[str] | None = None) -> int:
             run = {"": _version, "resume": _resume, "plan": _plan, "inspect": _inspect, "convert": _convert}
             run |= {"doctor": _doctor, "bench": _bench}
             with _logged(flags):
-                run.get(command, _make)(flags)
+                run.get(command, _run_verb)(flags)
             sys.stdout.flush()
         return OK
-    except SystemExit as done:  # argparse, after --help
-        return int(done.code or 0)
+    except SystemExit as exit:  # argparse, after --help
+        return int(exit.code or 0)
     except KeyboardInterrupt:
         return _report("interrupted", INTERRUPTED)
     except Cancelled as error:
@@ -70,8 +70,7 @@ def _version(flags: argparse.Namespace) -> None:
     print(f"fastvid {__version__}")
 
 
-def _make(flags: argparse.Namespace) -> None:
-    """Any verb."""
+def _run_verb(flags: argparse.Namespace) -> None:
     from fastvid.engine import resume_files
     from fastvid.media.writer import check_writable
 
@@ -97,13 +96,13 @@ def _resume(flags: argparse.Namespace) -> None:
 
     recipe = resume_files.get_about(flags.folder)["recipe"]
     check_writable(flags.output, num_frames=recipe.get("num_frames"), fps=recipe.get("fps"))
-    given = {name: value for name in RESUMED if (value := getattr(flags, name)) is not None}
-    given |= arguments.keeping(flags)
-    _show(flags, recipe, lambda pipe: pipe.resume(flags.folder, **given, keep_latents=False))
+    options = {name: value for name in RESUME_INPUTS if (value := getattr(flags, name)) is not None}
+    options |= arguments.checkpoint_options(flags)
+    _show(flags, recipe, lambda pipe: pipe.resume(flags.folder, **options, keep_latents=False))
 
 
 def _show(flags: argparse.Namespace, recipe: dict[str, Any], start: Callable[[Any], Any]) -> None:
-    """Run, with progress, and print what --json asks for."""
+    """Makes the video, with progress, and prints the --json result."""
     progress = Progress(quiet=flags.quiet)
     try:
         result = _run(flags, recipe, progress, start)
@@ -116,7 +115,8 @@ def _show(flags: argparse.Namespace, recipe: dict[str, Any], start: Callable[[An
 def _run(
     flags: argparse.Namespace, recipe: dict[str, Any], progress: Progress, start: Callable[[Any], Any]
 ) -> dict[str, Any]:
-    """Load, stream, write. Returns what --json prints. start: from the pipeline to the stream."""
+    """Loads the model, runs the stream and writes the video. start: starts the stream on the pipeline. Returns the
+    --json result."""
     watch = Stopwatch()
     model = arguments.model_of(flags, recipe)
     progress.say(f"loading {model}")
@@ -125,27 +125,27 @@ def _run(
     with api.load(model, **arguments.load_arguments(flags, recipe)) as pipe:
         watch.mark("load")
         with contextlib.closing(start(pipe)) as stream:
-            made = _write(stream, flags.output, progress, watch)
+            result = _write(stream, flags.output, progress, watch)
     progress.close()
-    count = f"{made['num_frames']} frames, {made['fps']:g} fps" if made["num_frames"] > 1 else "1 frame"
-    size = f"{count}, {made['width']}x{made['height']}, seed {made['seed']}"
-    progress.say(f"{made['output']}: {size}, in {duration(watch.total)}")
-    return made
+    count = f"{result['num_frames']} frames, {result['fps']:g} fps" if result["num_frames"] > 1 else "1 frame"
+    size = f"{count}, {result['width']}x{result['height']}, seed {result['seed']}"
+    progress.say(f"{result['output']}: {size}, in {duration(watch.total)}")
+    return result
 
 
 def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> dict[str, Any]:
-    """Frames go into the file as they come, so that memory does not grow with the video. Whatever happens, the file is
-    whole or not there."""
+    """Writes frames to the file as they arrive, so memory does not grow with the video. If anything fails, no partial
+    file is left."""
     from fastvid.media.writer import BackgroundWriter, FrameSink, check_writable
 
-    made = None
+    result = None
     with contextlib.ExitStack() as stack:
         for event in stream:
             watch.mark("model")
             progress.event(event)
             if isinstance(event, Started):
                 started = event
-                check_writable(  # now with the frames and the rate that follow from clips and the model
+                check_writable(  # again, now that frame count and rate are known
                     output, num_frames=event.num_frames, width=event.width, height=event.height, fps=event.fps
                 )
                 sink = FrameSink(output, width=event.width, height=event.height, fps=event.fps, recipe=event.recipe)
@@ -159,11 +159,12 @@ def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> di
                 path = sink.close(event.recipe)
                 watch.mark("close")
                 written = writer.seconds + watch.seconds["close"]
-                made = _summary(path, started, event, watch, written)  # the stream goes on: now its checkpoint may go
+                # Keep iterating: pulling the next event removes the checkpoint, now that the file is complete.
+                result = _summary(path, started, event, watch, written)
             watch.mark("wait")
-    if made is None:
+    if result is None:
         raise Error("the stream ended before the video was finished")
-    return made
+    return result
 
 
 def _summary(path: Path, started: Started, finished: Finished, watch: Stopwatch, written: float) -> dict[str, Any]:
@@ -186,9 +187,9 @@ def _plan(flags: argparse.Namespace) -> None:
     arguments.check_same(request, recipe or {})
     from fastvid import api
 
-    loaded = arguments.load_arguments(flags, recipe or {})
+    load_options = arguments.load_arguments(flags, recipe or {})
     model, memory = arguments.model_of(flags, recipe or {}), flags.device_memory
-    blueprint = api.blueprint(model, **loaded, device_memory=memory)
+    blueprint = api.blueprint(model, **load_options, device_memory=memory)
     estimate = "again" if flags.measure else memory is None
     plan = blueprint.plan(**request.arguments(), verb=request.verb, estimate=estimate, keep_frames=False)
     print(json.dumps(plan.to_dict()) if flags.json else "\n".join(render.lines(plan, model)))
@@ -197,8 +198,8 @@ def _plan(flags: argparse.Namespace) -> None:
 def _inspect(flags: argparse.Namespace) -> None:
     from fastvid import api
 
-    found = api.inspect(flags.model, flags.lora or (), dict(flags.part) if flags.part else None)
-    print(json.dumps(found) if flags.json else "\n".join(_lines(found)))
+    description = api.inspect(flags.model, flags.lora or (), dict(flags.part) if flags.part else None)
+    print(json.dumps(description) if flags.json else "\n".join(_lines(description)))
 
 
 def _convert(flags: argparse.Namespace) -> None:
@@ -207,13 +208,13 @@ def _convert(flags: argparse.Namespace) -> None:
     progress = Progress(quiet=flags.quiet)
     try:
         options = {"key": flags.key, "base": flags.base, "say": progress.say}
-        made = convert(flags.source, flags.destination, flags.to, **options)
+        result = convert(flags.source, flags.destination, flags.to, **options)
     finally:
         progress.close()
     if flags.json:
-        print(json.dumps(made))
+        print(json.dumps(result))
     else:
-        progress.say(f"{made['destination']}: {', '.join(made['parts'].values())}, {made['layout']} layout")
+        progress.say(f"{result['destination']}: {', '.join(result['parts'].values())}, {result['layout']} layout")
 
 
 def _doctor(flags: argparse.Namespace) -> None:
@@ -234,7 +235,7 @@ def _bench(flags: argparse.Namespace) -> None:
 
 
 def _lines(value: dict[str, Any], indent: str = "") -> Iterator[str]:
-    """A dict as text: a line an entry, what is inside an entry indented."""
+    """A dict as text: one line per entry, nested entries indented."""
     for name, inner in value.items():
         if isinstance(inner, dict) and inner:
             yield f"{indent}{name}"
@@ -248,7 +249,7 @@ def _lines(value: dict[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def _report(message: str, status: int) -> int:
-    """One line, or with FASTVID_DEBUG the traceback before it."""
+    """Prints an error as one line, with FASTVID_DEBUG after its traceback."""
     if env.read().debug and status != INTERRUPTED:
         traceback.print_exc()
     with contextlib.suppress(OSError):
@@ -257,14 +258,15 @@ def _report(message: str, status: int) -> int:
 
 
 def _drop_stdout() -> None:
-    """The reader went away: let the interpreter's last flush go nowhere instead of complaining."""
+    """Redirects stdout to /dev/null after its reader has closed it, so that the interpreter's last flush does not
+    fail."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def _logged(flags: argparse.Namespace) -> Iterator[None]:
-    """What the library logs goes to standard error, as --verbose or FASTVID_LOG ask for."""
+    """Logs to standard error at the level of FASTVID_LOG, or of --verbose."""
     name = env.read().log or ("info" if getattr(flags, "verbose", False) else None)
     if name is None:
         yield
@@ -284,7 +286,8 @@ def _logged(flags: argparse.Namespace) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM is Ctrl-C while a command runs. Only the main thread may say so."""
+    """Handles SIGTERM like Ctrl-C while a command runs. Does nothing outside the main thread, which alone may set
+    handlers."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt

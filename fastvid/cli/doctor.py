@@ -1,7 +1,7 @@
-"""What this machine has for fastvid, and what every operation would run on here.
+"""`fastvid doctor`: reports this machine's hardware and software, and the back end of every operation on it.
 
-`doctor()` gives a dict that json can write, `render()` the same as text. Nothing is raised: a part that cannot be
-looked at says why under "error".
+`doctor()` returns the report as JSON types, `render()` as text. No errors are raised: a section that fails holds the
+reason under "error".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GIB = 2**30
 
 
 def doctor(device: str | None = None) -> dict[str, Any]:
-    """Look at everything; device: what the operations are bound for, the first GPU or else the CPU when None."""
+    """The report. device: the device to bind the operations for; default: the first GPU, else the CPU."""
     sections: dict[str, Callable[[], Any]] = {
         "fastvid": lambda: {"version": __version__, "folder": str(Path(__file__).parents[1])},
         "python": lambda: {"version": platform.python_version(), "executable": sys.executable},
@@ -45,7 +45,7 @@ def doctor(device: str | None = None) -> dict[str, Any]:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as text: a line a fact, a table for the operations."""
+    """The report as text: one line per fact."""
     lines = []
     for section, facts in report.items():
         lines.append(section)
@@ -57,7 +57,7 @@ def render(report: dict[str, Any]) -> str:
 def _guarded(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return look()
-    except Exception as error:  # a broken part of the machine is what the report is for
+    except Exception as error:  # reporting broken parts of the machine is the purpose
         return {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -72,7 +72,7 @@ def _host() -> dict[str, Any]:
 
 
 def _memory_limit() -> int | None:
-    """That of the control group (a container's), in bytes; None where there is none."""
+    """The control group's (container's) memory limit in bytes; None without a limit."""
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return int(text) if text.isdigit() else None

@@ -1,6 +1,6 @@
-"""The flags of a request, made from the table of arguments (`fastvid.requests.arguments`).
+"""The flags of the verbs' commands, built from the table of arguments (`fastvid.requests.arguments`).
 
-A verb's command has its clips and its prompt as words, and a flag for each of its other arguments.
+A verb's clips and prompt are positional arguments (words); every other argument is a flag.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from fastvid import checks
 from fastvid.requests.arguments import ARGUMENTS, CHECKPOINT, CLIPS, VERBS, Argument, type_of
 from fastvid.requests.request import PROMPT_OF_CLIP
 
-RESUMED = ("image", "last_image", "video", "video_2", "mask", "reference_images")  # what `resume` may be given again
+RESUME_INPUTS = ("image", "last_image", "video", "video_2", "mask", "reference_images")
+"""The inputs that `resume` takes again."""
 
 
 def number(text: str) -> int | float:
-    """A number as it is written, 24000/1001 too; the request says whether it may be one."""
+    """Parses a number, or a fraction such as 24000/1001; the request checks its range."""
     for convert in (int, float, Fraction):
         try:
             value = convert(text)
@@ -31,17 +32,17 @@ def number(text: str) -> int | float:
 
 
 def numbers(text: str) -> list[int | float]:
-    """Numbers with commas or spaces between them."""
+    """Parses numbers separated by commas or spaces."""
     return [number(part) for part in text.replace(",", " ").split()]
 
 
 def scale(text: str) -> int | float | list[int | float]:
-    """A number, or several."""
-    return found[0] if len(found := numbers(text)) == 1 else found
+    """Parses one number, or several as a list."""
+    return values[0] if len(values := numbers(text)) == 1 else values
 
 
 def keyframe(text: str) -> tuple[int | float, str]:
-    """FRAME=FILE."""
+    """Parses FRAME=FILE."""
     frame, equals, path = text.partition("=")
     if not equals or not frame or not path:
         raise argparse.ArgumentTypeError(f"{text!r:.60} is not FRAME=FILE, such as 8=middle.png")
@@ -49,7 +50,7 @@ def keyframe(text: str) -> tuple[int | float, str]:
 
 
 def shot(text: str) -> tuple[str, int | float]:
-    """PROMPT:SECONDS; a colon may be in the prompt."""
+    """Parses PROMPT:SECONDS; the prompt may contain colons."""
     prompt, colon, seconds = text.rpartition(":")
     if not colon:
         raise argparse.ArgumentTypeError(f'{text!r:.60} is not PROMPT:SECONDS, such as "a red circle moving right:2"')
@@ -65,12 +66,12 @@ PARSED: Mapping[str, Mapping[str, Any]] = {
     "conditioning_scale": {"type": scale},
     "sigmas": {"type": numbers},
 }
-"""How argparse reads arguments that are more than a number or a text."""
+"""Options of `add_argument` for arguments that are not a plain number or string."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """An argument as argparse takes it. name: as it is written; options: of `add_argument`."""
+    """A flag for argparse. name: such as --seed. options: keywords of `add_argument`."""
 
     name: str
     row: Argument
@@ -81,15 +82,15 @@ class Flag:
 
 
 def _flag(name: str, row: Argument) -> Flag:
-    written, _, metavar = row.flag.partition(" ")
+    spelling, _, metavar = row.flag.partition(" ")
     if not metavar:
-        return Flag(written, row, {"action": "store_true", "default": None})
+        return Flag(spelling, row, {"action": "store_true", "default": None})
     is_number = type_of(name) in ("int | None", "float | None")
-    how = PARSED.get(name, {"type": number} if is_number else {})
-    return Flag(written, row, {**how, "metavar": metavar})
+    options = PARSED.get(name, {"type": number} if is_number else {})
+    return Flag(spelling, row, {**options, "metavar": metavar})
 
 
-_SHOTS_FILE = Argument(checks.text, 'the same from a JSON file: [["a red circle", 2], ...]', "--shots FILE")
+_SHOTS_FILE = Argument(checks.text, 'shots from a JSON file: [["a red circle", 2], ...]', "--shots FILE")
 
 
 def _rows() -> Mapping[str, Argument]:
@@ -101,7 +102,7 @@ def _rows() -> Mapping[str, Argument]:
 
 
 FLAGS: Mapping[str, Flag] = {name: _flag(name, row) for name, row in _rows().items()}
-"""Every argument that can be given as a flag, in the order in which help shows them."""
+"""All arguments that have a flag, in the order of the help texts."""
 
 SAMPLING: tuple[str, ...] = (
     "num_inference_steps",
@@ -119,7 +120,7 @@ SAMPLING += ("schedule", "known_guidance_scale")
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb's command. clips: what its clips are called, in the order of `CLIPS`."""
+    """A verb's command. clips: the metavars of its clips, in the order of `CLIPS`."""
 
     summary: str
     examples: tuple[str, ...]
@@ -129,14 +130,14 @@ class Verb:
 RED = '"a red circle moving right on a white background"'
 COMMANDS: Mapping[str, Verb] = {
     "generate": Verb(
-        "make a video from a prompt, and perhaps from pictures",
+        "make a video from a prompt, optionally with pictures",
         (
             f"fastvid generate {RED} -o out.mp4",
             'fastvid generate "a red circle moving right" -o out.webm --aspect 16:9 --budget 480p --seconds 2 --seed 7',
             'fastvid generate "a blue star" -o out.mp4 --image first.png --keyframe 8=middle.png --last-image last.png',
             'echo "a blue square" | fastvid generate - -o frames/',
             "fastvid generate --recipe out.mp4 -o again.mp4              (the same video)",
-            "fastvid generate --recipe out.mp4 -o other.mp4 --seed 8     (the same but for the seed)",
+            "fastvid generate --recipe out.mp4 -o other.mp4 --seed 8     (another seed)",
         ),
     ),
     "image": Verb(
@@ -146,16 +147,18 @@ COMMANDS: Mapping[str, Verb] = {
     "extend": Verb(
         "continue a clip after its end, before its start, or on both sides",
         (
-            "fastvid extend clip.mp4 -o longer.mp4 --seconds 2            (its own prompt, from its recipe)",
+            "fastvid extend clip.mp4 -o longer.mp4 --seconds 2            (with the prompt in the clip's recipe)",
             f"fastvid extend clip.mp4 {RED} -o longer.mp4 --direction before",
         ),
         ("CLIP",),
     ),
     "loop": Verb(
-        "make a bridge from a clip's end to its start", ("fastvid loop clip.mp4 -o loop.mp4 --seconds 0.5",), ("CLIP",)
+        "make a clip loop by a bridge from its end to its start",
+        ("fastvid loop clip.mp4 -o loop.mp4 --seconds 0.5",),
+        ("CLIP",),
     ),
     "blend": Verb(
-        "join two clips by a bridge between them",
+        "join two clips by a generated bridge",
         ('fastvid blend a.mp4 b.mp4 "a red circle on a white background" -o both.mp4 --seconds 1',),
         ("A", "B"),
     ),
@@ -177,7 +180,7 @@ COMMANDS: Mapping[str, Verb] = {
         ),
     ),
     "finalize": Verb(
-        "make a draft at its full size",
+        "make the final video of a draft, at full size",
         (
             f"fastvid generate {RED} --draft -o draft.mp4",
             "fastvid finalize draft.mp4 -o out.mp4",
@@ -189,38 +192,38 @@ assert set(COMMANDS) == set(VERBS)
 
 
 def has_prompt(verb: str) -> bool:
-    """Whether a verb's command has a prompt among its words: not one whose prompts are those of its shots."""
+    """Whether a verb's command takes a prompt as a word; one with shots does not."""
     return "shots" not in VERBS[verb]
 
 
 def words_of(verb: str) -> dict[str, str]:
-    """The arguments that stand as words behind a verb, and what help calls them."""
+    """A verb's positional arguments, with their metavars."""
     clips = dict(zip(CLIPS.get(verb, ()), COMMANDS[verb].clips, strict=True))
     return clips | ({"prompt": "PROMPT"} if has_prompt(verb) else {})
 
 
 def flags_of(verb: str) -> list[str]:
-    """The arguments of a verb that are flags."""
+    """A verb's arguments that are flags."""
     takes = {*VERBS[verb], *(("shots_file",) if "shots" in VERBS[verb] else ())} - {*words_of(verb), *CHECKPOINT}
     return [name for name in FLAGS if name in takes]
 
 
 def usage_of(verb: str, command: str = "fastvid") -> str:
-    """Such as: fastvid extend CLIP [PROMPT] -o PATH."""
-    told = verb in PROMPT_OF_CLIP
-    words = [f"[{word}]" if name == "prompt" and told else word for name, word in words_of(verb).items()]
+    """A usage line, such as: fastvid extend CLIP [PROMPT]."""
+    optional = verb in PROMPT_OF_CLIP
+    words = [f"[{word}]" if name == "prompt" and optional else word for name, word in words_of(verb).items()]
     return " ".join((command, verb, *words, *(["--shot PROMPT:SECONDS ..."] if verb == "storyboard" else [])))
 
 
 def verbs_with(flag: str) -> list[str]:
-    """The verbs that take a flag, by the way it is written."""
+    """The verbs that take a flag such as --image."""
     return [verb for verb in VERBS if flag in [FLAGS[name].name for name in flags_of(verb)]]
 
 
 def with_flags(message: str, verb: str = "generate") -> str:
-    """Arguments that a message opens with or offers, as the command line spells them."""
+    """A message with argument names replaced by flags, at its start and where it offers them."""
     words = {name: word for name, word in words_of(verb).items() if name != "prompt"}
     spelled = {name: flag.name for name, flag in FLAGS.items()} | words
     names = "|".join(sorted(spelled, key=len, reverse=True))
     opening = r"(^|\(|is |are |and |but |with |give |leave )"
-    return re.sub(rf"{opening}({names})(?=[=:\[ ])", lambda found: found[1] + spelled[found[2]], message)
+    return re.sub(rf"{opening}({names})(?=[=:\[ ])", lambda match: match[1] + spelled[match[2]], message)

@@ -1,6 +1,6 @@
-"""The command line's words: its commands, their parsers, and what to say when a word is not known.
+"""The parsers of all commands, and the errors for unknown commands and flags.
 
-The flags of verbs are in `fastvid.cli.flags`; here are those that are of no request.
+The verbs' flags are in `fastvid.cli.flags`; this module adds all other flags.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ OTHERS = {
 COMMANDS = (*VERBS, *OTHERS)
 
 EPILOG = """exit status:
-  0 done, 1 failed, 2 bad usage or request, 130 interrupted (nothing is left under the output's name)
+  0 done, 1 failed, 2 bad usage or request, 130 interrupted (no partial output is left)
 
 environment:
   FASTVID_MODEL, FASTVID_DEVICE, FASTVID_DTYPE, FASTVID_BACKEND, FASTVID_ATTENTION are defaults for the flags;
   FASTVID_PROMPT_ENDPOINT, FASTVID_PROMPT_MODEL, FASTVID_PROMPT_KEY are for --expand-prompt;
-  FASTVID_LOG (debug, info, warning, error) is what is logged to standard error; --verbose is info;
-  FASTVID_DEBUG=1 shows the traceback of an error"""
+  FASTVID_LOG (debug, info, warning, error) is the log level, on standard error; --verbose sets info;
+  FASTVID_DEBUG=1 shows tracebacks"""
 
 PLAN = """examples:
   fastvid plan "a red circle moving right" --seconds 5
@@ -43,27 +43,28 @@ PLAN = """examples:
 
 
 class UsageError(InvalidRequest):
-    """The command line cannot be read."""
+    """The command line is invalid."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UsageError instead of ending the process; flags are not abbreviated."""
+    """An ArgumentParser that raises UsageError instead of ending the process. Flags cannot be abbreviated."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
-    def add_shown(self, made: str = "", quiet: bool = True) -> None:
-        """What every command says: made: of what --json is about."""
+    def add_output_flags(self, about: str = "", quiet: bool = True) -> None:
+        """Adds --quiet, --verbose and --json. about: ends the help of --json, such as " about the video"."""
         if quiet:
             self.add_argument("--quiet", action="store_true", help="show no progress")
-        self.add_argument("--verbose", action="store_true", help="say what is loaded and chosen, on standard error")
-        self.add_argument("--json", action="store_true", help=f"print one JSON object{made}")
+        self.add_argument("--verbose", action="store_true", help="log to standard error what is loaded and chosen")
+        self.add_argument("--json", action="store_true", help=f"print one JSON object{about}")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def check_flags(self, words: list[str]) -> None:
-        """Name the nearest flag for one that is not known, before argparse misses what it stood for."""
+        """Raises UsageError for an unknown flag, naming the nearest one or the verbs that take it. Called before
+        argparse, whose own error may be about a missing word instead."""
         known = [flag for action in self._actions for flag in action.option_strings]
         for word in words:
             flag = word.split("=", 1)[0]
@@ -77,7 +78,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def lora(text: str) -> tuple[str, float] | tuple[str, float, str]:
-    """FILE:SCALE, or FILE alone with a scale of 1; behind either :high or :low. A colon may be in the file's name."""
+    """Parses FILE[:SCALE][:high or :low]; the scale is 1 by default. The file name may contain colons."""
     path, colon, expert = text.rpartition(":")
     if colon and path and expert in ("high", "low"):
         return (*lora(path)[:2], expert)
@@ -89,7 +90,7 @@ def lora(text: str) -> tuple[str, float] | tuple[str, float, str]:
 
 
 def part(text: str) -> tuple[str, str]:
-    """NAME=PATH."""
+    """Parses NAME=PATH."""
     name, equals, path = text.partition("=")
     if not equals or not name or not path:
         raise argparse.ArgumentTypeError(f"{text!r:.60} is not NAME=PATH, such as vae=wan_2.1_vae.safetensors")
@@ -97,7 +98,7 @@ def part(text: str) -> tuple[str, str]:
 
 
 def size_in_bytes(text: str) -> int:
-    """24GB, 16.5GiB, 80: memory of a card, as cards are labelled, in 2^30 bytes."""
+    """Parses a GPU's memory such as 24GB, 16.5GiB or 80, in units of 2^30 bytes, as GPUs are labeled."""
     value = number(text.upper().removesuffix("B").removesuffix("I").removesuffix("G").strip())
     if not 0 < value < 2**20:
         raise argparse.ArgumentTypeError(f"{text!r:.60} is no size of a card's memory such as 24GB")
@@ -105,7 +106,7 @@ def size_in_bytes(text: str) -> int:
 
 
 def build() -> dict[str, Parser]:
-    """A parser a command, and the main one under ""."""
+    """A parser for each command; the main one is under ""."""
     return {
         "": _main(),
         **{verb: _verb(verb) for verb in VERBS},
@@ -119,12 +120,12 @@ def build() -> dict[str, Parser]:
 
 
 def _main() -> Parser:
-    told = {verb: command.summary for verb, command in cli_flags.COMMANDS.items()} | OTHERS
+    summaries = {verb: command.summary for verb, command in cli_flags.COMMANDS.items()} | OTHERS
     main = Parser(
         prog="fastvid",
         usage="fastvid COMMAND ...",
         description="Video diffusion: text, pictures and clips in, video out.\n\ncommands:\n"
-        + "\n".join(f"  {name:<11} {summary}" for name, summary in told.items())
+        + "\n".join(f"  {name:<11} {summary}" for name, summary in summaries.items())
         + "\n\nEach has its own --help.",
         epilog='example:\n  fastvid generate "a red circle moving right on a white background" -o out.mp4\n\n' + EPILOG,
     )
@@ -132,7 +133,7 @@ def _main() -> Parser:
     return main
 
 
-# ---------------------------------------------------------------- verbs, and what they would cost
+# ---------------------------------------------------------------- verbs, resume and plan
 
 
 def _verb(verb: str) -> Parser:
@@ -144,16 +145,18 @@ def _verb(verb: str) -> Parser:
         epilog="\n  ".join(("examples:", *command.examples)) + f"\n\n{EPILOG}",
     )
     _add_words(parser, verb)
-    one = ".png, or what holds videos: " if verb == "image" else ""
-    kinds = f"{one}.mp4, .webm, .gif, .npy, {'' if one else '.png (one frame), '}or FOLDER/ for PNGs"
-    parser.add_argument("-o", "--output", required=True, metavar="PATH", help=kinds)
+    if verb == "image":
+        formats = ".png, .mp4, .webm, .gif, .npy, or FOLDER/ for PNGs"
+    else:
+        formats = ".mp4, .webm, .gif, .npy, .png (one frame), or FOLDER/ for PNGs"
+    parser.add_argument("-o", "--output", required=True, metavar="PATH", help=formats)
     _add_recipe(parser)
     _add_request(parser, verb)
     _add_model(parser)
     group = parser.add_argument_group("checkpoints")
     for name in CHECKPOINT:
         FLAGS[name].add_to(group, name)
-    parser.add_shown(" about the video on standard output")
+    parser.add_output_flags(" about the video on standard output")
     return parser
 
 
@@ -170,14 +173,14 @@ def _resume() -> Parser:
     parser.add_argument("-o", "--output", required=True, metavar="PATH", help="as for the command that was interrupted")
     for name in CHECKPOINT[1:]:
         FLAGS[name].add_to(parser, name)
-    group = parser.add_argument_group("files that are not where they were")
+    group = parser.add_argument_group("input files that have moved")
     for name in ("image", "last-image", "video", "video-2", "mask"):
         group.add_argument(f"--{name}", metavar="FILE", help="the same file, where it is now")
     group.add_argument(
         "--reference-image", action="append", dest="reference_images", metavar="FILE", help="the same; may be repeated"
     )
     _add_model(parser)
-    parser.add_shown(" about the video on standard output")
+    parser.add_output_flags(" about the video on standard output")
     return parser
 
 
@@ -185,7 +188,7 @@ def _plan(verb: str) -> Parser:
     parser = Parser(
         prog="fastvid plan" if verb == "generate" else f"fastvid plan {verb}",
         usage=f"{usage_of(verb, 'fastvid plan')} [flags]   (any verb's words and flags; without one: generate)",
-        description="What a request would cost, without running it, and without reading weights.",
+        description="Show what a request would cost, without running it or reading weights.",
         epilog=f"{PLAN}\n\n{EPILOG}",
     )
     _add_words(parser, verb)
@@ -200,18 +203,18 @@ def _plan(verb: str) -> Parser:
         metavar="SIZE",
         help="plan for another card with this much memory, such as 24GB; without an estimate of time",
     )
-    group.add_argument("--measure", action="store_true", help="measure this machine's rates again (about 2 s)")
+    group.add_argument("--measure", action="store_true", help="measure this machine's speed again (about 2 s)")
     _add_request(parser, verb)
     _add_model(parser, "; or a published model by name, such as wan2.1-t2v-14b")
-    parser.add_shown()
+    parser.add_output_flags()
     return parser
 
 
 def _add_words(parser: Parser, verb: str) -> None:
     kind = "a clip: a video, a .gif, a .npy, a picture, or a folder of PNGs"
     for name, word in words_of(verb).items():
-        told = " (default: what the clip was made with)" if verb in PROMPT_OF_CLIP else ""
-        text = f"what to show; - reads it from standard input{told}" if name == "prompt" else kind
+        default = " (default: the prompt in the clip's recipe)" if verb in PROMPT_OF_CLIP else ""
+        text = f"what to show; - reads it from standard input{default}" if name == "prompt" else kind
         parser.add_argument(name, nargs="?", metavar=word, help=text)
 
 
@@ -241,18 +244,18 @@ def _add_model(parser: Parser, also: str = "") -> None:
     add = parser.add_argument_group("the model and where it runs").add_argument
     add("--model", metavar="MODEL", help=f"embedded, a folder, a file, or a hub id (default: embedded){also}")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: what suits the device)")
-    add("--vae-dtype", metavar="NAME", help="the same for the VAE (default: float32)")
-    add("--backend", metavar="NAME", help="of the operations: auto, reference, triton, cuda (default: auto)")
+    add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: bfloat16 on a GPU, float32 on a CPU)")
+    add("--vae-dtype", metavar="NAME", help="the VAE's dtype (default: float32)")
+    add("--backend", metavar="NAME", help="back end of the operations: auto, reference, triton, cuda (default: auto)")
     add(
         "--attention",
         metavar="NAME",
-        help="auto, reference, sdpa, flash, triton, cuda, cuda_fp8, cuda_int8 (default: auto)",
+        help="back end of attention: auto, reference, sdpa, flash, triton, cuda, cuda_fp8, cuda_int8 (default: auto)",
     )
     add(
         "--offload",
         metavar="NAME",
-        help="weights in host memory while they are not used: auto, none, text (encoders), blocks (default: auto)",
+        help="which weights stay in host memory while unused: auto, none, text (encoders), blocks (default: auto)",
     )
     add(
         "--gpus",
@@ -298,12 +301,12 @@ def _add_files(parser: Any) -> None:
 def _inspect() -> Parser:
     parser = Parser(
         prog="fastvid inspect",
-        description="Show what a model is, from its configurations and file headers, without loading it.",
+        description="Describe a model from its configurations and file headers, without loading it.",
         epilog=f"example:\n  fastvid inspect embedded\n\n{EPILOG}",
     )
     parser.add_argument("model", help="embedded, a folder, a file, or a hub id")
     _add_files(parser)
-    parser.add_shown(quiet=False)
+    parser.add_output_flags(quiet=False)
     return parser
 
 
@@ -325,24 +328,28 @@ def _convert() -> Parser:
     )
     parser.add_argument("destination", metavar="DST", help="a new folder, or for one part a new .safetensors file")
     parser.add_argument("--to", default="diffusers", metavar="LAYOUT", help="diffusers (default) or original")
-    parser.add_argument("--base", metavar="FOLDER", help="a whole model: everything but the transformer in SRC")
+    parser.add_argument(
+        "--base", metavar="FOLDER", help="a model folder that supplies everything but the transformer in SRC"
+    )
     parser.add_argument(
         "--key",
         metavar="NAME",
-        help="which weights of a training checkpoint (default: generator_ema, then generator, ...)",
+        help="which entry of a training checkpoint holds the weights (default: generator_ema, then generator, ...)",
     )
-    parser.add_shown(" about what was written")
+    parser.add_output_flags(" about what was written")
     return parser
 
 
 def _doctor() -> Parser:
     parser = Parser(
         prog="fastvid doctor",
-        description="Show what this machine has, and what every operation would run on.",
+        description="Show this machine's hardware and software, and the back end of every operation.",
         epilog=f"example:\n  fastvid doctor --json\n\n{EPILOG}",
     )
-    parser.add_argument("--device", metavar="NAME", help="for this device (default: a GPU if there is one)")
-    parser.add_shown(quiet=False)
+    parser.add_argument(
+        "--device", metavar="NAME", help="the device to choose back ends for (default: a GPU if there is one)"
+    )
+    parser.add_output_flags(quiet=False)
     return parser
 
 
@@ -350,7 +357,7 @@ def _bench() -> Parser:
     parser = Parser(
         prog="fastvid bench",
         usage="fastvid bench [NAME ...] [--out FOLDER] [-- FLAGS OF THE SCRIPT]",
-        description="Measure operations and models on this machine; without a name, list what there is to measure.",
+        description="Run benchmarks of operations and models on this machine; without a name, list them.",
         epilog="examples:\n  fastvid bench rgb attention --out results\n"
         f"  fastvid bench rgb -- --device cpu --rounds 5\n  fastvid bench rgb -- --help\n\n{EPILOG}",
     )
@@ -360,7 +367,8 @@ def _bench() -> Parser:
 
 
 def parse(words: list[str]) -> tuple[str, argparse.Namespace]:
-    """(command, its flags); the command is "" for fastvid itself. flags.verb: of a video, made or planned.
+    """Parses a command line into (command, its flags); the command is "" for fastvid itself. flags.verb: the verb to
+    run or plan.
 
     Raises UsageError; --help raises SystemExit.
     """
@@ -375,7 +383,7 @@ def parse(words: list[str]) -> tuple[str, argparse.Namespace]:
     parser = _plan(verb) if command == "plan" else build()[command]
     words, passed_on = _split(words) if command == "bench" else (words, [])
     parser.check_flags(words)
-    # Words may stand before and behind flags alike.
+    # Words and flags may be mixed.
     flags, rest = parser.parse_known_intermixed_args(words)
     flags.verb, flags.planned, flags.passed_on = verb, command == "plan", passed_on
     if rest:
@@ -388,6 +396,6 @@ def parse(words: list[str]) -> tuple[str, argparse.Namespace]:
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before and behind the first --."""
-    at = words.index("--") if "--" in words else len(words)
-    return words[:at], words[at + 1 :]
+    """Splits words at the first --."""
+    index = words.index("--") if "--" in words else len(words)
+    return words[:index], words[index + 1 :]

@@ -1,4 +1,4 @@
-"""Progress of a request: a bar on a terminal, a few lines elsewhere, nothing when quiet."""
+"""Shows the progress of a request: a bar on a terminal, a few lines elsewhere, nothing with --quiet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BAR = "{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remai
 
 
 class Stopwatch:
-    """Seconds per stage: each `mark` adds the time since the one before to a stage."""
+    """Seconds per stage: each `mark` adds the time since the previous mark to a stage."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -33,7 +33,8 @@ class Stopwatch:
 
 
 class Progress:
-    """Shows a request's events on `stream` (standard error). `tty` None: as the stream says."""
+    """Shows a request's events on `stream` (default: standard error). tty: whether it is a terminal; default: ask
+    it."""
 
     def __init__(
         self,
@@ -52,13 +53,13 @@ class Progress:
         self._line_share = 0.0
 
     def say(self, text: str) -> None:
-        """One line, above the bar where there is one."""
+        """Prints one line, above the bar if there is one."""
         if self._quiet:
             return
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
-            with contextlib.suppress(OSError):  # nobody reads: no reason to stop the work
+            with contextlib.suppress(OSError):  # a closed stream must not stop the work
                 print(text, file=self._stream, flush=True)
 
     def event(self, event: Event) -> None:
@@ -101,12 +102,13 @@ class Progress:
             self._bar.set_description("decoding" if done == event.total else "denoising", refresh=False)
             self._bar.update(done - self._bar.n)
         elif self._is_time(done / event.total):
-            passed = self._clock() - self._started
-            left = f", {duration(passed / done * (event.total - done))} left" if done < event.total else ""
+            elapsed = self._clock() - self._started
+            left = f", {duration(elapsed / done * (event.total - done))} left" if done < event.total else ""
             self.say(f"denoising: step {done} of {event.total}{left}")
 
     def _is_time(self, share: float) -> bool:
-        """For a line: 10 % more is done, or it has been 5 s and a tenth of the time so far since the last one."""
+        """Whether to print a line: 10 % more is done, or LINE_SECONDS and a tenth of the elapsed time have passed since
+        the last one."""
         now = self._clock()
         pause = max(LINE_SECONDS, (now - self._started) / 10)
         if share < min(1.0, self._line_share + 0.1) - 1e-9 and now - self._line_at < pause:
@@ -124,7 +126,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """1.4 s, 12 s, 3:05 min, 1:02:03 h."""
+    """Formats seconds: 1.4 s, 12 s, 3:05 min, 1:02:03 h."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -20,18 +20,18 @@ PARTS = {
 
 
 def lines(plan: Any, model: str) -> Iterator[str]:
-    """What is made, what is computed, how long it takes, what it takes of memory."""
-    made = f"{plan.model_frames} of {plan.model_width}x{plan.model_height}"
-    asked = f"{plan.num_frames} frames of {plan.width}x{plan.height} at {plan.fps:g} fps"
-    yield _line("video", f"{asked}; the model makes {made}")
+    """The lines of a plan: the video, the work, the time, the memory."""
+    generated = f"{plan.model_frames} of {plan.model_width}x{plan.model_height}"
+    output = f"{plan.num_frames} frames of {plan.width}x{plan.height} at {plan.fps:g} fps"
+    yield _line("video", f"{output}; the model makes {generated}")
     yield _line("model", f"{model}, {plan.dtype} on {plan.device}")
     windows = f"{plan.windows} window{'s' * (plan.windows != 1)} of up to {plan.tokens:,} tokens"
     yield _line("work", f"{windows}, {plan.steps} steps, {plan.model_calls} model calls")
     share = plan.flops_attention / plan.flops_denoise if plan.flops_denoise else 0
     yield _line("operations", f"{_flops(plan.flops_denoise)} of denoising, {share:.0%} of them attention")
     if plan.parallel:
-        kept = "" if plan.efficiency is None else f"; a step is predicted to keep {plan.efficiency:.0%} of ideal"
-        yield _line("ranks", f"shared by {plan.parallel}{kept}")
+        efficiency = "" if plan.efficiency is None else f"; predicted efficiency of a step {plan.efficiency:.0%}"
+        yield _line("ranks", f"shared by {plan.parallel}{efficiency}")
         yield _line("  why", plan.parallel_why)
         yield _line("  joined by", plan.link)
     if plan.seconds is not None:
@@ -53,7 +53,7 @@ def _line(name: str, text: str) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes as people read them."""
+    """Formats bytes as GiB, MiB or KiB."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
         if count >= factor:
             return f"{count / factor:.{1 if count < 100 * factor else 0}f} {unit}"

@@ -128,7 +128,7 @@ def test_an_estimate_for_ranks() -> None:
     assert alone.efficiency is None and 0.9 < two.efficiency <= 1 and 0.3 < ring.efficiency < two.efficiency
     assert two.seconds_parts["denoise"] == pytest.approx(alone.seconds_parts["denoise"] / 2 / two.efficiency)
     lines = "\n".join(render.lines(two, "embedded"))
-    assert f"guidance=2,ring=1,ulysses=1; a step is predicted to keep {two.efficiency:.0%} of ideal" in lines
+    assert f"guidance=2,ring=1,ulysses=1; predicted efficiency of a step {two.efficiency:.0%}" in lines
 
 
 def layout_for(*given, **options) -> Layout:
