@@ -118,39 +118,41 @@ def load(
     """Load a model.
 
     Args:
-        model: "embedded" (the small model that comes with the package); a folder in diffusers' or the original layout;
-            a transformer's single file, with its other parts in the folders beside it as ComfyUI has them; or a hub id
-            (org/name, or org/name/path/to/file.safetensors), downloaded once into huggingface_hub's cache.
-        device: "cuda", "cuda:1", "cpu"; the default is a GPU if there is one.
-        dtype: "float32", "bfloat16" or "float16" for the transformer and the text encoder; the default is bfloat16 on a
-            GPU and float32 on the CPU.
-        backend, attention: what runs the operations (see `fastvid doctor`).
-        loras: LoRA files, or (file, scale), merged into the transformer; in models with two into both, or with (file,
-            scale, "high") or (file, scale, "low") into one; see `Pipeline.set_loras`.
-        offload: which weights are in host memory while they are not used. "none"; "text": those of the encoders and of
-            the expert not in use; "blocks": also all but two blocks of transformer and text encoder at a time; "auto":
-            the least with which the model's default video fits. On a CPU "auto" is "none"; the others cost memory.
-        parts: parts that the model lacks or that you replace: from names (transformer_2, vae, text_encoder,
-            image_encoder, tokenizer) to files, folders or hub files. "base" is a folder from which a single file takes
-            everything else.
-        max_running: how many requests may have begun at once; others wait, first come first served.
-        cuda_graphs: True captures the transformer's calls as CUDA graphs, once per shape, and replays them (see
-            `fastvid.device.cuda_graphs`), which is faster where calls are short; their memory is kept until the
-            pipeline is gone. "auto" does so where a committed result shows a gain: nowhere so far.
-        parallel: ranks that make each video together (docs/gpus.md): a number, "auto" (as many as there are GPUs),
-            or degrees such as "guidance=2,ulysses=4". Each rank is a process that this call starts; with 1, all runs in this process.
-            Under torchrun, torchrun's processes are the ranks: this call returns on rank 0 alone; the others serve
-            rank 0 until it is done, and then end.
-        vae_dtype: the same names as dtype, for the VAE; the default is float32 everywhere, as the VAEs are published.
-            In 16 bits it takes half the memory and a GPU's matrix units; its norms' statistics stay in fp32.
-        link: what connects the ranks, from which `parallel` chooses a layout: "nvlink", "pcie", "infiniband", "loopback", or two of them,
-            within a host and between hosts ("nvlink,infiniband"). "auto" asks the driver; a plan shows what it found.
+        model: "embedded" (the small model in the package); a folder in diffusers' or the original layout; a single
+            transformer file, with its other parts in the neighboring folders of a ComfyUI installation; or a hub id
+            (org/name, or org/name/path/to/file.safetensors), downloaded once to huggingface_hub's cache.
+        device: "cuda", "cuda:1", "cpu"; default: a GPU if there is one.
+        dtype: "float32", "bfloat16" or "float16", for the transformer and the text encoder; default: bfloat16 on a
+            GPU, float32 on a CPU.
+        backend, attention: the back ends of the operations and of attention (see `fastvid doctor`).
+        loras: LoRA files, or (file, scale), merged into the transformer. In models with two experts they are merged
+            into both, or into one with (file, scale, "high") or (file, scale, "low"). See `Pipeline.set_loras`.
+        offload: which weights stay in host memory while unused. "none"; "text": the encoders and the inactive expert;
+            "blocks": also the blocks of transformer and text encoder, but for two at a time; "auto": the least
+            offloading with which the preset's default video fits. On a CPU "auto" is "none"; the other modes only
+            cost memory.
+        parts: sources of missing or replaced parts: names (transformer_2, vae, text_encoder, image_encoder,
+            tokenizer) to files, folders or hub files. "base" is a whole model folder that supplies everything else to
+            a single file.
+        max_running: how many requests may run at once; others wait, first come first served.
+        cuda_graphs: True captures the transformer's calls as CUDA graphs, one per shape, and replays them (see
+            `fastvid.device.cuda_graphs`). This is faster where calls are short; the graphs' memory is kept as long as
+            the pipeline. "auto" uses graphs where a committed benchmark shows a gain: nowhere so far.
+        parallel: the ranks that generate each video together (docs/gpus.md): a number, "auto" (one per GPU), or
+            degrees such as "guidance=2,ulysses=4". This call starts a process for each rank; with 1, everything runs
+            in this process. Under torchrun, torchrun's processes are the ranks: this call returns on rank 0 alone;
+            the others serve rank 0 until it is done, and then end.
+        vae_dtype: the VAE's dtype, named as for dtype; default: float32, in which the VAEs are published. In 16 bits
+            the VAE takes half the memory and uses a GPU's tensor cores; statistics of norms stay in fp32.
+        link: the interconnect between ranks, from which `parallel` chooses a layout: "nvlink", "pcie", "infiniband",
+            "loopback", or two of them, within a host and between hosts ("nvlink,infiniband"). "auto" asks the driver;
+            a plan shows the result.
 
     Raises:
-        CheckpointError: the model is missing, broken or of an unsupported kind, or a LoRA does not fit it.
-        InvalidRequest: an option that does not exist, or CUDA graphs for a model that cannot use them.
-        BackendUnavailable: a back end or device asked for by name cannot run here.
-        WorkerFailed: a rank's process ended while it loaded.
+        CheckpointError: the model is missing, damaged or unsupported, or a LoRA does not fit it.
+        InvalidRequest: an invalid option, or CUDA graphs for a model that does not support them.
+        BackendUnavailable: an explicitly requested back end or device cannot run here.
+        WorkerFailed: a rank's process ended while loading.
     """
     options: dict[str, Any] = {"device": device, "dtype": dtype, "vae_dtype": vae_dtype, "backend": backend}
     options |= {"attention": attention, "loras": loras, "offload": offload, "parts": parts, "link": link}

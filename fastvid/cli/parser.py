@@ -17,12 +17,12 @@ from fastvid.requests.arguments import CHECKPOINT, VERBS
 from fastvid.requests.request import PROMPT_OF_CLIP
 
 OTHERS = {
-    "resume": "continue a request whose process ended, from its --checkpoint",
-    "plan": "what a request of any verb would cost, without running it",
-    "inspect": "what a model is, without loading it",
-    "convert": "turn pickles and original Wan files into what fastvid loads, and back",
-    "doctor": "what this machine has, and what every operation would run on",
-    "bench": "measure operations and models on this machine",
+    "resume": "continue an interrupted request from its --checkpoint",
+    "plan": "show what a request would cost, without running it",
+    "inspect": "describe a model, without loading it",
+    "convert": "convert pickles and original Wan files to safetensors in diffusers' layout, and back",
+    "doctor": "show this machine's hardware and software, and the back end of every operation",
+    "bench": "run benchmarks of operations and models on this machine",
 }
 COMMANDS = (*VERBS, *OTHERS)
 
@@ -163,8 +163,8 @@ def _verb(verb: str) -> Parser:
 def _resume() -> Parser:
     parser = Parser(
         prog="fastvid resume",
-        description="Continue a request whose process ended, from the folder that --checkpoint named.\n"
-        "The video is the same, to the last bit, as without the interruption.",
+        description="Continue an interrupted request from the folder that --checkpoint named.\n"
+        "The video is bit for bit the same as without the interruption.",
         epilog="example:\n"
         '  fastvid generate "a red circle moving right" --seconds 20 --checkpoint job.ckpt -o out.mp4   (interrupted)\n'
         f"  fastvid resume job.ckpt -o out.mp4\n\n{EPILOG}",
@@ -175,9 +175,9 @@ def _resume() -> Parser:
         FLAGS[name].add_to(parser, name)
     group = parser.add_argument_group("input files that have moved")
     for name in ("image", "last-image", "video", "video-2", "mask"):
-        group.add_argument(f"--{name}", metavar="FILE", help="the same file, where it is now")
+        group.add_argument(f"--{name}", metavar="FILE", help="new path of the same file")
     group.add_argument(
-        "--reference-image", action="append", dest="reference_images", metavar="FILE", help="the same; may be repeated"
+        "--reference-image", action="append", dest="reference_images", metavar="FILE", help="new path; may be repeated"
     )
     _add_model(parser)
     parser.add_output_flags(" about the video on standard output")
@@ -201,7 +201,7 @@ def _plan(verb: str) -> Parser:
         "--device-memory",
         type=size_in_bytes,
         metavar="SIZE",
-        help="plan for another card with this much memory, such as 24GB; without an estimate of time",
+        help="plan for another GPU with this much memory, such as 24GB; without a time estimate",
     )
     group.add_argument("--measure", action="store_true", help="measure this machine's speed again (about 2 s)")
     _add_request(parser, verb)
@@ -222,7 +222,7 @@ def _add_recipe(parser: Parser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="FILE",
-        help="make the video in FILE again; other flags change what they name. A recipe holds no clips and pictures: "
+        help="make the video in FILE again; other flags change what they name. A recipe holds no clips or pictures: "
         "give them again",
     )
 
@@ -268,8 +268,8 @@ def _add_model(parser: Parser, also: str = "") -> None:
     add(
         "--link",
         metavar="NAME",
-        help="what connects those GPUs, from which a layout is chosen: auto (asks the driver), nvlink, pcie, infiniband, "
-        "loopback, or two of them: within a host and between hosts (default: auto)",
+        help="what connects those GPUs, from which a layout is chosen: auto (asks the driver), nvlink, pcie, "
+        "infiniband, loopback, or two of them: within a host and between hosts (default: auto)",
     )
     add(
         "--cuda-graphs",
@@ -285,7 +285,7 @@ def _add_files(parser: Any) -> None:
         type=part,
         action="append",
         metavar="NAME=PATH",
-        help="where a part of the model comes from: vae, text_encoder, image_encoder, tokenizer, transformer_2, or "
+        help="source of a part of the model: vae, text_encoder, image_encoder, tokenizer, transformer_2, or "
         "base (a whole folder, for everything that a single file lacks); may be repeated",
     )
     parser.add_argument(
@@ -293,8 +293,8 @@ def _add_files(parser: Any) -> None:
         type=lora,
         action="append",
         metavar="FILE:SCALE",
-        help="a LoRA to merge into the model (scale 1 if none is given); FILE:SCALE:high or FILE:SCALE:low for one of two "
-        "experts; may be repeated",
+        help="a LoRA to merge into the model (scale 1 if none is given); FILE:SCALE:high or FILE:SCALE:low for one "
+        "of two experts; may be repeated",
     )
 
 
@@ -313,7 +313,7 @@ def _inspect() -> Parser:
 def _convert() -> Parser:
     parser = Parser(
         prog="fastvid convert",
-        description="Turn a model, or one part of it, from one layout into the other, bit for bit.\n\n"
+        description="Convert a model, or one part of it, between diffusers' and the original layout, bit for bit.\n\n"
         "Pickles (.pth, .pt, .bin, .ckpt) are opened in a child process that accepts nothing but tensors.",
         epilog="examples:\n"
         "  fastvid convert Wan2.1-T2V-1.3B wan-diffusers                (a whole folder)\n"

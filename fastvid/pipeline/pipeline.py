@@ -173,8 +173,8 @@ class Pipeline:
 
     @documented
     def blend(self, a: Clip, b: Clip, prompt: str | None = None, **options: Unpack[BridgeOptions]) -> Video:
-        """Join two clips by a bridge of `seconds` or num_frames. The second is brought to the size and rate of the
-        first."""
+        """Join two clips by a bridge of `seconds` or num_frames. The second is converted to the size and frame rate
+        of the first."""
         return self._video("blend", video=a, video_2=b, prompt=prompt, **options)
 
     @documented
@@ -182,7 +182,7 @@ class Pipeline:
         """Change a clip by a prompt.
 
         With a source_prompt the edit follows the difference of the two prompts (FlowEdit). With a size larger than the
-        clip's, what is around the clip is generated, with a strength of 1.
+        clip's, the area around it is generated (outpainting), with a default strength of 1.
 
         Args:
             video: a file, uint8 frames [T, H, W, 3], or a Video.
@@ -291,14 +291,14 @@ class Pipeline:
         estimate: bool = False,
         **options: Unpack[AnyOptions],
     ) -> Plan:
-        """What a request would cost, without running it. The prompt may be left out.
+        """The cost of a request, without running it. The prompt may be left out.
 
         Args:
             verb: as for `stream`.
             estimate: also estimate its time, from this machine's rates. They are measured once (about 2 s).
         """
-        made: Plan = self._call("plan", prompt, verb=verb, estimate=estimate, **options)
-        return made
+        plan: Plan = self._call("plan", prompt, verb=verb, estimate=estimate, **options)
+        return plan
 
     def embed(self, prompt: str) -> Tensor:
         """A prompt's text embeddings [1, L, text_dim], as `prompt_embeds=` takes them."""
@@ -326,9 +326,9 @@ class Pipeline:
         return description
 
     def inspect(self) -> dict[str, Any]:
-        """What the checkpoint is: parts, parameters, types, preset."""
-        made: dict[str, Any] = self._call("inspect")
-        return made
+        """The contents of the checkpoint: parts, parameters, dtypes, preset."""
+        contents: dict[str, Any] = self._call("inspect")
+        return contents
 
     def __enter__(self) -> Pipeline:
         return self
@@ -370,14 +370,14 @@ class Pipeline:
         Args:
             keep_latents: see `stream`.
             checkpoint_every, keep_checkpoint: see `generate`.
-            given: pictures, clips and tensors that were not files, again, by the same names. Files are found where
-                they were.
+            given: the same pictures, clips and tensors, by the same names, if they were not passed as files. Files are
+                read from the same paths.
 
         Raises:
-            CheckpointError: there is no checkpoint, it is damaged, or the request is still running. InvalidRequest:
-            the checkpoint was made with other weights, another version of fastvid or torch, another kind
-                of device (on a CPU: another number of threads) or another dtype, or the inputs differ from the original
-                ones; the message says which.
+            CheckpointError: there is no checkpoint, it is damaged, or the request is still running.
+            InvalidRequest: the checkpoint was made with other weights, another version of fastvid or torch, another
+                kind of device (on a CPU: another number of threads) or another dtype, or the inputs differ from the
+                original ones; the message says which.
         """
         saved = resume.read(path)
         resume.check(saved, self._model)

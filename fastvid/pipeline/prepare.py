@@ -76,8 +76,8 @@ def prepare(
 
 def _summary(plan: Plan) -> str:
     return (
-        f"{plan.num_frames} frames of {plan.width}x{plan.height}, {plan.steps} steps in {plan.windows} windows of up to "
-        f"{plan.tokens} tokens, {plan.bytes_device / 2**30:.2f} GiB of {plan.bytes_free / 2**30:.2f} free, "
+        f"{plan.num_frames} frames of {plan.width}x{plan.height}, {plan.steps} steps in {plan.windows} windows "
+        f"of up to {plan.tokens} tokens, {plan.bytes_device / 2**30:.2f} GiB of {plan.bytes_free / 2**30:.2f} free, "
         f"offload {plan.offload}"
     )
 
