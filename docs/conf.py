@@ -22,6 +22,8 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"fastvid {release}"
 exclude_patterns = ["_build", "_generated", "benchmarks.md"]  # the last: tables that benchmarks/report.py draws
+smartquotes = False  # flags have two dashes
+html_show_copyright = False
 autodoc_typehints = "none"  # the table of arguments has them
 autodoc_member_order = "bysource"
 
