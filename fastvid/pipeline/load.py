@@ -28,8 +28,6 @@ from fastvid.models.description import Checkpoint, Part
 from fastvid.models.loaded import LoadOptions, Model, Modules, Placement, TextLength
 from fastvid.models.registry import ENCODERS, build_outline, part_dtype
 from fastvid.models.wan import presets
-from fastvid.models.wan.transformer import WanTransformer
-from fastvid.models.wan.vae import WanVAE
 from fastvid.ops import vae_gpu
 from fastvid.ops.dispatch import Ops, bind
 from fastvid.planning import memory
@@ -181,7 +179,7 @@ def load_modules(
     vae = read_part(checkpoint, "vae", ops, placement.device, placement)
     if ops.bound["vae_norm_silu_conv3d"] != "reference":
         vae_gpu.channels_last(vae)  # once, instead of in every call
-    return Modules(read_tokenizer(checkpoint.tokenizer), encoders, experts, cast(WanVAE, vae))
+    return Modules(read_tokenizer(checkpoint.tokenizer), encoders, experts, cast(Any, vae))
 
 
 def load_experts(checkpoint: Checkpoint, ops: Ops, placement: Placement, loras: Sequence[Lora] = ()) -> Experts:
@@ -194,7 +192,7 @@ def load_experts(checkpoint: Checkpoint, ops: Ops, placement: Placement, loras: 
     if placement.graphs:
         run = cuda_graphs.Graphs(cuda_graphs.CudaCapture(device))
         for module in modules:
-            cast(WanTransformer, module).run = run
+            cast(Any, module).run = run
     streamed = placement.offload == "blocks"
     residency = Resident(modules) if stay else Swapped(modules, device, stream=streamed, linger=True)
     return Experts(modules, checkpoint.require_preset().boundary_ratio, residency)
@@ -233,7 +231,7 @@ def empty_modules(checkpoint: Checkpoint, placement: Placement) -> Modules:
     experts = Experts([empty[name] for name in checkpoint.experts], checkpoint.require_preset().boundary_ratio)
     encoders = Resident([empty[name] for name in ENCODERS if name in empty])
     assert checkpoint.text_length is not None
-    return Modules(TextLength(checkpoint.text_length), encoders, experts, cast(WanVAE, empty["vae"]))
+    return Modules(TextLength(checkpoint.text_length), encoders, experts, cast(Any, empty["vae"]))
 
 
 def _size(count: int) -> str:
