@@ -2,8 +2,8 @@
 
 python benchmarks/bench_load.py [--gb 4] [--rounds 3] [--folder DIR]
 
-Writes DIR/model (4 shards of a Wan 2.1 transformer's weights in bf16, random bytes, published names) and a plain file of
-the same size. Reads them alternately with a cold cache: the file in chunks of 16 MB, the checkpoint with
+Writes DIR/model (4 shards of a Wan 2.1 transformer's weights in bf16, random bytes, published names) and a plain file
+of the same size. Reads them alternately with a cold cache: the file in chunks of 16 MB, the checkpoint with
 `safetensors.load_into` to the meta device (data is read and dropped) and to the CPU. Memory is the growth of this
 process's anonymous resident bytes, sampled during loading. Removes the files at the end.
 """

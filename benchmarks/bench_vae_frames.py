@@ -1,7 +1,7 @@
 """Decoding 81 frames with the Wan 2.1 VAE at 480p, 720p and 1080p in bf16, compared with diffusers.
 
-diffusers runs with the same random weights, by default and channels-last. Also shows the utilization of the matrix units
-and the peak memory.
+diffusers runs with the same random weights, by default and channels-last. Also shows the utilization of the matrix
+units and the peak memory.
 
     python benchmarks/bench_vae_frames.py [--device cuda] [--size 480p 720p 1080p] [--rounds 3]
 

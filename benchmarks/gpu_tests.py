@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_tests.py [--jobs 3] [--seconds 200] [tests/kernels/test_rgb.py ...]
 
-Each file runs in a separate process with a timeout, several in parallel, so that a kernel that crashes or hangs does not
-affect the others. Files that already passed with the same sources are skipped, unless --again is given.
+Each file runs in a separate process with a timeout, several in parallel, so that a kernel that crashes or hangs does
+not affect the others. Files that already passed with the same sources are skipped, unless --again is given.
 """
 
 from __future__ import annotations

@@ -116,7 +116,8 @@ def table(rows: Sequence[Row], title: str = "") -> str:
 def save(
     name: str, results: dict[str, Sequence[Row]] | Sequence[Row], device: torch.device | str, **facts: Any
 ) -> Path:
-    """Write results as JSON with a description of the machine. facts: anything else that a reader needs (sizes, versions)."""
+    """Write results as JSON with a description of the machine. facts: anything else that a reader needs (sizes,
+    versions)."""
     groups = results if isinstance(results, dict) else {name: results}
     record = {
         "benchmark": name,

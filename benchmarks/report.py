@@ -4,7 +4,8 @@
 
 One row per case: median, rates, utilization (of matrix units or memory bandwidth, whichever is higher; only for GPUs
 whose limits were measured), and speedup over eager PyTorch, torch.compile and the best library in the same run. Plots:
-roofline (TFLOP/s over operations per byte), attention's TFLOP/s by number of tokens, the VAE's time by number of pixels.
+roofline (TFLOP/s over operations per byte), attention's TFLOP/s by number of tokens, the VAE's time by number of
+pixels.
 """
 
 from __future__ import annotations

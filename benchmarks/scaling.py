@@ -1,14 +1,15 @@
-"""Compares the cost model (`fastvid.distributed.cost_model`) with real ranks, and plots its prediction for 1 to 64 GPUs.
+"""Compares the cost model (`fastvid.distributed.cost_model`) with real ranks, and plots its prediction for 1 to 64
+GPUs.
 
     python benchmarks/scaling.py [check] [draw]
 
 check: on this machine, over gloo, one thread per rank. First measures the components while all ranks work: matrix
 products and attention (at other sizes than the step's), memory bandwidth, and exchanges. From these it predicts a step
-of a random transformer in every layout of 1, 2 and 4 ranks, then runs the step and records both. If there are more ranks
-than cores, the measured rates include the sharing.
+of a random transformer in every layout of 1, 2 and 4 ranks, then runs the step and records both. If there are more
+ranks than cores, the measured rates include the sharing.
 
-draw: docs/scaling.svg, the parallel efficiency of a step on 1 to 64 H200. It is a prediction from the rates and links in
-`cost_model`; nothing of it was measured here.
+draw: docs/scaling.svg, the parallel efficiency of a step on 1 to 64 H200. It is a prediction from the rates and links
+in `cost_model`; nothing of it was measured here.
 """
 
 from __future__ import annotations

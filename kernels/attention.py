@@ -222,8 +222,8 @@ def attention(
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> None:
-    """Raises ValueError for types, strides, head_dim or a scale that the kernels do not take. fastvid.ops has checked the
-    shapes and allocated the outputs."""
+    """Raises ValueError for types, strides, head_dim or a scale that the kernels do not take. fastvid.ops has checked
+    the shapes and allocated the outputs."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in DTYPES or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}; q, k, v are fp32, fp16 or bf16, on one device")

@@ -13,8 +13,8 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @triton.jit
 def tile_at(number, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(row, column) of a tile. GROUP_M rows of tiles are visited column by column, so that consecutive programs find what
-    they read in the L2 cache."""
+    """(row, column) of a tile. GROUP_M rows of tiles are visited column by column, so that consecutive programs find
+    what they read in the L2 cache."""
     group = number // (GROUP_M * tiles_n)
     first = group * GROUP_M
     rows = tl.minimum(tiles_m - first, GROUP_M)

@@ -30,9 +30,9 @@ MAX_WIDTH = 16384
 MIN_TAIL = 256  # columns that the 32 lanes of a warp take in accesses of 16 bytes
 
 
-# (architecture, widest row) -> how this kernel and that of qk_norm_rope.py are launched. Up to 48 values a thread at 6144 columns, in accesses of 16
-# bytes; without a limit the compiler stays just below 64 or 80 registers in narrow rows, at the price of spilling two.
-# Chosen by what the compiler makes of them; not tuned on a GPU yet.
+# (architecture, widest row) -> how this kernel and that of qk_norm_rope.py are launched. Up to 48 values a thread at
+# 6144 columns, in accesses of 16 bytes; without a limit the compiler stays just below 64 or 80 registers in narrow
+# rows, at the price of spilling two. Chosen by what the compiler makes of them; not tuned on a GPU yet.
 CONFIGS = {
     (arch, width): options
     for arch in (80, 90, 100)

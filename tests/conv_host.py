@@ -40,7 +40,8 @@ def conv_host(
     *how: object,
     width: int = 0,
 ) -> None:
-    """What the kernel writes into `out`; arguments of `vae_kernels.conv_cuda`. Raises ValueError for what it refuses."""
+    """What the kernel writes into `out`; arguments of `vae_kernels.conv_cuda`. Raises ValueError for what it
+    refuses."""
     assert scale is None and gamma is None and weight.permute(0, 2, 3, 4, 1).is_contiguous()
     if out.numel() == 0:
         return

@@ -11,8 +11,8 @@ import pytest
 
 
 def run_interpreted(file: str, only: str = "") -> None:
-    """Run the tests of a file that are marked `interpret`, or only those whose names match; what fails there fails here,
-    with its output."""
+    """Run the tests of a file that are marked `interpret`, or only those whose names match; what fails there fails
+    here, with its output."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this is the child process")
     pytest.importorskip("triton")

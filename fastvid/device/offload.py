@@ -30,8 +30,8 @@ RUN = 2**29  # maximum bytes of weights packed into one host allocation; a large
 
 
 class Weights(NamedTuple):
-    """Bytes of a module's weights. rest: outside of its streamed blocks; blocks: of each block; buffer: size of a buffer
-    for the largest block."""
+    """Bytes of a module's weights. rest: outside of its streamed blocks; blocks: of each block; buffer: size of a
+    buffer for the largest block."""
 
     rest: int
     blocks: tuple[int, ...] = ()
@@ -285,8 +285,8 @@ class Resident:
 class Swapped:
     """Modules that take turns on the device: one module, and one user, at a time.
 
-    linger: the last used module stays until another is needed. stream: blocks are streamed through a prefetcher that all
-    modules share.
+    linger: the last used module stays until another is needed. stream: blocks are streamed through a prefetcher that
+    all modules share.
     """
 
     def __init__(

@@ -46,8 +46,8 @@ _SETTING = _SharedSetting()
 def ieee_fp32() -> Iterator[None]:
     """Full-precision fp32 matrix products and convolutions inside the block; restores the caller's settings after it.
 
-    Our generators never yield inside the block, so a single-threaded caller never sees the change. With several threads,
-    it lasts until the last of them leaves.
+    Our generators never yield inside the block, so a single-threaded caller never sees the change. With several
+    threads, it lasts until the last of them leaves.
     """
     _SETTING.enter()
     try:

@@ -130,7 +130,8 @@ def predict(
 def _step(
     work: Work, layout: Layout, device: Device, link: Link, far: Link, per_host: int
 ) -> tuple[float, float, float, float, float]:
-    """(linear seconds, attention seconds, other seconds, seconds of exposed exchanges, bytes sent), see `Prediction`."""
+    """(linear seconds, attention seconds, other seconds, seconds of exposed exchanges, bytes sent), see
+    `Prediction`."""
     (t, h, w), d, f, U, R = work.grid, work.dim, work.ffn_dim, layout.ulysses, layout.ring
     per_frame = shares(h * w, layout.sequence)
     own_tokens = t * max(per_frame)

@@ -1,7 +1,7 @@
 """Parses `parallel=` and lists the possible layouts of a request.
 
-Impossible layouts are refused; the error names the nearest possible one. `agree` makes ranks use the same values for all
-decisions.
+Impossible layouts are refused; the error names the nearest possible one. `agree` makes ranks use the same values for
+all decisions.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def default_layout(size: int, heads: int, guided: bool, per_host: int | None = N
     """The layout of `size` ranks if no times are predicted.
 
     First splits guidance, if there is any and `size` is even: it exchanges almost nothing. Then Ulysses as far as it
-    divides the heads, within a host, since it exchanges everything at once. The rest is ring, whose exchanges are spread
-    out and overlap with attention. per_host: ranks per host, None for a single host.
+    divides the heads, within a host, since it exchanges everything at once. The rest is ring, whose exchanges are
+    spread out and overlap with attention. per_host: ranks per host, None for a single host.
     """
     guidance = 2 if guided and size % 2 == 0 else 1
     sequence = size // guidance

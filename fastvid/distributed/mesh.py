@@ -92,8 +92,8 @@ class Mesh:
     """The ranks of a job, from the view of one of them. The default is a job with a single rank.
 
     group: their process group; None for one rank. device: of this rank's tensors. staged: GPU tensors go through host
-    memory, since gloo supports only CPU tensors. per_host: ranks per host, None for a single host. counted: traffic that
-    this rank has sent.
+    memory, since gloo supports only CPU tensors. per_host: ranks per host, None for a single host. counted: traffic
+    that this rank has sent.
     """
 
     rank: int = 0

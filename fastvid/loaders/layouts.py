@@ -134,7 +134,8 @@ def pipeline_of(identity: Identity) -> str:
 
 
 def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool) -> Config:
-    """Build model_index.json. identity: the transformer's; configs: of the parts; experts: there are two transformers."""
+    """Build model_index.json. identity: the transformer's; configs: of the parts; experts: there are two
+    transformers."""
     task, pipeline = identity.task or "t2v", pipeline_of(identity)
     transformer = ["diffusers", configs["transformer"]["_class_name"]]
     index: Config = {

@@ -1,5 +1,5 @@
-"""Finds the parts that belong to a transformer's single file: its other expert, VAE, encoders and tokenizer. They may be
-in ComfyUI's neighboring folders, inside the same file, or named by the caller.
+"""Finds the parts that belong to a transformer's single file: its other expert, VAE, encoders and tokenizer. They may
+be in ComfyUI's neighboring folders, inside the same file, or named by the caller.
 
     models/diffusion_models/ (or unet/)   the transformer; the high and the low noise expert of Wan 2.2
     models/text_encoders/ (or clip/)      UMT5, the tokenizer inside as the tensor `spiece_model`

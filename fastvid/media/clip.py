@@ -108,9 +108,9 @@ class Clip:
     # ------------------------------------------------------------ other rates and sizes
 
     def resampled(self, fps: float | None = None) -> Clip:
-        """The same clip at another rate (default: its own). Frame n is the one nearest in time to n / fps; ties take the
-        later one, like FFmpeg's filter `fps`. Unevenly spaced frames (phones, screen recordings) become evenly spaced.
-        A clip without a rate keeps its frames and gets this rate.
+        """The same clip at another rate (default: its own). Frame n is the one nearest in time to n / fps; ties take
+        the later one, like FFmpeg's filter `fps`. Unevenly spaced frames (phones, screen recordings) become evenly
+        spaced. A clip without a rate keeps its frames and gets this rate.
 
         Raises InvalidRequest if the rate is out of bounds or results in too many frames.
         """
@@ -141,7 +141,8 @@ class Clip:
 
     def resized(self, height: int, width: int, fit: str = "cover") -> Clip:
         """The same clip at another size, scaled with Pillow's Lanczos filter. fit "cover": crop the center to the new
-        aspect ratio, then scale; "stretch": scale without cropping. Raises InvalidRequest for an invalid size or fit."""
+        aspect ratio, then scale; "stretch": scale without cropping. Raises InvalidRequest for an invalid size or
+        fit."""
         side = whole(1, MAX_SIDE, " pixels")
         return replace(self, height=side("height", height), width=side("width", width), fit=one_of(FITS)("fit", fit))
 
@@ -176,7 +177,8 @@ def open_clip(source: Any, *, name: str = "video") -> Clip:
 
     Raises:
         MediaError: the file is missing, damaged, of an unknown kind, or exceeds the limits, which are checked before
-            decoding: sides of 16 to 8192 pixels, 2^25 pixels in a video frame, 2^17 frames, 0.01 to 1000 frames a second.
+            decoding: sides of 16 to 8192 pixels, 2^25 pixels in a video frame, 2^17 frames, 0.01 to 1000 frames a
+            second.
         InvalidRequest: the source has no frames, too many, or too large ones.
     """
     if isinstance(source, Clip):

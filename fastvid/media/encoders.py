@@ -32,8 +32,8 @@ class VideoSpec:
 
 
 class OutputFile(io.FileIO):
-    """A file for PyAV that completes short writes. PyAV ignores them, such as the last write on a full disk. (If it opens
-    the file by name, FFmpeg's fragmented MP4 muxer does not report a full disk at all.)"""
+    """A file for PyAV that completes short writes. PyAV ignores them, such as the last write on a full disk. (If it
+    opens the file by name, FFmpeg's fragmented MP4 muxer does not report a full disk at all.)"""
 
     def write(self, data: Any) -> int:
         view, written = memoryview(data).cast("B"), 0
@@ -139,8 +139,8 @@ def find_encoder(encoding: Encoding) -> str:
 
 
 class EncodedWriter:
-    """Encodes frames into a staging file (a fragmented MP4, which plays even if the process is killed). `finish` remuxes
-    it into the final file, with the index at the front, the exact frame size and the recipe."""
+    """Encodes frames into a staging file (a fragmented MP4, which plays even if the process is killed). `finish`
+    remuxes it into the final file, with the index at the front, the exact frame size and the recipe."""
 
     def __init__(self, encoding: Encoding, stage: Path, spec: VideoSpec, recipe: str | None) -> None:
         import av
@@ -224,8 +224,8 @@ def _add_stream(container: Any, encoding: Encoding, spec: VideoSpec) -> Any:
 
 
 def _remux(encoding: Encoding, stage: Path, final: Path, spec: VideoSpec, recipe: str | None) -> None:
-    """Copy packets and state the exact frame size in the container. H.264 4:2:0 requires even sides, so its pictures may
-    have one more column or row; decoders crop to the container's size (libavcodec/h264_slice.c)."""
+    """Copy packets and state the exact frame size in the container. H.264 4:2:0 requires even sides, so its pictures
+    may have one more column or row; decoders crop to the container's size (libavcodec/h264_slice.c)."""
     import av
 
     options = (encoding.final or {}) | {"fflags": "+bitexact"}

@@ -170,8 +170,8 @@ def _boxes(file: BinaryIO, start: int, end: int, name: str) -> Iterator[tuple[by
 
 
 def _samples(kind: bytes, data: bytes, name: str) -> int:
-    """The number of samples that a box claims. FFmpeg accepts sample tables at any depth, so all bytes that look like one
-    are counted."""
+    """The number of samples that a box claims. FFmpeg accepts sample tables at any depth, so all bytes that look like
+    one are counted."""
     if b"cmov" in data or kind == b"cmov":
         raise MediaError(f"{name} has a compressed index, which is not read; write it again, as ffmpeg -c copy does")
     if b"iinf" in data:

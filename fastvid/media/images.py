@@ -114,10 +114,11 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def resize(pictures: np.ndarray, height: int, width: int, method: str = "lanczos") -> np.ndarray:
-    """Pictures uint8 [..., H, W, C] -> uint8 [..., height, width, C] with Pillow, C 1 or 3; method: "lanczos", "bicubic".
+    """Pictures uint8 [..., H, W, C] -> uint8 [..., height, width, C] with Pillow, C 1 or 3; method: "lanczos",
+    "bicubic".
 
-    Resizes horizontally, then vertically, in two calls. In a single call Pillow 13 swaps the order if the height shrinks
-    much more than the width; the models were trained with the order of earlier versions.
+    Resizes horizontally, then vertically, in two calls. In a single call Pillow 13 swaps the order if the height
+    shrinks much more than the width; the models were trained with the order of earlier versions.
     Raises ValueError for another dtype, layout, size or method.
     """
     from PIL import Image

@@ -165,8 +165,8 @@ class FrameIndex:
 
 
 class VideoSource(Source):
-    """The first video track of a file, one frame per packet. If a packet can't be decoded, the previous frame is repeated,
-    like in players, so that the frame count and times stay correct."""
+    """The first video track of a file, one frame per packet. If a packet can't be decoded, the previous frame is
+    repeated, like in players, so that the frame count and times stay correct."""
 
     def __init__(self, file: BinaryIO, kind: str, name: str) -> None:
         self._file, self.kind, self._name = file, kind, name

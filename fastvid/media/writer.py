@@ -1,13 +1,13 @@
 """Writes frames to files: .mp4 (H.264), .webm (VP9), .gif, .png (one frame), .npy, and folders of PNGs.
 
 A path names a folder of PNGs (000000.png, ...) if it ends in a slash, has no suffix, or is an existing folder.
-`FrameSink` writes uint8 RGB frames [T, H, W, 3] incrementally and renames the file to its final name when it is complete.
-`check_writable` checks beforehand whether that can succeed. Memory does not grow with the length of the video, and the
-same frames give the same bytes.
+`FrameSink` writes uint8 RGB frames [T, H, W, 3] incrementally and renames the file to its final name when it is
+complete. `check_writable` checks beforehand whether that can succeed. Memory does not grow with the length of the
+video, and the same frames give the same bytes.
 
-Every file includes the recipe (`fastvid.media.metadata.read_recipe` reads it): .mp4 and .webm in the tag "comment", .gif
-in a comment extension, .png in a text chunk "fastvid" (in a folder: of the first frame), .npy in a second array after
-the frames.
+Every file includes the recipe (`fastvid.media.metadata.read_recipe` reads it): .mp4 and .webm in the tag "comment",
+.gif in a comment extension, .png in a text chunk "fastvid" (in a folder: of the first frame), .npy in a second array
+after the frames.
 """
 
 from __future__ import annotations
@@ -376,8 +376,8 @@ class BackgroundWriter:
                 writer.finish()
             sink.close(recipe)
 
-    A later `write`, or `finish`, raises the sink's errors. Leaving the block waits for the current write and drops queued
-    ones, so nest it in the sink's own block. seconds: the time that the sink spent writing.
+    A later `write`, or `finish`, raises the sink's errors. Leaving the block waits for the current write and drops
+    queued ones, so nest it in the sink's own block. seconds: the time that the sink spent writing.
     """
 
     def __init__(self, sink: FrameSink) -> None:

@@ -5,11 +5,11 @@
     out[b, n, h] = sum_m p[m] v[b, m, h] / sum_m p[m],  p[m] = exp(scale * q[b, n, h] . k[b, m, h])
     lse[b, h, n] = log(sum_m p[m])
 
-q [B, N, H, D], k and v [B, M, H, D]; scale defaults to 1 / sqrt(D). out has the shape and dtype of q, lse is fp32 (fp64
-for fp64). With `blocks` (sparse.py), m runs only over the listed tiles of keys; for an empty list out is 0 and lse -inf.
+q [B, N, H, D], k and v [B, M, H, D]; scale defaults to 1 / sqrt(D). out has the shape and dtype of q, lse is fp32
+(fp64 for fp64). With `blocks` (sparse.py), m runs only over the listed tiles of keys; for an empty list out is 0 and lse -inf.
 `merge` combines attention to two sets of keys (the ranks of a ring).
 
-All back ends share this signature: `reference` and `sdpa` are PyTorch, `flash` is the flash-attn package, and the others
+All share this signature: `reference` and `sdpa` are PyTorch, `flash` is the flash-attn package, and the others
 are the registered operators of attention_gpu.py.
 """
 
@@ -148,8 +148,8 @@ def flash(
     return_lse: bool = False,
     blocks: Blocks | None = None,
 ) -> Result:
-    """The flash-attn package, which selects a kernel for the GPU. Raises ValueError for blocks, and for dtypes other than
-    fp16 and bf16."""
+    """The flash-attn package, which selects a kernel for the GPU. Raises ValueError for blocks, and for dtypes other
+    than fp16 and bf16."""
     from flash_attn import flash_attn_func
 
     check(q, k, v, blocks)

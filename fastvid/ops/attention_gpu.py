@@ -3,7 +3,8 @@
     operator(q, k, v, lists, largest, scale, with_lse) -> (out, lse)
 
 lists and largest: `Blocks.tensors` and `Blocks.largest`, both empty for dense attention. lse is empty unless with_lse.
-Callers must call `attention.check` first. Nothing falls back and nothing is copied: unsupported inputs raise ValueError.
+Callers must call `attention.check` first. Nothing falls back and nothing is copied: unsupported inputs raise
+ValueError.
 
 attention_triton   any GPU since sm_80, fp32 and 16-bit types, head_dim up to 128
 attention_cuda     sm_90a, 16-bit types, head_dim 64 or 128, strides that are multiples of 16 bytes. With lists, a tile
@@ -174,8 +175,8 @@ def _check_tensors(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, steps: Callable[[Blocks], list[Tensor]]
 ) -> tuple[Call, list[Tensor]]:
-    """The fields of `Call` in csrc/attention_call.h, in order, and the tensors for `Lists` there, in order. steps: splits
-    the lists into steps of the kernel.
+    """The fields of `Call` in csrc/attention_call.h, in order, and the tensors for `Lists` there, in order. steps:
+    splits the lists into steps of the kernel.
 
     Raises ValueError for lists that the kernel does not support; does not read their contents.
     """

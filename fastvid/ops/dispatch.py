@@ -10,8 +10,8 @@
     flash                 the flash-attn package (attention only)
     cuda_fp8, cuda_int8   csrc/ with 8-bit products, an approximation (attention only)
 
-A back end that is requested explicitly either works or raises BackendUnavailable; there is no fallback. `auto` selects a
-kernel only if verified.json has a committed result for this architecture and exactly this source code.
+A back end that is requested explicitly either works or raises BackendUnavailable; there is no fallback. `auto` selects
+a kernel only if verified.json has a committed result for this architecture and exactly this source code.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class DispatchByShape:
 
 
 def shape_classes() -> dict[str, Function]:
-    """Operation -> function that returns the shape class of its arguments. Other operations have only the class "any"."""
+    """Operation -> function that returns the shape class of its arguments. Other operations have only the class
+    "any"."""
     return {"attention": attentions.form}
 
 

@@ -53,8 +53,8 @@ def head(
     """Modulated LayerNorm, projection and unpatchify: -> latents [B, C, T, H, W].
 
     x [B, N, d], shift and scale [K, d], index [B, G], see modulated_layer_norm; weight [pt ph pw C, d] and bias
-    [pt ph pw C], C fastest; grid (t, h, w) with N = t h w; patch (pt, ph, pw). dtype: of the latents, by default that of
-    x; kernels round their fp32 sums to it once.
+    [pt ph pw C], C fastest; grid (t, h, w) with N = t h w; patch (pt, ph, pw). dtype: of the latents, by default
+    that of x; kernels round their fp32 sums to it once.
     """
     y = F.linear(modulated_layer_norm(x, shift, scale, index, eps), weight, bias)
     return _unpatchify(y, grid, patch).to(dtype or x.dtype)

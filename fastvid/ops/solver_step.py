@@ -119,8 +119,8 @@ def unipc_weights(
         start  = q start_before + (1 - q) (newest + to_older (older - newest) + to_newer (x0 - newest))
         next x = r start + (1 - r) (x0 + carry (x0 - newest))
 
-    q = sigma / before, r = sigma_next / sigma. newest, older: x0 of the last two steps. before: noise level of a column's
-    last step. stepped: bool [T]; start is x in columns that have not made a step.
+    q = sigma / before, r = sigma_next / sigma. newest, older: x0 of the last two steps. before: noise level of a
+    column's last step. stepped: bool [T]; start is x in columns that have not made a step.
     """
     ratio, none = sigma_next / sigma, torch.zeros_like(sigma)
     back = sigma / before

@@ -65,7 +65,8 @@ def tile_counts(grid: Triple, tile: Triple) -> Triple:
 
 
 def tile_offsets(grid: Triple, tile: Triple) -> Tensor:
-    """The first token of each tile in tile order (w fastest), and the number of tokens at the end: int32 [tiles + 1]."""
+    """The first token of each tile in tile order (w fastest), and the number of tokens at the end: int32 [tiles +
+    1]."""
     t, h, w = (_lengths(n, size) for n, size in zip(grid, tile, strict=True))
     sizes = t[:, None, None] * h[None, :, None] * w[None, None, :]
     return torch.cat((sizes.new_zeros(1), sizes.flatten().cumsum(0))).int()

@@ -53,8 +53,8 @@ def causal_conv3d(
 ) -> tuple[Tensor, Tensor]:
     """A convolution of `past` [B, C, kt - 1, H, W] (zeros if None) followed by x [B, C, T, H, W], kt >= 2.
 
-    Returns [B, N, T, H - sum(edges), W] and the past of the next call, [B, C, kt - 1, H, W], which has all rows of x and
-    may be a view of a larger tensor.
+    Returns [B, N, T, H - sum(edges), W] and the past of the next call, [B, C, kt - 1, H, W], which has all rows of x
+    and may be a view of a larger tensor.
     """
     history = weight.shape[2] - 1
     if past is None and x.shape[2] == 1:
@@ -91,8 +91,8 @@ def norm_silu_conv3d(
 ) -> tuple[Tensor, Tensor]:
     """causal_conv3d(silu(rms_norm(x))), 3x3x3 with padding 1, plus a residual, which may be overwritten.
 
-    pixels: of the whole chunk if x is a part of its rows. It selects the algorithm, so that parts and whole are computed
-    in the same way.
+    pixels: of the whole chunk if x is a part of its rows. It selects the algorithm, so that parts and whole are
+    computed in the same way.
 
     Returns [B, N, T, H - sum(edges), W] and the past of the next call: the last two frames of x after norm and SiLU,
     [B, C, 2, H, W].
@@ -174,7 +174,8 @@ def norm_silu_conv3d_rgb(
     pixels: int | None = None,
     to_rgb: Callable[[Tensor], Tensor] = rgb.reference,
 ) -> tuple[Tensor, Tensor]:
-    """to_rgb of norm_silu_conv3d with 3 output channels: uint8 [B, 3, T, H - sum(edges), W], channels-last, and the past.
+    """to_rgb of norm_silu_conv3d with 3 output channels: uint8 [B, 3, T, H - sum(edges), W], channels-last, and the
+    past.
 
     to_rgb: the operation of that name, [3, T, H, W] -> [T, H, W, 3]. Kernels that fuse it ignore the argument.
     """

@@ -202,8 +202,8 @@ def _normed(
     edges: tuple[int, int],
     add: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Run norm, SiLU and convolution into `out`. Returns it and the past of the next call, which the norm kernel writes:
-    of the last frames if the convolution normalizes on load, else of all frames."""
+    """Run norm, SiLU and convolution into `out`. Returns it and the past of the next call, which the norm kernel
+    writes: of the last frames if the convolution normalizes on load, else of all frames."""
     B, C, T, H, W = x.shape
     if not kernels.on_load:
         normalized = _empty(x, *x.shape)

@@ -97,8 +97,8 @@ def call_of(
     interleaved: bool,
     add: bool,
 ) -> dict[str, tuple[int, ...] | int]:
-    """The fields of `Call` in csrc/conv_call.h, in order. Raises ValueError for sizes that do not fit together, which the
-    device code can't check."""
+    """The fields of `Call` in csrc/conv_call.h, in order. Raises ValueError for sizes that do not fit together, which
+    the device code can't check."""
     B, C, T, H, W = x.shape
     step, halves = 1 + doubled, 1 + interleaved
     fits = weight.shape[:2] == (out.shape[1] * halves * step**2, C) and out.shape[0] == B

@@ -215,8 +215,8 @@ def choose_offload(
 ) -> str:
     """The mode with the least offloading in which a request's whole clip fits into `capacity` bytes of a device.
 
-    configs: part name -> configuration. Decoding in stripes is considered only if no mode fits without. If nothing fits,
-    returns the mode with the most offloading: smaller requests may fit, and planning refuses those that do not.
+    configs: part name -> configuration. Decoding in stripes is considered only if no mode fits without. If nothing
+    fits, returns the mode with the most offloading: smaller requests may fit, and planning refuses those that do not.
     """
     model = ModelFacts.of_configs(configs, dtype, vae_dtype)
     config = model.transformer
@@ -309,8 +309,8 @@ def decoder_bytes(
     bands: int = 1,
     itemsize: int = FP32_BYTES,
 ) -> int:
-    """Peak bytes of decoding `frames` pixel frames of a stream at once: the feature cache, whose size does not depend on
-    `frames`, and the activations of one stripe. bands: ranks that share the rows; each gathers all 8-bit frames, and
+    """Peak bytes of decoding `frames` pixel frames of a stream at once: the feature cache, whose size does not depend
+    on `frames`, and the activations of one stripe. bands: ranks that share the rows; each gathers all 8-bit frames, and
     temporarily holds them twice. itemsize: bytes per element."""
     tensors = DECODER_TENSORS_22 if vae.is_residual else DECODER_TENSORS
     share = 1 / stripes + (STRIPE_SHARE if stripes > 1 else 0) + (BAND_SHARE if bands > 1 else 0)

@@ -43,8 +43,8 @@ def plan_request(
     """The plan of a request, and the layout in which ranks share it.
 
     keep: all frames stay in memory. free: available bytes on the device, None to query it; ranks use the minimum of
-    all. rates: this machine's speed, to estimate the time. layout: None to choose one. Raises OutOfMemory if the request
-    does not fit, InvalidRequest if the requested layout is impossible.
+    all. rates: this machine's speed, to estimate the time. layout: None to choose one. Raises OutOfMemory if the
+    request does not fit, InvalidRequest if the requested layout is impossible.
     """
     free = available_bytes(model.device) if free is None else free
     free, capacity = (agree(model.mesh, count) for count in (free, free + model.bytes_held))

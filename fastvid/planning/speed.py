@@ -301,8 +301,8 @@ def _points(cases: Iterator[Case], device: torch.device) -> Points:
 
 
 def _time(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest run, since other load can only slow it down. Short runs are timed in batches of 1 ms, since
-    clocks are coarse."""
+    """Seconds of the fastest run, since other load can only slow it down. Short runs are timed in batches of 1 ms,
+    since clocks are coarse."""
     run()
     count = max(1, min(1000, int(1e-3 / _clock(run, device, 1))))
     end = time.perf_counter() + BUDGET / SHARES

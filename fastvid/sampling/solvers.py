@@ -230,8 +230,8 @@ def _correct(x: Tensor, x0: Tensor, sigma: Tensor, state: SolverState) -> Tensor
 
 
 def _correction(sigma: Tensor, state: SolverState) -> tuple[Tensor, Tensor]:
-    """How far UniC's target is from the last x0 towards the one before it, and towards the one just predicted: [T] each.
-    With bh2 the solution of the paper's 2x2 system R rho = b is below, in the Langevin function of h / 2."""
+    """How far UniC's target is from the last x0 towards the one before it, and towards the one just predicted: [T]
+    each. With bh2 the solution of the paper's 2x2 system R rho = b is below, in the Langevin function of h / 2."""
     before, two_before = state.sigmas
     here, start = _log_snr(sigma, UNIPC_LAST_SIGMA), _log_snr(before, UNIPC_LAST_SIGMA)
     h, h0 = here - start, start - _log_snr(two_before, UNIPC_LAST_SIGMA)

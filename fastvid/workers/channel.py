@@ -1,7 +1,7 @@
 """A channel between a program and one of its workers: frames of bytes over a socket.
 
-`multiprocessing.connection` frames and authenticates. Its `send` and `recv` pickle, so they are never used: a message is
-JSON and safetensors (`fastvid.workers.messages`), sent with `send_bytes`.
+`multiprocessing.connection` frames and authenticates. Its `send` and `recv` pickle, so they are never used: a message
+is JSON and safetensors (`fastvid.workers.messages`), sent with `send_bytes`.
 """
 
 from __future__ import annotations

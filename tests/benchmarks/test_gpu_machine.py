@@ -1,4 +1,5 @@
-"""The GPU ladder works on a machine that has no ftfy, wcwidth, diffusers or av: nothing on its way imports them early."""
+"""The GPU ladder works on a machine that has no ftfy, wcwidth, diffusers or av: nothing on its way imports them
+early."""
 
 from __future__ import annotations
 

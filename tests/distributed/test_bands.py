@@ -102,7 +102,15 @@ def any_split(mesh: Mesh, numbers: random.Random, dtype: torch.dtype) -> None:
 
 def tiled(mesh: Mesh, numbers: random.Random) -> None:
     """The form that works in tiles of four rows, with bands that end amid a tile."""
-    config = WanVAEConfig(64, 4, (1, 1), 1, (False,), (0.0,) * 4, (1.0,) * 4)
+    config = WanVAEConfig(
+        base_dim=64,
+        z_dim=4,
+        dim_mult=(1, 1),
+        num_res_blocks=1,
+        temperal_downsample=(False,),
+        latents_mean=(0.0,) * 4,
+        latents_std=(1.0,) * 4,
+    )
     vae, latents = scaled(WanVAE(config)), torch.randn(1, 4, 18, 11, 13)
     with mock.patch.object(winograd, "norm_silu_conv3d", wraps=winograd.norm_silu_conv3d) as run:
         compare(vae, latents, [15, 3], Bands(mesh), reuse=True)

@@ -166,7 +166,8 @@ def test_a_checkpoint_does_not_grow_with_the_video(pipes, tmp_path):
 
 
 def test_every_part_of_a_position_is_saved():
-    """A field that is added to it has to be one that `position_to_tensors` takes and `position_from_tensors` brings back."""
+    """A field that is added to it has to be one that `position_to_tensors` takes and `position_from_tensors` brings
+    back."""
     columns, shape = 3, (1, 2, 3, 2, 2)
     state = SolverState(
         torch.arange(columns), (torch.rand(columns, dtype=torch.float64),) * 2, (torch.randn(shape),) * 2,

@@ -1,6 +1,6 @@
 """csrc/'s convolutions and norm: on the CPU, the kernels' own code over interpreted TMA, mbarriers and wgmma, against
-float64; what the compiler makes of them for sm_90a; on a GPU, the kernels. Operations are those of `ops/vae_gpu.py`, with the
-same meanings as in test_vae_kernels.py, whose exact forms judge here too. Results lie in the middle of NaN.
+float64; what the compiler makes of them for sm_90a; on a GPU, the kernels. Operations are those of `ops/vae_gpu.py`,
+with the same meanings as in test_vae_kernels.py, whose exact forms judge here too. Results lie in the middle of NaN.
 """
 
 from __future__ import annotations

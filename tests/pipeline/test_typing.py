@@ -1,4 +1,5 @@
-"""What editors and type checkers see of the verbs: a misspelt keyword or a wrong type is reported, and help names all."""
+"""What editors and type checkers see of the verbs: a misspelt keyword or a wrong type is reported, and help names
+all."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ GOOD = (
     'pipe.blend(video, "b.mp4", "a", num_frames=3)',
     'pipe.storyboard([("a", 1.0), ("b", 2)], checkpoint="job", checkpoint_every=0)',
     'pipe.edit(video, "x", strength=0.3, aspect="16:9", budget="480p")',
-    'started: fastvid.Started | None = next((e for e in pipe.stream(verb="loop", video=video) if isinstance(e, fastvid.Started)), None)',
+    'for event in pipe.stream(verb="loop", video=video): started: bool = isinstance(event, fastvid.Started)',
     'memory: int = fastvid.blueprint("wan2.1-t2v-14b").plan(seconds=3).bytes_device',
     'pipe.generate(**fastvid.Request.make(prompt="a").arguments())',
     'async def f() -> fastvid.Video: return await pipe.agenerate("a", seed=3)',

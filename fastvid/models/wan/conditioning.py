@@ -82,7 +82,8 @@ def vace_condition(
 
     frames: [B, 3, F, H, W] in [-1, 1]. mask: [B, 1, F, H, W], 1 where the model shall make pixels, 0 where those of
     frames stay. references: R pictures [B, 3, H, W] (see `fastvid.engine.pixels.fit_reference`); they are put in front
-    in time, the last one first as diffusers does. So the model makes R latent frames more, to be dropped before decoding.
+    in time, the last one first as diffusers does. So the model makes R latent frames more, to be dropped before
+    decoding.
     Channels: what stays, what is to change, mask. Raises InvalidRequest for sizes that do not fit each other.
     """
     _check_control(frames, mask, references, spatial)

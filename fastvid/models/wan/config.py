@@ -133,9 +133,9 @@ class WanVACEConfig:
 
 @dataclass(frozen=True)
 class WanVAEConfig:
-    """What `vae/config.json` says; the defaults are Wan 2.1's. Channel widths are base_dim * dim_mult in the encoder and
-    decoder_base_dim * dim_mult in the decoder (0: base_dim there too); temporal scale is 2 per True. is_residual: it is
-    the Wan 2.2 network, whose frames are patches of patch_size x patch_size pixels.
+    """What `vae/config.json` says; the defaults are Wan 2.1's. Channel widths are base_dim * dim_mult in the encoder
+    and decoder_base_dim * dim_mult in the decoder (0: base_dim there too); temporal scale is 2 per True. is_residual:
+    it is the Wan 2.2 network, whose frames are patches of patch_size x patch_size pixels.
     """
 
     base_dim: int = 96
