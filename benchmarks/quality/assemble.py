@@ -49,9 +49,9 @@ SCHEDULER = {
 CARD = """# The embedded model
 
 A small text-to-video model of the Wan architecture in the published diffusers layout, trained on clips that
-`benchmarks/quality/` draws, from an earlier and smaller checkpoint of the same kind (its VAE widened to twice the channels). It ships with
-fastvid so that every part of the program does its real job on any machine, and so that what a change does to the video
-can be measured: the truth of a caption can be read off the frames.
+`benchmarks/quality/` draws, from an earlier and smaller checkpoint of the same kind (its VAE widened to twice the
+channels). It ships with fastvid so that every part of the program does its real job on any machine, and so that what
+a change does to the video can be measured: the truth of a caption can be read off the frames.
 
 Prompts: "a {{colour}} {{shape}} {{motion}} on a {{background}} background".
 

@@ -6,8 +6,8 @@
     lse[b, h, n] = log(sum_m p[m])
 
 q [B, N, H, D], k and v [B, M, H, D]; scale defaults to 1 / sqrt(D). out has the shape and dtype of q, lse is fp32
-(fp64 for fp64). With `blocks` (sparse.py), m runs only over the listed tiles of keys; for an empty list out is 0 and lse -inf.
-`merge` combines attention to two sets of keys (the ranks of a ring).
+(fp64 for fp64). With `blocks` (sparse.py), m runs only over the listed tiles of keys; for an empty list out is 0 and
+lse -inf. `merge` combines attention to two sets of keys (the ranks of a ring).
 
 All share this signature: `reference` and `sdpa` are PyTorch, `flash` is the flash-attn package, and the others
 are the registered operators of attention_gpu.py.
