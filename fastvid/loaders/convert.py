@@ -44,8 +44,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class WeightsOutput:
-    """One set of weights to write. target: path (*.safetensors) in the destination; config: the config.json beside
-    it."""
+    """One set of weights to write. target: path (*.safetensors) in the destination; config: its config.json."""
 
     part: FoundPart
     target: Path
@@ -367,8 +366,7 @@ def write_weights(
     entries: Mapping[str, Entry],
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
-    """Write tensors to `target` (*.safetensors), or to shards and an index if they exceed shard_bytes. Returns the
-    files."""
+    """Write tensors to `target` (*.safetensors), or to shards and an index above shard_bytes. Returns the files."""
     described = describe(origins, entries, target)
     shards = split_state_dict_into_shards_factory(
         {name: described[name] for name in sorted(described)},

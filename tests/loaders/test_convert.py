@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,6 @@ from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.models.wan.weight_names import DIFFUSERS, ORIGINAL, origins
 from fastvid.ops import reference
-from tests import tiny
 
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 

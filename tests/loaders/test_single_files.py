@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,7 +24,6 @@ from fastvid.loaders import safetensors
 from fastvid.loaders.find import read_tokenizer
 from fastvid.models.common.tokenizer import clean_prompt
 from fastvid.models.wan.weight_names import DIFFUSERS, ORIGINAL, origins
-from tests import tiny
 
 DATA = Path(__file__).parents[1] / "data"
 # Files without a config.json are taken to have heads of 128, as all published ones.

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pipelines import prepared
+from tiny import write_checkpoint
 
 import fastvid
 from fastvid.benchmarks.quality.clips import Scene, draw
@@ -24,7 +25,6 @@ from fastvid.requests.inputs import read
 from fastvid.requests.request import Request
 from fastvid.requests.timeline import Kept, Rules, Stretch, lay
 from fastvid.sampling.noise import latent_noise
-from tests.tiny import write_checkpoint
 
 SCENE = Scene("red", "circle", "moving right", "white", across=0.4)
 FAST = {"num_inference_steps": 1, "seed": 3}
