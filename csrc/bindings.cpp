@@ -254,9 +254,10 @@ void add_attention(py::module_& m) {
 }
 
 void add_vae(py::module_& m) {
-    m.def("vae_conv", &vae_conv, py::arg("x"), py::arg("past"), py::arg("weight"), py::arg("bias"), py::arg("out"),
-          py::arg("dtype"), py::arg("call"), py::arg("device"), py::arg("stream"),
-          "A convolution of [B, C, T, H, W] with contiguous channels on sm_90; `call` as vae_kernels.call_of makes it.");
+    m.def(
+        "vae_conv", &vae_conv, py::arg("x"), py::arg("past"), py::arg("weight"), py::arg("bias"), py::arg("out"),
+        py::arg("dtype"), py::arg("call"), py::arg("device"), py::arg("stream"),
+        "A convolution of [B, C, T, H, W] with contiguous channels on sm_90; `call` as vae_kernels.call_of makes it.");
     m.def("vae_norm", &vae_norm, py::arg("x"), py::arg("gamma"), py::arg("out"), py::arg("dtype"), py::arg("size"),
           py::arg("channels"), py::arg("x_strides"), py::arg("out_strides"), py::arg("silu"), py::arg("device"),
           py::arg("stream"), "RMS norm over contiguous channels, then SiLU or not; sizes and strides of B, T, H, W.");
