@@ -8,7 +8,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fastvid.errors import BackendUnavailable, Cancelled, CheckpointError, Error, InvalidRequest
+from fastvid.errors import BackendUnavailable, Cancelled, CheckpointError, Error, FastvidWarning, InvalidRequest
 
 from fastvid.errors import MediaError, OutOfMemory, PoolFull, PromptError, WorkerFailed  # isort: skip
 from fastvid.version import __version__ as __version__
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BackendUnavailable", "Cancelled", "CheckpointError", "Error", "InvalidRequest", "MediaError", "OutOfMemory"]
 __all__ += ["Finished", "Frames", "Pipeline", "Pool", "PoolFull", "PromptError", "Request", "Started", "Step", "Video"]
-__all__ += ["WorkerFailed", "blueprint", "load", "open_clip"]
+__all__ += ["FastvidWarning", "WorkerFailed", "blueprint", "load", "open_clip"]
 
 _LAZY = dict.fromkeys(("blueprint", "load"), "fastvid.api")
 _LAZY |= dict.fromkeys(("Finished", "Frames", "Started", "Step"), "fastvid.engine.events")

@@ -1,10 +1,14 @@
-"""Every error that fastvid raises on purpose. Imports nothing, so that any module may use it."""
+"""Every error and warning of fastvid's own. Imports nothing of fastvid, so that any module may use it."""
 
 from __future__ import annotations
 
 
 class Error(Exception):
     """Base of all of fastvid's own errors."""
+
+
+class FastvidWarning(UserWarning):
+    """Something was asked for that is not done, or not quite as asked; the message says what and why."""
 
 
 class InvalidRequest(Error, ValueError):

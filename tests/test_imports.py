@@ -40,14 +40,14 @@ DIRECT: dict[str, set[str]] = {
     "cli": {"api", "serve", "integrations"},
     "__main__": {"cli"},
 }
-BASE = {"errors", "env", "version", "checks"}
-ROOT_FILES = {"__init__", "__main__", "api", "errors", "env", "version", "checks"}
+BASE = {"errors", "notices", "files", "env", "version", "checks"}
+ROOT_FILES = {"__init__", "__main__", "api", *BASE}
 CORE = ("requests", "checks", "sampling", "engine", "layers", "models", "pipeline", "api")
 FAMILY_AWARE = {"models", "loaders", "planning"}  # and engine/conditioning.py, until a second family is there
 LIMITS = {"file": 450, "function": 60, "median": 12, "parameters": 8, "init": 45}
 # Lines that may be there. Wanted are 10,000 and 21,000; what is left is code that features, refusals and tables need (a
 # feature fewer, not a shorter line, would be less). A feature that raises a number says so in its commit.
-LIMITS |= {"core": 11_950, "package": 25_500}
+LIMITS |= {"core": 14_500, "package": 31_000}
 
 
 @cache

@@ -1,0 +1,24 @@
+"""Tells the caller what is not done as asked: unknown words, a cut prompt, ignored files, dropped sound.
+
+Warnings go through Python's `warnings`: shown once for each text and line of the caller, caught by
+`warnings.catch_warnings`, turned into errors by `-W error`. The command line writes them to stderr as
+"fastvid: warning: ...".
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+from fastvid.errors import FastvidWarning
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+def warn(message: str) -> None:
+    """Warn the caller with a `FastvidWarning` that points at the first line outside of fastvid."""
+    frame, depth = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, FastvidWarning, stacklevel=depth)
