@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fastvid.cli import arguments, parser, render
 from fastvid.cli.flags import RESUME_INPUTS, with_flags
 from fastvid.cli.progress import Progress, Stopwatch, duration
 from fastvid.engine.events import Finished, Frames, Started
-from fastvid.errors import Cancelled, Error, InvalidRequest
+from fastvid.errors import Cancelled, Error, FastvidWarning, InvalidRequest
 from fastvid.version import __version__
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             verb = flags.verb
             run = {"": _version, "resume": _resume, "plan": _plan, "inspect": _inspect, "convert": _convert}
             run |= {"doctor": _doctor, "bench": _bench}
-            with _logged(flags):
+            with _logged(flags), _warnings_shown():
                 run.get(command, _run_verb)(flags)
             sys.stdout.flush()
         return OK
@@ -61,6 +62,22 @@ def main(argv: list[str] | None = None) -> int:
         return _report(f"out of memory: {error}", FAILED)
     except Exception as error:
         return _report(f"unexpected {type(error).__name__}: {error} (FASTVID_DEBUG=1 shows where)", FAILED)
+
+
+@contextlib.contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Writes fastvid's own warnings to stderr as one line each."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_ours(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if not issubclass(category, FastvidWarning):
+                show(message, category, *place)
+            elif sys.stderr is not None:
+                print(f"fastvid: warning: {message}", file=sys.stderr)
+
+        warnings.showwarning = show_ours
+        yield
 
 
 # ---------------------------------------------------------------- commands

@@ -108,6 +108,7 @@ SAMPLING: tuple[str, ...] = (
     "num_inference_steps",
     "guidance_scale",
     "guidance_scale_2",
+    "boundary_ratio",
     "flow_shift",
     "sigmas",
     "solver",

@@ -326,7 +326,8 @@ class SegmentDenoiser:
         return denoise if region is None else keep_known(denoise, region.clean, region.mask)
 
     def _expert_for(self, sigma: Tensor) -> int:
-        return self.model.experts.choose(timesteps(sigma.numpy(), self.request.solver).max())
+        level = timesteps(sigma.numpy(), self.request.solver).max()
+        return self.model.experts.choose(level, self.request.boundary_ratio)
 
     def _flow_edit(self, row: TableRow, region: Region | None, target: Velocity) -> Denoise:
         """FlowEdit from the source prompt's velocity to the target's, with new noise at every step."""

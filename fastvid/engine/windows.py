@@ -172,7 +172,8 @@ def _count_passes(model: Model, segment: Segment) -> tuple[int, int, int]:
 def _calls(model: Model, sigmas: np.ndarray, request: Resolved, known: bool) -> list[int]:
     """Model calls in each step of a window. known: whether some of its columns are known."""
     scales = request.guidance_scales(len(model.experts), known)
-    scale_of_step = [scales[model.experts.choose(t)] for t in timesteps(sigmas, request.solver)]
+    levels = timesteps(sigmas, request.solver)
+    scale_of_step = [scales[model.experts.choose(t, request.boundary_ratio)] for t in levels]
     return [1 + (scale != 1) + (request.source_prompt is not None) for scale in scale_of_step]
 
 

@@ -31,6 +31,7 @@ from fastvid.models.loaded import Model
 from fastvid.pipeline import asynchronous, steps
 from fastvid.pipeline.load import change_loras
 from fastvid.pipeline.prepare import Prepared, make_request, plan_of, prepare
+from fastvid.pipeline.request_warnings import warn_of_prompts
 from fastvid.requests.arguments import documented
 from fastvid.requests.options import (
     AnyOptions,
@@ -349,6 +350,7 @@ class Pipeline:
 
     def _run(self, request: Request, keep_frames: bool, keep_latents: bool) -> Stream:
         prepared = prepare(self._model, request, keep_frames)
+        warn_of_prompts(self._model, request, prepared.job.request)
         arguments, settings = request.video_arguments(), request.checkpoint_options()
         saving = resume.begin(self._model, request.verb, arguments, prepared.recipe, settings, prepared.job.layout)
         return self._stream(prepared, keep_latents, saving)

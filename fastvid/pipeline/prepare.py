@@ -17,6 +17,7 @@ from fastvid.engine.session import Job
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
 from fastvid.pipeline import verbs
+from fastvid.pipeline.request_warnings import warn_of_size
 from fastvid.planning.plan import plan_request
 from fastvid.planning.speed import Rates, find_rates
 from fastvid.requests import inputs, prompts
@@ -68,6 +69,7 @@ def prepare(
     _check_tensors(model, resolved, timeline)
     sigmas = sigmas_of(resolved)
     recipe = resolved.to_recipe(model=model.name, version=__version__, **model.settings)
+    warn_of_size(model, resolved)
     plan, layout = plan_request(model, resolved, timeline, sigmas, keep_frames, free, rates, layout)
     log.info("plan: %s", _summary(plan))
     job = Job(resolved, timeline, sigmas, plan.decode_chunk, plan.decode_stripes, plan.decode_beside, layout)

@@ -118,7 +118,7 @@ def with_frames(needs: Needs, frames: int) -> Needs:
     """The needs of the same request with at most `frames` frames."""
     window = needs.segment
     if frames < window.model_frames:
-        window = window_of(window, frames // window.temporal + 1)
+        window = window_of(window, -(-(frames - 1) // window.temporal) + 1)
     return replace(needs, segment=window, frames=min(needs.frames, frames))
 
 

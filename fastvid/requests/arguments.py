@@ -140,7 +140,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     ),
     "num_inference_steps": Argument(whole(1, checks.MAX_STEPS), "denoising steps, 1 to 1000", "--steps N"),
     "guidance_scale": Argument(
-        _guidance, "classifier-free guidance scale, 0 to 1000; 1: no guidance", "--guidance-scale X"
+        _guidance, "classifier-free guidance scale, 0 to 1000; up to 1: no guidance", "--guidance-scale X"
     ),
     "guidance_scale_2": Argument(
         _guidance,
@@ -152,6 +152,12 @@ ARGUMENTS: Mapping[str, Argument] = {
         "guidance scale in edits and in windows with known frames: pictures, clips, frames of an earlier window "
         "(default: --guidance-scale if that is given)",
         "--known-guidance-scale X",
+    ),
+    "boundary_ratio": Argument(
+        number(0.0, 1.0),
+        "noise level at which the low-noise expert takes over, 0 to 1, for models with two experts (default: the "
+        "model's own)",
+        "--boundary-ratio X",
     ),
     "flow_shift": Argument(number(0.01, 100.0), "timestep shift of the noise schedule, 0.01 to 100", "--flow-shift X"),
     "sigmas": Argument(

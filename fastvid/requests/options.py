@@ -38,6 +38,7 @@ class SamplingOptions(TypedDict, total=False):
     guidance_scale: float | None
     guidance_scale_2: float | None
     known_guidance_scale: float | None
+    boundary_ratio: float | None
     flow_shift: float | None
     sigmas: Sequence[float] | Array | None
     solver: Solver | None

@@ -18,7 +18,7 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from fastvid import env
+from fastvid import env, notices
 from fastvid.checks import number, text
 from fastvid.errors import InvalidRequest, PromptError
 from fastvid.requests.arguments import EXPANSION
@@ -56,7 +56,9 @@ def expanded(request: Request, variant: str) -> Request:
         return plain
     if request.prompt is None or not request.prompt.strip():
         raise InvalidRequest("expand_prompt needs a prompt with words in it")
-    return replace(plain, prompt=_expand_for(request.prompt, options, variant), original_prompt=request.prompt)
+    caption = _expand_for(request.prompt, options, variant)
+    notices.warn(f"expand_prompt: the prompt that is used is {caption!r}")
+    return replace(plain, prompt=caption, original_prompt=request.prompt)
 
 
 def _expand_for(prompt: str, options: dict[str, Any], variant: str) -> str:

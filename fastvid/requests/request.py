@@ -67,6 +67,7 @@ class Request:
     guidance_scale: float | None = None
     guidance_scale_2: float | None = None
     known_guidance_scale: float | None = None
+    boundary_ratio: float | None = None
     flow_shift: float | None = None
     sigmas: tuple[float, ...] | None = None
     solver: str | None = None
@@ -167,6 +168,7 @@ class Request:
         """Values that depend on several arguments: seed, guidance, noise levels, solver, strength."""
         values: dict[str, Any] = {"seed": secrets.randbelow(2**32) if self.seed is None else self.seed}
         values |= self._guidance(preset)
+        values["boundary_ratio"] = self._boundary(preset)
         sigmas = self._or_preset("sigmas", preset)
         if self.num_inference_steps is not None or self.flow_shift is not None:
             sigmas = self.sigmas  # the preset's noise levels are for its own number of steps
@@ -194,6 +196,13 @@ class Request:
         if two_experts and self.guidance_scale_2 is None:
             scales["guidance_scale_2"] = self.guidance_scale
         return scales
+
+    def _boundary(self, preset: Any) -> float | None:
+        if self.boundary_ratio is not None and getattr(preset, "boundary_ratio", None) is None:
+            raise InvalidRequest(
+                f"boundary_ratio={self.boundary_ratio:g}: this model has one transformer, not two experts; leave it out"
+            )
+        return self.boundary_ratio
 
     def _count_frames(self, fps: float, default: int) -> int:
         if self.verb == "image":
@@ -311,6 +320,7 @@ class Resolved:
     guidance_scale: float
     guidance_scale_2: float | None
     known_guidance_scale: float | None
+    boundary_ratio: float | None
     flow_shift: float
     sigmas: tuple[float, ...] | None
     solver: str
@@ -337,12 +347,16 @@ class Resolved:
     model_frames: int
 
     def guidance_scales(self, experts: int, known: bool = False) -> tuple[float, ...]:
-        """The guidance scale of each expert, high noise first. known: for windows with known frames, and edits."""
+        """The guidance scale of each expert, high noise first. known: for windows with known frames, and edits.
+
+        Up to 1 there is no guidance, as in diffusers' WanPipeline: such scales come out as 1.
+        """
+        scales = [self.guidance_scale] * experts
         if known and self.known_guidance_scale is not None:
-            return (self.known_guidance_scale,) * experts
-        if experts == 1 or self.guidance_scale_2 is None:
-            return (self.guidance_scale,) * experts
-        return self.guidance_scale, float(self.guidance_scale_2)
+            scales = [self.known_guidance_scale] * experts
+        elif experts == 2 and self.guidance_scale_2 is not None:
+            scales[1] = self.guidance_scale_2
+        return tuple(max(1.0, scale) for scale in scales)
 
     def guided(self, experts: int) -> bool:
         """Whether any guidance scale uses the negative prompt."""
@@ -356,8 +370,8 @@ class Resolved:
     @property
     def known_pictures(self) -> dict[int, Any]:
         """The first, last and keyframe pictures, by frame number."""
-        pictures = {0: self.image, self.num_frames - 1: self.last_image, **(self.keyframes or {})}
-        return {frame: picture for frame, picture in pictures.items() if picture is not None}
+        ends = ((0, self.image), (self.num_frames - 1, self.last_image))
+        return {frame: picture for frame, picture in ends if picture is not None} | (self.keyframes or {})
 
     def to_recipe(self, *, model: str = "", version: str = "", **settings: Any) -> dict[str, Any]:
         """Everything needed to reproduce the video, as JSON types. Tensors are recorded by shape and sha256.

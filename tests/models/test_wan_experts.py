@@ -83,6 +83,18 @@ def test_two_experts_equal_diffusers(two: tuple[Path, Any], pipe: fastvid.Pipeli
     assert_same_frames(ours, diffusers_frames(two[1], latents, **options))
 
 
+@pytest.mark.parametrize(("boundary", "high"), [(0.0, 8), (0.5, 6), (1.0, 1), (0.88, 3)])
+def test_the_boundary_of_a_request(pipe: fastvid.Pipeline, boundary: float, high: int) -> None:
+    seen: list[list[float]] = [[], []]
+    hooks = [spy(module, seen[i]) for i, module in enumerate(pipe._model.experts.modules)]
+    options = {"height": 64, "width": 64, "num_frames": 1, "solver": "euler", "sigmas": SIGMAS, "guidance_scale": 0}
+    pipe.generate("a", **options, boundary_ratio=boundary)
+    pipe.generate("a", **options)  # the model's own again
+    for remove in hooks:
+        remove()
+    assert [len(calls) for calls in seen] == [high + 5, 8 - high + 3]
+
+
 def test_the_second_scale_changes_the_video(pipe: fastvid.Pipeline) -> None:
     options = {"height": 64, "width": 64, "num_frames": 1, "seed": 1, "solver": "euler", "sigmas": SIGMAS}
     frames = [pipe.generate("a", guidance_scale=4.0, **x, **options).frames for x in ({}, {"guidance_scale_2": 1.0})]

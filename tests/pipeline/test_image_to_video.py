@@ -66,6 +66,8 @@ def test_what_does_not_fit_the_model_is_refused(model: Model) -> None:
     if kind != "ti2v":
         with pytest.raises(fastvid.InvalidRequest, match="give image="):
             pipe.plan("a", **options)
+    if kind in ("i2v", "a14b"):  # one frame is one frame, as diffusers makes it
+        assert pipe.generate("a", image=picture(0), num_frames=1, **options).frames.shape == (1, 64, 64, 3)
     if kind == "flf2v":
         with pytest.raises(fastvid.InvalidRequest, match="give last_image="):
             pipe.plan("a", image=picture(0), num_frames=5, **options)

@@ -111,6 +111,13 @@ def test_what_does_not_fit_is_refused_with_what_is_too_much() -> None:
         large.plan(size="832x480", num_frames=frames + 4)
 
 
+def test_frames_that_end_within_a_latent_frame_need_the_whole_of_it() -> None:
+    """5 + 1 to 5 + 4 frames are three latent frames: they need the same on the device."""
+    plans = fastvid.blueprint("wan2.1-t2v-1.3b", device_memory=80 * GIB)
+    needs = [plans.plan(num_frames=frames).bytes_activations for frames in (5, 6, 7, 8, 9, 10)]
+    assert needs[0] < needs[1] == needs[2] == needs[3] == needs[4] < needs[5]
+
+
 def test_the_log_says_what_was_chosen(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="fastvid.plan"):
         fastvid.blueprint("wan2.1-t2v-1.3b", device_memory=24 * GIB).plan(num_frames=17)

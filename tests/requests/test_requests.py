@@ -292,6 +292,24 @@ def test_guidance_scale_2_is_for_models_of_two_experts() -> None:
 class TwoExperts(Recipe):
     guidance_scale: float = 4.0
     guidance_scale_2: float = 3.0
+    boundary_ratio: float = 0.875
+
+
+@pytest.mark.parametrize("scale", [0, 0.3, 1])
+def test_up_to_1_there_is_no_guidance(scale: float) -> None:
+    """As in diffusers, whose pipelines use the negative prompt above 1 only."""
+    made = resolved(guidance_scale=scale)
+    assert made.guidance_scale == scale and not made.guided(1) and made.guidance_scales(1) == (1.0,)
+    both = resolved(TwoExperts(), guidance_scale=scale, guidance_scale_2=2.0)
+    assert both.guided(2) and both.guidance_scales(2) == (1.0, 2.0)
+    assert resolved(known_guidance_scale=scale, guidance_scale=3.0).guidance_scales(1, known=True) == (1.0,)
+
+
+def test_boundary_ratio_is_for_models_of_two_experts() -> None:
+    refused("boundary_ratio=0.5.*one transformer", boundary_ratio=0.5)
+    made = resolved(TwoExperts(), seed=1, boundary_ratio=0)
+    assert made.to_recipe()["boundary_ratio"] == 0.0 and "boundary_ratio" not in resolved(TwoExperts()).to_recipe()
+    assert Request.from_recipe(made.to_recipe()).resolve(TwoExperts()) == made
 
 
 @pytest.mark.parametrize(
@@ -300,7 +318,7 @@ class TwoExperts(Recipe):
         ({}, (4.0, 3.0)),
         ({"guidance_scale": 2.0}, (2.0, 2.0)),
         ({"guidance_scale_2": 2.0}, (4.0, 2.0)),
-        ({"guidance_scale": 0.0, "guidance_scale_2": 1.0}, (0.0, 1.0)),
+        ({"guidance_scale": 6.0, "guidance_scale_2": 1.0}, (6.0, 1.0)),
     ],
 )
 def test_the_second_scale_follows_the_first_if_that_is_given(

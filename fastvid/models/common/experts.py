@@ -34,9 +34,12 @@ class Experts:
     def __len__(self) -> int:
         return len(self.modules)
 
-    def choose(self, timestep: float) -> int:
-        """Which one a timestep (0..1000, as the model is told it) belongs to."""
-        return int(self.boundary is not None and timestep < self.boundary)
+    def choose(self, timestep: float, boundary_ratio: float | None = None) -> int:
+        """Which one a timestep (0..1000, as the model is told it) belongs to. boundary_ratio: instead of the model's."""
+        if self.boundary is None:
+            return 0
+        boundary = self.boundary if boundary_ratio is None else boundary_ratio * TRAIN_TIMESTEPS
+        return int(timestep < boundary)
 
     def use(self, number: int) -> AbstractContextManager[nn.Module]:
         """One of them, on the device until the block ends."""

@@ -32,6 +32,8 @@ from fastvid.models.common.config_reader import read_json
 
 MAX_TEXT_LENGTH = 512  # rows of text that Wan was trained with
 PAD, EOS = "<pad>", "</s>"
+UNKNOWN = ("<unk>", "[UNK]")
+PUNCTUATION = ".,;:!?()[]{}\"'“”‘’…"
 UNIGRAM, CONTROL, USER_DEFINED = 1, 3, 4
 SPACE = "▁"
 
@@ -74,6 +76,34 @@ class TextTokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
         return cls(inner, text_length, _pad_id(inner, config.get("pad_token", "<pad>"), path))
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of a prompt, as far as it is read, of which a part is no token."""
+        text = clean_prompt(prompt)
+        unknown = {number for token in UNKNOWN if (number := self.inner.token_to_id(token)) is not None}
+        encoding = self.inner.encode(text)
+        found = [span for number, span in zip(encoding.ids, encoding.offsets, strict=True) if number in unknown]
+        words = [
+            word[0].strip(PUNCTUATION) or word[0]
+            for word in re.finditer(r"\S+", text)
+            if any(start < word.end() and stop > word.start() for start, stop in found)
+        ]
+        return list(dict.fromkeys(words))
+
+    def words(self) -> list[str]:
+        """All words of a small vocabulary; none of one of more than a hundred tokens."""
+        if self.inner.get_vocab_size() > 100:
+            return []
+        tokens = sorted(self.inner.get_vocab().items(), key=lambda token: token[1])
+        return [token for token, _ in tokens if token.isalpha()]
+
+    def dropped(self, prompt: str) -> str:
+        """The end of a prompt that is not read, since the model takes text_length tokens; "" if it is read whole."""
+        text = clean_prompt(prompt)
+        encoding = self.inner.encode(text)
+        if not encoding.overflowing:
+            return ""
+        return text[max((stop for _, stop in encoding.offsets), default=0) :].strip()
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask (1: a token, 0: padding), int64 [B, L]; L is that of the longest prompt."""

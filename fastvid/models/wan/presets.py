@@ -45,7 +45,7 @@ PICTURE = LARGE._replace(in_channels=36, image=True)
 
 EMBEDDED = _sized(
     Preset("embedded"),
-    ("64x64",),
+    ("64x64", "160x96", "96x160"),
     num_inference_steps=20,
     flow_shift=3.0,
     guidance_scale=3.0,

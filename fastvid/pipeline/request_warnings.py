@@ -1,0 +1,77 @@
+"""Warnings about requests that can be made, but may not show what is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastvid import notices
+from fastvid.checks import shown
+from fastvid.models.common.tokenizer import TextTokenizer
+from fastvid.models.loaded import Model
+from fastvid.requests.request import Request, Resolved
+
+BEYOND = 1.2
+"""A frame's area over the largest that the model was trained at: above this, things repeat or fall apart."""
+BELOW = 0.2
+"""The same under the smallest. A draft, which has a quarter of the area, gets no warning."""
+
+
+def warn_of_prompts(model: Model, request: Request, resolved: Resolved) -> None:
+    """Warns of prompts that are empty, cut, or hold words that the model does not know, and of a negative prompt that
+    nothing reads. Only what the caller wrote counts, not the preset's own negative prompt."""
+    if isinstance(model.tokenizer, TextTokenizer):
+        for name, prompt in _written(request, resolved):
+            _warn_of_prompt(name, prompt, model.tokenizer)
+    negative = request.negative_prompt is not None or request.negative_prompt_embeds is not None
+    if negative and not resolved.guided(len(model.experts)):
+        notices.warn(
+            f"negative_prompt is not used: there is no guidance at guidance_scale={resolved.guidance_scale:g}; it needs "
+            "one above 1"
+        )
+
+
+def _written(request: Request, resolved: Resolved) -> Iterator[tuple[str, str]]:
+    """(name, text) of each prompt."""
+    if request.shots:
+        yield from ((f"shots[{i}]", prompt) for i, (prompt, _) in enumerate(request.shots))
+    elif resolved.prompt is not None and request.prompt_embeds is None:
+        yield "prompt", resolved.prompt
+    if request.source_prompt is not None:
+        yield "source_prompt", request.source_prompt
+    if request.negative_prompt:
+        yield "negative_prompt", request.negative_prompt
+
+
+def _warn_of_prompt(name: str, prompt: str, tokenizer: TextTokenizer) -> None:
+    if not prompt.strip():
+        notices.warn(f"{name} is empty: the model shows what it likes; say what to show")
+        return
+    unknown, dropped = tokenizer.unknown_words(prompt), tokenizer.dropped(prompt)
+    if unknown:
+        words = ", ".join(map(shown, unknown[:20])) + (", ..." if len(unknown) > 20 else "")
+        known = tokenizer.words()
+        hint = f"it knows {', '.join(known)}" if known else "write it in other words"
+        notices.warn(f"{name}: the model does not know {words}; {hint}")
+    if dropped:
+        notices.warn(
+            f"{name}: the model reads {tokenizer.text_length} tokens; what comes after them is dropped, from "
+            f"{shown(dropped[:60])} on; write less"
+        )
+
+
+def warn_of_size(model: Model, request: Resolved) -> None:
+    """Warns of a frame much larger or smaller than those that the model was trained at."""
+    trained = [(int(width), int(height)) for width, height in (size.split("x") for size in model.preset.sizes)]
+    areas = [width * height for width, height in trained]
+    area = request.width * request.height
+    if not trained or min(areas) * BELOW <= area <= max(areas) * BEYOND:
+        return
+    nearest = min(trained, key=lambda size: _distance(size, (request.width, request.height)))
+    notices.warn(
+        f"{request.width}x{request.height} is {'larger' if area > max(areas) else 'smaller'} than what "
+        f"{model.preset.name} was trained at; the nearest size that it was trained at is {nearest[0]}x{nearest[1]}"
+    )
+
+
+def _distance(one: tuple[int, int], other: tuple[int, int]) -> float:
+    return sum(max(a, b) / min(a, b) for a, b in zip(one, other, strict=True))
