@@ -25,8 +25,8 @@ def warn_of_prompts(model: Model, request: Request, resolved: Resolved) -> None:
     negative = request.negative_prompt is not None or request.negative_prompt_embeds is not None
     if negative and not resolved.guided(len(model.experts)):
         notices.warn(
-            f"negative_prompt is not used: there is no guidance at guidance_scale={resolved.guidance_scale:g}; it needs "
-            "one above 1"
+            f"negative_prompt is not used: there is no guidance at guidance_scale={resolved.guidance_scale:g}; "
+            "give one above 1"
         )
 
 

@@ -35,7 +35,7 @@ class Experts:
         return len(self.modules)
 
     def choose(self, timestep: float, boundary_ratio: float | None = None) -> int:
-        """Which one a timestep (0..1000, as the model is told it) belongs to. boundary_ratio: instead of the model's."""
+        """Which one a timestep (0..1000, as it is told) belongs to. boundary_ratio: instead of the model's."""
         if self.boundary is None:
             return 0
         boundary = self.boundary if boundary_ratio is None else boundary_ratio * TRAIN_TIMESTEPS
