@@ -1,0 +1,159 @@
+"""Which of a model's two experts (high or low noise) the name of a file means.
+
+    expert      motion_high_noise  HighNoise  hinoise  HIGH-V2_fp16  t2vHighV10  style_low  HIGH/motion  mixLow/t2v
+    no expert   highlights  slow_motion  low_vram  t2v-high-quality  high_res_details  low_angle  "high res"/style
+    doubtful    high_motion  jump_high  style_HN  high_to_low  HIGH/motion_low_noise
+
+The names of two files that are equal but for their marks (..._H and ..._L, xHigh and xLow) decide for each other: see
+`expert_of` and `is_pair`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+NOISE_LEVELS = ("high", "low")  # of transformer and transformer_2
+OTHER = {"high": "low", "low": "high"}
+
+_LEVELS = {"high": "high", "hi": "high", "low": "low", "lo": "low"}
+_SHORT = {"h": "high", "hn": "high", "l": "low", "ln": "low"}  # never a mark by themselves
+# Words of a name: camelCase and digits are split, and so is a mark from "noise" and from a task (t2vhigh, I2VLOW).
+_GLUED = (
+    re.compile(r"(high|low|hi|lo)(noise)", re.IGNORECASE),
+    re.compile(r"(noise)(high|low|hi|lo)(?![a-z])", re.IGNORECASE),
+    re.compile(r"([a-z]{1,2}2v)(high|low)", re.IGNORECASE),
+)
+_WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[^\W\d_]+")
+_GLUED_END = re.compile(r".*?(high|low)$")  # stylehigh and stylelow, if both are there
+# Words with which high and low mean something else: high_res, LowVram.
+_OTHER_SENSE = re.compile(
+    r"altitude|angle|back|bar|bit|bitrate|brightness|budget|cam|camera|cfg|compression|contrast|cost|"
+    r"count|cut|def|definition|density|depth|detail|detailed|details|dim|dpi|dynamic|effort|end|"
+    r"energy|exposure|fantasy|fashion|fidelity|five|fps|frame|framerate|frequency|gain|gear|ground|"
+    r"heel|heeled|heels|intensity|iso|jump|key|kick|latency|life|light|lighting|lights|mem|memory|"
+    r"neck|pass|pitch|pixel|poly|polygon|power|precision|pressure|priority|profile|quality|ram|range|"
+    r"rate|realism|res|resolution|rez|ride|rise|rpm|saturation|school|score|shot|shots|side|sky|"
+    r"society|speed|stakes|stance|street|strength|sun|tech|temp|temperature|tide|tone|top|view|"
+    r"volume|vram|waist|waisted|wire"
+)
+# Words that are told of files rather than of pictures: wan22_high_lora, low-rank64.
+_TECHNICAL = re.compile(
+    r"adapter|alpha|beta|bf|checkpoint|ckpt|comfy|comfyui|copy|diffusers|diffusion|distill|distilled|"
+    r"dit|dmd|epoch|epochs|expert|final|gguf|hps|image|kijai|latest|lcm|lightning|lightx|lora|"
+    r"loras|merged|model|models|moe|mps|network|new|old|only|pruned|pytorch|rank|resized|rslora|"
+    r"safetensors|scaled|seko|self|step|steps|style|test|text|transformer|turbo|unet|ver|version|"
+    r"video|wan|weights"
+)
+_INTENSIFIERS = re.compile(r"aim|ankle|extra|fly|flying|jump|kick|knee|mid|sky|so|super|thigh|too|ultra|very|waist")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a name says. expert: "high", "low", or "" if it says none. sure: whether nothing else can be meant; a name
+    that says both is ("", False)."""
+
+    expert: str = ""
+    sure: bool = True
+
+
+def expert_of(path: str | Path, others: Iterable[str | Path] = ()) -> Mark:
+    """The expert that a file's name, or the folder it is in, means. others: files that may be its partner, such as
+    those beside it; if one is, both are sure."""
+    path = Path(path)
+    if sides := {side for other in others if (side := _side(path, Path(other)))}:
+        return Mark(sides.pop()) if len(sides) == 1 else Mark(sure=False)
+    inside, around = read_mark(path.name), read_mark(_folder(path))
+    around = around if around.sure else Mark()  # a doubtful folder says nothing
+    if inside.expert and around.expert and inside.expert != around.expert:
+        return Mark(sure=False)
+    return around if around.expert and (inside.sure or inside.expert) else inside
+
+
+def is_pair(path: str | Path, other: str | Path) -> bool:
+    """Whether two files are the two experts of one pair: equal names, of which one says high and the other low."""
+    return bool(_side(Path(path), Path(other)))
+
+
+def read_mark(name: str) -> Mark:
+    """What one name says, of a file or a folder or in metadata."""
+    words = _words(name)
+    marks = {mark for i in range(len(words)) if (mark := _mark_at(words, i))}
+    experts = {mark.expert for mark in marks}
+    if len(experts) > 1:
+        strong = {mark.expert for mark in marks if mark.sure}
+        return Mark(strong.pop()) if len(strong) == 1 else Mark(sure=False)
+    return max(marks, key=lambda mark: mark.sure, default=Mark())
+
+
+def _mark_at(words: Sequence[str], i: int) -> Mark | None:
+    """The mark that word number i is."""
+    word = words[i].lower()
+    before, after = (words[i - 1] if i else "").lower(), (words[i + 1] if i + 1 < len(words) else "").lower()
+    if word in ("hn", "ln"):
+        return Mark(_SHORT[word], sure=False)
+    if word not in _LEVELS:
+        return None
+    if "noise" in (before, after):
+        return Mark(_LEVELS[word])
+    if word in ("hi", "lo") or _OTHER_SENSE.fullmatch(after):
+        return None
+    if after == "rank" and not (i + 2 < len(words) and words[i + 2].isdigit()):
+        return None  # a high rank
+    stands_out = words[i].isupper() and any(not other.isupper() and other.isalpha() for other in words)
+    technical = len(after) <= 2 or after.isdigit() or after in NOISE_LEVELS or _TECHNICAL.fullmatch(after)
+    return Mark(_LEVELS[word], sure=stands_out or bool(technical and not _INTENSIFIERS.fullmatch(before)))
+
+
+def _side(path: Path, other: Path) -> str:
+    """The expert that `path` is beside its partner `other`; "" if they are no pair."""
+    mine, theirs = dict(_readings(path)), dict(_readings(other))
+    for key, expert in mine.items():
+        if theirs.get(key) == OTHER[expert]:
+            return expert
+    return ""
+
+
+def _readings(path: Path) -> list[tuple[str, str]]:
+    """(the name with its marks replaced, what they say) for every way to read marks in a name: words, then letters."""
+    folder = _folder(path)
+    made = []
+    for marks in (_LEVELS, _LEVELS | _SHORT):
+        inside, around = (_replace(_words(name), marks) for name in (path.name, folder))
+        experts = inside[1] | around[1]
+        if len(experts) == 1:
+            made.append((f"{around[0] if around[1] else ''}/{inside[0]}", experts.copy().pop()))
+    return made
+
+
+def _replace(words: Sequence[str], marks: dict[str, str]) -> tuple[str, set[str]]:
+    """(the words without what separates them, "#" for each mark; the experts that the marks say)."""
+    made, experts = [], set()
+    for i, word in enumerate(map(str.lower, words)):
+        after = words[i + 1].lower() if i + 1 < len(words) else ""
+        glued = _GLUED_END.match(word)
+        if word in marks and not _OTHER_SENSE.fullmatch(after):
+            experts.add(marks[word])
+            made.append("#")
+        elif glued and not _OTHER_SENSE.fullmatch(after):
+            experts.add(glued[1])
+            made.append(word.removesuffix(glued[1]) + "#")
+        else:
+            made.append(word)
+    return "".join(made), experts
+
+
+def _words(name: str) -> list[str]:
+    name = name.removesuffix(".safetensors")
+    for pattern in _GLUED:
+        name = pattern.sub(r"\1 \2", name)
+    return _WORD.findall(name)
+
+
+def _folder(path: Path) -> str:
+    """The name of the folder of a file; of one in the hub's cache, whose folder is a commit, that of the repository."""
+    parent = path.parent
+    repository = parent.parent.parent.name
+    return repository.split("--")[-1] if parent.parent.name == "snapshots" and "--" in repository else parent.name
