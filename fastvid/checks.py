@@ -243,8 +243,19 @@ def size(name: str, value: Any) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
+NEAR = 0.7
+"""How alike two names are, of 0 to 1, from which on one may be meant for the other."""
+
+
 def nearest_name(given: str, names: tuple[str, ...]) -> str:
     return max(names, key=lambda name: difflib.SequenceMatcher(None, given[:60].lower(), name).ratio())
+
+
+def near_name(given: str, names: tuple[str, ...]) -> str:
+    """The nearest name if it may be what was meant: more than a misspelling or two apart it is no help, and "" is
+    returned."""
+    near = nearest_name(given, names)
+    return near if difflib.SequenceMatcher(None, given[:60].lower(), near).ratio() >= NEAR else ""
 
 
 # ---------------------------------------------------------------- sizes and counts

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastvid.checks import nearest_name
+from fastvid.checks import near_name
 from fastvid.errors import Error, InvalidRequest
 
 
@@ -32,7 +32,7 @@ def check(names: Sequence[str]) -> dict[str, Path]:
     known = scripts()
     for name in names:
         if name not in known:
-            near = nearest_name(name, tuple(known)) if known else "none: they are not installed"
+            near = (near_name(name, tuple(known)) or "in `fastvid bench`") if known else "none: they are not installed"
             raise InvalidRequest(
                 f"benchmark {name[:60]!r} is not known; the nearest is {near} (`fastvid bench` lists them)"
             )

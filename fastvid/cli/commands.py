@@ -29,6 +29,7 @@ from fastvid.errors import Cancelled, Error, FastvidWarning, InvalidRequest
 from fastvid.version import __version__
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+LONGEST_LINE = 4000  # characters of a value that is shown; --json has all
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -214,8 +215,12 @@ def _plan(flags: argparse.Namespace) -> None:
 
 def _inspect(flags: argparse.Namespace) -> None:
     from fastvid import api
+    from fastvid.media import metadata
 
-    description = api.inspect(flags.model, flags.lora or (), dict(flags.part) if flags.part else None)
+    if metadata.is_media(flags.model):
+        description = metadata.describe(flags.model)
+    else:
+        description = api.inspect(flags.model, flags.lora or (), dict(flags.part) if flags.part else None)
     print(json.dumps(description) if flags.json else "\n".join(_lines(description)))
 
 
@@ -259,6 +264,8 @@ def _lines(value: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield from _lines(inner, indent + "  ")
         else:
             text = ", ".join(map(str, inner)) if isinstance(inner, (list, tuple)) else str(inner)
+            # What a stranger's file says must not steer the terminal.
+            text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:LONGEST_LINE])
             yield f"{indent}{name:<{max(1, 26 - len(indent))}} {text}"
 
 

@@ -9,17 +9,17 @@ import argparse
 import sys
 from typing import Any, NoReturn
 
-from fastvid.checks import nearest_name
+from fastvid.checks import near_name
 from fastvid.cli import flags as cli_flags
 from fastvid.cli.flags import FLAGS, SAMPLING, flags_of, has_prompt, number, usage_of, verbs_with, words_of
 from fastvid.errors import InvalidRequest
-from fastvid.requests.arguments import CHECKPOINT, VERBS
+from fastvid.requests.arguments import ALIASES, CHECKPOINT, VERBS
 from fastvid.requests.request import PROMPT_OF_CLIP
 
 OTHERS = {
     "resume": "continue an interrupted request from its --checkpoint",
     "plan": "show what a request would cost, without running it",
-    "inspect": "describe a model, without loading it",
+    "inspect": "describe a model, without loading it, or a video and its recipe",
     "convert": "convert pickles and original Wan files to safetensors in diffusers' layout, and back",
     "doctor": "show this machine's hardware and software, and the back end of every operation",
     "bench": "run benchmarks of operations and models on this machine",
@@ -74,7 +74,19 @@ class Parser(argparse.ArgumentParser):
                 if verbs := verbs_with(flag):
                     command = self.prog.removeprefix("fastvid ")
                     self.error(f"{flag}: {command} does not take it; these do: {', '.join(verbs)}")
-                self.error(f"unknown flag {flag:.60}; the nearest is {nearest_name(flag, tuple(known))}")
+                near = near_flag(flag, known)
+                self.error(f"unknown flag {flag:.60}" + (f"; the nearest is {near}" if near else ""))
+
+
+def near_flag(flag: str, known: list[str]) -> str:
+    """The flag that an unknown one is meant for: by the argument's name in Python or in other programs, or by a near
+    spelling. "" if none is near."""
+    name = flag.strip("-").replace("-", "_")
+    name = ALIASES.get(name, name)
+    if name in FLAGS and FLAGS[name].name in known:
+        return FLAGS[name].name
+    near = near_name(flag.strip("-"), tuple(word.strip("-") for word in known))
+    return f"--{near}" if near else ""
 
 
 def lora(text: str) -> tuple[str, float] | tuple[str, float, str]:
@@ -301,10 +313,11 @@ def _add_files(parser: Any) -> None:
 def _inspect() -> Parser:
     parser = Parser(
         prog="fastvid inspect",
-        description="Describe a model from its configurations and file headers, without loading it.",
-        epilog=f"example:\n  fastvid inspect embedded\n\n{EPILOG}",
+        description="Describe a model from its configurations and file headers, without loading it; or a video or "
+        "picture, with the recipe in it.",
+        epilog=f"examples:\n  fastvid inspect embedded\n  fastvid inspect out.mp4\n\n{EPILOG}",
     )
-    parser.add_argument("model", help="embedded, a folder, a file, or a hub id")
+    parser.add_argument("model", help="embedded, a folder, a file, or a hub id; or a video or picture")
     _add_files(parser)
     parser.add_output_flags(quiet=False)
     return parser
@@ -374,8 +387,9 @@ def parse(words: list[str]) -> tuple[str, argparse.Namespace]:
     """
     command = words[0] if words else ""
     if command and not command.startswith("-") and command not in COMMANDS:
-        near = nearest_name(command, COMMANDS)
-        raise UsageError(f"unknown command {command[:60]!r}; the nearest is {near} (see fastvid --help)")
+        near = near_name(command, COMMANDS)
+        hint = f"the nearest is {near}" if near else f"there are {', '.join(COMMANDS)}"
+        raise UsageError(f"unknown command {command[:60]!r}; {hint} (see fastvid --help)")
     command, words = (command, words[1:]) if command in COMMANDS else ("", words)
     named = next(iter(words), "") if command == "plan" else command
     verb = named if named in VERBS else "generate"

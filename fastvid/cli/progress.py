@@ -79,8 +79,8 @@ class Progress:
 
     def _show_start(self, event: Started) -> None:
         self.say(
-            f"{event.num_frames} frames of {event.width}x{event.height} at {event.fps:g} fps, "
-            f"{event.total_steps} steps, seed {event.seed}"
+            f"{event.num_frames} frames of {event.width}x{event.height} at {event.fps:g} fps, {_steps(event)}, "
+            f"seed {event.seed}"
         )
         self._num_frames = event.num_frames
         self._started = self._line_at = self._clock()
@@ -123,6 +123,15 @@ class Progress:
         elif self._frames_done == self._num_frames or self._clock() - self._line_at >= LINE_SECONDS:
             self._line_at = self._clock()
             self.say(f"decoding: {self._frames_done} of {self._num_frames} frames")
+
+
+def _steps(event: Started) -> str:
+    """The steps that progress counts: those of all windows of a long video."""
+    windows, steps = (event.plan.windows, event.plan.steps) if event.plan else (1, event.total_steps)
+    if windows == 1:
+        return f"{event.total_steps} step{'s' * (event.total_steps != 1)}"
+    each = f": {steps} in each" if windows * steps == event.total_steps else ""
+    return f"{event.total_steps} steps in {windows} windows of frames{each}"
 
 
 def duration(seconds: float) -> str:

@@ -38,11 +38,18 @@ def lines(plan: Any, model: str) -> Iterator[str]:
         parts = [f"{name} {duration(spent)}" for name, spent in plan.seconds_parts.items() if spent]
         yield _line("time", f"about {duration(plan.seconds)} by this machine's rates ({', '.join(parts)})")
     free = f"{size(plan.bytes_free)} are free"
-    yield _line("memory", f"{size(plan.bytes_device)} at the peak, weights included; {free}")
+    where = "memory" if plan.device.startswith("cpu") else "device memory"
+    yield _line(where, f"{size(plan.bytes_device)} at the peak, weights included; {free}")
     for name, field in PARTS.items():
-        if count := getattr(plan, field):
-            stays = plan.bytes_host if name == "weights" else 0
-            yield _line(f"  {name}", size(count) + (f", {size(stays)} of them in host memory" if stays else ""))
+        count = getattr(plan, field)
+        if name == "weights" and plan.bytes_host:
+            yield _line(
+                f"  {name}", f"{size(max(0, count - plan.bytes_host))} that stay, and those in use of the host's"
+            )
+        elif count:
+            yield _line(f"  {name}", size(count))
+    if plan.bytes_host:
+        yield _line("host memory", f"{size(plan.bytes_host)} of weights, of {size(plan.bytes_weights)} in all")
     yield _line("offload", "; ".join((plan.offload, *plan.choices)))
     if plan.decode_stripes > 1:
         yield _line("decoding", f"in {plan.decode_stripes} stripes of rows")

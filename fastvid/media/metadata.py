@@ -14,6 +14,7 @@ from fastvid.errors import MediaError
 from fastvid.media.files import MAX_INPUT_FPS, MIN_INPUT_FPS, kind_of, media_errors, open_container, open_regular
 from fastvid.media.reader import Source, VideoSource, open_source
 
+FIRST_PNG = "000000.png"  # of a folder of frames
 MAX_RECIPE = 1 << 24  # bytes; fastvid writes no longer ones
 
 
@@ -39,6 +40,37 @@ def stated_fps(path: str | os.PathLike[str], source: Source) -> float | None:
     return source.fps
 
 
+def is_media(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a picture, a video, a recipe or a folder of PNGs, by its first bytes. Raises MediaError for a file
+    that can't be read."""
+    file = Path(path)
+    if file.is_dir():
+        return (file / FIRST_PNG).is_file()
+    with media_errors(path):
+        if not file.exists():
+            return False
+        with open_regular(file) as opened:
+            return bool(kind_of(opened))
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a picture or video holds, and the recipe that is written in it: None if there is none. Raises MediaError."""
+    with media_errors(path):
+        file = Path(path) / FIRST_PNG if Path(path).is_dir() else Path(path)
+        with open_regular(file) as opened:
+            kind = kind_of(opened)
+    facts: dict[str, Any] = {"file": os.fspath(path), "kind": "PNGs" if Path(path).is_dir() else kind}
+    if kind != "json":
+        with media_errors(path), contextlib.closing(open_source(path)) as source:
+            facts |= {"width": source.width, "height": source.height, "num_frames": source.num_frames}
+            fps = stated_fps(path, source)
+            facts |= {"fps": fps, "seconds": source.num_frames / fps} if fps else {}
+    recipe = None
+    with contextlib.suppress(MediaError):
+        recipe = read_recipe(path)
+    return {**facts, "recipe": recipe}
+
+
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The recipe in a file or folder that fastvid wrote, or in a .json file that holds only the recipe.
 
@@ -47,7 +79,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     readers = {"png": _from_png, "npy": _from_npy, "json": _from_json}
     with media_errors(path):
         file = Path(path)
-        file = file / "000000.png" if file.is_dir() else file
+        file = file / FIRST_PNG if file.is_dir() else file
         with open_regular(file) as opened:
             kind = kind_of(opened)
         text = readers[kind](file) if kind in readers else _from_tags(file, kind)

@@ -6,12 +6,15 @@ A request that does not fit into memory is refused; the error names the nearest 
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
+from fastvid.checks import MIN_SIDE, nearest_size, round_up
 from fastvid.device.devices import available_bytes
 from fastvid.distributed.layout import agree
 from fastvid.distributed.mesh import Layout
@@ -28,6 +31,9 @@ from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment, Timeline, window_of
 
 log = logging.getLogger("fastvid.plan")
+
+SHRINK = 0.96
+"""Of the area, from one size to the next that is tried where a request does not fit."""
 
 
 def plan_request(
@@ -139,12 +145,36 @@ def choose_stripes(model: Model, needs: Needs, frames: int, capacity: int) -> in
 
 
 def check_fits(model: Model, needs: Needs, frames: int, capacity: int) -> None:
-    """Raise OutOfMemory, naming the nearest number of frames that fits, if a request needs more than `capacity`."""
+    """Raise OutOfMemory, naming the nearest number of frames or the nearest size that fits, if a request needs more than
+    `capacity`."""
     if (needed := bytes_taken(model, needs, frames)) > capacity:
         temporal = needs.segment.temporal
         most = most_frames(frames, temporal, lambda count: bytes_taken(model, needs, count) <= capacity)
-        hint = f"the nearest that fits is num_frames={most}" if most else "ask for a smaller size"
+        if most:
+            hint = f"the nearest that fits is num_frames={most}"
+        elif size := largest_size(model, needs, frames, capacity):
+            hint = f"the nearest size that fits is {size[0]}x{size[1]}"
+        else:
+            hint = "no size of as many frames fits; ask for fewer, or take a smaller model"
         refuse(with_frames(needs, frames), model.offload, needed, capacity, frames, hint)
+
+
+def largest_size(model: Model, needs: Needs, frames: int, capacity: int) -> tuple[int, int] | None:
+    """The largest smaller (width, height) of nearly the same shape that fits; None if there is none."""
+    window, multiple = needs.segment, model.preset.spatial_multiple
+    ratio, area = Fraction(window.width, window.height), window.width * window.height
+    areas = (int(area * SHRINK**step) for step in range(1, 200) if area * SHRINK**step >= MIN_SIDE**2)
+    sizes = list(dict.fromkeys(nearest_size(ratio, smaller, frames, multiple) for smaller in areas))
+
+    def fits(size: tuple[int, int]) -> bool:
+        sides = {"width": size[0], "height": size[1]}
+        sides |= {f"model_{name}": round_up(side, multiple) for name, side in sides.items()}
+        smaller = replace(needs, segment=replace(window, **sides))
+        smaller = replace(smaller, stripes=choose_stripes(model, smaller, frames, capacity))
+        return bytes_taken(model, smaller, frames) <= capacity
+
+    first = bisect_left(sizes, True, key=fits)
+    return sizes[first] if first < len(sizes) else None
 
 
 def most_frames(frames: int, temporal: int, fits: Callable[[int], bool]) -> int:

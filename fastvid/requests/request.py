@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from fastvid import checks
-from fastvid.checks import check_frames, check_size, nearest_name, nearest_size, round_up, shown
+from fastvid.checks import check_frames, check_size, near_name, nearest_name, nearest_size, round_up, shown
 from fastvid.errors import InvalidRequest
 from fastvid.requests import recipe as recipes
 from fastvid.requests.arguments import ALIASES, ARGUMENTS, CHECKPOINT, CLIPS, RUN, STRENGTH, VERBS
@@ -241,8 +241,9 @@ DATA = tuple(f.name for f in fields(Request) if not f.compare)
 def _check_name(verb: str, name: str, value: Any) -> None:
     """Raises InvalidRequest if there is no such argument, or the verb does not take it."""
     if name not in ARGUMENTS:
-        near = nearest_name(name, (*VERBS[verb], *ALIASES))
-        raise InvalidRequest(f"there is no argument {shown(name)}; the nearest is {ALIASES.get(near, near)}")
+        near = near_name(name, (*VERBS[verb], *ALIASES))
+        hint = f"the nearest is {ALIASES.get(near, near)}" if near else f"{verb} takes {', '.join(VERBS[verb])}"
+        raise InvalidRequest(f"there is no argument {shown(name)}; {hint}")
     if value is not None and name not in VERBS[verb]:
         others = ", ".join(other for other, names in VERBS.items() if name in names)
         raise InvalidRequest(f"{name}: {verb} does not take it ({others} does); leave it out")

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_pipe import FakePipe, Recipe, failed, run
+from PIL import Image
 
 from fastvid import errors
 from fastvid.cli import arguments, commands, parser
 from fastvid.cli.progress import Progress, Stopwatch, duration
 from fastvid.engine.events import Finished, Frames, Started, Step
 from fastvid.media.metadata import read_recipe, read_video
+from fastvid.media.video import Video
 from fastvid.requests.arguments import VERBS
 from fastvid.requests.request import Request
 
@@ -374,6 +376,56 @@ def test_every_argument_of_a_request_has_a_flag(verb: str) -> None:
     assert not others & found, "flags of other verbs"
 
 
+FARAWAY = ["--zebra", "--download=8", "--a", "--reload", "--nsfw-filter"]
+
+
+@pytest.mark.parametrize("flag", FARAWAY)
+def test_a_flag_like_no_other_gets_no_guess(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    status, _, err = run(capsys, "generate", "p", "-o", "a.mp4", flag)
+    assert status == 2 and flag.split("=")[0] in err and "nearest" not in err
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--num-inference-steps", "--steps"),
+        ("--num_inference_steps", "--steps"),
+        ("--cfg", "--guidance-scale"),
+        ("--frames", "--num-frames"),
+        ("--sampler=x", "--solver"),
+        ("--negativ-prompt", "--negative-prompt"),
+        ("--reference-images", "--reference-image"),
+    ],
+)
+def test_a_flag_by_another_name_leads_to_ours(capsys: pytest.CaptureFixture[str], given: str, meant: str) -> None:
+    status, _, err = run(capsys, "generate", "p", "-o", "a.mp4", given, "3")
+    assert status == 2 and f"the nearest is {meant} " in err
+
+
+def test_a_command_like_no_other_gets_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "zebra")
+    assert status == 2 and "nearest" not in err and "generate, image" in err
+
+
+def test_inspect_of_a_video(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = {"fastvid": "1", "verb": "generate", "prompt": "a \x1b[31mred\x07 circle\nand more", "seed": 4712}
+    for name in ("a.mp4", "a.npy", "frames/"):
+        frames = np.full((3, 32, 48, 3), 200, np.uint8)
+        path = Video(frames, 12.0, 4712, None, recipe).save(str(tmp_path / name) + "/" * (name[-1] == "/"))
+        status, out, _ = run(capsys, "inspect", str(path), "--json")
+        told = json.loads(out)
+        assert status == 0 and told["recipe"] == recipe, name
+        assert (told["width"], told["height"], told["num_frames"]) == (48, 32, 3)
+        status, out, _ = run(capsys, "inspect", str(path))
+        assert "4712" in out and "\\x1b[31mred\\x07 circle\\nand more" in out and "\x1b" not in out
+
+
+def test_inspect_of_a_picture_without_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    status, out, _ = run(capsys, "inspect", str(tmp_path / "a.png"), "--json")
+    assert status == 0 and json.loads(out)["recipe"] is None and json.loads(out)["width"] == 40
+
+
 def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "inspect", "embedded", "--json")
     assert status == 0 and json.loads(out)["parts"]["vae"]["parameters"] == 3
@@ -448,7 +500,7 @@ def test_plain_lines_are_few(total: int, pause: float, most: int) -> None:
     steps(Progress(stream, clock=clock), clock, total, pause)
     lines = stream.getvalue().splitlines()
     assert 3 <= len(lines) <= most + 1 and "\r" not in stream.getvalue()
-    assert lines[0] == f"17 frames of 96x64 at 23.976 fps, {total} steps, seed 1"
+    assert lines[0] == f"17 frames of 96x64 at 23.976 fps, {total} step{'s' * (total > 1)}, seed 1"
     assert lines[-2] == f"denoising: step {total} of {total}" and lines[-1] == "decoding: 17 of 17 frames"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from live_memory import LiveMemory
 from torch import Tensor
 
 import fastvid
+from fastvid.cli import render
 from fastvid.device.offload import MODES
 from fastvid.errors import OutOfMemory
 from fastvid.models.common.clip import CLIPVisionConfig
@@ -109,6 +111,34 @@ def test_what_does_not_fit_is_refused_with_what_is_too_much() -> None:
     assert large.plan(size="832x480", num_frames=frames).bytes_device <= 10.2 * GIB
     with pytest.raises(OutOfMemory):
         large.plan(size="832x480", num_frames=frames + 4)
+
+
+@pytest.mark.parametrize(("size", "card"), [("1280x720", 8), ("1920x1080", 10), ("720x1280", 9)])
+def test_the_size_that_is_named_fits_and_a_larger_one_does_not(size: str, card: int) -> None:
+    plans = fastvid.blueprint("wan2.1-t2v-14b", device_memory=card * GIB)
+    with pytest.raises(OutOfMemory, match=r"the nearest size that fits is \d+x\d+$") as error:
+        plans.plan(size=size)
+    near = str(error.value).rpartition(" ")[2]
+    width, height = map(int, near.split("x"))
+    asked = tuple(map(int, size.split("x")))
+    assert abs(width / height / (asked[0] / asked[1]) - 1) < 0.1 and width < asked[0]
+    assert plans.plan(size=near).bytes_device <= (card - 1) * GIB
+    with pytest.raises(OutOfMemory):
+        plans.plan(size=f"{int(width * 1.08)}x{int(height * 1.08)}")
+
+
+def test_where_no_size_fits_that_is_said() -> None:
+    with pytest.raises(OutOfMemory, match="no size of as many frames fits"):
+        fastvid.blueprint("wan2.1-t2v-14b", device_memory=2 * GIB).plan(size="1280x720")
+
+
+def test_a_plan_keeps_host_memory_apart() -> None:
+    told = list(render.lines(fastvid.blueprint("wan2.1-t2v-14b", device_memory=24 * GIB).plan(), "a model"))
+    start = next(i for i, line in enumerate(told) if line.startswith("device memory"))
+    (host,) = (i for i, line in enumerate(told) if line.startswith("host memory"))
+    assert host > start and "GiB of weights" in told[host]
+    for line in told[start:host]:
+        assert all(float(size) <= 23 for size in re.findall(r"([\d.]+) GiB", line)), line
 
 
 def test_frames_that_end_within_a_latent_frame_need_the_whole_of_it() -> None:
