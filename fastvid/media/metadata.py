@@ -41,7 +41,7 @@ def stated_fps(path: str | os.PathLike[str], source: Source) -> float | None:
 
 
 def is_media(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a picture, a video, a recipe or a folder of PNGs, by its first bytes. Raises MediaError for a file
+    """Whether this is a picture, a video, a recipe or a folder of PNGs, by its first bytes. Raises MediaError for one
     that can't be read."""
     file = Path(path)
     if file.is_dir():

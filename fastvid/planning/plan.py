@@ -145,7 +145,7 @@ def choose_stripes(model: Model, needs: Needs, frames: int, capacity: int) -> in
 
 
 def check_fits(model: Model, needs: Needs, frames: int, capacity: int) -> None:
-    """Raise OutOfMemory, naming the nearest number of frames or the nearest size that fits, if a request needs more than
+    """Raise OutOfMemory, naming the nearest number of frames or size that fits, if a request needs more than
     `capacity`."""
     if (needed := bytes_taken(model, needs, frames)) > capacity:
         temporal = needs.segment.temporal
