@@ -106,7 +106,7 @@ def find_folder(model: str | Path, download: bool = False) -> Path:
 
 
 def _from_hub(model: str, download: bool) -> Path:
-    folder = hub.find(model)
+    folder = hub.find(model, repair=download)
     if folder is None and not download:
         raise CheckpointError(
             f"model={model!r} is neither a folder or file nor (all) in the local hub cache; loading it downloads it, "

@@ -3,23 +3,26 @@
     org/name                            a repository in diffusers' layout, or in the original one
     org/name/path/to/file.safetensors   one file of a repository
 
-The repository's list of files determines what to download. huggingface_hub manages the cache, the login and
-HF_HUB_OFFLINE. After an interrupted download, only incomplete files are downloaded again; huggingface_hub 2.4 resumes
-within a file only in the same process.
+The repository's list of files determines what to download, and says the size and digest of each. Whatever the hub
+answers is checked: nothing is written outside of huggingface_hub's cache, and a file that is not what the list says is
+refused by its name. After an interrupted download, only incomplete files are downloaded again.
 """
 
 from __future__ import annotations
 
 import glob
-import importlib
+import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from fastvid import notices
 from fastvid.errors import CheckpointError
-from fastvid.loaders import layouts, safetensors
+from fastvid.loaders import hub_cache, layouts, safetensors
+from fastvid.loaders.hub_cache import COMMIT, DIGEST, Remote, Repository
+from fastvid.loaders.hub_http import HubError, fetch, run
 from fastvid.loaders.layouts import CONFIG, EXPERT_FOLDERS, EXTRAS, INDEX, ORIGINAL_PATTERNS, ORIGINAL_TOKENIZER
 from fastvid.models.common.config_reader import read_json
 
@@ -41,7 +44,9 @@ WEIGHTS = "diffusion_pytorch_model*.safetensors"
 TRANSFORMERS = (WEIGHTS, *(f"{folder}/{WEIGHTS}" for folder in EXPERT_FOLDERS.values()))
 CONFIGS = (CONFIG, f"*/{CONFIG}", "*.safetensors.index.json", EXTRAS, f"{ORIGINAL_TOKENIZER}/*")
 SHOWN = 8  # file names listed in an error message
-T = TypeVar("T")
+MAX_FILES = 1000  # fetched of one repository
+MAX_LIST, MAX_LISTED = 4 << 20, 20_000  # bytes and entries of a repository's list of files
+LIST_SECONDS = 60
 
 
 def is_hub_name(model: str) -> bool:
@@ -51,42 +56,80 @@ def is_hub_name(model: str) -> bool:
     return HUB_FILE.fullmatch(model) is not None and not Path(model.split("/")[0]).exists()
 
 
-def find(model: str) -> Path | None:
-    """The folder or file of a hub name in the local cache; None if it is incomplete. Downloads nothing."""
+def find(model: str, repair: bool = False) -> Path | None:
+    """The folder or file of a hub name in the local cache; None if it is incomplete. Downloads nothing.
+
+    A damaged file raises CheckpointError; with `repair` it counts as missing instead, with a warning.
+    """
     repo, file = split(model)
-    folder = _snapshot(repo)
-    if folder is None:
+    folder = hub_cache.snapshot(repo)
+    if folder is None or not (_has_file(folder, file) if file else complete(folder)):
         return None
-    if file:
-        return folder / file if _has_file(folder, file) else None
-    return folder if complete(folder) else None
-
-
-def _snapshot(repo: str) -> Path | None:
-    """The folder of a repository in the local cache, complete or not; None if there is none."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:  # a pattern that matches nothing: otherwise huggingface_hub requires files that we never download
-        return Path(snapshot_download(repo, allow_patterns=["/"], local_files_only=True))
-    except (HFValidationError, OSError):  # a missing snapshot raises OSError too
+    names = _cached(folder)
+    names = [name for name in _shards(file, names) if (folder / name).exists()] if file else _read_by_pipelines(names)
+    if bad := hub_cache.damaged(folder, names):
+        told = f"model={model!r}: damaged in the local cache: {_some(bad)}"
+        if not repair:
+            raise CheckpointError(f"{told}; loading the model fetches {'it' if len(bad) == 1 else 'them'} again")
+        notices.warn(f"{told}; fetched again")
         return None
+    return folder / file if file else folder
 
 
 def download(model: str) -> Path:
     """Download the missing files of a hub name and return its folder or file. Shows progress on a terminal.
 
-    Raises CheckpointError if the hub is unreachable, does not have the model or file, refuses access, or has it only in
-    an unsupported format.
+    Raises CheckpointError if the hub is unreachable, stalls, does not have the model or file, refuses access, has it
+    only in an unsupported format, or sends something else than its list of files says.
     """
-    from huggingface_hub import snapshot_download
-
-    repo, file = split(model)
-    names = _with_hub_errors(model, lambda: _list_files(repo))
-    chosen = _with_shards(model, file, names) if file else select(model, names)
-    fetch = lambda: snapshot_download(repo, allow_patterns=chosen, tqdm_class=_quiet_off_terminals())  # noqa: E731
-    folder = Path(_with_hub_errors(model, fetch))
+    _, file = split(model)
+    folder, _ = get(model, lambda names: _with_shards(model, file, names) if file else select(model, names))
     return folder / file if file else folder
+
+
+def get(model: str, choose: Callable[[list[str]], list[str]]) -> tuple[Path, list[str]]:
+    """Bring the files of a repository that `choose` picks from their names into the cache: (folder, chosen names).
+
+    If the hub can't be reached, `choose` picks from the cached names. Raises CheckpointError as `download` does.
+    """
+    repo, _ = split(model)
+    _check_id(model, repo)
+    try:
+        repository = _list_files(repo)
+    except HubError as error:
+        return _cached_instead(model, choose, error)
+    chosen = choose(sorted(repository.files))
+    if len(chosen) > MAX_FILES:
+        raise CheckpointError(
+            f"model={model!r}: {len(chosen):,} of its files would be fetched; allowed are {MAX_FILES}"
+        )
+    try:
+        return hub_cache.download(repository, chosen, _progress_bar), chosen
+    except HubError as error:
+        raise _as_checkpoint_error(model, error) from None
+    except OSError as error:
+        place = hub_cache.folder_of(repo)
+        raise CheckpointError(f"model={model!r} could not be stored in {place}: {_first_line(error)}") from None
+
+
+def _cached_instead(model: str, choose: Callable[[list[str]], list[str]], error: HubError) -> tuple[Path, list[str]]:
+    """The chosen ones of the cached files, if the hub did not answer. Raises CheckpointError."""
+    repo, file = split(model)
+    missing = _as_checkpoint_error(model, error)
+    folder = None if error.status in range(400, 429) else hub_cache.snapshot(repo)
+    if folder is None or file and not _has_file(folder, file):
+        raise missing from None
+    chosen = choose(_cached(folder))  # may say more than "no network" does
+    if not chosen or (not file and (folder / INDEX).exists() and not complete(folder)):
+        raise missing from None
+    if bad := hub_cache.damaged(folder, chosen):
+        raise CheckpointError(f"model={model!r}: damaged in the local cache: {_some(bad)}; {missing}") from None
+    return folder, chosen
+
+
+def _cached(folder: Path) -> list[str]:
+    """The names of the files in a snapshot."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def split(model: str) -> tuple[str, str]:
@@ -130,56 +173,81 @@ def select(model: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name in chosen or _is_at(name, TRANSFORMERS) or _matches(name, CONFIGS)]
 
 
-def _list_files(repo: str) -> list[str]:
-    """The file names in a repository."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
+# ---------------------------------------------------------------- what the hub tells
 
+
+def _list_files(repo: str) -> Repository:
+    """What the hub tells of a repository. Raises HubError, and CheckpointError for an answer of another kind."""
+    from huggingface_hub import constants
+
+    url, answer = f"{constants.ENDPOINT}/api/models/{repo}?blobs=true", bytearray()
+    run([lambda progress: fetch(url, answer.extend, progress, MAX_LIST)], lambda received: None, LIST_SECONDS)
+    if answer.count(b"{") + answer.count(b"[") > MAX_LISTED:
+        raise CheckpointError(f"model={repo!r}: the hub lists more than {MAX_LISTED:,} files")
     try:
-        return [file.rfilename for file in HfApi().model_info(repo).siblings or ()]
-    except HFValidationError:
-        raise
-    except Exception:  # which types mean "no network" depends on huggingface_hub's HTTP library
-        if folder := _snapshot(repo):
-            # The cached files may allow a more useful error than "no network".
-            select(repo, [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()])
-        raise
-
-
-def _with_hub_errors(model: str, act: Callable[[], T]) -> T:
-    """Call `act` and return its result. Raises the hub's errors as CheckpointError."""
-    from huggingface_hub import errors as hub
-
-    repo, _ = split(model)
-    try:
-        return act()
-    except hub.HFValidationError as error:
-        raise CheckpointError(f"model={model!r} is no hub id: {error}") from None
-    except hub.GatedRepoError:
+        told = json.loads(answer)
+        siblings, commit = told["siblings"], told["sha"]
+        files = [_remote(sibling) for sibling in siblings or ()]
+        if not COMMIT.fullmatch(commit):
+            raise ValueError(f"commit {commit[:80]!r}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"model={model!r}: its owner wants terms to be accepted on the hub's page first; then `hf auth login`"
+            f"model={repo!r}: the hub's list of files is not one ({type(error).__name__}: {_first_line(error)})"
         ) from None
-    except hub.RepositoryNotFoundError:
-        raise CheckpointError(
+    return Repository(repo, commit, {file.name: file for file in files})
+
+
+def _remote(sibling: Mapping[str, Any]) -> Remote:
+    """A file of the list. Raises ValueError, TypeError or KeyError if it is none, or its name leaves the folder."""
+    name, size, lfs = sibling["rfilename"], sibling.get("size"), sibling.get("lfs")
+    digest = sibling.get("blobId")
+    if lfs is not None:
+        size, digest = lfs.get("size", size), lfs["sha256"]
+    if not isinstance(name, str) or not _is_inside(name):
+        raise ValueError(f"a file named {str(name)[:80]!r}")
+    if size is not None and (type(size) is not int or not 0 <= size < 1 << 50):
+        raise ValueError(f"{name[:80]!r} of {str(size)[:80]} bytes")
+    if digest is not None and not DIGEST.fullmatch(digest):
+        raise ValueError(f"{name[:80]!r} with digest {digest[:80]!r}")
+    return Remote(name, size, digest or "")
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is a path below a folder, on any system."""
+    parts = name.split("/")
+    plain = name.isprintable() and not re.search(r"[\\:]", name) and len(name.encode()) <= 1000
+    return plain and all(part not in ("", ".", "..") and len(part.encode()) <= 200 for part in parts)
+
+
+def _check_id(model: str, repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise CheckpointError(f"model={model!r} is no hub id: {error}") from None
+
+
+def _as_checkpoint_error(model: str, error: HubError) -> CheckpointError:
+    repo, _ = split(model)
+    if error.code == "GatedRepo":
+        return CheckpointError(
+            f"model={model!r}: its owner wants terms to be accepted on the hub's page first; then `hf auth login`"
+        )
+    if error.code == "RepoNotFound" or error.status == 401:
+        return CheckpointError(
             f"model={model!r}: the hub has no such model, or it is private (`hf auth login`); a published one is "
             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-        ) from None
-    except (hub.HfHubHTTPError, OSError, _network_error()) as error:
-        fetched = model if repo == model else f"{repo} {model.removeprefix(repo + '/')}"
-        raise CheckpointError(
-            f"model={model!r} is not (all) in the local cache and could not be downloaded: {_first_line(error)}; where "
-            f"there is a network `hf download {fetched}` fetches it, into the folder that HF_HOME names"
-        ) from None
+        )
+    fetched = model if repo == model else f"{repo} {model.removeprefix(repo + '/')}"
+    return CheckpointError(
+        f"model={model!r} is not (all) in the local cache and could not be downloaded: {error}; where there is a "
+        f"network `hf download {fetched}` fetches it, into the folder that HF_HOME names"
+    )
 
 
-def _network_error() -> type[Exception]:
-    """The base error of the HTTP library that huggingface_hub uses, which depends on its version."""
-    for name in ("httpx2", "httpx"):
-        try:
-            return importlib.import_module(name).HTTPError
-        except ImportError:
-            continue
-    return OSError  # base of requests' errors
+# ---------------------------------------------------------------- which files belong together
 
 
 def _with_shards(model: str, file: str, names: Iterable[str]) -> list[str]:
@@ -188,6 +256,10 @@ def _with_shards(model: str, file: str, names: Iterable[str]) -> list[str]:
     if file not in names:
         available = _some([name for name in names if name.endswith(".safetensors")]) or "no weights"
         raise CheckpointError(f"model={model!r}: the repository has no such file; it has {available}")
+    return _shards(file, names)
+
+
+def _shards(file: str, names: Iterable[str]) -> list[str]:
     folder, _, name = file.rpartition("/")
     selected = {file}
     if count := SHARD.search(file):
@@ -196,6 +268,14 @@ def _with_shards(model: str, file: str, names: Iterable[str]) -> list[str]:
     if name.startswith(("diffusion_pytorch_model", "model")):
         selected.add(f"{folder}/config.json".lstrip("/"))
     return sorted(selected.intersection(names))
+
+
+def _read_by_pipelines(names: list[str]) -> list[str]:
+    """Those of a complete snapshot's files that a pipeline reads."""
+    try:
+        return select("", names)
+    except CheckpointError:
+        return names
 
 
 def _has_file(folder: Path, file: str) -> bool:
@@ -247,16 +327,11 @@ def _some(files: list[str]) -> str:
     return ", ".join(files[:SHOWN]) + (f" and {len(files) - SHOWN} more" if len(files) > SHOWN else "")
 
 
-def _quiet_off_terminals() -> Any:
-    """A tqdm class that shows progress only on a terminal."""
+def _progress_bar(total: int) -> Any:
+    """Shows received bytes on a terminal, and nothing elsewhere."""
     from tqdm.auto import tqdm
 
-    class Bar(tqdm):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            options.pop("name", None)  # huggingface_hub passes it; only its own bar accepts it
-            super().__init__(*args, **{**options, "disable": None})
-
-    return Bar
+    return tqdm(total=total, unit="B", unit_scale=True, desc="Downloading", disable=None)
 
 
 def _first_line(error: Exception) -> str:
