@@ -184,7 +184,7 @@ def _detect_preset(folder: Path, found: FoundModel, parts: Mapping[str, Part]) -
         return None
     scheduler = found.scheduler or read_json(folder / layouts.SCHEDULER)
     experts, name = sum(part in EXPERTS for part in parts), f"{_model_name(folder)} {found.index['_class_name']}"
-    preset = find_preset(raw_config, vae, scheduler, found.index, name, experts)
+    preset = find_preset(raw_config, vae, scheduler, found.index, name, experts, found.own_scheduler)
     variants = find_variants(read_signature(raw_config, experts), name)
     return preset, tuple(other.preset.name for other in variants if other.preset.name != preset.name)
 

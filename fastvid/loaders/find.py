@@ -60,7 +60,8 @@ class FoundPart:
 class FoundModel:
     """A model's parts, and the JSON files that describe them in diffusers' layout.
 
-    scheduler: None if it is in the folder. tokenizer: its folder or file; Path() if missing, see `problems`.
+    scheduler: None if it is in the folder. own_scheduler: it is the publisher's; else derived from the kind of model.
+    tokenizer: its folder or file; Path() if missing, see `problems`.
     """
 
     parts: tuple[FoundPart, ...]
@@ -68,6 +69,7 @@ class FoundModel:
     tokenizer: Path
     scheduler: Config | None = None
     image_processor: Config | None = None
+    own_scheduler: bool = True
     problems: tuple[str, ...] = ()
 
 
@@ -211,10 +213,12 @@ def find_original(
         raise CheckpointError(f"{tokenizer} has no tokenizer.json; it comes with the original model")
     index = extras.get("model_index")
     index = index or layouts.make_index(identity, {name: part.config or {} for name, part in parts.items()}, experts)
-    scheduler = extras.get("scheduler") or layouts.make_scheduler(identity, experts)
+    derived = layouts.make_scheduler(identity, experts, folder.resolve().name)
+    scheduler = extras.get("scheduler") or derived
     processor = extras.get("image_processor") or layouts.make_image_processor()
     processor = processor if "image_encoder" in parts else None
-    return FoundModel(tuple(parts.values()), _check_index(index, folder), tokenizer, scheduler, processor)
+    own, index = scheduler is not derived, _check_index(index, folder)
+    return FoundModel(tuple(parts.values()), index, tokenizer, scheduler, processor, own)
 
 
 def _original_files(folder: Path) -> dict[str, tuple[Path, ...]]:

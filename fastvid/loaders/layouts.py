@@ -156,12 +156,14 @@ def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool)
     return dict(sorted((index | ({"expand_timesteps": True} if task == "ti2v" else {})).items()))
 
 
-def make_scheduler(identity: Identity, experts: bool) -> Config:
-    """Build scheduler_config.json with the original code's default shift."""
+def make_scheduler(identity: Identity, experts: bool, name: str = "") -> Config:
+    """Build scheduler_config.json with the original code's default shift. name: what the model is called."""
+    hinted = [variant for variant in presets.VARIANTS if presets.is_called(variant, name)]
+    shifts = [variant.preset.flow_shift for variant in hinted if variant.preset.name.startswith(identity.name.lower())]
     return {
         "_class_name": "UniPCMultistepScheduler",
         "_diffusers_version": "0.35.0",
-        "flow_shift": _FLOW_SHIFT.get((identity.task or "t2v", experts), 5.0),
+        "flow_shift": shifts[0] if shifts else _FLOW_SHIFT.get((identity.task or "t2v", experts), 5.0),
         "num_train_timesteps": 1000,
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,

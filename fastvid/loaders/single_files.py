@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -80,7 +81,8 @@ def find_single_file(file: Path, sources: Sources) -> FoundModel:
     index = layouts.make_index(main.identity, configs, experts)
     index |= {name: layouts.CLASSES[name] for name in parts if name not in configs}
     scheduler = layouts.make_scheduler(main.identity, experts)
-    return FoundModel(tuple(parts.values()), index, tokenizer or Path(), scheduler, problems=tuple(problems))
+    found = FoundModel(tuple(parts.values()), index, tokenizer or Path(), scheduler, own_scheduler=False)
+    return replace(found, problems=tuple(problems))
 
 
 def _needs(transformer: FoundPart) -> tuple[Need, ...]:

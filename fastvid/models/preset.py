@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from fastvid.sampling.schedulers import Scheduler
+
 NATIVE, REIMPOSED, EXPERIMENTAL, REFUSED = "native", "reimposed", "experimental", "refused"
 
 
@@ -87,6 +89,7 @@ class Preset:
     sizes: tuple[str, ...] = ()  # width x height that it was trained at
     negative_prompt: str = ""
     solver: str = "unipc"  # "redraw": from one level to the next by x0 and new noise
+    scheduler: Scheduler | None = None  # the folder's, where its levels are not the solver's own or it cannot be run
     per_token_timesteps: bool = False  # it was trained with known tokens at timestep 0
     whole_timesteps: bool = False  # it is told rounded timesteps
     spatial_multiple: int = 16  # height and width are multiples of it

@@ -142,7 +142,7 @@ class Request:
 
         preset: the model's. It has num_inference_steps, flow_shift, guidance_scale, fps, num_frames, height, width,
         negative_prompt, solver, spatial_multiple and temporal, and may have guidance_scale_2 (models with two experts),
-        known_guidance_scale, sigmas (few-step models) and edit_strength.
+        known_guidance_scale, sigmas (few-step models), scheduler (its folder's) and edit_strength.
         """
         fps = float(self.fps if self.fps is not None else preset.fps)
         num_frames = self._count_frames(fps, preset.num_frames)
@@ -179,11 +179,24 @@ class Request:
             values["num_inference_steps"] = max(1, round(preset.num_inference_steps * DRAFT_STEPS))
         if self.source_prompt is not None and self.solver is None:
             values["solver"] = "euler"  # FlowEdit does not follow one ODE, as multistep solvers assume
+        elif self.solver is None:
+            values |= self._scheduled(preset, values)
         if self.verb in STRENGTH and self.strength is None:
             use_preset = self.verb == "edit" and self.source_prompt is None
             strength = getattr(preset, "edit_strength", None) if use_preset else None
             values["strength"] = STRENGTH[self.verb] if strength is None else strength
         return values
+
+    def _scheduled(self, preset: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The noise levels of the model's own scheduler, where they are not the solver's."""
+        scheduler = getattr(preset, "scheduler", None)
+        if scheduler is None:
+            return {}
+        steps = values.get("num_inference_steps") or self._or_preset("num_inference_steps", preset)
+        levels = scheduler.sigmas(steps, float(self._or_preset("flow_shift", preset)))
+        if levels is None or values["sigmas"] is not None:
+            return {}
+        return {"sigmas": levels, "num_inference_steps": len(levels)}
 
     def _guidance(self, preset: Any) -> dict[str, float | None]:
         """Guidance scales. guidance_scale also replaces the preset's other scales, which are tuned to go together."""
@@ -399,4 +412,4 @@ _DERIVED: Mapping[str, tuple[str, ...]] = {"generate": ()} | dict.fromkeys(
 
 def default_request(preset: Any) -> Resolved:
     """The request for a preset's default video."""
-    return Request(prompt="").resolve(preset)
+    return Request(prompt="", solver=preset.solver).resolve(preset)

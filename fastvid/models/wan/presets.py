@@ -12,12 +12,14 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
+from fastvid import notices
 from fastvid.errors import CheckpointError
 from fastvid.models import preset as patterns
 from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.preset import Preset, Rollout, Signature, Variant
 from fastvid.models.wan.config import HEAD_DIM, WAN22_VAE, WanTransformerConfig, WanVACEConfig, WanVAEConfig
+from fastvid.sampling.schedulers import SOURCE, Scheduler, read_scheduler
 
 # Wan2.1 `wan/configs/shared_config.py`, sample_neg_prompt; the models that take pictures put more in front.
 WAN_NEGATIVE_PROMPT = (
@@ -60,7 +62,7 @@ EMBEDDED = _sized(
     anchor=16,
     patterns=patterns.EVERYTHING,
 )
-# The 1.3B's scheduler file says flow_shift 3; the original code takes 5.
+# Shifts are the original code's. Most published diffusers folders say 3 instead, which is what they run with.
 WAN_1_3B = Preset("wan2.1-t2v-1.3b", sizes=SIZES_480P, negative_prompt=WAN_NEGATIVE_PROMPT)
 WAN_14B = _sized(WAN_1_3B, SIZES_14B, name="wan2.1-t2v-14b")
 WAN_I2V_480P = replace(
@@ -229,8 +231,13 @@ def read_signature(transformer: Mapping[str, Any], experts: int = 1) -> Signatur
 def find_variants(signature: Signature, name: str = "") -> list[Variant]:
     """The variants of this signature, the one that is meant first. name: what folder and pipeline are called."""
     found = [variant for variant in VARIANTS if variant.signature == signature]
-    told = [variant for variant in found if any(_plain(hint) in _plain(name) for hint in variant.hints)]
+    told = [variant for variant in found if is_called(variant, name)]
     return sorted(found, key=lambda variant: variant not in told[:1])
+
+
+def is_called(variant: Variant, name: str) -> bool:
+    """Whether the name of a folder or pipeline has a hint of a variant."""
+    return any(_plain(hint) in _plain(name) for hint in variant.hints)
 
 
 def find_preset(
@@ -240,16 +247,20 @@ def find_preset(
     index: Mapping[str, Any] | None = None,
     name: str = "",
     experts: int = 1,
+    own: bool = True,
 ) -> Preset:
-    """The preset of a model, by its sizes; the general one, with the scheduler file's shift, for sizes unknown here.
+    """The preset of a model, by its sizes; the general one for sizes unknown here.
 
     transformer, scheduler, index: what transformer/config.json, scheduler_config.json and model_index.json say.
-    name: what the folder and the pipeline are called. experts: how many transformers there are.
-    What the index says of the boundary and of timesteps beats the preset.
+    name: what the folder and the pipeline are called. experts: how many transformers there are. own: the scheduler's
+    file is the model's own; else it only gives models of unknown sizes their shift.
+    What the files say of the scheduler, the boundary and timesteps beats the preset.
     """
     index, signature = index or {}, read_signature(transformer, experts)
     variants = find_variants(signature, name)
-    preset = variants[0].preset if variants else _custom(signature, scheduler)
+    preset = variants[0].preset if variants else _custom(signature)
+    if own or not variants:
+        preset = _scheduled(preset, read_scheduler(scheduler, _scheduler_class(index)))
     expand = index.get("expand_timesteps")
     if isinstance(expand, bool):
         known = patterns.FIRST_FRAME if expand and not variants and experts == 1 else preset.patterns
@@ -258,8 +269,28 @@ def find_preset(
     return _fit(preset, vae, _patch_size(transformer))
 
 
-def _custom(signature: Signature, scheduler: Mapping[str, Any]) -> Preset:
-    preset = Preset("wan-custom", flow_shift=_file_shift(scheduler))
+def _scheduled(preset: Preset, scheduler: Scheduler) -> Preset:
+    """The preset with what the model's own scheduler file says. Noise levels that a model of few steps was trained with
+    stay, which is said."""
+    if preset.sigmas is not None:
+        if scheduler.class_name or scheduler.flow_shift is not None:
+            notices.warn(
+                f"{preset.name} runs with the {len(preset.sigmas)} noise levels that it was trained with, not with "
+                f"{scheduler.class_name or 'the shift'} of {SOURCE}; give solver= and flow_shift= for something else"
+            )
+        return preset
+    shift = preset.flow_shift if scheduler.flow_shift is None else scheduler.flow_shift
+    kept = scheduler if scheduler.table or scheduler.problem else None
+    return replace(preset, flow_shift=shift, solver=scheduler.solver or preset.solver, scheduler=kept)
+
+
+def _scheduler_class(index: Mapping[str, Any]) -> str | None:
+    named = index.get("scheduler")
+    return named[1] if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str) else None
+
+
+def _custom(signature: Signature) -> Preset:
+    preset = Preset("wan-custom")
     if signature.control:
         preset = replace(preset, patterns=patterns.CONTROL)
     elif signature.image or signature.in_channels > signature.out_channels:
@@ -296,14 +327,6 @@ def _boundary(given: Any, preset: Preset, experts: int) -> float | None:
             "model_index.json names a transformer_2 but no boundary_ratio; a number from 0 to 1 is needed"
         )
     return preset.boundary_ratio if given is None else float(given)
-
-
-def _file_shift(scheduler: Mapping[str, Any]) -> float:
-    """flow_shift of a multistep scheduler's file, shift of an Euler one's."""
-    value = scheduler.get("flow_shift", scheduler.get("shift", Preset.flow_shift))
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise CheckpointError(f"scheduler/scheduler_config.json: flow_shift is {value!r}; a positive number is needed")
-    return float(value)
 
 
 def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
