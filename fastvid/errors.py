@@ -31,8 +31,15 @@ class BackendUnavailable(Error):
     """An explicitly requested back end or device cannot run here; the message says why."""
 
 
-class MediaError(Error):
-    """A picture or video file cannot be read or written."""
+class MediaError(Error, OSError):
+    """A picture or video file cannot be read or written. errno: the system's reason, if it has one."""
+
+    def __init__(self, message: str = "", errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+    def __reduce__(self) -> tuple[type[MediaError], tuple[str, int | None]]:
+        return MediaError, (str(self), self.errno)
 
 
 class PromptError(Error):

@@ -17,7 +17,7 @@ from fastvid.cli.flags import FLAGS, has_prompt, usage_of, words_of
 from fastvid.cli.parser import UsageError
 from fastvid.errors import InvalidRequest, MediaError
 from fastvid.requests.arguments import CHECKPOINT, CLIPS, VERBS
-from fastvid.requests.request import PROMPT_OF_CLIP, Request
+from fastvid.requests.request import DATA, PROMPT_OF_CLIP, Request
 
 LOAD_FLAGS = ("device", "dtype", "vae_dtype", "backend", "attention")
 MAX_SHOTS_FILE = 1 << 26  # bytes
@@ -127,6 +127,14 @@ def check_same(request: Request, recipe: dict[str, Any]) -> None:
         from fastvid.requests import inputs
 
         inputs.check_same(recipe, request.arguments())
+
+
+def check_files(arguments: dict[str, Any]) -> None:
+    """Raises MediaError for a picture or clip that cannot be read, before the model is loaded."""
+    if any(name in arguments for name in DATA):
+        from fastvid.requests import inputs
+
+        inputs.check_files(arguments)
 
 
 def model_of(flags: argparse.Namespace, recipe: dict[str, Any]) -> str:

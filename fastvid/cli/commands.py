@@ -103,8 +103,9 @@ def _run_verb(flags: argparse.Namespace) -> None:
     )
     if flags.checkpoint is not None:
         resume_files.new_folder(flags.checkpoint)
-    arguments.check_same(request, recipe or {})
     options = request.arguments()
+    arguments.check_files(options)
+    arguments.check_same(request, recipe or {})
     _show(flags, recipe or {}, lambda pipe: pipe.stream(verb=request.verb, **options, keep_latents=False))
 
 
@@ -115,6 +116,7 @@ def _resume(flags: argparse.Namespace) -> None:
     recipe = resume_files.get_about(flags.folder)["recipe"]
     check_writable(flags.output, num_frames=recipe.get("num_frames"), fps=recipe.get("fps"))
     options = {name: value for name in RESUME_INPUTS if (value := getattr(flags, name)) is not None}
+    arguments.check_files(options)
     options |= arguments.checkpoint_options(flags)
     _show(flags, recipe, lambda pipe: pipe.resume(flags.folder, **options, keep_latents=False))
 
@@ -202,6 +204,7 @@ def _summary(path: Path, started: Started, finished: Finished, watch: Stopwatch,
 def _plan(flags: argparse.Namespace) -> None:
     recipe = arguments.read_recipe(flags)
     request = arguments.make(flags, recipe)
+    arguments.check_files(request.arguments())
     arguments.check_same(request, recipe or {})
     from fastvid import api
 

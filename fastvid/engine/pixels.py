@@ -94,6 +94,11 @@ def fit(frames: np.ndarray, segment: Segment) -> Tensor:
     return widen(to_signed(torch.from_numpy(resize(frames, segment.height, segment.width))), segment)
 
 
+def stretched(pictures: Mapping[int, np.ndarray], segment: Segment) -> dict[int, np.ndarray]:
+    """Pictures uint8 [H, W, 3], stretched (Lanczos) to the output size as in `fit`."""
+    return {frame: resize(picture, segment.height, segment.width) for frame, picture in pictures.items()}
+
+
 def pad(frames: np.ndarray, segment: Segment) -> Tensor:
     """uint8 [F, height, width, C] -> fp32 [F, C, model_height, model_width] in [-1, 1]: padded, not resized."""
     return widen(to_signed(torch.from_numpy(np.array(frames))), segment)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastvid.device.precision import ieee_fp32
 from fastvid.distributed.mesh import Layout, RankView
-from fastvid.engine import decode, windows
+from fastvid.engine import decode, pixels, windows
 from fastvid.engine.conditioning import NEGATIVE, SOURCE, SegmentDenoiser
 from fastvid.engine.decode import Decoded, Decoder, KnownFrameBlend, Output
 from fastvid.engine.events import Event, Frames, Step
@@ -214,7 +214,7 @@ class SegmentRun:
         ranks = RankView(model.mesh, job.layout)
         self._denoising = SegmentDenoiser(model, job.request, job.sigmas, segment, known, session.prompts.embeds, ranks)
         # A picture passed as a latent spans a group of frames, and decoding does not reproduce it exactly.
-        pictures = known.pictures if self._denoising.takes_latents else {}
+        pictures = pixels.stretched(known.pictures, segment) if self._denoising.takes_latents else {}
         left = None if known.left is None else known.left[-1]
         self._blend = KnownFrameBlend(segment, decode.frames_to_blend(segment, left, known.after, pictures))
         self._decoder = Decoder(model, segment, session.ticket, job.beside, job.decode_stripes)

@@ -11,7 +11,7 @@ are assumed to be square.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,9 @@ import numpy as np
 
 from fastvid.checks import MAX_FPS, MAX_FRAMES, MAX_SIDE, MIN_FPS, number, one_of, whole
 from fastvid.errors import InvalidRequest
+from fastvid.media.arrays import as_array, is_pillow, is_signed
 from fastvid.media.files import media_errors
-from fastvid.media.images import pillow_pixels, resize
+from fastvid.media.images import resize
 from fastvid.media.metadata import stated_fps
 from fastvid.media.reader import ArraySource, PictureSource, Source, open_source
 
@@ -170,9 +171,9 @@ def open_clip(source: Any, *, name: str = "video") -> Clip:
 
     Args:
         source: a path (a video, a .gif, a picture, a .npy, a folder of PNGs), a `fastvid.Video` or anything else with
-            `frames` and `fps`, a `Clip`, a uint8 array or tensor [F, H, W, 3] or [H, W, 3] (gray and RGBA too), a
-            Pillow image, or a list of pictures of one size, each a path, an array, a tensor or a Pillow image.
-            Arrays are not copied.
+            `frames` and `fps`, a `Clip`, an array or tensor [F, H, W, 3] or [H, W, 3] (gray and RGBA too; uint8, bool,
+            or floating point in 0 to 1 or -1 to 1; channels may come first where that is certain), a Pillow image, or
+            a list of pictures of one size, each a path, an array, a tensor or a Pillow image. Arrays are not copied.
         name: what error messages call a source that is not a path.
 
     Raises:
@@ -187,12 +188,24 @@ def open_clip(source: Any, *, name: str = "video") -> Clip:
         return _of_path(source)
     if hasattr(source, "frames") and hasattr(source, "fps"):
         fps = number(MIN_FPS, MAX_FPS, " frames a second")(f"{name}.fps", source.fps)
-        return _clip(ArraySource(_array(source.frames, name), name), fps, name)
+        return _clip(ArraySource(as_array(source.frames, name), name, signed=False), fps, name)
     if isinstance(source, (list, tuple)):
-        if not source:
-            raise InvalidRequest(f"{name} is an empty list; give at least one picture")
-        return _clip(PictureSource(len(source), lambda n: _one(source[n], f"{name}[{n}]"), name), None, name)
-    return _clip(ArraySource(_array(source, name), name), None, name)
+        return _clip(_of_list(source, name), None, name)
+    if is_pillow(source) and getattr(source, "n_frames", 1) > 1:
+        raise InvalidRequest(f"{name} is a Pillow image of {source.n_frames} frames; give its file, or a list of them")
+    return _clip(ArraySource(as_array(source, name), name, signed=False if is_pillow(source) else None), None, name)
+
+
+def open_picture(source: Any, name: str) -> np.ndarray:
+    """One picture, uint8 RGB [H, W, 3]: from a file (a video's first frame), an array, a tensor or a Pillow image.
+    Raises as `open_clip` does."""
+    if _is_array(source):
+        return np.array(ArraySource(as_array(source, name), name, picture=True).frame(0))  # a copy
+    if is_pillow(source):
+        return ArraySource(as_array(source, name), name, picture=True, signed=False).frame(0)
+    with open_clip(source, name=name) as clip:
+        first: np.ndarray = clip.read(0, 1)[0]
+    return first
 
 
 def _of_path(path: str | os.PathLike[str]) -> Clip:
@@ -207,23 +220,28 @@ def _clip(source: Source, fps: float | None, name: str) -> Clip:
     return Clip(source, np.arange(source.num_frames), source.height, source.width, fps, name=name)
 
 
-def _array(value: Any, name: str) -> np.ndarray:
-    """Arrays, tensors and Pillow images as numpy arrays, without copying the first two."""
-    if hasattr(value, "convert") and hasattr(value, "getbands"):  # Pillow's
-        return pillow_pixels(value, name)
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
-    if not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
-        raise InvalidRequest(
-            f"{name} is a {type(value).__name__}; it must be a path, a Video, a uint8 array [F, H, W, 3] or a list of "
-            "pictures"
-        )
-    return np.asarray(value)
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def _one(picture: Any, name: str) -> np.ndarray:
-    """One picture of a list, uint8 RGB [H, W, 3]."""
-    clip = open_clip(picture, name=name)
-    if clip.num_frames != 1:
-        raise InvalidRequest(f"{name} has {clip.num_frames} frames; a list holds pictures")
-    return clip.read()[0]
+def _of_list(pictures: Sequence[Any], name: str) -> PictureSource:
+    """Pictures of one size, each read on demand. Floating point arrays have one range together."""
+    if not pictures:
+        raise InvalidRequest(f"{name} is an empty list; give at least one picture")
+    signed = is_signed((as_array(one, name) for one in pictures if _is_array(one)), name)
+
+    def read(number: int) -> np.ndarray:
+        picture, one = pictures[number], f"{name}[{number}]"
+        if _is_array(picture):
+            source = ArraySource(as_array(picture, one), one, signed=signed)
+            return _only(source.num_frames, source.frame, one)
+        clip = open_clip(picture, name=one)
+        return _only(clip.num_frames, lambda n: clip.read(n, n + 1)[0], one)
+
+    return PictureSource(len(pictures), read, name)
+
+
+def _only(count: int, read: Callable[[int], np.ndarray], name: str) -> np.ndarray:
+    if count != 1:
+        raise InvalidRequest(f"{name} has {count} frames; a list holds pictures")
+    return read(0)

@@ -66,7 +66,7 @@ def media_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         if not isinstance(error, SYSTEM_ERRORS) and not type(error).__module__.startswith(("av.", "PIL.")):
             raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise MediaError(f"{os.fspath(path)}: {reason}") from error
+        raise MediaError(f"{os.fspath(path)}: {reason}", getattr(error, "errno", None)) from error
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

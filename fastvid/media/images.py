@@ -30,8 +30,6 @@ BT709, BT601 = 1, 5
 
 def read_picture(file: BinaryIO, kind: str, name: str) -> np.ndarray:
     """Read a still picture as uint8 RGB [H, W, 3]. Checks its size before decoding. Raises MediaError."""
-    from PIL import ImageOps
-
     file.seek(0)
     data = file.read(MAX_FILE + 1)
     if len(data) > MAX_FILE:
@@ -50,8 +48,6 @@ def read_picture(file: BinaryIO, kind: str, name: str) -> np.ndarray:
         raise
     except Exception as error:  # Pillow raises many types for a damaged file
         raise MediaError(f"{name} is damaged or cut off: {error}") from error
-    with contextlib.suppress(Exception):  # ignore damaged EXIF
-        image = ImageOps.exif_transpose(image)
     return pillow_pixels(image, name)
 
 
@@ -71,8 +67,18 @@ def _open(data: bytes, kind: str) -> Any:
 
 
 def pillow_pixels(image: Any, name: str) -> np.ndarray:
-    """The pixels of a Pillow image, uint8 RGB [H, W, 3]. Raises MediaError for more than 16 bits a channel."""
-    if image.mode == "F" or image.mode == "I" and image.format != "PNG":  # Pillow 10 opens 16-bit PNGs as I
+    """The pixels of a Pillow image, uint8 RGB [H, W, 3], upright as its EXIF says. Raises MediaError for more than 16
+    bits a channel, and for a file that cannot be read any more."""
+    from PIL import ImageOps
+
+    try:
+        image.load()
+    except Exception as error:  # opened, but not read yet: Pillow raises many types for a damaged file
+        raise MediaError(f"{name} cannot be read: {error}") from error
+    kind = image.format  # lost where it is turned
+    with contextlib.suppress(Exception):  # ignore damaged EXIF
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode == "I" and kind != "PNG":  # Pillow 10 opens 16-bit PNGs as I
         raise MediaError(f"{name} has more than 16 bits a channel, which is not read; save it with 8")
     if image.mode.startswith("I"):
         rounded = np.minimum((np.asarray(image).astype(np.int64) + 128) >> 8, 255)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import re
 import threading
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastvid.errors import InvalidRequest, MediaError
+from fastvid.media.arrays import as_frames, in_order, is_signed, layout_of, to_uint8, wanted
 from fastvid.media.files import (
     KNOWN,
     MAX_CLIP_PIXELS,
@@ -57,52 +59,56 @@ class Source:
 
 
 class ArraySource(Source):
-    """uint8 [F, H, W, C], C = 1, 3 or 4, in memory; [H, W, C] is one frame, [F, H, W] and [H, W] are gray."""
+    """Frames in memory, of any layout and range of `fastvid.media.arrays`. picture: whether it must be one frame.
+    signed: as `is_signed` finds it; None: find it."""
 
-    def __init__(self, array: np.ndarray, name: str) -> None:
+    def __init__(self, array: np.ndarray, name: str, picture: bool = False, signed: bool | None = None) -> None:
+        self._frames = as_frames(array, name, picture)
+        self.num_frames, self.height, self.width = self._frames.shape[:3]
         try:
-            shape = _frames_shape(array.shape, array.dtype, name)
+            check_frame_count(name, self.num_frames)
+            check_picture_size(name, self.width, self.height)
         except MediaError as error:
             raise InvalidRequest(str(error)) from None
-        self._array = array.reshape(shape)
-        self.num_frames, self.height, self.width = self._array.shape[:3]
+        self._signed = is_signed(self._frames, name) if signed is None else signed
 
     def frame(self, number: int) -> np.ndarray:
-        return over_black(self._array[number])
-
-
-def _frames_shape(shape: tuple[int, ...], dtype: np.dtype, name: str) -> tuple[int, ...]:
-    """The shape as [F, H, W, C]. Raises MediaError for a wrong dtype or layout, too many frames or an invalid size."""
-    has_channels = len(shape) in (3, 4) and shape[-1] in (1, 3, 4)
-    by_ndim = {2: (1, *shape, 1), 3: (1, *shape) if has_channels else (*shape, 1), 4: shape if has_channels else None}
-    full = by_ndim.get(len(shape))
-    if dtype != np.uint8 or full is None or 0 in full:
-        raise MediaError(
-            f"{name} is {dtype} {list(shape)}; it must be uint8 RGB [F, H, W, 3] or [H, W, 3] (or gray, or RGBA)"
-        )
-    check_frame_count(name, full[0])
-    check_picture_size(name, full[2], full[1])
-    return full
+        return over_black(to_uint8(self._frames[number], self._signed))
 
 
 class NpySource(Source):
-    """A .npy file, read frame by frame. Its array must be uint8 in C order, in a shape that `ArraySource` accepts."""
+    """A .npy file, read frame by frame. Its array must be uint8 in C order, in a layout with the frames first."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-        self.num_frames, self.height, self.width, self._channels = _frames_shape(shape, dtype, name)
+        layout = self._layout(shape, dtype, name)
+        self._frame_shape, self._frame_layout = shape[layout.startswith("F") :], layout.removeprefix("F")
+        self.num_frames = shape[0] if layout.startswith("F") else 1
+        self.height, self.width = (shape[layout.index(side)] for side in "HW")
+        check_frame_count(name, self.num_frames)
+        check_picture_size(name, self.width, self.height)
         self._file, self._start, self._name = file, file.tell(), name
-        self._bytes = self.height * self.width * self._channels
+        self._bytes = math.prod(self._frame_shape)
         missing = self._start + self._bytes * self.num_frames - file.seek(0, os.SEEK_END)
         if fortran or missing > 0:
             raise MediaError(f"{name} is {'in Fortran order' if fortran else f'cut off: {missing} bytes are missing'}")
 
+    @staticmethod
+    def _layout(shape: tuple[int, ...], dtype: np.dtype, name: str) -> str:
+        try:
+            layout = layout_of(shape, name)
+        except InvalidRequest as error:
+            raise MediaError(str(error)) from None
+        if dtype != np.uint8 or layout == "CFHW":
+            raise MediaError(f"{name} is {dtype} {list(shape)}; it must be {wanted(picture=False)}")
+        return layout
+
     def frame(self, number: int) -> np.ndarray:
         self._file.seek(self._start + number * self._bytes)
-        data = np.frombuffer(self._file.read(self._bytes), np.uint8)
-        return over_black(data.reshape(self.height, self.width, self._channels))
+        data = np.frombuffer(self._file.read(self._bytes), np.uint8).reshape(self._frame_shape)
+        return over_black(in_order(data, self._frame_layout)[0])
 
 
 class PictureSource(Source):
@@ -386,7 +392,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             raise MediaError(f"{name} is not a video or picture that can be read; known are {KNOWN}")
         if kind in PICTURES:
             with file:
-                return ArraySource(read_picture(file, kind, name), name)
+                return ArraySource(read_picture(file, kind, name), name, signed=False)
         if kind == "apng":
             file = _strip_file(file, name)
         return NpySource(file, name) if kind == "npy" else VideoSource(file, kind, name)

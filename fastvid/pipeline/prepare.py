@@ -62,6 +62,7 @@ def prepare(
     MediaError, OutOfMemory.
     """
     resolved = inputs.read(request).resolve(model.preset)
+    inputs.warn_of_shapes(resolved)
     resolved = replace(resolved, seed=agree(model.mesh, resolved.seed, first))
     verbs.check_control(model, resolved)
     timeline = verbs.lay_out(resolved, verbs.rules_of(model))

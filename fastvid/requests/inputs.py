@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
+from fastvid import notices
 from fastvid.checks import MAX_SIDE, MIN_SIDE, check_frames
 from fastvid.errors import InvalidRequest, MediaError
-from fastvid.media.clip import Clip, center_crop, open_clip
+from fastvid.media.arrays import as_array, in_order, is_pillow, is_signed, layout_of, to_uint8
+from fastvid.media.clip import Clip, center_crop, open_clip, open_picture
 from fastvid.media.metadata import read_recipe
 from fastvid.requests.arguments import CLIPS
 from fastvid.requests.recipe import prints_of, recordable
-from fastvid.requests.request import PROMPT_OF_CLIP, SIZE, Request
+from fastvid.requests.request import PROMPT_OF_CLIP, SIZE, Request, Resolved
 
 PICTURES = ("image", "last_image")
+STRETCH = 1.25  # how far the aspect ratios of a picture and its video may differ without a warning
 FILES = (*PICTURES, "keyframes", "video", "video_2", "mask", "reference_images")
 
 
@@ -32,15 +36,41 @@ def read(request: Request) -> Request:
     values: dict[str, Any] = _read_control(request)
     for name in PICTURES:
         if (value := getattr(request, name)) is not None:
-            values[name] = read_picture(name, value)
+            values[name] = open_picture(value, name)
     if request.keyframes:
-        values["keyframes"] = {f: read_picture(f"keyframes[{f}]", p) for f, p in request.keyframes.items()}
+        values["keyframes"] = {f: open_picture(p, f"keyframes[{f}]") for f, p in request.keyframes.items()}
     shapes = [values[name].shape[-3:-1] for name in ("video", *PICTURES) if name in values]
     shapes += [picture.shape[:2] for picture in values.get("keyframes", {}).values()]
     if shapes and (request.height or request.width or request.aspect or request.budget) is None:
         height, width = shapes[0]
         values["aspect"] = Fraction(width, height)
     return replace(request, **values)
+
+
+def check_files(arguments: Mapping[str, Any]) -> None:
+    """Raises MediaError for a picture or clip among the arguments that is no readable file. Of clips it decodes the
+    first frame."""
+    for name in FILES:
+        value = arguments.get(name)
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else (value,)
+        for part in parts:
+            if isinstance(part, str | os.PathLike):
+                open_clip(part, name=name).close()
+
+
+def warn_of_shapes(request: Resolved) -> None:
+    """Warns of pictures whose shape is clearly not the video's: they are stretched."""
+    named = {"image": request.image, "last_image": request.last_image}
+    named |= {f"keyframes[{frame}]": picture for frame, picture in (request.keyframes or {}).items()}
+    for name, picture in named.items():
+        if picture is None:
+            continue
+        height, width = picture.shape[:2]
+        if not 1 / STRETCH <= width * request.height / (height * request.width) <= STRETCH:
+            notices.warn(
+                f"{name} is {width}x{height} and the video {request.width}x{request.height}; the picture is stretched, "
+                "so crop it, or leave the size out to get the picture's shape"
+            )
 
 
 def check_same(recipe: dict[str, Any], arguments: dict[str, Any]) -> None:
@@ -150,15 +180,23 @@ def _with_mask(request: Request, clip: Clip) -> Request:
     size = request.height or clip.height, request.width or clip.width
     if (height, width) == size:
         return request
+    mask = request.mask
     if (height, width) != (clip.height, clip.width):
-        raise InvalidRequest(
-            f"mask is {width}x{height}; video is {clip.width}x{clip.height}, and so should the mask be"
-        )
+        notices.warn(_other_size(width, height, clip.width, clip.height))
+        mask = _nearest(mask, clip.height, clip.width)
     # Cropped and resized like the clip, so that it stays aligned.
-    inside = center_crop(height, width, *size)
-    cut = request.mask[(slice(None), *inside)]
-    rows, columns = (np.arange(n) * o // n for n, o in zip(size, cut.shape[1:], strict=True))
-    return replace(request, mask=np.ascontiguousarray(cut[:, rows][:, :, columns]))
+    inside = center_crop(*mask.shape[1:], *size)
+    return replace(request, mask=_nearest(mask[(slice(None), *inside)], *size))
+
+
+def _other_size(width: int, height: int, video_width: int, video_height: int) -> str:
+    return f"mask is {width}x{height} and video {video_width}x{video_height}; the mask is stretched to the video's size"
+
+
+def _nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A mask [F, H, W] stretched to [F, height, width] without new values."""
+    rows, columns = (np.arange(n) * o // n for n, o in zip((height, width), mask.shape[1:], strict=True))
+    return np.ascontiguousarray(mask[:, rows][:, :, columns])
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,23 +232,9 @@ class Canvas:
         return mask
 
 
-def read_picture(name: str, value: Any) -> np.ndarray:
-    """Reads a picture, uint8 RGB [H, W, 3], from a file (a video's first frame), an array, a tensor or a Pillow image.
-
-    Arrays are copied, so later changes by the caller have no effect. Raises MediaError for a file that cannot be read,
-    InvalidRequest for something that is not a picture.
-    """
-    if len(getattr(value, "shape", (0, 0, 0))) != 3:
-        raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [H, W, 3]")
-    with open_clip(value, name=name) as clip:
-        frames = clip.read(0, 1)
-    first: np.ndarray = frames[0]
-    return first
-
-
 def read_clip(name: str, value: Any) -> np.ndarray:
     """Reads a clip, uint8 RGB [F, H, W, 3], from a file, an array, a tensor, a `Video`, or pictures of one size. Raises
-    as `read_picture` does."""
+    as `open_clip` does."""
     if len(getattr(value, "shape", (0, 0, 0, 0))) != 4:
         raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [F, H, W, 3]")
     with open_clip(value, name=name) as clip:
@@ -220,31 +244,38 @@ def read_clip(name: str, value: Any) -> np.ndarray:
 def read_mask(name: str, value: Any) -> np.ndarray:
     """Reads a mask, uint8 [F, H, W], 255 is white; F is 1 for a picture.
 
-    value: a file, an array or tensor (bool, or uint8 from 0 to 255) [F, H, W] or [H, W], optionally with a last
-    dimension of RGB, a Pillow image, or a list of such pictures. Only the first channel counts, as in diffusers.
-    Raises as `read_picture` does.
+    value: a file, an array or tensor (bool, uint8 from 0 to 255, or floating point from 0 to 1) [F, H, W] or [H, W],
+    optionally with channels, a Pillow image, a clip, or a list of pictures. Only the first channel counts, as in
+    diffusers. Arrays are copied. Raises as `open_clip` does.
     """
     if isinstance(value, list | tuple):
         return _stack_masks(name, [read_mask(f"{name}[{i}]", one)[0] for i, one in enumerate(value)])
-    array = read_clip(name, value) if isinstance(value, str | os.PathLike) else _as_array(value)
-    dtype, shape = array.dtype, list(array.shape)
-    if array.ndim > 2 and array.shape[-1] in (1, 3):
-        array = array[..., 0]
-    array = array[None] if array.ndim == 2 else array
-    if array.ndim != 3 or dtype not in (np.uint8, np.bool_) or 0 in array.shape:
-        raise InvalidRequest(f"{name} is {dtype} {shape}; it must be bool, or uint8 0 and 255, [F, H, W] or [H, W]")
-    if dtype == np.bool_:
-        return array.astype(np.uint8) * 255
-    if array.max() == 1:
-        raise InvalidRequest(f"{name} holds 0 and 1 as uint8, where white is 255; give it as bool, or times 255")
-    return np.ascontiguousarray(array)
+    if is_pillow(value):
+        array = open_picture(value, name)
+    elif isinstance(value, str | os.PathLike | Clip) or hasattr(value, "frames"):
+        array = read_clip(name, value)
+    else:
+        array = as_array(value, name)
+    frames = _mask_frames(name, array)
+    if is_signed(frames, name):
+        raise InvalidRequest(f"{name} has values below 0; a mask of floating point numbers is in 0 to 1")
+    return np.array([to_uint8(frame, signed=False) for frame in frames])
 
 
-def _as_array(value: Any) -> np.ndarray:
-    """A copy: later changes by the caller have no effect, and torch requires writable memory."""
-    if hasattr(value, "convert"):  # a Pillow image
-        value = value.convert("RGB")
-    return np.array(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+def _mask_frames(name: str, array: np.ndarray) -> np.ndarray:
+    """The first channel [F, H, W] of a mask. [3, H, W] is one mask if its three planes are equal."""
+    refused = f"{name} is {array.dtype} {list(array.shape)}; it must be bool, or uint8 0 and 255, [F, H, W] or [H, W]"
+    if array.ndim not in (2, 3, 4) or 0 in array.shape or array.dtype.kind not in "fb" and array.dtype != np.uint8:
+        raise InvalidRequest(refused)
+    if array.ndim == 4:
+        frames = in_order(array, layout_of(array.shape, name))
+        if frames.shape[-1] == 4:
+            raise InvalidRequest(refused)
+        return frames[..., 0]
+    if array.ndim == 3 and array.shape[-1] in (1, 3):
+        return array[None, ..., 0]
+    planes = array.reshape(-1, *array.shape[-2:])
+    return planes[:1] if len(planes) == 3 and bool((planes == planes[:1]).all()) else planes
 
 
 def _stack_masks(name: str, pictures: list[np.ndarray]) -> np.ndarray:
@@ -265,7 +296,10 @@ def _read_control(request: Request) -> dict[str, Any]:
             values["num_frames"] = len(values["video"])
     if request.mask is not None:
         values["mask"] = read_mask("mask", request.mask)
+        sizes = values["video"].shape[1:3], (request.height, request.width)
+        if values["mask"].shape[1:] not in sizes:
+            notices.warn(_other_size(*values["mask"].shape[:0:-1], *sizes[0][::-1]))
     if request.reference_images is not None:
         pictures = enumerate(request.reference_images)
-        values["reference_images"] = tuple(read_picture(f"reference_images[{i}]", value) for i, value in pictures)
+        values["reference_images"] = tuple(open_picture(value, f"reference_images[{i}]") for i, value in pictures)
     return values

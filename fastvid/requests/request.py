@@ -149,6 +149,7 @@ class Request:
         full = self._full_size(preset, num_frames)
         width, height = self._draft_size(full, preset.spatial_multiple) if self.draft else full
         check_size(width, height, num_frames)
+        _check_pictures(self, num_frames)
         computed = {"width": width, "height": height, "num_frames": num_frames, "fps": fps, "verb": self.verb}
         names = {f.name for f in fields(Request)}
         filled = {f.name: self._or_preset(f.name, preset) for f in fields(Resolved) if f.name in names}
@@ -310,8 +311,26 @@ def _check_counts(request: Request) -> None:
         raise InvalidRequest(f"num_inference_steps={steps} but sigmas has {len(levels)} values; leave one of them out")
     if request.seconds is not None and (request.fps is not None or request.seconds == 0):
         check_frames(round(request.seconds * (request.fps or 1)), f"seconds={request.seconds:g}")
+    if request.num_frames:
+        _check_pictures(request, request.num_frames)
     if request.num_frames and request.width and request.height:
         check_size(request.width, request.height, request.num_frames)
+
+
+def _check_pictures(request: Request, num_frames: int) -> None:
+    """Raises InvalidRequest for a keyframe that the video does not have, and for two pictures on one frame."""
+    given = dict.fromkeys(request.keyframes or (), "keyframes")
+    if beyond := [frame for frame in given if frame >= num_frames]:
+        raise InvalidRequest(
+            f"keyframes frame={beyond[0]}: the video has {num_frames} frames, allowed are 0 to {num_frames - 1}; the "
+            f"nearest is {num_frames - 1}"
+        )
+    for name, frame in (("image", 0), ("last_image", num_frames - 1)):
+        if getattr(request, name) is None:
+            continue
+        if frame in given:
+            raise InvalidRequest(f"{name} and {given[frame]} both give frame {frame}; leave one of them out")
+        given[frame] = name
 
 
 # ---------------------------------------------------------------- with defaults filled in

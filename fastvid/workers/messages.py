@@ -105,14 +105,12 @@ def _encode_mapping(name: str, value: Mapping[Any, Any], tensors: Tensors) -> An
 
 
 def _encode_picture(name: str, value: Any, tensors: Tensors) -> Any:
-    """A Pillow image arrives as one: the receiver handles its transparency and colors."""
+    """A Pillow image arrives as one, upright and over black."""
     if not hasattr(value, "getbands"):
         return None
-    import numpy as np
+    from fastvid.media.images import pillow_pixels
 
-    transparent = "A" in value.getbands() or "transparency" in value.info
-    pixels = np.asarray(value.convert("RGBA" if transparent else "RGB"))
-    return {"$": "picture", "pixels": _encode_tensor(name, pixels, tensors)}
+    return {"$": "picture", "pixels": _encode_tensor(name, pillow_pixels(value, name), tensors)}
 
 
 def _encode_tensor(name: str, value: Any, tensors: Tensors) -> Any:

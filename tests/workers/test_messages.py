@@ -15,7 +15,8 @@ from PIL import Image
 
 import fastvid
 from fastvid.engine.events import Finished
-from fastvid.requests.inputs import read_mask, read_picture
+from fastvid.media.clip import open_picture
+from fastvid.requests.inputs import read_mask
 from fastvid.workers import messages
 from fastvid.workers.channel import Message
 
@@ -59,8 +60,8 @@ def test_a_picture_arrives_as_it_looks(mode: str) -> None:
     if mode == "P":
         picture.info["transparency"] = 3
     arrived = messages.unpack(messages.pack({"image": [picture]}))["image"][0]
-    for read in (read_picture, read_mask):
-        assert np.array_equal(read("image", arrived), read("image", picture))
+    assert np.array_equal(open_picture(arrived, "image"), open_picture(picture, "image"))
+    assert np.array_equal(read_mask("image", arrived), read_mask("image", picture))
 
 
 def test_events_and_videos_arrive() -> None:
