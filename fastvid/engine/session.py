@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,15 +57,16 @@ class Job:
 
 class PromptChanges:
     """Prompt changes that a caller requests, from any thread, while the request runs. Each applies from the next
-    window, block or segment on."""
+    window, block or segment on. look: called with each new prompt, to warn of it."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, look: Callable[[str], None] = lambda prompt: None) -> None:
+        self._lock, self._look = threading.Lock(), look
         self._pending: str | None = None
         self.applied: list[tuple[int, str]] = []  # (first frame, prompt), in order
 
     def request(self, prompt: str) -> None:
         """Requests a change; replaces a pending one."""
+        self._look(prompt)
         with self._lock:
             self._pending = prompt
 

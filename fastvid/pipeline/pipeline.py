@@ -31,7 +31,7 @@ from fastvid.models.loaded import Model
 from fastvid.pipeline import asynchronous, steps
 from fastvid.pipeline.load import change_loras
 from fastvid.pipeline.prepare import Prepared, make_request, plan_of, prepare
-from fastvid.pipeline.request_warnings import warn_of_prompts
+from fastvid.pipeline.request_warnings import warn_of_prompt, warn_of_prompts
 from fastvid.requests.arguments import documented
 from fastvid.requests.options import (
     AnyOptions,
@@ -403,7 +403,8 @@ class Pipeline:
         """End the processes of a pipeline on several ranks. Does nothing for a pipeline in this process."""
 
     def _stream(self, prepared: Prepared, keep_latents: bool, saving: Resume | None) -> Stream:
-        ticket, changes = self._ticket or self.new_ticket(), PromptChanges()
+        ticket = self._ticket or self.new_ticket()
+        changes = PromptChanges(functools.partial(warn_of_prompt, self._model))
         session = Session(self._model, prepared.job, ticket, keep_latents, saving, changes)
         return Stream(_events(prepared, session, saving), ticket, changes if saving is None else None)
 

@@ -19,9 +19,8 @@ BELOW = 0.2
 def warn_of_prompts(model: Model, request: Request, resolved: Resolved) -> None:
     """Warns of prompts that are empty, cut, or hold words that the model does not know, and of a negative prompt that
     nothing reads. Only what the caller wrote counts, not the preset's own negative prompt."""
-    if isinstance(model.tokenizer, TextTokenizer):
-        for name, prompt in _written(request, resolved):
-            _warn_of_prompt(name, prompt, model.tokenizer)
+    for name, prompt in _written(request, resolved):
+        warn_of_prompt(model, prompt, name)
     negative = request.negative_prompt is not None or request.negative_prompt_embeds is not None
     if negative and not resolved.guided(len(model.experts)):
         notices.warn(
@@ -42,7 +41,11 @@ def _written(request: Request, resolved: Resolved) -> Iterator[tuple[str, str]]:
         yield "negative_prompt", request.negative_prompt
 
 
-def _warn_of_prompt(name: str, prompt: str, tokenizer: TextTokenizer) -> None:
+def warn_of_prompt(model: Model, prompt: str, name: str = "prompt") -> None:
+    """Warns of one prompt that is empty, cut, or holds unknown words. name: the argument's."""
+    tokenizer = model.tokenizer
+    if not isinstance(tokenizer, TextTokenizer):  # a model that is only planned with
+        return
     if not prompt.strip():
         notices.warn(f"{name} is empty: the model shows what it likes; say what to show")
         return

@@ -12,12 +12,14 @@ from fastvid import checks
 from fastvid.device.precision import ieee_fp32
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
+from fastvid.pipeline.request_warnings import warn_of_prompt
 
 
 @torch.no_grad()
 def embed(model: Model, prompt: str) -> Tensor:
     """See Pipeline.embed."""
     prompt = checks.text("prompt", prompt)
+    warn_of_prompt(model, prompt)
     with ieee_fp32():
         return model.embed(prompt)
 

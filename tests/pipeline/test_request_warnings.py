@@ -102,3 +102,13 @@ def test_the_command_line_writes_warnings_to_stderr(tmp_path: Any, capsys: pytes
     words = ["generate", "a red bicycle", "-o", str(tmp_path / "a.npy"), "--steps", "1", "--num-frames", "1", "--quiet"]
     assert main([*words, "--size", "64x64"]) == 0
     assert "fastvid: warning: prompt: the model does not know 'bicycle'" in capsys.readouterr().err
+
+
+def test_a_changed_prompt_and_an_embedded_one_are_looked_at(pipe: fastvid.Pipeline) -> None:
+    stream = pipe.stream(KNOWN, **SMALL)
+    with pytest.warns(FastvidWarning, match="does not know 'kite'") as said:
+        stream.change_prompt("a red kite")
+    assert said[0].filename == __file__
+    stream.close()
+    with pytest.warns(FastvidWarning, match="does not know 'kite'"):
+        pipe.embed("a red kite")
