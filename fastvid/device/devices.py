@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import platform
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastvid.errors import InvalidRequest
+from fastvid.checks import guarded, one_of, refuse
 
 
 def available_bytes(device: torch.device) -> int:
@@ -38,18 +37,25 @@ def _read(path: str) -> str:
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+"""Other names of dtypes that are in common use."""
+DEVICES = "'cpu', 'cuda' or 'cuda:<number>'"
 
 
 def find_device(device: Any) -> torch.device:
     """Parse `device=`; None: a GPU if there is one. `ops.dispatch.bind` checks that it can be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        parsed = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise InvalidRequest(f"device={device!r:.60}: allowed is 'cpu', 'cuda' or 'cuda:<number>'") from None
+    return _parse_device("device", device)
+
+
+@guarded(DEVICES)
+def _parse_device(name: str, device: Any) -> torch.device:
+    if not isinstance(device, str | int | torch.device) or isinstance(device, bool):
+        refuse(name, device, DEVICES)
+    parsed = torch.device(device)  # raises for what is none
     if parsed.type not in ("cpu", "cuda"):
-        raise InvalidRequest(f"device={str(parsed)!r}: allowed is 'cpu', 'cuda' or 'cuda:<number>'")
+        refuse(name, str(parsed), DEVICES)
     return parsed
 
 
@@ -65,14 +71,12 @@ def resolve_vae_dtype(dtype: Any) -> torch.dtype:
 
 
 def _named_dtype(name: str, dtype: Any) -> torch.dtype:
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            near = difflib.get_close_matches(dtype, DTYPES, 1, 0)[0]
-            raise InvalidRequest(f"{name}={dtype!r:.40}: allowed is {', '.join(DTYPES)}; the nearest is {near}")
-        return DTYPES[dtype]
-    if dtype not in DTYPES.values():
-        raise InvalidRequest(f"{name}={dtype!r:.40}: allowed is {', '.join(DTYPES)}, by name or as torch.dtype")
-    return dtype
+    """A dtype by name ("bfloat16", "bf16", "torch.bfloat16") or as torch.dtype."""
+    known = str(dtype) if isinstance(dtype, torch.dtype) else dtype
+    if isinstance(known, str):
+        plain = str.__str__(known).removeprefix("torch.")
+        known = SHORT.get(plain, plain)
+    return DTYPES[one_of(DTYPES)(name, known)]
 
 
 def cpu_name() -> str:

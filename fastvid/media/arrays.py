@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvid.checks import guarded, is_pillow, tensor
 from fastvid.errors import InvalidRequest
 from fastvid.media.files import MIN_INPUT_SIDE
 from fastvid.media.images import pillow_pixels
@@ -22,26 +23,23 @@ HALF_LEVEL = 0.5 / 255  # tolerance of a range: rounding errors of resized or ha
 CLEARLY_SIGNED = -0.25  # a lowest value between this and 0 may be the overshoot of a resized picture in 0 to 1
 
 
-def is_pillow(value: Any) -> bool:
-    return hasattr(value, "convert") and hasattr(value, "getbands")
-
-
 def as_array(value: Any, name: str) -> np.ndarray:
     """Arrays, tensors and Pillow images as numpy arrays, the first two without copying."""
-    if is_pillow(value):
-        return pillow_pixels(value, name)
-    try:
-        if hasattr(value, "detach"):
-            value = value.detach().cpu()
-            value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
-        elif not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
-            raise TypeError(f"it is a {type(value).__name__}")
-        return np.asarray(value)
-    except Exception as error:  # foreign objects may raise anything; a tensor on "meta" has no values
-        reason = f"a {type(value).__name__}" if isinstance(error, TypeError) else f"no array ({str(error):.100})"
-        raise InvalidRequest(
-            f"{name} is {reason}; it must be a path, a Video, a uint8 array [F, H, W, 3] or a list of pictures"
-        ) from None
+    return _pillow_array(name, value) if is_pillow(value) else _plain_array(name, tensor(name, value))
+
+
+@guarded("a Pillow image that can be read")
+def _pillow_array(name: str, image: Any) -> np.ndarray:
+    return pillow_pixels(image, name)
+
+
+@guarded("a uint8 array [F, H, W, 3] that can be read")
+def _plain_array(name: str, value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
+    array: np.ndarray = tensor(name, np.asarray(value))
+    return array
 
 
 # ---------------------------------------------------------------- layout

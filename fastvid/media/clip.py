@@ -10,22 +10,23 @@ are assumed to be square.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fastvid.checks import MAX_FPS, MAX_FRAMES, MAX_SIDE, MIN_FPS, number, one_of, whole
-from fastvid.errors import InvalidRequest
-from fastvid.media.arrays import as_array, is_pillow, is_signed
+from fastvid import checks
+from fastvid.checks import MAX_FPS, MAX_FRAMES, MAX_SIDE, MIN_FPS, is_array, is_pillow, number, one_of, whole
+from fastvid.errors import InvalidRequest, OutOfMemory
+from fastvid.media.arrays import as_array, is_signed
 from fastvid.media.files import media_errors
 from fastvid.media.images import resize
 from fastvid.media.metadata import stated_fps
 from fastvid.media.reader import ArraySource, PictureSource, Source, open_source
 
 FITS = ("cover", "stretch")
+FPS = number(MIN_FPS, MAX_FPS, " frames a second")
 EVEN = 0.25  # of a frame: frames this close to an even grid count as evenly spaced, since files round their times
 
 
@@ -67,10 +68,9 @@ class Clip:
 
         Raises InvalidRequest unless 0 <= start <= stop <= num_frames, MediaError if the file has changed.
         """
-        stop = self.num_frames if stop is None else stop
-        if not 0 <= start <= stop <= self.num_frames:
-            raise InvalidRequest(f"{self.name}: frames {start} to {stop} of {self.num_frames} were asked for")
-        frames = np.empty((stop - start, self.height, self.width, 3), np.uint8)
+        stop = self.num_frames if stop is None else self._count("stop", stop)
+        start = self._count("start", start, stop)
+        frames = self._room(stop - start)
         last = None
         with media_errors(self.name):
             for index, number in enumerate(self.source_frames[start:stop].tolist()):
@@ -80,23 +80,28 @@ class Clip:
 
     def head(self, count: int) -> np.ndarray:
         """The first `count` frames."""
-        return self.read(0, self._at_most(count))
+        return self.read(0, self._count("count", count))
 
     def tail(self, count: int) -> np.ndarray:
         """The last `count` frames."""
-        return self.read(self.num_frames - self._at_most(count))
+        return self.read(self.num_frames - self._count("count", count))
 
     def chunks(self, count: int = 16) -> Iterator[np.ndarray]:
         """All frames, `count` at a time."""
-        for start in range(0, self.num_frames, count):
-            yield self.read(start, min(start + count, self.num_frames))
+        count = whole(1, MAX_FRAMES)("count", count)
+        return (self.read(n, min(n + count, self.num_frames)) for n in range(0, self.num_frames, count))
 
-    def _at_most(self, count: int) -> int:
-        if not 0 <= count <= self.num_frames:
-            raise InvalidRequest(
-                f"{self.name} has {self.num_frames} frames, {count} were asked for; the nearest is {self.num_frames}"
-            )
-        return count
+    def _count(self, name: str, value: Any, most: int | None = None) -> int:
+        most = self.num_frames if most is None else most
+        return whole(0, most, f" ({self.name:.60} has {self.num_frames} frames)")(name, value)
+
+    def _room(self, count: int) -> np.ndarray:
+        """Memory for `count` frames."""
+        try:
+            return np.empty((count, self.height, self.width, 3), np.uint8)
+        except MemoryError:
+            size = count * self.height * self.width * 3 / 2**30
+            raise OutOfMemory(f"{count} frames take {size:.1f} GiB, which is more than there is; read fewer") from None
 
     def _sized(self, frame: np.ndarray) -> np.ndarray:
         if frame.shape[:2] == (self.height, self.width):
@@ -117,7 +122,7 @@ class Clip:
         """
         if fps is None and self.fps is None:
             return self
-        rate = number(MIN_FPS, MAX_FPS, " frames a second")("fps", self.fps if fps is None else fps)
+        rate = FPS("fps", self.fps if fps is None else fps)
         if self.fps is None or self.num_frames == 1:
             return replace(self, fps=rate)
         times = self._times()
@@ -182,24 +187,38 @@ def open_clip(source: Any, *, name: str = "video") -> Clip:
             second.
         InvalidRequest: the source has no frames, too many, or too large ones.
     """
-    if isinstance(source, Clip):
-        return source
-    if isinstance(source, (str, os.PathLike)):
-        return _of_path(source)
-    if hasattr(source, "frames") and hasattr(source, "fps"):
-        fps = number(MIN_FPS, MAX_FPS, " frames a second")(f"{name}.fps", source.fps)
-        return _clip(ArraySource(as_array(source.frames, name), name, signed=False), fps, name)
-    if isinstance(source, (list, tuple)):
-        return _clip(_of_list(source, name), None, name)
-    if is_pillow(source) and getattr(source, "n_frames", 1) > 1:
+    name = checks.text("name", name)
+    given = checks.clip(name, source)
+    if isinstance(given, Clip):
+        return given
+    if isinstance(given, str):
+        return _of_path(given)
+    if isinstance(given, tuple):
+        return _clip(_of_list(given, name), None, name)
+    if is_pillow(given) or is_array(given):
+        return _clip(_of_array(given, name), None, name)
+    frames, rate = _frames_and_rate(name, given)
+    return _clip(ArraySource(as_array(frames, name), name, signed=False), FPS(f"{name}.fps", rate), name)
+
+
+@checks.guarded("a Video, or anything else with frames and fps")
+def _frames_and_rate(name: str, value: Any) -> tuple[Any, Any]:
+    return value.frames, value.fps
+
+
+def _of_array(source: Any, name: str) -> ArraySource:
+    array = as_array(source, name)
+    if not is_pillow(source):
+        return ArraySource(array, name)
+    if getattr(source, "n_frames", 1) > 1:
         raise InvalidRequest(f"{name} is a Pillow image of {source.n_frames} frames; give its file, or a list of them")
-    return _clip(ArraySource(as_array(source, name), name, signed=False if is_pillow(source) else None), None, name)
+    return ArraySource(array, name, signed=False)
 
 
 def open_picture(source: Any, name: str) -> np.ndarray:
     """One picture, uint8 RGB [H, W, 3]: from a file (a video's first frame), an array, a tensor or a Pillow image.
     Raises as `open_clip` does."""
-    if _is_array(source):
+    if is_array(source):
         return np.array(ArraySource(as_array(source, name), name, picture=True).frame(0))  # a copy
     if is_pillow(source):
         return ArraySource(as_array(source, name), name, picture=True, signed=False).frame(0)
@@ -208,9 +227,7 @@ def open_picture(source: Any, name: str) -> np.ndarray:
     return first
 
 
-def _of_path(path: str | os.PathLike[str]) -> Clip:
-    if not os.fspath(path) or b"\0" in os.fsencode(path):
-        raise InvalidRequest(f"the path of a video must be a name such as clip.mp4, not {path!r:.60}")
+def _of_path(path: str) -> Clip:
     with media_errors(path):
         source = open_source(path)
     return _clip(source, stated_fps(path, source), str(path))
@@ -220,19 +237,13 @@ def _clip(source: Source, fps: float | None, name: str) -> Clip:
     return Clip(source, np.arange(source.num_frames), source.height, source.width, fps, name=name)
 
 
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
-
-
 def _of_list(pictures: Sequence[Any], name: str) -> PictureSource:
     """Pictures of one size, each read on demand. Floating point arrays have one range together."""
-    if not pictures:
-        raise InvalidRequest(f"{name} is an empty list; give at least one picture")
-    signed = is_signed((as_array(one, name) for one in pictures if _is_array(one)), name)
+    signed = is_signed((as_array(one, name) for one in pictures if is_array(one)), name)
 
     def read(number: int) -> np.ndarray:
         picture, one = pictures[number], f"{name}[{number}]"
-        if _is_array(picture):
+        if is_array(picture):
             source = ArraySource(as_array(picture, one), one, signed=signed)
             return _only(source.num_frames, source.frame, one)
         clip = open_clip(picture, name=one)

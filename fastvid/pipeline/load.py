@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import time
 from collections.abc import Sequence
@@ -13,13 +12,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fastvid.checks import nearest_name, one_of
 from fastvid.device import cuda_graphs
 from fastvid.device.devices import available_bytes, find_device, resolve_dtype, resolve_vae_dtype
 from fastvid.device.offload import MODES, Resident, Swapped
 from fastvid.distributed.layout import agree, parse_parallel
 from fastvid.distributed.links import find_links
 from fastvid.distributed.mesh import Mesh
-from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid.errors import CheckpointError
 from fastvid.loaders.checkpoint import check_fill, fill, load_part, open_checkpoint
 from fastvid.loaders.find import EMBEDDED, read_tokenizer
 from fastvid.loaders.lora import Lora, as_tuples, changed_weights, for_expert, read_loras
@@ -34,6 +34,7 @@ from fastvid.planning import memory
 from fastvid.requests.request import default_request
 
 AUTO = "auto"
+OFFLOAD = one_of((AUTO, *MODES))
 DEFAULTS = LoadOptions()
 CPU = torch.device("cpu")
 
@@ -110,10 +111,7 @@ def check_options(options: LoadOptions) -> torch.device:
     resolve_dtype(options.dtype, device)
     resolve_vae_dtype(options.vae_dtype)
     cuda_graphs.check(options.cuda_graphs)
-    offload = options.offload
-    if not isinstance(offload, str) or offload not in (AUTO, *MODES):
-        near = difflib.get_close_matches(str(offload).lower(), (AUTO, *MODES), 1, 0)[0]
-        raise InvalidRequest(f"offload={offload!r:.40}: allowed is {', '.join((AUTO, *MODES))}; the nearest is {near}")
+    OFFLOAD("offload", options.offload)
     return device
 
 
@@ -163,7 +161,7 @@ def describe(source: str | Path, options: LoadOptions) -> Checkpoint:
     except CheckpointError as error:
         if Path(source).exists() or "/" in str(source):
             raise
-        near = difflib.get_close_matches(name, presets.PUBLISHED, 1, 0)[0]
+        near = nearest_name(name, presets.PUBLISHED)
         raise CheckpointError(f"{error}; published models are planned by name, the nearest is {near}") from None
 
 

@@ -16,12 +16,13 @@ from fastvid.engine.events import Plan
 from fastvid.engine.session import Job
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
-from fastvid.pipeline import verbs
+from fastvid.pipeline import tensors, verbs
 from fastvid.pipeline.request_warnings import warn_of_size
 from fastvid.planning.plan import plan_request
 from fastvid.planning.speed import Rates, find_rates
 from fastvid.requests import inputs, prompts
-from fastvid.requests.request import Request, Resolved
+from fastvid.requests.arguments import VERBS
+from fastvid.requests.request import Request, Resolved, check_verb
 from fastvid.requests.timeline import Timeline
 from fastvid.sampling.sigmas import make_sigmas
 from fastvid.version import __version__
@@ -67,7 +68,7 @@ def prepare(
     verbs.check_control(model, resolved)
     timeline = verbs.lay_out(resolved, verbs.rules_of(model))
     verbs.check(model, resolved, timeline)
-    _check_tensors(model, resolved, timeline)
+    resolved = _with_tensors(model, resolved, timeline)
     sigmas = sigmas_of(resolved)
     recipe = resolved.to_recipe(model=model.name, version=__version__, **model.settings)
     warn_of_size(model, resolved)
@@ -96,11 +97,18 @@ def plan_of(
     **options: Any,
 ) -> Plan:
     """The cost of a request; see `Pipeline.plan` and `Blueprint.plan`."""
-    if "prompt_embeds" not in options and verb != "storyboard":
-        options["prompt"] = prompt or ""
-    request = Request.make(verb, **options)
+    request = planned(verb, prompt, options)
     rates = find_rates(model.ops, model.device, model.dtype, again=estimate == AGAIN) if estimate else None
     return prepare(model, request, keep_frames, free=free, rates=rates).plan
+
+
+def planned(verb: str, prompt: str | None, options: dict[str, Any]) -> Request:
+    """The validated request of a plan, whose prompt may be left out."""
+    given = {"prompt": prompt, **options}
+    left_out = prompt is None and options.get("prompt_embeds") is None
+    if left_out and "prompt" in VERBS[check_verb("verb", verb)] and "shots" not in VERBS[verb]:
+        given["prompt"] = ""
+    return Request.make(verb, **given)
 
 
 def sigmas_of(request: Resolved) -> np.ndarray:
@@ -114,26 +122,26 @@ def sigmas_of(request: Resolved) -> np.ndarray:
     return sigmas[len(sigmas) - max(1, int(len(sigmas) * request.strength)) :]
 
 
-def _check_tensors(model: Model, request: Resolved, timeline: Timeline) -> None:
-    config, segments = model.transformer.config, timeline.segments
+def _with_tensors(model: Model, request: Resolved, timeline: Timeline) -> Resolved:
+    """The request with its noise and embeddings as tensors. Raises InvalidRequest for those that do not fit it."""
+    config, segments, given = model.transformer.config, timeline.segments, {}
     if request.latents is not None:
         if len(segments) > 1:
             raise InvalidRequest(
                 f"latents: this request is made in {len(segments)} parts, whose noise is seed's; leave it out"
             )
-        _check_tensor("latents", request.latents, (1, *segments[0].latent_shape(config.out_channels)))
+        shape = (1, *segments[0].latent_shape(config.out_channels))
+        given["latents"] = _tensor("latents", request.latents, shape, torch.float32)
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         value = getattr(request, name)
         if value is not None:
             rows = value.shape[1] if len(value.shape) == 3 else model.tokenizer.text_length
-            _check_tensor(name, value, (1, max(1, int(rows)), config.text_dim))
+            given[name] = _tensor(name, value, (1, max(1, int(rows)), config.text_dim), model.dtype)
+    return replace(request, **given)
 
 
-def _check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
+def _tensor(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if tuple(value.shape) != shape:
-        raise InvalidRequest(f"{name} has shape {list(value.shape)}; for this request it must be {list(shape)}")
-    tensor = torch.as_tensor(value)
-    if not tensor.is_floating_point():
-        raise InvalidRequest(f"{name} is {tensor.dtype}; it must be floating point, such as float32")
-    if not bool(torch.isfinite(tensor).all()):
-        raise InvalidRequest(f"{name} holds NaN or infinity; all values must be finite")
+        given = f"{list(value.shape)!s:.60}"
+        raise InvalidRequest(f"{name} has shape {given}; for this request it must be {list(shape)}")
+    return tensors.finite(name, value, dtype)

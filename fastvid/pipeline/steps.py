@@ -13,6 +13,7 @@ from fastvid.device.precision import ieee_fp32
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
 from fastvid.pipeline.request_warnings import warn_of_prompt
+from fastvid.pipeline.tensors import as_tensor, finite
 
 
 @torch.no_grad()
@@ -36,13 +37,13 @@ def encode(model: Model, frames: Any) -> Tensor:
 @torch.no_grad()
 def decode(model: Model, latents: Any) -> np.ndarray:
     """See Pipeline.decode."""
-    array, channels = checks.tensor("latents", latents), model.vae.config.z_dim
-    shape = tuple(array.shape)
+    tensor, channels = as_tensor("latents", latents), model.vae.config.z_dim
+    shape = tuple(tensor.shape)
     if len(shape) != 5 or shape[:2] != (1, channels) or min(shape) < 1:
-        raise InvalidRequest(f"latents has shape {list(shape)}; it must be [1, {channels}, T, h, w], as encode returns")
-    tensor = torch.as_tensor(array)
-    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-        raise InvalidRequest("latents must be finite floating point numbers, such as encode returns")
+        raise InvalidRequest(
+            f"latents has shape {str(list(shape)):.60}; it must be [1, {channels}, T, h, w], as encode returns"
+        )
+    tensor = finite("latents", tensor)
     out, cache = [], None
     with ieee_fp32():
         # One latent frame at a time, so that activation memory does not grow with the clip.
@@ -54,9 +55,10 @@ def decode(model: Model, latents: Any) -> np.ndarray:
 
 def _frames(frames: Any, model: Model) -> Tensor:
     """Frames [T, H, W, 3] as [1, 3, T, H, W]. Raises InvalidRequest for sizes and counts that the VAE cannot encode."""
-    array = checks.tensor("frames", frames)
-    if len(array.shape) != 4 or array.shape[3] != 3 or not str(array.dtype).endswith("uint8"):
-        raise InvalidRequest(f"frames is {array.dtype} {list(array.shape)}; it must be uint8 RGB [T, H, W, 3]")
+    array = as_tensor("frames", frames)
+    if len(array.shape) != 4 or array.shape[3] != 3 or array.dtype != torch.uint8:
+        shape = f"{array.dtype} {list(array.shape)}".removeprefix("torch.")
+        raise InvalidRequest(f"frames is {shape:.60}; it must be uint8 RGB [T, H, W, 3]")
     space, time = model.vae.config.spatial_scale, model.vae.config.temporal_scale
     count, height, width = array.shape[:3]
     if count < 1 or (count - 1) % time:
@@ -66,7 +68,7 @@ def _frames(frames: Any, model: Model) -> Tensor:
         if size < space or size % space:
             nearest = max(1, round(size / space)) * space
             raise InvalidRequest(f"frames have {name} {size}; it must be a multiple of {space}, such as {nearest}")
-    return torch.as_tensor(array).permute(3, 0, 1, 2)[None]
+    return array.permute(3, 0, 1, 2)[None]
 
 
 def describe(model: Model) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvid.checks import MIN_SIDE, nearest_size, round_up
+from fastvid.checks import MIN_SIDE
 from fastvid.device.devices import available_bytes
 from fastvid.distributed.layout import agree
 from fastvid.distributed.mesh import Layout
@@ -28,6 +28,7 @@ from fastvid.planning.layout import Choice, choose_layout, layouts_of, step_work
 from fastvid.planning.memory import STRIPES, ModelFacts, Needs, count_tokens, refuse
 from fastvid.planning.speed import Calls, Rates
 from fastvid.requests.request import Resolved
+from fastvid.requests.sizes import nearest_size, round_up
 from fastvid.requests.timeline import Segment, Timeline, window_of
 
 log = logging.getLogger("fastvid.plan")

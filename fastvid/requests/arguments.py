@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -17,6 +18,7 @@ from fastvid import checks
 from fastvid.checks import Check, number, one_of, text, whole
 from fastvid.requests import options
 
+RANDOM = -1  # the seed that asks for a random one
 DIRECTIONS = ("after", "before", "both")
 STRENGTH = {"edit": 0.6, "finalize": 0.6}
 """Default strengths: the share of the denoising steps that are run, unless the request or the model's preset sets
@@ -37,8 +39,14 @@ class Argument:
         return self.verbs.get(verb, self.help)
 
 
+def random_seed() -> int:
+    """A seed for a request that leaves it to chance."""
+    return secrets.randbelow(2**32)
+
+
 _side = whole(checks.MIN_SIDE, checks.MAX_SIDE, " pixels")
 _guidance = number(0.0, 1000.0)
+_seed = whole(RANDOM, checks.MAX_SEED, " (-1, or left out: a random one)")
 _bridge = dict.fromkeys(("loop", "blend"), "length of the bridge in frames") | {
     "extend": "frames to add on each extended side"
 }
@@ -95,8 +103,8 @@ ARGUMENTS: Mapping[str, Argument] = {
     ),
     "draft": Argument(checks.flag, "a preview: half the size and fewer steps; see fastvid finalize", "--draft"),
     "seed": Argument(
-        whole(0, checks.MAX_SEED, " (left out: a random one)"),
-        "seed of the noise, 0 to 2^63-1 (default: a random one, which is shown)",
+        lambda name, value: random_seed() if (seed := _seed(name, value)) == RANDOM else seed,
+        "seed of the noise, 0 to 2^63-1 (default, and -1: a random one, which is shown)",
         "--seed N",
     ),
     "strength": Argument(
@@ -177,9 +185,7 @@ ARGUMENTS: Mapping[str, Argument] = {
         checks.tensor, "embeddings instead of the prompt: [1, L, text_dim], as `Pipeline.embed` returns"
     ),
     "negative_prompt_embeds": Argument(checks.tensor, "embeddings instead of the negative prompt"),
-    "checkpoint": Argument(
-        checks.folder, "save progress in FOLDER, for `fastvid resume FOLDER`", "--checkpoint FOLDER"
-    ),
+    "checkpoint": Argument(checks.path, "save progress in FOLDER, for `fastvid resume FOLDER`", "--checkpoint FOLDER"),
     "checkpoint_every": Argument(
         number(0.0, 86400.0, " seconds"),
         "least seconds between saves (default: 1; 0: after every step)",

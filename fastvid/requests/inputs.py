@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from fastvid import notices
-from fastvid.checks import MAX_SIDE, MIN_SIDE, check_frames
+from fastvid.checks import MAX_SIDE, MIN_SIDE, is_array, is_pillow
 from fastvid.errors import InvalidRequest, MediaError
-from fastvid.media.arrays import as_array, in_order, is_pillow, is_signed, layout_of, to_uint8
+from fastvid.media.arrays import as_array, in_order, is_signed, layout_of, to_uint8
 from fastvid.media.clip import Clip, center_crop, open_clip, open_picture
 from fastvid.media.metadata import read_recipe
-from fastvid.requests.arguments import CLIPS
+from fastvid.requests.arguments import ARGUMENTS, CLIPS
 from fastvid.requests.recipe import prints_of, recordable
 from fastvid.requests.request import PROMPT_OF_CLIP, SIZE, Request, Resolved
+from fastvid.requests.sizes import check_frames
 
 PICTURES = ("image", "last_image")
 STRETCH = 1.25  # how far the aspect ratios of a picture and its video may differ without a warning
@@ -117,17 +118,22 @@ def _from_recipe(request: Request) -> dict[str, Any]:
     recipe = _recipe_of(request.video)
     values: dict[str, Any] = {}
     if request.verb in PROMPT_OF_CLIP and request.prompt is None and request.prompt_embeds is None:
-        values["prompt"] = recipe.get("prompt") or ""
+        values["prompt"] = _recorded("prompt", recipe.get("prompt")) or ""
     if request.verb != "finalize":
         return values
-    if request.seed is None and isinstance(recipe.get("seed"), int):
-        values["seed"] = recipe["seed"]
+    if request.seed is None:
+        values["seed"] = _recorded("seed", recipe.get("seed"))
     if not _is_sized(request):
         full = recipe.get("full_size")
-        if not isinstance(full, list | tuple) or len(full) != 2 or not all(type(side) is int for side in full):
+        if not isinstance(full, list | tuple) or len(full) != 2:
             raise InvalidRequest("finalize: the video is no draft that says its full size; give width and height")
-        values["width"], values["height"] = full
+        values["width"], values["height"] = _recorded("width", full[0]), _recorded("height", full[1])
     return values
+
+
+def _recorded(name: str, value: Any) -> Any:
+    """A value in a clip's recipe, which anybody may have written; None if there is none. Raises InvalidRequest."""
+    return None if value is None else ARGUMENTS[name].check(f"{name} in the recipe of video", value)
 
 
 def _recipe_of(video: Any) -> dict[str, Any]:
@@ -252,10 +258,8 @@ def read_mask(name: str, value: Any) -> np.ndarray:
         return _stack_masks(name, [read_mask(f"{name}[{i}]", one)[0] for i, one in enumerate(value)])
     if is_pillow(value):
         array = open_picture(value, name)
-    elif isinstance(value, str | os.PathLike | Clip) or hasattr(value, "frames"):
-        array = read_clip(name, value)
     else:
-        array = as_array(value, name)
+        array = as_array(value, name) if is_array(value) else read_clip(name, value)
     frames = _mask_frames(name, array)
     if is_signed(frames, name):
         raise InvalidRequest(f"{name} has values below 0; a mask of floating point numbers is in 0 to 1")

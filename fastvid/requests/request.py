@@ -7,17 +7,17 @@ JSON and read it back.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any
 
 from fastvid import checks
-from fastvid.checks import check_frames, check_size, near_name, nearest_name, nearest_size, round_up, shown
+from fastvid.checks import near_name, shown
 from fastvid.errors import InvalidRequest
 from fastvid.requests import recipe as recipes
-from fastvid.requests.arguments import ALIASES, ARGUMENTS, CHECKPOINT, CLIPS, RUN, STRENGTH, VERBS
+from fastvid.requests.arguments import ALIASES, ARGUMENTS, CHECKPOINT, CLIPS, RUN, STRENGTH, VERBS, random_seed
+from fastvid.requests.sizes import check_frames, check_size, nearest_size, round_up
 
 SIZE = ("height", "width", "aspect", "budget")
 PROMPT_OF_CLIP = ("extend", "loop", "blend", "finalize")
@@ -36,6 +36,7 @@ EXCLUSIVE = (
     ("negative_prompt", "negative_prompt_embeds"),
 )
 """Pairs of arguments that exclude each other."""
+check_verb = checks.one_of(VERBS)
 
 
 def _data() -> Any:
@@ -100,15 +101,17 @@ class Request:
     def make(cls, verb: str = "generate", **arguments: Any) -> Request:
         """Validates and converts the arguments. Raises InvalidRequest, which names what is allowed and the nearest
         valid value."""
-        if verb not in VERBS:
-            near = nearest_name(str(verb), tuple(VERBS))
-            raise InvalidRequest(f"there is no verb {shown(verb)}; the nearest is {near}")
+        verb = check_verb("verb", verb)
         for name, value in arguments.items():
             _check_name(verb, name, value)
         values = _split_size({name: value for name, value in arguments.items() if value is not None})
         request = cls(verb=verb, **{name: ARGUMENTS[name].check(name, value) for name, value in values.items()})
         _check_together(request)
         return request
+
+    def __repr__(self) -> str:
+        values = {name: value for name, value in self.arguments().items() if name != "prompt_key"}
+        return f"Request({', '.join([self.verb, *(f'{name}={shown(value)}' for name, value in values.items())]):.300})"
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that are set, as keywords for the pipeline's verb and `Request.make`."""
@@ -167,7 +170,7 @@ class Request:
 
     def _sampling(self, preset: Any) -> dict[str, Any]:
         """Values that depend on several arguments: seed, guidance, noise levels, solver, strength."""
-        values: dict[str, Any] = {"seed": secrets.randbelow(2**32) if self.seed is None else self.seed}
+        values: dict[str, Any] = {"seed": random_seed() if self.seed is None else self.seed}
         values |= self._guidance(preset)
         values["boundary_ratio"] = self._boundary(preset)
         sigmas = self._or_preset("sigmas", preset)

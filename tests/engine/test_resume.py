@@ -339,7 +339,7 @@ def test_missing_files_and_other_folders_are_refused(pipes, kept, tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"checkpoint": 3}, "give the name of a folder"),
+        ({"checkpoint": 3}, "checkpoint=3: allowed is the name of a file or folder"),
         ({"checkpoint": "nowhere/job.ckpt"}, "there is no folder"),
         ({"checkpoint": "there"}, "no empty folder"),
         ({"checkpoint": "file"}, "no empty folder"),

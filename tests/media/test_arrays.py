@@ -97,7 +97,7 @@ def test_numbers_of_16_bits_of_other_programs() -> None:
         (np.full((24, 32, 3), -0.1), "may be a part of"),
         (np.full((24, 32, 3), np.nan), "NaN"),
         (np.full((24, 32, 3), 7, np.int64), "int64"),
-        (torch.zeros(24, 32, 3, device="meta"), "no array"),
+        (torch.zeros(24, 32, 3, device="meta"), "this tensor is without data"),
         ([np.full((24, 32, 3), 0.5), np.full((24, 32, 3), 2.0)], "from 0 to 2"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -178,12 +179,12 @@ def test_names_of_pngs_count_as_numbers() -> None:
         (np.zeros((0, 64, 64, 3), np.uint8), "0, 64"),
         (np.zeros((1, 1, 1, 3), np.uint8), "1x1.*16 to 8192"),
         (np.zeros((1, 16, 9000, 3), np.uint8), "9000x16"),
-        ([], "empty list"),
+        ([], "one picture or more"),
         ([picture(0), picture(0, 64, 80)], "picture 1 is 80x64, the first one 96x64"),
         ([np.zeros((2, 64, 64, 3), np.uint8)], "has 2 frames"),
-        (fastvid.Video(np.zeros((2, 64, 64, 3), np.uint8), 0.0, 0), "video.fps=0"),
-        (7, "video is a int"),
-        ("", "must be a name"),
+        (SimpleNamespace(frames=np.zeros((2, 64, 64, 3), np.uint8), fps=0.0), "video.fps=0"),
+        (7, "video=7: allowed is a file"),
+        ("", "the name of a file or folder"),
     ],
 )
 def test_what_has_no_frames_is_told(source: Any, says: str) -> None:

@@ -283,7 +283,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**VIDEO, "mask": np.zeros((9, 4, 4, 2), np.uint8)}, "mask is uint8"),
     ({"video": picture(0)}, r"must be uint8 RGB \[F, H, W, 3\]"),
     ({"video": clip(5) / 100}, "video is floating point"),
-    ({"video": []}, "one frame or more"),
+    ({"video": []}, "one picture or more"),
     ({"video": 7}, "a file"),
     ({"video": [picture(0), picture(0, 80, 80)]}, "one size"),
     ({"reference_images": []}, "one picture or more"),

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from fastvid import checks
 from fastvid.errors import InvalidRequest
+from fastvid.requests import sizes
 from fastvid.requests.request import Request, Resolved
 
 
@@ -79,6 +80,16 @@ def test_a_seed_is_drawn_and_kept() -> None:
     assert len(seeds) > 1 and all(0 <= seed <= checks.MAX_SEED for seed in seeds)
 
 
+def test_a_seed_of_minus_one_is_a_random_one_that_stays() -> None:
+    requests = [
+        Request.make("finalize", video="draft.mp4", seed=seed) for seed in (-1, np.int64(-1), -1.0, Fraction(-1))
+    ]
+    seeds = {request.seed for request in requests}
+    assert len(seeds) > 1 and all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds)
+    for request in requests:  # made again, as for another process, it is the same
+        assert Request.make("finalize", **request.arguments()).seed == request.seed
+
+
 @given(num_frames=st.integers(1, checks.MAX_FRAMES), width=st.integers(64, 1080), height=st.integers(64, 1080))
 def test_the_model_makes_the_next_size_it_can(num_frames: int, width: int, height: int) -> None:
     made = resolved(num_frames=num_frames, width=width, height=height)
@@ -127,8 +138,10 @@ def test_integers_are_in_range_or_refused_with_the_nearest(value: int) -> None:
         ("height", 64, 1080),
         ("num_frames", 1, checks.MAX_FRAMES),
         ("num_inference_steps", 1, 1000),
-        ("seed", 0, checks.MAX_SEED),
+        ("seed", -1, checks.MAX_SEED),
     ):
+        if (name, value) == ("seed", -1):
+            continue  # a random one: see below
         if low <= value <= high:
             assert getattr(resolved(**{name: value}), name) == value
         elif name != "height" or not 1080 < value <= 2048:
@@ -257,11 +270,11 @@ def test_an_aspect_and_a_budget_give_a_size(aspect: Any, budget: Any, expected: 
     num_frames=st.sampled_from([1, 17]),
 )
 def test_the_nearest_size_is_allowed_and_near(ratio: Fraction, area: int, num_frames: int) -> None:
-    width, height = checks.nearest_size(ratio, area, num_frames)
-    checks.check_size(width, height, num_frames)
+    width, height = sizes.nearest_size(ratio, area, num_frames)
+    sizes.check_size(width, height, num_frames)
     assert width * height <= area and min(width, height) >= 64
     assert width % 16 == 0 or height % 16 == 0
-    largest = checks.nearest_size(ratio, 2**22, num_frames)
+    largest = sizes.nearest_size(ratio, 2**22, num_frames)
     if area <= largest[0] * largest[1]:  # else the sides are at their limits
         assert width * height > 0.8 * area
     assert 0.85 < width / height / ratio < 1.18
@@ -419,14 +432,16 @@ def test_arguments_are_what_was_given() -> None:
 
 def test_an_area_may_be_a_number_in_words_and_a_verb_has_a_nearest() -> None:
     assert resolved(budget="65536").width == resolved(budget=65536).width == 256
-    with pytest.raises(InvalidRequest, match="no verb 'finalise'; the nearest is finalize"):
+    with pytest.raises(
+        InvalidRequest, match="verb=.finalise.: allowed is one of generate, .*; the nearest is finalize"
+    ):
         Request.make("finalise", prompt="a")
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"checkpoint": 3}, "checkpoint=3: give the name of a folder"),
+        ({"checkpoint": 3}, "checkpoint=3: allowed is the name of a file or folder"),
         ({"checkpoint": "job", "checkpoint_every": -1}, "checkpoint_every=-1"),
         ({"checkpoint_every": 1}, "checkpoint_every says how checkpoints are written; give checkpoint= too"),
         ({"checkpoint": "job", "keep_checkpoint": 1}, "keep_checkpoint=1: allowed is True or False"),
