@@ -39,8 +39,9 @@ class PartKind:
 
 
 def read_transformer(config: Mapping[str, Any]) -> WanTransformerConfig | WanVACEConfig:
-    """With a control branch if the file says where it hints."""
-    return (WanTransformerConfig if config.get("vace_layers") is None else WanVACEConfig).from_dict(config)
+    """With a control branch if the file says where it hints, or names its class."""
+    plain = config.get("vace_layers") is None and config.get("_class_name") != CONTROLLED
+    return (WanTransformerConfig if plain else WanVACEConfig).from_dict(config)
 
 
 def build_transformer(config: WanTransformerConfig | WanVACEConfig, ops: Any = reference) -> WanTransformer:

@@ -18,7 +18,7 @@ from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 from fastvid.engine.pixels import clip_pixels
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import safetensors
-from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
+from fastvid.models.common.clip import CLIP_HUGE, CLIPVisionConfig, CLIPVisionEncoder
 
 try:  # its name without torchvision
     from transformers import CLIPImageProcessorPil as CLIPImageProcessor
@@ -118,7 +118,7 @@ def test_bf16_is_as_good_as_transformers(theirs: CLIPVisionModel) -> None:
 
 def test_the_published_model() -> None:
     """ViT-H/14: names and shapes are transformers', and its tokens are those that I2V models take."""
-    config = CLIPVisionConfig()
+    config = CLIP_HUGE
     settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
     with torch.device("meta"):
         theirs = CLIPVisionModel(TheirConfig(**settings, hidden_act="gelu", projection_dim=1024))

@@ -18,7 +18,8 @@ from fastvid.api import inspect
 from fastvid.errors import CheckpointError
 from fastvid.loaders.checkpoint import open_checkpoint
 from fastvid.loaders.safetensors import read_header
-from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
+from fastvid.models.common.clip import CLIP_HUGE, CLIPVisionEncoder
+from fastvid.models.common.umt5 import UMT5_XXL
 from fastvid.models.preset import EXPERIMENTAL, NATIVE, REFUSED, REIMPOSED
 from fastvid.models.registry import KINDS
 from fastvid.models.wan.config import WAN22_VAE, WanVAEConfig
@@ -115,7 +116,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the models have in common: both VAEs, the encoders of text and pictures, a tokenizer, a scheduler."""
     folder = tmp_path_factory.mktemp("shared")
     vae22 = asdict(WAN22_VAE) | {"is_residual": True, "in_channels": 12, "out_channels": 12}
-    own = (("text_encoder", "text_encoder", {}), ("image_encoder", "image_encoder", {"hidden_act": "gelu"}))
+    own = (
+        ("text_encoder", "text_encoder", asdict(UMT5_XXL)),
+        ("image_encoder", "image_encoder", asdict(CLIP_HUGE) | {"hidden_act": "gelu"}),
+    )
     for name, kind, config in (("vae", "vae", {}), ("vae22", "vae", vae22), *own):
         write(folder / name / "config.json", config)
         with torch.device("meta"):
@@ -190,7 +194,7 @@ def test_a_published_original_folder_is_known(model: Published, shared: Path, tm
         write_original(folder / f"{target}.safetensors", {name: entry.shape for name, entry in header.items()})
     if model.config["image_dim"]:
         with torch.device("meta"):
-            clip = CLIPVisionEncoder(CLIPVisionConfig()).state_dict()
+            clip = CLIPVisionEncoder(CLIP_HUGE).state_dict()
         write_original(folder / "models_clip.safetensors", {name: tuple(value.shape) for name, value in clip.items()})
     (folder / "google").mkdir()
     (folder / "google" / "umt5-xxl").symlink_to(shared / "tokenizer")

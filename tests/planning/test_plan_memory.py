@@ -14,8 +14,8 @@ import fastvid
 from fastvid.cli import render
 from fastvid.device.offload import MODES
 from fastvid.errors import OutOfMemory
-from fastvid.models.common.clip import CLIPVisionConfig
-from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
+from fastvid.models.common.clip import CLIP_HUGE
+from fastvid.models.common.umt5 import UMT5_XXL, UMT5Config, UMT5Encoder
 from fastvid.models.registry import build_vae, weigh_part
 from fastvid.models.wan.config import WAN22_VAE, WanTransformerConfig, WanVAEConfig
 from fastvid.models.wan.presets import published_configs
@@ -162,8 +162,8 @@ def test_weights_are_counted_by_part() -> None:
     block = 8 * 5120**2 + 2 * 5120 * 13824 + 8 * 5120 + 4 * 5120 + 13824 + 5120 * 2
     assert counted.blocks[0] == pytest.approx(2 * block, rel=1e-3)
     assert counted.total == pytest.approx(2 * 14.2885e9, rel=1e-2)
-    assert weigh_part("image_encoder", CLIPVisionConfig(), torch.bfloat16).total == pytest.approx(4 * 0.632e9, rel=1e-2)
-    assert weigh_part("text_encoder", UMT5Config(), torch.bfloat16).total == pytest.approx(2 * 5.6809e9, rel=1e-3)
+    assert weigh_part("image_encoder", CLIP_HUGE, torch.bfloat16).total == pytest.approx(4 * 0.632e9, rel=1e-2)
+    assert weigh_part("text_encoder", UMT5_XXL, torch.bfloat16).total == pytest.approx(2 * 5.6809e9, rel=1e-3)
     assert weigh_part("vae", WanVAEConfig(), torch.bfloat16).total == pytest.approx(4 * 126.89e6, rel=1e-3)
 
 

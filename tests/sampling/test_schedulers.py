@@ -75,6 +75,7 @@ ODD = {
 }
 ODD[UNIPC] += [("final_sigmas_type", "sigma_min"), ("prediction_type", "epsilon"), ("use_flow_sigmas", False)]
 ODD[UNIPC] += [("use_exponential_sigmas", True), ("use_beta_sigmas", True), ("lower_order_final", False)]
+ODD[DPM] += [("use_lu_lambdas", True), ("thresholding", True), ("variance_type", "learned")]
 ODD[DPM] += [("final_sigmas_type", "sigma_min"), ("prediction_type", "sample"), ("use_karras_sigmas", True)]
 ODD[FLOW_LCM] = [("invert_sigmas", True), ("scale_factors", [0.5]), ("use_dynamic_shifting", True)]
 

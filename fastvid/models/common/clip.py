@@ -22,19 +22,19 @@ from fastvid.layers.linear import Embedding, Linear, normal_parameter
 from fastvid.models.common.config_reader import read_fields
 from fastvid.ops import reference
 
-ACTIVATION = "gelu"
+ACTIVATION, DEFAULT_ACTIVATION = "gelu", "quick_gelu"
 
 
 @dataclass(frozen=True)
 class CLIPVisionConfig:
-    """What `image_encoder/config.json` says; the defaults are ViT-H/14."""
+    """What `image_encoder/config.json` says; the defaults are transformers'."""
 
-    hidden_size: int = 1280
-    intermediate_size: int = 5120
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 16
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
     image_size: int = 224
-    patch_size: int = 14
+    patch_size: int = 32
     layer_norm_eps: float = 1e-5
 
     @property
@@ -45,7 +45,7 @@ class CLIPVisionConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> CLIPVisionConfig:
         """Read a transformers config; CheckpointError for values that this model does not implement."""
         source = "image_encoder/config.json"
-        if (activation := config.get("hidden_act")) != ACTIVATION:
+        if (activation := config.get("hidden_act", DEFAULT_ACTIVATION)) != ACTIVATION:
             raise CheckpointError(f"{source} has hidden_act={activation!r}; only {ACTIVATION!r} is known")
         if (channels := config.get("num_channels", 3)) != 3:
             raise CheckpointError(f"{source} has num_channels={channels!r}; pictures have 3")
@@ -57,6 +57,9 @@ class CLIPVisionConfig:
         if made.num_hidden_layers < 2:
             raise CheckpointError(f"{source}: num_hidden_layers is 1; the last layer is left out, so 2 are needed")
         return made
+
+
+CLIP_HUGE = CLIPVisionConfig(1280, 5120, 32, 16, 224, 14)  # ViT-H/14, of every published Wan model that has one
 
 
 class Embeddings(nn.Module):

@@ -25,14 +25,14 @@ GATED = "gated-gelu"
 
 @dataclass(frozen=True)
 class UMT5Config:
-    """What `text_encoder/config.json` says."""
+    """What `text_encoder/config.json` says; the defaults are transformers'."""
 
-    vocab_size: int = 256384
-    d_model: int = 4096
+    vocab_size: int = 250112
+    d_model: int = 512
     d_kv: int = 64
-    d_ff: int = 10240
-    num_layers: int = 24
-    num_heads: int = 64
+    d_ff: int = 1024
+    num_layers: int = 8
+    num_heads: int = 6
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
@@ -50,6 +50,9 @@ class UMT5Config:
                 "relative_attention_max_distance more than a quarter of it"
             )
         return made
+
+
+UMT5_XXL = UMT5Config(256384, 4096, 64, 10240, 24, 64)  # of every published Wan model
 
 
 class RMSNorm(nn.Module):

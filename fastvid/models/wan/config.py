@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from fastvid import notices
 from fastvid.errors import CheckpointError
 from fastvid.models.common.config_reader import read_fields
 
@@ -41,8 +42,24 @@ LATENT_STATISTICS: Mapping[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 # fmt: on
 QK_NORM = "rms_norm_across_heads"
-UNSET_VAE = ("decoder_base_dim", "patch_size", "is_residual")  # null: the default
+UNSET_VAE = ("decoder_base_dim", "patch_size", "is_residual", "latents_mean", "latents_std")  # null: the default
 OPTIONAL = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+# What trainers and other programs write into any config, and what is not read of a VAE's: of training, or it follows
+# from the network.
+HARMLESS = {
+    *("architectures", "attn_implementation", "auto_map", "dropout", "dtype", "gradient_checkpointing", "library_name"),
+    *("license", "model_type", "quantization_config", "tags", "torch_dtype", "transformers_version", "use_cache"),
+    "use_gradient_checkpointing",
+}
+INERT_VAE = {
+    *("attn_scales", "clip_output", "in_channels", "out_channels", "sample_size", "scale_factor_spatial"),
+    *("scale_factor_temporal", "use_slicing", "use_tiling"),
+}
+# Keys of the original repositories and of no effect, with the values that they may have; (): any.
+BESIDE: Mapping[str, tuple[Any, ...]] = {
+    **{"qk_norm": (QK_NORM, True), "rope_max_seq_len": (), "text_len": (512, None), "window_size": ([-1, -1], None)},
+    **{"local_attn_size": (-1, None), "sink_size": (0, None), "inject_sample_info": (False, None)},
+}
 
 
 @dataclass(frozen=True)
@@ -75,15 +92,17 @@ class WanTransformerConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> WanTransformerConfig:
         """Read a diffusers config; CheckpointError for values that this model does not implement."""
-        config = {**config, "out_channels": config.get("out_channels") or config.get("in_channels", cls.in_channels)}
+        out = config.get("out_channels", cls.out_channels) or config.get("in_channels", cls.in_channels)
+        config = {**config, "out_channels": out}
         config = {key: value for key, value in config.items() if key not in OPTIONAL or value is not None}
         if config.get("vace_layers") is not None:
             raise CheckpointError("transformer/config.json has vace_layers: it is a VACE model, not a plain one")
-        if config.get("qk_norm", QK_NORM) != QK_NORM:
-            raise CheckpointError(
-                f"transformer/config.json has qk_norm={config['qk_norm']!r}; only {QK_NORM!r} is known"
-            )
-        made = read_fields(cls(), config, "transformer/config.json", ignored=("qk_norm", "rope_max_seq_len"))
+        for key, allowed in BESIDE.items():
+            if allowed and key in config and config[key] not in allowed:
+                raise CheckpointError(
+                    f"transformer/config.json has {key}={config[key]!r:.80}; only {allowed[0]!r} is known"
+                )
+        made = read_fields(cls(), config, "transformer/config.json", ignored={*BESIDE, *HARMLESS})
         if made.attention_head_dim % 2 or made.freq_dim % 2:
             raise CheckpointError("transformer/config.json: attention_head_dim and freq_dim have to be even")
         if len(made.patch_size) != 3:
@@ -114,7 +133,7 @@ class WanVACEConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> WanVACEConfig:
         """Read a diffusers config; CheckpointError for values that this model does not implement."""
-        layers = config.get("vace_layers", cls.vace_layers)
+        layers = cls.vace_layers if config.get("vace_layers") is None else config["vace_layers"]
         channels = config.get("vace_in_channels", cls.vace_in_channels)
         rest = {key: value for key, value in config.items() if key not in ("vace_layers", "vace_in_channels")}
         transformer = WanTransformerConfig.from_dict(rest)
@@ -145,8 +164,8 @@ class WanVAEConfig:
     num_res_blocks: int = 2
     temperal_downsample: tuple[bool, ...] = (False, True, True)
     patch_size: int = 1
-    latents_mean: tuple[float, ...] = (0.0,) * 16
-    latents_std: tuple[float, ...] = (1.0,) * 16
+    latents_mean: tuple[float, ...] = LATENT_STATISTICS[16][0]
+    latents_std: tuple[float, ...] = LATENT_STATISTICS[16][1]
     is_residual: bool = False
 
     @classmethod
@@ -159,10 +178,20 @@ class WanVAEConfig:
             raise CheckpointError(
                 f"vae/config.json has patch_size={config['patch_size']}; only the Wan 2.2 VAE (is_residual) has patches"
             )
-        published = replace(WAN22_VAE, patch_size=1, decoder_base_dim=0) if config.get("is_residual") else cls()
-        made = read_fields(published, config, "vae/config.json", strict=False)
+        if unknown := sorted(key for key in config if config[key] and not _is_vae_key(key)):
+            notices.warn(
+                f"vae/config.json: {', '.join(unknown):.200} is not read; AutoencoderKLWan has no such setting"
+            )
+        made = read_fields(cls._published(config), config, "vae/config.json", strict=False)
         made._check(config)
         return made
+
+    @classmethod
+    def _published(cls, config: Mapping[str, Any]) -> WanVAEConfig:
+        """The defaults, with the statistics that were published for this number of channels."""
+        channels = config.get("z_dim", cls.z_dim)
+        mean, std = LATENT_STATISTICS[48 if type(channels) is int and channels == 48 else 16]
+        return cls(latents_mean=mean, latents_std=std)
 
     def _check(self, config: Mapping[str, Any]) -> None:
         if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
@@ -202,6 +231,10 @@ class WanVAEConfig:
     @property
     def temporal_scale(self) -> int:
         return 2 ** sum(self.temperal_downsample)
+
+
+def _is_vae_key(key: str) -> bool:
+    return key.startswith("_") or key in HARMLESS | INERT_VAE or key in WanVAEConfig.__dataclass_fields__
 
 
 WAN22_VAE = WanVAEConfig(

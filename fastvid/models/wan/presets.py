@@ -15,8 +15,8 @@ from typing import Any
 from fastvid import notices
 from fastvid.errors import CheckpointError
 from fastvid.models import preset as patterns
-from fastvid.models.common.clip import CLIPVisionConfig
-from fastvid.models.common.umt5 import UMT5Config
+from fastvid.models.common.clip import CLIP_HUGE
+from fastvid.models.common.umt5 import UMT5_XXL
 from fastvid.models.preset import Preset, Rollout, Signature, Variant
 from fastvid.models.wan.config import HEAD_DIM, WAN22_VAE, WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.sampling.schedulers import SOURCE, Scheduler, read_scheduler
@@ -223,8 +223,9 @@ def read_signature(transformer: Mapping[str, Any], experts: int = 1) -> Signatur
     """The signature of a transformer/config.json. Raises CheckpointError where its sizes are no whole numbers."""
     keys = ("num_attention_heads", "attention_head_dim", "num_layers", "text_dim", "in_channels")
     heads, head_dim, layers, text, channels = (_whole(transformer, k, getattr(WanTransformerConfig, k)) for k in keys)
-    out = _whole(transformer, "out_channels", channels)
+    out = channels if transformer.get("out_channels", 0) is None else _whole(transformer, "out_channels", 16)
     image, positions, control = (bool(transformer.get(k)) for k in ("image_dim", "pos_embed_seq_len", "vace_layers"))
+    control = control or transformer.get("_class_name") == "WanVACETransformer3DModel"
     return Signature(heads * head_dim, layers, text, channels, out, image, image and positions, control, experts)
 
 
@@ -365,12 +366,12 @@ def published_configs(name: str) -> tuple[Preset, dict[str, Any]]:
     """The preset of a published model, and the configuration of each of its parts, as a checkpoint names them."""
     variant = next(variant for variant in VARIANTS if variant.preset.name == name)
     signature = variant.signature
-    transformer, text = transformer_config(signature), UMT5Config()
+    transformer, text = transformer_config(signature), UMT5_XXL
     configs: dict[str, Any] = {"transformer": transformer}
     if signature.experts > 1:
         configs["transformer_2"] = transformer
     configs |= {"vae": WAN22_VAE if signature.out_channels == 48 else WanVAEConfig(), "text_encoder": text}
-    return variant.preset, configs | ({"image_encoder": CLIPVisionConfig()} if signature.image else {})
+    return variant.preset, configs | ({"image_encoder": CLIP_HUGE} if signature.image else {})
 
 
 def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACEConfig:
@@ -383,7 +384,7 @@ def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACECo
         text_dim=signature.text_dim,
         ffn_dim=FFN_DIM[dim],
         num_layers=signature.num_layers,
-        image_dim=CLIPVisionConfig.hidden_size if signature.image else 0,
+        image_dim=CLIP_HUGE.hidden_size if signature.image else 0,
         added_kv_proj_dim=dim if signature.image else 0,
         pos_embed_seq_len=TWO_PICTURES if signature.positions else 0,
     )
