@@ -110,10 +110,10 @@ def _run_verb(flags: argparse.Namespace) -> None:
 
 
 def _resume(flags: argparse.Namespace) -> None:
-    from fastvid.engine import resume_files
+    from fastvid.engine import resume_contents
     from fastvid.media.writer import check_writable
 
-    recipe = resume_files.get_about(flags.folder)["recipe"]
+    recipe = resume_contents.get_about(flags.folder)["recipe"]
     check_writable(flags.output, num_frames=recipe.get("num_frames"), fps=recipe.get("fps"))
     options = {name: value for name in RESUME_INPUTS if (value := getattr(flags, name)) is not None}
     arguments.check_files(options)

@@ -304,10 +304,6 @@ class SegmentDenoiser:
 
     def denoiser(self, row: TableRow, prompt: int) -> Denoise:
         """The denoiser of a table row for the prompt of this number."""
-        # A refill needs no guidance: the negative prompt's cache stays valid when the other prompt changes.
-        experts = self.model.experts
-        some_known = self.clip is not None or bool((row.sigma == 0).any())
-        scales = (1.0,) * len(experts) if row.refill else self.request.guidance_scales(len(experts), some_known)
         region = self._region(row)
         guided = [
             Guided(
@@ -316,7 +312,7 @@ class SegmentDenoiser:
                 scale,
                 self._ranks.both,
             )
-            for expert, scale in enumerate(scales)
+            for expert, scale in enumerate(self._scales(row))
         ]
         velocity = Switched(guided, self._expert_for)
         if self.clip is not None and self.request.source_prompt is not None:
@@ -324,6 +320,20 @@ class SegmentDenoiser:
         else:
             denoise = Denoiser(velocity)
         return denoise if region is None else keep_known(denoise, region.clean, region.mask)
+
+    def _scales(self, row: TableRow) -> tuple[float, ...]:
+        """Each expert's guidance scale in a row."""
+        # A refill needs no guidance: the negative prompt's cache stays valid when the other prompt changes.
+        experts, some_known = len(self.model.experts), self.clip is not None or bool((row.sigma == 0).any())
+        return (1.0,) * experts if row.refill else self.request.guidance_scales(experts, some_known)
+
+    def caches_of(self, row: TableRow) -> Iterator[int]:
+        """The numbers of the caches that a row's model calls use (see `caches`)."""
+        yield 0
+        if self._scales(row)[self._expert_for(row.sigma)] != 1:
+            yield NEGATIVE
+        if self.clip is not None and self.request.source_prompt is not None:
+            yield SOURCE
 
     def _expert_for(self, sigma: Tensor) -> int:
         level = timesteps(sigma.numpy(), self.request.solver).max()
@@ -396,10 +406,21 @@ class SegmentDenoiser:
             return None
         number = min(prompt, 0)
         if number not in self.caches:
-            layers = self.model.transformer.config.num_layers
-            self.caches[number] = windows.new_cache(rollout, self.segment, layers)
+            self.caches[number] = self.new_cache()
         self.caches[number].begin(row.start, len(row.sigma))
         return self.caches[number]
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for one prompt of a causal model."""
+        assert self.model.preset.rollout is not None
+        return windows.new_cache(self.model.preset.rollout, self.segment, self.model.transformer.config.num_layers)
+
+    def keys_like(self) -> Tensor:
+        """One frame's keys in a layer's cache, without values: [1, 1, N, H, D]."""
+        config, (_, height, width) = self.model.transformer.config, self.noise.shape
+        tokens = height * width // (config.patch_size[1] * config.patch_size[2])
+        shape = 1, 1, tokens, config.num_attention_heads, config.attention_head_dim
+        return torch.empty(shape, dtype=self.model.dtype, device="meta")
 
 
 def anchored(x: Tensor, levels: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,9 @@
     head.json               the index of the valid files; replaced last, so all files it names are complete
     rank-<n>-<rows>.json    for a causal model on several ranks: the index of rank n's files cache-<rows>-r<n>-...,
                             valid at head.json's rows; rank 0 writes everything else
+    output.json             the unfinished file beside the video, see `fastvid.engine.resume_output`
+    fastvid-files           the list of these files (of rank n: fastvid-files-r<n>); only what it names is ever removed
+    lock                    held by the process that runs the request
 
 Everything else follows from the request: noise, prompt embeddings, masks, encoded clips. Frames are not saved, since
 decoding the clean latents again is cheap. The cost of a save does not grow with the video. A causal model is saved
@@ -17,11 +20,11 @@ Shapes: latents [1, C, T, h, w]; a cache's keys and values [B, slots, N of a fra
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,16 @@ from torch import Tensor
 from fastvid.checks import number
 from fastvid.distributed.layout import agree, first, parse_parallel
 from fastvid.distributed.mesh import Layout, Mesh
+from fastvid.engine import resume_checks as checks
+from fastvid.engine import resume_contents as contents
 from fastvid.engine import resume_files as files
 from fastvid.engine import resume_identity as identity
+from fastvid.engine.resume_checks import PlannedRows, SegmentPlan
+from fastvid.engine.resume_contents import Head, Slots
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.kv_cache import CacheState, KVCache
 from fastvid.models.loaded import Model
+from fastvid.requests.timeline import Segment, Timeline
 from fastvid.sampling.loop import Position, Row
 from fastvid.sampling.solvers import SolverState
 
@@ -44,23 +52,11 @@ Caches = dict[int, KVCache]
 
 
 @dataclass(frozen=True)
-class Head:
-    """A checkpoint's progress, as head.json holds it. rows: rows done. segments: segments begun. clean: number of valid
-    clean-* files. state: the state-* file. caches: (cache-* file, {prompt number: its slots}). places: the position of
-    each cache."""
-
-    rows: int = 0
-    segments: int = 0
-    clean: int = 0
-    state: str = ""
-    caches: list[tuple[str, dict[str, list[int]]]] = field(default_factory=list)
-    places: dict[str, CacheState] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was read and verified, or a fresh one, with nothing written yet. about: request.json. clean:
-    its clean-* files, in order."""
+    """A checkpoint whose JSON was read and checked, or a fresh one, with nothing written yet.
+
+    about: request.json. clean: its clean-* files, in order.
+    """
 
     folder: Path
     about: dict[str, Any]
@@ -103,6 +99,11 @@ def begin(
         "model": identity.fingerprint(model),
         "layout": str(layout or Layout()),
     }
+    if (size := len(json.dumps(about))) > files.MAX_JSON - 1000:
+        raise InvalidRequest(
+            f"checkpoint: the texts and file names of this request take {size:,} bytes, and a checkpoint holds at most "
+            f"{files.MAX_JSON - 1000:,}; leave checkpoint out"
+        )
     return open_saved(Saved(folder, about, Head(), fresh=True), model, settings)
 
 
@@ -129,32 +130,22 @@ def open_saved(saved: Saved, model: Model, settings: Mapping[str, Any]) -> Resum
 
 
 def read(path: Any) -> Saved:
-    """Reads a checkpoint and verifies all its files. Raises CheckpointError if it is missing, damaged or of another
-    format."""
+    """Reads a checkpoint's JSON. Raises CheckpointError if it is missing, damaged or of another format, or if a file is
+    missing."""
     folder = files.folder_of(path)
-    about = files.get_about(folder)
-    head = _head(folder)
-    clean = tuple(_clean_files(folder, head.clean))
-    for name in (*clean, *filter(None, [head.state]), *(name for name, _ in head.caches)):
-        files.get_tensors(folder, name)
+    about, head = contents.get_about(folder), contents.get_head(folder)
+    clean = tuple(contents.clean_files(folder, head.clean))
+    for name in filter(None, [head.state, *(name for name, _ in head.caches)]):
+        if not os.path.lexists(folder / name):
+            raise CheckpointError(f"{folder}: {name} is missing from this checkpoint; start the request anew")
     return Saved(folder, about, head, clean)
 
 
-def _head(folder: Path) -> Head:
-    try:
-        return Head(**files.get_json(folder, "head.json"))
-    except FileNotFoundError:  # the process ended before its first row
-        return Head()
-    except TypeError:
-        raise files.damaged(folder / "head.json") from None
-
-
-def _clean_files(folder: Path, count: int) -> Iterator[str]:
-    by_stem = {name[:12]: name for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")}
-    for index in range(count):
-        if (stem := f"clean-{index:06d}") not in by_stem:
-            raise CheckpointError(f"{folder}: {stem} is missing from this checkpoint; start the request anew")
-        yield by_stem[stem]
+def check_files(saved: Saved, model: Model, timeline: Timeline) -> None:
+    """Raises CheckpointError if a file is damaged, or has not the size that the request's would have."""
+    parts = {number: timeline.parts[number] for number in timeline.order()}
+    segments = {number: part for number, part in parts.items() if isinstance(part, Segment)}
+    checks.check_files(saved.folder, saved.head, saved.clean, model, segments)
 
 
 def check(saved: Saved, model: Model) -> None:
@@ -209,9 +200,9 @@ class Resume:
         self.rows, self._clean, self._segments = saved.head.rows, saved.head.clean, 0
         self._segment = 0  # the open segment's number
         self._caches: Caches = {}  # the open segment's
-        self._cache_files: list[tuple[str, dict[str, list[int]]]] = []
+        self._cache_files: list[tuple[str, Slots]] = []
         self._saved_clean = iter(saved.clean)
-        self._next_clean = next(self._saved_clean, None)
+        self._planned_rows = self._planned_clean = 0  # of the segments opened so far
 
     def __enter__(self) -> Resume:
         if self._rank:
@@ -226,13 +217,20 @@ class Resume:
             return
         self._lock.release()
         if kind is None and not self._keep:
-            files.remove(self.folder)
+            files.remove(self.folder, self._live)
+
+    @property
+    def _live(self) -> set[str]:
+        """The files that the head names."""
+        return {self._head.state, *self._saved.clean, *(name for name, _ in self._head.caches)} - {""}
 
     def _lock_folder(self) -> None:
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"{self.folder}: no checkpoint can be made: {error.strerror}") from error
+        if self._saved.fresh:
+            files.start_list(self.folder)
         self._lock = files.Lock(self.folder)
         try:
             self._claim()
@@ -244,15 +242,13 @@ class Resume:
         """Claims the folder for this request, and removes files written after the last head.json: their rows are
         computed again."""
         exists = (self.folder / "request.json").exists()
-        if exists if self._saved.fresh else not exists or _head(self.folder) != self._saved.head:
+        if exists if self._saved.fresh else not exists or contents.get_head(self.folder) != self._saved.head:
             raise CheckpointError(f"{self.folder}: another request has been here since this one was asked for")
         if self._saved.fresh:
             files.put_json(self.folder, "request.json", self._saved.about)
-        head = self._head
-        live = {"request.json", "head.json", "lock", head.state, *self._saved.clean, *(name for name, _ in head.caches)}
-        for path in self.folder.iterdir():
-            if path.name not in live and path.suffix in (".safetensors", files.PARTIAL) and _rank_of(path.name) == 0:
-                path.unlink()
+        for name in files.owned(self.folder, self._live) - self._live:
+            if name.endswith((".safetensors", files.PARTIAL)) and files.rank_of(name) == 0:
+                files.discard(self.folder, name)
 
     # ------------------------------------------------------------ saving
 
@@ -304,35 +300,56 @@ class Resume:
     def _remove(self, names: set[str]) -> None:
         """Removes those of these files that the index no longer names."""
         for name in names - {"", self._head.state, *(name for name, _ in self._cache_files)}:
-            (self.folder / name).unlink(missing_ok=True)
+            files.discard(self.folder, name)
 
     # ------------------------------------------------------------ resuming
 
-    def open_segment(self, segment: int, caches: Caches) -> SavedSegment:
+    def open_segment(self, segment: int, caches: Caches, plan: SegmentPlan) -> SavedSegment:
         """Begins a segment and returns its saved progress. caches: the segment's caches; restored here, and saved from
-        now on."""
+        now on. Raises CheckpointError if what was saved is not what the plan says."""
         self._segments += 1
         self._segment, self._caches, self._cache_files = segment, caches, []
         begun = self._saved.head.segments
         if self._segments > begun:
             return SavedSegment()
         if self._segments < begun:
-            return SavedSegment(self._saved_rows(segment), finished=True)
+            return SavedSegment(self._saved_rows(segment, self._planned(plan, None)), finished=True)
         tensors = files.get_tensors(self.folder, self._saved.head.state)
-        caches.update(self._restored_caches())
-        return SavedSegment(self._saved_rows(segment), position_from_tensors(tensors, self._device))
+        planned = self._planned(plan, checks.saved_row(tensors))
+        self._check_counts(planned)
+        planned.check_position(tensors, position_to_tensors)
+        planned.check_places(self._saved.head)
+        caches.update(self._restored_caches(plan.cache_like))
+        return SavedSegment(self._saved_rows(segment, planned), position_from_tensors(tensors, self._device))
 
-    def _saved_rows(self, segment: int) -> Iterator[Row]:
-        while self._next_clean is not None and self._next_clean.split("-")[2] == str(segment):
-            saved = files.get_tensors(self.folder, self._next_clean)
-            yield Row(int(saved["row"]), 0.0, saved["ready"].to(self._device), int(saved["start"]), None)
-            self._next_clean = next(self._saved_clean, None)
+    def _planned(self, plan: SegmentPlan, stop: int | None) -> PlannedRows:
+        planned = PlannedRows(self.folder, plan, stop)
+        self._planned_rows += len(planned.rows)
+        self._planned_clean += len(planned.clean)
+        return planned
 
-    def _restored_caches(self) -> Caches:
+    def _check_counts(self, planned: PlannedRows) -> None:
+        head, made = self._saved.head, (self._planned_rows, self._planned_clean)
+        if not planned.rows or (head.rows, head.clean) != made:
+            raise checks.wrong(
+                self.folder, f"it has {head.rows} rows and {head.clean} files of finished latents, its state has {made}"
+            )
+
+    def _saved_rows(self, segment: int, planned: PlannedRows) -> Iterator[Row]:
+        for row in planned.clean:
+            name = next(self._saved_clean, "")
+            if not name or name.split("-")[2] != str(segment):
+                raise checks.wrong(self.folder, f"its segment {segment} lacks finished latents")
+            saved = files.get_tensors(self.folder, name)
+            planned.check_clean(saved, row)
+            yield Row(row.number, 0.0, saved["ready"].to(self._device), row.start, None)
+
+    def _restored_caches(self, like: Tensor | None) -> Caches:
         head = self._saved.head
         restored = {int(text): KVCache.restored(place) for text, place in head.places.items()}
         for name, slots in head.caches:
             saved = files.get_tensors(self.folder, name)
+            like = checks.check_cache(self.folder, saved, slots, head.places, like)
             for text, written in slots.items():
                 for index, layer in enumerate(restored[int(text)].layers):
                     k, v = (saved[f"{text}.{index}.{kind}"].to(self._device) for kind in ("keys", "values"))
@@ -341,21 +358,18 @@ class Resume:
         return restored
 
     def _read_rank_index(self) -> None:
-        head = self._saved.head
-        if head.places:
-            index = files.get_json(self.folder, self._rank_index(head.rows))
-            self._head = replace(head, **index)
+        if self._saved.head.places:
+            name = self._rank_index(self._saved.head.rows)
+            try:
+                index = files.get_json(self.folder, name)
+            except (FileNotFoundError, NotADirectoryError):
+                raise CheckpointError(f"{self.folder}: {name} is missing; start the request anew") from None
+            self._head = contents.as_head(self.folder, name, index, self._saved.head)
             self._saved = replace(self._saved, head=self._head)
 
     def _rank_index(self, rows: int) -> str:
         """The name of the file in which a rank other than 0 lists its valid cache files."""
         return f"rank-{self._rank}-{rows:08d}.json"
-
-
-def _rank_of(name: str) -> int:
-    """The rank that writes the file of this name."""
-    match = re.match(r"cache-\d+-r(\d+)-", name)
-    return int(match[1]) if match else 0
 
 
 def _cache_tensors(caches: Caches, changed: Mapping[str, list[int]]) -> Iterator[tuple[str, Tensor]]:
@@ -366,7 +380,7 @@ def _cache_tensors(caches: Caches, changed: Mapping[str, list[int]]) -> Iterator
             yield f"{text}.{layer}.values", v
 
 
-def _without(caches: Any, changed: Mapping[str, list[int]]) -> Iterator[tuple[str, dict[str, list[int]]]]:
+def _without(caches: Any, changed: Mapping[str, list[int]]) -> Iterator[tuple[str, Slots]]:
     """The cache files still needed after these slots are rewritten. Whole files are restored, oldest first, so each
     slot gets its newest values."""
     rewritten = {(text, slot) for text, slots in changed.items() for slot in slots}

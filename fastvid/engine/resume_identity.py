@@ -23,6 +23,7 @@ from fastvid.requests.arguments import VERBS
 from fastvid.requests.request import DATA, SIZE
 from fastvid.version import __version__
 
+MOST_SHOWN = 8  # differences in a message
 SAMPLES, SAMPLE_BYTES, MOST_HEADER = 16, 4096, 2**24
 
 # ---------------------------------------------------------------- the model
@@ -86,13 +87,13 @@ def check_model(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
             continue
         if isinstance(then, dict) and isinstance(now, dict):
             changed = [part for part in sorted({*then, *now}) if then.get(part) != now.get(part)]
-            differences.append(f"{name} ({', '.join(changed)})")
+            differences.append(f"{name:.40} ({', '.join(changed):.300})")
         else:
-            differences.append(name if len(str(then)) == 64 else f"{name} ({then} then, {now} now)")
+            differences.append(name if len(str(then)) == 64 else f"{name:.40} ({then!s:.60} then, {now!s:.60} now)")
     if differences:
         raise InvalidRequest(
-            f"this checkpoint was made with other {', '.join(differences)}: the frames would not be the same; load the "
-            "model as it was then, or start the request anew"
+            f"this checkpoint was made with other {', '.join(differences[:MOST_SHOWN])}: the frames would not be the "
+            "same; load the model as it was then, or start the request anew"
         )
 
 
@@ -159,7 +160,10 @@ def check_request(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raises InvalidRequest, which names all differences, if two recipes differ."""
     then, now = _comparable(saved), _comparable(here)
     if different := [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]:
-        shown = ", ".join(f"{name} ({_shown(then.get(name))} then, {_shown(now.get(name))} now)" for name in different)
+        shown = ", ".join(
+            f"{name:.40} ({_shown(then.get(name))} then, {_shown(now.get(name))} now)"
+            for name in different[:MOST_SHOWN]
+        )
         raise InvalidRequest(f"this checkpoint is of another request: {shown}; give what was given then")
 
 
@@ -170,4 +174,6 @@ def _comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    return f"sha256 {value['sha256'][:12]}" if isinstance(value, dict) and "sha256" in value else f"{value!r:.60}"
+    if isinstance(value, dict) and "sha256" in value:
+        return f"sha256 {value['sha256']!s:.12}"
+    return f"{value!r:.60}"

@@ -25,6 +25,7 @@ from fastvid.engine.events import Event, Frames, Step
 from fastvid.engine.pixels import SegmentEnds
 from fastvid.engine.queue import Ticket
 from fastvid.engine.resume import Resume
+from fastvid.engine.resume_checks import SegmentPlan
 from fastvid.models.loaded import Model
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Kept, Segment, Timeline
@@ -249,19 +250,18 @@ class SegmentRun:
         """Yields the rows restored from a checkpoint, then the remaining ones."""
         session, position = self._session, None
         if session.resume is not None:
-            saved = session.resume.open_segment(self._number, self._denoising.caches)
+            saved = session.resume.open_segment(self._number, self._denoising.caches, self._plan())
             yield from saved.rows
             if saved.finished:
                 return
             position = saved.position
         self._denoising.first = None if position is None else position.first
-        model, request, segment = session.model, session.job.request, self._segment
-        columns, schedule = self._denoising.conditions.columns, request.schedule
-        solver = find_solver(request.solver)
+        model, segment = session.model, self._segment
+        solver = find_solver(session.job.request.solver)
         if model.ops.bound["solver_step"] != "reference":  # the reference is the solver itself, in eager PyTorch
             solver = replace(solver, operation=model.ops.solver_step)
         yield from walk(
-            windows.table_of(model, segment, session.job.sigmas, columns, schedule, self._change_prompt),
+            self._table(self._change_prompt),
             self._denoising.initial,
             solver,
             self._denoiser,
@@ -269,6 +269,24 @@ class SegmentRun:
             position=position,
             keep=windows.most_refilled(model, segment, any_block=True),
             anchor=model.preset.anchor is not None,
+        )
+
+    def _table(self, changes: Callable[[int], bool]) -> Iterator[TableRow]:
+        model, job, columns = self._session.model, self._session.job, self._denoising.conditions.columns
+        return windows.table_of(model, self._segment, job.sigmas, columns, job.request.schedule, changes)
+
+    def _plan(self) -> SegmentPlan:
+        """What the segment's checkpoint has to agree with. A request with one keeps its prompts."""
+        model, denoising = self._session.model, self._denoising
+        return SegmentPlan(
+            self._table(lambda column: False),
+            denoising.noise.shape,
+            find_solver(self._session.job.request.solver),
+            windows.most_refilled(model, self._segment, any_block=True),
+            model.preset.anchor is not None,
+            None if model.preset.rollout is None else denoising.new_cache,
+            denoising.caches_of,
+            denoising.keys_like() if model.mesh.size == 1 else None,
         )
 
     def _denoiser(self, row: TableRow) -> Denoise:

@@ -387,6 +387,7 @@ class Pipeline:
         request = make_request(verb, options, lambda: self._variant)
         prepared = prepare(self._model, request, layout=resume.layout_of(saved, self._model))
         resume.check_request(saved, prepared.recipe)
+        resume.check_files(saved, self._model, prepared.job.timeline)
         prepared = replace(prepared, recipe=saved.about["recipe"])
         settings = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
         return self._stream(prepared, keep_latents, resume.open_saved(saved, self._model, settings))

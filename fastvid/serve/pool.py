@@ -31,6 +31,7 @@ import numpy as np
 
 from fastvid import checks
 from fastvid.distributed.layout import parse_parallel
+from fastvid.engine import resume_files
 from fastvid.engine.events import Finished, Frames, Step
 from fastvid.errors import BackendUnavailable, Cancelled, CheckpointError, Error, InvalidRequest, PoolFull, WorkerFailed
 from fastvid.media.video import Video
@@ -109,7 +110,8 @@ class Group:
             data = {name: options[name] for name in DATA if options.get(name) is not None}
             with contextlib.suppress(CheckpointError):  # a damaged one: start again
                 return self._pipe.resume(folder, **data)
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.path.isdir(folder):
+            resume_files.remove(Path(folder))
         return self._pipe.stream(verb=verb, **options, checkpoint=folder)
 
     def steps(self, job: str) -> tuple[int, int]:
