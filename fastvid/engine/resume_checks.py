@@ -199,4 +199,4 @@ def _check_cache_file(folder: Path, name: str, slots: int, model: Model, latents
 def saved_row(saved: Named) -> int:
     """The number of the next row that a state names; 0 for none."""
     row = saved.get("row")
-    return int(row) if row is not None and row.ndim == 0 and row.dtype == torch.int64 else 0
+    return max(0, int(row)) if row is not None and row.ndim == 0 and row.dtype == torch.int64 else 0
