@@ -1,7 +1,6 @@
 """`fastvid convert`: converts weights between layouts, and pickles to safetensors.
 
 Conversion only moves bytes, so a round trip is bit-identical. Memory holds one chunk, or one tensor to transpose.
-
 Whole models: the original folder <-> the diffusers folder (see layouts.py). Single parts: a file or folder with the
 weights of a transformer, VAE, text or image encoder, in either layout, with ComfyUI's prefixes or none.
 """
@@ -24,12 +23,14 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from fastvid.checks import nearest_name
 from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid.files import copy_files, open_regular, reason
 from fastvid.loaders import layouts, safetensors
 from fastvid.loaders.find import FoundPart, find_original, identify_part, kind_name
 from fastvid.loaders.layouts import CONFIG, EXPERT_FOLDERS, EXTRAS, INDEX, ORIGINAL_TOKENIZER, SCHEDULER, TOKENIZER
 from fastvid.loaders.pickles import PickleReader, read_exactly
 from fastvid.loaders.safetensors import BITS, Entry
 from fastvid.models.common.config_reader import read_json
+from fastvid.models.common.tokenizer import MAX_TOKENIZER
 from fastvid.models.registry import EXPERTS
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.detect import Identity
@@ -319,11 +320,11 @@ class TensorReader:
         if entry.file.suffix in safetensors.PICKLES:
             raise ValueError(f"{entry.file} is a pickle that was not opened")  # entry.offset is meaningless
         try:
-            with entry.file.open("rb") as file:
+            with open_regular(entry.file) as file:
                 file.seek(entry.offset + begin)
                 yield from read_exactly(file, end - begin, f"{entry.file} ended within {name}")
         except OSError as error:
-            raise CheckpointError(f"{entry.file} cannot be read: {error.strerror or error}") from None
+            raise CheckpointError(f"{entry.file} cannot be read: {reason(error)}") from None
 
 
 def _known_bytes(entry: Entry) -> int:
@@ -433,7 +434,7 @@ def _write_output(output: Output, folder: Path, reader: TensorReader, shard_byte
     for name, value in output.texts.items():
         write_json(folder / name, value)
     for to, source in output.copies.items():
-        shutil.copytree(source, folder / to)
+        copy_files(source, folder / to, MAX_TOKENIZER)
 
 
 @contextmanager
@@ -444,6 +445,6 @@ def _temporary_folder(destination: Path) -> Iterator[Path]:
         os.chmod(folder, 0o755)  # mkdtemp creates private folders; the renamed one should have the usual mode
         yield folder
     except OSError as error:
-        raise CheckpointError(f"{destination} cannot be written: {error.strerror or error}") from None
+        raise CheckpointError(f"{destination} cannot be written: {reason(error, named=True)}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 
 from fastvid.checks import nearest_name
 from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid.files import open_regular, read_bytes, reason
 from fastvid.loaders import hub, layouts, safetensors
 from fastvid.loaders.layouts import CONFIG, INDEX, TOKENIZER, Config
 from fastvid.loaders.safetensors import Entry
 from fastvid.models.common.config_reader import read_json
+from fastvid.models.common.sentencepiece import MAX_SPIECE
 from fastvid.models.common.tokenizer import TextTokenizer
 from fastvid.models.registry import EXPERTS, KINDS, OPTIONAL
 from fastvid.models.wan import weight_names
@@ -321,7 +323,7 @@ def weight_groups(folder: Path) -> Iterator[tuple[Path, ...]]:
     sharded: set[Path] = set()
     for index in sorted(folder.glob(f"*{safetensors.SUFFIX}.index.json")):
         table = read_json(index).get("weight_map")
-        names = set(table.values()) if isinstance(table, dict) else set()
+        names = {name for name in table.values() if isinstance(name, str)} if isinstance(table, dict) else set()
         group = tuple(file for file in files if file.name in names)
         if group and len(group) == len(names):
             sharded.update(group)
@@ -402,12 +404,15 @@ def _read_spiece(path: Path) -> bytes:
     """The bytes of a sentencepiece model: a whole file, or a tensor in a safetensors file."""
     try:
         if not path.name.endswith(safetensors.SUFFIX):
-            return path.read_bytes()
+            return read_bytes(path, MAX_SPIECE)
         spiece_entries = [entry for name, entry in safetensors.read_header(path).items() if holds_spiece([name])]
-        if len(spiece_entries) != 1 or spiece_entries[0].dtype not in ("U8", "I8"):
-            raise CheckpointError(f"{path} holds no sentencepiece model as the bytes of a tensor {SPIECE_TENSOR}")
-        with path.open("rb") as file:
+        size = math.prod(spiece_entries[0].shape) if spiece_entries else 0
+        if len(spiece_entries) != 1 or spiece_entries[0].dtype not in ("U8", "I8") or size > MAX_SPIECE:
+            raise CheckpointError(
+                f"{path} holds no sentencepiece model as the bytes (at most {MAX_SPIECE:,}) of a tensor {SPIECE_TENSOR}"
+            )
+        with open_regular(path) as file:
             file.seek(spiece_entries[0].offset)
-            return file.read(math.prod(spiece_entries[0].shape))
+            return file.read(size)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None

@@ -7,7 +7,6 @@ header's length, the header in JSON (name -> dtype, shape, data_offsets), the da
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -22,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
-from fastvid.models.common.config_reader import read_json, unique_names
+from fastvid.files import open_regular, reason
+from fastvid.models.common.config_reader import parse_json, read_json
 from fastvid.models.registry import target_dtype
 from fastvid.models.wan.weight_names import QUANTIZED, Origin, some
 
@@ -32,7 +32,10 @@ STANDARD_NAMES = ("diffusion_pytorch_model" + SUFFIX, "model" + SUFFIX)
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 BITS |= {"U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
-MAX_HEADER = 100_000_000  # bytes; the safetensors library's limit
+# A model has 1,095 tensors and a header of 0.2 MB; some LoRAs add a few MB about their training.
+MAX_HEADER, MAX_TENSORS, MAX_DIMS = 1 << 24, 20_000, 16
+VALUES = 12  # of a tensor in a header, about
+LARGEST = 2**63 - 1  # bytes, or values of a tensor
 CHUNK = 2**24  # bytes per read
 
 
@@ -69,36 +72,55 @@ def find_files(folder: Path, others: Iterable[Path] = ()) -> tuple[Path, ...]:
 def read_header(path: Path) -> dict[str, Entry]:
     """Name -> entry of every tensor in a safetensors file, read from its header and checked against the file's size.
 
-    Raises CheckpointError if the file is broken.
+    Raises CheckpointError if the file is broken, or if its header is larger than any that is published.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if 8 + length <= size and length <= MAX_HEADER else None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    if text is None:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
+    if 8 + length > size:
         raise CheckpointError(
             f"{path} is not a whole safetensors file: {size} bytes, of which the first eight promise a header of "
             f"{length}; download it again (with git: git lfs pull)"
         )
-    start = 8 + length
+    if text is None:
+        raise CheckpointError(f"{path} has a header of {length:,} bytes; at most {MAX_HEADER:,} are read")
     try:
-        header = json.loads(text, object_pairs_hook=unique_names)
-        spans = {name: value["data_offsets"] for name, value in header.items() if name != "__metadata__"}
-        end = start + max((int(end) for _, end in spans.values()), default=0)
+        entries, end = _parse_header(text, path)
         if size == end:
             with safe_open(path, "np"):  # dtypes, shapes, gaps and overlaps
-                return {
-                    name: Entry(header[name]["dtype"], tuple(header[name]["shape"]), path, start + begin)
-                    for name, (begin, _) in spans.items()
-                }
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+                return entries
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} has a broken safetensors header ({error}); download it again") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a valid safetensors file ({error}); download it again") from None
+        raise CheckpointError(f"{path} is not a valid safetensors file ({reason(error)}); download it again") from None
     raise CheckpointError(f"{path} has {size} bytes where its header needs {end}; download it again")
+
+
+def _parse_header(text: bytes, path: Path) -> tuple[dict[str, Entry], int]:
+    """The entries of a header, and how long the file has to be. Raises ValueError, TypeError, KeyError or
+    AttributeError."""
+    header = parse_json(text, MAX_TENSORS * VALUES)
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"{len(header):,} tensors; at most {MAX_TENSORS:,} are read")
+    entries, start, last = {}, 8 + len(text), 0
+    for name, value in header.items():
+        shape, (begin, end) = value["shape"], value["data_offsets"]
+        if not _are_sizes(shape) or not _are_sizes([begin, end]) or len(shape) > MAX_DIMS:
+            raise ValueError(f"{name[:80]!r} has shape {shape!r:.80} at {begin!r:.40} to {end!r:.40}")
+        if math.prod(shape) > LARGEST:
+            raise ValueError(f"{name[:80]!r} has shape {shape!r:.80}, more than any file can hold")
+        entries[name] = Entry(value["dtype"], tuple(shape), path, start + begin)
+        last = max(last, end)
+    return entries, start + last
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= LARGEST for value in values)
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
@@ -257,9 +279,9 @@ def _open(stack: ExitStack, files: Iterable[Path]) -> dict[Path, Any]:
     opened = {}
     for file in files:
         try:
-            opened[file] = stack.enter_context(file.open("rb", buffering=0))
+            opened[file] = stack.enter_context(open_regular(file, buffering=0))
         except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+            raise CheckpointError(f"{file} cannot be read: {reason(error)}") from None
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(opened[file].fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # twice the readahead
     return opened
@@ -279,7 +301,7 @@ def _read(file: Any, entry: Entry, scratch: ReusedMemory | None) -> Tensor:
                 raise CheckpointError(f"{entry.file} ended while it was read; download it again")
             rest = rest[count:]
     except OSError as error:
-        raise CheckpointError(f"{entry.file} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{entry.file} cannot be read: {reason(error)}") from None
     return memory.view(dtype).view(entry.shape)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import stat
 import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -67,16 +66,6 @@ def media_errors(path: str | os.PathLike[str]) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise MediaError(f"{os.fspath(path)}: {reason}", getattr(error, "errno", None)) from error
-
-
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file for reading. Raises OSError if it is missing, and MediaError without blocking if it is a
-    device, pipe or socket, which may be endless."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise MediaError(f"{os.fspath(path)} is not an ordinary file (a folder, pipe or device); give a file")
-    return os.fdopen(descriptor, "rb")
 
 
 def kind_of(file: BinaryIO) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from fastvid.errors import MediaError
-from fastvid.media.files import MAX_INPUT_FPS, MIN_INPUT_FPS, kind_of, media_errors, open_container, open_regular
+from fastvid.files import open_regular
+from fastvid.media.files import MAX_INPUT_FPS, MIN_INPUT_FPS, kind_of, media_errors, open_container
 from fastvid.media.reader import Source, VideoSource, open_source
 
 FIRST_PNG = "000000.png"  # of a folder of frames

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastvid.errors import InvalidRequest, MediaError
+from fastvid.files import open_regular
 from fastvid.media.arrays import as_frames, in_order, is_signed, layout_of, to_uint8, wanted
 from fastvid.media.files import (
     KNOWN,
@@ -31,7 +32,6 @@ from fastvid.media.files import (
     check_picture_size,
     kind_of,
     open_container,
-    open_regular,
 )
 from fastvid.media.images import over_black, read_picture, strip_png, to_rgb
 

@@ -46,9 +46,9 @@ class CLIPVisionConfig:
         """Read a transformers config; CheckpointError for values that this model does not implement."""
         source = "image_encoder/config.json"
         if (activation := config.get("hidden_act", DEFAULT_ACTIVATION)) != ACTIVATION:
-            raise CheckpointError(f"{source} has hidden_act={activation!r}; only {ACTIVATION!r} is known")
+            raise CheckpointError(f"{source} has hidden_act={activation!r:.80}; only {ACTIVATION!r} is known")
         if (channels := config.get("num_channels", 3)) != 3:
-            raise CheckpointError(f"{source} has num_channels={channels!r}; pictures have 3")
+            raise CheckpointError(f"{source} has num_channels={channels!r:.80}; pictures have 3")
         made = read_fields(cls(), config, source, strict=False)
         if made.hidden_size % made.num_attention_heads or made.image_size < made.patch_size:
             raise CheckpointError(

@@ -41,7 +41,9 @@ class UMT5Config:
     def from_dict(cls, config: Mapping[str, Any]) -> UMT5Config:
         """Read a transformers config; CheckpointError for values that this model does not implement."""
         if (kind := config.get("feed_forward_proj", GATED)) != GATED:
-            raise CheckpointError(f"text_encoder/config.json has feed_forward_proj={kind!r}; only {GATED!r} is known")
+            raise CheckpointError(
+                f"text_encoder/config.json has feed_forward_proj={kind!r:.70}; only {GATED!r} is known"
+            )
         made = read_fields(cls(), config, "text_encoder/config.json", strict=False)
         exact = made.relative_attention_num_buckets // 4
         if exact * 4 != made.relative_attention_num_buckets or made.relative_attention_max_distance <= exact:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastvid import notices
 from fastvid.errors import CheckpointError
-from fastvid.models.common.config_reader import read_fields
+from fastvid.models.common.config_reader import LARGEST, read_fields
 
 HEAD_DIM = 128  # of every published transformer
 # Mean and standard deviation of the published latents by their channels: Wan2.1 `wan/modules/vae.py`, Wan2.2
@@ -41,6 +41,8 @@ LATENT_STATISTICS: Mapping[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     ),
 }
 # fmt: on
+MAX_LEVELS, MAX_BLOCKS = 8, 128  # published VAEs have 4 levels of 2 blocks
+SMALLEST_STD = 1e-30  # of which fp32 can take the reciprocal
 QK_NORM = "rms_norm_across_heads"
 UNSET_VAE = ("decoder_base_dim", "patch_size", "is_residual", "latents_mean", "latents_std")  # null: the default
 OPTIONAL = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
@@ -140,12 +142,12 @@ class WanVACEConfig:
         whole = isinstance(layers, list | tuple) and all(type(layer) is int for layer in layers)
         if not whole or list(layers) != sorted({0, *layers}) or layers[0] < 0 or layers[-1] >= transformer.num_layers:
             raise CheckpointError(
-                f"transformer/config.json: vace_layers is {layers!r}; a list of layers is needed that ascends from 0 "
-                f"and stays below num_layers={transformer.num_layers}"
+                f"transformer/config.json: vace_layers is {layers!r:.80}; a list of layers is needed that ascends from "
+                f"0 and stays below num_layers={transformer.num_layers}"
             )
-        if type(channels) is not int or channels < 1:
+        if type(channels) is not int or not 1 <= channels <= LARGEST:
             raise CheckpointError(
-                f"transformer/config.json: vace_in_channels is {channels!r}; a positive number is needed"
+                f"transformer/config.json: vace_in_channels is {channels!r:.80}; a positive number is needed"
             )
         return cls(transformer, tuple(layers), channels)
 
@@ -173,10 +175,13 @@ class WanVAEConfig:
         """Reads a diffusers AutoencoderKLWan configuration; CheckpointError for what this network cannot do."""
         config = {key: value for key, value in config.items() if key not in UNSET_VAE or value is not None}
         if config.get("attn_scales"):
-            raise CheckpointError(f"vae/config.json has attn_scales={config['attn_scales']}; only [] is supported")
+            raise CheckpointError(
+                f"vae/config.json has attn_scales={config['attn_scales']!r:.80}; only [] is supported"
+            )
         if not config.get("is_residual") and config.get("patch_size", 1) != 1:
             raise CheckpointError(
-                f"vae/config.json has patch_size={config['patch_size']}; only the Wan 2.2 VAE (is_residual) has patches"
+                f"vae/config.json has patch_size={config['patch_size']!r:.80}; only the Wan 2.2 VAE (is_residual) has "
+                "patches"
             )
         if unknown := sorted(key for key in config if config[key] and not _is_vae_key(key)):
             notices.warn(
@@ -201,11 +206,18 @@ class WanVAEConfig:
                 f"vae/config.json: temperal_downsample has {len(self.temperal_downsample)} values; one less than "
                 f"dim_mult, {len(self.dim_mult) - 1}, are needed"
             )
+        if len(self.dim_mult) > MAX_LEVELS or len(self.dim_mult) * self.num_res_blocks > MAX_BLOCKS:
+            raise CheckpointError(
+                f"vae/config.json: dim_mult has {len(self.dim_mult)} levels of num_res_blocks={self.num_res_blocks}; "
+                f"at most {MAX_LEVELS} levels and {MAX_BLOCKS} blocks in all are allowed"
+            )
+        if not all(SMALLEST_STD < value < 1 / SMALLEST_STD for value in self.latents_std):
+            raise CheckpointError("vae/config.json: latents_std needs positive numbers, which latents are divided by")
         for key in ("in_channels", "out_channels"):
             if self.is_residual and config.get(key, 3) != self.frame_channels:
                 raise CheckpointError(
-                    f"vae/config.json has {key}={config.get(key, 3)}; RGB in patches of patch_size={self.patch_size} "
-                    f"needs {self.frame_channels}"
+                    f"vae/config.json has {key}={config.get(key, 3)!r:.80}; RGB in patches of "
+                    f"patch_size={self.patch_size} needs {self.frame_channels}"
                 )
 
     @property
