@@ -18,7 +18,7 @@ import torch
 from harness import Case, Row, compared, measure, save, table, why_not
 from torch import Tensor
 
-from fastvid.device.precision import ieee_fp32
+from fastvid.device.precision import computing
 from fastvid.ops import dispatch, vae_gpu, vae_kernels
 
 OPERATIONS = True  # what `gpu.sh measure` runs
@@ -58,7 +58,7 @@ def main() -> None:
     for kind in args.dtype or (["bfloat16", "float32"] if device.type == "cuda" else ["float32"]):
         for name, (op, C, N, size) in SIZES[device.type].items():
             title = f"{op} {name} {kind}"
-            with torch.no_grad(), ieee_fp32():
+            with computing():
                 groups[title] = bench(op, C, N, size, getattr(torch, kind), device, args.rounds)
             files = {"triton": "vae_norm.py" if op == "vae_rms_norm" else "vae_conv.py"}
             files |= {} if cuda(op, getattr(torch, kind), device) is None else {"cuda": "csrc"}

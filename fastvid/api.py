@@ -14,6 +14,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
+from fastvid.device.precision import computing, eager
 from fastvid.distributed.layout import Parallelism, parse_parallel
 from fastvid.engine.events import Plan
 from fastvid.engine.queue import RUNNING
@@ -73,7 +74,8 @@ class Blueprint:
         if estimate and self._free is not None:
             raise InvalidRequest("estimate: nothing is known of another card's rates; leave device_memory out, or it")
         settings: dict[str, Any] = {"estimate": estimate, "free": self._free, "keep_frames": keep_frames}
-        return plan_of(self._model, prompt, verb=verb, **settings, **options)
+        with computing():
+            return plan_of(self._model, prompt, verb=verb, **settings, **options)
 
 
 def blueprint(
@@ -96,7 +98,8 @@ def blueprint(
     free = None if device_memory is None else max(0, device_memory - CUDA_RESERVE)
     load_options: dict[str, Any] = {**options}
     parallel = load_options.pop("parallel", None)
-    return Blueprint(outline(model, LoadOptions(**load_options), parallel=parallel, free=free), free)
+    with computing():
+        return Blueprint(outline(model, LoadOptions(**load_options), parallel=parallel, free=free), free)
 
 
 def load(
@@ -161,11 +164,13 @@ def load(
     return _start(model, options, remote.ranks_for(parse_parallel(parallel), device), max_running)
 
 
+@eager
 def _start(model: str, options: dict[str, Any], parallel: Parallelism, max_running: int) -> Pipeline:
     """The pipeline, in this process or on several ranks."""
     began = time.perf_counter()
     if parallel.ranks == 1:
-        pipe = Pipeline(load_model(model, LoadOptions(**options)), max_running)
+        with computing():
+            pipe = Pipeline(load_model(model, LoadOptions(**options)), max_running)
     else:
         pipe = remote.load(model, parallel, options, max_running)
     if log.isEnabledFor(logging.INFO):

@@ -1,56 +1,270 @@
-"""IEEE fp32 arithmetic: turns off TF32 on GPUs and bf16 shortcuts on CPUs, only during fastvid's calls."""
+"""The arithmetic of a pipeline is its own: inside `computing`, the modes that the caller has set change nothing.
+
+    of this thread     torch.compile (see `eager`), grad and inference mode, autocast, default device, torch's function,
+                       dispatch and functorch modes, flushing of denormal numbers, numpy's error state
+    of the process     TF32 and bf16 shortcuts (fp32 is IEEE fp32), cuDNN's and oneDNN's switches, reduced precision of
+                       sums, kinds of attention kernels, deterministic algorithms (fastvid's always are)
+
+The default dtype belongs to the process, and other threads need it, so it stays: our code names every dtype. The number
+of threads stays as well; sums of fp32 may depend on it.
+"""
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
+import numpy as np
 import torch
+from torch.utils import _device, _python_dispatch
+
+from fastvid import notices
+from fastvid.errors import Error
 
 # At run time these modules are objects with more attributes than torch's types know.
 _MKLDNN: Any = torch.backends.mkldnn
 _CUDNN: Any = torch.backends.cudnn
-KINDS = (_MKLDNN.matmul, _MKLDNN.conv, torch.backends.cuda.matmul, _CUDNN.conv)
+_MATMUL: Any = torch.backends.cuda.matmul
+_CUDA: Any = torch.backends.cuda
+_FRAMES: Any = torch._C._dynamo.eval_frame
+KINDS = (_MKLDNN.matmul, _MKLDNN.conv, _MATMUL, _CUDNN.conv)
+SWITCHES = (
+    *((kind, "fp32_precision", "ieee") for kind in KINDS),
+    (_MKLDNN, "enabled", True),
+    (_CUDNN, "enabled", True),
+    (_CUDNN, "benchmark", False),  # it would choose algorithms by their time
+    (_CUDNN, "deterministic", False),
+    (_MATMUL, "allow_fp16_reduced_precision_reduction", True),
+    (_MATMUL, "allow_bf16_reduced_precision_reduction", True),
+)
+ATTENTION_KERNELS = ("flash", "mem_efficient", "math", "cudnn")
+DEVICE_TYPES = ("cpu", "cuda")
+NUMPY_ERRORS = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}  # numpy's defaults
+
+Undo = Callable[[], None]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class _SharedSetting:
-    """torch's precision settings are per process, so concurrent users share one change: the first to enter saves the
-    caller's settings, the last to leave restores them."""
+class _Process:
+    """The settings of the process, which concurrent users share: the first to enter saves the caller's, the last to
+    leave puts them back. Also knows whether the process can compute: a forked child has its parent's memory, but not
+    its threads."""
 
     def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._before: list[str] = []
+        self._lock, self._inside, self._used = threading.Lock(), 0, False
+        self._undo: list[Undo] = []
+        self._forked_inside = self._forked_after_use = False
 
     def enter(self) -> None:
+        self._check()
         with self._lock:
             if self._inside == 0:
-                self._before = [kind.fp32_precision for kind in KINDS]
-                for kind in KINDS:
-                    kind.fp32_precision = "ieee"
+                self._undo = _own_switches()
             self._inside += 1
+            self._used = True
 
     def leave(self) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                for kind, precision in zip(KINDS, self._before, strict=True):
-                    kind.fp32_precision = precision
+                self._restore()
+
+    def forked(self) -> None:
+        """In a forked child."""
+        self._forked_inside |= self._inside > 0
+        self._forked_after_use |= self._used
+        self._restore()
+        self._lock, self._inside = threading.Lock(), 0  # a thread that is not here may have held the lock
+
+    def _check(self) -> None:
+        if self._forked_inside:
+            why = "while a request ran, whose locks nobody opens here"
+        elif self._forked_after_use and torch.get_num_threads() > 1:
+            why = (
+                "after fastvid had computed there, and torch's threads are not here (torch.set_num_threads(1) would do)"
+            )
+        else:
+            return
+        raise Error(
+            f"this process was forked {why}; start it with multiprocessing's 'spawn' or 'forkserver', or fork before "
+            f"the first fastvid.load"
+        )
+
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
 
 
-_SETTING = _SharedSetting()
+def _own_switches() -> list[Undo]:
+    """Sets the process's switches for a pipeline; returns what sets them back."""
+    undo: list[Undo] = []
+
+    def change(set_to: Callable[[Any], Any], before: Any, wanted: Any) -> None:
+        if before != wanted:
+            undo.append(lambda: set_to(before))
+            set_to(wanted)
+
+    for owner, name, wanted in SWITCHES:
+        change(lambda value, owner=owner, name=name: setattr(owner, name, value), getattr(owner, name), wanted)
+    for kind in ATTENTION_KERNELS:
+        change(getattr(_CUDA, f"enable_{kind}_sdp"), getattr(_CUDA, f"{kind}_sdp_enabled")(), True)
+    change(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode(), 0)
+    return undo
+
+
+_PROCESS = _Process()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_PROCESS.forked)
+
+
+class _Depth(threading.local):
+    """How many blocks of `computing` this thread is in."""
+
+    value = 0
+
+
+_DEPTH = _Depth()
+
+
+class computing(AbstractContextManager[None]):  # noqa: N801 - used like a function
+    """The caller's modes change nothing inside the block; they are back after it.
+
+    Generators never yield inside the block, so a single-threaded caller never sees a change. With several threads, the
+    process's settings come back when the last of them leaves. Raises Error in a forked child that cannot compute.
+
+    device: warns of modes that ask for something else than a pipeline on this device does.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device, self._left = device, ExitStack()
+
+    def __enter__(self) -> None:
+        _DEPTH.value += 1
+        if _DEPTH.value > 1:
+            return
+        try:
+            ignored = [] if self._device is None else list(_ignored(self._device))
+            with ExitStack() as entered:
+                _enter_all(entered)
+                self._left = entered.pop_all()
+        except BaseException:
+            _DEPTH.value -= 1
+            raise
+        for message in ignored:
+            notices.warn(message)
+
+    def __exit__(self, *_: Any) -> None:
+        _DEPTH.value -= 1
+        self._left.close()
+
+
+def _enter_all(entered: ExitStack) -> None:
+    """Leaves every mode of this thread, and sets the process's."""
+    _PROCESS.enter()
+    entered.callback(_PROCESS.leave)
+    entered.enter_context(np.errstate(call=None, **NUMPY_ERRORS))
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+        entered.enter_context(temporarily_clear_interpreter_stack())
+    if torch._C._len_torch_dispatch_stack():
+        entered.enter_context(_python_dispatch._disable_current_modes())
+    if torch._C._len_torch_function_stack():
+        entered.enter_context(_without_function_modes())
+    for kind in DEVICE_TYPES:
+        if torch.is_autocast_enabled(kind):
+            torch.set_autocast_enabled(kind, False)
+            entered.callback(torch.set_autocast_enabled, kind, True)
+    if torch.is_inference_mode_enabled():  # its tensors could not be changed by later requests
+        entered.enter_context(torch.inference_mode(False))
+    entered.enter_context(torch.no_grad())
+    if _flushes_denormals():
+        torch.set_flush_denormal(False)
+        entered.callback(torch.set_flush_denormal, True)
+
+
+def eager(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that torch.compile, around a call of it, neither traces nor compiles."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        before = _FRAMES.set_eval_frame(None)
+        try:
+            return function(*args, **options)
+        finally:
+            _FRAMES.set_eval_frame(before)
+
+    cast(Any, call)._torchdynamo_disable = True  # what torch.compiler.disable sets, without its import of a second
+    return call
+
+
+def computes(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """A pipeline's method that runs in `computing`."""
+
+    @eager
+    @functools.wraps(method)
+    def call(pipe: Any, /, *args: P.args, **options: P.kwargs) -> T:
+        with computing(pipe._model.device):
+            return method(pipe, *args, **options)
+
+    return call
+
+
+class Computed(Generic[T]):
+    """The values of a generator, each computed in `computing`."""
+
+    def __init__(self, values: Generator[T, None, None], device: torch.device) -> None:
+        self._values, self._device = values, device
+
+    def __next__(self) -> T:
+        with computing(self._device):
+            return next(self._values)
+
+    def close(self) -> None:
+        with computing():
+            self._values.close()
 
 
 @contextmanager
-def ieee_fp32() -> Iterator[None]:
-    """Full-precision fp32 matrix products and convolutions inside the block; restores the caller's settings after it.
-
-    Our generators never yield inside the block, so a single-threaded caller never sees the change. With several
-    threads, it lasts until the last of them leaves.
-    """
-    _SETTING.enter()
+def _without_function_modes() -> Iterator[None]:
+    """Without torch function modes, among them the default device."""
+    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
     try:
         yield
     finally:
-        _SETTING.leave()
+        while modes:
+            torch._C._push_on_torch_function_stack(modes.pop())
+
+
+def _flushes_denormals() -> bool:
+    """Whether this thread takes numbers nearest to zero for zero; torch does not tell."""
+    return sys.float_info.min / 2 == 0.0
+
+
+def _ignored(device: torch.device) -> Iterator[str]:
+    """What the caller's modes ask for and a pipeline does not do."""
+    if torch.is_autocast_enabled(device.type):
+        yield (
+            "torch.autocast does not change a pipeline's precision, which load(dtype=..., vae_dtype=...) chooses; "
+            "leave the call out of the autocast block"
+        )
+    for mode in _modes():
+        if isinstance(mode, _device.DeviceContext):
+            if torch.device(mode.device).type != device.type:
+                yield f"the default device {mode.device} is not used: this pipeline was loaded on {device}"
+        else:
+            yield f"{type(mode).__name__} sees nothing of a pipeline's work, which runs outside of the caller's modes"
+
+
+def _modes() -> Iterator[Any]:
+    """The function and dispatch modes of this thread."""
+    for place in range(torch._C._len_torch_function_stack()):
+        yield torch._C._get_function_stack_at(place)
+    for place in range(torch._C._len_torch_dispatch_stack()):
+        yield torch._C._get_dispatch_stack_at(place)

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvid.device.precision import ieee_fp32
 from fastvid.distributed.mesh import RankView
 from fastvid.engine import pixels, windows
 from fastvid.engine.pixels import KnownFrames
@@ -121,7 +120,6 @@ class Region:
         return (sigma.view(-1, 1, 1) * free).flatten()
 
 
-@torch.no_grad()
 def prepare(
     model: Model, request: Resolved, segment: Segment, known: KnownFrames, clip: SourceClip | None = None
 ) -> Conditions:
@@ -134,7 +132,8 @@ def prepare(
         return Conditions(way, no_columns)
     if way == CHANNELS:
         return _channels(model, segment, known, no_columns)
-    clean = torch.zeros(1, *segment.latent_shape(model.vae.config.z_dim), device=model.device)
+    shape = segment.latent_shape(model.vae.config.z_dim)
+    clean = torch.zeros(1, *shape, dtype=torch.float32, device=model.device)
     columns = no_columns.clone()
     for start, latents in known_latents(model, segment, known):
         clean[:, :, start : start + latents.shape[2]] = latents
@@ -230,7 +229,8 @@ def control_video(
     The last frame is repeated up to the stream's 4k + 1 frames; those are cropped from the result.
     """
     count, size = segment.model_frames, (segment.model_height, segment.model_width)
-    frames, mask = torch.zeros(count, 3, *size), torch.ones(count, 1, *size)
+    kind = torch.float32
+    frames, mask = torch.zeros(count, 3, *size, dtype=kind), torch.ones(count, 1, *size, dtype=kind)
     if request.video is not None and request.verb == "generate":
         # Maps each frame of the stream to one of the video; context frames before the video take its first.
         indices = (np.arange(count) + segment.source_start - segment.skip).clip(0, len(request.video) - 1)
@@ -279,8 +279,7 @@ class SegmentDenoiser:
         shape = channels, height, width
         self.noise = StreamNoise(request.seed, shape, segment.origin, model.device, request.latents)
         self.clip = None if segment.source is None else SourceClip(model, segment, known, request.mask)
-        with ieee_fp32():
-            self.conditions = prepare(model, request, segment, known, self.clip)
+        self.conditions = prepare(model, request, segment, known, self.clip)
         self.caches: dict[int, KVCache] = {}
         self.first: Tensor | None = None
         self._contexts: dict[tuple[int, int], Any] = {}  # by (expert, prompt)
@@ -365,7 +364,7 @@ class SegmentDenoiser:
         if (anchor := self._anchor(row, prompt)) is not None:
             latents, levels = anchored(latents, levels, anchor)
         times, offset, cache = self._times(row, levels), self._offset(row, anchor is not None), self._cache(row, prompt)
-        with model.experts.use(expert) as transformer, ieee_fp32():
+        with model.experts.use(expert) as transformer:
             if key not in self._contexts:
                 self._contexts[key] = self.conditions.context(transformer, text)
             channels = self.conditions.window_channels(row)

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvid.device.precision import ieee_fp32
+from fastvid.device.precision import computing
+from fastvid.engine import finite
 from fastvid.engine.events import Frames
 from fastvid.engine.queue import Scheduler, Ticket
 from fastvid.models.loaded import Model
@@ -56,6 +57,14 @@ def wait_for_gpu(device: torch.device) -> None:
     """Waits for this thread's CUDA stream, so that step times are real and cancelling takes effect at once."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+
+
+def decode_rgb(model: Model, latents: Tensor, cache: Any, stripes: int = 1, reuse: bool = False) -> tuple[Tensor, Any]:
+    """WanVAE.decode_rgb. Raises Error, with the likely cause, where the frames are not finite."""
+    try:
+        return model.vae.decode_rgb(latents, cache, stripes, reuse, model.bands)
+    except FloatingPointError:
+        raise finite.not_finite(model, finite.DECODED) from None
 
 
 class Decoder:
@@ -101,12 +110,10 @@ class Decoder:
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
 
-    @torch.no_grad()
     def _decode(self, latents: Tensor) -> Decoded:
         began, start = time.perf_counter(), self._start
         model, reuse = self._model, self._cache is not None  # nobody else holds the cache: decode into its memory
-        with ieee_fp32():
-            frames, self._cache = model.vae.decode_rgb(latents, self._cache, self._stripes, reuse, model.bands)
+        frames, self._cache = decode_rgb(model, latents, self._cache, self._stripes, reuse)
         self._start = start + len(frames[0])
         cropped = self._segment.crop(frames[0]).contiguous().cpu().numpy()
         return cropped, start, time.perf_counter() - began
@@ -114,7 +121,7 @@ class Decoder:
     def _decode_beside(self, latents: Tensor, ready: Any) -> Decoded:
         """ready: the CUDA event after which the latents are valid."""
         try:
-            with self._ticket.decoding() as scheduler, self._on_stream(scheduler, latents, ready):
+            with self._ticket.decoding() as scheduler, computing(), self._on_stream(scheduler, latents, ready):
                 assert not self._failed  # after an error no chunk is decoded
                 return self._decode(latents)
         except BaseException:

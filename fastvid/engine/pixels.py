@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvid.engine import finite
 from fastvid.engine.decode import decode_chunk
 from fastvid.media.images import resize
 from fastvid.models.loaded import Model
@@ -138,7 +139,7 @@ def encode(model: Model, frames: Tensor, segment: Segment) -> Tensor:
     for chunk in (frames[:, :, :first], *(rest.split(step, dim=2) if rest.shape[2] else ())):
         encoded, cache = model.vae.encode(chunk.to(model.device, model.vae_dtype), cache, bands=model.bands)
         latents.append(encoded)
-    return torch.cat(latents, dim=2)
+    return finite.check_encoded(torch.cat(latents, dim=2), model)
 
 
 def to_signed(pictures: Tensor) -> Tensor:

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvid.device.precision import ieee_fp32
 from fastvid.distributed.mesh import Layout, RankView
-from fastvid.engine import decode, pixels, windows
+from fastvid.engine import decode, finite, pixels, windows
 from fastvid.engine.conditioning import NEGATIVE, SOURCE, SegmentDenoiser
 from fastvid.engine.decode import Decoded, Decoder, KnownFrameBlend, Output
 from fastvid.engine.events import Event, Frames, Step
@@ -96,7 +95,8 @@ class Prompts:
             if embeds is None:
                 self._embeds[number] = self._embed(prompt or "")
             else:
-                self._embeds[number] = torch.as_tensor(embeds).to(self._model.device, self._model.dtype)
+                given = torch.as_tensor(embeds).to(self._model.device, self._model.dtype)
+                self._embeds[number] = finite.check_text(given, self._model)
         return self._embeds[number]
 
     def of(self, segment: Segment) -> set[int]:
@@ -128,8 +128,7 @@ class Prompts:
         return request.prompts[number], request.prompt_embeds if number == 0 else None
 
     def _embed(self, prompt: str) -> Tensor:
-        with torch.no_grad(), ieee_fp32():
-            return self._model.embed(prompt)
+        return finite.check_text(self._model.embed(prompt), self._model)
 
 
 @dataclass
@@ -193,6 +192,15 @@ class Session:
             # The next segment may start from these frames.
             yield from self._put(number, run.finish())
 
+    def finish_step(self, row: Row) -> None:
+        """Checks a step's latents, and saves them."""
+        assert row.position is not None
+        if not finite.is_finite(row.position.latents):
+            step = f"step {self._step + 1} of {self.total_steps + self.refills} (noise level {row.sigma:.3f})"
+            raise finite.not_finite(self.model, f"{step}: the latents")
+        if self.resume is not None:
+            self.resume.save(row)
+
     def _put(self, number: int, chunks: Iterator[np.ndarray]) -> Iterator[Frames]:
         for frames in chunks:
             self.ends.add(number, frames)
@@ -235,8 +243,8 @@ class SegmentRun:
             with session.ticket.step():
                 began = time.perf_counter()
                 row = next(rows, None)
-                if row is not None and row.position is not None and session.resume is not None:
-                    session.resume.save(row)
+                if row is not None and row.position is not None:
+                    session.finish_step(row)
                 decode.wait_for_gpu(session.model.device)
                 seconds = time.perf_counter() - began
                 session.seconds["denoise"] += seconds

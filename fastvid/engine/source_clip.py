@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvid.device.precision import ieee_fp32
-from fastvid.engine import pixels
+from fastvid.engine import finite, pixels
 from fastvid.engine.pixels import KnownFrames
 from fastvid.models.loaded import Model
 from fastvid.requests.timeline import Segment
@@ -31,16 +30,15 @@ class SourceClip:
         self._start = 0
         self._cache: Any = None  # the VAE's state between columns
 
-    @torch.no_grad()
     def latents(self, start: int, stop: int, forget: bool = True) -> Tensor:
         """The clean latents [1, C, t, h, w] of columns start to stop - 1. forget: drop the columns before `start`."""
-        with ieee_fp32():
-            for column in range(self._start + len(self._columns), stop):
-                frames = pixels.pad(self.frames(*self._frames_of(column)), self.segment).transpose(0, 1)[None]
-                frames = frames.to(self.model.device, self.model.vae_dtype)
-                latents, self._cache = self.model.vae.encode(frames, self._cache, bands=self.model.bands)
-                self.first = latents if self.first is None else self.first
-                self._columns.append(latents)
+        for column in range(self._start + len(self._columns), stop):
+            frames = pixels.pad(self.frames(*self._frames_of(column)), self.segment).transpose(0, 1)[None]
+            frames = frames.to(self.model.device, self.model.vae_dtype)
+            latents, self._cache = self.model.vae.encode(frames, self._cache, bands=self.model.bands)
+            finite.check_encoded(latents, self.model)
+            self.first = latents if self.first is None else self.first
+            self._columns.append(latents)
         if forget and start > self._start:
             del self._columns[: start - self._start]
             self._start = start

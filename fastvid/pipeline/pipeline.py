@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastvid import checks
+from fastvid.device.precision import Computed, computes, eager
 from fastvid.engine import resume
 from fastvid.engine.events import Event, Finished, Frames, Plan, Started, Step
 from fastvid.engine.queue import RUNNING, Scheduler, Ticket
@@ -80,6 +81,7 @@ class Stream:
     def __iter__(self) -> Stream:
         return self
 
+    @eager
     def __next__(self) -> Event:
         with self._ticket.pulled():
             return next(self._events)
@@ -202,6 +204,7 @@ class Pipeline:
         number of steps. `strength` limits how much it changes."""
         return self._video("finalize", video=draft, prompt=prompt, **options)
 
+    @eager
     def _video(self, verb: str, **options: Any) -> Video:
         frames: list[np.ndarray] = []
         # Closed explicitly: an exception's traceback could keep the stream alive, and with it its turn.
@@ -236,6 +239,7 @@ class Pipeline:
         """
         return self._start(verb, {"prompt": prompt, **options}, keep_frames=False, keep_latents=keep_latents)
 
+    @eager
     def _start(self, verb: str, options: dict[str, Any], keep_frames: bool, keep_latents: bool) -> Stream:
         return self._run(make_request(verb, options, lambda: self._variant), keep_frames, keep_latents)
 
@@ -344,10 +348,12 @@ class Pipeline:
         """The name of the model's preset."""
         return self._model.preset.name
 
+    @computes
     def _call(self, name: str, *args: Any, **options: Any) -> Any:
         """Calls one of `CALLS`."""
         return CALLS[name](self._model, *args, **options)
 
+    @computes
     def _run(self, request: Request, keep_frames: bool, keep_latents: bool) -> Stream:
         prepared = prepare(self._model, request, keep_frames)
         warn_of_prompts(self._model, request, prepared.job.request)
@@ -355,6 +361,7 @@ class Pipeline:
         saving = resume.begin(self._model, request.verb, arguments, prepared.recipe, settings, prepared.job.layout)
         return self._stream(prepared, keep_latents, saving)
 
+    @computes
     def resume(
         self,
         path: Path,
@@ -392,6 +399,7 @@ class Pipeline:
         settings = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
         return self._stream(prepared, keep_latents, resume.open_saved(saved, self._model, settings))
 
+    @computes
     def set_loras(self, loras: Sequence[Any] = ()) -> None:
         """Replace the LoRAs by these, given as for `fastvid.load`. An empty list removes all.
 
@@ -407,7 +415,8 @@ class Pipeline:
         ticket = self._ticket or self.new_ticket()
         changes = PromptChanges(functools.partial(warn_of_prompt, self._model))
         session = Session(self._model, prepared.job, ticket, keep_latents, saving, changes)
-        return Stream(_events(prepared, session, saving), ticket, changes if saving is None else None)
+        events = Computed(_events(prepared, session, saving), self._model.device)
+        return Stream(events, ticket, changes if saving is None else None)
 
 
 def _events(prepared: Prepared, session: Session, saving: Resume | None) -> Generator[Event, None, None]:

@@ -9,32 +9,28 @@ import torch
 from torch import Tensor
 
 from fastvid import checks
-from fastvid.device.precision import ieee_fp32
+from fastvid.engine.decode import decode_rgb
+from fastvid.engine.finite import check_encoded, check_text
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
 from fastvid.pipeline.request_warnings import warn_of_prompt
 from fastvid.pipeline.tensors import as_tensor, finite
 
 
-@torch.no_grad()
 def embed(model: Model, prompt: str) -> Tensor:
     """See Pipeline.embed."""
     prompt = checks.text("prompt", prompt)
     warn_of_prompt(model, prompt)
-    with ieee_fp32():
-        return model.embed(prompt)
+    return check_text(model.embed(prompt), model)
 
 
-@torch.no_grad()
 def encode(model: Model, frames: Any) -> Tensor:
     """See Pipeline.encode."""
     pixels = _frames(frames, model)
-    with ieee_fp32():
-        latents, _ = model.vae.encode(pixels.to(model.device, torch.float32).div(127.5).sub(1), bands=model.bands)
-    return latents
+    latents, _ = model.vae.encode(pixels.to(model.device, torch.float32).div(127.5).sub(1), bands=model.bands)
+    return check_encoded(latents, model)
 
 
-@torch.no_grad()
 def decode(model: Model, latents: Any) -> np.ndarray:
     """See Pipeline.decode."""
     tensor, channels = as_tensor("latents", latents), model.vae.config.z_dim
@@ -45,11 +41,10 @@ def decode(model: Model, latents: Any) -> np.ndarray:
         )
     tensor = finite("latents", tensor)
     out, cache = [], None
-    with ieee_fp32():
-        # One latent frame at a time, so that activation memory does not grow with the clip.
-        for column in torch.split(tensor.to(model.device, torch.float32), 1, dim=2):
-            decoded, cache = model.vae.decode_rgb(column, cache, bands=model.bands)
-            out.append(decoded[0].cpu().numpy())
+    # One latent frame at a time, so that activation memory does not grow with the clip.
+    for column in torch.split(tensor.to(model.device, torch.float32), 1, dim=2):
+        decoded, cache = decode_rgb(model, column, cache)
+        out.append(decoded[0].cpu().numpy())
     return np.concatenate(out)
 
 

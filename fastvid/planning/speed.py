@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvid.device.devices import cpu_name
-from fastvid.device.precision import ieee_fp32
+from fastvid.device.precision import computing
 from fastvid.distributed import cost_model
 from fastvid.distributed.cost_model import Work
 from fastvid.distributed.mesh import Layout
@@ -275,10 +275,10 @@ def _read(path: Path, key: dict[str, Any]) -> Rates | None:
 # ---------------------------------------------------------------- measuring
 
 
-@torch.no_grad()
 def measure(ops: Ops, device: torch.device, dtype: torch.dtype) -> Rates:
     """Measure this machine's rates, from small to large sizes, within the time budget."""
-    with ieee_fp32():
+    own = [device] if device.type == "cuda" else []
+    with computing(), torch.random.fork_rng(own):  # the caller's random numbers stay what they would have been
         return Rates(
             _points(_linear(device, dtype), device),
             _points(_attention(ops, device, dtype), device),
@@ -347,11 +347,9 @@ def _attention(ops: Ops, device: torch.device, dtype: torch.dtype) -> Iterator[C
 def _convolution(ops: Ops, device: torch.device) -> Iterator[Case]:
     """Convolutions of the VAE's residual blocks, in fp32."""
     for channels, frames, height, width in CONVOLUTION:
-        x, past = (torch.randn(1, channels, t, height, width, device=device) for t in (frames, 2))
-        weight, bias = (
-            torch.randn(channels, channels, 3, 3, 3, device=device) / 50,
-            torch.zeros(channels, device=device),
-        )
-        gamma = torch.ones(channels, 1, 1, 1, device=device)
+        make: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        x, past = (torch.randn(1, channels, t, height, width, **make) for t in (frames, 2))
+        weight, bias = torch.randn(channels, channels, 3, 3, 3, **make) / 50, torch.zeros(channels, **make)
+        gamma = torch.ones(channels, 1, 1, 1, **make)
         work = 2.0 * weight.numel() * frames * height * width
         yield work, partial(ops.vae_norm_silu_conv3d, x, past, gamma, weight, bias)

@@ -125,8 +125,6 @@ def _move(at: Position | None, row: TableRow, take: Source, solver: Solver) -> P
     return replace(at, start=row.start, latents=latents, state=at.state.moved(drop, add))
 
 
-# Gradients are off inside this call and never across a yield, where that would leak into the caller's code.
-@torch.no_grad()
 def _step(
     row: TableRow, latents: Tensor, solver: Solver, denoise: Denoise, state: SolverState
 ) -> tuple[Tensor, SolverState]:

@@ -6,27 +6,36 @@ import subprocess
 import sys
 
 SCRIPT = """
+import threading
 import torch
-from fastvid.device.precision import ieee_fp32
+from fastvid.device.precision import computing
 torch.set_float32_matmul_precision("medium")
 a, b = torch.randn(256, 512), torch.randn(512, 384)
 exact = a.double() @ b.double()
 error = lambda: float(((a @ b).double() - exact).norm() / exact.norm())
-with ieee_fp32():
+with computing():
     assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
     assert error() < 1e-6, error()
 try:
-    with ieee_fp32():
+    with computing():
         raise KeyError
 except KeyError:
     pass
 assert torch.get_float32_matmul_precision() == "medium", torch.get_float32_matmul_precision()
-first, second = ieee_fp32(), ieee_fp32()  # of two threads, which end in the order in which they began
-first.__enter__()
-second.__enter__()
-first.__exit__(None, None, None)
-assert torch.backends.mkldnn.matmul.fp32_precision == "ieee" and error() < 1e-6
-second.__exit__(None, None, None)
+begun, may_end = threading.Event(), threading.Event()
+
+def other():
+    with computing():
+        begun.set()
+        may_end.wait(20)
+
+with computing():
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert begun.wait(20)
+assert torch.backends.mkldnn.matmul.fp32_precision == "ieee" and error() < 1e-6  # the other thread is still inside
+may_end.set()
+thread.join()
 print(torch.backends.mkldnn.matmul.fp32_precision)
 """
 

@@ -14,6 +14,7 @@ Maths: Wan2.1 `wan/modules/vae.py` (Apache-2.0), rewritten as one causal network
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -103,16 +104,20 @@ class Decoder(nn.Module):
             up = Upsample(c_out, c_out // 2, temporal[i], ops) if i < len(temporal) else None
             yield UpBlock(c_in if i == 0 else c_in // 2, c_out, config.num_res_blocks, up, ops)
 
-    def forward(self, x: Tensor, stream: Stream, stripes: int = 1, rgb: bool = False) -> Tensor:
-        """Frames, or with `rgb` their 8-bit values."""
+    def forward(self, x: Tensor, stream: Stream, stripes: int = 1, rgb: list[Tensor] | None = None) -> Tensor:
+        """Frames, or with `rgb` their 8-bit values, which do not show NaN: the sums of what they are made of, which do,
+        are appended to `rgb`."""
         stream.begin(x)
         x = self.mid_block(self.conv_in(x, stream), stream)
         return stream.in_stripes(partial(self._up, rgb=rgb), x, stripes)
 
-    def _up(self, x: Tensor, stream: Stream, rgb: bool = False) -> Tensor:
+    def _up(self, x: Tensor, stream: Stream, rgb: list[Tensor] | None = None) -> Tensor:
         for block in self.up_blocks:
             x = block(x, stream)
-        return (self.conv_out.rgb_after if rgb else self.conv_out.after)(self.norm_out, x, stream)
+        if rgb is None:
+            return self.conv_out.after(self.norm_out, x, stream)
+        rgb.append(x.sum(dtype=torch.float32))
+        return self.conv_out.rgb_after(self.norm_out, x, stream)
 
 
 class WanVAE(nn.Module):
@@ -209,10 +214,16 @@ class WanVAE(nn.Module):
     def decode_rgb(
         self, z: Tensor, cache: Cache | None = None, stripes: int = 1, reuse: bool = False, bands: Bands | None = None
     ) -> tuple[Tensor, Cache]:
-        """`decode` to 8-bit RGB, uint8 [B, F, 8h, 8w, 3]: what ops.to_rgb makes of the frames."""
-        band = band_of(bands, z.shape[3], stripes)
-        frames, cache = self._decode(partial(self.decoder, stripes=stripes, rgb=True), z, cache, reuse, band)
+        """`decode` to 8-bit RGB, uint8 [B, F, 8h, 8w, 3]: what ops.to_rgb makes of the frames.
+
+        Raises FloatingPointError, on all ranks, if NaN or infinity come out. Waits for the device.
+        """
+        band, sums = band_of(bands, z.shape[3], stripes), list[Tensor]()
+        frames, cache = self._decode(partial(self.decoder, stripes=stripes, rgb=sums), z, cache, reuse, band)
         frames = frames.permute(0, 2, 3, 4, 1).to(torch.uint8)  # of a rank that holds no rows there are none
+        finite = all(map(math.isfinite, torch.stack(sums).tolist())) if sums else True
+        if not (finite if band is None else band.agree(finite)):
+            raise FloatingPointError("the decoder made NaN or infinity")
         return frames if band is None else band.join(frames, 2, self.config.spatial_scale), cache
 
     def _decode(

@@ -148,10 +148,13 @@ class PatchDecoder(Decoder):
             spatial = i < len(config.temperal_downsample)
             yield ResidualUpBlock(dims[i], dims[i + 1], config.num_res_blocks, temporal, spatial, ops)
 
-    def forward(self, x: Tensor, stream: Stream, stripes: int = 1, rgb: bool = False) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, stripes: int = 1, rgb: list[Tensor] | None = None) -> Tensor:
         frames = unpatchify(super().forward(x, stream, stripes), self.config.patch_size)
+        if rgb is None:
+            return frames
+        rgb.append(frames.sum(dtype=torch.float32))
         # The last convolution makes patches, whose bytes would not be in the order of pixels.
-        return torch.stack([self.ops.to_rgb(one) for one in frames]).permute(0, 4, 1, 2, 3) if rgb else frames
+        return torch.stack([self.ops.to_rgb(one) for one in frames]).permute(0, 4, 1, 2, 3)
 
 
 class WanVAE22(WanVAE):

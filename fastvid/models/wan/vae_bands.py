@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastvid.distributed.layout import agree
 from fastvid.distributed.mesh import Mesh, shares, starts
 from fastvid.errors import InvalidRequest
 from fastvid.models.common.vae_stream import Cache, Layers, Stream, Window, alone, check_stripes
@@ -51,6 +52,10 @@ class Band:
     def join(self, x: Tensor, dim: int, scale: int = 1) -> Tensor:
         """The bands of all ranks, one below the other along a dimension, on all of them."""
         return self.mesh.gather(x, [size * scale for size in self.sizes], dim)
+
+    def agree(self, fine: bool) -> bool:
+        """Whether it is fine on all ranks."""
+        return bool(agree(self.mesh, int(fine)))
 
     @property
     def holders(self) -> list[int]:
