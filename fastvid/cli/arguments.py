@@ -40,7 +40,7 @@ def read_recipe(flags: argparse.Namespace) -> dict[str, Any] | None:
 def make(flags: argparse.Namespace, recipe: dict[str, Any] | None) -> Request:
     """The request of the flags, applied to a recipe if there is one."""
     parsed = {name: getattr(flags, name, None) for name in (*words_of(flags.verb), *FLAGS)}
-    values: dict[str, Any] = {name: value for name, value in parsed.items() if value is not None and value is not False}
+    values: dict[str, Any] = {name: value for name, value in parsed.items() if value is not None}
     if values.get("prompt") == "-":
         values["prompt"] = _read_prompt()
     if "keyframes" in values:

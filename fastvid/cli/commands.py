@@ -168,7 +168,8 @@ def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> di
                 check_writable(  # again, now that frame count and rate are known
                     output, num_frames=event.num_frames, width=event.width, height=event.height, fps=event.fps
                 )
-                sink = FrameSink(output, width=event.width, height=event.height, fps=event.fps, recipe=event.recipe)
+                size: dict[str, int] = {"width": event.width, "height": event.height}
+                sink = FrameSink(output, **size, fps=event.fps, recipe=event.recipe, sound=event.sound)
                 stack.enter_context(sink)
                 writer = stack.enter_context(BackgroundWriter(sink))
             elif isinstance(event, Frames):

@@ -84,7 +84,8 @@ class Flag:
 def _flag(name: str, row: Argument) -> Flag:
     spelling, _, metavar = row.flag.partition(" ")
     if not metavar:
-        return Flag(spelling, row, {"action": "store_true", "default": None})
+        action = "store_false" if spelling.startswith("--no-") else "store_true"
+        return Flag(spelling, row, {"action": action, "default": None})
     is_number = type_of(name) in ("int | None", "float | None")
     options = PARSED.get(name, {"type": number} if is_number else {})
     return Flag(spelling, row, {**options, "metavar": metavar})

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from fastvid.media.sound import Track
+
 
 @dataclass(frozen=True)
 class Started:
-    """The request is planned and accepted; nothing has been computed yet."""
+    """The request is planned and accepted; nothing has been computed yet. sound: the video's, read from its clips on
+    demand, for `FrameSink`; None without."""
 
     plan: Plan
     seed: int
@@ -26,6 +29,7 @@ class Started:
     fps: float
     total_steps: int
     recipe: dict[str, Any] = field(repr=False)
+    sound: Track | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

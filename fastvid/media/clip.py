@@ -4,8 +4,8 @@
     clip.num_frames, clip.height, clip.width, clip.fps
     clip.resampled(16).resized(480, 832).tail(17)
 
-Only requested frames are in memory. Alpha is composited over black, rotation is applied, sound is ignored, and pixels
-are assumed to be square.
+Only requested frames are in memory. Alpha is composited over black, rotation is applied, and pixels are assumed to be
+square.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvid import checks
+from fastvid import checks, notices
 from fastvid.checks import MAX_FPS, MAX_FRAMES, MAX_SIDE, MIN_FPS, is_array, is_pillow, number, one_of, whole
 from fastvid.errors import InvalidRequest, OutOfMemory
 from fastvid.media.arrays import as_array, is_signed
@@ -24,9 +24,11 @@ from fastvid.media.files import media_errors
 from fastvid.media.images import resize
 from fastvid.media.metadata import stated_fps
 from fastvid.media.reader import ArraySource, PictureSource, Source, open_source
+from fastvid.media.sound import Sound, Span, Track
 
 FITS = ("cover", "stretch")
 FPS = number(MIN_FPS, MAX_FPS, " frames a second")
+UNEVEN = 0.1  # seconds that sound may be off the frames before it is told
 EVEN = 0.25  # of a frame: frames this close to an even grid count as evenly spaced, since files round their times
 
 
@@ -145,6 +147,31 @@ class Clip:
         assert self.fps is not None
         return np.arange(self.num_frames + 1) / self.fps
 
+    @property
+    def has_sound(self) -> bool:
+        return self.source.sound() is not None
+
+    def audio(self) -> Sound | None:
+        """All of the clip's sound, in memory; None if there is none."""
+        span = None if self.fps is None else self.sound(0, self.num_frames, self.fps)
+        return None if span is None else Track((span,), span.seconds).read()
+
+    def sound(self, start: int, stop: int, fps: float) -> Span | None:
+        """The sound of frames start to stop - 1 when they are played at `fps`; None if there is none. Frames that are
+        not spaced as they were in the file are told, since sound keeps its speed."""
+        source = self.source.sound()
+        if source is None:
+            return None
+        times = self._times() if self.fps else np.arange(self.num_frames + 1) / fps
+        begin, seconds = float(times[start]), (stop - start) / fps
+        lasting = float(times[stop]) - begin
+        if abs(lasting - seconds) > UNEVEN:
+            notices.warn(
+                f"{self.name}: its frames last {lasting:.2f} s in the file and {seconds:.2f} s here, so that they and "
+                "its sound drift apart"
+            )
+        return Span(source, 0.0, begin, seconds)
+
     def resized(self, height: int, width: int, fit: str = "cover") -> Clip:
         """The same clip at another size, scaled with Pillow's Lanczos filter. fit "cover": crop the center to the new
         aspect ratio, then scale; "stretch": scale without cropping. Raises InvalidRequest for an invalid size or
@@ -197,13 +224,14 @@ def open_clip(source: Any, *, name: str = "video") -> Clip:
         return _clip(_of_list(given, name), None, name)
     if is_pillow(given) or is_array(given):
         return _clip(_of_array(given, name), None, name)
-    frames, rate = _frames_and_rate(name, given)
-    return _clip(ArraySource(as_array(frames, name), name, signed=False), FPS(f"{name}.fps", rate), name)
+    frames, rate, sound = _parts_of(name, given)
+    return _clip(ArraySource(as_array(frames, name), name, signed=False, sound=sound), FPS(f"{name}.fps", rate), name)
 
 
 @checks.guarded("a Video, or anything else with frames and fps")
-def _frames_and_rate(name: str, value: Any) -> tuple[Any, Any]:
-    return value.frames, value.fps
+def _parts_of(name: str, value: Any) -> tuple[Any, Any, Sound | None]:
+    sound = getattr(value, "audio", None)
+    return value.frames, value.fps, sound if isinstance(sound, Sound) else None
 
 
 def _of_array(source: Any, name: str) -> ArraySource:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastvid.errors import MediaError
+from fastvid.media.sound import SoundWriter, Track, sound_encoder
 
 THREADS = 4  # encoder threads. The output depends on their number, so it is the same on every machine.
 BT709, LIMITED_RANGE = 1, 1  # ITU-T H.273 codes, the same in every FFmpeg version
@@ -142,10 +143,12 @@ class EncodedWriter:
     """Encodes frames into a staging file (a fragmented MP4, which plays even if the process is killed). `finish`
     remuxes it into the final file, with the index at the front, the exact frame size and the recipe."""
 
-    def __init__(self, encoding: Encoding, stage: Path, spec: VideoSpec, recipe: str | None) -> None:
+    def __init__(
+        self, encoding: Encoding, stage: Path, spec: VideoSpec, recipe: str | None, sound: Track | None = None
+    ) -> None:
         import av
 
-        self._encoding, self._spec, self._stage = encoding, spec, stage
+        self._encoding, self._spec, self._stage, self._sound = encoding, spec, stage, sound
         self._padded = _even(spec) if encoding.even_sides else spec
         self._graph = encoding.graph(self._padded)
         self._file = OutputFile(stage, "w")
@@ -190,7 +193,7 @@ class EncodedWriter:
             _append_gif_comment(self._stage, recipe)
             return self._stage
         final = self._stage.with_name(self._stage.name + "2")
-        _remux(self._encoding, self._stage, final, self._spec, recipe)
+        _remux(self._encoding, self._stage, final, self._spec, recipe, self._sound)
         return final
 
     def discard(self) -> None:
@@ -223,9 +226,12 @@ def _add_stream(container: Any, encoding: Encoding, spec: VideoSpec) -> Any:
     return stream
 
 
-def _remux(encoding: Encoding, stage: Path, final: Path, spec: VideoSpec, recipe: str | None) -> None:
-    """Copy packets and state the exact frame size in the container. H.264 4:2:0 requires even sides, so its pictures
-    may have one more column or row; decoders crop to the container's size (libavcodec/h264_slice.c)."""
+def _remux(
+    encoding: Encoding, stage: Path, final: Path, spec: VideoSpec, recipe: str | None, sound: Track | None
+) -> None:
+    """Copy packets, encode sound beside them, and state the exact frame size in the container. H.264 4:2:0 requires
+    even sides, so its pictures may have one more column or row; decoders crop to the container's size
+    (libavcodec/h264_slice.c)."""
     import av
 
     options = (encoding.final or {}) | {"fflags": "+bitexact"}
@@ -239,10 +245,16 @@ def _remux(encoding: Encoding, stage: Path, final: Path, spec: VideoSpec, recipe
         stream = target.add_stream_from_template(source.streams.video[0])
         stream.codec_context.width, stream.codec_context.height = spec.width, spec.height
         stream.codec_context.framerate = spec.fps  # for .webm; the template does not copy it
+        encoder = None if sound is None else sound_encoder(encoding.container)
+        beside = None if sound is None or encoder is None else SoundWriter(target, sound, encoder)
         for packet in source.demux(source.streams.video[0]):
             if packet.dts is not None:
+                if beside is not None:
+                    beside.write_until(float(packet.dts * packet.time_base))
                 packet.stream = stream
                 target.mux(packet)
+        if beside is not None:
+            beside.finish()
     if _payload(final) != _payload(stage):
         raise MediaError("the file that was written does not hold what was encoded; is the disk full or failing?")
 

@@ -8,6 +8,7 @@ pictures and arrays.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -34,6 +35,7 @@ from fastvid.media.files import (
     open_container,
 )
 from fastvid.media.images import over_black, read_picture, strip_png, to_rgb
+from fastvid.media.sound import Sound, SoundFile, find_sound
 
 SEEKABLE = ("mov", "matroska")  # formats that seek exactly to a key frame
 VP8_SHOWN = 0x10  # bit of a packet's first byte (RFC 6386, 9.1); libvpx also writes packets that are not shown
@@ -51,6 +53,10 @@ class Source:
         """Frame `number`, uint8 RGB [H, W, 3]. It may be shared memory: do not write to it."""
         raise NotImplementedError
 
+    def sound(self) -> Sound | SoundFile | None:
+        """The sound beside the frames, which begins with the first one; None if there is none."""
+        return None
+
     def close(self) -> None:
         """Release resources that the next read can open again."""
 
@@ -62,7 +68,15 @@ class ArraySource(Source):
     """Frames in memory, of any layout and range of `fastvid.media.arrays`. picture: whether it must be one frame.
     signed: as `is_signed` finds it; None: find it."""
 
-    def __init__(self, array: np.ndarray, name: str, picture: bool = False, signed: bool | None = None) -> None:
+    def __init__(
+        self,
+        array: np.ndarray,
+        name: str,
+        picture: bool = False,
+        signed: bool | None = None,
+        sound: Sound | None = None,
+    ) -> None:
+        self._sound = sound
         self._frames = as_frames(array, name, picture)
         self.num_frames, self.height, self.width = self._frames.shape[:3]
         try:
@@ -74,6 +88,9 @@ class ArraySource(Source):
 
     def frame(self, number: int) -> np.ndarray:
         return over_black(to_uint8(self._frames[number], self._signed))
+
+    def sound(self) -> Sound | None:
+        return self._sound
 
 
 class NpySource(Source):
@@ -204,6 +221,7 @@ class VideoSource(Source):
                     key_times.append(packet.pts)
                 if packet.pts is not None and (latest is None or packet.pts > latest):
                     latest, last = packet.pts, packet.duration or 0
+            self._has_sound = bool(container.streams.audio)
             self._time_base, self._average = stream.time_base, stream.average_rate or stream.base_rate
             declared = stream.frames if self.kind == "mov" else 0
         if not pts:
@@ -232,6 +250,14 @@ class VideoSource(Source):
         # Some files give the last frame one tick, which would make it invisible.
         end = times[-1] + max(index.last_duration * float(self._time_base), usual)
         return fps, np.append(times, end)
+
+    def sound(self) -> SoundFile | None:
+        return self._sound
+
+    @functools.cached_property
+    def _sound(self) -> SoundFile | None:
+        start = 0.0 if self._index.pts is None else float(self._index.pts[0] * self._time_base)
+        return find_sound(self._name, self.kind, start) if self._has_sound else None
 
     # ------------------------------------------------------------ decoding
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvid.media.sound import Sound, track_of
 from fastvid.media.writer import FrameSink, check_writable
 
 
@@ -18,7 +19,8 @@ class Video:
 
     frames: uint8 RGB [T, H, W, 3]; fps: frames per second; seed: the seed used; latents: denoised and normalized
     [1, C, T', h, w], before cropping, or None; recipe: JSON types, see
-    `fastvid.requests.request.Resolved.to_recipe`.
+    `fastvid.requests.request.Resolved.to_recipe`; audio: the clip's sound along the frames (`samples` float32
+    [N, channels] and `rate`), or None.
     """
 
     frames: np.ndarray
@@ -26,6 +28,7 @@ class Video:
     seed: int
     latents: Any = None
     recipe: dict[str, Any] = field(default_factory=dict)
+    audio: Sound | None = None
 
     def __post_init__(self) -> None:
         if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
@@ -55,7 +58,8 @@ class Video:
         no new file is created and an existing one is unchanged.
         """
         check_writable(path, num_frames=self.num_frames, width=self.width, height=self.height, fps=self.fps)
-        with FrameSink(path, width=self.width, height=self.height, fps=self.fps) as sink:
+        sound = None if self.audio is None else track_of(self.audio, self.seconds)
+        with FrameSink(path, width=self.width, height=self.height, fps=self.fps, sound=sound) as sink:
             sink.write(self.frames)
             return sink.close(self.recipe)
 

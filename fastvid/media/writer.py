@@ -30,9 +30,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fastvid import notices
 from fastvid.errors import InvalidRequest, MediaError
 from fastvid.media.encoders import ENCODINGS, EncodedWriter, VideoSpec, find_encoder
 from fastvid.media.files import media_errors
+from fastvid.media.sound import Track, sound_encoder
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".png", ".npy")
 MAX_GIF_FPS = 50  # players show frames shorter than 0.02 s for 0.1 s
@@ -241,20 +243,32 @@ class NpyWriter:
             self._file.close()
 
 
-def open_writer(target: Target, stage: Path, spec: VideoSpec, recipe: str | None) -> Writer:
-    """The writer for a kind of file. recipe: JSON in ASCII."""
+def open_writer(target: Target, stage: Path, spec: VideoSpec, recipe: str | None, sound: Track | None = None) -> Writer:
+    """The writer for a kind of file. recipe: JSON in ASCII. sound: for kinds of files that hold it."""
     if target.kind == ".npy":
         return NpyWriter(stage, spec)
     if target.kind in ("", ".png"):
         return PngWriter(stage, folder=target.kind == "")
-    return EncodedWriter(ENCODINGS[target.kind], stage, spec, recipe)
+    return EncodedWriter(ENCODINGS[target.kind], stage, spec, recipe, sound)
+
+
+def playable(sound: Track | None, target: Target) -> Track | None:
+    """The sound, if this kind of file holds it. If not, warns that it is left out."""
+    encoding = ENCODINGS.get(target.kind)
+    if sound is None or encoding is not None and encoding.final is not None and sound_encoder(encoding.container):
+        return sound
+    holding = ", ".join(kind for kind, other in ENCODINGS.items() if other.final is not None)
+    what = f"a {target.kind}" if target.kind else "a folder of pictures"
+    notices.warn(f"{target.path}: the clip's sound is left out, which {what} does not hold here; {holding} do")
+    return None
 
 
 # ---------------------------------------------------------------- the sink
 
 
 class FrameSink:
-    """Writes uint8 RGB frames to a file incrementally. Sides in pixels, fps in frames per second.
+    """Writes uint8 RGB frames to a file incrementally. Sides in pixels, fps in frames per second. sound: encoded beside
+    the frames when the file is closed, where this kind of file holds sound.
 
         with FrameSink("out.mp4", width=64, height=64, fps=16) as sink:
             sink.write(frames)      # [T, 64, 64, 3], any T, any number of times
@@ -266,12 +280,19 @@ class FrameSink:
     """
 
     def __init__(
-        self, path: PathLike, *, width: int, height: int, fps: float, recipe: dict[str, Any] | None = None
+        self,
+        path: PathLike,
+        *,
+        width: int,
+        height: int,
+        fps: float,
+        recipe: dict[str, Any] | None = None,
+        sound: Track | None = None,
     ) -> None:
         self.path, self.num_frames, self.closed = path, 0, False
         self._target = check_writable(path, fps=fps)
         self._spec = VideoSpec(width, height, exact_rate(fps))
-        self._recipe = _as_json(recipe)
+        self._recipe, self._sound = _as_json(recipe), playable(sound, self._target)
         self._stage = self._target.staging()
         self._writer: Writer | None = None
 
@@ -293,7 +314,7 @@ class FrameSink:
         if self.closed:
             raise MediaError(f"{self.path}: the sink is closed")
         if self._writer is None:
-            self._writer = open_writer(self._target, self._stage, self._spec, self._recipe)
+            self._writer = open_writer(self._target, self._stage, self._spec, self._recipe, self._sound)
         return self._writer
 
     def close(self, recipe: dict[str, Any] | None = None) -> Path:

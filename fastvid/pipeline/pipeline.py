@@ -27,6 +27,7 @@ from fastvid.engine.queue import RUNNING, Scheduler, Ticket
 from fastvid.engine.resume import Resume
 from fastvid.engine.session import PromptChanges, Session
 from fastvid.errors import InvalidRequest
+from fastvid.media.sound import Track
 from fastvid.media.video import Video
 from fastvid.models.loaded import Model
 from fastvid.pipeline import asynchronous, steps
@@ -207,13 +208,17 @@ class Pipeline:
     @eager
     def _video(self, verb: str, **options: Any) -> Video:
         frames: list[np.ndarray] = []
+        sound: Track | None = None
         # Closed explicitly: an exception's traceback could keep the stream alive, and with it its turn.
         with contextlib.closing(self._start(verb, options, keep_frames=True, keep_latents=True)) as stream:
             for event in stream:
                 if isinstance(event, Frames):
                     frames.append(event.frames)
+                elif isinstance(event, Started):
+                    sound = event.sound
         assert isinstance(event, Finished), "everything else raises"
-        return Video(np.concatenate(frames), event.fps, event.seed, event.latents, event.recipe)
+        audio = None if sound is None else sound.read()
+        return Video(np.concatenate(frames), event.fps, event.seed, event.latents, event.recipe, audio)
 
     @documented
     def stream(
@@ -431,6 +436,7 @@ def _events(prepared: Prepared, session: Session, saving: Resume | None) -> Gene
             fps=request.fps,
             total_steps=session.total_steps,
             recipe=prepared.recipe,
+            sound=prepared.sound,
         )
         with session.ticket.admitted():
             for event in session.run():

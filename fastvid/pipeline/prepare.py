@@ -15,6 +15,7 @@ from fastvid.distributed.mesh import Layout
 from fastvid.engine.events import Plan
 from fastvid.engine.session import Job
 from fastvid.errors import InvalidRequest
+from fastvid.media.sound import Track
 from fastvid.models.loaded import Model
 from fastvid.pipeline import tensors, verbs
 from fastvid.pipeline.request_warnings import warn_of_size
@@ -23,6 +24,7 @@ from fastvid.planning.speed import Rates, find_rates
 from fastvid.requests import inputs, prompts
 from fastvid.requests.arguments import VERBS
 from fastvid.requests.request import Request, Resolved, check_verb
+from fastvid.requests.soundtrack import soundtrack
 from fastvid.requests.timeline import Timeline
 from fastvid.sampling.sigmas import make_sigmas
 from fastvid.version import __version__
@@ -38,6 +40,7 @@ class Prepared:
     job: Job
     plan: Plan
     recipe: dict[str, Any]
+    sound: Track | None = None
 
 
 def make_request(verb: str, options: dict[str, Any], variant: Callable[[], str]) -> Request:
@@ -75,7 +78,7 @@ def prepare(
     plan, layout = plan_request(model, resolved, timeline, sigmas, keep_frames, free, rates, layout)
     log.info("plan: %s", _summary(plan))
     job = Job(resolved, timeline, sigmas, plan.decode_chunk, plan.decode_stripes, plan.decode_beside, layout)
-    return Prepared(job, plan, recipe)
+    return Prepared(job, plan, recipe, soundtrack(resolved, timeline))
 
 
 def _summary(plan: Plan) -> str:

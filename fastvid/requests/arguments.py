@@ -146,6 +146,11 @@ ARGUMENTS: Mapping[str, Argument] = {
         "weight of control video and reference pictures (default: 1); A,B,...: one for each control layer",
         "--conditioning-scale X",
     ),
+    "audio": Argument(
+        checks.flag,
+        "keep the sound of clips where their frames stay (default: if there is any); new frames are silent",
+        "--no-audio",
+    ),
     "num_inference_steps": Argument(whole(1, checks.MAX_STEPS), "denoising steps, 1 to 1000", "--steps N"),
     "guidance_scale": Argument(
         _guidance, "classifier-free guidance scale, 0 to 1000; up to 1: no guidance", "--guidance-scale X"

@@ -108,9 +108,19 @@ def _with_clips(request: Request) -> Request:
     if "video_2" in clips:
         second = clips["video_2"].resized(first.height, first.width)
         values["video_2"] = second.resampled(first.fps) if first.fps else second
+    values["audio"] = _keeps_sound(request, clips)
     if request.verb in ("edit", "finalize"):
         return _on_canvas(replace(request, **values, num_frames=first.num_frames), first)
     return replace(request, **values, height=first.height, width=first.width)
+
+
+def _keeps_sound(request: Request, clips: Mapping[str, Clip]) -> bool | None:
+    """Whether the video has the clips' sound; None if they have none."""
+    if request.audio is False or any(clip.has_sound for clip in clips.values()):
+        return request.audio is not False
+    if request.audio:
+        notices.warn(f"audio=True: {' and '.join(clips)} have no sound that can be read, and neither will the result")
+    return None
 
 
 def _from_recipe(request: Request) -> dict[str, Any]:

@@ -99,7 +99,13 @@ class ImageOptions(SamplingOptions, PromptOptions, SizeOptions, total=False):
     reference_images: Picture | Sequence[Picture] | None
 
 
-class BridgeOptions(SamplingOptions, PromptOptions, LengthOptions, total=False):
+class SoundOptions(TypedDict, total=False):
+    """The sound of clips."""
+
+    audio: bool | None
+
+
+class BridgeOptions(SamplingOptions, PromptOptions, LengthOptions, SoundOptions, total=False):
     """Of `loop` and `blend`."""
 
 
@@ -109,7 +115,7 @@ class ExtendOptions(BridgeOptions, total=False):
     direction: Direction | None
 
 
-class FinalizeOptions(SamplingOptions, PromptOptions, SizeOptions, total=False):
+class FinalizeOptions(SamplingOptions, PromptOptions, SizeOptions, SoundOptions, total=False):
     """Of `finalize`."""
 
     strength: float | None

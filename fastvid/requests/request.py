@@ -86,6 +86,7 @@ class Request:
     source_prompt: str | None = None
     shots: tuple[tuple[str, float], ...] | None = None
     draft: bool | None = None
+    audio: bool | None = None
     latents: Any = _data()
     prompt_embeds: Any = _data()
     negative_prompt_embeds: Any = _data()
@@ -367,6 +368,7 @@ class Resolved:
     source_prompt: str | None
     shots: tuple[tuple[str, float], ...] | None
     full_size: tuple[int, int] | None
+    audio: bool | None
     image: Any = field(compare=False, repr=False)
     keyframes: Any = field(compare=False, repr=False)
     video_2: Any = field(compare=False, repr=False)

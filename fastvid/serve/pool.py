@@ -32,7 +32,7 @@ import numpy as np
 from fastvid import checks
 from fastvid.distributed.layout import parse_parallel
 from fastvid.engine import resume_files
-from fastvid.engine.events import Finished, Frames, Step
+from fastvid.engine.events import Finished, Frames, Started, Step
 from fastvid.errors import BackendUnavailable, Cancelled, CheckpointError, Error, InvalidRequest, PoolFull, WorkerFailed
 from fastvid.media.video import Video
 from fastvid.requests.arguments import documented
@@ -95,15 +95,18 @@ class Group:
         self._streams[job] = stream = self._open(folder, verb, options)
         if job in self._cancelled:
             stream.cancel()
-        frames = []
+        frames, sound = [], None
         with contextlib.closing(stream):
             for event in stream:
                 if isinstance(event, Frames):
                     frames.append(event.frames)
+                elif isinstance(event, Started):
+                    sound = event.sound
                 elif isinstance(event, Step):
                     self._steps[job] = event.step, event.total
         assert isinstance(event, Finished), "everything else raises"
-        return Video(np.concatenate(frames), event.fps, event.seed, event.latents, event.recipe)
+        audio = None if sound is None else sound.read()
+        return Video(np.concatenate(frames), event.fps, event.seed, event.latents, event.recipe, audio)
 
     def _open(self, folder: str, verb: str, options: dict[str, Any]) -> Any:
         if Path(folder, "request.json").exists():

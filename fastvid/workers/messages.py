@@ -138,13 +138,14 @@ def _encode_tensor(name: str, value: Any, tensors: Tensors) -> Any:
 
 
 def _encode_clip(name: str, value: Any, tensors: Tensors) -> Any:
-    """An open clip is sent as its frames and frame rate."""
+    """An open clip is sent as its frames, frame rate and sound."""
     if not (hasattr(value, "read") and hasattr(value, "num_frames") and hasattr(value, "fps")):
         return None
     return {
         "$": "clip",
         "frames": _encode_tensor(name, value.read(), tensors),
         "fps": _encode(name, value.fps, tensors),
+        "audio": _encode(name, value.audio(), tensors),
     }
 
 
@@ -173,10 +174,10 @@ def _decode_picture(pixels: Any) -> Any:
     return Image.fromarray(pixels)
 
 
-def _decode_clip(frames: Any, fps: Any) -> Any:
+def _decode_clip(frames: Any, fps: Any, audio: Any) -> Any:
     from fastvid.media.video import Video
 
-    return frames if fps is None else Video(frames, float(fps), 0)
+    return frames if fps is None else Video(frames, float(fps), 0, audio=audio)
 
 
 DECODERS: Mapping[str, Callable[..., Any]] = {
@@ -192,6 +193,8 @@ DECODERS: Mapping[str, Callable[..., Any]] = {
 def _dataclasses() -> dict[str, type]:
     """The dataclasses that may be sent, by name."""
     from fastvid.engine.events import Finished, Frames, Plan, Started, Step
+    from fastvid.media.sound import Sound, SoundFile, Span, Track
     from fastvid.media.video import Video
 
-    return {kind.__name__: kind for kind in (Started, Step, Frames, Finished, Plan, Video)}
+    kinds = (Started, Step, Frames, Finished, Plan, Video, Sound, SoundFile, Span, Track)
+    return {kind.__name__: kind for kind in kinds}

@@ -67,6 +67,7 @@ def test_resume_loads_the_model_as_it_was(capsys: pytest.CaptureFixture[str], pi
         return pipe._events(Request.make(prompt="p", seed=3).resolve(Recipe()))
 
     pipe.resume = resumed  # type: ignore[attr-defined]
+    Image.new("RGB", (64, 64)).save("moved.png")
     words = ("resume", "job", "-o", "out.npy", "--json", "--quiet", "--image", "moved.png", "--keep-checkpoint")
     status, out, _ = run(capsys, *words)
     assert status == 0 and json.loads(out)["seed"] == 3 and np.load("out.npy").shape == (5, 64, 64, 3)
