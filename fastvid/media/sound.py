@@ -18,7 +18,8 @@ import numpy as np
 
 from fastvid import notices
 from fastvid.errors import InvalidRequest, MediaError
-from fastvid.media.files import media_errors, open_container, open_regular
+from fastvid.files import open_regular
+from fastvid.media.files import media_errors, open_container
 
 CODECS = ("aac", "ac3", "alac", "eac3", "flac", "mp2", "mp3", "mp3float", "opus", "vorbis", "wmav1", "wmav2")
 MIN_RATE, MAX_RATE, MAX_CHANNELS = 4000, 192_000, 16
