@@ -19,8 +19,9 @@ from fastvid.distributed.layout import Parallelism, parse_parallel
 from fastvid.engine.events import Plan
 from fastvid.engine.queue import RUNNING
 from fastvid.errors import InvalidRequest
+from fastvid.loaders import lora_fit
 from fastvid.loaders.checkpoint import open_checkpoint
-from fastvid.loaders.lora import lora_problems, read_loras
+from fastvid.loaders.lora import read_loras
 from fastvid.models.loaded import LoadOptions, Model
 from fastvid.pipeline.load import load_model, outline
 from fastvid.pipeline.pipeline import MAX_RUNNING, Pipeline
@@ -196,5 +197,5 @@ def inspect(model: str, loras: Sequence[Any] = (), parts: Mapping[str, str | Pat
     """Describe a checkpoint from its configurations and file headers, without loading it, and check whether LoRAs
     fit."""
     checkpoint = open_checkpoint(model, parts)
-    described = [{**lora.to_dict(), "problems": lora_problems(checkpoint, lora)} for lora in read_loras(loras)]
+    described = lora_fit.describe(read_loras(loras), checkpoint)
     return checkpoint.to_dict() | ({"loras": described} if described else {})

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
-from fastvid.loaders import layouts, lora, safetensors
+from fastvid.loaders import layouts, lora, lora_fit, safetensors
 from fastvid.loaders.find import (
     UNIDENTIFIED,
     FoundModel,
@@ -34,7 +34,7 @@ from fastvid.models.common.config_reader import read_json
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.description import Checkpoint, Part, flat_config
 from fastvid.models.preset import Preset
-from fastvid.models.registry import CONTROLLED, EXPERTS, build_empty, kind_of
+from fastvid.models.registry import CONTROLLED, EXPERTS, build_empty, kind_of, target_dtype
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.models.wan.presets import find_preset, find_variants, read_signature
@@ -120,14 +120,19 @@ def fill(
     only: Container[str] | None = None,
 ) -> None:
     """Stream a part's weights into its module, with LoRAs merged in. only: the weights to reload; None: all."""
-    lora.check_part(loras, module, part)
-    merge = (lambda key, tensor: lora.merge(key, tensor, loras)) if loras else None
-    safetensors.load_into(module, part.files, device, dtype, origins=part.origins, merge=merge, only=only)
+    lora_fit.check_part(loras, module, part)
+
+    def merge(key: str, tensor: Tensor) -> Tensor:
+        return lora.merge(key, tensor, loras, target_dtype(module, key, dtype))
+
+    safetensors.load_into(
+        module, part.files, device, dtype, origins=part.origins, merge=merge if loras else None, only=only
+    )
 
 
 def check_fill(module: nn.Module, part: Part, loras: Sequence[Lora] = ()) -> None:
     """Raise the errors that `fill` would raise, without reading any weights."""
-    lora.check_part(loras, module, part)
+    lora_fit.check_part(loras, module, part)
     safetensors.read_matching_headers(module, part.files, part.origins)
 
 

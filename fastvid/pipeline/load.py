@@ -22,7 +22,8 @@ from fastvid.distributed.mesh import Mesh
 from fastvid.errors import CheckpointError
 from fastvid.loaders.checkpoint import check_fill, fill, load_part, open_checkpoint
 from fastvid.loaders.find import EMBEDDED, read_tokenizer
-from fastvid.loaders.lora import Lora, as_tuples, changed_weights, for_expert, read_loras
+from fastvid.loaders.lora import Lora, as_tuples, changed_weights, read_loras
+from fastvid.loaders.lora_fit import fit, for_expert
 from fastvid.models.common.experts import Experts
 from fastvid.models.description import Checkpoint, Part
 from fastvid.models.loaded import LoadOptions, Model, Modules, Placement, TextLength
@@ -46,10 +47,11 @@ def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, m
 
     mesh: the ranks that run it together; all load it with the same options except the device.
     """
-    device, loras, mesh = check_options(options), read_loras(options.loras), mesh or Mesh()
+    device, loras, mesh = check_options(options), read_loras(options.loras, download=True), mesh or Mesh()
     ops = bind(options.backend, options.attention, device)
     links = find_links(options.link, mesh, device)
     checkpoint = open_checkpoint(source, options.parts, download=True).check()
+    loras = fit(loras, checkpoint)
     placement = choose_placement(checkpoint, options, mesh)
     modules = load_modules(checkpoint, ops, placement, loras, mesh.rank)
     lists = as_tuples(loras), changed_weights(loras)
@@ -74,6 +76,7 @@ def outline(
     ops = bind(options.backend, options.attention, device) if free is None else Ops({}, {}, {})
     links = find_links(options.link, mesh, device, planned=True)
     checkpoint = describe(source, options)
+    loras = fit(loras, checkpoint)
     placement = choose_placement(checkpoint, options, mesh, free)
     modules = empty_modules(checkpoint, placement)
     lists = as_tuples(loras), changed_weights(loras)
@@ -86,7 +89,7 @@ def change_loras(model: Model, loras: Any) -> Model:
     """The model with its LoRAs replaced by these. Every weight that an old or a new LoRA changes is read from the
     model's files again, in every expert that has it. Everything is checked before the first weight is read.
     """
-    merging = read_loras(loras)
+    merging = fit(read_loras(loras, download=True), model.checkpoint)
     stale = model.merged | changed_weights(merging)
     names = model.checkpoint.experts
     mine = [for_expert(merging, number, len(names)) for number in range(len(names))]

@@ -23,6 +23,7 @@ from fastvid.engine.queue import RUNNING, Ticket
 from fastvid.engine.session import PromptChanges
 from fastvid.errors import Error, InvalidRequest
 from fastvid.loaders.checkpoint import open_checkpoint
+from fastvid.loaders.lora import as_list
 from fastvid.pipeline.pipeline import Pipeline, Stream
 from fastvid.requests.request import Request
 from fastvid.workers import torchrun
@@ -139,8 +140,9 @@ class RemotePipeline(Pipeline):
 
     def set_loras(self, loras: Sequence[Any] = ()) -> None:
         """See Pipeline.set_loras. Workers that are started later have them too."""
-        self._call("set_loras", list(loras))
-        self._team.options["loras"] = [_absolute(lora) for lora in loras]
+        listed = as_list(loras)
+        self._call("set_loras", listed)
+        self._team.options["loras"] = [_absolute(lora) for lora in listed]
 
 
 def _absolute(lora: Any) -> Any:

@@ -20,7 +20,10 @@ import fastvid
 from fastvid.cli import parser
 from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.loaders.lora import Lora, Term, changed_weights, check, merge, read_lora
+from fastvid.loaders import lora as reader
+from fastvid.loaders.lora import Lora, changed_weights, merge
+from fastvid.loaders.lora_fit import check
+from fastvid.loaders.lora_terms import Pair
 from fastvid.models.wan.weight_names import ORIGINAL, rules
 
 DIM, FFN, BLOCKS, RANK = 8, 12, 2, 3
@@ -50,6 +53,11 @@ def pairs(seed: int = 0, rank: int = RANK) -> dict[str, tuple[Tensor, Tensor]]:
     """Module -> (A, B)."""
     torch.manual_seed(seed)
     return {module: (torch.randn(rank, n), torch.randn(m, rank)) for module, (m, n) in MODULES.items()}
+
+
+def read_lora(path: Path, scale: Any = 1.0) -> Lora:
+    (read,) = reader.read_lora(path, scale)
+    return read
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
@@ -204,7 +212,7 @@ def test_many_at_once(files: list[tuple[int, float]], rows: int, columns: int, s
     exact = base.double()
     for rank, scale in files:
         up, down = torch.randn(rows, rank), torch.randn(rank, columns)
-        loras.append(Lora(Path("x"), scale, {"w": (Term(up, down, 0.5),)}))
+        loras.append(Lora(Path("x"), scale, {"w": (Pair(up, down, 0.5),)}))
         exact = exact + 0.5 * scale * (up.double() @ down.double())
     kept = base.clone()
     merged = merge("w", base, loras)
@@ -323,18 +331,27 @@ def test_what_matches_nothing_is_listed(tmp_path: Path) -> None:
 
 LAYER = "diffusion_model.blocks.0.self_attn.q"
 WRONG = [
-    ({f"{LAYER}.lora_A.weight": (2, 8)}, r"blocks.0.attn1.to_q needs lora_A .* and lora_B .*; only A is there"),
+    ({f"{LAYER}.lora_A.weight": (2, 8)}, r"blocks.0.attn1.to_q needs lora_B .*; only down is there"),
     ({f"{LAYER}.alpha": ()}, "only alpha is there"),
+    ({f"{LAYER}.lora_B.bias": (8,)}, "only up_bias is there"),
     (
         {f"{LAYER}.lora_A.weight": (2, 8), f"{LAYER}.lora_B.weight": (8, 3)},
-        r"\[8, 3\] and lora_A \[2, 8\], which do not",
+        r"blocks.0.attn1.to_q has shapes \[8, 3\], \[2, 8\], which do not multiply",
     ),
     (
         {f"{LAYER}.lora_A.weight": (2, 8), f"{LAYER}.lora_B.weight": (8, 2), f"{LAYER}.alpha": (2,)},
         r"alpha of blocks.0.attn1.to_q is \[2\]",
     ),
-    ({f"{LAYER}.dora_scale": (8,)}, r"no part of a LoRA: .*dora_scale \(DoRA is not supported"),
-    ({f"{LAYER}.hada_w1_a": (8,)}, "LoHa is not supported"),
+    ({f"{LAYER}.lora_A.weight": (0, 8), f"{LAYER}.lora_B.weight": (8, 0)}, r"\[8, 0\], \[0, 8\]; .* rank 1 or more"),
+    ({f"{LAYER}.dora_scale": (8,)}, "needs lora_A .*; only dora_scale is there"),
+    ({f"{LAYER}.hada_w1_a": (8, 2)}, "blocks.0.attn1.to_q needs hada_w1_b; only hada_w1_a is there"),
+    ({f"{LAYER}.lokr_w1": (2, 2)}, "blocks.0.attn1.to_q needs lokr_w2_a; only lokr_w1 is there"),
+    ({f"{LAYER}.lokr_w1": (2, 2), f"{LAYER}.lokr_w2": (4,)}, r"shapes \[2, 2\] and \[4\]; two matrices"),
+    ({f"{LAYER}.lokr_w1": (2, 2), f"{LAYER}.lora_A.weight": (2, 8)}, "changes of several kinds: down, lokr_w1"),
+    ({f"{LAYER}.oft_blocks": (8,)}, r"oft_blocks \(OFT is not supported\)"),
+    ({f"{LAYER}.a1.weight": (8, 2)}, r"\(GLoRA is not supported\)"),
+    ({f"{LAYER}.lora_A.{x}.weight": (2, 8) for x in "ab"}, r"several adapters \(a, b\); save each"),
+    ({f"{LAYER}.diff": (8, 8), f"{LAYER}.w_norm": (8,)}, "the same weights twice, under different names: .*w_norm"),
     ({f"{LAYER}.weight": (8, 8)}, r"no part of a LoRA: .*self_attn.q.weight$"),
     ({}, "holds no LoRA weights"),
 ]

@@ -77,6 +77,7 @@ DOUBTFUL = [
     "wan22-high-low",
     "HIGH/motion_low_noise",
     "low_noise/styleHigh",
+    "test_files_named_high_and_low_g0/HIGH-low",
 ]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 NOISE_LEVELS = ("high", "low")  # of transformer and transformer_2
 OTHER = {"high": "low", "low": "high"}
+NO_MARK, DOUBTFUL, PLAIN, NOISE = range(4)  # strengths of marks: high_motion, style_high, high_noise
 
 _LEVELS = {"high": "high", "hi": "high", "low": "low", "lo": "low"}
 _SHORT = {"h": "high", "hn": "high", "l": "low", "ln": "low"}  # never a mark by themselves
@@ -42,8 +43,8 @@ _OTHER_SENSE = re.compile(
 # Words that are told of files rather than of pictures: wan22_high_lora, low-rank64.
 _TECHNICAL = re.compile(
     r"adapter|alpha|beta|bf|checkpoint|ckpt|comfy|comfyui|copy|diffusers|diffusion|distill|distilled|"
-    r"dit|dmd|epoch|epochs|expert|final|gguf|hps|image|kijai|latest|lcm|lightning|lightx|lora|"
-    r"loras|merged|model|models|moe|mps|network|new|old|only|pruned|pytorch|rank|resized|rslora|"
+    r"dit|dmd|epoch|epochs|expert|final|fp|gguf|hps|image|kijai|latest|lcm|lightning|lightx|lora|"
+    r"kj|loras|merged|model|models|moe|mps|network|new|old|only|pruned|pytorch|rank|resized|rslora|"
     r"safetensors|scaled|seko|self|step|steps|style|test|text|transformer|turbo|unet|ver|version|"
     r"video|wan|weights"
 )
@@ -63,7 +64,8 @@ def expert_of(path: str | Path, others: Iterable[str | Path] = ()) -> Mark:
     """The expert that a file's name, or the folder it is in, means. others: files that may be its partner, such as
     those beside it; if one is, both are sure."""
     path = Path(path)
-    if sides := {side for other in others if (side := _side(path, Path(other)))}:
+    mine = _readings(path)
+    if mine and (sides := {side for other in others if (side := _side(mine, _readings(Path(other))))}):
         return Mark(sides.pop()) if len(sides) == 1 else Mark(sure=False)
     inside, around = read_mark(path.name), read_mark(_folder(path))
     around = around if around.sure else Mark()  # a doubtful folder says nothing
@@ -74,57 +76,54 @@ def expert_of(path: str | Path, others: Iterable[str | Path] = ()) -> Mark:
 
 def is_pair(path: str | Path, other: str | Path) -> bool:
     """Whether two files are the two experts of one pair: equal names, of which one says high and the other low."""
-    return bool(_side(Path(path), Path(other)))
+    return bool(_side(_readings(Path(path)), _readings(Path(other))))
 
 
 def read_mark(name: str) -> Mark:
     """What one name says, of a file or a folder or in metadata."""
     words = _words(name)
     marks = {mark for i in range(len(words)) if (mark := _mark_at(words, i))}
-    experts = {mark.expert for mark in marks}
-    if len(experts) > 1:
-        strong = {mark.expert for mark in marks if mark.sure}
-        return Mark(strong.pop()) if len(strong) == 1 else Mark(sure=False)
-    return max(marks, key=lambda mark: mark.sure, default=Mark())
+    most = max((strength for _, strength in marks), default=NO_MARK)
+    experts = {expert for expert, strength in marks if strength == most or most < NOISE}
+    if len(experts) == 1:
+        return Mark(experts.pop(), most > DOUBTFUL)
+    return Mark(sure=not experts)
 
 
-def _mark_at(words: Sequence[str], i: int) -> Mark | None:
-    """The mark that word number i is."""
-    word = words[i].lower()
-    before, after = (words[i - 1] if i else "").lower(), (words[i + 1] if i + 1 < len(words) else "").lower()
+def _mark_at(words: Sequence[str], i: int) -> tuple[str, int] | None:
+    """(expert, strength) of the mark that word number i is."""
+    before, word, after, next_one = ("", *map(str.lower, words), "", "")[i : i + 4]
     if word in ("hn", "ln"):
-        return Mark(_SHORT[word], sure=False)
+        return _SHORT[word], DOUBTFUL
     if word not in _LEVELS:
         return None
     if "noise" in (before, after):
-        return Mark(_LEVELS[word])
+        return _LEVELS[word], NOISE
     if word in ("hi", "lo") or _OTHER_SENSE.fullmatch(after):
         return None
-    if after == "rank" and not (i + 2 < len(words) and words[i + 2].isdigit()):
+    if after == "rank" and not next_one.isdigit():
         return None  # a high rank
     stands_out = words[i].isupper() and any(not other.isupper() and other.isalpha() for other in words)
-    technical = len(after) <= 2 or after.isdigit() or after in NOISE_LEVELS or _TECHNICAL.fullmatch(after)
-    return Mark(_LEVELS[word], sure=stands_out or bool(technical and not _INTENSIFIERS.fullmatch(before)))
+    numbered = len(after) == 1 and next_one.isdigit()  # v2, e8, r64, t2v
+    technical = not after or after.isdigit() or numbered or after in NOISE_LEVELS or _TECHNICAL.fullmatch(after)
+    return _LEVELS[word], PLAIN if stands_out or (technical and not _INTENSIFIERS.fullmatch(before)) else DOUBTFUL
 
 
-def _side(path: Path, other: Path) -> str:
-    """The expert that `path` is beside its partner `other`; "" if they are no pair."""
-    mine, theirs = dict(_readings(path)), dict(_readings(other))
-    for key, expert in mine.items():
-        if theirs.get(key) == OTHER[expert]:
-            return expert
-    return ""
+def _side(mine: dict[str, str], theirs: dict[str, str]) -> str:
+    """The expert that a file is beside its partner, by the readings of both; "" if they are no pair."""
+    return next((expert for key, expert in mine.items() if theirs.get(key) == OTHER[expert]), "")
 
 
-def _readings(path: Path) -> list[tuple[str, str]]:
-    """(the name with its marks replaced, what they say) for every way to read marks in a name: words, then letters."""
+def _readings(path: Path) -> dict[str, str]:
+    """The name with its marks replaced -> what they say, for both ways to read marks: words, and single letters too."""
     folder = _folder(path)
-    made = []
+    made = {}
     for marks in (_LEVELS, _LEVELS | _SHORT):
         inside, around = (_replace(_words(name), marks) for name in (path.name, folder))
+        around = around if len(around[1]) == 1 else ("", set())  # a folder for both says nothing
         experts = inside[1] | around[1]
         if len(experts) == 1:
-            made.append((f"{around[0] if around[1] else ''}/{inside[0]}", experts.copy().pop()))
+            made[f"{around[0] if around[1] else ''}/{inside[0]}"] = next(iter(experts))
     return made
 
 
