@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastvid.errors import CheckpointError
-from fastvid.loaders import hub, safetensors
+from fastvid.loaders import hub, hub_cache, safetensors
+from fastvid.loaders.peft_settings import FILE as SETTINGS_FILE
 from fastvid.models.wan.weight_names import some
 
 STANDARD_NAMES = ("pytorch_lora_weights" + safetensors.SUFFIX, "adapter_model" + safetensors.SUFFIX)
@@ -112,33 +113,45 @@ def _is_hub_name(text: str) -> bool:
 
 def _from_hub(name: str, download: bool) -> Source:
     repo, file = hub.split(name)
-    file = file or _file_in_cache(repo)
-    full = f"{repo}/{file}" if file else name
+
+    def with_settings(names: list[str]) -> list[str]:
+        chosen = file or choose(repo, [name for name in names if "/" not in name])
+        if chosen not in names:
+            raise CheckpointError(f"the repository has no such file; it has {some(names)}")
+        beside = str(Path(chosen).with_name(SETTINGS_FILE))
+        return [chosen, *([beside] if beside in names else [])]
+
     try:
-        found = hub.find(full) if file else None
-        if found is None and download and file:
-            found = hub.download(full)
+        folder = hub_cache.snapshot(repo)
+        cached = with_settings(_names_below(folder)) if folder and _holds(folder, file) else []
+        usable = folder and cached and not hub_cache.damaged(folder, cached)
+        if folder and usable and (_is_settled(file, cached) or not download):
+            return Source(folder / cached[0], Path(repo, cached[0]))
+        if download:
+            folder, chosen = hub.get(name, with_settings)
+            return Source(folder / chosen[0], Path(repo, chosen[0]))
     except CheckpointError as error:
         raise CheckpointError(f"lora {name}: {error}") from None
-    if found is None:
-        raise CheckpointError(
-            f"lora {name}: there is no such file or folder, and it is not in the local cache of the hub; `hf download "
-            f"{full.replace(repo + '/', repo + ' ')}` fetches it"
-        )
-    return Source(found, Path(full))
+    state = "damaged in the local cache of the hub" if cached else "not in the local cache of the hub"
+    raise CheckpointError(
+        f"lora {name}: there is no such file or folder, and it is {state}; `hf download "
+        f"{name.replace(repo + '/', repo + ' ')}` fetches it"
+    )
 
 
-def _file_in_cache(repo: str) -> str:
-    """The LoRA file of a repository in the local cache; "" if it is not there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+def _is_settled(file: str, cached: list[str]) -> bool:
+    """Whether the hub can't say more than the cache: another LoRA in the repository, or peft's settings beside it."""
+    name = cached[0].rpartition("/")[2]
+    return len(cached) > 1 or (name != STANDARD_NAMES[1] and (bool(file) or name == STANDARD_NAMES[0]))
 
-    try:  # a pattern that matches nothing: otherwise huggingface_hub requires files that we never download
-        folder = Path(snapshot_download(repo, allow_patterns=["/"], local_files_only=True))
-    except (HFValidationError, OSError):
-        return ""
-    names = _names_in(folder)
-    return choose(repo, names) if any(name.endswith(safetensors.SUFFIX) for name in names) else ""
+
+def _holds(folder: Path, file: str) -> bool:
+    """Whether a snapshot has a file, or any LoRA."""
+    return (folder / file).is_file() if file else any(folder.glob("*" + safetensors.SUFFIX))
+
+
+def _names_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _names_in(folder: Path) -> list[str]:
