@@ -15,21 +15,22 @@ from fastvid.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fastvid.api import blueprint, load
-    from fastvid.engine.events import Finished, Frames, Started, Step
+    from fastvid.engine.events import Finished, Frames, Plan, Started, Step
     from fastvid.media.clip import open_clip
     from fastvid.media.video import Video
     from fastvid.pipeline.pipeline import Pipeline
+    from fastvid.pipeline.stream import Stream
     from fastvid.requests.request import Request
     from fastvid.serve.pool import Pool
 
 __all__ = ["BackendUnavailable", "Cancelled", "CheckpointError", "Error", "InvalidRequest", "MediaError", "OutOfMemory"]
 __all__ += ["Finished", "Frames", "Pipeline", "Pool", "PoolFull", "PromptError", "Request", "Started", "Step", "Video"]
-__all__ += ["FastvidWarning", "WorkerFailed", "blueprint", "load", "open_clip"]
+__all__ += ["FastvidWarning", "Plan", "Stream", "WorkerFailed", "blueprint", "load", "open_clip"]
 
 _LAZY = dict.fromkeys(("blueprint", "load"), "fastvid.api")
-_LAZY |= dict.fromkeys(("Finished", "Frames", "Started", "Step"), "fastvid.engine.events")
+_LAZY |= dict.fromkeys(("Finished", "Frames", "Plan", "Started", "Step"), "fastvid.engine.events")
 _LAZY |= {"Pipeline": "fastvid.pipeline.pipeline", "Request": "fastvid.requests.request", "Pool": "fastvid.serve.pool"}
-_LAZY |= {"Video": "fastvid.media.video", "open_clip": "fastvid.media.clip"}
+_LAZY |= {"Stream": "fastvid.pipeline.stream", "Video": "fastvid.media.video", "open_clip": "fastvid.media.clip"}
 logging.getLogger("fastvid").addHandler(logging.NullHandler())
 
 if not TYPE_CHECKING:  # checkers take the names from the imports above

@@ -14,8 +14,9 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
+from fastvid import checks
 from fastvid.device.precision import computing, eager
-from fastvid.distributed.layout import Parallelism, parse_parallel
+from fastvid.distributed.layout import parse_parallel
 from fastvid.engine.events import Plan
 from fastvid.engine.queue import RUNNING
 from fastvid.errors import InvalidRequest
@@ -23,9 +24,10 @@ from fastvid.loaders import lora_fit
 from fastvid.loaders.checkpoint import open_checkpoint
 from fastvid.loaders.lora import read_loras
 from fastvid.models.loaded import LoadOptions, Model
+from fastvid.pipeline import load_arguments
 from fastvid.pipeline.load import load_model, outline
-from fastvid.pipeline.pipeline import MAX_RUNNING, Pipeline
-from fastvid.pipeline.prepare import plan_of
+from fastvid.pipeline.pipeline import Pipeline
+from fastvid.pipeline.prepare import estimate_of, plan_of
 from fastvid.requests.arguments import documented
 from fastvid.requests.options import AnyOptions
 from fastvid.workers import remote
@@ -56,6 +58,9 @@ class Blueprint:
     def __init__(self, model: Model, free: int | None = None) -> None:
         self._model, self._free = model, free
 
+    def __repr__(self) -> str:
+        return f"<Blueprint of {self._model.name:.60}>"
+
     @documented
     def plan(
         self,
@@ -72,6 +77,7 @@ class Blueprint:
         anew. keep_frames: whether all frames stay in memory, as with `generate`; False: as with `stream`. Raises
         InvalidRequest, MediaError, and OutOfMemory if the request does not fit.
         """
+        estimate, keep_frames = estimate_of("estimate", estimate), checks.flag("keep_frames", keep_frames)
         if estimate and self._free is not None:
             raise InvalidRequest("estimate: nothing is known of another card's rates; leave device_memory out, or it")
         settings: dict[str, Any] = {"estimate": estimate, "free": self._free, "keep_frames": keep_frames}
@@ -96,11 +102,11 @@ def blueprint(
 
     Raises as `load` does.
     """
-    free = None if device_memory is None else max(0, device_memory - CUDA_RESERVE)
-    load_options: dict[str, Any] = {**options}
-    parallel = load_options.pop("parallel", None)
+    given = load_arguments.checked({"model": model, "device_memory": device_memory, **options})
+    model, memory, parallel = given.pop("model"), given.pop("device_memory"), given.pop("parallel", None)
+    free = None if memory is None else max(0, memory - CUDA_RESERVE)
     with computing():
-        return Blueprint(outline(model, LoadOptions(**load_options), parallel=parallel, free=free), free)
+        return Blueprint(outline(model, LoadOptions(**given), parallel=parallel, free=free), free)
 
 
 def load(
@@ -160,20 +166,19 @@ def load(
     """
     options: dict[str, Any] = {"device": device, "dtype": dtype, "vae_dtype": vae_dtype, "backend": backend}
     options |= {"attention": attention, "loras": loras, "offload": offload, "parts": parts, "link": link}
-    options["cuda_graphs"] = cuda_graphs
-    MAX_RUNNING("max_running", max_running)
-    return _start(model, options, remote.ranks_for(parse_parallel(parallel), device), max_running)
+    options |= {"model": model, "cuda_graphs": cuda_graphs, "parallel": parallel, "max_running": max_running}
+    return _start(**load_arguments.checked(options))
 
 
 @eager
-def _start(model: str, options: dict[str, Any], parallel: Parallelism, max_running: int) -> Pipeline:
+def _start(model: str, max_running: int, parallel: int | str, **options: Any) -> Pipeline:
     """The pipeline, in this process or on several ranks."""
-    began = time.perf_counter()
-    if parallel.ranks == 1:
+    began, ranks = time.perf_counter(), remote.ranks_for(parse_parallel(parallel), options["device"])
+    if ranks.ranks == 1:
         with computing():
             pipe = Pipeline(load_model(model, LoadOptions(**options)), max_running)
     else:
-        pipe = remote.load(model, parallel, options, max_running)
+        pipe = remote.load(model, ranks, options, max_running)
     if log.isEnabledFor(logging.INFO):
         _log_loaded(pipe.describe(), time.perf_counter() - began)
     return pipe
@@ -196,6 +201,8 @@ def _log_loaded(description: Mapping[str, Any], seconds: float) -> None:
 def inspect(model: str, loras: Sequence[Any] = (), parts: Mapping[str, str | Path] | None = None) -> dict[str, Any]:
     """Describe a checkpoint from its configurations and file headers, without loading it, and check whether LoRAs
     fit."""
+    given = load_arguments.checked({"model": model, "loras": loras, "parts": parts})
+    model, loras, parts = given["model"], given["loras"], given["parts"]
     checkpoint = open_checkpoint(model, parts)
     described = lora_fit.describe(read_loras(loras), checkpoint)
     return checkpoint.to_dict() | ({"loras": described} if described else {})

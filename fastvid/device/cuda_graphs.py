@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastvid.checks import guarded, refuse
 from fastvid.errors import BackendUnavailable, InvalidRequest
 
 LIMIT = 8  # graphs kept; the least recently used one is evicted
@@ -177,11 +178,12 @@ def _with(shape: Any, tensors: Iterator[Tensor]) -> Any:
 # ---------------------------------------------------------------- the choice
 
 
-def check(asked: Any) -> Any:
+@guarded("'auto', True or False; the nearest is 'auto'")
+def check(name: str, asked: Any) -> str | bool:
     """Return `cuda_graphs=` if it is "auto", True or False. Raises InvalidRequest otherwise."""
-    if asked != "auto" and not isinstance(asked, bool):
-        raise InvalidRequest(f"cuda_graphs={asked!r:.40}: allowed is 'auto', True or False; the nearest is 'auto'")
-    return asked
+    if isinstance(asked, str) and asked == "auto":
+        return "auto"
+    return asked if isinstance(asked, bool) else refuse(name, asked, "'auto', True or False", "'auto'")
 
 
 def choose(asked: Any, device: torch.device, stays: bool, caches: bool, ranks: int = 1) -> tuple[bool, str]:

@@ -49,6 +49,11 @@ def find_device(device: Any) -> torch.device:
     return _parse_device("device", device)
 
 
+def check_device(name: str, device: Any) -> str:
+    """The device's name."""
+    return str(_parse_device(name, device))
+
+
 @guarded(DEVICES)
 def _parse_device(name: str, device: Any) -> torch.device:
     if not isinstance(device, str | int | torch.device) or isinstance(device, bool):
@@ -62,15 +67,15 @@ def _parse_device(name: str, device: Any) -> torch.device:
 def resolve_dtype(dtype: Any, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _named_dtype("dtype", dtype)
+    return check_dtype("dtype", dtype)
 
 
 def resolve_vae_dtype(dtype: Any) -> torch.dtype:
     """The VAE's dtype; by default fp32, as published."""
-    return torch.float32 if dtype is None else _named_dtype("vae_dtype", dtype)
+    return torch.float32 if dtype is None else check_dtype("vae_dtype", dtype)
 
 
-def _named_dtype(name: str, dtype: Any) -> torch.dtype:
+def check_dtype(name: str, dtype: Any) -> torch.dtype:
     """A dtype by name ("bfloat16", "bf16", "torch.bfloat16") or as torch.dtype."""
     known = str(dtype) if isinstance(dtype, torch.dtype) else dtype
     if isinstance(known, str):

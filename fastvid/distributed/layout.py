@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastvid.checks import guarded, refuse, whole
 from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.errors import InvalidRequest
 
@@ -22,6 +23,7 @@ MOST = 1024  # ranks
 GROUPS = 2  # of heads: attention of one group overlaps with the exchange of the next
 NAMES = tuple(field.name for field in fields(Layout))
 ALLOWED = f"'auto', a number of ranks, or degrees such as 'ulysses=4,ring=2' ({', '.join(NAMES)})"
+_RANKS = whole(1, MOST, " (or 'auto', or degrees such as 'ulysses=4,ring=2')")
 
 
 @dataclass(frozen=True)
@@ -43,27 +45,40 @@ def parse_parallel(parallel: Any) -> Parallelism:
         degrees = dict(parallel)
     elif isinstance(parallel, str) and "=" in parallel:
         pairs = [part.partition("=") for part in re.split(r"[,x ]+", parallel.strip()) if part]
-        degrees = {name.strip(): int(value) if value.strip().isdecimal() else value for name, _, value in pairs}
-    elif parallel is None or parallel == AUTO:
+        degrees = {name.strip(): _number(value) for name, _, value in pairs}
+        if len(degrees) < len(pairs):
+            refuse("parallel", parallel, f"{ALLOWED}, each once")
+    elif parallel is None or isinstance(parallel, str) and parallel == AUTO:
         return Parallelism()
     else:
-        count = int(parallel) if isinstance(parallel, str) and parallel.isdecimal() else parallel
-        return Parallelism(_degree("parallel", count))
+        return Parallelism(_degree("parallel", _number(parallel)))
     for name in degrees:
         if name not in NAMES:
-            raise InvalidRequest(f"parallel: {name!r:.40} is not known; allowed is {ALLOWED}")
+            refuse("parallel", name, ALLOWED)
     layout = Layout(**{name: _degree(f"parallel: {name}", value) for name, value in degrees.items()})
     if layout.guidance > 2:
         raise InvalidRequest(f"parallel: guidance={layout.guidance}; there are two velocities, so the nearest is 2")
+    if layout.size > MOST:
+        raise InvalidRequest(
+            f"parallel: {layout} is {layout.size} ranks; allowed is 1 to {MOST}, the nearest is {MOST}"
+        )
     return Parallelism(layout.size, layout)
 
 
+def _number(value: Any) -> Any:
+    """A number for text of digits; all else stays as it is."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20 else value
+
+
 def _degree(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(f"{name} is {value!r:.40}; allowed is {ALLOWED}")
-    if not 1 <= value <= MOST:
-        raise InvalidRequest(f"{name} is {value}; allowed is 1 to {MOST}, the nearest is {min(max(value, 1), MOST)}")
-    return value
+    return refuse(name, value, ALLOWED) if isinstance(value, str) else _RANKS(name, value)
+
+
+@guarded(ALLOWED)
+def check_parallel(name: str, parallel: Any) -> int | str:
+    """`parallel=` as a number, degrees or "auto". Raises InvalidRequest."""
+    asked = parse_parallel(parallel)
+    return AUTO if asked.ranks is None else asked.ranks if asked.layout is None else str(asked.layout)
 
 
 def layouts_for(

@@ -6,7 +6,6 @@ on the slowest link that any of them detects, and on rank 0's GPU model.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from typing import Any
 
 import torch
 
+from fastvid.checks import guarded, nearest_name, refuse
 from fastvid.distributed.cost_model import CORE, H200, INFINIBAND, LINKS, LOOPBACK, NVLINK, PCIE, Device, Link
 from fastvid.distributed.layout import agree, first
 from fastvid.distributed.mesh import Mesh
-from fastvid.errors import InvalidRequest
 
 AUTO = "auto"
 FOUND, SAID, ASSUMED = "found", "as was said", "assumed"
@@ -63,14 +62,22 @@ def parse_link(link: Any) -> tuple[Link | None, Link | None]:
 
     Raises InvalidRequest.
     """
-    names = [name.strip().lower() for name in link.split(",")] if isinstance(link, str) else []
+    if not isinstance(link, str):
+        refuse("link", link, ALLOWED, AUTO)
+    names = [name.strip().lower() for name in link.split(",")]
     if unknown := [name for name in names if name not in (AUTO, *LINKS)]:
-        near = difflib.get_close_matches(unknown[0], (AUTO, *LINKS), 1, 0)[0]
-        raise InvalidRequest(f"link: {unknown[0]!r:.40} is not known; allowed is {ALLOWED}; the nearest is {near}")
-    if not 1 <= len(names) <= 2:
-        raise InvalidRequest(f"link={link!r:.40}: allowed is {ALLOWED}; the nearest is {AUTO}")
+        refuse("link", unknown[0], ALLOWED, nearest_name(unknown[0], (AUTO, *LINKS)))
+    if len(names) > 2:
+        refuse("link", link, ALLOWED, AUTO)
     links = [LINKS.get(name) for name in names]
     return links[0], links[1] if len(links) == 2 else None
+
+
+@guarded(ALLOWED)
+def check_link(name: str, link: Any) -> str:
+    """`link=` if `parse_link` knows it."""
+    parse_link(link)
+    return str.__str__(link)
 
 
 def find_links(link: Any, mesh: Mesh, device: torch.device, planned: bool = False) -> Links:

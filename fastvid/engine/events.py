@@ -128,6 +128,11 @@ class Plan:
     parallel_why: str = ""
     link: str = ""
 
+    def __repr__(self) -> str:
+        size = f"{self.num_frames} frames of {self.width}x{self.height} at {self.fps:g} fps"
+        time = "" if self.seconds is None else f", about {self.seconds:.3g} s"
+        return f"<Plan: {size}, {self.steps} steps, {self.bytes_device / 2**30:.2f} GiB on {self.device}{time}>"
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON types."""
         lists = {"latent_shape": list(self.latent_shape), "choices": list(self.choices)}

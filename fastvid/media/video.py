@@ -9,8 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from fastvid.checks import MAX_SEED, number, shown, whole
+from fastvid.errors import InvalidRequest
+from fastvid.media.files import MAX_INPUT_FPS, MIN_INPUT_FPS
 from fastvid.media.sound import Sound, track_of
 from fastvid.media.writer import FrameSink, check_writable
+
+_FPS = number(MIN_INPUT_FPS, MAX_INPUT_FPS, " frames a second")
+_SEED = whole(0, MAX_SEED)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,8 +37,12 @@ class Video:
     audio: Sound | None = None
 
     def __post_init__(self) -> None:
-        if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
-            raise ValueError(f"frames must be uint8 [T, H, W, 3], not {self.frames.dtype} {self.frames.shape}")
+        frames = self.frames
+        if not isinstance(frames, np.ndarray) or frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+            kind = f"{frames.dtype} {frames.shape}" if isinstance(frames, np.ndarray) else shown(frames)
+            raise InvalidRequest(f"frames must be a numpy array, uint8 [T, H, W, 3], not {kind:.100}")
+        object.__setattr__(self, "fps", _FPS("fps", self.fps))
+        object.__setattr__(self, "seed", _SEED("seed", self.seed))
 
     @property
     def num_frames(self) -> int:

@@ -16,7 +16,6 @@ a kernel only if verified.json has a committed result for this architecture and 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastvid.checks import one_of, shown
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
 from fastvid.ops import rgb, solver_step, transformer, vae_gpu
@@ -108,7 +108,7 @@ def bind(
     requested = _asked(backend, attention, table)
     if missing := _missing(requested, table, torch_device):
         raise BackendUnavailable(
-            f"backend={backend!r}, attention={attention!r} cannot run here: {missing}. "
+            f"backend={shown(backend)}, attention={shown(attention)} cannot run here: {missing}. "
             'One operation can be asked for ("to_rgb=cuda"); auto and reference always run.'
         )
     rows = list(read_verified() if verified is None else verified)
@@ -200,18 +200,14 @@ def _asked(backend: str, attention: str, table: Mapping[str, object]) -> dict[st
 
 def _known(name: str, allowed: Iterable[str], what: str) -> str:
     """Return `name` if it is allowed. Raises InvalidRequest otherwise."""
-    allowed = list(allowed)
-    if name in allowed:
-        return name
-    nearest = difflib.get_close_matches(str(name), allowed, 1, 0)
-    raise InvalidRequest(f"{what} is {name!r}; it can be {', '.join(allowed)} (nearest: {nearest[0]!r})")
+    return one_of(allowed)(what, name)
 
 
 def _device(device: str | torch.device) -> torch.device:
     try:
         torch_device = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise InvalidRequest(f"device is {device!r}; it can be 'cpu', 'cuda' or 'cuda:<number>'") from error
+        raise InvalidRequest(f"device is {shown(device)}; it can be 'cpu', 'cuda' or 'cuda:<number>'") from error
     if torch_device.type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable(f"device is {str(torch_device)!r}, and no CUDA device is found; 'cpu' always runs")
     return torch_device

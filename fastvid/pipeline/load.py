@@ -113,7 +113,7 @@ def check_options(options: LoadOptions) -> torch.device:
     device = find_device(options.device)
     resolve_dtype(options.dtype, device)
     resolve_vae_dtype(options.vae_dtype)
-    cuda_graphs.check(options.cuda_graphs)
+    cuda_graphs.check("cuda_graphs", options.cuda_graphs)
     OFFLOAD("offload", options.offload)
     return device
 

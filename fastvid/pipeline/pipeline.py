@@ -13,7 +13,7 @@ import functools
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -26,15 +26,16 @@ from fastvid.engine.events import Event, Finished, Frames, Plan, Started, Step
 from fastvid.engine.queue import RUNNING, Scheduler, Ticket
 from fastvid.engine.resume import Resume
 from fastvid.engine.session import PromptChanges, Session
-from fastvid.errors import InvalidRequest
 from fastvid.media.sound import Track
 from fastvid.media.video import Video
 from fastvid.models.loaded import Model
-from fastvid.pipeline import asynchronous, steps
+from fastvid.pipeline import asynchronous, load_arguments, steps
 from fastvid.pipeline.load import change_loras
-from fastvid.pipeline.prepare import Prepared, make_request, plan_of, prepare
+from fastvid.pipeline.prepare import Prepared, estimate_of, given_again, make_request, plan_of, planned, prepare
 from fastvid.pipeline.request_warnings import warn_of_prompt, warn_of_prompts
-from fastvid.requests.arguments import documented
+from fastvid.pipeline.stream import Stream
+from fastvid.pipeline.tensors import as_tensor
+from fastvid.requests.arguments import checked, documented
 from fastvid.requests.options import (
     AnyOptions,
     BridgeOptions,
@@ -53,7 +54,6 @@ from fastvid.requests.request import Request
 
 __all__ = ["Pipeline", "Stream", "Video"]
 
-MAX_RUNNING = checks.whole(1, 1000)
 CALLS: Mapping[str, Callable[..., Any]] = {
     "plan": plan_of,
     "embed": steps.embed,
@@ -65,51 +65,6 @@ CALLS: Mapping[str, Callable[..., Any]] = {
 log = logging.getLogger(__name__)
 
 
-class Events(Protocol):
-    """The source of a stream's events: a generator, or other processes."""
-
-    def __next__(self) -> Event: ...
-    def close(self) -> None: ...
-
-
-class Stream:
-    """The events of one running request. Iterate over it; `cancel()`, from any thread, ends the iteration with
-    Cancelled."""
-
-    def __init__(self, events: Events, ticket: Ticket, changes: PromptChanges | None = None) -> None:
-        self._events, self._ticket, self._changes = events, ticket, changes
-
-    def __iter__(self) -> Stream:
-        return self
-
-    @eager
-    def __next__(self) -> Event:
-        with self._ticket.pulled():
-            return next(self._events)
-
-    def change_prompt(self, prompt: str) -> None:
-        """Use this prompt from the next window, block or segment of frames on. May be called from any thread.
-
-        Frames that are already begun keep the old prompt, and so does a video of one window. A storyboard's next shot
-        has its own prompt again. Finished.recipe["changed_prompts"] says what changed, and from which frame on.
-
-        Raises InvalidRequest if this is no prompt, or if the request has a checkpoint: it could not be resumed.
-        """
-        if self._changes is None:
-            raise InvalidRequest("a request with a checkpoint keeps its prompts; leave checkpoint out")
-        self._changes.request(checks.text("prompt", prompt))
-
-    def cancel(self) -> None:
-        """Stop the request, running (before its next step or chunk) or waiting; the iteration raises
-        fastvid.Cancelled."""
-        self._ticket.cancel()
-
-    def close(self) -> None:
-        """Free everything the request holds, after waiting for its other threads. Do not call it during the
-        iteration."""
-        self._events.close()
-
-
 class Pipeline:
     """A model ready to run. Create one with `fastvid.load`. It keeps no state between requests.
 
@@ -117,8 +72,8 @@ class Pipeline:
     once, and share the device round robin, step by step (see `fastvid.engine.queue`). Every verb has an async
     version: `await pipe.agenerate(...)`, `async for event in pipe.astream(...)`.
 
-    A subclass whose model runs in other processes overrides `_variant`, `_run`, `_call`, `resume`, `set_loras` and
-    `close`; the verbs stay the same.
+    A subclass whose model runs in other processes overrides `_variant`, `_run`, `_call`, `_resume`, `_set_loras`,
+    `close` and `__repr__`; the verbs stay the same.
     """
 
     def __init__(self, model: Model, max_running: int = RUNNING) -> None:
@@ -127,7 +82,10 @@ class Pipeline:
 
     def _set_up(self, max_running: int) -> None:
         self._ticket: Ticket | None = None
-        self._scheduler = Scheduler(MAX_RUNNING("max_running", max_running))
+        self._scheduler = Scheduler(load_arguments.CHECKS["max_running"]("max_running", max_running))
+
+    def __repr__(self) -> str:
+        return f"<Pipeline {self._model.name:.60} on {self._model.device}>"
 
     # ------------------------------------------------------------ verbs
 
@@ -242,6 +200,7 @@ class Pipeline:
             verb: "generate", "image", "extend", "loop", "blend", "edit", "storyboard" or "finalize", with its options.
             keep_latents: whether Finished holds the latents. If False, memory does not grow with the video.
         """
+        keep_latents = checks.flag("keep_latents", keep_latents)
         return self._start(verb, {"prompt": prompt, **options}, keep_frames=False, keep_latents=keep_latents)
 
     @eager
@@ -307,12 +266,15 @@ class Pipeline:
             verb: as for `stream`.
             estimate: also estimate its time, from this machine's rates. They are measured once (about 2 s).
         """
-        plan: Plan = self._call("plan", prompt, verb=verb, estimate=estimate, **options)
+        request = planned(verb, prompt, {**options})
+        plan: Plan = self._call(
+            "plan", verb=request.verb, estimate=estimate_of("estimate", estimate), **request.arguments()
+        )
         return plan
 
     def embed(self, prompt: str) -> Tensor:
         """A prompt's text embeddings [1, L, text_dim], as `prompt_embeds=` takes them."""
-        embeddings: Tensor = self._call("embed", prompt)
+        embeddings: Tensor = self._call("embed", checks.text("prompt", prompt))
         return embeddings
 
     def encode(self, frames: Any) -> Tensor:
@@ -321,13 +283,13 @@ class Pipeline:
 
         H and W are multiples of the VAE's scale (8; 16 for Wan 2.2's 5B). Raises InvalidRequest for other sizes.
         """
-        latents: Tensor = self._call("encode", frames)
+        latents: Tensor = self._call("encode", as_tensor("frames", frames))
         return latents
 
     def decode(self, latents: Any) -> np.ndarray:
         """Decode normalized latents [1, C, T, h, w], such as `video.latents`, to uint8 RGB frames [4T - 3, 8h, 8w,
         3]."""
-        frames: np.ndarray = self._call("decode", latents)
+        frames: np.ndarray = self._call("decode", as_tensor("latents", latents))
         return frames
 
     def describe(self) -> dict[str, Any]:
@@ -366,7 +328,6 @@ class Pipeline:
         saving = resume.begin(self._model, request.verb, arguments, prepared.recipe, settings, prepared.job.layout)
         return self._stream(prepared, keep_latents, saving)
 
-    @computes
     def resume(
         self,
         path: Path,
@@ -393,6 +354,12 @@ class Pipeline:
                 kind of device (on a CPU: another number of threads) or another dtype, or the inputs differ from the
                 original ones; the message says which.
         """
+        settings = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
+        keep = checks.flag("keep_latents", keep_latents)
+        return self._resume(checks.path("path", path), keep, checked(settings), given_again({**given}))
+
+    @computes
+    def _resume(self, path: str, keep_latents: bool, settings: dict[str, Any], given: dict[str, Any]) -> Stream:
         saved = resume.read(path)
         resume.check(saved, self._model)
         verb, options = resume.options(saved, given)
@@ -401,16 +368,18 @@ class Pipeline:
         resume.check_request(saved, prepared.recipe)
         resume.check_files(saved, self._model, prepared.job.timeline)
         prepared = replace(prepared, recipe=saved.about["recipe"])
-        settings = {"checkpoint_every": checkpoint_every, "keep_checkpoint": keep_checkpoint}
         return self._stream(prepared, keep_latents, resume.open_saved(saved, self._model, settings))
 
-    @computes
     def set_loras(self, loras: Sequence[Any] = ()) -> None:
         """Replace the LoRAs by these, given as for `fastvid.load`. An empty list removes all.
 
         Changed weights are read again from the model's files, so nothing of earlier LoRAs is left. Finish running
         streams first: they would continue with the new weights. Raises as `fastvid.load` does; then nothing changes.
         """
+        self._set_loras(load_arguments.loras("loras", loras))
+
+    @computes
+    def _set_loras(self, loras: tuple[Any, ...]) -> None:
         self._model = change_loras(self._model, loras)
 
     def close(self) -> None:
@@ -421,7 +390,7 @@ class Pipeline:
         changes = PromptChanges(functools.partial(warn_of_prompt, self._model))
         session = Session(self._model, prepared.job, ticket, keep_latents, saving, changes)
         events = Computed(_events(prepared, session, saving), self._model.device)
-        return Stream(events, ticket, changes if saving is None else None)
+        return Stream(events, ticket, changes if saving is None else None, prepared.job.request.verb)
 
 
 def _events(prepared: Prepared, session: Session, saving: Resume | None) -> Generator[Event, None, None]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastvid import checks
 from fastvid.distributed.layout import agree, first
 from fastvid.distributed.mesh import Layout
 from fastvid.engine.events import Plan
@@ -22,7 +23,8 @@ from fastvid.pipeline.request_warnings import warn_of_size
 from fastvid.planning.plan import plan_request
 from fastvid.planning.speed import Rates, find_rates
 from fastvid.requests import inputs, prompts
-from fastvid.requests.arguments import VERBS
+from fastvid.requests.arguments import ARGUMENTS, VERBS, checked
+from fastvid.requests.options import GivenAgain
 from fastvid.requests.request import Request, Resolved, check_verb
 from fastvid.requests.soundtrack import soundtrack
 from fastvid.requests.timeline import Timeline
@@ -30,6 +32,8 @@ from fastvid.sampling.sigmas import make_sigmas
 from fastvid.version import __version__
 
 AGAIN = "again"
+GIVEN_AGAIN = tuple(name for name in ARGUMENTS if name in GivenAgain.__annotations__)
+"""What `resume` takes again."""
 log = logging.getLogger(__name__)
 
 
@@ -91,7 +95,7 @@ def _summary(plan: Plan) -> str:
 
 def plan_of(
     model: Model,
-    prompt: str | None,
+    prompt: str | None = None,
     *,
     verb: str = "generate",
     estimate: bool | str = False,
@@ -103,6 +107,21 @@ def plan_of(
     request = planned(verb, prompt, options)
     rates = find_rates(model.ops, model.device, model.dtype, again=estimate == AGAIN) if estimate else None
     return prepare(model, request, keep_frames, free=free, rates=rates).plan
+
+
+@checks.guarded(f"True, False or {AGAIN!r}")
+def estimate_of(name: str, value: Any) -> bool | str:
+    """`estimate=` of a plan."""
+    return AGAIN if isinstance(value, str) and value == AGAIN else checks.flag(name, value)
+
+
+def given_again(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs that `resume` is given, checked like a verb's arguments."""
+    for name in inputs:
+        if name not in GIVEN_AGAIN:
+            near = checks.nearest_name(name, GIVEN_AGAIN)
+            raise InvalidRequest(f"resume does not take {checks.shown(name)}; the nearest is {near}")
+    return {name: value for name, value in checked(inputs).items() if value is not None}
 
 
 def planned(verb: str, prompt: str | None, options: dict[str, Any]) -> Request:

@@ -15,7 +15,7 @@ def as_tensor(name: str, value: object) -> Tensor:
     """A tensor of what an array of any library holds. Raises InvalidRequest."""
     checked = checks.tensor(name, value)
     if isinstance(checked, Tensor):
-        return checked.detach()
+        return checked
     array = np.asarray(checked)
     if any(stride < 0 for stride in array.strides) or not array.flags.writeable or not array.dtype.isnative:
         array = np.array(array, array.dtype.newbyteorder("="), order="C")  # torch takes none of these

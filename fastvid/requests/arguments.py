@@ -260,6 +260,11 @@ ALIASES = {
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
+def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """These arguments, each checked; None stays None. Raises InvalidRequest."""
+    return {name: value if value is None else ARGUMENTS[name].check(name, value) for name, value in arguments.items()}
+
+
 def type_of(name: str) -> str:
     """An option's type, as written in `fastvid.requests.options`."""
     hint = options.AnyOptions.__annotations__.get(name, "")

@@ -289,6 +289,8 @@ def _check_together(request: Request) -> None:
     if request.verb == "storyboard":
         if request.shots is None:
             raise InvalidRequest('shots is missing: give [("a prompt", seconds), ...]')
+        if request.prompt is not None:
+            raise InvalidRequest("prompt: a storyboard's prompts are those of its shots; leave it out")
         return
     if request.mask is not None and request.video is None:
         raise InvalidRequest("mask says what of a video stays; give video too, or leave mask out")

@@ -35,7 +35,8 @@ from fastvid.engine import resume_files
 from fastvid.engine.events import Finished, Frames, Started, Step
 from fastvid.errors import BackendUnavailable, Cancelled, CheckpointError, Error, InvalidRequest, PoolFull, WorkerFailed
 from fastvid.media.video import Video
-from fastvid.requests.arguments import documented
+from fastvid.pipeline import load_arguments
+from fastvid.requests.arguments import documented, random_seed
 from fastvid.requests.options import AnyOptions
 from fastvid.requests.request import DATA, Request
 from fastvid.workers.channel import Message
@@ -43,6 +44,8 @@ from fastvid.workers.messages import pack, pack_error, unpack, unpack_error
 
 WAITING_PER_GROUP = 2
 GROUPS, WAITING, RETRIES = checks.whole(1, 4096), checks.whole(1, 1 << 20), checks.whole(0, 100)
+DEVICES = checks.number(0.0, 1024.0)  # processors or GPUs of a group
+SECONDS = checks.number(0.0, 1e9, " seconds (left out: no limit)")
 
 
 Packed = tuple[dict[str, Any], bytes]
@@ -141,6 +144,7 @@ class Job:
     def result(self, timeout: float | None = None) -> Video:
         """The video, when it is done. Raises what the request raised; WorkerFailed if its groups died too often;
         TimeoutError after so many seconds."""
+        timeout = None if timeout is None else SECONDS("timeout", timeout)
         try:
             return self._future.result(timeout)
         except TimeoutError:
@@ -169,6 +173,10 @@ class Job:
         self._pool._remove(self)
         if (group := self.group) is not None:
             group.cancel.remote(self.name)
+
+    def __repr__(self) -> str:
+        state = "done" if self.done() else "running" if self.group is not None else "waiting"
+        return f"<Job {self.name}: {self.verb}, {state}>"
 
     def _finish(self, result: Video | BaseException) -> None:
         if isinstance(result, BaseException):
@@ -203,8 +211,11 @@ class Pool:
     ) -> None:
         self.groups, self.retries = GROUPS("groups", groups), RETRIES("retries", retries)
         self.waiting = WAITING("waiting", WAITING_PER_GROUP * self.groups if waiting is None else waiting)
-        ranks = parse_parallel(parallel).ranks or 1
-        message = _plain({**options, **({"parallel": parallel} if parallel != 1 else {})})
+        cpus, gpus = DEVICES("cpus", cpus), None if gpus is None else DEVICES("gpus", gpus)
+        folder = None if folder is None else checks.path("folder", folder)
+        options = load_arguments.checked({"model": model, "parallel": parallel, **options})
+        model, ranks = options.pop("model"), parse_parallel(options["parallel"]).ranks or 1
+        message = _plain({name: value for name, value in options.items() if value is not None})
         ray = _connected_ray()
         if gpus is None:
             gpus = ranks if ray.cluster_resources().get("GPU") else 0
@@ -253,12 +264,12 @@ class Pool:
         wait: until there is room in the queue, at most `timeout` seconds; False: not at all. Raises PoolFull if there
         is none, InvalidRequest for what no request can be.
         """
-        arguments: dict[str, Any] = {"prompt": prompt, **options}
-        if Request.make(verb, **arguments).checkpoint is not None:
+        wait, timeout = checks.flag("wait", wait), None if timeout is None else SECONDS("timeout", timeout)
+        request = Request.make(verb, prompt=prompt, **options)
+        if request.checkpoint is not None:
             raise InvalidRequest("checkpoint: a pool keeps one for every job; leave it out")
-        if arguments.get("seed") is None:  # the same one for every attempt
-            arguments["seed"] = secrets.randbelow(2**32)
-        job = Job(self, verb, arguments)
+        arguments = {"seed": random_seed(), **request.arguments()}  # the same seed for every attempt
+        job = Job(self, request.verb, arguments)
         with self._change:
             self._change.wait_for(lambda: self._closed or len(self._queue) < self.waiting, timeout if wait else 0)
             if self._closed:
@@ -283,6 +294,9 @@ class Pool:
             thread.join()
         if self._temporary is not None:
             self._temporary.cleanup()
+
+    def __repr__(self) -> str:
+        return f"<Pool of {self.groups} groups, {len(self._queue)} jobs waiting>"
 
     def __enter__(self) -> Pool:
         return self

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from fastvid.engine.queue import RUNNING, Ticket
 from fastvid.engine.session import PromptChanges
 from fastvid.errors import Error, InvalidRequest
 from fastvid.loaders.checkpoint import open_checkpoint
-from fastvid.loaders.lora import as_list
 from fastvid.pipeline.pipeline import Pipeline, Stream
 from fastvid.requests.request import Request
 from fastvid.workers import torchrun
@@ -89,6 +88,9 @@ class RemotePipeline(Pipeline):
         self._set_up(max_running)
         self._abandoned: deque[tuple[WorkerGroup, int]] = deque()  # streams that nobody holds, still open there
 
+    def __repr__(self) -> str:
+        return f"<Pipeline {self._team.model:.60} on {self._team.ranks} ranks>"
+
     def close(self) -> None:
         """End the workers. A pipeline that is closed makes nothing any more."""
         self._team.close()
@@ -107,25 +109,16 @@ class RemotePipeline(Pipeline):
         options = request.arguments()
         return self._open("start", request.checkpoint is not None, verb=request.verb, options=options, **keep)
 
-    def resume(
-        self,
-        path: Any,
-        *,
-        keep_latents: bool = True,
-        checkpoint_every: float | None = None,
-        keep_checkpoint: bool = False,
-        **given: Any,
-    ) -> Stream:
-        """See Pipeline.resume."""
-        options = {"keep_latents": keep_latents, "checkpoint_every": checkpoint_every, **given}
-        return self._open("resume", True, path=str(path), options={"keep_checkpoint": keep_checkpoint, **options})
+    def _resume(self, path: str, keep_latents: bool, settings: dict[str, Any], given: dict[str, Any]) -> Stream:
+        return self._open("resume", True, path=path, options={"keep_latents": keep_latents, **settings, **given})
 
     def _open(self, do: str, has_checkpoint: bool, **values: Any) -> Stream:
         ticket, changes = self._ticket or self.new_ticket(), PromptChanges()
         self._close_abandoned()
         group, number = self._team.start(), next(self._numbers)
         self._team.command(do, group=group, id=number, folder=os.getcwd(), **values)
-        return Stream(RemoteEvents(self, group, number, ticket, changes), ticket, None if has_checkpoint else changes)
+        events = RemoteEvents(self, group, number, ticket, changes)
+        return Stream(events, ticket, None if has_checkpoint else changes, values.get("verb", "a resumed request"))
 
     def _close_abandoned(self) -> None:
         abandoned = [self._abandoned.popleft() for _ in range(len(self._abandoned))]
@@ -138,11 +131,10 @@ class RemotePipeline(Pipeline):
         with contextlib.suppress(Error):  # where the workers are gone, so are the streams
             self._team.command("close", group=group, ids=numbers)
 
-    def set_loras(self, loras: Sequence[Any] = ()) -> None:
-        """See Pipeline.set_loras. Workers that are started later have them too."""
-        listed = as_list(loras)
-        self._call("set_loras", listed)
-        self._team.options["loras"] = [_absolute(lora) for lora in listed]
+    def _set_loras(self, loras: tuple[Any, ...]) -> None:
+        """Workers that are started later have them too."""
+        self._call("set_loras", list(loras))
+        self._team.options["loras"] = [_absolute(lora) for lora in loras]
 
 
 def _absolute(lora: Any) -> Any:

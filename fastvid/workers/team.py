@@ -44,7 +44,7 @@ class Team:
         self.ranks, self.options = ranks, dict(options)
         self.group: WorkerGroup | None = None
         self.description: dict[str, Any] = {}
-        self._layout, self._model, self._folder = layout, model, os.getcwd()
+        self.model, self._layout, self._folder = model, layout, os.getcwd()
         self._lock, self._numbers = threading.RLock(), itertools.count(1)
         self._pid, self._closed = os.getpid(), False
         self._finalizer: weakref.finalize[..., Team] | None = None
@@ -71,7 +71,7 @@ class Team:
         if self._finalizer is not None:
             self._finalizer.detach()
         self._finalizer = weakref.finalize(self, group.end)
-        load = {"model": self._model, "layout": self._layout, "options": self.options, "folder": self._folder}
+        load = {"model": self.model, "layout": self._layout, "options": self.options, "folder": self._folder}
         try:
             self.description = self._run(group, NO_LIMIT, [{"do": "load", **load}] * self.ranks)
         except BaseException:

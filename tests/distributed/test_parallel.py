@@ -91,15 +91,18 @@ def test_what_parallel_says() -> None:
 @pytest.mark.parametrize(
     ("said", "match"),
     [
-        (0, "allowed is 1 to 1024, the nearest is 1"),
+        (0, "a whole number from 1 to 1024.*; the nearest is 1"),
         (2000, "the nearest is 1024"),
-        (2.5, "a number of ranks"),
-        (True, "a number of ranks"),
+        (2.5, "parallel=2.5: .*'auto', or degrees"),
+        (True, "parallel=True: .*'auto', or degrees"),
+        (10**50, "the nearest is 1024"),
+        ("ulysses=2,ulysses=4", "each once"),
+        ({"ring": 1024, "ulysses": 2}, "2048 ranks; allowed is 1 to 1024"),
         ("many", "'auto', a number of ranks"),
-        ("ulyses=2", "'ulyses' is not known; allowed is .*ulysses"),
-        ("ulysses=two", "ulysses is 'two'"),
+        ("ulyses=2", "'ulyses': allowed is .*ulysses"),
+        ("ulysses=two", "ulysses='two'"),
         ("guidance=3", "two velocities, so the nearest is 2"),
-        ({"ring": -1}, "ring is -1; allowed is 1 to 1024"),
+        ({"ring": -1}, "ring=-1: allowed is a whole number from 1 to 1024"),
     ],
 )
 def test_what_it_cannot_say(said: object, match: str) -> None:

@@ -380,7 +380,7 @@ def test_by_name_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         bind(attention=name)
     with pytest.raises(InvalidRequest, match="back end of rms_norm"):
         bind(f"rms_norm={name}")
-    with pytest.raises(InvalidRequest, match="nearest: 'cuda_fp8'"):
+    with pytest.raises(InvalidRequest, match="the nearest is cuda_fp8"):
         bind(attention="cuda_fp4")
     # However fast a result says that it is: a row of it is not one that auto may take.
     monkeypatch.setattr(dispatch, "why_not", lambda *_: None)

@@ -187,7 +187,7 @@ def test_unknown_models(model, text):
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"dtype": "fp32"}, "float32"), ({"device": "cpuu"}, "cpu"), ({"backend": "reff"}, "reference")],
+    [({"dtype": "fp23"}, "float32"), ({"device": "cpuu"}, "cpu"), ({"backend": "reff"}, "reference")],
 )
 def test_bad_load_options(options, text):
     with pytest.raises(fastvid.InvalidRequest, match=text):

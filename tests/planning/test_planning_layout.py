@@ -82,7 +82,7 @@ def test_ties_go_by_the_order_that_is_given() -> None:
 @pytest.mark.parametrize(
     ("said", "match"),
     [
-        ("nvlnik", "'nvlnik' is not known; allowed is auto, nvlink.*the nearest is nvlink"),
+        ("nvlnik", "link='nvlnik': allowed is auto, nvlink.*the nearest is nvlink"),
         ("nvlink,pcie,pcie", "the nearest is auto"),
         (4, "link=4: allowed is auto"),
     ],

@@ -1,0 +1,99 @@
+"""The checks of `fastvid.load`'s arguments, before anything is read. `fastvid.load` says what they mean.
+
+`checked` serves `load`, `blueprint`, `inspect`, `Pipeline.set_loras` and the pool.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastvid import checks
+from fastvid.checks import Check, guarded, items, one_of, path, refuse, whole
+from fastvid.device import cuda_graphs
+from fastvid.device.devices import check_device, check_dtype
+from fastvid.device.offload import MODES
+from fastvid.distributed.layout import AUTO, check_parallel
+from fastvid.distributed.links import check_link
+from fastvid.errors import InvalidRequest
+from fastvid.loaders.find import EMBEDDED, PART_NAMES
+
+MAX_BACKENDS = 1000  # characters
+_LORAS = 'a list of files, or of (file, scale) such as ("a.safetensors", 0.8), or of (file, scale, "high" or "low")'
+_PARTS = 'names and paths, such as {"vae": "wan_2.1_vae.safetensors"}'
+_MODEL = f"{EMBEDDED!r}, a folder, a file, or a hub id such as org/name"
+_scale = checks.number(-100.0, 100.0)
+
+
+@guarded(_MODEL)
+def model(name: str, value: Any) -> str | Path:
+    """Text stays text, which may be a hub's name; a path is only ever a path."""
+    if not checks.is_path(value) or not os.fspath(value):
+        refuse(name, value, _MODEL)
+    plain = path(name, value)
+    return plain if isinstance(value, str) else Path(plain)
+
+
+@guarded(_LORAS)
+def loras(name: str, value: Any) -> tuple[Any, ...]:
+    """Each LoRA as its path, or as (path, scale) or (path, scale, expert)."""
+    given = () if value is None else [value] if checks.is_path(value) else items(name, value, _LORAS, 1000, least=0)
+    return tuple(_lora(f"{name}[{i}]", one) for i, one in enumerate(given))
+
+
+def _lora(name: str, value: Any) -> Any:
+    if checks.is_path(value):
+        return path(name, value)
+    file, scale, *expert = items(name, value, _LORAS, 3, least=2)
+    return path(name, file), _scale(f"{name} scale", scale), *(checks.text(f"{name} expert", one) for one in expert)
+
+
+@guarded(_PARTS)
+def parts(name: str, value: Any) -> dict[str, str | Path]:
+    if not isinstance(value, Mapping) or len(value) > len(PART_NAMES):
+        refuse(name, value, _PARTS)
+    part = one_of(PART_NAMES)
+    return {(key := part(name, given)): model(f"{name}: {key}", source) for given, source in value.items()}
+
+
+def _dtype(name: str, value: Any) -> str:
+    return str(check_dtype(name, value)).removeprefix("torch.")
+
+
+def _backend(name: str, value: Any) -> str:
+    plain = checks.text(name, value)
+    return plain if len(plain) <= MAX_BACKENDS else refuse(name, plain, f"at most {MAX_BACKENDS} characters")
+
+
+CHECKS: Mapping[str, Check] = {
+    "model": model,
+    "device": check_device,
+    "dtype": _dtype,
+    "vae_dtype": _dtype,
+    "backend": _backend,
+    "attention": _backend,
+    "loras": loras,
+    "offload": one_of((AUTO, *MODES)),
+    "parts": parts,
+    "max_running": whole(1, 1000),
+    "cuda_graphs": cuda_graphs.check,
+    "parallel": check_parallel,
+    "link": check_link,
+    "device_memory": whole(0, 1 << 50, " bytes"),
+}
+OPTIONAL = ("device", "dtype", "vae_dtype", "loras", "parts", "parallel", "device_memory")
+"""Arguments that may be None."""
+
+
+def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `load` as plain values. Raises InvalidRequest."""
+    for name in arguments:
+        if name not in CHECKS:
+            near = checks.nearest_name(name, CHECKS)
+            raise InvalidRequest(f"load: there is no argument {checks.shown(name)}; the nearest is {near}")
+    left_out = [name for name in OPTIONAL if name in arguments and arguments[name] is None]
+    return dict.fromkeys(left_out) | {
+        name: CHECKS[name](name, value) for name, value in arguments.items() if name not in left_out
+    }
