@@ -10,19 +10,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from fastvid.checks import MAX_FRAMES
 from fastvid.errors import Error, MediaError
+from fastvid.media.containers import CHECKS
+from fastvid.media.units import GuardedFile
 
 MIN_INPUT_SIDE, MAX_INPUT_SIDE = 16, 8192  # pixels
 MAX_CLIP_PIXELS = 1 << 25  # in a video frame (8K). A still picture may have MAX_INPUT_SIDE on both sides.
 MIN_INPUT_FPS, MAX_INPUT_FPS = 0.01, 1000.0
-MAX_INDEX = 1 << 26  # bytes of an .mp4 outside of `mdat`
-MAX_SAMPLES = 1 << 21  # in all tracks of an .mp4 together; the reader needs 24 bytes for each
-MAX_BOXES = 1 << 17
+MAX_STREAMS = 256
+OPEN_SECONDS = 60.0
 
 PICTURES = ("png", "jpeg", "webp", "bmp", "tiff")
 KINDS: tuple[tuple[str, bytes], ...] = (
@@ -94,90 +94,30 @@ def check_fps(name: str, fps: float) -> None:
         raise MediaError(f"{name} states {fps:g} frames a second; allowed are {MIN_INPUT_FPS:g} to {MAX_INPUT_FPS:g}")
 
 
-class _AnonymousFile:
-    """A file for PyAV without a name, from which FFmpeg would guess the format."""
+def open_container(file: BinaryIO, kind: str, name: str, checked: bool = False) -> Any:
+    """Open a file of a known kind as a PyAV container. Decodes nothing and opens no other file.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
-
-
-def open_container(file: BinaryIO, kind: str, name: str) -> Any:
-    """Open a file of a known kind as a PyAV container. Decodes nothing and opens no other file."""
+    checked: the number of its pieces was checked before. Raises MediaError.
+    """
     import av
 
-    if kind == "mov":
-        check_boxes(file, name)
+    if kind in CHECKS and not checked:
+        CHECKS[kind](file, name)
     file.seek(0)
+    guarded = GuardedFile(file, kind, name)
     options = {"codec_whitelist": "none", "protocol_whitelist": "none", "enable_drefs": "0"}
-    return av.open(_AnonymousFile(file), format=kind, container_options=options, io_open=_refuse, buffer_size=1 << 17)
+    options["max_streams"] = str(MAX_STREAMS)
+    container = av.open(
+        guarded,
+        format=kind,
+        container_options=options,
+        io_open=_refuse,
+        buffer_size=1 << 15,
+        timeout=OPEN_SECONDS,
+    )
+    guarded.opened([stream.codec_context for stream in container.streams.video if stream.codec_context is not None])
+    return container
 
 
 def _refuse(url: str, flags: int, options: dict[str, str]) -> Any:
     raise MediaError("a video that names other files is not read")
-
-
-# ---------------------------------------------------------------- .mp4 and .mov
-
-
-def check_boxes(file: BinaryIO, name: str) -> None:
-    """Raise MediaError if an .mp4's index claims too many samples. A file of 1 KB may claim 2^32 samples of equal size,
-    and FFmpeg would allocate memory for all of them."""
-    samples = index = 0
-    for kind, start, end in _boxes(file, 0, file.seek(0, os.SEEK_END), name):
-        if kind == b"mdat":
-            continue
-        index += end - start
-        if index > MAX_INDEX:
-            raise MediaError(f"{name} has an index of more than {MAX_INDEX >> 20} MiB, which is the most that is read")
-        parts = [(kind, start, end)] if kind != b"moov" else [*_boxes(file, start, end, name)]
-        for inner, begin, stop in parts:
-            file.seek(begin)
-            samples += _samples(inner, file.read(stop - begin), name)
-            if samples > MAX_SAMPLES:
-                raise MediaError(
-                    f"{name} claims more than {MAX_SAMPLES} frames and pieces of sound, the most that is read"
-                )
-
-
-def _boxes(file: BinaryIO, start: int, end: int, name: str) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (kind, start, end) of the content of each box in a range of bytes. The last box may be truncated."""
-    for _ in range(MAX_BOXES):
-        file.seek(start)
-        head = file.read(16)
-        if start + 8 > end or len(head) < 8:
-            return
-        size, kind = struct.unpack(">I4s", head[:8])
-        skip = 8
-        if size == 1 and len(head) == 16:
-            size, skip = struct.unpack(">Q", head[8:])[0], 16
-        size = end - start if size == 0 else size
-        if size < skip:
-            raise MediaError(f"{name} is damaged: a part of {size} bytes at byte {start}")
-        yield kind, start + skip, min(start + size, end)
-        start += size
-    raise MediaError(f"{name} is in more than {MAX_BOXES} parts, which is the most that is read")
-
-
-def _samples(kind: bytes, data: bytes, name: str) -> int:
-    """The number of samples that a box claims. FFmpeg accepts sample tables at any depth, so all bytes that look like
-    one are counted."""
-    if b"cmov" in data or kind == b"cmov":
-        raise MediaError(f"{name} has a compressed index, which is not read; write it again, as ffmpeg -c copy does")
-    if b"iinf" in data:
-        raise MediaError(f"{name} is a HEIC or AVIF picture, which is not read; save it as a .png or .jpg")
-    data = kind + data
-    total = 0
-    for match in re.finditer(rb"(stsz|stz2).{4}(.{4})(.{4})", data, re.DOTALL):
-        count = int.from_bytes(match[3], "big")
-        total += 0 if kind == b"trak" and _is_plain_sound(data, count) else count
-    for match in re.finditer(rb"trun.{4}(.{4})", data, re.DOTALL):
-        total += int.from_bytes(match[1], "big")
-    return total
-
-
-def _is_plain_sound(track: bytes, count: int) -> bool:
-    """Whether a track is uncompressed sound. FFmpeg reads that in chunks, so its millions of samples are harmless."""
-    alone = track.count(b"stsz") == track.count(b"stts") == 1 and b"stz2" not in track
-    one_tick = struct.pack(">III", 1, count, 1)  # one run of `count` samples, each one tick long
-    times = track[(at := track.find(b"stts") + 8) : at + 12]
-    return alone and b"soun" in track and b"vide" not in track and times == one_tick

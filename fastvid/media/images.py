@@ -6,19 +6,19 @@ Applies a file's color matrix, color range and rotation. Alpha is composited ove
 from __future__ import annotations
 
 import contextlib
-import io
-import struct
-import zlib
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from fastvid.errors import MediaError
+from fastvid.media import pieces
 from fastvid.media.files import check_picture_size
 
 MAX_FILE = 1 << 28  # bytes of a picture's file
-MAX_SCANS = 100  # in a progressive JPEG: a scan of a few bytes takes as long to decode as the whole picture
-PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"gAMA", b"sRGB")
+MAX_EXTRA = 1 << 25  # bytes of a WebP beside its pixels, such as profiles
+ORIENTATION = 0x0112  # of EXIF
+BAND = 1 << 20  # pixels that are converted at a time
 FILTERS = ("bicubic", "lanczos")
 # ITU-T H.273 matrix code -> swscale's code
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
@@ -29,21 +29,14 @@ BT709, BT601 = 1, 5
 
 
 def read_picture(file: BinaryIO, kind: str, name: str) -> np.ndarray:
-    """Read a still picture as uint8 RGB [H, W, 3]. Checks its size before decoding. Raises MediaError."""
-    file.seek(0)
-    data = file.read(MAX_FILE + 1)
-    if len(data) > MAX_FILE:
+    """Read a still picture as uint8 RGB [H, W, 3]. Checks size and pieces before decoding. Raises MediaError."""
+    size = pieces.size_of(file)
+    if size > MAX_FILE:
         raise MediaError(f"{name} has more than {MAX_FILE >> 20} MiB, which is the most that is read of a picture")
-    if kind == "webp":  # Pillow allocates memory for all pixels when it opens a WebP
-        check_picture_size(name, *_webp_size(data))
-    if kind == "jpeg" and data.count(b"\xff\xda") > MAX_SCANS:
-        raise MediaError(f"{name} has more than {MAX_SCANS} scans, which is the most that is read")
     try:
-        image = _open(strip_png(data, name) if kind == "png" else data, kind)
-        check_picture_size(name, *image.size)
-        if kind == "webp" and getattr(image, "is_animated", False):
-            raise MediaError(f"{name} is an animated WebP, which is not read; give a .gif or .mp4")
+        image = _open(file, kind, size, name)
         image.load()
+        vars(image).pop("_decoder", None)  # of a WebP: it keeps two more copies of the pixels
     except MediaError:
         raise
     except Exception as error:  # Pillow raises many types for a damaged file
@@ -51,9 +44,9 @@ def read_picture(file: BinaryIO, kind: str, name: str) -> np.ndarray:
     return pillow_pixels(image, name)
 
 
-def _open(data: bytes, kind: str) -> Any:
-    """Open a Pillow image; reads only its header. Avoids `Image.open`, which applies a process-wide pixel limit and
-    warns."""
+def _open(file: BinaryIO, kind: str, size: int, name: str) -> Any:
+    """Open a Pillow image of allowed size; reads only its header. Avoids `Image.open`, which applies a process-wide
+    pixel limit and warns."""
     from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
     readers: dict[str, Any] = {
@@ -63,57 +56,73 @@ def _open(data: bytes, kind: str) -> Any:
         "tiff": TiffImagePlugin.TiffImageFile,
         "webp": WebPImagePlugin.WebPImageFile,
     }
-    return readers[kind](io.BytesIO(data))
+    if kind == "png":
+        file = pieces.strip_png(file, name)
+    elif kind == "jpeg":
+        pieces.check_jpeg(file, name)
+    elif kind == "webp":  # Pillow allocates memory for all pixels, and reads the whole file, when it opens a WebP
+        width, height = pieces.check_webp(file, name)
+        check_picture_size(name, width, height)
+        _check_bytes(name, size, width * height)
+    else:
+        {"bmp": pieces.check_bmp, "tiff": pieces.check_tiff}[kind](file, name)
+    file.seek(0)
+    image = readers[kind](file)
+    check_picture_size(name, *image.size)
+    if kind == "jpeg":
+        pieces.check_scans(file, name, image.width * image.height)
+        file.seek(0)
+        image = readers[kind](file)
+    return image
+
+
+def _check_bytes(name: str, size: int, pixels: int) -> None:
+    if size > MAX_EXTRA + 8 * pixels:
+        raise MediaError(f"{name} has {size:,} bytes, which are too many for its {pixels:,} pixels")
 
 
 def pillow_pixels(image: Any, name: str) -> np.ndarray:
     """The pixels of a Pillow image, uint8 RGB [H, W, 3], upright as its EXIF says. Raises MediaError for more than 16
     bits a channel, and for a file that cannot be read any more."""
-    from PIL import ImageOps
-
     try:
         image.load()
     except Exception as error:  # opened, but not read yet: Pillow raises many types for a damaged file
         raise MediaError(f"{name} cannot be read: {error}") from error
-    kind = image.format  # lost where it is turned
-    with contextlib.suppress(Exception):  # ignore damaged EXIF
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode == "I" and kind != "PNG":  # Pillow 10 opens 16-bit PNGs as I
+    if image.mode == "F" or image.mode == "I" and image.format != "PNG":  # Pillow 10 opens 16-bit PNGs as I
         raise MediaError(f"{name} has more than 16 bits a channel, which is not read; save it with 8")
     if image.mode.startswith("I"):
-        rounded = np.minimum((np.asarray(image).astype(np.int64) + 128) >> 8, 255)
-        return over_black(rounded.astype(np.uint8)[..., None])
+        return _upright(_in_bands(image, lambda band: _rounded(np.asarray(band))), image)
     alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
-    return over_black(np.asarray(image.convert("RGBA" if alpha else "RGB")))
+    return _upright(_in_bands(image, lambda band: np.asarray(band.convert("RGBA" if alpha else "RGB"))), image)
 
 
-def strip_png(data: bytes, name: str) -> bytes:
-    """Remove texts, profiles and all other chunks that do not affect pixels from a PNG: a few KB of them may decompress
-    to gigabytes. Raises MediaError if the PNG is damaged or truncated."""
-    offset, kept = 8, [data[:8]]
-    while offset + 12 <= len(data):
-        size, kind = struct.unpack_from(">I4s", data, offset)
-        end = offset + 12 + size
-        if end > len(data) or zlib.crc32(data[offset + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
-            break
-        if kind in PNG_CHUNKS:
-            kept.append(data[offset:end])
-        if kind == b"IEND":
-            return b"".join(kept)
-        offset = end
-    raise MediaError(f"{name} is damaged or cut off at byte {offset} of {len(data)}")
+def _upright(picture: np.ndarray, image: Any) -> np.ndarray:
+    """A picture [H, W, 3], turned as the EXIF of its Pillow image says."""
+    orientation = 1
+    with contextlib.suppress(Exception):  # ignore damaged EXIF
+        orientation = image.getexif().get(ORIENTATION, 1)
+    if orientation in (5, 6, 7, 8):
+        picture = picture.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(picture[::rows, ::columns])
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height from the first chunk of an extended, lossless or lossy WebP."""
-    kind, body = data[12:16], data[20:30].ljust(10, b"\0")
-    if kind == b"VP8X":
-        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
-    if kind == b"VP8L":
-        bits = int.from_bytes(body[1:5], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    width, height = struct.unpack_from("<HH", body, 6)
-    return width & 0x3FFF, height & 0x3FFF
+def _in_bands(image: Any, convert: Callable[[Any], np.ndarray]) -> np.ndarray:
+    """uint8 RGB [H, W, 3] of a Pillow image, some rows at a time: conversions take several times the memory."""
+    rows = max(1, BAND // image.width)
+    if rows >= image.height:
+        return over_black(convert(image))
+    made = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        made[top:bottom] = over_black(convert(image.crop((0, top, image.width, bottom))))
+    return made
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """16 bits a channel to 8: [H, W] to uint8 [H, W, 1]."""
+    return np.minimum((values.astype(np.int64) + 128) >> 8, 255).astype(np.uint8)[..., None]
 
 
 # ---------------------------------------------------------------- resizing

@@ -34,8 +34,10 @@ from fastvid.media.files import (
     kind_of,
     open_container,
 )
-from fastvid.media.images import over_black, read_picture, strip_png, to_rgb
+from fastvid.media.images import over_black, read_picture, to_rgb
+from fastvid.media.pieces import strip_png
 from fastvid.media.sound import Sound, SoundFile, find_sound
+from fastvid.media.units import check_packet
 
 SEEKABLE = ("mov", "matroska")  # formats that seek exactly to a key frame
 VP8_SHOWN = 0x10  # bit of a packet's first byte (RFC 6386, 9.1); libvpx also writes packets that are not shown
@@ -208,12 +210,13 @@ class VideoSource(Source):
 
     def _scan(self) -> FrameIndex:
         pts: list[int | None] = []
-        key_times, hidden, latest, last = [], 0, None, 0
+        key_times, hidden, empty, latest, last = [], 0, 0, None, 0
         with contextlib.closing(self._open()) as container:
             stream = _track(container, self._name)
             for packet in container.demux(stream):
                 if packet.size == 0 or packet.is_discard or _shows_nothing(stream, packet):
-                    hidden += packet.size > 0
+                    hidden, empty = hidden + (packet.size > 0), empty + (packet.size == 0)
+                    check_frame_count(self._name, max(hidden, empty))
                     continue
                 pts.append(packet.pts)
                 check_frame_count(self._name, len(pts))
@@ -262,7 +265,7 @@ class VideoSource(Source):
     # ------------------------------------------------------------ decoding
 
     def _open(self) -> Any:
-        return open_container(self._file, self.kind, self._name)
+        return open_container(self._file, self.kind, self._name, checked=hasattr(self, "_index"))
 
     def frame(self, number: int) -> np.ndarray:
         with self._lock:
@@ -317,6 +320,7 @@ class VideoSource(Source):
         import av
 
         for packet in self._container.demux(self._stream):
+            check_packet(self._stream.codec_context, bytes(packet), self._name)
             if self._stream.codec_context.name == "png" and packet.size:
                 packet = _strip_packet(packet, self._name)
             with contextlib.suppress(av.error.InvalidDataError):
@@ -397,7 +401,7 @@ def _is_gif_comment(block: bytes) -> bool:
 def _strip_packet(packet: Any, name: str) -> Any:
     import av
 
-    plain = av.Packet(strip_png(bytes(packet), name))
+    plain = av.Packet(strip_png(io.BytesIO(bytes(packet)), name).read())
     plain.pts, plain.dts, plain.time_base = packet.pts, packet.dts, packet.time_base
     plain.is_keyframe = packet.is_keyframe
     return plain
@@ -420,13 +424,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             with file:
                 return ArraySource(read_picture(file, kind, name), name, signed=False)
         if kind == "apng":
-            file = _strip_file(file, name)
+            file = strip_png(file, name)
         return NpySource(file, name) if kind == "npy" else VideoSource(file, kind, name)
     except BaseException:
         file.close()
         raise
-
-
-def _strip_file(file: BinaryIO, name: str) -> BinaryIO:
-    with file:
-        return io.BytesIO(strip_png(file.read(), name))
