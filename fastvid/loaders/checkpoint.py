@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvid import notices
 from fastvid.errors import CheckpointError
 from fastvid.loaders import layouts, lora, lora_fit, safetensors
 from fastvid.loaders.find import (
@@ -31,6 +32,7 @@ from fastvid.loaders.lora import Lora
 from fastvid.loaders.single_files import find_single_file
 from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.config_reader import read_json
+from fastvid.models.common.tokenizer import TextTokenizer
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.description import Checkpoint, Part, flat_config
 from fastvid.models.preset import Preset
@@ -62,7 +64,8 @@ def open_checkpoint(
     problems = [text for part in opened.values() for text in part.problems] + list(found.problems)
     text_length = None
     if found.tokenizer != Path():
-        text_length = note_problem(problems, lambda: read_tokenizer(found.tokenizer).text_length)
+        words = opened["text_encoder"].config
+        text_length = note_problem(problems, lambda: _check_tokenizer(read_tokenizer(found.tokenizer), words, found))
     preset, alternatives = note_problem(problems, lambda: _detect_preset(folder, found, opened)) or (None, ())
     return Checkpoint(
         folder,
@@ -142,7 +145,7 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
     identified = found.identity is not UNIDENTIFIED
     where = found.files[0] if identified else folder / found.name
     config_path = where if identified else where / CONFIG
-    if class_name not in (kind.class_name, kind.also):
+    if class_name not in (kind.class_name, *kind.also):
         problems.append(f"{INDEX}: {found.name} is a {class_name}; only {kind.class_name} is supported")
     elif (raw_config := found.config) is not None:
         built = note_problem(problems, lambda: _read_config(found.name, raw_config, config_path))
@@ -157,6 +160,8 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
     if module is not None and entries:
         problems += [f"{where}: {text}" for text in safetensors.mismatches(module, entries)]
         entries = safetensors.in_module_names(module, entries)
+    if not problems and (found.config or {}).get("quantization_config"):
+        notices.warn(f"{config_path}: quantization_config is not read: the weights beside it are not quantized")
     stored = sum(map(safetensors.nbytes, found.entries.values())) if identified else 0
     return Part(
         found.name,
@@ -169,6 +174,16 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
         tuple(problems),
         origins,
     )
+
+
+def _check_tokenizer(tokenizer: TextTokenizer, text_encoder: Any, found: FoundModel) -> int:
+    """The tokens of a prompt. Raises CheckpointError for a tokenizer with ids that the text encoder does not have."""
+    if isinstance(text_encoder, UMT5Config) and tokenizer.largest_id >= text_encoder.vocab_size:
+        raise CheckpointError(
+            f"{found.tokenizer}: the tokenizer has ids up to {tokenizer.largest_id}, the text encoder embeds "
+            f"{text_encoder.vocab_size}; take the tokenizer that belongs to this text encoder"
+        )
+    return tokenizer.text_length
 
 
 def _read_config(name: str, raw_config: dict[str, Any], path: Path) -> tuple[Any, nn.Module]:

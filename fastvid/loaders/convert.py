@@ -24,7 +24,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from fastvid.checks import nearest_name
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.files import copy_files, open_regular, reason
-from fastvid.loaders import layouts, safetensors
+from fastvid.loaders import layouts, safetensors, weight_files
 from fastvid.loaders.find import FoundPart, find_original, identify_part, kind_name
 from fastvid.loaders.layouts import CONFIG, EXPERT_FOLDERS, EXTRAS, INDEX, ORIGINAL_TOKENIZER, SCHEDULER, TOKENIZER
 from fastvid.loaders.pickles import PickleReader, read_exactly
@@ -97,7 +97,7 @@ def convert(
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     _check(source, destination, to, shard_bytes)
-    single = destination.name.endswith(safetensors.SUFFIX)
+    single = destination.name.endswith(safetensors.SUFFIXES)
     with TensorReader({source: key} if key else {}) as reader:
         if base is None:
             output = _plan(source, to, reader, single)
@@ -258,9 +258,9 @@ def _files_of(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a folder, or its pickles if it has no safetensors files."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     pickles = tuple(path for path in paths if path.suffix in safetensors.PICKLES)
-    if pickles and not any(path.name.endswith(safetensors.SUFFIX) for path in paths):
+    if pickles and not any(path.name.endswith(safetensors.SUFFIXES) for path in paths):
         return pickles
-    return safetensors.find_files(folder)
+    return weight_files.find_files(folder)
 
 
 def _weights_output(part: FoundPart, to: str, alone: bool = False, experts: bool = False) -> WeightsOutput:

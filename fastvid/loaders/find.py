@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 from fastvid.checks import nearest_name
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.files import open_regular, read_bytes, reason
-from fastvid.loaders import hub, layouts, safetensors
+from fastvid.loaders import hub, layouts, safetensors, weight_files
 from fastvid.loaders.layouts import CONFIG, INDEX, TOKENIZER, Config
 from fastvid.loaders.safetensors import Entry
 from fastvid.models.common.config_reader import read_json
 from fastvid.models.common.sentencepiece import MAX_SPIECE
 from fastvid.models.common.tokenizer import TextTokenizer
-from fastvid.models.registry import EXPERTS, KINDS, OPTIONAL
+from fastvid.models.registry import EXPERTS, KINDS, OPTIONAL, kind_of
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.detect import Identity, identify
 
@@ -31,6 +31,7 @@ BASE = "base"  # the model that supplies all other parts of a single-file transf
 PART_NAMES = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", TOKENIZER, BASE)
 PIPELINES = (
     "WanPipeline",
+    "WanVideoToVideoPipeline",
     "WanImageToVideoPipeline",
     "WanVACEPipeline",
     "WanDMDPipeline",  # FastVideo's distilled models
@@ -184,8 +185,8 @@ def _diffusers_part(folder: Path, name: str, index: Mapping[str, Any]) -> FoundP
     if layouts.class_of(index, name) is None:
         return FoundPart(name)
     problems: list[str] = []
-    config = note_problem(problems, lambda: read_json(folder / name / CONFIG))
-    files = note_problem(problems, lambda: safetensors.find_files(folder / name)) or ()
+    config = note_problem(problems, lambda: _read_config(name, folder / name / CONFIG))
+    files = note_problem(problems, lambda: weight_files.find_files(folder / name)) or ()
     entries = note_problem(problems, lambda: safetensors.read_headers(files)) or {}
     return FoundPart(name, files, entries, config, problems=tuple(problems))
 
@@ -280,9 +281,9 @@ def find_part(name: str, path: Path) -> FoundPart:
             raise CheckpointError(f"{path} has no {name}; it holds {', '.join(parts)}")
         return parts[name]
     if path.is_file():
-        shards = next((group for group in weight_groups(path.parent) if path in group), (path,))
-        return read_part(name, shards)
-    return read_part(name, safetensors.find_files(path / name if (path / INDEX).is_file() else path))
+        groups = weight_files.weight_groups(path.parent, layouts.WEIGHT_FILES)
+        return read_part(name, next((group for group in groups if path in group), (path,)))
+    return read_part(name, weight_files.find_files(path / name if (path / INDEX).is_file() else path))
 
 
 def read_part(name: str, files: tuple[Path, ...]) -> FoundPart:
@@ -305,6 +306,8 @@ def identify_part(
     """Identify a part from the names and shapes of its tensors. config: known configuration values.
     Raises CheckpointError."""
     where = files[0] if len(files) == 1 else files[0].parent
+    if config:
+        _check_class(name, config, files[0].parent / CONFIG)
     try:
         identity = identify({key: entry.shape for key, entry in entries.items()})
         return FoundPart(name, files, entries, identity.config(config), identity)
@@ -312,23 +315,30 @@ def identify_part(
         raise CheckpointError(f"{where}: {error}") from None
 
 
+def _read_config(name: str, path: Path) -> Config:
+    config = read_json(path)
+    _check_class(name, config, path)
+    return config
+
+
+def _check_class(name: str, config: Mapping[str, Any], path: Path) -> None:
+    """Raises CheckpointError for a configuration of another class than the part's. name: "" for any part."""
+    kinds = [kind_of(name)] if name else list(KINDS.values())
+    known = [each for kind in kinds for each in kind.classes]
+    architectures = config.get("architectures") or []
+    named = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [architectures])]
+    if others := [each for each in named if each is not None and each not in known]:
+        raise CheckpointError(
+            f"{path} is of a {others[0]!s:.80}; {name or 'a part'} has to be a {' or a '.join(known)}"
+        )
+    types = [each for kind in kinds for each in kind.model_types]
+    if name and types and config.get("model_type") not in (None, *types):
+        raise CheckpointError(f"{path} has model_type={config['model_type']!r:.80}; {name} has to be {types[0]!r}")
+
+
 def held_kinds(files: Iterable[Path]) -> tuple[str, ...]:
     """The kinds of parts in the files."""
     return tuple(dict.fromkeys(found.part for found in weight_names.find_parts(safetensors.read_headers(files))))
-
-
-def weight_groups(folder: Path) -> Iterator[tuple[Path, ...]]:
-    """The weight files in a folder; the shards of one index form one group."""
-    files = sorted(path for path in folder.glob("*") if path.suffix in layouts.WEIGHT_FILES and path.is_file())
-    sharded: set[Path] = set()
-    for index in sorted(folder.glob(f"*{safetensors.SUFFIX}.index.json")):
-        table = read_json(index).get("weight_map")
-        names = {name for name in table.values() if isinstance(name, str)} if isinstance(table, dict) else set()
-        group = tuple(file for file in files if file.name in names)
-        if group and len(group) == len(names):
-            sharded.update(group)
-            yield group
-    yield from ((file,) for file in files if file not in sharded)
 
 
 def _read_headers(files: tuple[Path, ...]) -> dict[str, Entry]:
@@ -338,7 +348,7 @@ def _read_headers(files: tuple[Path, ...]) -> dict[str, Entry]:
                 f"{file} is a pickle, which fastvid does not open; turn it into safetensors with `fastvid convert "
                 f"{file} {file.with_suffix(safetensors.SUFFIX)} --to original`"
             )
-        if not file.name.endswith(safetensors.SUFFIX):
+        if not file.name.endswith(safetensors.SUFFIXES):
             raise CheckpointError(f"{file} is no {safetensors.SUFFIX} file, the only kind that is read")
     return safetensors.read_headers(files)
 
@@ -377,7 +387,7 @@ def is_tokenizer(path: Path) -> bool:
     """Whether a folder or file holds a tokenizer, possibly as a tensor."""
     if path.is_dir():
         return any((path / name).is_file() for name in ("tokenizer.json", SPIECE_FILE))
-    if path.name.endswith(safetensors.SUFFIX):
+    if path.name.endswith(safetensors.SUFFIXES):
         return path.is_file() and holds_spiece(safetensors.read_header(path))
     return path.is_file() and path.suffix == ".model"
 
@@ -403,7 +413,7 @@ def read_tokenizer(path: Path) -> TextTokenizer:
 def _read_spiece(path: Path) -> bytes:
     """The bytes of a sentencepiece model: a whole file, or a tensor in a safetensors file."""
     try:
-        if not path.name.endswith(safetensors.SUFFIX):
+        if not path.name.endswith(safetensors.SUFFIXES):
             return read_bytes(path, MAX_SPIECE)
         spiece_entries = [entry for name, entry in safetensors.read_header(path).items() if holds_spiece([name])]
         size = math.prod(spiece_entries[0].shape) if spiece_entries else 0

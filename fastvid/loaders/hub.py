@@ -20,7 +20,7 @@ from typing import Any
 
 from fastvid import notices
 from fastvid.errors import CheckpointError
-from fastvid.loaders import hub_cache, layouts, safetensors
+from fastvid.loaders import hub_cache, layouts, safetensors, weight_files
 from fastvid.loaders.hub_cache import COMMIT, DIGEST, Remote, Repository
 from fastvid.loaders.hub_http import HubError, fetch, run
 from fastvid.loaders.layouts import CONFIG, EXPERT_FOLDERS, EXTRAS, INDEX, ORIGINAL_PATTERNS, ORIGINAL_TOKENIZER
@@ -298,7 +298,7 @@ def complete(folder: Path) -> bool:
 def _has_parts(folder: Path) -> bool:
     named = [name for name, value in read_json(folder / INDEX).items() if isinstance(value, list) and all(value)]
     weighted = [folder / name for name in named if name not in UNWEIGHTED]
-    return all(safetensors.find_files(part) for part in weighted) and all(
+    return all(weight_files.find_files(part) for part in weighted) and all(
         any((folder / name).glob("*")) for name in named if name in UNWEIGHTED
     )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvid.errors import CheckpointError
-from fastvid.loaders import safetensors
+from fastvid.loaders import safetensors, weight_files
 from fastvid.models.wan import presets
 from fastvid.models.wan.detect import Identity
 
@@ -36,6 +36,7 @@ CLASSES = {
     "image_encoder": ["transformers", "CLIPVisionModel"],
 }
 
+ORIGINAL_CLASSES = ("WanModel", "VaceWanModel", "CausalWanModel")
 EXTRAS = "diffusers_extras.json"
 EXPERT_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
@@ -45,7 +46,7 @@ ORIGINAL_NAMES = {
     "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors",
 }
 ORIGINAL_PATTERNS = {"vae": "*_VAE", "text_encoder": "models_t5*", "image_encoder": "models_clip*"}
-WEIGHT_FILES = (safetensors.SUFFIX, *safetensors.PICKLES)
+WEIGHT_FILES = (*safetensors.SUFFIXES, *safetensors.PICKLES)
 
 # key in an original transformer's config.json -> diffusers' key
 _CONFIG_KEYS = {
@@ -96,9 +97,10 @@ def original_transformers(folder: Path) -> dict[str, tuple[Path, ...]]:
         missing = next(inside for name, inside in EXPERT_FOLDERS.items() if name not in inner)
         raise CheckpointError(f"{folder / missing} is missing; models with two experts need both")
     if inner:
-        return {name: safetensors.find_files(path) for name, path in inner.items()}
-    others = {file for pattern in ORIGINAL_PATTERNS.values() for file in folder.glob(pattern + safetensors.SUFFIX)}
-    return {"transformer": safetensors.find_files(folder, others)}
+        return {name: weight_files.find_files(path) for name, path in inner.items()}
+    patterns = [pattern + suffix for pattern in ORIGINAL_PATTERNS.values() for suffix in safetensors.SUFFIXES]
+    others = {file for pattern in patterns for file in folder.glob(pattern)}
+    return {"transformer": weight_files.find_files(folder, others)}
 
 
 def original_name(part: str, identity: Identity) -> str:
@@ -113,6 +115,8 @@ def to_diffusers_keys(config: Mapping[str, Any]) -> Config:
     """Translate an original transformer's config to diffusers' keys. A diffusers config is returned unchanged."""
     if "dim" not in config:
         return dict(config)
+    if (named := config.get("_class_name")) not in (None, *ORIGINAL_CLASSES):
+        raise CheckpointError(f"{CONFIG} is of a {named!s:.80}; a {' or a '.join(ORIGINAL_CLASSES)} is needed")
     translated = {ours: config[theirs] for theirs, ours in _CONFIG_KEYS.items() if config.get(theirs) is not None}
     heads, dim = config.get("num_heads"), config["dim"]
     if type(heads) is int and type(dim) is int and heads > 0 and dim % heads == 0:

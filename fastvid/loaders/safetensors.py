@@ -1,4 +1,4 @@
-"""Reads safetensors: finds the files of a folder, reads their headers, and streams their tensors into a module.
+"""Reads safetensors: their headers, and their tensors into a module.
 
 The header at the front of a file is small. It tells what a checkpoint holds and whether it fits a model before any
 weight is read. Nothing here unpickles. Format (https://github.com/huggingface/safetensors#format): eight bytes with the
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
 from fastvid.files import open_regular, reason
-from fastvid.models.common.config_reader import parse_json, read_json
+from fastvid.models.common.config_reader import parse_json
 from fastvid.models.registry import target_dtype
 from fastvid.models.wan.weight_names import QUANTIZED, Origin, some
 
 SUFFIX = ".safetensors"
+SUFFIXES = (SUFFIX, ".sft")
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
-STANDARD_NAMES = ("diffusion_pytorch_model" + SUFFIX, "model" + SUFFIX)
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 BITS |= {"U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
@@ -47,26 +47,6 @@ class Entry:
     shape: tuple[int, ...]
     file: Path
     offset: int = field(default=0, compare=False)
-
-
-def find_files(folder: Path, others: Iterable[Path] = ()) -> tuple[Path, ...]:
-    """The safetensors files that hold a part's weights: the shards of its index, or its only file. others: files to
-    ignore because they hold something else.
-
-    Raises CheckpointError if there is none, if several qualify, or if shards are missing.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is missing; it should hold config.json and {STANDARD_NAMES[0]}")
-    rest = frozenset(others)
-    present = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX) and path not in rest)
-    standard = [folder / name for name in STANDARD_NAMES if folder / name in present]
-    choice = sorted(folder.glob(f"*{SUFFIX}.index.json")) or standard or present
-    if not choice:
-        raise CheckpointError(_why_none(folder))
-    if len(choice) > 1:
-        names = some([path.name for path in choice])
-        raise CheckpointError(f"{folder} holds several weights ({names}); keep one, or the shards with their index")
-    return _shards(choice[0]) if choice[0].suffix == ".json" else (choice[0],)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -313,39 +293,6 @@ def _unused(module: nn.Module, name: str) -> bool:
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     module.get_submodule(parent).load_state_dict({leaf: tensor}, strict=False, assign=True)
-
-
-def _shards(index: Path) -> tuple[Path, ...]:
-    """The shards that an index names. Raises CheckpointError if one is missing or outside the index's folder."""
-    table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
-        raise CheckpointError(f'{index} has no "weight_map" of tensor names to file names')
-    names = sorted(set(table.values()))
-    if outside := [name for name in names if not _is_inside(name)]:
-        raise CheckpointError(f"{index} points outside its folder: {some(outside)}")
-    if others := [name for name in names if not name.endswith(SUFFIX)]:
-        raise CheckpointError(f"{index} names files that are not safetensors: {some(others)}")
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise CheckpointError(
-            f"{index.parent} lacks {some(missing)}, of {len(names)} files that {index.name} names; download them again"
-        )
-    return tuple(index.parent / name for name in names)
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a file name in an index stays inside the folder, on POSIX and on Windows."""
-    paths = (PurePosixPath(name), PureWindowsPath(name))
-    return bool(name) and not any(path.is_absolute() or path.drive or ".." in path.parts for path in paths)
-
-
-def _why_none(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        return (
-            f"{folder} holds its weights as pickles only ({some(pickles)}), which fastvid does not open; "
-            "turn them into safetensors with `fastvid convert`"
-        )
-    return f"{folder} holds no {SUFFIX} file; {STANDARD_NAMES[0]} or {STANDARD_NAMES[1]} is expected"
 
 
 def _where(files: tuple[Path, ...]) -> str:

@@ -7,18 +7,18 @@ be in ComfyUI's neighboring folders, inside the same file, or named by the calle
 
 Each part comes from the first match of: the caller's `parts=`, the transformer's own file, the caller's `base` folder,
 the folders around the file. In those folders a file must fit the transformer: a VAE by its channels, an encoder by its
-width. If several fit, the only one in fp32 is taken; otherwise the caller must choose.
+width. If several fit, the most exact is taken, with a warning; of different files as exact, the caller must choose.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from fastvid import notices
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import layouts, safetensors
 from fastvid.loaders.find import (
@@ -34,9 +34,11 @@ from fastvid.loaders.find import (
     is_tokenizer,
     note_problem,
     read_part,
-    weight_groups,
 )
-from fastvid.loaders.layouts import TOKENIZER
+from fastvid.loaders.layouts import TOKENIZER, WEIGHT_FILES
+from fastvid.loaders.weight_files import are_copies, weight_groups
+from fastvid.models.common.expert_names import OTHER, expert_of, is_pair
+from fastvid.models.wan.detect import CUSTOM, Identity
 from fastvid.models.wan.weight_names import QUANTIZED, some
 
 Sources = Mapping[str, Path]
@@ -52,8 +54,7 @@ PART_FOLDERS = {
     "image_encoder": ("clip_vision", "image_encoder"),
 }
 DEPTH = 2  # levels of subfolders to search
-NOISE = re.compile(r"(?<![a-z])(high|low)(?![a-z])|(high|low)(?=[-_ ]?noise)", re.IGNORECASE)
-OTHER_NOISE = {"high": "low", "low": "high"}
+DOUBTFUL = "doubtful"  # a name that may say which expert a file is, or something else
 
 
 class Need(NamedTuple):
@@ -106,26 +107,21 @@ def _or_missing(name: str, find: Callable[[], FoundPart]) -> FoundPart:
 
 def _find_experts(file: Path, sources: Sources) -> dict[str, FoundPart]:
     """The transformer, and the low noise one if the model has two."""
-    noise = _noise_of(file)
-    if noise == "low" and "transformer" not in sources and "transformer_2" not in sources:
-        partner = _find_partner(file)  # required: the high noise expert describes the model
-        return {
-            "transformer": read_part("transformer", partner),
-            "transformer_2": find_part("transformer_2", file),
-        }
+    own = find_part("transformer", file)
+    if _is_same(sources.get("transformer"), file):  # the caller says that it is a whole model
+        return {"transformer": own}
+    noise = _noise_of(file, own.identity)
+    if noise == "low" and "transformer_2" not in sources:
+        high = sources.get("transformer")  # required: the high noise expert describes the model
+        first = find_part("transformer", high) if high else read_part("transformer", _find_partner(file, noise))
+        return {"transformer": first, "transformer_2": find_part("transformer_2", file)}
     if "transformer" in sources:
-        if noise != "low" or "transformer_2" in sources:
-            raise InvalidRequest(f"parts: {file} is the transformer already; take `transformer` out")
-        return {
-            "transformer": find_part("transformer", sources["transformer"]),
-            "transformer_2": find_part("transformer_2", file),
-        }
+        raise InvalidRequest(f"parts: {file} is the transformer already; take `transformer` out")
     other = sources.get("transformer_2")
-    if other and noise == "low" and _noise_of(other) == "high":
+    if other and noise == "low" and _noise_of(other, own.identity) == "high":
         raise InvalidRequest(f"parts: {file} is for low noise by its name, {other} for high: give them the other way")
-    parts = {"transformer": find_part("transformer", file)}
-    identity = parts["transformer"].identity
-    if other or noise or (identity.family, identity.task) == ("wan2.2", "i2v"):
+    parts = {"transformer": own}
+    if other or noise or (own.identity.family, own.identity.task) == ("wan2.2", "i2v"):
         parts["transformer_2"] = _or_missing("transformer_2", lambda: _find_low_noise(file, other, noise))
     return parts
 
@@ -133,44 +129,51 @@ def _find_experts(file: Path, sources: Sources) -> dict[str, FoundPart]:
 def _find_low_noise(file: Path, other: Path | None, noise: str) -> FoundPart:
     if other:
         return find_part("transformer_2", other)
-    if not noise:
+    if noise in ("", DOUBTFUL):
+        whole = ' If it is a whole model, say so: parts={"transformer": PATH of this file}.' if noise else ""
         raise CheckpointError(
-            f"{file} is one of the two experts of a Wan 2.2 picture model, and its name does not say which; give the "
-            'high noise file as the model and the other as parts={"transformer_2": PATH}, --part transformer_2=PATH'
+            f"{file} may be one of the two experts of a Wan 2.2 model, and its name does not say which; give the high "
+            'noise file as the model and the other as parts={"transformer_2": PATH}, --part transformer_2=PATH.' + whole
         )
-    return read_part("transformer_2", _find_partner(file))
+    return read_part("transformer_2", _find_partner(file, noise))
 
 
-def _noise_of(file: Path) -> str:
-    """ "high" or "low" if the name of a file or its folder contains it; "" otherwise."""
-    for name in (file.name, file.parent.name):
-        if found := NOISE.search(name):
-            return (found[1] or found[2]).lower()
-    return ""
+def _noise_of(file: Path, identity: Identity) -> str:
+    """ "high" or "low" for one of two experts, by its name and its neighbors'; "" for a whole model; DOUBTFUL for
+    weights of the size that models with two experts have, with a name that may say either."""
+    if identity.family == "wan2.1" and identity.task != "vace" and identity.size != CUSTOM or identity.task == "ti2v":
+        return ""  # published with one transformer alone
+    mark = expert_of(file, [one for group in _neighbors(file) for one in group])
+    if mark.sure:
+        return mark.expert
+    return DOUBTFUL if (identity.family, identity.size) == ("wan", "14B") else ""
 
 
-def _find_partner(file: Path) -> tuple[Path, ...]:
-    """The file of the other expert: the same name with high and low exchanged. Raises CheckpointError."""
-    noise = _noise_of(file)
-    folders = [file.parent]
-    if NOISE.search(file.parent.name):
-        folders += [path for path in sorted(file.parent.parent.iterdir()) if path.is_dir()]
-    partner_letters = _letters(file).replace(noise, OTHER_NOISE[noise])
-    groups = [group for folder in dict.fromkeys(folders) for group in weight_groups(folder)]
-    fitting = [group for group in groups if any(_letters(one) == partner_letters for one in group)]
+def _is_same(source: Path | None, file: Path) -> bool:
+    return source is not None and source.exists() and source.samefile(file)
+
+
+def _neighbors(file: Path) -> list[tuple[Path, ...]]:
+    """The weights that may be a file's other expert: those beside it, and in the folder whose name differs by its
+    mark."""
+    folder = file.parent
+    others = [path for path in sorted(folder.parent.iterdir()) if path.is_dir() and is_pair(folder.name, path.name)]
+    groups = [group for each in (folder, *others) for group in weight_groups(each, WEIGHT_FILES)]
+    return [group for group in groups if file not in group]
+
+
+def _find_partner(file: Path, noise: str) -> tuple[Path, ...]:
+    """The file of the other expert: the same name but for its mark. Raises CheckpointError."""
+    groups = _neighbors(file)
+    fitting = [group for group in groups if any(is_pair(file, one) for one in group)]
     if len(fitting) == 1:
         return fitting[0]
+    folders = ", ".join(dict.fromkeys(str(one.parent) for one in (file, *(group[0] for group in groups))))
     listed = f"; {', '.join(str(group[0]) for group in fitting)} could be it" if fitting else ""
     raise CheckpointError(
-        f"{file} is the {noise} noise expert of a model with two; the {OTHER_NOISE[noise]} noise one is not "
-        f'in {", ".join(map(str, folders))}{listed}; give parts={{"transformer_2": PATH}}, --part transformer_2=PATH'
+        f"{file} is the {noise} noise expert of a model with two; the {OTHER[noise]} noise one is not in {folders}"
+        f'{listed}; give parts={{"transformer_2": PATH}}, --part transformer_2=PATH'
     )
-
-
-def _letters(file: Path) -> str:
-    """Folder and name of a file, letters and digits only: publishers separate words inconsistently."""
-    folder = file.parent.name if NOISE.search(file.parent.name) else ""
-    return "".join(letter for letter in f"{folder}/{file.name}".lower() if letter.isalnum())
 
 
 # ---------------------------------------------------------------- VAE and encoders
@@ -192,8 +195,11 @@ def _search(need: Need, file: Path) -> FoundPart:
         for group in _groups_below(folder, DEPTH if folder.name in PART_FOLDERS[need.name] else 0):
             part = _try_group(need, group, refused)
             fitting += [part] if part else []
-    chosen = fitting if len(fitting) == 1 else [part for part in fitting if _dtypes(part)[:1] == ("F32",)]
-    if len(chosen) == 1:
+    best = min(map(_coarseness, fitting), default=0)
+    chosen = [part for part in fitting if _coarseness(part) == best]
+    if chosen and (len(chosen) == 1 or are_copies([part.files[0] for part in chosen])):
+        if others := [part.files[0].name for part in fitting if part is not chosen[0]]:
+            notices.warn(f"{need.name}: {chosen[0].files[0]} is read; {some(others)} would fit too and is left out")
         return chosen[0]
     give = f'give parts={{"{need.name}": PATH}}, --part {need.name}=PATH'
     if fitting:
@@ -221,7 +227,7 @@ def _root_of(file: Path) -> Path:
 
 def _groups_below(folder: Path, depth: int) -> Iterator[tuple[Path, ...]]:
     """Weight files in a folder and its subfolders, down to `depth` levels."""
-    yield from weight_groups(folder)
+    yield from weight_groups(folder, WEIGHT_FILES)
     for inner in sorted(path for path in folder.iterdir() if depth and path.is_dir()):
         yield from _groups_below(inner, depth - 1)
 
@@ -246,6 +252,11 @@ def _try_group(need: Need, files: tuple[Path, ...], refused: list[str]) -> Found
     else:
         return part
     return None
+
+
+def _coarseness(part: FoundPart) -> int:
+    """0 for the most exact type of weights."""
+    return list(safetensors.FLOATS).index(_dtypes(part)[0])
 
 
 def _dtypes(part: FoundPart) -> tuple[str, ...]:

@@ -26,16 +26,28 @@ ENCODERS = ("text_encoder", "image_encoder")
 OPTIONAL = ("image_encoder",)  # parts that not every model has
 FP32 = ("vae", "image_encoder")  # parts that stay in fp32, as published, if nothing else is asked for
 CONTROLLED = "WanVACETransformer3DModel"
+CAUSAL = "CausalWanTransformer3DModel"  # FastVideo's name of the same network, for rollouts
 
 
 @dataclass(frozen=True)
 class PartKind:
-    """How a sub-folder becomes a module: the class that model_index.json names, its config, and what builds it."""
+    """How a sub-folder becomes a module: the class that model_index.json names, its config, and what builds it.
+
+    also: other classes that read_config and build take. holders: classes that hold it beside other things, which its
+    config.json may name. model_types: transformers' names of its kind.
+    """
 
     class_name: str
     read_config: Callable[[dict[str, Any]], Any]
     build: Callable[[Any, Any], nn.Module]  # (config, ops)
-    also: str = ""  # another class that read_config and build take
+    also: tuple[str, ...] = ()
+    holders: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes that its config.json may name."""
+        return (self.class_name, *self.also, *self.holders)
 
 
 def read_transformer(config: Mapping[str, Any]) -> WanTransformerConfig | WanVACEConfig:
@@ -53,11 +65,22 @@ def build_vae(config: WanVAEConfig, ops: Any = reference) -> WanVAE:
 
 
 KINDS: Mapping[str, PartKind] = {
-    "transformer": PartKind("WanTransformer3DModel", read_transformer, build_transformer, CONTROLLED),
+    "transformer": PartKind("WanTransformer3DModel", read_transformer, build_transformer, (CONTROLLED, CAUSAL)),
     "vae": PartKind("AutoencoderKLWan", WanVAEConfig.from_dict, build_vae),
-    "text_encoder": PartKind("UMT5EncoderModel", UMT5Config.from_dict, lambda config, ops: UMT5Encoder(config)),
+    "text_encoder": PartKind(
+        "UMT5EncoderModel",
+        UMT5Config.from_dict,
+        lambda config, ops: UMT5Encoder(config),
+        holders=("UMT5Model", "UMT5ForConditionalGeneration"),
+        model_types=("umt5",),
+    ),
     "image_encoder": PartKind(
-        "CLIPVisionModel", CLIPVisionConfig.from_dict, CLIPVisionEncoder, "CLIPVisionModelWithProjection"
+        "CLIPVisionModel",
+        CLIPVisionConfig.from_dict,
+        CLIPVisionEncoder,
+        also=("CLIPVisionModelWithProjection",),
+        holders=("CLIPModel",),
+        model_types=("clip_vision_model", "clip"),
     ),
 }
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastvid.loaders import safetensors
+from fastvid.loaders import safetensors, weight_files
 from fastvid.models.wan.config import WanTransformerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def test_every_byte_is_read_and_memory_stays_small(
 ) -> None:
     total, shard = sum(size for _, size in files), max(size for _, size in files)
     assert total > 60e6
-    found = safetensors.find_files(files[0][0].parent)
+    found = weight_files.find_files(files[0][0].parent)
     module, before = bench.module_of(CONFIG), read_bytes()
     with bench.Sampler() as sampler:
         safetensors.load_into(module, found, device, torch.bfloat16)

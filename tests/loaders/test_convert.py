@@ -19,7 +19,7 @@ from torch import Tensor
 import fastvid
 from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.loaders import pickles, safetensors
+from fastvid.loaders import pickles, safetensors, weight_files
 from fastvid.loaders.checkpoint import open_checkpoint
 from fastvid.loaders.convert import TensorReader, convert, write_weights
 from fastvid.models.wan.config import WanTransformerConfig
@@ -37,7 +37,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in safetensors.find_files(folder) for name, tensor in load_file(file).items()}
+    return {name: tensor for file in weight_files.find_files(folder) for name, tensor in load_file(file).items()}
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -141,7 +141,7 @@ def test_two_experts(published: Path, tmp_path: Path) -> None:
     shutil.copytree(published, folder)
     second = {name: -tensor for name, tensor in tensors_of(folder / "transformer").items()}
     shutil.copytree(folder / "transformer", folder / "transformer_2")
-    save_file(second, safetensors.find_files(folder / "transformer_2")[0])
+    save_file(second, weight_files.find_files(folder / "transformer_2")[0])
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"transformer_2": index["transformer"], "boundary_ratio": 0.875}
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -236,7 +236,7 @@ def test_pickles_by_relative_paths_and_links(tmp_path: Path, monkeypatch: pytest
 @pytest.fixture(scope="module")
 def training(published: Path) -> Path:
     """A checkpoint as Self-Forcing, CausVid and LongLive train it: two state dicts of a wrapped original model."""
-    state = load_file(safetensors.find_files(published / "transformer")[0])
+    state = load_file(weight_files.find_files(published / "transformer")[0])
     plain = {name: origin.make(state.__getitem__) for name, origin in origins(state, ORIGINAL).items()}
 
     def wrapped(name: str) -> str:
@@ -373,7 +373,7 @@ def rewrite(files: list[Path], target: Path, to: str, shard: int) -> list[Path]:
 
 def test_shards(published: Path, tmp_path: Path) -> None:
     convert(published / "transformer", tmp_path / "transformer", shard_bytes=50_000)
-    files = safetensors.find_files(tmp_path / "transformer")
+    files = weight_files.find_files(tmp_path / "transformer")
     assert len(files) > 3 and files[0].name == f"diffusion_pytorch_model-00001-of-{len(files):05}.safetensors"
     index = json.loads((tmp_path / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(published / "transformer").values())

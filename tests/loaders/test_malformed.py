@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastvid.errors import CheckpointError
-from fastvid.loaders import safetensors
+from fastvid.loaders import safetensors, weight_files
 from fastvid.loaders.checkpoint import open_checkpoint
 from fastvid.models.common.config_reader import read_json
 
@@ -119,7 +119,7 @@ def test_indexes(folder: Path, count: int) -> None:
     @settings(max_examples=count, **QUICK)
     def check(text: bytes) -> None:
         (part / "m.safetensors.index.json").write_bytes(text)
-        quick(lambda: safetensors.find_files(part))
+        quick(lambda: weight_files.find_files(part))
 
     check()
 

@@ -17,7 +17,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
-from fastvid.loaders import safetensors
+from fastvid.loaders import safetensors, weight_files
 
 NAME = "diffusion_pytorch_model.safetensors"
 
@@ -67,7 +67,7 @@ def test_weights_are_loaded(tmp_path: Path, sharded: bool, stored: torch.dtype, 
     else:
         save_file(tensors, tmp_path / NAME)
     module = on_meta()
-    safetensors.load_into(module, safetensors.find_files(tmp_path), "cpu", wanted)
+    safetensors.load_into(module, weight_files.find_files(tmp_path), "cpu", wanted)
     for name, tensor in module.state_dict().items():
         target = torch.float32 if "norm1." in name else wanted
         assert tensor.dtype == target and torch.equal(tensor, tensors[name].to(target)), name
@@ -212,23 +212,23 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
 def test_pickles_alone_are_told(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(CheckpointError, match=rf"pickles only \({name}\).*fastvid convert"):
-        safetensors.find_files(tmp_path)
+        weight_files.find_files(tmp_path)
 
 
 def test_finding_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no \.safetensors file"):
-        safetensors.find_files(tmp_path)
+        weight_files.find_files(tmp_path)
     (tmp_path / "a.safetensors").touch()
-    assert safetensors.find_files(tmp_path) == (tmp_path / "a.safetensors",)
+    assert weight_files.find_files(tmp_path) == (tmp_path / "a.safetensors",)
     (tmp_path / "b.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"several weights \(a\.safetensors, b\.safetensors\)"):
-        safetensors.find_files(tmp_path)
+        weight_files.find_files(tmp_path)
     (tmp_path / NAME).touch()
-    assert safetensors.find_files(tmp_path) == (tmp_path / NAME,)
+    assert weight_files.find_files(tmp_path) == (tmp_path / NAME,)
     write_shards(tmp_path, state())
-    assert [path.name[:11] for path in safetensors.find_files(tmp_path)] == ["model-00001", "model-00002"]
+    assert [path.name[:11] for path in weight_files.find_files(tmp_path)] == ["model-00001", "model-00002"]
     with pytest.raises(CheckpointError, match="nowhere is missing"):
-        safetensors.find_files(tmp_path / "nowhere")
+        weight_files.find_files(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_finding_files(tmp_path: Path) -> None:
 def test_broken_indices(tmp_path: Path, index: str, message: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_bytes(index.encode("latin-1"))
     with pytest.raises(CheckpointError, match=message) as caught:
-        safetensors.find_files(tmp_path)
+        weight_files.find_files(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 

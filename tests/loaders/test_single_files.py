@@ -19,8 +19,8 @@ from torch import Tensor
 import fastvid
 from fastvid.api import inspect
 from fastvid.cli.commands import main
-from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.loaders import safetensors
+from fastvid.errors import CheckpointError, FastvidWarning, InvalidRequest
+from fastvid.loaders import weight_files
 from fastvid.loaders.find import read_tokenizer
 from fastvid.models.common.tokenizer import clean_prompt
 from fastvid.models.wan.weight_names import DIFFUSERS, ORIGINAL, origins
@@ -62,7 +62,7 @@ def truth(published: Path) -> np.ndarray:
 
 def tensors(folder: Path, to: str, prefix: str = "") -> dict[str, Tensor]:
     """The weights of a part of a diffusers folder under the names of a layout."""
-    state = {name: tensor for file in safetensors.find_files(folder) for name, tensor in load_file(file).items()}
+    state = {name: tensor for file in weight_files.find_files(folder) for name, tensor in load_file(file).items()}
     made = origins(state, to)
     return {prefix + name: origin.make(state.__getitem__).contiguous() for name, origin in made.items()}
 
@@ -304,7 +304,10 @@ def test_several_that_fit(published: Path, truth: np.ndarray, tmp_path: Path) ->
     vae = tensors(published / "vae", ORIGINAL)
     write(tmp_path / "vae" / "half.safetensors", {name: tensor.bfloat16() for name, tensor in vae.items()})
     assert (frames(file) == truth).all(), "the one in fp32 is taken"
-    write(tmp_path / "vae" / "second.safetensors", vae)
+    second = write(tmp_path / "vae" / "second.safetensors", vae)
+    with pytest.warns(FastvidWarning, match="half.safetensors.* left out"):
+        assert (frames(file) == truth).all(), "two copies are one"
+    write(second, {name: tensor * 1.01 for name, tensor in vae.items()})
     with pytest.raises(CheckpointError, match=r"vae: 3 files fit, .*half.safetensors \(BF16\).*--part vae=PATH"):
         fastvid.load(file)
     assert (frames(file, {"vae": tmp_path / "vae" / "wan_2.1_vae.safetensors"}) == truth).all()

@@ -92,6 +92,11 @@ class TextTokenizer:
             return ""
         return text[max((stop for _, stop in encoding.offsets), default=0) :].strip()
 
+    @property
+    def largest_id(self) -> int:
+        """Of all tokens, also those that were added."""
+        return max(self.inner.get_vocab(with_added_tokens=True).values(), default=0)
+
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask (1: a token, 0: padding), int64 [B, L]; L is that of the longest prompt."""
         rows = [encoding.ids for encoding in self._encode([clean_prompt(prompt) for prompt in prompts])]

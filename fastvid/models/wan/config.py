@@ -49,7 +49,7 @@ OPTIONAL = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 # What trainers and other programs write into any config, and what is not read of a VAE's: of training, or it follows
 # from the network.
 HARMLESS = {
-    *("architectures", "attn_implementation", "auto_map", "dropout", "dtype", "gradient_checkpointing", "library_name"),
+    *("architectures", "attn_implementation", "dropout", "dtype", "gradient_checkpointing", "library_name"),
     *("license", "model_type", "quantization_config", "tags", "torch_dtype", "transformers_version", "use_cache"),
     "use_gradient_checkpointing",
 }

@@ -322,6 +322,12 @@ def find_part(names: Iterable[str]) -> Found:
     if found:
         parts = ", ".join(f"{f.part} ({f.layout} names, prefix {f.prefix!r})" for f in found)
         raise CheckpointError(f"these weights hold several parts: {parts}; one at a time is needed")
+    if any(re.search(r"(^|\.)vace_(blocks\.\d|patch_embedding)", name) for name in names):
+        raise CheckpointError(
+            "these weights are a VACE module alone: control blocks without the text-to-video transformer that they "
+            "belong to; give a file or folder that holds both, such as Wan-AI/Wan2.1-VACE-14B-diffusers, or put the "
+            "tensors of this file and of that transformer into one file"
+        )
     raise CheckpointError(
         f"these weights are no part of a Wan model (transformer, VAE, UMT5, CLIP) in either layout: {some(names)}"
     )
