@@ -32,7 +32,7 @@ def read_recipe(flags: argparse.Namespace) -> dict[str, Any] | None:
 
     recipe = read(flags.recipe)
     verb = recipe.get("verb", "generate")
-    if "fastvid" in recipe and verb in VERBS and verb != flags.verb:
+    if "fastvid" in recipe and isinstance(verb, str) and verb in VERBS and verb != flags.verb:
         raise UsageError(f"{flags.recipe} was made by {verb}: {usage_of(verb)} --recipe {flags.recipe}")
     return recipe
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from fastvid.errors import MediaError
-from fastvid.files import open_regular
+from fastvid.files import open_regular, read_bytes
 from fastvid.media.files import MAX_INPUT_FPS, MIN_INPUT_FPS, kind_of, media_errors, open_container
-from fastvid.media.reader import Source, VideoSource, open_source
+from fastvid.media.pieces import png_text
+from fastvid.media.reader import Source, VideoSource, npy_header, open_source
 
 FIRST_PNG = "000000.png"  # of a folder of frames
-MAX_RECIPE = 1 << 24  # bytes; fastvid writes no longer ones
+MAX_RECIPE, MAX_VALUES = 1 << 22, 1 << 16  # bytes, and lists and objects; fastvid writes no longer ones
 
 
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float | None]:
@@ -84,16 +86,16 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         with open_regular(file) as opened:
             kind = kind_of(opened)
         text = readers[kind](file) if kind in readers else _from_tags(file, kind)
-    with contextlib.suppress(ValueError, RecursionError):
-        recipe = json.loads(text) if text else None
-        if isinstance(recipe, dict):
-            return recipe
+    if text and len(text) <= MAX_RECIPE and text.count("{") + text.count("[") <= MAX_VALUES:
+        with contextlib.suppress(ValueError, RecursionError):
+            recipe = json.loads(text)
+            if isinstance(recipe, dict):
+                return recipe
     raise MediaError(f"{path}: there is no fastvid recipe in it")
 
 
 def _from_json(path: Path) -> str:
-    with path.open("rb") as file:
-        return file.read(MAX_RECIPE).decode()
+    return read_bytes(path, MAX_RECIPE).decode()
 
 
 def _from_tags(path: Path, kind: str) -> str | None:
@@ -104,9 +106,9 @@ def _from_tags(path: Path, kind: str) -> str | None:
 
 
 def _from_npy(path: Path) -> str | None:
-    frames = np.load(path, mmap_mode="r", allow_pickle=False)
-    with path.open("rb") as file:
-        file.seek(frames.offset + frames.nbytes)
+    with open_regular(path) as file:
+        shape, _, dtype, start = npy_header(file, str(path))
+        file.seek(start + math.prod(shape) * dtype.itemsize)
         rest = file.read(MAX_RECIPE)
     if not rest.startswith(b"\x93NUMPY"):
         return None
@@ -114,7 +116,5 @@ def _from_npy(path: Path) -> str | None:
 
 
 def _from_png(path: Path) -> str | None:
-    from PIL import PngImagePlugin
-
     with open_regular(path) as file:
-        return PngImagePlugin.PngImageFile(file).info.get("fastvid")  # reads up to the pixels only
+        return png_text(file, "fastvid", MAX_RECIPE)

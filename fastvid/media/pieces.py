@@ -107,6 +107,20 @@ def strip_png(file: BinaryIO, name: str) -> BinaryIO:
     raise MediaError(f"{name} is damaged or cut off at byte {at} of {end}")
 
 
+def png_text(file: BinaryIO, keyword: str, limit: int) -> str | None:
+    """The plain text of a PNG under a keyword, of at most `limit` bytes, before its pixels; None if there is none."""
+    end, at, start = size_of(file), 8, keyword.encode() + b"\0"
+    for _ in range(MAX_CHUNKS):
+        file.seek(at)
+        size, kind = struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
+        if kind == b"IDAT" or at + 12 + size > end:
+            return None
+        if kind == b"tEXt" and size <= limit and (text := file.read(size)).startswith(start):
+            return text.removeprefix(start).decode("latin-1")
+        at += 12 + size
+    return None
+
+
 def _crc_is_right(file: BinaryIO, kind: bytes, size: int) -> bool:
     crc = zlib.crc32(kind)
     while size:

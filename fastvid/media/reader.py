@@ -35,10 +35,11 @@ from fastvid.media.files import (
     open_container,
 )
 from fastvid.media.images import over_black, read_picture, to_rgb
-from fastvid.media.pieces import strip_png
+from fastvid.media.pieces import size_of, strip_png
 from fastvid.media.sound import Sound, SoundFile, find_sound
 from fastvid.media.units import check_packet
 
+MAX_HEADER = 1 << 14  # bytes of a .npy file's header
 SEEKABLE = ("mov", "matroska")  # formats that seek exactly to a key frame
 VP8_SHOWN = 0x10  # bit of a packet's first byte (RFC 6386, 9.1); libvpx also writes packets that are not shown
 THREADS = 4  # maximum of a decoder
@@ -95,20 +96,35 @@ class ArraySource(Source):
         return self._sound
 
 
+def npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """(shape, Fortran order, dtype, start of the data) of a .npy file. An unfinished one of ours states no frames: it
+    has as many as there are bytes for. Raises MediaError."""
+    file.seek(0)
+    head = io.BytesIO(file.read(MAX_HEADER))
+    try:
+        version = np.lib.format.read_magic(head)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(head)
+    except Exception as error:  # what a damaged header raises depends on how it is damaged
+        raise MediaError(f"{name} has a damaged header: {str(error)[:200]}") from None
+    size, start = size_of(file), head.tell()
+    if len(shape) == 4 and shape[0] == 0 and 0 not in shape[1:] and dtype == np.uint8:
+        shape = ((size - start) // math.prod(shape[1:]), *shape[1:])
+    return shape, fortran, dtype, start
+
+
 class NpySource(Source):
     """A .npy file, read frame by frame. Its array must be uint8 in C order, in a layout with the frames first."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
+        shape, fortran, dtype, self._start = npy_header(file, name)
         layout = self._layout(shape, dtype, name)
         self._frame_shape, self._frame_layout = shape[layout.startswith("F") :], layout.removeprefix("F")
         self.num_frames = shape[0] if layout.startswith("F") else 1
         self.height, self.width = (shape[layout.index(side)] for side in "HW")
         check_frame_count(name, self.num_frames)
         check_picture_size(name, self.width, self.height)
-        self._file, self._start, self._name = file, file.tell(), name
+        self._file, self._name = file, name
         self._bytes = math.prod(self._frame_shape)
         missing = self._start + self._bytes * self.num_frames - file.seek(0, os.SEEK_END)
         if fortran or missing > 0:

@@ -56,7 +56,8 @@ def exact_rate(fps: float) -> Fraction:
 
 @dataclass(frozen=True)
 class Target:
-    """Where to write. path: absolute, with links resolved; kind: a suffix, or "" for a folder of PNGs."""
+    """Where to write. path: absolute, with links of its folder resolved, no link itself; kind: a suffix, or "" for a
+    folder of PNGs."""
 
     path: Path
     kind: str
@@ -113,6 +114,8 @@ def _parse_target(path: PathLike) -> Target:
             f"{path}: unknown kind of file {kind}; allowed are {', '.join(SUFFIXES)} and a folder of PNGs (a name "
             f"ending in /); the nearest is {Path(text).with_suffix(near)}"
         )
+    if os.path.islink(text) and (real.is_file() or not real.exists()):
+        raise MediaError(f"{path} is a link, which is not written through; give {real}, or another name")
     return Target(real, kind)
 
 

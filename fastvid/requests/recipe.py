@@ -42,8 +42,8 @@ def arguments_of(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> tup
     if not isinstance(recipe, Mapping) or "fastvid" not in recipe:
         raise InvalidRequest("this is not a fastvid recipe: it has no 'fastvid' entry")
     verb = recipe.get("verb", "generate")
-    if verb not in VERBS:
-        raise InvalidRequest(f"this recipe is of {shown(verb)}; this version knows {', '.join(VERBS)}")
+    if not isinstance(verb, str) or verb not in VERBS:
+        raise InvalidRequest(f"this recipe is of verb {shown(verb)}; this version knows {', '.join(VERBS)}")
     if recipe.get("changed_prompts"):
         raise InvalidRequest(
             "this video's prompt was changed while it was made, which a recipe cannot repeat; make a storyboard"

@@ -308,11 +308,32 @@ def test_a_new_video_replaces_the_old_one(name: str) -> None:
     assert os.listdir() == [name.strip("/")]
 
 
-def test_a_link_is_followed() -> None:
+@pytest.mark.parametrize("name", ["out.mp4", "out.gif", "out.png", "out.npy"])
+def test_a_link_is_not_written_through(name: str) -> None:
     Path("real").mkdir()
-    Path("out.mp4").symlink_to("real/other.mp4")
-    assert save("out.mp4", clip(1)) == Path("real/other.mp4").resolve()
-    assert Path("out.mp4").is_symlink() and os.listdir("real") == ["other.mp4"]
+    for there in (True, False):
+        Path(name).symlink_to("real/kept" if there else "real/none")
+        Path("real/kept").write_bytes(b"precious")
+        with pytest.raises(MediaError, match=f"{name} is a link, .*real/"):
+            save(name, clip(1))
+        assert os.listdir("real") == ["kept"] and Path("real/kept").read_bytes() == b"precious"
+        assert sorted(os.listdir()) == [name, "real"]
+        Path(name).unlink()
+
+
+def test_a_link_to_a_folder_on_the_way_is_followed() -> None:
+    Path("real").mkdir()
+    Path("folder").symlink_to("real")
+    assert save("folder/out.mp4", clip(1)) == Path("real/out.mp4").resolve()
+
+
+def test_an_unfinished_npy_holds_what_was_written() -> None:
+    sink = FrameSink("out.npy", width=64, height=64, fps=16)
+    sink.write(clip(3))
+    sink._writer._file.flush()
+    [stage] = Path().glob("*.partial")
+    assert (read_video(stage)[0] == clip(3)).all()
+    sink.abort()
 
 
 @pytest.mark.parametrize("frames", [clip(1)[0], clip(1, 66), clip(1).astype(np.float32), clip(1)[..., :1], np.zeros(3)])
