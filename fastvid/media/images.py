@@ -13,6 +13,7 @@ import numpy as np
 
 from fastvid.errors import MediaError
 from fastvid.media import pieces
+from fastvid.media.color import conversion_of
 from fastvid.media.files import check_picture_size
 
 MAX_FILE = 1 << 28  # bytes of a picture's file
@@ -23,6 +24,7 @@ FILTERS = ("bicubic", "lanczos")
 # ITU-T H.273 matrix code -> swscale's code
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 BT709, BT601 = 1, 5
+DERIVED = 12  # H.273's matrix that follows from the primaries, whose codes are those of the matrices
 
 
 # ---------------------------------------------------------------- files
@@ -155,23 +157,34 @@ def resize(pictures: np.ndarray, height: int, width: int, method: str = "lanczos
 # ---------------------------------------------------------------- decoded frames
 
 
-def to_rgb(frame: Any, size: tuple[int, int]) -> np.ndarray:
-    """Convert a PyAV frame to uint8 RGB [H, W, 3]: scale it to `size` (width, height before rotation), then apply its
-    rotation."""
+def to_rgb(frame: Any, size: tuple[int, int], alpha: np.ndarray | None = None) -> np.ndarray:
+    """Convert a PyAV frame to uint8 RGB [H, W, 3]: scale it to `size` (width, height before rotation), convert its
+    colors to SDR BT.709, then apply its rotation. alpha: uint8 [H, W], where the frame does not hold it."""
     from av.video.reformatter import ColorRange, Interpolation
 
-    alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+    has_alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+    conversion = conversion_of(frame)
     flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     converted = frame.reformat(
         *size,
-        "rgba" if alpha else "rgb24",
+        _RGB[has_alpha, conversion is not None],
         src_colorspace=_matrix(frame),
         src_color_range=_range(frame),
         dst_color_range=ColorRange.JPEG,
         interpolation=int(flags),
         threads=1,
     )
-    return _rotated(over_black(converted.to_ndarray()), _display_matrix(frame))
+    pixels = converted.to_ndarray()
+    if conversion is not None:
+        levels = (pixels[..., 3:] >> 8).astype(np.uint8)
+        pixels = np.concatenate((conversion.to_sdr(pixels[..., :3]), levels), axis=2)
+    if alpha is not None:
+        pixels = np.dstack((pixels, resize(alpha[..., None], size[1], size[0])))
+    return _rotated(over_black(pixels), _display_matrix(frame))
+
+
+_RGB = {(False, False): "rgb24", (True, False): "rgba", (False, True): "rgb48le", (True, True): "rgba64le"}
+"""The pixel format that a frame is converted to, by whether it has alpha, and whether its colors are converted."""
 
 
 def _is_yuv(frame: Any) -> bool:
@@ -182,6 +195,8 @@ def _matrix(frame: Any) -> int | None:
     """swscale's code of the color matrix. If the file states none: BT.709 from 720p up, else BT.601, like players."""
     if not _is_yuv(frame):
         return None
+    if int(frame.colorspace) == DERIVED:
+        return MATRICES.get(int(frame.color_primaries), BT709)
     guess = BT709 if frame.width >= 1280 or frame.height > 576 else BT601
     return MATRICES.get(int(frame.colorspace), guess)
 

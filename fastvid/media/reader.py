@@ -21,9 +21,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from fastvid import notices
 from fastvid.errors import InvalidRequest, MediaError
 from fastvid.files import open_regular
+from fastvid.media.alpha import AlphaDecoder, has_alpha
 from fastvid.media.arrays import as_frames, in_order, is_signed, layout_of, to_uint8, wanted
+from fastvid.media.color import check_colors
 from fastvid.media.files import (
     KNOWN,
     MAX_CLIP_PIXELS,
@@ -213,6 +216,7 @@ class VideoSource(Source):
         self._file, self.kind, self._name = file, kind, name
         self._lock = threading.Lock()
         self._size: tuple[int, int] | None = None
+        self._is_told = False  # about its colors
         self._index = self._scan()
         self.num_frames = self._index.count
         self.fps, self.times = self._rate()
@@ -318,6 +322,7 @@ class VideoSource(Source):
         self._container = self._open()
         self._stream = _track(self._container, self._name)
         codec = self._stream.codec_context
+        self._alpha = AlphaDecoder(codec.name) if has_alpha(self._stream) else None
         # Not FRAME: frame threads hold more frames, and PyAV hangs when it frees them mid-stream.
         codec.thread_count, codec.thread_type = min(THREADS, os.cpu_count() or 1), "SLICE"
         # strict: assume maximum reordering for H.264 streams that do not state it, so that no frame is late
@@ -337,6 +342,8 @@ class VideoSource(Source):
 
         for packet in self._container.demux(self._stream):
             check_packet(self._stream.codec_context, bytes(packet), self._name)
+            if self._alpha is not None:
+                self._alpha.put(packet)
             if self._stream.codec_context.name == "png" and packet.size:
                 packet = _strip_packet(packet, self._name)
             with contextlib.suppress(av.error.InvalidDataError):
@@ -352,7 +359,10 @@ class VideoSource(Source):
 
     def _show(self, frame: Any) -> None:
         self._size = self._size or (frame.width, frame.height)
-        self._frame = to_rgb(frame, self._size)
+        if (said := check_colors(frame, self._name)) and not self._is_told:
+            self._is_told = True
+            notices.warn(said)
+        self._frame = to_rgb(frame, self._size, self._alpha.plane(frame.pts) if self._alpha is not None else None)
 
     def _first(self) -> np.ndarray:
         """The first frame that can be decoded. It determines the size and replaces undecodable frames before it."""
