@@ -90,15 +90,25 @@ def near_flag(flag: str, known: list[str]) -> str:
 
 
 def lora(text: str) -> tuple[str, float] | tuple[str, float, str]:
-    """Parses FILE[:SCALE][:high or :low]; the scale is 1 by default. The file name may contain colons."""
-    path, colon, expert = text.rpartition(":")
-    if colon and path and expert in ("high", "low"):
-        return (*lora(path)[:2], expert)
-    path, colon, scale = text.rpartition(":")
+    """Parses FILE[:SCALE][:high or :low], also the other way round; the scale is 1 by default. The file name may
+    contain colons."""
+    path, scale, expert = text, "", ""
+    while (word := path.rpartition(":"))[0]:
+        if not expert and word[2].lower() in ("high", "low"):
+            expert = word[2].lower()
+        elif not scale and _is_number(word[2]):
+            scale = word[2]
+        else:
+            break
+        path = word[0]
+    return (path, float(scale or 1), expert) if expert else (path, float(scale or 1))
+
+
+def _is_number(text: str) -> bool:
     try:
-        return (path, float(scale)) if colon and path else (text, 1.0)
+        return bool(text) and isinstance(float(text), float)
     except ValueError:
-        return text, 1.0
+        return False
 
 
 def part(text: str) -> tuple[str, str]:
@@ -305,8 +315,8 @@ def _add_files(parser: Any) -> None:
         type=lora,
         action="append",
         metavar="FILE:SCALE",
-        help="a LoRA to merge into the model (scale 1 if none is given); FILE:SCALE:high or FILE:SCALE:low for one "
-        "of two experts; may be repeated",
+        help="a LoRA to merge into the model: a file, a folder or a hub name (scale 1 if none is given); "
+        "FILE:SCALE:high or FILE:SCALE:low for one of two experts, if its name does not say it; may be repeated",
     )
 
 

@@ -39,7 +39,10 @@ from fastvid.models.wan.weight_names import DIFFUSERS, LAYOUTS, ORIGINAL, Origin
 SHARD_BYTES = 5 * 10**9
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # model for the encoders
 NOT_IN_SHAPES = ("num_attention_heads", "eps", "rope_max_seq_len", "vace_layers")
-LORA = re.compile(r"\.(lora_(A|B|down|up|embedding_A|embedding_B)\b|alpha$|diff(_b|_m)?$)")
+LORA = re.compile(
+    r"\.(lora[_.](A|B|down|up|mid|magnitude_vector|embedding_A|embedding_B)\b|(alpha|dora_scale|[wb]_norm|diff(_b|_m)?)$"
+    r"|(lokr|hada)_(w[12](_[ab])?|t[12])\b)"
+)
 Report = Callable[[str], None]
 
 

@@ -49,7 +49,17 @@ def fit(loras: Sequence[Lora], checkpoint: Checkpoint) -> tuple[Lora, ...]:
         )
     chosen = [choose_expert(lora, loras, count) for lora in loras if lora not in left_out]
     shapes = [_shapes_of(checkpoint.part(name)) for name in checkpoint.experts] if chosen else []
-    return tuple(_keep_known(lora, shapes, model) for lora in chosen)
+    return tuple(_fit_one(lora, shapes, model) for lora in chosen)
+
+
+def _fit_one(lora: Lora, shapes: Sequence[Mapping[str, Shape]], model: str) -> Lora:
+    kept, left_out = _keep_known(lora, shapes, model)
+    if left_out:
+        notices.warn(
+            f"lora {lora.path.name}: {len(left_out)} of {len(lora.terms)} changes are of weights that this model does "
+            f"not have, and are left out: {some(left_out)}"
+        )
+    return kept
 
 
 def describe(loras: Sequence[Lora], checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -65,8 +75,7 @@ def _describe(lora: Lora, loras: Sequence[Lora], checkpoint: Checkpoint) -> dict
         lora = choose_expert(lora, loras, count)
         mine = experts_of(lora, count)
         shapes = [_shapes_of(checkpoint.part(name)) if i in mine else {} for i, name in enumerate(checkpoint.experts)]
-        left_out = _not_there(lora, shapes)
-        _keep_known(lora, shapes, str(checkpoint.folder))
+        lora, left_out = _keep_known(lora, shapes, str(checkpoint.folder))
     except (CheckpointError, InvalidRequest) as error:
         problems = [str(error)]
     return lora.to_dict() | ({"left_out": left_out} if left_out else {}) | {"problems": problems}
@@ -187,19 +196,15 @@ def for_expert(loras: Sequence[Lora], number: int, count: int) -> tuple[Lora, ..
 # ---------------------------------------------------------------- what the model has
 
 
-def _keep_known(lora: Lora, shapes: Sequence[Mapping[str, Shape]], model: str) -> Lora:
-    """The LoRA without what only other Wan models have. shapes: of each expert. Raises CheckpointError."""
+def _keep_known(lora: Lora, shapes: Sequence[Mapping[str, Shape]], model: str) -> tuple[Lora, list[str]]:
+    """(the LoRA without what only other Wan models have, what that is). shapes: of each expert. Raises CheckpointError
+    if the rest does not fit, or if nothing is left."""
     left_out = _not_there(lora, shapes)
-    kept = {name: terms for name, terms in lora.terms.items() if name not in left_out}
-    if left_out and kept:
-        notices.warn(
-            f"lora {lora.path.name}: {len(left_out)} of {len(lora.terms)} changes are of weights that this model does "
-            f"not have, and are left out: {some(left_out)}"
-        )
-        lora = replace(lora, terms=kept)
+    if len(left_out) < len(lora.terms):
+        lora = replace(lora, terms={name: terms for name, terms in lora.terms.items() if name not in left_out})
     for number in experts_of(lora, len(shapes)):
         check([lora], shapes[number], model)
-    return lora
+    return lora, left_out
 
 
 def _not_there(lora: Lora, shapes: Sequence[Mapping[str, Shape]]) -> list[str]:

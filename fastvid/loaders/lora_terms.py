@@ -189,7 +189,7 @@ class Decomposed:
         axis = self._axis(weight.shape)
         assert axis is not None
         along = [dim for dim in range(weight.ndim) if dim != axis]
-        norm = changed.norm(dim=along, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+        norm = torch.linalg.vector_norm(changed, dim=along, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         magnitude = self.magnitude.to(weight.dtype).reshape(norm.shape)
         return outer * (changed * (magnitude / norm) - weight)
 

@@ -91,18 +91,30 @@ def change_loras(model: Model, loras: Any) -> Model:
     """
     merging = fit(read_loras(loras, download=True), model.checkpoint)
     stale = model.merged | changed_weights(merging)
-    names = model.checkpoint.experts
-    mine = [for_expert(merging, number, len(names)) for number in range(len(names))]
-    experts = list(zip(model.experts.modules, map(model.checkpoint.part, names), mine, strict=True))
-    for module, part, own in experts:
+    for module, part, own in _with_loras(model, merging):
         check_fill(module, part, own)
     with model.experts.residency.change():
-        for module, _, _ in experts:
+        for module in model.experts.modules:
             if isinstance(module.run, cuda_graphs.Graphs):
                 module.run.free()  # graphs know weights by their addresses
-        for module, part, own in experts:
-            fill(module, part, next(module.parameters()).device, model.dtype, own, only=stale)
+        try:
+            _refill(model, merging, stale)
+        except CheckpointError:  # values that are not finite show only while merging
+            _refill(model, fit(read_loras(model.loras), model.checkpoint), stale)
+            raise
     return replace(model, loras=as_tuples(merging), merged=changed_weights(merging))
+
+
+def _with_loras(model: Model, loras: Sequence[Lora]) -> list[tuple[nn.Module, Part, Sequence[Lora]]]:
+    """Each expert's module and files, and the LoRAs that change it."""
+    names = model.checkpoint.experts
+    mine = [for_expert(loras, number, len(names)) for number in range(len(names))]
+    return list(zip(model.experts.modules, map(model.checkpoint.part, names), mine, strict=True))
+
+
+def _refill(model: Model, loras: Sequence[Lora], stale: frozenset[str]) -> None:
+    for module, part, own in _with_loras(model, loras):
+        fill(module, part, next(module.parameters()).device, model.dtype, own, only=stale)
 
 
 # ---------------------------------------------------------------- options and placement

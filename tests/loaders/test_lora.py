@@ -275,6 +275,19 @@ def test_loaded_changed_and_removed(tmp_path: Path) -> None:
     assert pipe.describe()["loras"] == []
 
 
+def test_loras_that_overflow_change_nothing(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    embedded_lora(good)
+    tensors = embedded_lora(bad, 1)
+    write(bad, {name: tensor * 1e4 if "lora" in name else tensor for name, tensor in tensors.items()})
+    pipe = fastvid.load("embedded", device="cpu", dtype="float16", loras=[good])
+    before = state(pipe)
+    with pytest.raises(CheckpointError, match="bad.safetensors: .* not finite in float16"):
+        pipe.set_loras([bad])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(pipe).items())
+    assert pipe.describe()["loras"] == [[str(good), 1.0]]
+
+
 def test_a_video_is_made_again_with_its_loras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "one.safetensors"
     embedded_lora(file)
@@ -309,6 +322,11 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("C:\\a.safetensors:low", ("C:\\a.safetensors", 1.0, "low")),
         ("low", ("low", 1.0)),
         ("a:middle", ("a:middle", 1.0)),
+        ("a:HIGH", ("a", 1.0, "high")),
+        ("a:high:0.5", ("a", 0.5, "high")),
+        ("a:high:low", ("a:high", 1.0, "low")),
+        ("a:1:2", ("a:1", 2.0)),
+        ("org/name:0.5:low", ("org/name", 0.5, "low")),
     ],
 )
 def test_the_flag(text: str, pair: tuple[Any, ...]) -> None:
