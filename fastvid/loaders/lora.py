@@ -30,6 +30,7 @@ from fastvid.models.common.expert_names import NOISE_LEVELS
 from fastvid.models.wan.weight_names import some
 
 MAX_SCALE = 100.0
+MAX_MODULES = 10_000  # the largest models have about 1,000
 BARE = ("scale_shift_table", "pos_embed")  # parameters, not modules
 
 
@@ -130,8 +131,9 @@ def read_lora(
         groups = group_tensors(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{source.file} {error}") from None
-    if not groups:
-        raise CheckpointError(f"{source.file} holds no LoRA weights")
+    if not 0 < len(groups) <= MAX_MODULES:
+        count = f"changes of {len(groups):,} modules; at most {MAX_MODULES:,} are read" if groups else "no LoRA weights"
+        raise CheckpointError(f"{source.file} holds {count}")
     settings = read_settings(source.file, metadata)
     _warn_of_zeros(source.file, groups)
     return _split(source, scale, expert, groups, settings, metadata)

@@ -34,21 +34,21 @@ def find_file(given: str | os.PathLike[str], download: bool = False) -> Source:
     """The file of a LoRA: a path, a folder with one, or a hub name (org/name, org/name/file.safetensors), which is
     looked up in the local cache; with `download`, what is missing there is fetched. Raises CheckpointError."""
     text = os.fspath(given)
-    path = Path(text).expanduser()
     try:
+        path = Path(text).expanduser()
         if path.is_dir():
             file = path / choose(str(path), _names_in(path))
             return Source(file, file.absolute())
         if path.exists() or not _is_hub_name(text):
             return Source(path, path.absolute())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL, a user that is not there
         raise CheckpointError(f"lora {text!r:.80}: {error}") from None
     return _from_hub(text, download)
 
 
 def choose(where: str, names: list[str]) -> str:
     """Which file of a folder or repository is the LoRA. Raises CheckpointError if none is, or several may be."""
-    found = [name for name in names if name.endswith(safetensors.SUFFIX)]
+    found = [name for name in names if name.endswith(safetensors.SUFFIXES)]
     if standard := [name for name in STANDARD_NAMES if name in found]:
         found = standard
     if len(found) == 1:
@@ -107,7 +107,7 @@ def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _is_hub_name(text: str) -> bool:
     """Whether a name that is no path here may be on the hub: folder/file.safetensors, and a path inside a folder that
     exists, are not."""
-    inside = Path(text.split("/")[0]).exists() or (text.endswith(safetensors.SUFFIX) and text.count("/") == 1)
+    inside = Path(text.split("/")[0]).exists() or (text.endswith(safetensors.SUFFIXES) and text.count("/") == 1)
     return hub.is_hub_name(text) and not inside
 
 
@@ -147,7 +147,7 @@ def _is_settled(file: str, cached: list[str]) -> bool:
 
 def _holds(folder: Path, file: str) -> bool:
     """Whether a snapshot has a file, or any LoRA."""
-    return (folder / file).is_file() if file else any(folder.glob("*" + safetensors.SUFFIX))
+    return (folder / file).is_file() if file else any(name.endswith(safetensors.SUFFIXES) for name in _names_in(folder))
 
 
 def _names_below(folder: Path) -> list[str]:

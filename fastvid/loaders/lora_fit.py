@@ -157,7 +157,9 @@ def _beside(path: Path, name: Path) -> list[Path]:
     """The LoRA files in the same folder, named as `name` is."""
     try:
         return [
-            name.with_name(file.name) for file in path.parent.glob("*" + safetensors.SUFFIX) if file.name != path.name
+            name.with_name(file.name)
+            for file in path.parent.iterdir()
+            if file.name.endswith(safetensors.SUFFIXES) and file.name != path.name
         ]
     except OSError:
         return []

@@ -4,7 +4,6 @@ that a merge cannot give. From the header (written by diffusers) or from adapter
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +12,13 @@ from typing import Any
 
 from fastvid import notices
 from fastvid.errors import CheckpointError
-from fastvid.loaders.name_patterns import matches_end
-from fastvid.models.common.config_reader import read_json
+from fastvid.loaders.name_patterns import NamePatterns
+from fastvid.models.common.config_reader import parse_json, read_json
 
 HEADER_KEY = "lora_adapter_metadata"  # under which diffusers stores it
 FILE = "adapter_config.json"
 PREFIXES = ("transformer.", "transformer_2.")  # in front of the header's keys
+PATTERNS = ("alpha_pattern", "rank_pattern")
 KINDS = ("LORA", "LOHA", "LOKR")
 # These change the base weights too, which are not in the file.
 REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -34,10 +34,12 @@ UNSUPPORTED = (
 
 @dataclass(frozen=True)
 class Settings:
-    """peft's settings of one transformer's adapter. values: as stored; empty if nothing is said."""
+    """peft's settings of one transformer's adapter. values: as stored; empty if nothing is said. patterns: of PATTERNS,
+    parsed."""
 
     path: Path
     values: Mapping[str, Any] = field(default_factory=dict)
+    patterns: Mapping[str, NamePatterns] = field(default_factory=dict)
 
     @property
     def decomposes(self) -> bool:
@@ -59,13 +61,11 @@ class Settings:
 
     def _number(self, key: str, patterns: str, names: Sequence[str], default: float | None) -> float | None:
         """A value that the first matching pattern gives, or the key; `default` if neither is there."""
-        table = self.values.get(patterns) or {}
         try:
-            matching = (pattern for pattern in table if any(matches_end(pattern, name) for name in names))
-            pattern = next(matching, None)
+            pattern = self.patterns[patterns].first(names)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {patterns}: {error}") from None
-        value = self.values.get(key, default) if pattern is None else table[pattern]
+        value = self.values.get(key, default) if pattern is None else self.values[patterns][pattern]
         if value is None:
             return default
         positive = key == "r"
@@ -85,25 +85,27 @@ def read_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Settings
         plain = {key: value for key, value in values.items() if not key.startswith(PREFIXES)}
         split = (first or plain, second)
     elif (beside := path.with_name(FILE)).is_file() and _belongs(path):
-        settings = Settings(path, _check(path, read_json(beside)))
+        settings = _check(path, read_json(beside))
         return dict.fromkeys(("", "high", "low"), settings)
     else:
         if path.name.startswith("adapter_model"):
             notices.warn(f"{path} has no {FILE} beside it, which says its alpha; alpha = rank is taken, a factor of 1")
         return dict.fromkeys(("", "high", "low"), Settings(path))
-    high, low = (Settings(path, _check(path, values)) for values in split)
+    high, low = (_check(path, values) for values in split)
     return {"": high, "high": high, "low": low}
 
 
 def _belongs(path: Path) -> bool:
     """Whether adapter_config.json in a file's folder is told of this file."""
-    return path.name.startswith("adapter_model") or len(list(path.parent.glob("*" + path.suffix))) == 1
+    return (
+        path.name.startswith("adapter_model") or sum(file.suffix == path.suffix for file in path.parent.iterdir()) == 1
+    )
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{path} has broken {HEADER_KEY} in its header: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} has broken {HEADER_KEY} in its header: an object is expected")
@@ -114,7 +116,7 @@ def _below(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
 
 
-def _check(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+def _check(path: Path, values: dict[str, Any]) -> Settings:
     kind = values.get("peft_type", KINDS[0])
     if kind not in KINDS:
         raise CheckpointError(f"{path} is a peft adapter of type {kind!r:.40}; supported are {', '.join(KINDS)}")
@@ -126,9 +128,16 @@ def _check(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         )
     if used := [key for key in UNSUPPORTED if values.get(key)]:
         raise CheckpointError(f"{path}: peft's {', '.join(used)} is not supported; only plain adapters are")
-    for key in ("alpha_pattern", "rank_pattern"):
-        if not isinstance(values.get(key) or {}, dict):
-            raise CheckpointError(f"{path}: {key} is a {type(values[key]).__name__}; patterns and numbers are expected")
+    patterns = {key: _patterns(path, key, values.get(key) or {}) for key in PATTERNS}
     if values.get("fan_in_fan_out"):
         notices.warn(f"{path} says fan_in_fan_out, which no layer of the model has; it is ignored, as in peft")
-    return values
+    return Settings(path, values, patterns)
+
+
+def _patterns(path: Path, key: str, table: Any) -> NamePatterns:
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path}: {key} is a {type(table).__name__}; patterns and numbers are expected")
+    try:
+        return NamePatterns(table)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {key}: {error}") from None
