@@ -47,7 +47,7 @@ FAMILY_AWARE = {"models", "loaders", "planning"}  # and engine/conditioning.py, 
 LIMITS = {"file": 450, "function": 60, "median": 12, "parameters": 8, "init": 45}
 # Lines that may be there. Wanted are 10,000 and 21,000; what is left is code that features, refusals and tables need (a
 # feature fewer, not a shorter line, would be less). A feature that raises a number says so in its commit.
-LIMITS |= {"core": 14_500, "package": 31_000}
+LIMITS |= {"core": 14_500, "package": 33_000}
 
 
 @cache

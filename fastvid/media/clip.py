@@ -23,8 +23,9 @@ from fastvid.media.arrays import as_array, is_signed
 from fastvid.media.files import media_errors
 from fastvid.media.images import resize
 from fastvid.media.metadata import stated_fps
-from fastvid.media.reader import ArraySource, PictureSource, Source, open_source
+from fastvid.media.reader import open_source
 from fastvid.media.sound import Sound, Span, Track
+from fastvid.media.sources import ArraySource, PictureSource, Source
 
 FITS = ("cover", "stretch")
 FPS = number(MIN_FPS, MAX_FPS, " frames a second")

@@ -79,6 +79,14 @@ def rolled_off(signal: np.ndarray, peak: float) -> np.ndarray:
 # ---------------------------------------------------------------- frames
 
 
+def use_stated(frame: Any, stated: tuple[int, int, int]) -> None:
+    """Give a frame that does not say its transfer the container's HDR (matrix, transfer, primaries): some programs
+    write it there alone."""
+    if int(frame.color_trc) == UNSPECIFIED and stated[1] in (PQ, HLG):
+        matrix = stated[0] if int(frame.colorspace) == UNSPECIFIED else frame.colorspace
+        frame.colorspace, frame.color_trc, frame.color_primaries = matrix, *stated[1:]
+
+
 def check_colors(frame: Any, name: str) -> str:
     """What is to be said about a frame's colors; "" if nothing. Raises MediaError for a matrix that is not read."""
     matrix, transfer = int(frame.colorspace), int(frame.color_trc)

@@ -15,7 +15,8 @@ from fastvid.errors import MediaError
 from fastvid.files import open_regular, read_bytes
 from fastvid.media.files import MAX_INPUT_FPS, MIN_INPUT_FPS, kind_of, media_errors, open_container
 from fastvid.media.pieces import png_text
-from fastvid.media.reader import Source, VideoSource, npy_header, open_source
+from fastvid.media.reader import VideoSource, open_source
+from fastvid.media.sources import Source, npy_header
 
 FIRST_PNG = "000000.png"  # of a folder of frames
 MAX_RECIPE, MAX_VALUES = 1 << 22, 1 << 16  # bytes, and lists and objects; fastvid writes no longer ones

@@ -251,7 +251,7 @@ class Canvas:
 def read_clip(name: str, value: Any) -> np.ndarray:
     """Reads a clip, uint8 RGB [F, H, W, 3], from a file, an array, a tensor, a `Video`, or pictures of one size. Raises
     as `open_clip` does."""
-    if len(getattr(value, "shape", (0, 0, 0, 0))) != 4:
+    if len(getattr(value, "shape", (0, 0, 0, 0))) not in (4, 5):
         raise InvalidRequest(f"{name} is {value.dtype} {list(value.shape)}; it must be uint8 RGB [F, H, W, 3]")
     with open_clip(value, name=name) as clip:
         return clip.read()

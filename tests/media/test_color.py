@@ -118,6 +118,22 @@ def test_hdr_as_phones_write_it(curve: Any, code: int, peak: float) -> None:
     assert np.abs(found[:, 32, middle] - sdr(light, peak)[:, 32, middle]).max() <= 3 and len(said) == 1
 
 
+def test_hdr_that_the_container_alone_states() -> None:
+    light = np.full((2, 64, 64, 3), 100.0)
+    signal = np.rint(hlg(light) * 65535).astype(np.uint16)
+    write("plain.mp4", signal, "yuv420p10le", (2, 2, 2), "libx265")
+    with av.open("plain.mp4") as source, av.open("a.mp4", "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for name, code in (("colorspace", 9), ("color_trc", 18), ("color_primaries", 9)):
+            setattr(stream.codec_context, name, code)
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    found, said = read("a.mp4")
+    assert np.abs(found - sdr(light, 1000.0)).max() <= 3 and len(said) == 1 and "HLG" in said[0]
+
+
 @given(levels=st.lists(st.floats(0, 6), min_size=2, max_size=20), peak=st.sampled_from([1.943, 5.071]))
 def test_highlights_are_rolled_off(levels: list[float], peak: float) -> None:
     """Nothing changes below the knee, order stays, white stays white, and the peak is the end."""

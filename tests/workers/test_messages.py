@@ -16,6 +16,7 @@ from PIL import Image
 import fastvid
 from fastvid.engine.events import Finished
 from fastvid.media.clip import open_picture
+from fastvid.media.sound import Sound, SoundFile, Span, Track
 from fastvid.requests.inputs import read_mask
 from fastvid.workers import messages
 from fastvid.workers.channel import Message
@@ -72,6 +73,17 @@ def test_events_and_videos_arrive() -> None:
     assert type(arrived["event"]) is Finished and torch.equal(arrived["event"].latents, latents)
     assert arrived["event"].recipe == event.recipe and arrived["event"].seconds == event.seconds
     assert np.array_equal(arrived["video"].frames, video.frames) and arrived["video"].recipe == {"seed": 7}
+
+
+def test_sound_arrives() -> None:
+    sound = Sound(np.linspace(-1, 1, 16000, dtype=np.float32).reshape(-1, 2), 8000)
+    track = Track((Span(sound, 0.0, 0.25, 0.5), Span(SoundFile("/a.mp4", "mov", 0.5, 44100, 1), 1.0, 0.0, 2.0)), 3.0)
+    video = fastvid.Video(np.zeros((16, 64, 64, 3), np.uint8), 16.0, 0, audio=sound)
+    arrived = messages.unpack(messages.pack({"track": track, "video": video, "clip": fastvid.open_clip(video)}))
+    first, second = arrived["track"].spans
+    assert second == track.spans[1] and (first.begin, first.seconds, arrived["track"].seconds) == (0.25, 0.5, 3.0)
+    for one in (first.source, arrived["video"].audio, arrived["clip"].audio):
+        assert one.rate == 8000 and np.array_equal(one.samples, sound.samples)
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, lambda: 0, np.array(["a"]), np.arange(3.0).astype(">f8"), [open]])
