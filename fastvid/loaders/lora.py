@@ -29,7 +29,6 @@ from fastvid.loaders.peft_settings import Settings, read_settings
 from fastvid.models.common.expert_names import NOISE_LEVELS
 from fastvid.models.wan.weight_names import some
 
-MAX_SCALE = 100.0
 MAX_MODULES = 10_000  # the largest models have about 1,000
 BARE = ("scale_shift_table", "pos_embed")  # parameters, not modules
 
@@ -68,36 +67,12 @@ class Lora:
         return summary | ({"expert": self.expert} if self.expert else {})
 
 
-def read_loras(loras: Any, download: bool = False) -> tuple[Lora, ...]:
-    """Read `loras=` of `fastvid.load`: files, folders or hub names, each alone or as (file, scale) or (file, scale,
-    expert). download: fetch what is on the hub and not in the local cache. Raises InvalidRequest, CheckpointError."""
-    entries = [_check_entry(entry) for entry in as_list(loras)]
+def read_loras(loras: Sequence[Any], download: bool = False) -> tuple[Lora, ...]:
+    """Read checked `loras=` of `fastvid.load`: files, folders or hub names, each alone or as (file, scale) or (file,
+    scale, expert). download: fetch what is on the hub and not in the local cache. Raises InvalidRequest,
+    CheckpointError."""
+    entries = [(entry,) if isinstance(entry, str | os.PathLike) else entry for entry in loras or ()]
     return tuple(lora for entry in entries for lora in read_lora(*entry, download=download))
-
-
-def as_list(loras: Any) -> list[Any]:
-    """`loras=` as a list: one file alone counts as a list of one."""
-    if loras is None or isinstance(loras, str | os.PathLike):
-        return [] if loras is None else [loras]
-    if not isinstance(loras, Iterable) or isinstance(loras, bytes | Mapping):
-        raise InvalidRequest(f"loras={loras!r:.60}: a list of files is expected, such as [('a.safetensors', 0.8)]")
-    return list(loras)
-
-
-def _check_entry(entry: Any) -> Sequence[Any]:
-    fields = (entry,) if isinstance(entry, str | os.PathLike) else entry
-    if not isinstance(fields, list | tuple) or not _is_lora(fields) or (len(fields) < 2 and fields is entry):
-        raise InvalidRequest(
-            f'loras: {entry!r:.60} is no LoRA; give a file, or (file, scale) such as ("a.safetensors", 0.8), or '
-            '("a.safetensors", 0.8, "high") for one of two experts'
-        )
-    return fields
-
-
-def _is_lora(entry: Sequence[Any]) -> bool:
-    expert = entry[2] if len(entry) == 3 else "high"
-    named = 1 <= len(entry) <= 3 and isinstance(entry[0], str | os.PathLike) and isinstance(os.fspath(entry[0]), str)
-    return named and bool(os.fspath(entry[0])) and isinstance(expert, str) and bool(expert)
 
 
 def as_tuples(loras: Sequence[Lora]) -> tuple[tuple[Any, ...], ...]:
@@ -115,10 +90,9 @@ def read_lora(
 ) -> tuple[Lora, ...]:
     """Read a LoRA: one, or two if its names tell the experts apart. Does not check whether it fits a model.
 
-    Raises InvalidRequest for an unknown expert or a scale outside [-100, 100], CheckpointError for a file that is
-    missing, broken, of an unknown kind, or has unknown tensor names.
+    Raises InvalidRequest for an unknown expert, CheckpointError for a file that is missing, broken, of an unknown kind,
+    or has unknown tensor names.
     """
-    scale = _check_scale(given, scale)
     if expert and expert not in NOISE_LEVELS:
         near = nearest_name(str(expert), NOISE_LEVELS)
         raise InvalidRequest(
@@ -137,14 +111,6 @@ def read_lora(
     settings = read_settings(source.file, metadata)
     _warn_of_zeros(source.file, groups)
     return _split(source, scale, expert, groups, settings, metadata)
-
-
-def _check_scale(given: Any, scale: Any) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not -MAX_SCALE <= scale <= MAX_SCALE:
-        raise InvalidRequest(
-            f"lora {Path(given).name}: scale is {scale!r:.40}; allowed is {-MAX_SCALE:g} to {MAX_SCALE:g}"
-        )
-    return float(scale)
 
 
 def _split(
