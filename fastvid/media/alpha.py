@@ -26,7 +26,7 @@ class AlphaDecoder:
     def __init__(self, codec: str) -> None:
         import av
 
-        self._decoder = av.CodecContext.create(codec, "r")
+        self._decoder: Any = av.CodecContext.create(codec, "r")
         self._decoder.thread_count = 1
         self._decoder.options = {"max_pixels": str(MAX_CLIP_PIXELS)}
         self._planes: dict[Any, np.ndarray] = {}  # by presentation time

@@ -117,8 +117,8 @@ def conversion_of(frame: Any) -> Conversion | None:
 @functools.lru_cache(maxsize=16)
 def _conversion(transfer: int, primaries: int) -> Conversion:
     signal = np.arange(1 << 16) / 65535
-    light = {PQ: pq_light, HLG: hlg_scene, LINEAR: np.asarray}.get(transfer, lambda values: values**GAMMA)(signal)
-    matrix = to_bt709(primaries)
+    lights = {PQ: pq_light(signal), HLG: hlg_scene(signal), LINEAR: signal}
+    light, matrix = lights.get(transfer, signal**GAMMA), to_bt709(primaries)
     table, matrix = light.astype(np.float32), np.ascontiguousarray(matrix.T, np.float32)
     if transfer not in (PQ, HLG):
         return Conversion(transfer, table, matrix)

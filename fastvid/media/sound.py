@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastvid import notices
+from fastvid.checks import shown
 from fastvid.errors import InvalidRequest, MediaError
 from fastvid.files import open_regular
 from fastvid.media.files import media_errors, open_container
@@ -39,11 +40,9 @@ class Sound:
     rate: int
 
     def __post_init__(self) -> None:
-        shape = getattr(self.samples, "shape", ())
-        if len(shape) != 2 or shape[1] not in (1, 2) or self.samples.dtype != np.float32:
-            raise InvalidRequest(
-                f"samples must be float32 [N, 1 or 2], not {getattr(self.samples, 'dtype', '')} {shape}"
-            )
+        samples: Any = self.samples
+        if not isinstance(samples, np.ndarray) or samples.dtype != np.float32 or samples.shape[1:] not in ((1,), (2,)):
+            raise InvalidRequest(f"samples={shown(samples)}: allowed are float32 numbers [N, 1 or 2]")
         if not MIN_RATE <= self.rate <= MAX_RATE:
             raise InvalidRequest(f"rate={self.rate}: allowed are {MIN_RATE} to {MAX_RATE} samples a second")
 

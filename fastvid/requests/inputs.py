@@ -201,7 +201,7 @@ def _with_mask(request: Request, clip: Clip) -> Request:
         notices.warn(_other_size(width, height, clip.width, clip.height))
         mask = _nearest(mask, clip.height, clip.width)
     # Cropped and resized like the clip, so that it stays aligned.
-    inside = center_crop(*mask.shape[1:], *size)
+    inside = center_crop(mask.shape[1], mask.shape[2], *size)
     return replace(request, mask=_nearest(mask[(slice(None), *inside)], *size))
 
 

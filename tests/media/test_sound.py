@@ -202,9 +202,10 @@ def test_another_rate_stays_in_time(rate: int) -> None:
 
 def test_sound_in_memory_is_checked() -> None:
     for samples, rate, says in (
-        (np.zeros(5, np.float32), RATE, "float32"),
-        (np.zeros((5, 1)), RATE, "float64"),
+        (np.zeros(5, np.float32), RATE, "float32 numbers"),
+        (np.zeros((5, 1)), RATE, "float32 numbers"),
         (np.zeros((5, 3), np.float32), RATE, "1 or 2"),
+        ([[0.5]], RATE, "1 or 2"),
         (np.zeros((5, 1), np.float32), 10, "rate=10"),
     ):
         with pytest.raises(InvalidRequest, match=says):
