@@ -1,5 +1,8 @@
 """All environment variables that fastvid reads at run time (setup.py also reads FASTVID_BUILD_CUDA and
-FASTVID_CUDA_ARCHS when it builds). They are defaults; arguments and flags win. fastvid never sets a variable.
+FASTVID_CUDA_ARCHS when it builds). They are defaults; arguments and flags win.
+
+The library never sets a variable. The command line and the processes of ranks, which are fastvid's own, set what OpenMP
+reads (`thread_variables`), unless the caller has.
 
     FASTVID_MODEL      the default model: "embedded", a folder or a hub id
     FASTVID_DEVICE     "cpu", "cuda", "cuda:1"
@@ -15,9 +18,11 @@ FASTVID_CUDA_ARCHS when it builds). They are defaults; arguments and flags win. 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 PREFIX = "FASTVID_"
 BUILD_TIME = ("FASTVID_BUILD_CUDA", "FASTVID_CUDA_ARCHS")
@@ -55,3 +60,45 @@ def all_set(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """All variables with fastvid's prefix, known or not; the values of keys are hidden."""
     variables = {name: value for name, value in sorted(environ.items()) if name.startswith(PREFIX)}
     return {name: "(hidden)" if name.endswith("_KEY") and value else value for name, value in variables.items()}
+
+
+# ---------------------------------------------------------------- threads
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+"""Any of these is the caller's own word on how idle threads wait."""
+
+
+def thread_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a process of fastvid's own sets before torch is imported.
+
+    Idle threads sleep instead of spinning on cores that other processes need. Where the control group allows less time
+    than there are cores, there are only as many threads; else torch decides, by physical cores and affinity.
+    """
+    chosen = {} if any(environ.get(name) for name in WAITING) else {"OMP_WAIT_POLICY": "PASSIVE"}
+    cores = available_cores()
+    if cores < _cores_of_affinity() and not environ.get("OMP_NUM_THREADS"):
+        chosen["OMP_NUM_THREADS"] = str(cores)
+    return chosen
+
+
+def available_cores() -> int:
+    """The cores that this process may use, by affinity and the control group's quota."""
+    quota = _cores_of_quota()
+    return _cores_of_affinity() if quota is None else max(1, min(_cores_of_affinity(), math.ceil(quota)))
+
+
+def _cores_of_affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cores_of_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """The control group's (container's) limit of CPU time, in cores; None without one."""
+    try:
+        if (root / "cpu.max").is_file():
+            quota, period = (root / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            names = ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+            quota, period = ((root / name).read_text(encoding="ascii").strip() for name in names)
+        return int(quota) / int(period) if quota.isdecimal() and int(period) else None
+    except (OSError, ValueError):
+        return None

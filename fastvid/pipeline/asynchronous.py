@@ -6,35 +6,49 @@ before the task ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from fastvid.engine.events import Event
 from fastvid.engine.queue import Ticket
 
-Run = Callable[..., Awaitable[Any]]
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@asynccontextmanager
-async def thread_of(ticket: Ticket, close: Callable[[], None]) -> AsyncIterator[Run]:
-    """Yields `run`: `await run(call, *args)` runs a call in a thread of its own. When the block ends, for whatever
-    reason, the request is cancelled and `close` is called in the thread, after the current call."""
-    pool, loop = ThreadPoolExecutor(1, thread_name_prefix="fastvid-request"), asyncio.get_running_loop()
-    run = functools.partial(loop.run_in_executor, pool)
-    try:
-        yield run
-    finally:
-        ticket.cancel()
-        closing = run(close)
+class RequestThread:
+    """`await run(call, *args)`, of `async with RequestThread(...) as run`, runs a call in a thread of its own.
+
+    When the block ends, for whatever reason, the request is cancelled and `close` is called in the thread, after the
+    current call. So it is where the block never ends, because its event loop did: no async generator is needed here,
+    of which the loop would close several at once.
+    """
+
+    def __init__(self, ticket: Ticket, close: Callable[[], None] = lambda: None) -> None:
+        self._ticket, self._close, self._ended = ticket, close, False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastvid-request")
+
+    async def __aenter__(self) -> Callable[..., Awaitable[Any]]:
+        return functools.partial(asyncio.get_running_loop().run_in_executor, self._pool)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._ended = True
+        self._ticket.cancel()
+        closing = asyncio.get_running_loop().run_in_executor(self._pool, self._close)
         try:
             await asyncio.shield(closing)  # a second cancellation does not wait, but does not stop the closing
         finally:
-            pool.shutdown(wait=closing.done())
+            self._pool.shutdown(wait=closing.done())
+
+    def __del__(self) -> None:
+        if not self._ended:
+            self._ticket.cancel()
+            with contextlib.suppress(RuntimeError):  # the interpreter ends
+                self._pool.submit(self._close)
+            self._pool.shutdown(wait=False)
 
 
 async def events(ticket: Ticket, start: Callable[[], Iterator[Event]]) -> AsyncGenerator[Event, None]:
@@ -45,7 +59,7 @@ async def events(ticket: Ticket, start: Callable[[], Iterator[Event]]) -> AsyncG
         for stream in streams:
             stream.close()
 
-    async with thread_of(ticket, close) as run:
+    async with RequestThread(ticket, close) as run:
         await run(lambda: streams.append(start()))
         while (event := await run(next, streams[0], None)) is not None:
             yield event
@@ -57,7 +71,7 @@ def twin(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, 
     @functools.wraps(method)
     async def call(pipe: Any, /, *args: P.args, **options: P.kwargs) -> T:
         ticket = pipe.new_ticket()
-        async with thread_of(ticket, lambda: None) as run:
+        async with RequestThread(ticket) as run:
             result: T = await run(functools.partial(method, pipe.with_ticket(ticket), *args, **options))
             return result
 

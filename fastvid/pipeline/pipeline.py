@@ -210,7 +210,7 @@ class Pipeline:
     # ------------------------------------------------------------ for services
 
     @documented
-    async def astream(
+    def astream(
         self,
         prompt: str | None = None,
         *,
@@ -226,9 +226,7 @@ class Pipeline:
         ticket = self.new_ticket()
         arguments: dict[str, Any] = {"verb": verb, "keep_latents": keep_latents, **options}
         run = functools.partial(self.with_ticket(ticket).stream, prompt, **arguments)
-        async with contextlib.aclosing(asynchronous.events(ticket, run)) as events:
-            async for event in events:
-                yield event
+        return asynchronous.events(ticket, run)
 
     agenerate = asynchronous.twin(generate)
     aimage = asynchronous.twin(image)

@@ -42,10 +42,13 @@ def ranks_for(asked: Parallelism, device: Any) -> Parallelism:
     """How many ranks there will be. Raises InvalidRequest for more than there are GPUs, or than torchrun started."""
     if asked.ranks == 1:
         return asked
+    if asked.ranks is None and torchrun.alone():
+        return Parallelism(1, asked.layout)
     if world := torchrun.world_size():
         if asked.ranks not in (None, world):
             raise InvalidRequest(
-                f"parallel={asked.ranks}: {world} processes were started together; the nearest is parallel={world}"
+                f"parallel={asked.ranks}: {world} processes were started together (WORLD_SIZE={world}); the nearest is "
+                f"parallel={world}"
             )
         return Parallelism(world, asked.layout)
     first = find_device(device)
@@ -158,6 +161,7 @@ class RemoteEvents:
         return self
 
     def __next__(self) -> Event:
+        self._pipe._team.check_process()
         try:
             return next(self._events)
         except BaseException:  # StopIteration, too

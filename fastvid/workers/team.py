@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastvid import env
 from fastvid.errors import Error
 from fastvid.workers.channel import Closed, Message
 from fastvid.workers.group import CLOSED, NO_LIMIT, POLL_INTERVAL, ChildWorker, WorkerGroup
@@ -51,7 +52,7 @@ class Team:
 
     def start(self) -> WorkerGroup:
         """Start the workers and load the model, unless they run."""
-        self._check_process()
+        self.check_process()
         with self._lock:
             if self._closed:
                 raise Error(CLOSED)
@@ -60,7 +61,7 @@ class Team:
             assert self.group is not None
             return self.group
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
         if os.getpid() != self._pid:  # in a fork: its commands would mix with those of the other process
             raise Error(f"this pipeline belongs to process {self._pid}, which loaded it; load the model again here")
 
@@ -84,7 +85,7 @@ class Team:
         """New workers that have joined a process group."""
         group, environment = WorkerGroup(), worker_environment(os.environ, sys.path)
         device = self.options.get("device")
-        threads = None if "OMP_NUM_THREADS" in os.environ else max(1, available_cores() // self.ranks)
+        threads = None if "OMP_NUM_THREADS" in os.environ else max(1, env.available_cores() // self.ranks)
         try:
             # The workers' process group meets here. Rank 0 inherits the socket: its port cannot be taken meanwhile.
             with socket.create_server(("127.0.0.1", 0), backlog=max(16, 2 * self.ranks)) as listener:
@@ -110,7 +111,7 @@ class Team:
         workers, and is not done by new ones. Raises what the workers raised, and WorkerFailed if one dies or hangs, or
         if only some of them raise.
         """
-        self._check_process()
+        self.check_process()
         with self._lock:
             current = self.start() if group is None else group
             if current is not self.group or current.ended():
@@ -119,9 +120,11 @@ class Team:
 
     def close(self) -> None:
         """Ask the workers to exit, and kill those that do not. Commands after that are refused."""
+        if os.getpid() != self._pid:  # a fork does not own them, and the lock may be held for ever there
+            return
         with self._lock:
             group, self.group, self._closed = self.group, None, True
-            if group is None or group.ended() or os.getpid() != self._pid:
+            if group is None or group.ended():
                 return
             group.expect_exit()
             try:
@@ -191,11 +194,9 @@ class Team:
 
 
 def worker_environment(environment: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
-    """The program's environment, with the places that it imports from, and loopback where no interface is named."""
+    """The program's environment, with the places that it imports from, idle threads that sleep, and loopback where no
+    interface is named."""
     places = os.pathsep.join(os.path.abspath(place) for place in path if os.pathsep not in place)
-    return {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", **environment, "PYTHONPATH": places}
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", **env.thread_variables(environment)}
+    own.pop("OMP_NUM_THREADS", None)  # each rank is told its share of the cores
+    return {**own, **environment, "PYTHONPATH": places}

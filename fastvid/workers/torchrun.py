@@ -40,8 +40,28 @@ HELLO_BYTES = 1 << 10
 
 
 def world_size() -> int:
-    """How many processes torchrun started together; 0 if this one was started alone."""
-    return int(os.environ["WORLD_SIZE"]) if all(os.environ.get(name) for name in VARIABLES) else 0
+    """How many processes torchrun started together; 0 if this one was started alone, by torchrun or not.
+
+    Raises InvalidRequest for a WORLD_SIZE that is no number.
+    """
+    count = _world()
+    return count if count > 1 else 0
+
+
+def alone() -> bool:
+    """Whether torchrun started this process, and no other."""
+    return _world() == 1
+
+
+def _world() -> int:
+    if not all(os.environ.get(name) for name in VARIABLES):
+        return 0
+    value = os.environ["WORLD_SIZE"]
+    if not value.isdecimal() or len(value) > 9:
+        raise InvalidRequest(
+            f"the environment variable WORLD_SIZE is {value!r:.40}; it must be a number, as torchrun's"
+        )
+    return int(value)
 
 
 class TorchrunTeam(Team):
