@@ -29,7 +29,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from fastvid import checks
+from fastvid import checks, env
 from fastvid.distributed.layout import parse_parallel
 from fastvid.engine import resume_files
 from fastvid.engine.events import Finished, Frames, Started, Step
@@ -193,7 +193,8 @@ class Pool:
     checkpoints, on a shared disk where there are several machines; a temporary one if it is left out. cpus: that Ray
     sets aside for a group; gpus: the same, by default one for each rank if Ray knows of any.
 
-    Uses the Ray cluster that the program is connected to, or starts a local one.
+    Uses the Ray cluster that the program is connected to or that RAY_ADDRESS names, or starts a local one, which
+    listens on this machine's loopback address alone.
     """
 
     def __init__(
@@ -378,26 +379,42 @@ class Pool:
 
 
 def _connected_ray() -> Any:
-    """Ray, on the cluster that the program is connected to, or on a local one."""
+    """Ray, on the cluster that the program is connected to or that RAY_ADDRESS names, or on a local one of its own."""
     ray = _ray()
-    if not ray.is_initialized():
-        with _no_usage_reports():
-            local = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
-            ray.init(**local, log_to_driver=False, configure_logging=False)
+    if ray.is_initialized():
+        return ray
+    quiet = {"log_to_driver": False, "configure_logging": False}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return ray
+    with _local_only(ray):
+        ray.init("local", _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
     return ray
 
 
 @contextlib.contextmanager
-def _no_usage_reports() -> Iterator[None]:
-    """A cluster that is started meanwhile reports no usage statistics, unless the program allows it."""
-    name = "RAY_USAGE_STATS_ENABLED"
-    before = os.environ.get(name)
-    os.environ.setdefault(name, "0")
+def _local_only(ray: Any) -> Iterator[None]:
+    """A cluster that is started meanwhile listens on the loopback address alone, reports no usage statistics, and its
+    idle threads sleep, unless the program's environment says otherwise.
+
+    On Linux, Ray replaces 127.0.0.1 by the address of a network, and then listens on all of them; where it makes no
+    clusters (on Windows and macOS) it does not. It asks this variable, once when it is imported.
+    """
+    variable, name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "ENABLE_RAY_CLUSTER"
+    own = {"RAY_USAGE_STATS_ENABLED": "0", variable: "0", **env.thread_variables()}
+    added = {key: value for key, value in own.items() if key not in os.environ}
+    constants = getattr(getattr(ray, "_private", None), "ray_constants", None)
+    before = getattr(constants, name, None)
+    os.environ.update(added)
+    if variable in added and before is not None:
+        setattr(constants, name, False)
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(name, None)
+        if before is not None:
+            setattr(constants, name, before)
+        for key in added:
+            os.environ.pop(key, None)
 
 
 def _ray() -> Any:

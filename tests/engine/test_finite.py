@@ -89,11 +89,12 @@ def test_tensors_of_the_caller_are_refused_beforehand(pipe, name, value) -> None
         pipe.generate(**given, **SHORT)
 
 
-def test_half_precision_names_itself() -> None:
-    pipe = fastvid.load("embedded", device="cpu", dtype="float16")
-    embeds = torch.full_like(pipe.embed(PROMPT), 1e5, dtype=torch.float32)  # beyond float16
-    with pytest.raises(fastvid.Error, match=r"embeddings.*65504.*dtype='bfloat16' or 'float32'"):
-        pipe.generate(prompt_embeds=embeds, **SHORT)
+@pytest.mark.parametrize("what", ["step 1", finite.DECODED])
+def test_half_precision_names_itself(what) -> None:
+    model = SimpleNamespace(dtype=torch.float16, vae_dtype=torch.float16, loras=())
+    option = "vae_dtype" if what == finite.DECODED else " dtype"
+    assert f"{option}='bfloat16' or 'float32'" in str(finite.not_finite(model, what))
+    assert "65504" in str(finite.not_finite(model, what))
 
 
 def test_a_lora_is_named() -> None:

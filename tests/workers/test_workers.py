@@ -20,7 +20,9 @@ from PIL import Image
 from processes import alive, listening, off, workers_here
 
 import fastvid
+from fastvid.distributed.layout import parse_parallel
 from fastvid.engine.events import Finished, Frames, Started, Step
+from fastvid.workers import remote
 from fastvid.workers.team import Team
 
 pytestmark = pytest.mark.slow
@@ -287,3 +289,20 @@ def test_a_rank_of_a_job_that_dies_is_seen(tmp_path) -> None:
         for process in ranks:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.parametrize(("world", "asked", "ranks"), [("1", 2, 2), ("1", "auto", 1), ("4", 4, 4), ("4", "auto", 4)])
+def test_what_a_job_starter_says(monkeypatch, world: str, asked, ranks: int) -> None:
+    """One process alone is no group of ranks, so it may start its own."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert remote.ranks_for(parse_parallel(asked), "cpu").ranks == ranks
+
+
+@pytest.mark.parametrize("world", ["4", "many", "-1", "9" * 5000])
+def test_a_world_size_that_does_not_fit_is_named(monkeypatch, world: str) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(fastvid.InvalidRequest, match="WORLD_SIZE") as caught:
+        remote.ranks_for(parse_parallel(2), "cpu")
+    assert len(str(caught.value)) < 200
