@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,8 +26,13 @@ import torch
 from torch import Tensor
 
 from fastvid.errors import CheckpointError
+from fastvid.files import open_regular, reason
+from fastvid.loaders.safetensors import MAX_TENSORS
+from fastvid.loaders.storages import check_storages
 
 CHUNK = 2**24  # bytes per read
+MAX_SECONDS = 60  # of CPU time until the tensors are listed
+MAX_SHARED = 4  # times that a file's bytes may be in its tensors; tied weights are there twice
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -57,6 +64,10 @@ class PickleReader:
 
     def __init__(self, path: Path, key: str = "") -> None:
         self.path = path
+        try:
+            open_regular(path).close()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
         self.tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
         # Same import path as this process. The working directory is ours, so no file of the user's shadows a module.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -130,6 +141,8 @@ class Refused(Exception):
 def main(path: str, key: str = "") -> int:
     """Serve the tensors of one file, or those under `key` in it, on standard input and output."""
     out, sys.stdout = sys.stdout.buffer, sys.stderr
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # ends this process
     try:
         tensors = _load(path, key)
         listing = {name: [DTYPES[one.dtype], list(one.shape), one.nbytes] for name, one in tensors.items()}
@@ -137,6 +150,9 @@ def main(path: str, key: str = "") -> int:
     except Refused as error:
         out.write(json.dumps({"error": str(error)}).encode() + b"\n")
         return 1
+    finally:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_PROF, 0)
     out.flush()
     for line in sys.stdin:
         tensor = tensors[json.loads(line)].detach().contiguous().reshape(-1)
@@ -147,6 +163,11 @@ def main(path: str, key: str = "") -> int:
 
 def _load(path: str, key: str = "") -> dict[str, Tensor]:
     """The memory-mapped tensors of a file, by name without wrapper prefixes. Raises Refused."""
+    try:
+        if zipfile.is_zipfile(path):  # torch says what any other file is
+            check_storages(path)
+    except Exception as error:
+        raise Refused(f"is damaged and was not opened: it {' '.join(str(error).split())[:200]}") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -206,12 +227,22 @@ def _find_tensors(state: Any) -> dict[str, Tensor]:
 
 
 def _check(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `tensors`. Raises Refused if safetensors can't store one of them."""
+    """Return `tensors`. Raises Refused if safetensors can't store one of them, or if they are more than the file holds:
+    views that repeat its numbers."""
+    if len(tensors) > MAX_TENSORS:
+        raise Refused(f"holds {len(tensors):,} tensors; at most {MAX_TENSORS:,} are read")
+    held: dict[int, int] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str) or tensor.layout != torch.strided or tensor.is_meta:
-            raise Refused(f"holds {name!r}, which is not a plain tensor with a name")
+            raise Refused(f"holds {name!r:.80}, which is not a plain tensor with a name")
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        if tensor.nbytes > storage.nbytes():
+            raise Refused(f"holds {name[:80]} as {list(tensor.shape)}, which repeats the fewer numbers that are stored")
         if tensor.dtype not in DTYPES:
-            raise Refused(f"holds {name} as {tensor.dtype}, which safetensors files cannot")
+            raise Refused(f"holds {name[:80]} as {tensor.dtype}, which safetensors files cannot")
+    if (total := sum(tensor.nbytes for tensor in tensors.values())) > MAX_SHARED * sum(held.values()):
+        raise Refused(f"holds {sum(held.values()):,} bytes, which its tensors share so often that they have {total:,}")
     return tensors
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvid.errors import CheckpointError
+from fastvid.files import links_out
 from fastvid.models.preset import Preset
 from fastvid.models.registry import EXPERTS, Config, kind_of
 from fastvid.models.wan import weight_names
@@ -79,8 +80,18 @@ class Checkpoint:
         recipe = asdict(self.preset) if self.preset else None
         rest: dict[str, Any] = {"text_length": self.text_length, "tokenizer": _short(self.tokenizer, self.folder)}
         rest |= {"problems": list(self.problems)}
+        if links := self.links:
+            rest["links"] = {_short(file, self.folder): str(real) for file, real in links.items()}
         named = {"recipe": recipe, "alternatives": list(self.alternatives)}
         return {"folder": str(self.folder), "pipeline": self.pipeline, **named, "parts": parts, **rest}
+
+    @property
+    def links(self) -> dict[Path, Path]:
+        """The files that links lead out of the model's folder, with their real places."""
+        read = {file for part in self.parts for file in part.files} | {self.tokenizer} - {Path()}
+        for folder in {self.folder, self.tokenizer} - {Path()}:
+            read |= {*folder.glob("*.json"), *folder.glob("*/*.json"), *folder.glob("*.model")}
+        return links_out(self.folder, sorted(read))
 
 
 def flat_config(config: Config) -> dict[str, Any]:

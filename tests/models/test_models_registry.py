@@ -289,3 +289,36 @@ def test_other_pipelines_are_refused(folder: Path, name: str | None) -> None:
 def test_a_broken_index_is_told(folder: Path, text: str) -> None:
     (folder / "model_index.json").write_text(text)
     assert "model_index.json" in message(folder)
+
+
+LINKED = ["model_index.json", "scheduler", "vae/config.json", "tokenizer", "tokenizer/tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_link_out_of_a_folder_is_told(tmp_path: Path, name: str) -> None:
+    folder, other = tmp_path / "model", tmp_path / "elsewhere"
+    shutil.copytree(open_checkpoint("embedded").folder, folder)
+    (folder / name).rename(other)
+    (folder / name).symlink_to(other)
+    told = open_checkpoint(folder).to_dict()
+    assert not told["problems"]
+    assert told["links"]
+    for file, real in told["links"].items():
+        assert file.startswith(name) and Path(real).is_relative_to(other)
+    (tmp_path / "link").symlink_to(folder)  # a folder that is a link itself is the user's own
+    assert set(open_checkpoint(tmp_path / "link").to_dict()["links"]) == set(told["links"])
+
+
+def test_links_within_a_folder_or_a_cache_are_no_news(tmp_path: Path) -> None:
+    folder = tmp_path / "models--a--b" / "snapshots" / "revision"
+    shutil.copytree(open_checkpoint("embedded").folder, folder)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(file for file in folder.rglob("*") if file.is_file())):
+        file.rename(blobs / str(number))
+        file.symlink_to(blobs / str(number))
+    assert "links" not in open_checkpoint(folder).to_dict()
+    (folder / "vae" / "config.json").unlink()
+    (folder / "vae" / "config.json").symlink_to(folder / "other.json")
+    shutil.copyfile(open_checkpoint("embedded").folder / "vae" / "config.json", folder / "other.json")
+    assert "links" not in open_checkpoint(folder).to_dict()
