@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+LONGEST = 4000  # characters of a message
+
 
 class Error(Exception):
-    """Base of all of fastvid's own errors."""
+    """Base of all of fastvid's own errors.
+
+    Messages quote what is in files and requests of strangers: they are cut, and half characters are escaped, so that
+    they can be printed and sent.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_tidy(each) if isinstance(each, str) else each for each in args))
+
+
+def _tidy(text: str) -> str:
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST - 200]} ... {text[-100:]}"
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 class FastvidWarning(UserWarning):

@@ -146,13 +146,13 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
     where = found.files[0] if identified else folder / found.name
     config_path = where if identified else where / CONFIG
     if class_name not in (kind.class_name, *kind.also):
-        problems.append(f"{INDEX}: {found.name} is a {class_name}; only {kind.class_name} is supported")
+        problems.append(f"{INDEX}: {found.name} is a {class_name!s:.80}; only {kind.class_name} is supported")
     elif (raw_config := found.config) is not None:
         built = note_problem(problems, lambda: _read_config(found.name, raw_config, config_path))
         config, module = built or (None, None)
         config_class = raw_config.get("_class_name", class_name)
         if config is not None and class_name == CONTROLLED != config_class:
-            problems.append(f"{INDEX}: {found.name} is a {class_name}, but {config_path} is of a {config_class}")
+            problems.append(f"{INDEX}: {found.name} is a {class_name}, but {config_path} is of a {config_class!s:.80}")
     entries, origins = found.entries, None
     if identified:
         origins = weight_names.origins(entries, weight_names.DIFFUSERS)

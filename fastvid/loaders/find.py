@@ -254,7 +254,7 @@ def _refuse_pickles(folder: Path) -> None:
 def _check_index(index: Config, folder: Path) -> Config:
     if (class_name := index.get("_class_name")) not in PIPELINES:
         raise CheckpointError(
-            f"{folder / INDEX} describes a {class_name}; the kinds known so far are {', '.join(PIPELINES)} "
+            f"{folder / INDEX} describes a {class_name!s:.80}; the kinds known so far are {', '.join(PIPELINES)} "
             "(Wan, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers)"
         )
     return index

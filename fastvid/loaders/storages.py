@@ -65,8 +65,11 @@ def _storages_of(data: bytes) -> dict[str, int]:
     return reader.storages
 
 
-class _Reader(pickle.Unpickler):
-    """Unpickles nothing but containers: what a pickle would call or make is an _Inert."""
+class _Reader(pickle._Unpickler):
+    """Unpickles nothing but containers: what a pickle would call or make is an _Inert.
+
+    The one in Python: that in C takes as much memory for its notes as the pickle asks for.
+    """
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)

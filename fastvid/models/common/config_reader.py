@@ -95,7 +95,7 @@ def read_fields(
     known = {field.name: getattr(default, field.name) for field in fields(default)}
     unknown = [key for key in config if key not in known and key not in ignored and not key.startswith("_")]
     if strict and (unknown := [key for key in unknown if config[key] not in (None, False)]):
-        raise CheckpointError(f"{source} sets {', '.join(sorted(unknown))}, which this model does not know")
+        raise CheckpointError(f"{source} sets {', '.join(sorted(unknown)):.200}, which this model does not know")
     made = {key: _checked(config[key], known[key], f"{source}: {key}") for key in known if key in config}
     for key in DEPTHS:
         if made.get(key, 0) > DEEPEST:

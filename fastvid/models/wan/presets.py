@@ -341,7 +341,7 @@ def _patch_size(config: Mapping[str, Any]) -> tuple[int, int, int]:
     value = config.get("patch_size", (1, 2, 2))
     if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(n) is int and n > 0 for n in value):
         raise CheckpointError(
-            f"transformer/config.json: patch_size is {value!r}; three positive whole numbers are needed"
+            f"transformer/config.json: patch_size is {value!r:.80}; three positive whole numbers are needed"
         )
     return value[0], value[1], value[2]
 

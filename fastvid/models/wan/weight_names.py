@@ -420,4 +420,6 @@ def _check_known(unknown: list[str], found: Found) -> None:
 def some(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
     names = sorted(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return ", ".join(name[:200] for name in names[:SHOWN]) + (
+        f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    )
