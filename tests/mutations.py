@@ -191,9 +191,9 @@ def damaged_json(whole: Any, random: Random) -> bytes:
 # ---------------------------------------------------------------- what has to hold
 
 
-def fuzz(count: int = 10_000) -> Any:
-    """Mark a test that takes `count`: so many attempts in the slow tier, FAST in the fast one."""
-    return pytest.mark.parametrize("count", [min(FAST, count), pytest.param(count, marks=pytest.mark.slow)])
+def fuzz(count: int = 10_000, fast: int = FAST) -> Any:
+    """Mark a test that takes `count`: so many attempts in the slow tier, `fast` in the fast one."""
+    return pytest.mark.parametrize("count", [min(fast, count), pytest.param(count, marks=pytest.mark.slow)])
 
 
 def refuses(act: Callable[[], Any], *errors: type[Exception], seconds: float = 1.0) -> bool:

@@ -68,7 +68,7 @@ def test_headers_and_indexes(tmp_path: Path, count: int) -> None:
     assert 0.5 * count < refused < count
 
 
-@fuzz(10_000)
+@fuzz(10_000, fast=30)
 def test_configs(folder: Path, count: int) -> None:
     whole = {name: (folder / name).read_bytes() for name in CONFIGS}
     refused = 0
