@@ -28,7 +28,7 @@ from fastvid.models.wan.weight_names import some
 # What only some Wan models have. A LoRA of one of them is used on the others too, without these.
 OPTIONAL = re.compile(
     r"condition_embedder\.image_embedder\..*|(vace_)?blocks\.\d+\.attn2\.(add_[kv]_proj|norm_added_[kq])\..*"
-    r"|vace_blocks\.\d+\..*|vace_patch_embedding\..*"
+    r"|vace_blocks\.\d+\..*|vace_patch_embedding\..*|(vace_)?blocks\.\d+\.cross_attn\.norm_q_img\..*"
 )
 # Texts in a header that are about much else.
 PROSE = re.compile(r"description|comment|tag|caption|prompt|license|hint|usage|hash|date|author", re.IGNORECASE)

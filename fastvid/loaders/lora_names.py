@@ -23,7 +23,10 @@ PREFIXES = (
     *("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "model."),
     *("pipe.dit.", "dit.", "module."),
 )
-EXPERT_PREFIXES = {"transformer_2.": "low", "low_noise_model.": "low", "high_noise_model.": "high"}
+EXPERT_PREFIXES = {
+    **dict.fromkeys(("transformer_2.", "low_noise_model.", "pipe.dit2.", "dit2."), "low"),
+    "high_noise_model.": "high",
+}
 FLAT = ("lora_unet_", "lycoris_")  # in front of names with "_" in place of "."
 _ROLES = re.compile(
     r"\.(?:(?P<factor>lora_(?:A|B|down|up|mid|magnitude_vector)|lora\.(?:down|up|mid)"

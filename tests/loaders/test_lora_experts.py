@@ -110,6 +110,7 @@ def test_both_experts_in_one_file(folder: Path) -> None:
     for given, count in (((second, 1.0, "high"), 2), (second, 1)):
         with pytest.raises(InvalidRequest, match=r"b.safetensors.*low noise"):
             experts(given, count=count)
+    assert experts(write(folder / "d.safetensors", f"pipe.dit.{LAYER}", f"pipe.dit2.{LAYER}")) == ["high", "low"]
     flat = write(folder / "c.safetensors", "lora_unet_blocks_0_attn1_to_q", "lycoris_transformer_2_blocks_0_attn1_to_q")
     assert experts(flat) == ["high", "low"]
 
@@ -127,16 +128,18 @@ def test_a_model_with_one_transformer(folder: Path) -> None:
 
 def test_what_other_wan_models_have_is_left_out(folder: Path) -> None:
     stems = (f"diffusion_model.{LAYER}", IMAGE, "transformer.vace_blocks.0.proj_out")
+    stems += ("diffusion_model.blocks.0.cross_attn.norm_q_img",)
     file = write(folder / "a.safetensors", *stems)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         (lora,) = fit(read_loras([file]), model())
     assert set(lora.terms) == {f"{LAYER}.weight"} and len(said) == 1
-    assert "2 of 3 changes" in str(said[0].message) and "add_k_proj" in str(said[0].message)
+    assert "3 of 4 changes" in str(said[0].message) and "add_k_proj" in str(said[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (told,) = describe(read_loras([file]), model())
-    assert told["left_out"] == ["blocks.0.attn2.add_k_proj.weight", "vace_blocks.0.proj_out.weight"]
+    names = ("blocks.0.attn2.add_k_proj", "vace_blocks.0.proj_out", "blocks.0.cross_attn.norm_q_img")
+    assert sorted(told["left_out"]) == sorted(f"{name}.weight" for name in names)
     assert told["problems"] == []
 
 

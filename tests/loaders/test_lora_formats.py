@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvid.errors import CheckpointError, FastvidWarning
+from fastvid.loaders.convert import LORA
 from fastvid.loaders.lora import Lora, merge, read_lora
 from fastvid.loaders.lora_fit import check
 
@@ -137,6 +140,12 @@ def cases() -> dict[str, tuple[str, Tensors, Tensor]]:
 
 
 CASES = cases()
+
+
+def test_pickles_of_every_kind_are_converted() -> None:
+    for module, tensors, _ in CASES.values():
+        assert all(LORA.search(f"{module}.{role}") for role in tensors)
+    assert not LORA.search(f"{LINEAR}.weight") and not LORA.search("vae.alpha_net.weight")
 
 
 def close(got: Tensor, exact: Tensor) -> None:
@@ -334,3 +343,23 @@ def test_a_merge_that_overflows(tmp_path: Path) -> None:
     lora = written(tmp_path / "wide.safetensors", (LINEAR, wide))
     with pytest.raises(CheckpointError, match=r"wide.safetensors: .* not finite in float32"):
         merge(f"{LINEAR}.weight", base, [lora])
+
+
+SIZES = st.lists(st.sampled_from([0, 1, 2, 3, 4, IN, OUT]), max_size=5)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(CASES)), st.integers(0, 6), SIZES, st.booleans())
+def test_any_shape_merges_or_is_refused(tmp_path: Path, kind: str, which: int, shape: list[int], dropped: bool) -> None:
+    """One tensor of a right file has another shape, or is not there."""
+    module, tensors, _ = CASES[kind]
+    role = [*tensors, "dora_scale", "lora_magnitude_vector"][which % (len(tensors) + 2)]
+    changed = {**tensors, role: torch.ones(shape)}
+    changed = {name: tensor for name, tensor in changed.items() if name != role or not dropped}
+    try:
+        lora = written(tmp_path / "a.safetensors", (module, changed), name="transformer.{}")
+    except CheckpointError as error:
+        assert "a.safetensors" in str(error)
+        return
+    for name in lora.terms:
+        assert merge(name, torch.ones(SHAPES[name]), [lora]).isfinite().all()
