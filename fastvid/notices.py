@@ -10,14 +10,40 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from fastvid.errors import FastvidWarning
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
+_COLLECTED: ContextVar[list[str] | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collected() -> Iterator[list[str]]:
+    """Collects the warnings of the block, of this thread, for a caller in another process to give (see `warn_all`)."""
+    texts: list[str] = []
+    token = _COLLECTED.set(texts)
+    try:
+        yield texts
+    finally:
+        _COLLECTED.reset(token)
+
+
+def warn_all(messages: Iterable[str]) -> None:
+    """Give the warnings that another process has collected."""
+    for message in messages:
+        warn(message)
+
+
 def warn(message: str) -> None:
     """Warn the caller with a `FastvidWarning` that points at the first line outside of fastvid."""
+    if (texts := _COLLECTED.get()) is not None:
+        texts.extend([message] if message not in texts else [])
+        return
     frame, depth = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, depth = frame.f_back, depth + 1

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from fastvid import notices
 from fastvid.engine.events import Event
 from fastvid.engine.queue import Ticket
 
@@ -32,7 +33,23 @@ class RequestThread:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastvid-request")
 
     async def __aenter__(self) -> Callable[..., Awaitable[Any]]:
-        return functools.partial(asyncio.get_running_loop().run_in_executor, self._pool)
+        return self._run
+
+    async def _run(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Runs a call in the thread. Its warnings are given here, where they point at the line that awaits."""
+        texts: list[str] = []
+
+        def collecting() -> Any:
+            with notices.collected() as found:
+                try:
+                    return call(*args)
+                finally:
+                    texts.extend(found)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, collecting)
+        finally:
+            notices.warn_all(texts)
 
     async def __aexit__(self, *_: object) -> None:
         self._ended = True

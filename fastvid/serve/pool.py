@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -29,7 +30,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from fastvid import checks, env
+from fastvid import checks, env, notices
 from fastvid.distributed.layout import parse_parallel
 from fastvid.engine import resume_files
 from fastvid.engine.events import Finished, Frames, Started, Step
@@ -42,6 +43,7 @@ from fastvid.requests.request import DATA, Request
 from fastvid.workers.channel import Message
 from fastvid.workers.messages import pack, pack_error, unpack, unpack_error
 
+log = logging.getLogger("fastvid.pool")
 WAITING_PER_GROUP = 2
 GROUPS, WAITING, RETRIES = checks.whole(1, 4096), checks.whole(1, 1 << 20), checks.whole(0, 100)
 DEVICES = checks.number(0.0, 1024.0)  # processors or GPUs of a group
@@ -67,24 +69,27 @@ class Group:
         self._streams: dict[str, Any] = {}
         self._steps: dict[str, tuple[int, int]] = {}
         self._cancelled: set[str] = set()
-        try:
-            self._pipe = load(model, **unpack(Message(header, payload)))
-        except Exception as error:  # returned by `ready`: Ray would wrap it in an error of its own
-            self._load_error = pack_error(error)
+        with notices.collected() as self._load_warnings:
+            try:
+                self._pipe = load(model, **unpack(Message(header, payload)))
+            except Exception as error:  # returned by `ready`: Ray would wrap it in an error of its own
+                self._load_error = pack_error(error)
 
-    def ready(self) -> tuple[int, dict[str, str] | None]:
-        """The process id, once the model is loaded, and the error if it could not be."""
-        return os.getpid(), self._load_error
+    def ready(self) -> tuple[int, dict[str, str] | None, list[str]]:
+        """The process id, once the model is loaded, the error if it could not be, and the warnings."""
+        return os.getpid(), self._load_error, self._load_warnings
 
     def run(self, job: str, folder: str, header: dict[str, Any], payload: bytes) -> Packed:
-        """Run a job to its end, from its checkpoint if there is one. Returns its "video", or its "error", or why to
-        "retry" it, perhaps on another group that has to "replace" this one."""
+        """Run a job to its end, from its checkpoint if there is one. Returns its "video" and "warnings", or its
+        "error", or why to "retry" it, perhaps on another group that has to "replace" this one."""
         try:
             if self._load_error:
                 reason = "{kind}: {text}".format(**self._load_error)
                 text = f"a group that was started again could not load the model: {reason}"
                 return _plain({"retry": text, "replace": True})
-            return _plain({"video": self._run(job, folder, **unpack(Message(header, payload)))})
+            with notices.collected() as texts:
+                video = self._run(job, folder, **unpack(Message(header, payload)))
+            return _plain({"video": video, "warnings": texts})
         except WorkerFailed as error:
             return _plain({"retry": str(error)})
         except Exception as error:
@@ -132,13 +137,15 @@ class Group:
 
 
 class Job:
-    """A request in the pool. attempts: how often it was started."""
+    """A request in the pool. attempts: how often it was started. warnings: what its group warned of, which `result`
+    gives."""
 
     def __init__(self, pool: Pool, verb: str, options: dict[str, Any]) -> None:
         self.name, self.verb, self.options, self.attempts = secrets.token_hex(8), verb, options, 0
         self.message = _plain({"verb": verb, "options": options})
         self.group: Any = None
         self.cancelled = False
+        self.warnings: list[str] = []
         self._pool, self._future = pool, Future[Video]()
 
     def result(self, timeout: float | None = None) -> Video:
@@ -146,11 +153,13 @@ class Job:
         TimeoutError after so many seconds."""
         timeout = None if timeout is None else SECONDS("timeout", timeout)
         try:
-            return self._future.result(timeout)
+            video = self._future.result(timeout)
         except TimeoutError:
             if self._future.done():
                 raise
             raise TimeoutError(f"the job was not done in {timeout:g} seconds; it goes on") from None
+        notices.warn_all(self.warnings)
+        return video
 
     def done(self) -> bool:
         """Whether there is a result, or an error."""
@@ -242,11 +251,12 @@ class Pool:
     def _wait_for_models(self) -> None:
         ray = _ray()
         try:
-            errors = [error for _, error in ray.get([actor.ready.remote() for actor in self._actors]) if error]
+            loaded = ray.get([actor.ready.remote() for actor in self._actors])
         except ray.exceptions.RayError as error:
             self._kill()
             raise Error(f"a group's process ended while it loaded the model: {error}") from None
-        if errors:
+        notices.warn_all(text for _, _, texts in loaded for text in texts)
+        if errors := [error for _, error, _ in loaded if error]:
             self._kill()
             raise unpack_error(errors[0])
 
@@ -337,6 +347,9 @@ class Pool:
         if "replace" in answer:
             self._replace(number)
         if "video" in answer:
+            for text in answer["warnings"]:
+                log.warning("job %s: %s", job.name, text)
+            job.warnings = answer["warnings"]
             job._finish(answer["video"])
         elif (result := self._retry_or_error(job, answer)) is not None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastvid import env
+from fastvid import env, notices
 from fastvid.errors import Error
 from fastvid.workers.channel import Closed, Message
 from fastvid.workers.group import CLOSED, NO_LIMIT, POLL_INTERVAL, ChildWorker, WorkerGroup
@@ -172,6 +172,7 @@ class Team:
                 if "error" in answers[rank]:
                     errors[rank] = answers[rank]["error"]
                     until = min(until, time.monotonic() + OTHERS_FAIL_WITHIN)
+        notices.warn_all(answers.get(0, {}).get("warnings", ()))
         for rank, packed in errors.items():
             log.debug("rank %d raised %s", rank, packed["trace"])
         if len(errors) == len(group.workers):

@@ -19,6 +19,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
+from fastvid import notices
 from fastvid.workers.channel import Channel, Closed, Message
 from fastvid.workers.messages import HEARTBEAT, pack, pack_error, unpack
 
@@ -84,14 +85,16 @@ class WorkerServer:
 
     def answer(self, message: Message) -> Message:
         """Do what a message says, and return the result or the error."""
-        number = message.header.get("number")
-        try:
-            values = unpack(message)
-            values.pop("number", None)
-            result = getattr(self, f"do_{values.pop('do')}")(**values)
-            return pack({"number": number, "result": result if self.rank == 0 else None})
-        except BaseException as error:
-            return pack({"number": number, "error": {**pack_error(error), "trace": traceback.format_exc()[-4000:]}})
+        head: dict[str, Any] = {"number": message.header.get("number")}
+        with notices.collected() as texts:  # all ranks have the same to say, so rank 0 says it
+            try:
+                values = unpack(message)
+                values.pop("number", None)
+                result = getattr(self, f"do_{values.pop('do')}")(**values)
+                head["warnings"] = texts if self.rank == 0 else []
+                return pack({**head, "result": result if self.rank == 0 else None})
+            except BaseException as error:
+                return pack({**head, "error": {**pack_error(error), "trace": traceback.format_exc()[-4000:]}})
 
     def do_join(self, rank: int, size: int, port: int, fd: int | None, device: str | None, threads: int | None) -> None:
         """Join the ranks' process group, which meets at a port of this machine. fd: rank 0's socket that listens there.
