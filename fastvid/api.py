@@ -136,9 +136,8 @@ def load(
             GPU, float32 on a CPU.
         backend, attention: the back ends of the operations and of attention (see `fastvid doctor`).
         loras: LoRAs to merge into the transformer: files, folders or hub names, each alone, as (file, scale), or as
-            (file, scale, "high") or (file, scale, "low") for one of two experts. Without that the names of the file,
-            its folder and its weights, and its header, say the expert; a LoRA that names none is merged into both, and
-            a doubtful name is refused. See `Pipeline.set_loras`.
+            (file, scale, "high") or (file, scale, "low") for one of two experts. Without that its names and its header
+            say the expert; none: both; doubtful: refused. See `Pipeline.set_loras`.
         offload: which weights stay in host memory while unused. "none"; "text": the encoders and the inactive expert;
             "blocks": also the blocks of transformer and text encoder, but for two at a time; "auto": the least
             offloading with which the preset's default video fits. On a CPU "auto" is "none"; the other modes only

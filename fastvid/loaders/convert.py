@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from fastvid.files import copy_files, open_regular, reason
 from fastvid.loaders import layouts, safetensors, weight_files
 from fastvid.loaders.find import FoundPart, find_original, identify_part, kind_name
 from fastvid.loaders.layouts import CONFIG, EXPERT_FOLDERS, EXTRAS, INDEX, ORIGINAL_TOKENIZER, SCHEDULER, TOKENIZER
+from fastvid.loaders.lora_names import is_lora_weight
 from fastvid.loaders.pickles import PickleReader, read_exactly
 from fastvid.loaders.safetensors import BITS, Entry
 from fastvid.models.common.config_reader import read_json
@@ -39,10 +39,6 @@ from fastvid.models.wan.weight_names import DIFFUSERS, LAYOUTS, ORIGINAL, Origin
 SHARD_BYTES = 5 * 10**9
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # model for the encoders
 NOT_IN_SHAPES = ("num_attention_heads", "eps", "rope_max_seq_len", "vace_layers")
-LORA = re.compile(
-    r"\.(lora[_.](A|B|down|up|mid|magnitude_vector|embedding_A|embedding_B)\b|(alpha|dora_scale|[wb]_norm|diff(_b|_m)?)$"
-    r"|(lokr|hada)_(w[12](_[ab])?|t[12])\b)"
-)
 Report = Callable[[str], None]
 
 
@@ -228,7 +224,7 @@ def _read_lora(source: Path, reader: TensorReader, single: bool) -> Output | Non
     if source.is_dir() or source.suffix not in layouts.WEIGHT_FILES:
         return None
     entries = reader.entries((source,))
-    if not entries or not all(LORA.search(name) for name in entries):
+    if not entries or not all(map(is_lora_weight, entries)):
         return None
     if not single:
         raise InvalidRequest(f"{source} is a LoRA; a destination that ends in {safetensors.SUFFIX} is needed")

@@ -58,6 +58,11 @@ class Group:
     tensors: Mapping[str, Tensor]
 
 
+def is_lora_weight(name: str) -> bool:
+    """Whether a tensor's name is one of a LoRA, also of kinds that are not merged."""
+    return bool(_ROLES.search(name)) or ".lora_embedding_" in name
+
+
 def group_tensors(tensors: Mapping[str, Tensor]) -> tuple[Group, ...]:
     """The groups of a file. Raises CheckpointError (without the file's name) for names that are not understood, that
     are there twice, or that are of several adapters."""
