@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
 from fastvid.files import open_regular, reason
+from fastvid.loaders.finite import Weight, check_finite
 from fastvid.models.common.config_reader import parse_json
 from fastvid.models.registry import target_dtype
 from fastvid.models.wan.weight_names import QUANTIZED, Origin, some
@@ -36,7 +37,7 @@ BITS |= {"U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 MAX_HEADER, MAX_TENSORS, MAX_DIMS = 1 << 24, 20_000, 16
 VALUES = 12  # of a tensor in a header, about
 LARGEST = 2**63 - 1  # bytes, or values of a tensor
-CHUNK = 2**24  # bytes per read
+CHUNK = 2**22  # bytes per read, which are in the cache when they are checked
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ def load_into(
 
     Host memory beyond the module: one tensor as stored and as converted. With device "meta" everything is read, checked
     and dropped, to measure loading time.
-    Raises CheckpointError if the files are broken or do not fit, before any weight is read.
+    Raises CheckpointError if the files are broken or do not fit, before any weight is read, and if a weight is not
+    finite, or would not be as `dtype`.
     """
     files = tuple(files)
     entries = read_matching_headers(module, files, origins)
@@ -199,8 +201,10 @@ def load_into(
             copied = device.type != "cpu" or FLOATS[entries[names[0]].dtype] != target
             reused = scratch if copied and len(names) == 1 else None
 
-            def read(one: str, reused: ReusedMemory | None = reused) -> Tensor:
-                return _read(opened[entries[one].file], entries[one], reused)
+            def read(one: str, reused: ReusedMemory | None = reused, target: torch.dtype = target) -> Tensor:
+                entry = entries[one]
+                weight = Weight(entry.file, one, FLOATS[entry.dtype], target)
+                return _read(opened[entry.file], entry, reused, weight)
 
             tensor = read(stored) if origins is None else origins[stored].make(read)
             tensor = tensor if merge is None else merge(name, tensor)
@@ -267,19 +271,22 @@ def _open(stack: ExitStack, files: Iterable[Path]) -> dict[Path, Any]:
     return opened
 
 
-def _read(file: Any, entry: Entry, scratch: ReusedMemory | None) -> Tensor:
-    """Read a tensor from its open file, into `scratch` or into new memory."""
+def _read(file: Any, entry: Entry, scratch: ReusedMemory | None, weight: Weight) -> Tensor:
+    """Read a tensor from its open file, into `scratch` or into new memory. All of it has to be finite."""
     dtype = FLOATS[entry.dtype]
-    size = math.prod(entry.shape) * dtype.itemsize
+    size, done, seen = math.prod(entry.shape) * dtype.itemsize, 0, 0
     memory = torch.empty(size, dtype=torch.uint8, device="cpu") if scratch is None else scratch.take(size)
-    rest = memory.numpy().data if size else memoryview(b"")
+    data = memory.numpy().data if size else memoryview(b"")
     try:
         file.seek(entry.offset)
-        while rest:
-            count = file.readinto(rest[:CHUNK])
+        while done < size:
+            count = file.readinto(data[done : done + CHUNK])
             if not count:
                 raise CheckpointError(f"{entry.file} ended while it was read; download it again")
-            rest = rest[count:]
+            done += count
+            whole = done - done % dtype.itemsize
+            check_finite(memory[seen:whole].view(dtype), weight)
+            seen = whole
     except OSError as error:
         raise CheckpointError(f"{entry.file} cannot be read: {reason(error)}") from None
     return memory.view(dtype).view(entry.shape)
