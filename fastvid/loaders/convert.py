@@ -130,7 +130,7 @@ def _check(source: Path, destination: Path, to: Any, shard_bytes: Any) -> None:
 
 
 def _check_space(folder: Path, output: Output) -> None:
-    needed = sum(_known_bytes(entry) for weights in output.weights for entry in weights.entries.values())
+    needed = sum(safetensors.known_bytes(entry) for weights in output.weights for entry in weights.entries.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InvalidRequest(
@@ -326,13 +326,6 @@ class TensorReader:
             raise CheckpointError(f"{entry.file} cannot be read: {reason(error)}") from None
 
 
-def _known_bytes(entry: Entry) -> int:
-    """Bytes of a tensor. Raises CheckpointError for a dtype of unknown size."""
-    if entry.dtype not in BITS:
-        raise CheckpointError(f"{entry.file} holds {entry.dtype} weights; known are {', '.join(BITS)}")
-    return safetensors.nbytes(entry)
-
-
 def describe(origins: Mapping[str, Origin], entries: Mapping[str, Entry], file: Path) -> dict[str, Entry]:
     """Entries of the output tensors. Raises CheckpointError if one would be joined from tensors of different dtypes."""
     for origin in origins.values():
@@ -347,7 +340,7 @@ def _origin_bytes(origin: Origin, reader: TensorReader, entries: Mapping[str, En
     of 1, only selects which bytes to read. Only a transpose needs the whole tensor in memory.
     """
     for name in origin.names:
-        entry, size = entries[name], _known_bytes(entries[name]) // origin.parts
+        entry, size = entries[name], safetensors.known_bytes(entries[name]) // origin.parts
         chunks = reader.chunks(name, entry, origin.part * size, (origin.part + 1) * size)
         if origin.transpose:
             item = np.dtype(f"V{BITS[entry.dtype] // 8}")
@@ -370,7 +363,7 @@ def write_weights(
     described = describe(origins, entries, target)
     shards = split_state_dict_into_shards_factory(
         {name: described[name] for name in sorted(described)},
-        get_storage_size=_known_bytes,
+        get_storage_size=safetensors.known_bytes,
         filename_pattern=target.name.removesuffix(safetensors.SUFFIX) + "{suffix}" + safetensors.SUFFIX,
         max_shard_size=shard_bytes,
     )
@@ -400,7 +393,7 @@ def _write_file(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
-        entry, end = shard[name], offset + _known_bytes(shard[name])
+        entry, end = shard[name], offset + safetensors.known_bytes(shard[name])
         header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -421,7 +414,7 @@ def _write_file(
 def _write_output(output: Output, folder: Path, reader: TensorReader, shard_bytes: int | None, say: Report) -> None:
     """Write everything into a folder. shard_bytes: None writes each set of weights to one file."""
     for weights in output.weights:
-        size = sum(map(_known_bytes, weights.entries.values()))
+        size = sum(map(safetensors.known_bytes, weights.entries.values()))
         say(f"{weights.part.name}: {weights.part.identity.name}, {len(weights.origins)} tensors, {size / 1e9:.2f} GB")
         target = folder / weights.target
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -125,6 +125,13 @@ def nbytes(entry: Entry) -> int:
     return math.prod(entry.shape) * BITS.get(entry.dtype, 0) // 8
 
 
+def known_bytes(entry: Entry) -> int:
+    """Bytes of a tensor. Raises CheckpointError for a dtype of unknown size."""
+    if entry.dtype not in BITS:
+        raise CheckpointError(f"{entry.file} holds {entry.dtype} weights; known are {', '.join(BITS)}")
+    return nbytes(entry)
+
+
 def dtypes(entries: Mapping[str, Entry]) -> tuple[str, ...]:
     """The dtypes of the tensors, the one with the most elements first."""
     counts: Counter[str] = Counter()
