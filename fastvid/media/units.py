@@ -66,7 +66,8 @@ class GuardedFile:
             self._units, self._most = (UNITS[starts[0]] if starts else None), MAX_UNITS
 
     def _look_for_codec(self, data: bytes) -> None:
-        if self._kind in ("avi", "asf", "matroska", "flv") and self._units is None and MARKED.search(data):
+        marked = self._kind == "flv" or self._kind in ("avi", "asf", "matroska") and MARKED.search(data)
+        if self._units is None and marked:
             self._units, self._most = UNITS[""], MAX_UNITS if self._kind in ("avi", "asf") else MAX_OPENING
         self._av1 = self._av1 or MARKED_AV1.search(data) is not None
 
@@ -95,9 +96,8 @@ class GuardedFile:
 def check_packet(codec: Any, data: bytes, name: str) -> None:
     """Raise MediaError if one picture of a PyAV CodecContext has too many units or scans."""
     if codec.name in ("h264", "hevc", "vvc"):
-        size = _length_size(codec)
-        count = data.count(START) if not size else _prefixed_units(data, size)
-        if count > MAX_UNITS:
+        # FFmpeg looks for starts too where lengths are wrong.
+        if max(data.count(START), _prefixed_units(data, _length_size(codec))) > MAX_UNITS:
             raise refuse_many(name, MAX_UNITS, "units in a picture")
     elif codec.name == "mjpeg" and data.count(b"\xff\xda") > MAX_SCANS:
         raise refuse_many(name, MAX_SCANS, "scans in a picture")
@@ -113,7 +113,7 @@ def _length_size(codec: Any) -> int:
 def _prefixed_units(data: bytes, size: int) -> int:
     """The number of units, each after its length; stops counting above the limit."""
     at = count = 0
-    while at + size < len(data) and count <= MAX_UNITS:
+    while size and at + size < len(data) and count <= MAX_UNITS:
         at += size + int.from_bytes(data[at : at + size], "big")
         count += 1
     return count
