@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             command, flags = parser.parse(sys.argv[1:] if argv is None else argv)
             verb = flags.verb
             run = {"": _version, "resume": _resume, "plan": _plan, "inspect": _inspect, "convert": _convert}
-            run |= {"doctor": _doctor, "bench": _bench}
+            run |= {"download": _download, "doctor": _doctor, "bench": _bench}
             with _logged(flags), _warnings_shown():
                 run.get(command, _run_verb)(flags)
             sys.stdout.flush()
@@ -226,6 +226,16 @@ def _inspect(flags: argparse.Namespace) -> None:
     else:
         description = api.inspect(flags.model, flags.lora or (), dict(flags.part) if flags.part else None)
     print(json.dumps(description) if flags.json else "\n".join(_lines(description)))
+
+
+def _download(flags: argparse.Namespace) -> None:
+    from fastvid.loaders import hub
+    from fastvid.loaders.find import find_folder
+
+    if not hub.is_hub_name(flags.model):
+        raise InvalidRequest(f"{flags.model!r:.80} is no hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    path = str(find_folder(flags.model, download=True))
+    print(json.dumps({"model": flags.model, "path": path}) if flags.json else path)
 
 
 def _convert(flags: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ OTHERS = {
     "resume": "continue an interrupted request from its --checkpoint",
     "plan": "show what a request would cost, without running it",
     "inspect": "describe a model, without loading it, or a video and its recipe",
+    "download": "bring a model from the hub into the local cache, and verify its files",
     "convert": "convert pickles and original Wan files to safetensors in diffusers' layout, and back",
     "doctor": "show this machine's hardware and software, and the back end of every operation",
     "bench": "run benchmarks of operations and models on this machine",
@@ -135,6 +136,7 @@ def build() -> dict[str, Parser]:
         "resume": _resume(),
         "plan": _plan("generate"),
         "inspect": _inspect(),
+        "download": _download(),
         "convert": _convert(),
         "doctor": _doctor(),
         "bench": _bench(),
@@ -329,6 +331,22 @@ def _inspect() -> Parser:
     )
     parser.add_argument("model", help="embedded, a folder, a file, or a hub id; or a video or picture")
     _add_files(parser)
+    parser.add_output_flags(quiet=False)
+    return parser
+
+
+def _download() -> Parser:
+    parser = Parser(
+        prog="fastvid download",
+        description="Bring a model from the hub into the local cache, without loading it: only the files that fastvid "
+        "reads, each compared with the size and digest that the hub lists. Prints where it is.\n\nA damaged file of "
+        "the cache is fetched again. HF_HOME names the folder of the cache, HF_TOKEN or `hf auth login` the login.",
+        epilog="examples:\n"
+        "  fastvid download Wan-AI/Wan2.1-T2V-1.3B-Diffusers\n"
+        "  fastvid download Comfy-Org/Wan_2.1_ComfyUI_repackaged/split_files/vae/wan_2.1_vae.safetensors\n\n"
+        f"{EPILOG}",
+    )
+    parser.add_argument("model", help="a hub id (org/name), or a file of a repository (org/name/FILE.safetensors)")
     parser.add_output_flags(quiet=False)
     return parser
 

@@ -63,15 +63,17 @@ def find(model: str, repair: bool = False) -> Path | None:
     """
     repo, file = split(model)
     folder = hub_cache.snapshot(repo)
-    if folder is None or not (_has_file(folder, file) if file else complete(folder)):
+    if folder is None:
         return None
     names = _cached(folder)
-    names = [name for name in _shards(file, names) if (folder / name).exists()] if file else _read_by_pipelines(names)
+    names = [name for name in _shards(file, names) if name in names] if file else _read_by_pipelines(names)
     if bad := hub_cache.damaged(folder, names):
         told = f"model={model!r}: damaged in the local cache: {_some(bad)}"
         if not repair:
             raise CheckpointError(f"{told}; loading the model fetches {'it' if len(bad) == 1 else 'them'} again")
         notices.warn(f"{told}; fetched again")
+        return None
+    if not (_has_file(folder, file) if file else complete(folder)):
         return None
     return folder / file if file else folder
 

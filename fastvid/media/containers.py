@@ -21,6 +21,7 @@ MAX_SAMPLES = 1 << 21  # in all tracks of an .mp4 together; the reader needs 24 
 MAX_BOXES = 1 << 17  # at the top level of an .mp4: fragments
 MAX_INNER = 1 << 14  # boxes within an .mp4's index, elements of a .mkv outside of its clusters, parts of an .avi
 MAX_CLUSTERS = 1 << 18  # of a .mkv
+MAX_FLV_TAGS = 1 << 19
 MAX_COMMENTS = 4096  # of an .ogv or .avi
 
 # ---------------------------------------------------------------- .mp4 and .mov
@@ -266,6 +267,7 @@ def check_sub_blocks(file: BinaryIO, name: str) -> None:
     cursor = _Cursor(file, 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0))
     blocks = pictures = 0
     while (kind := cursor.byte()) in (0x21, 0x2C):
+        blocks += 1
         if kind == 0x2C:
             pictures += 1
             cursor.skip(8)
@@ -281,10 +283,52 @@ def check_sub_blocks(file: BinaryIO, name: str) -> None:
             raise refuse_many(name, MAX_ANIMATION, "frames")
 
 
+# ---------------------------------------------------------------- .flv
+
+
+def check_tags(file: BinaryIO, name: str) -> None:
+    """Raise MediaError for too many tags of an .flv, or too many names in its data tags."""
+    cursor, names, at, count = _Cursor(file, 13), 0, 13, 0
+    while (kind := cursor.byte()) >= 0:
+        count += 1
+        size = int.from_bytes(bytes(max(0, cursor.byte()) for _ in range(3)), "big")
+        cursor.skip(11 + size)
+        if kind & 0x1F == 0x12:
+            file.seek(at + 11)
+            names += _names_of(file.read(size))
+            if names > MAX_COMMENTS:
+                raise refuse_many(name, MAX_COMMENTS, "names of facts")
+            cursor = _Cursor(file, at + 15 + size)
+        if count > MAX_FLV_TAGS:
+            raise refuse_many(name, MAX_FLV_TAGS, "tags")
+        at += 15 + size
+
+
+def _names_of(data: bytes) -> int:
+    """The number of names in AMF 0 data (Action Message Format, 2); stops counting above the limit."""
+    sizes = {0: 8, 1: 1, 5: 0, 6: 0, 7: 2, 9: 0, 11: 10}
+    at = data.find(b"\x08") if data[:1] == b"\2" else -1
+    count, at = 0, at + 5 if at >= 0 else len(data)
+    while at + 3 <= len(data) and count <= MAX_COMMENTS:
+        length = int.from_bytes(data[at : at + 2], "big")
+        count, at = count + 1, at + 3 + length
+        kind = data[at - 1] if at <= len(data) else 9
+        if kind == 2:
+            at += 2 + int.from_bytes(data[at : at + 2], "big")
+        elif kind == 8:
+            at += 4
+        elif kind == 10:
+            at += 4 + 9 * int.from_bytes(data[at : at + 4], "big")  # of numbers, as times of key frames are
+        else:
+            at += sizes.get(kind, 0)
+    return count
+
+
 CHECKS: dict[str, Callable[[BinaryIO, str], None]] = {
     "mov": check_boxes,
     "matroska": check_elements,
     "avi": check_riff,
     "ogg": check_comments,
     "gif": check_sub_blocks,
+    "flv": check_tags,
 }

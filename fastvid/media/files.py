@@ -22,7 +22,6 @@ MIN_INPUT_SIDE, MAX_INPUT_SIDE = 16, 8192  # pixels
 MAX_CLIP_PIXELS = 1 << 25  # in a video frame (8K). A still picture may have MAX_INPUT_SIDE on both sides.
 MIN_INPUT_FPS, MAX_INPUT_FPS = 0.01, 1000.0
 MAX_STREAMS = 256
-OPEN_SECONDS = 60.0
 
 PICTURES = ("png", "jpeg", "webp", "bmp", "tiff")
 KINDS: tuple[tuple[str, bytes], ...] = (
@@ -94,28 +93,22 @@ def check_fps(name: str, fps: float) -> None:
         raise MediaError(f"{name} states {fps:g} frames a second; allowed are {MIN_INPUT_FPS:g} to {MAX_INPUT_FPS:g}")
 
 
-def open_container(file: BinaryIO, kind: str, name: str, checked: bool = False) -> Any:
-    """Open a file of a known kind as a PyAV container. Decodes nothing and opens no other file.
+def open_container(file: BinaryIO, kind: str, name: str) -> Any:
+    """Open a file of a known kind as a PyAV container. Decodes nothing and opens no other file. Raises MediaError."""
+    if kind in CHECKS:
+        CHECKS[kind](file, name)
+    return open_guarded(GuardedFile(file, kind, name), kind)
 
-    checked: the number of its pieces was checked before. Raises MediaError.
-    """
+
+def open_guarded(file: GuardedFile, kind: str) -> Any:
+    """Like `open_container`, for a file whose pieces were counted before."""
     import av
 
-    if kind in CHECKS and not checked:
-        CHECKS[kind](file, name)
     file.seek(0)
-    guarded = GuardedFile(file, kind, name)
     options = {"codec_whitelist": "none", "protocol_whitelist": "none", "enable_drefs": "0"}
     options["max_streams"] = str(MAX_STREAMS)
-    container = av.open(
-        guarded,
-        format=kind,
-        container_options=options,
-        io_open=_refuse,
-        buffer_size=1 << 15,
-        timeout=OPEN_SECONDS,
-    )
-    guarded.opened([stream.codec_context for stream in container.streams.video if stream.codec_context is not None])
+    container = av.open(file, format=kind, container_options=options, io_open=_refuse, buffer_size=1 << 15)
+    file.opened([stream.codec_context for stream in container.streams.video if stream.codec_context is not None])
     return container
 
 

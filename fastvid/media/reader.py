@@ -23,6 +23,7 @@ from fastvid.errors import MediaError
 from fastvid.files import open_regular
 from fastvid.media.alpha import AlphaDecoder, has_alpha
 from fastvid.media.color import check_colors, use_stated
+from fastvid.media.containers import CHECKS
 from fastvid.media.files import (
     KNOWN,
     MAX_CLIP_PIXELS,
@@ -31,13 +32,13 @@ from fastvid.media.files import (
     check_frame_count,
     check_picture_size,
     kind_of,
-    open_container,
+    open_guarded,
 )
 from fastvid.media.images import read_picture, to_rgb
 from fastvid.media.pieces import strip_png
 from fastvid.media.sound import SoundFile, find_sound
 from fastvid.media.sources import ArraySource, NpySource, Source, folder_source
-from fastvid.media.units import check_packet
+from fastvid.media.units import GuardedFile, check_packet
 
 SEEKABLE = ("mov", "matroska")  # formats that seek exactly to a key frame
 VP8_SHOWN = 0x10  # bit of a packet's first byte (RFC 6386, 9.1); libvpx also writes packets that are not shown
@@ -87,6 +88,7 @@ class VideoSource(Source):
         with contextlib.closing(self._open()) as container:
             stream = _track(container, self._name)
             for packet in container.demux(stream):
+                self._guarded.moved()
                 if packet.size == 0 or packet.is_discard or _shows_nothing(stream, packet):
                     hidden, empty = hidden + (packet.size > 0), empty + (packet.size == 0)
                     check_frame_count(self._name, max(hidden, empty))
@@ -97,6 +99,7 @@ class VideoSource(Source):
                     key_times.append(packet.pts)
                 if packet.pts is not None and (latest is None or packet.pts > latest):
                     latest, last = packet.pts, packet.duration or 0
+            self._guarded.check()
             self._has_sound = bool(container.streams.audio)
             self._time_base, self._average = stream.time_base, stream.average_rate or stream.base_rate
             declared = stream.frames if self.kind == "mov" else 0
@@ -138,7 +141,11 @@ class VideoSource(Source):
     # ------------------------------------------------------------ decoding
 
     def _open(self) -> Any:
-        return open_container(self._file, self.kind, self._name, checked=hasattr(self, "_index"))
+        """A new container. Its pieces are counted at the first time."""
+        if self.kind in CHECKS and not hasattr(self, "_index"):
+            CHECKS[self.kind](self._file, self._name)
+        self._guarded = GuardedFile(self._file, self.kind, self._name, watched=True)
+        return open_guarded(self._guarded, self.kind)
 
     def frame(self, number: int) -> np.ndarray:
         with self._lock:
@@ -202,6 +209,7 @@ class VideoSource(Source):
                 packet = _strip_packet(packet, self._name)
             with contextlib.suppress(av.error.InvalidDataError):
                 yield from self._stream.codec_context.decode(packet if packet.size else None)
+            self._guarded.moved()
 
     def _step(self) -> None:
         """Advance to the next frame. If it can't be decoded, the previous picture stays."""

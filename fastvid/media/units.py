@@ -1,12 +1,14 @@
-"""Watches the bytes that FFmpeg reads for storms of tiny units of H.264, HEVC and AV1 streams.
+"""Watches what FFmpeg reads for storms of tiny units of H.264, HEVC and AV1 streams, and for the time between frames.
 
 FFmpeg splits a picture into its units before any code of ours sees it, in parsers and while it opens a file, and takes
-some KiB for each. An encoder starts a picture at least every few hundred units.
+some KiB for each. An encoder starts a picture at least every few hundred units. Empty parts of other kinds take only
+time, while FFmpeg looks for the next frame.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from typing import Any, BinaryIO
 
 from fastvid.errors import MediaError
@@ -14,6 +16,7 @@ from fastvid.media.pieces import MAX_SCANS, refuse_many
 
 MAX_UNITS = 4096  # from one picture's start to the next
 MAX_OPENING = 1 << 14  # while a file with length-prefixed units is opened, whose lengths may look like starts
+MAX_SECONDS = 1.5  # of CPU time while a file is opened, and from one frame to the next
 START = b"\0\0\1"  # of a unit
 TAIL = 6  # bytes that decide whether a unit starts a picture
 H264, HEVC = rb"[\x01\x21\x41\x61\x05\x25\x45\x65][\x80-\xff]", rb"[\x00-\x2b][\x01-\x07][\x80-\xff]"
@@ -34,32 +37,56 @@ PERIODS, SAMPLE, STRIDE, MAX_PERIODIC = (2, 3, 4, 5), 256, 1024, 16
 
 
 class GuardedFile:
-    """A file for PyAV, without a name, from which FFmpeg would guess the format. `read` raises MediaError in a
-    storm."""
+    """A file for PyAV, without a name, from which FFmpeg would guess the format. `read` raises MediaError in a storm,
+    and if the next frame takes longer than MAX_SECONDS of CPU time. watched: `moved` is called for each frame."""
 
-    def __init__(self, file: BinaryIO, kind: str, name: str) -> None:
-        self._file, self._kind, self._name = file, kind, name
+    def __init__(self, file: BinaryIO, kind: str, name: str, watched: bool = False) -> None:
+        self._file, self._kind, self._name, self._watched = file, kind, name, watched
         self._units = UNITS[KINDS[kind]] if kind in KINDS else None
         self._most, self._opening, self._av1 = MAX_UNITS, True, False
         self._run, self._tail, self._periodic = 0, b"", 0
+        self._error: MediaError | None = None
         self.tell = file.tell
+        self.moved()
+
+    def moved(self) -> None:
+        """Another frame was found."""
+        self._since = time.thread_time()
+
+    def check(self) -> None:
+        """Raise the error of a `read` that FFmpeg took for the end of the file."""
+        if self._error is not None:
+            raise self._error
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self._run, self._tail, self._periodic = 0, b"", 0
         return self._file.seek(offset, whence)
 
     def read(self, size: int) -> bytes:
+        if self._error is not None:  # FFmpeg tries again; PyAV prints errors that it did not expect
+            return b""
         data = self._file.read(size)
+        try:
+            self._watch(data)
+        except MediaError as error:
+            self._error = error
+            raise
+        return data
+
+    def _watch(self, data: bytes) -> None:
+        if (self._opening or self._watched) and time.thread_time() - self._since > MAX_SECONDS:
+            raise MediaError(f"{self._name} takes more than {MAX_SECONDS:g} seconds to the next frame")
         if self._opening:
             self._look_for_codec(data)
         if self._units is not None:
             self._count_units(data)
         if self._av1:
             self._find_periods(data)
-        return data
 
     def opened(self, codecs: list[Any]) -> None:
         """FFmpeg knows the codecs of the file's videos now: PyAV's CodecContexts."""
+        self.check()
+        self.moved()
         self._opening, self._av1 = False, any("av1" in codec.name or "dav1d" in codec.name for codec in codecs)
         if self._kind not in KINDS:
             starts = [codec.name for codec in codecs if codec.name in UNITS and not _length_size(codec)]

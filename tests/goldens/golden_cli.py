@@ -26,7 +26,7 @@ from golden_record import Case, Lab, sha256
 import fastvid
 
 VERBS = ("generate", "image", "extend", "loop", "blend", "edit", "storyboard", "finalize")
-COMMANDS = (*VERBS, "resume", "plan", "inspect", "convert", "doctor", "bench")
+COMMANDS = (*VERBS, "resume", "plan", "inspect", "download", "convert", "doctor", "bench")
 LEFT_OUT = ("seconds", "seconds_parts", "efficiency", "bytes_free")
 
 

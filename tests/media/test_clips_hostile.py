@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from hostile_media import READ, check_refused
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,26 +25,6 @@ from fastvid.errors import Error, MediaError
 from fastvid.media.clip import open_clip
 from fastvid.media.metadata import read_recipe
 from fastvid.media.writer import FrameSink
-
-READ = """
-    import json, resource, sys, time
-    import numpy, av
-    from fastvid.media.clip import open_clip
-    from fastvid.errors import Error
-
-    def peak():
-        return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-
-    for path in json.loads(sys.argv[1]):
-        open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-        before, start, says = peak(), time.perf_counter(), None
-        try:
-            clip = open_clip(path)
-            clip.tail(1)
-        except Error as error:
-            says = f"{type(error).__name__}: {error}"
-        print(json.dumps([path, says, time.perf_counter() - start, (peak() - before) >> 10]), flush=True)
-"""
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -193,21 +173,6 @@ def files() -> dict[str, tuple[bytes, str]]:
         "rate.y4m": (b"YUV4MPEG2 W64 H64 F0:1 C420\n" + (b"FRAME\n" + bytes(6144)) * 3, ""),
         "large.y4m": (b"YUV4MPEG2 W20000 H20000 F25:1 C420\nFRAME\n" + bytes(6144), "large.y4m"),
     }
-
-
-def check_refused(says: dict[str, str]) -> None:
-    """Each of these paths is refused with these words, within 2 s and 256 MiB; "" stands for read or refused."""
-    words = [sys.executable, "-c", textwrap.dedent(READ), json.dumps(list(says))]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
-    assert set(found) == set(says)
-    wrong = {}
-    for name, (said, seconds, mebibytes) in found.items():
-        refused = said is not None and re.search(says[name], said) and name.split("/")[-1] in said
-        if not (refused or says[name] == "") or seconds > 2 or mebibytes > 256:
-            wrong[name] = (said, seconds, mebibytes)
-    assert not wrong
 
 
 def test_all_are_refused_in_time_and_memory() -> None:
