@@ -1,5 +1,5 @@
-"""Files of millions of tiny pieces, of every format: refused or read within 2 s and 256 MiB. And files as encoders write
-them, which the limits have to let through."""
+"""Files of millions of tiny pieces, of every format: refused or read within 2 s and 256 MiB. And files as encoders
+write them, which the limits have to let through."""
 
 from __future__ import annotations
 
