@@ -131,7 +131,7 @@ def _from_hub(name: str, download: bool) -> Source:
             folder, chosen = hub.get(name, with_settings)
             return Source(folder / chosen[0], Path(repo, chosen[0]))
     except CheckpointError as error:
-        raise CheckpointError(f"lora {name}: {error}") from None
+        raise CheckpointError(f"lora {name}: no such file or folder here, and on the hub: {error}") from None
     state = "damaged in the local cache of the hub" if cached else "not in the local cache of the hub"
     raise CheckpointError(
         f"lora {name}: there is no such file or folder, and it is {state}; `hf download "
