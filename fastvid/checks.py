@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import math
 import operator
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NoReturn, TypeVar
@@ -210,7 +211,8 @@ def text(name: str, value: Any) -> str:
 def one_of(names: Iterable[str]) -> Callable[[str, Any], str]:
     """A check for one of these names."""
     names = tuple(names)
-    allowed = "one of " + ", ".join(names)
+    listed = ", ".join(names)
+    allowed = "one of " + (listed if len(listed) <= 160 else f"{listed[:150].rpartition(', ')[0]}, ... ({len(names)})")
 
     @guarded(allowed)
     def check(name: str, value: Any) -> str:
@@ -298,7 +300,7 @@ def picture(name: str, value: Any) -> Any:
 def clip(name: str, value: Any) -> Any:
     """A file, an array, a Video, or pictures; its contents are checked when it is read."""
     if is_list(value):
-        return pictures(name, value)
+        return _pictures(name, items(name, value, f"one picture or more, at most {MAX_FRAMES}", MAX_FRAMES))
     if is_path(value) or is_pillow(value) or is_array(value):
         return picture(name, value)
     if not hasattr(value, "fps") or not (hasattr(value, "frames") or hasattr(value, "read")):
@@ -318,16 +320,29 @@ def items(name: str, value: Any, allowed: str, most: int, least: int = 1) -> lis
     """A list of `least` to `most` things, as a new list."""
     if not is_list(value) or not least <= len(value) <= most:
         refuse(name, value, allowed)
-    return list(value)
+    made = list(itertools.islice(value, most + 1))
+    return made if least <= len(made) <= most else refuse(name, value, allowed)
+
+
+def entries(name: str, value: Any, allowed: str, most: int) -> Iterator[tuple[Any, Any]]:
+    """The keys and values of a mapping of 1 to `most`; no more of one that says less than it has."""
+    if not isinstance(value, Mapping) or not 1 <= len(value) <= most:
+        refuse(name, value, allowed)
+    return itertools.islice(value.items(), most)
 
 
 @guarded("one picture or more")
 def pictures(name: str, value: Any) -> tuple[Any, ...]:
     """One picture or several."""
+    allowed = f"one picture or more, at most {MAX_PICTURES}"
     if is_list(value):
-        value = items(name, value, f"one picture or more, at most {MAX_FRAMES}", MAX_FRAMES)
-    else:
-        value = list(value) if not is_path(value) and getattr(value, "ndim", 0) == 4 else [value]
+        return _pictures(name, items(name, value, allowed, MAX_PICTURES))
+    if is_path(value) or getattr(value, "ndim", 0) != 4:
+        return _pictures(name, [value])
+    return _pictures(name, list(value) if 1 <= len(value) <= MAX_PICTURES else refuse(name, value, allowed))
+
+
+def _pictures(name: str, value: list[Any]) -> tuple[Any, ...]:
     return tuple(picture(f"{name}[{i}]", one) for i, one in enumerate(value))
 
 
@@ -359,13 +374,20 @@ def sigmas(name: str, value: Any) -> tuple[float, ...]:
     return tuple(float(level) for level in levels)
 
 
-@guarded("a dict of frames and pictures, such as {8: 'middle.png'}")
+_frame = whole(0, MAX_FRAMES - 1)
+_KEYFRAMES = "a dict of frames and pictures, such as {8: 'middle.png'}"
+
+
+@guarded(_KEYFRAMES)
 def keyframes(name: str, value: Any) -> dict[int, Any]:
     """{frame: picture}."""
-    if not isinstance(value, Mapping) or not 1 <= len(value) <= MAX_FRAMES:
-        refuse(name, value, "a dict of frames and pictures, such as {8: 'middle.png'}")
-    index = whole(0, MAX_FRAMES - 1)
-    return {index(f"{name} frame", frame): picture(f"{name}[{shown(frame)}]", one) for frame, one in value.items()}
+    made: dict[int, Any] = {}
+    for given, one in entries(name, value, _KEYFRAMES, MAX_FRAMES):
+        frame = _frame(f"{name} frame", given)
+        if frame in made:
+            refuse(f"{name} frame", frame, "each frame once")
+        made[frame] = picture(f"{name}[{frame}]", one)
+    return made
 
 
 _SHOTS = f'a list such as [("a red circle", 2.0), ("a blue star", 1.5)], of 1 to {MAX_SHOTS} shots'

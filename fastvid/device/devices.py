@@ -75,6 +75,7 @@ def resolve_vae_dtype(dtype: Any) -> torch.dtype:
     return torch.float32 if dtype is None else check_dtype("vae_dtype", dtype)
 
 
+@guarded(", ".join(DTYPES))
 def check_dtype(name: str, dtype: Any) -> torch.dtype:
     """A dtype by name ("bfloat16", "bf16", "torch.bfloat16") or as torch.dtype."""
     known = str(dtype) if isinstance(dtype, torch.dtype) else dtype

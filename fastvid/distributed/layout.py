@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastvid.checks import guarded, refuse, whole
+from fastvid.checks import entries, guarded, refuse, whole
 from fastvid.distributed.mesh import Layout, Mesh
 from fastvid.errors import InvalidRequest
 
@@ -42,7 +42,7 @@ def parse_parallel(parallel: Any) -> Parallelism:
     if isinstance(parallel, Layout):
         degrees = {name: getattr(parallel, name) for name in NAMES}
     elif isinstance(parallel, Mapping):
-        degrees = dict(parallel)
+        degrees = dict(entries("parallel", parallel, ALLOWED, len(NAMES)))
     elif isinstance(parallel, str) and "=" in parallel:
         pairs = [part.partition("=") for part in re.split(r"[,x ]+", parallel.strip()) if part]
         degrees = {name.strip(): _number(value) for name, _, value in pairs}

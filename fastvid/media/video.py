@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvid.checks import MAX_SEED, number, shown, whole
+from fastvid.checks import MAX_SEED, guarded, number, refuse, whole
 from fastvid.errors import InvalidRequest
 from fastvid.media.files import MAX_INPUT_FPS, MIN_INPUT_FPS
 from fastvid.media.sound import Sound, track_of
@@ -17,6 +17,15 @@ from fastvid.media.writer import FrameSink, check_writable
 
 _FPS = number(MIN_INPUT_FPS, MAX_INPUT_FPS, " frames a second")
 _SEED = whole(0, MAX_SEED)
+_FRAMES = "a numpy array, uint8 [T, H, W, 3]"
+
+
+@guarded(_FRAMES)
+def _check_frames(name: str, frames: Any) -> None:
+    if not isinstance(frames, np.ndarray):
+        refuse(name, frames, _FRAMES)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise InvalidRequest(f"{name} must be uint8 [T, H, W, 3], not {frames.dtype!s:.30} {frames.shape!s:.60}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,10 +46,7 @@ class Video:
     audio: Sound | None = None
 
     def __post_init__(self) -> None:
-        frames = self.frames
-        if not isinstance(frames, np.ndarray) or frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-            kind = f"{frames.dtype} {frames.shape}" if isinstance(frames, np.ndarray) else shown(frames)
-            raise InvalidRequest(f"frames must be a numpy array, uint8 [T, H, W, 3], not {kind:.100}")
+        _check_frames("frames", self.frames)
         object.__setattr__(self, "fps", _FPS("fps", self.fps))
         object.__setattr__(self, "seed", _SEED("seed", self.seed))
 

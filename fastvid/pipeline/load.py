@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -174,7 +175,7 @@ def describe(source: str | Path, options: LoadOptions) -> Checkpoint:
     try:
         return open_checkpoint(source, options.parts).check()
     except CheckpointError as error:
-        if Path(source).exists() or "/" in str(source):
+        if "/" in str(source) or os.path.exists(source):  # False for a name that is too long
             raise
         near = nearest_name(name, presets.PUBLISHED)
         raise CheckpointError(f"{error}; published models are planned by name, the nearest is {near}") from None

@@ -52,10 +52,10 @@ def _lora(name: str, value: Any) -> Any:
 
 @guarded(_PARTS)
 def parts(name: str, value: Any) -> dict[str, str | Path]:
-    if not isinstance(value, Mapping) or len(value) > len(PART_NAMES):
-        refuse(name, value, _PARTS)
-    part = one_of(PART_NAMES)
-    return {(key := part(name, given)): model(f"{name}: {key}", source) for given, source in value.items()}
+    if isinstance(value, Mapping) and len(value) == 0:
+        return {}
+    part, given = one_of(PART_NAMES), checks.entries(name, value, _PARTS, len(PART_NAMES))
+    return {(key := part(name, one)): model(f"{name}: {key}", source) for one, source in given}
 
 
 def _dtype(name: str, value: Any) -> str:

@@ -32,8 +32,6 @@ from fastvid.sampling.sigmas import make_sigmas
 from fastvid.version import __version__
 
 AGAIN = "again"
-GIVEN_AGAIN = tuple(name for name in ARGUMENTS if name in GivenAgain.__annotations__)
-"""What `resume` takes again."""
 log = logging.getLogger(__name__)
 
 
@@ -118,8 +116,8 @@ def estimate_of(name: str, value: Any) -> bool | str:
 def given_again(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs that `resume` is given, checked like a verb's arguments."""
     for name in inputs:
-        if name not in GIVEN_AGAIN:
-            near = checks.nearest_name(name, GIVEN_AGAIN)
+        if name not in ARGUMENTS:
+            near = checks.nearest_name(name, GivenAgain.__annotations__)
             raise InvalidRequest(f"resume does not take {checks.shown(name)}; the nearest is {near}")
     return {name: value for name, value in checked(inputs).items() if value is not None}
 

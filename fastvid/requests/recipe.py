@@ -7,16 +7,18 @@ again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from fastvid.checks import shown
+from fastvid.checks import guarded, shown
 from fastvid.errors import InvalidRequest
 from fastvid.requests.arguments import VERBS
 
 CONTEXT = ("fastvid", "verb", "model", "settings", "full_size")
 """Entries of a recipe that are not arguments: version, verb, model, load settings, and a draft's full size."""
 
+MAX_ENTRIES = 1000
 SAMPLED = 5
 """How many frames of a clip are hashed for its fingerprint."""
 
@@ -39,7 +41,8 @@ DISPLACED = {
 
 def arguments_of(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The verb and the arguments of a recipe, with overrides applied; see `Request.from_recipe`."""
-    if not isinstance(recipe, Mapping) or "fastvid" not in recipe:
+    recipe = _plain("recipe", recipe)
+    if "fastvid" not in recipe:
         raise InvalidRequest("this is not a fastvid recipe: it has no 'fastvid' entry")
     verb = recipe.get("verb", "generate")
     if not isinstance(verb, str) or verb not in VERBS:
@@ -55,9 +58,20 @@ def arguments_of(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> tup
         if prints := prints_of(value):
             what = " and ".join(f"of shape {one.get('shape')} (sha256 {one['sha256']})" for one in prints)
             raise InvalidRequest(
-                f"this recipe was made with {name}= {what}, which a file does not hold; give {name}= again"
+                f"this recipe was made with {name}= {what:.160}, which a file does not hold; give {name}= again"
             )
     return verb, kept | overrides
+
+
+@guarded("a recipe: what video.recipe holds, and fastvid inspect shows of a file")
+def _plain(name: str, recipe: Any) -> dict[str, Any]:
+    """A recipe's entries. Raises InvalidRequest for values that JSON does not have."""
+    if not isinstance(recipe, Mapping) or len(recipe) > MAX_ENTRIES:
+        raise InvalidRequest("this is not a fastvid recipe: it has no 'fastvid' entry")
+    entries = dict(itertools.islice(recipe.items(), MAX_ENTRIES))
+    if not all(isinstance(key, str) for key in entries):
+        raise InvalidRequest("this is not a fastvid recipe: the names of its entries are text")
+    return entries
 
 
 def _draft_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:

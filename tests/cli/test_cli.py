@@ -227,7 +227,7 @@ def test_a_bad_prompt_from_standard_input(
         ("generate p -o out.mp4 --num-frames 1e99", "the nearest is 131072"),
         ("generate p -o out.mp4 --num-frames " + "9" * 5000, "the nearest is 131072"),
         ("generate p -o out.mp4 --guidance-scale nan", "--guidance-scale=nan"),
-        ("generate p -o out.mp4 --seed -1", "--seed=-1"),
+        ("generate p -o out.mp4 --seed -2", "--seed=-2: allowed is a whole number from -1"),
         ("generate p -o out.mp4 --fps 1/0", "not a number"),
         ("generate p -o out.mp4 --width 5000", "the nearest is 2048"),
         ("generate p -o out.mp4 --seconds 1 --num-frames 3", "--num-frames and --seconds are both given"),
