@@ -121,8 +121,8 @@ class TestEmbedded:
     @pytest.mark.parametrize(
         ("image", "says"),
         [
-            (np.zeros((64, 64), np.uint8), r"\[H, W, 3\]"),
-            (np.zeros((64, 64, 3), np.float32), "float32"),
+            (np.zeros((64, 64, 2), np.uint8), r"\[H, W, 3\]"),
+            (np.full((64, 64, 3), 200, np.float32), "floating point from 0 to 200"),
             (np.zeros((0, 64, 3), np.uint8), r"\[0, 64, 3\]"),
             (7, "a file, a uint8 RGB array"),
         ],
