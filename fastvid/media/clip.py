@@ -10,7 +10,7 @@ square.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -239,7 +239,7 @@ def _of_array(source: Any, name: str) -> ArraySource:
     array = as_array(source, name)
     if not is_pillow(source):
         return ArraySource(array, name)
-    if getattr(source, "n_frames", 1) > 1:
+    if getattr(source, "n_frames", 1) > 1 and source.format != "MPO":  # a phone's JPEG, with previews behind it
         raise InvalidRequest(f"{name} is a Pillow image of {source.n_frames} frames; give its file, or a list of them")
     return ArraySource(array, name, signed=False)
 
@@ -273,15 +273,12 @@ def _of_list(pictures: Sequence[Any], name: str) -> PictureSource:
     def read(number: int) -> np.ndarray:
         picture, one = pictures[number], f"{name}[{number}]"
         if is_array(picture):
-            source = ArraySource(as_array(picture, one), one, signed=signed)
-            return _only(source.num_frames, source.frame, one)
+            return ArraySource(as_array(picture, one), one, picture=True, signed=signed).frame(0)
+        if is_pillow(picture):
+            return open_picture(picture, one)
         clip = open_clip(picture, name=one)
-        return _only(clip.num_frames, lambda n: clip.read(n, n + 1)[0], one)
+        if clip.num_frames != 1:
+            raise InvalidRequest(f"{one} has {clip.num_frames} frames; a list holds pictures")
+        return clip.read()[0]
 
     return PictureSource(len(pictures), read, name)
-
-
-def _only(count: int, read: Callable[[int], np.ndarray], name: str) -> np.ndarray:
-    if count != 1:
-        raise InvalidRequest(f"{name} has {count} frames; a list holds pictures")
-    return read(0)

@@ -60,18 +60,24 @@ def check_files(arguments: Mapping[str, Any]) -> None:
 
 
 def warn_of_shapes(request: Resolved) -> None:
-    """Warns of pictures whose shape is clearly not the video's: they are stretched."""
+    """Warns of pictures and control videos whose shape is clearly not the video's, which are stretched, and of control
+    videos that are longer."""
     named = {"image": request.image, "last_image": request.last_image}
     named |= {f"keyframes[{frame}]": picture for frame, picture in (request.keyframes or {}).items()}
+    if request.verb == "generate" and request.video is not None:
+        named["video"] = request.video[0]
+        if (count := len(request.video)) > request.num_frames:
+            notices.warn(f"video has {count} frames, of which the first {request.num_frames} are used")
     for name, picture in named.items():
-        if picture is None:
-            continue
-        height, width = picture.shape[:2]
-        if not 1 / STRETCH <= width * request.height / (height * request.width) <= STRETCH:
-            notices.warn(
-                f"{name} is {width}x{height} and the video {request.width}x{request.height}; the picture is stretched, "
-                "so crop it, or leave the size out to get the picture's shape"
-            )
+        if picture is not None:
+            _warn_of_shape(name, picture.shape[:2], (request.height, request.width), "stretched")
+
+
+def _warn_of_shape(name: str, size: tuple[int, int], to: tuple[int, int], done: str) -> None:
+    """Warns if (height, width) is clearly of another shape than what it becomes."""
+    (height, width), (new_height, new_width) = size, to
+    if not 1 / STRETCH <= width * new_height / (height * new_width) <= STRETCH:
+        notices.warn(f"{name} is {width}x{height} and the video {new_width}x{new_height}, so that it is {done}")
 
 
 def check_same(recipe: dict[str, Any], arguments: dict[str, Any]) -> None:
@@ -107,6 +113,9 @@ def _with_clips(request: Request) -> Request:
     values |= {"fps": first.fps} if request.fps is None and first.fps else {}
     if "video_2" in clips:
         second = clips["video_2"].resized(first.height, first.width)
+        _warn_of_shape(
+            "video_2", (clips["video_2"].height, clips["video_2"].width), (first.height, first.width), "cropped"
+        )
         values["video_2"] = second.resampled(first.fps) if first.fps else second
     values["audio"] = _keeps_sound(request, clips)
     if request.verb in ("edit", "finalize"):
@@ -179,6 +188,7 @@ def _on_canvas(request: Request, clip: Clip) -> Request:
     if request.verb == "edit" and request.mask is None and width >= clip.width and height >= clip.height:
         canvas, strength = Canvas(clip, height, width), 1.0 if request.strength is None else request.strength
         return replace(request, video=canvas, mask=canvas.mask(), strength=strength)
+    _warn_of_shape("video", (clip.height, clip.width), (height, width), "cropped")
     return _with_mask(replace(request, video=clip.resized(height, width)), clip)
 
 

@@ -156,6 +156,21 @@ def test_an_animated_pillow_image_is_no_single_picture() -> None:
         open_clip(Image.open("a.gif"))
 
 
+def test_pictures_of_a_list_may_have_their_channels_first() -> None:
+    wanted = frames(3)
+    given = [torch.from_numpy(rearranged(one[None], "FCHW")[0]) / 255 for one in wanted]
+    assert np.array_equal(open_clip(given).read(), wanted)
+
+
+def test_a_phones_jpeg_with_a_preview_is_one_picture() -> None:
+    pictures = [Image.fromarray(frame) for frame in frames(2)]
+    pictures[0].save("a.jpg", "MPO", save_all=True, append_images=pictures[1:], quality=100)
+    assert Image.open("a.jpg").n_frames == 2  # type: ignore[attr-defined]
+    wanted = open_clip("a.jpg").read()
+    for source in (Image.open("a.jpg"), [Image.open("a.jpg")]):
+        assert np.array_equal(open_clip(source).read(), wanted)
+
+
 def test_npy_files_have_the_same_layouts() -> None:
     wanted = frames(5)
     for array in (wanted, rearranged(wanted, "FCHW")):
@@ -252,7 +267,11 @@ def test_a_picture_of_another_shape_is_told() -> None:
     wide = frames(1, 64, 128)[0]
     assert told({"image": wide, "num_frames": 5}) == told({"image": wide, "size": "128x80", "num_frames": 5}) == []
     said = told({"keyframes": {3: wide}, "size": "64x64", "num_frames": 5})
-    assert len(said) == 1 and "keyframes[3] is 128x64 and the video 64x64" in said[0]
+    assert said == ["keyframes[3] is 128x64 and the video 64x64, so that it is stretched"]
+    clip, wider = frames(5, 64, 64), frames(5, 64, 128)
+    assert told({"verb": "blend", "video": clip, "video_2": clip, "seconds": 0.25}) == []
+    said = told({"verb": "blend", "video": clip, "video_2": wider, "seconds": 0.25})
+    assert said == ["video_2 is 128x64 and the video 64x64, so that it is cropped"]
 
 
 def test_a_mask_of_another_size_is_stretched_and_told() -> None:

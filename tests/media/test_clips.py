@@ -181,7 +181,7 @@ def test_names_of_pngs_count_as_numbers() -> None:
         (np.zeros((1, 16, 9000, 3), np.uint8), "9000x16"),
         ([], "one picture or more"),
         ([picture(0), picture(0, 64, 80)], "picture 1 is 80x64, the first one 96x64"),
-        ([np.zeros((2, 64, 64, 3), np.uint8)], "has 2 frames"),
+        ([np.zeros((2, 64, 64, 3), np.uint8)], r"video\[0\] has shape \[2, 64, 64, 3\]"),
         (SimpleNamespace(frames=np.zeros((2, 64, 64, 3), np.uint8), fps=0.0), "video.fps=0"),
         (7, "video=7: allowed is a file"),
         ("", "the name of a file or folder"),
