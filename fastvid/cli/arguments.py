@@ -137,6 +137,12 @@ def check_files(arguments: dict[str, Any]) -> None:
         inputs.check_files(arguments)
 
 
+def inputs_of(flags: argparse.Namespace, options: dict[str, Any]) -> list[Any]:
+    """What names the files that a command reads."""
+    named = [getattr(flags, name, None) for name in ("recipe", "shots_file", "lora", "part", "model")]
+    return [*(options[name] for name in DATA if name in options), *named]
+
+
 def model_of(flags: argparse.Namespace, recipe: dict[str, Any]) -> str:
     """The model's name, from the flag, else the recipe, else the environment."""
     return str(flags.model or recipe.get("model") or env.read().model)

@@ -23,6 +23,7 @@ from fastvid import env
 from fastvid.checks import one_of
 from fastvid.cli import arguments, parser, render
 from fastvid.cli.flags import RESUME_INPUTS, with_flags
+from fastvid.cli.output import Output, output_of
 from fastvid.cli.progress import Progress, Stopwatch, duration
 from fastvid.engine.events import Finished, Frames, Started
 from fastvid.errors import Cancelled, Error, FastvidWarning, InvalidRequest
@@ -30,6 +31,7 @@ from fastvid.version import __version__
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 LONGEST_LINE = 4000  # characters of a value that is shown; --json has all
+SHAPE = ("num_frames", "width", "height", "fps")  # what a recipe says of a video
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -89,43 +91,35 @@ def _version(flags: argparse.Namespace) -> None:
 
 
 def _run_verb(flags: argparse.Namespace) -> None:
-    from fastvid.engine import resume_files
-    from fastvid.media.writer import check_writable
-
     recipe = arguments.read_recipe(flags)
     request = arguments.make(flags, recipe)
-    check_writable(
-        flags.output,
-        num_frames=1 if flags.verb == "image" else request.num_frames,
-        width=request.width,
-        height=request.height,
-        fps=request.fps,
-    )
-    if flags.checkpoint is not None:
-        resume_files.new_folder(flags.checkpoint)
     options = request.arguments()
+    output = output_of(flags, arguments.inputs_of(flags, options), flags.checkpoint, new=True)
+    output.check(1 if flags.verb == "image" else request.num_frames, request.width, request.height, request.fps)
     arguments.check_files(options)
     arguments.check_same(request, recipe or {})
-    _show(flags, recipe or {}, lambda pipe: pipe.stream(verb=request.verb, **options, keep_latents=False))
+    _show(flags, output, recipe or {}, lambda pipe: pipe.stream(verb=request.verb, **options, keep_latents=False))
 
 
 def _resume(flags: argparse.Namespace) -> None:
     from fastvid.engine import resume_contents
-    from fastvid.media.writer import check_writable
 
-    recipe = resume_contents.get_about(flags.folder)["recipe"]
-    check_writable(flags.output, num_frames=recipe.get("num_frames"), fps=recipe.get("fps"))
+    about = resume_contents.get_about(flags.folder)
+    recipe = about["recipe"]
     options = {name: value for name in RESUME_INPUTS if (value := getattr(flags, name)) is not None}
+    output = output_of(flags, arguments.inputs_of(flags, about["arguments"] | options), flags.folder)
+    output.check(**{name: value for name in SHAPE if type(value := recipe.get(name)) in (int, float)})
     arguments.check_files(options)
     options |= arguments.checkpoint_options(flags)
-    _show(flags, recipe, lambda pipe: pipe.resume(flags.folder, **options, keep_latents=False))
+    _show(flags, output, recipe, lambda pipe: pipe.resume(flags.folder, **options, keep_latents=False))
 
 
-def _show(flags: argparse.Namespace, recipe: dict[str, Any], start: Callable[[Any], Any]) -> None:
+def _show(flags: argparse.Namespace, output: Output, recipe: dict[str, Any], start: Callable[[Any], Any]) -> None:
     """Makes the video, with progress, and prints the --json result."""
     progress = Progress(quiet=flags.quiet)
     try:
-        result = _run(flags, recipe, progress, start)
+        with output.alone():
+            result = _run(flags, output, recipe, progress, start)
     finally:
         progress.close()
     if flags.json:
@@ -133,7 +127,7 @@ def _show(flags: argparse.Namespace, recipe: dict[str, Any], start: Callable[[An
 
 
 def _run(
-    flags: argparse.Namespace, recipe: dict[str, Any], progress: Progress, start: Callable[[Any], Any]
+    flags: argparse.Namespace, output: Output, recipe: dict[str, Any], progress: Progress, start: Callable[[Any], Any]
 ) -> dict[str, Any]:
     """Loads the model, runs the stream and writes the video. start: starts the stream on the pipeline. Returns the
     --json result."""
@@ -145,7 +139,7 @@ def _run(
     with api.load(model, **arguments.load_arguments(flags, recipe)) as pipe:
         watch.mark("load")
         with contextlib.closing(start(pipe)) as stream:
-            result = _write(stream, flags.output, progress, watch)
+            result = _write(stream, output, progress, watch)
     progress.close()
     count = f"{result['num_frames']} frames, {result['fps']:g} fps" if result["num_frames"] > 1 else "1 frame"
     size = f"{count}, {result['width']}x{result['height']}, seed {result['seed']}"
@@ -153,10 +147,10 @@ def _run(
     return result
 
 
-def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> dict[str, Any]:
+def _write(stream: Any, output: Output, progress: Progress, watch: Stopwatch) -> dict[str, Any]:
     """Writes frames to the file as they arrive, so memory does not grow with the video. If anything fails, no partial
     file is left."""
-    from fastvid.media.writer import BackgroundWriter, FrameSink, check_writable
+    from fastvid.media.writer import BackgroundWriter
 
     result = None
     with contextlib.ExitStack() as stack:
@@ -165,12 +159,9 @@ def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> di
             progress.event(event)
             if isinstance(event, Started):
                 started = event
-                check_writable(  # again, now that frame count and rate are known
-                    output, num_frames=event.num_frames, width=event.width, height=event.height, fps=event.fps
-                )
-                size: dict[str, int] = {"width": event.width, "height": event.height}
-                sink = FrameSink(output, **size, fps=event.fps, recipe=event.recipe, sound=event.sound)
-                stack.enter_context(sink)
+                # Again, now that frame count and rate are known.
+                output.check_video(event.num_frames, event.width, event.height, event.fps)
+                sink = stack.enter_context(output.open(event))
                 writer = stack.enter_context(BackgroundWriter(sink))
             elif isinstance(event, Frames):
                 writer.write(event.frames)
@@ -188,10 +179,10 @@ def _write(stream: Any, output: str, progress: Progress, watch: Stopwatch) -> di
     return result
 
 
-def _summary(path: Path, started: Started, finished: Finished, watch: Stopwatch, written: float) -> dict[str, Any]:
+def _summary(place: object, started: Started, finished: Finished, watch: Stopwatch, written: float) -> dict[str, Any]:
     seconds = {"load": watch.seconds["load"], **finished.seconds, "write": written, "total": watch.total}
     return {
-        "output": str(path),
+        "output": str(place),
         "seed": finished.seed,
         "width": started.width,
         "height": started.height,

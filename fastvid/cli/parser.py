@@ -169,11 +169,9 @@ def _verb(verb: str) -> Parser:
         epilog="\n  ".join(("examples:", *command.examples)) + f"\n\n{EPILOG}",
     )
     _add_words(parser, verb)
-    if verb == "image":
-        formats = ".png, .mp4, .webm, .gif, .npy, or FOLDER/ for PNGs"
-    else:
-        formats = ".mp4, .webm, .gif, .npy, .png (one frame), or FOLDER/ for PNGs"
-    parser.add_argument("-o", "--output", required=True, metavar="PATH", help=formats)
+    videos, pictures = ".mp4, .mov, .webm, .gif, .npy", ".png, .jpg"
+    formats = f"{pictures}, {videos}" if verb == "image" else f"{videos}, {pictures} (one frame)"
+    _add_output(parser, f"{formats}, FOLDER/ for PNGs, or - for standard output (MP4)")
     _add_recipe(parser)
     _add_request(parser, verb)
     _add_model(parser)
@@ -194,7 +192,7 @@ def _resume() -> Parser:
         f"  fastvid resume job.ckpt -o out.mp4\n\n{EPILOG}",
     )
     parser.add_argument("folder", help="the checkpoint")
-    parser.add_argument("-o", "--output", required=True, metavar="PATH", help="as for the command that was interrupted")
+    _add_output(parser, "as for the command that was interrupted")
     for name in CHECKPOINT[1:]:
         FLAGS[name].add_to(parser, name)
     group = parser.add_argument_group("input files that have moved")
@@ -216,9 +214,7 @@ def _plan(verb: str) -> Parser:
         epilog=f"{PLAN}\n\n{EPILOG}",
     )
     _add_words(parser, verb)
-    parser.add_argument(
-        "-o", "--output", metavar="PATH", help="ignored, so that any command can be planned by putting plan in front"
-    )
+    _add_output(parser, "ignored, so that any command can be planned by putting plan in front", required=False)
     _add_recipe(parser)
     group = parser.add_argument_group("the plan")
     group.add_argument(
@@ -232,6 +228,17 @@ def _plan(verb: str) -> Parser:
     _add_model(parser, "; or a published model by name, such as wan2.1-t2v-14b")
     parser.add_output_flags()
     return parser
+
+
+def _add_output(parser: Parser, about: str, required: bool = True) -> None:
+    group = parser.add_mutually_exclusive_group(required=required)
+    group.add_argument("-o", "--output", metavar="PATH", help=about)
+    group.add_argument("--frames-dir", metavar="FOLDER", help="the same as -o FOLDER/")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="also replace a file that this command reads, or the file that a link leads to",
+    )
 
 
 def _add_words(parser: Parser, verb: str) -> None:

@@ -1,4 +1,4 @@
-"""Encoded video: .mp4 (H.264), .webm (VP9) and .gif through PyAV, one frame at a time.
+"""Encoded video: .mp4 and .mov (H.264), .webm (VP9) and .gif through PyAV, one frame at a time.
 
 The same frames give the same bytes: no times, no random ids, a fixed number of encoder threads.
 """
@@ -9,7 +9,7 @@ import contextlib
 import io
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,13 @@ class OutputFile(io.FileIO):
         while written < len(view):
             written += super().write(view[written:]) or 0
         return written
+
+
+class PipeFile(OutputFile):
+    """A descriptor that is written from the front to the end, whatever is behind it."""
+
+    def seekable(self) -> bool:
+        return False
 
 
 class Graph(NamedTuple):
@@ -113,6 +120,13 @@ MP4 = Encoding(
     even_sides=True,
     lookahead="rc-lookahead",
 )
+# With use_metadata_tags the recipe may have more than the 65535 bytes that a .mov's own tags hold.
+MOV = replace(
+    MP4,
+    container="mov",
+    staging={"movflags": "frag_keyframe+empty_moov+default_base_moof+use_metadata_tags"},
+    final={"movflags": "+faststart+use_metadata_tags"},
+)
 WEBM = Encoding(
     container="webm",
     encoders=("libvpx-vp9",),
@@ -141,22 +155,24 @@ def find_encoder(encoding: Encoding) -> str:
 
 class EncodedWriter:
     """Encodes frames into a staging file (a fragmented MP4, which plays even if the process is killed). `finish`
-    remuxes it into the final file, with the index at the front, the exact frame size and the recipe."""
+    remuxes it into the final file, with the index at the front, the exact frame size and the recipe. Of a descriptor,
+    which becomes the writer's, the fragments are the result, with the sound among them, and `complete` ends them."""
 
     def __init__(
-        self, encoding: Encoding, stage: Path, spec: VideoSpec, recipe: str | None, sound: Track | None = None
+        self, encoding: Encoding, stage: Path | int, spec: VideoSpec, recipe: str | None, sound: Track | None = None
     ) -> None:
         import av
 
         self._encoding, self._spec, self._stage, self._sound = encoding, spec, stage, sound
         self._padded = _even(spec) if encoding.even_sides else spec
         self._graph = encoding.graph(self._padded)
-        self._file = OutputFile(stage, "w")
+        self._file = PipeFile(stage, "w") if isinstance(stage, int) else OutputFile(stage, "x")
         options = encoding.staging | {"fflags": "+bitexact"}
         self._container = av.open(self._file, "w", format=encoding.container, options=options)
         if recipe is not None and encoding.final is not None:
             self._container.metadata["comment"] = recipe
         self._stream = _add_stream(self._container, encoding, self._padded)
+        self._beside = _add_sound(self._container, encoding, sound) if isinstance(stage, int) else None
         self._pushed = self._encoded = 0
 
     def write(self, frame: np.ndarray) -> None:
@@ -178,21 +194,31 @@ class EncodedWriter:
                 picture = self._graph.sink.pull()
                 picture.pts, picture.time_base = self._encoded, 1 / self._spec.fps
                 self._encoded += 1
+                if self._beside is not None:
+                    self._beside.write_until(float(picture.pts * picture.time_base))
                 self._mux(picture)
 
     def _mux(self, picture: Any) -> None:
         self._container.mux(self._stream.encode(picture))
 
-    def finish(self, recipe: str | None) -> Path:
+    def complete(self) -> None:
+        """Write what the encoder holds back, and close the file."""
         self._graph.source.push(None)
         self._drain()
         self._mux(None)
+        if self._beside is not None:
+            self._beside.finish()
         self._container.close()
         self._file.close()
+
+    def finish(self, recipe: str | None) -> Path:
+        assert isinstance(self._stage, Path)
+        self.complete()
         if self._encoding.final is None:
             _append_gif_comment(self._stage, recipe)
             return self._stage
         final = self._stage.with_name(self._stage.name + "2")
+        final.touch(exist_ok=False)  # FFmpeg would write through a link
         _remux(self._encoding, self._stage, final, self._spec, recipe, self._sound)
         return final
 
@@ -226,6 +252,11 @@ def _add_stream(container: Any, encoding: Encoding, spec: VideoSpec) -> Any:
     return stream
 
 
+def _add_sound(container: Any, encoding: Encoding, sound: Track | None) -> SoundWriter | None:
+    encoder = None if sound is None else sound_encoder(encoding.container)
+    return None if sound is None or encoder is None else SoundWriter(container, sound, encoder)
+
+
 def _remux(
     encoding: Encoding, stage: Path, final: Path, spec: VideoSpec, recipe: str | None, sound: Track | None
 ) -> None:
@@ -245,8 +276,7 @@ def _remux(
         stream = target.add_stream_from_template(source.streams.video[0])
         stream.codec_context.width, stream.codec_context.height = spec.width, spec.height
         stream.codec_context.framerate = spec.fps  # for .webm; the template does not copy it
-        encoder = None if sound is None else sound_encoder(encoding.container)
-        beside = None if sound is None or encoder is None else SoundWriter(target, sound, encoder)
+        beside = _add_sound(target, encoding, sound)
         for packet in source.demux(source.streams.video[0]):
             if packet.dts is not None:
                 if beside is not None:
@@ -280,4 +310,4 @@ def _append_gif_comment(path: Path, recipe: str | None) -> None:
         file.write(b"\x21\xfe" + blocks + b"\0;")
 
 
-ENCODINGS = {".mp4": MP4, ".webm": WEBM, ".gif": GIF}
+ENCODINGS = {".mp4": MP4, ".mov": MOV, ".webm": WEBM, ".gif": GIF}

@@ -19,6 +19,8 @@ from fastvid.media.reader import VideoSource, open_source
 from fastvid.media.sources import Source, npy_header
 
 FIRST_PNG = "000000.png"  # of a folder of frames
+JPEG_COMMENT = b"fastvid recipe: "  # starts each comment segment of a .jpg that holds a part of it
+MAX_SEGMENTS = 1000
 MAX_RECIPE, MAX_VALUES = 1 << 22, 1 << 16  # bytes, and lists and objects; fastvid writes no longer ones
 
 
@@ -80,7 +82,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises MediaError if the file can't be read or has no recipe.
     """
-    readers = {"png": _from_png, "npy": _from_npy, "json": _from_json}
+    readers = {"png": _from_png, "jpeg": _from_jpeg, "npy": _from_npy, "json": _from_json}
     with media_errors(path):
         file = Path(path)
         file = file / FIRST_PNG if file.is_dir() else file
@@ -119,3 +121,19 @@ def _from_npy(path: Path) -> str | None:
 def _from_png(path: Path) -> str | None:
     with open_regular(path) as file:
         return png_text(file, "fastvid", MAX_RECIPE)
+
+
+def _from_jpeg(path: Path) -> str:
+    """The text of fastvid's comment segments. They come before the picture, with few other segments."""
+    parts = []
+    with open_regular(path) as file:
+        file.seek(2)
+        for _ in range(MAX_SEGMENTS):
+            head = file.read(4)
+            size = int.from_bytes(head[2:], "big")
+            if head[:1] != b"\xff" or head[1:2] == b"\xda" or size < 2:
+                break
+            data = file.read(size - 2)
+            if head[1:2] == b"\xfe" and data.startswith(JPEG_COMMENT):
+                parts.append(data[len(JPEG_COMMENT) :])
+    return b"".join(parts).decode("ascii")

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from fastvid.checks import MAX_SEED, guarded, number, refuse, whole
+from fastvid.checks import MAX_SEED, flag, guarded, number, refuse, whole
 from fastvid.errors import InvalidRequest
 from fastvid.media.files import MAX_INPUT_FPS, MIN_INPUT_FPS
 from fastvid.media.sound import Sound, track_of
-from fastvid.media.writer import FrameSink, check_writable
+from fastvid.media.targets import check_writable
+from fastvid.media.writer import FrameSink
 
 _FPS = number(MIN_INPUT_FPS, MAX_INPUT_FPS, " frames a second")
 _SEED = whole(0, MAX_SEED)
@@ -35,7 +36,7 @@ class Video:
     frames: uint8 RGB [T, H, W, 3]; fps: frames per second; seed: the seed used; latents: denoised and normalized
     [1, C, T', h, w], before cropping, or None; recipe: JSON types, see
     `fastvid.requests.request.Resolved.to_recipe`; audio: the clip's sound along the frames (`samples` float32
-    [N, channels] and `rate`), or None.
+    [N, channels] and `rate`), or None; inputs: the files that it was made from, which `save` does not replace.
     """
 
     frames: np.ndarray
@@ -44,6 +45,7 @@ class Video:
     latents: Any = None
     recipe: dict[str, Any] = field(default_factory=dict)
     audio: Sound | None = None
+    inputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_frames("frames", self.frames)
@@ -66,16 +68,19 @@ class Video:
     def seconds(self) -> float:
         return self.num_frames / self.fps
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write .mp4, .webm, .gif, .npy, .png (one frame) or a folder of PNGs (a name that ends in / or has no suffix).
-        The file includes the recipe. Returns the absolute path.
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write .mp4, .mov, .webm, .gif, .npy, .png or .jpg (one frame), or a folder of PNGs (a name that ends in / or
+        has no suffix). The file includes the recipe. Returns the absolute path.
 
-        Raises InvalidRequest if this kind of file can't hold the video, MediaError if it can't be written. On an error,
-        no new file is created and an existing one is unchanged.
+        An existing file is replaced. A link, and a file that the video was made from, are replaced only with
+        `overwrite`, which writes to where the link leads. Raises InvalidRequest if this kind of file can't hold the
+        video, MediaError if it can't be written. On an error, no new file is created and an existing one is unchanged.
         """
-        check_writable(path, num_frames=self.num_frames, width=self.width, height=self.height, fps=self.fps)
+        shape = {"width": self.width, "height": self.height, "fps": self.fps}
+        guard: dict[str, Any] = {"overwrite": flag("overwrite", overwrite), "inputs": self.inputs}
+        check_writable(path, num_frames=self.num_frames, **shape, **guard)
         sound = None if self.audio is None else track_of(self.audio, self.seconds)
-        with FrameSink(path, width=self.width, height=self.height, fps=self.fps, sound=sound) as sink:
+        with FrameSink(path, **shape, **guard, sound=sound) as sink:
             sink.write(self.frames)
             return sink.close(self.recipe)
 

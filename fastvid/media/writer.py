@@ -1,29 +1,24 @@
-"""Writes frames to files: .mp4 (H.264), .webm (VP9), .gif, .png (one frame), .npy, and folders of PNGs.
+"""Writes frames to files: .mp4, .mov (H.264), .webm (VP9), .gif, .png, .jpg (one frame), .npy, and folders of PNGs.
 
-A path names a folder of PNGs (000000.png, ...) if it ends in a slash, has no suffix, or is an existing folder.
 `FrameSink` writes uint8 RGB frames [T, H, W, 3] incrementally and renames the file to its final name when it is
-complete. `check_writable` checks beforehand whether that can succeed. Memory does not grow with the length of the
-video, and the same frames give the same bytes.
+complete. `fastvid.media.targets` says what a name means, and checks beforehand whether that can succeed. Memory does
+not grow with the length of the video, and the same frames give the same bytes.
 
-Every file includes the recipe (`fastvid.media.metadata.read_recipe` reads it): .mp4 and .webm in the tag "comment",
-.gif in a comment extension, .png in a text chunk "fastvid" (in a folder: of the first frame), .npy in a second array
-after the frames.
+Every file includes the recipe (`fastvid.media.metadata.read_recipe` reads it): .mp4, .mov and .webm in the tag
+"comment", .gif in a comment extension, .png in a text chunk "fastvid" (in a folder: of the first frame), .jpg in
+comment segments, .npy in a second array after the frames.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
-import re
-import secrets
-import shutil
-import stat
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,136 +26,23 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastvid import notices
-from fastvid.errors import InvalidRequest, MediaError
-from fastvid.media.encoders import ENCODINGS, EncodedWriter, VideoSpec, find_encoder
+from fastvid.errors import MediaError
+from fastvid.media.encoders import ENCODINGS, EncodedWriter, OutputFile, VideoSpec
 from fastvid.media.files import media_errors
+from fastvid.media.metadata import JPEG_COMMENT
 from fastvid.media.sound import Track, sound_encoder
+from fastvid.media.targets import NEXT, PICTURES, PathLike, Target, check_writable, number_of, remove_partial
 
-SUFFIXES = (".mp4", ".webm", ".gif", ".png", ".npy")
-MAX_GIF_FPS = 50  # players show frames shorter than 0.02 s for 0.1 s
 RECIPE_KEY = "fastvid"  # keyword of the PNG text chunk
 PNG_LEVEL = 2  # of zlib, 0 to 9: higher levels are much slower and save little
+JPEG_QUALITY = 95
 MAX_PENDING = 2  # chunks of frames that a BackgroundWriter queues before `write` blocks
-
-PathLike = str | os.PathLike[str]
 
 
 def exact_rate(fps: float) -> Fraction:
     """The exact frame rate to store in a file: 23.976, 29.97 and 59.94 mean n * 1000/1001."""
     ntsc = Fraction(round(fps) * 1000, 1001)
     return ntsc if 0 < abs(fps - ntsc) < 1e-3 and fps != round(fps) else Fraction(fps).limit_denominator(100_000)
-
-
-# ---------------------------------------------------------------- before any work
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where to write. path: absolute, with links of its folder resolved, no link itself; kind: a suffix, or "" for a
-    folder of PNGs."""
-
-    path: Path
-    kind: str
-
-    def staging(self) -> Path:
-        """A new temporary path in the same file system. Its name has at most 255 bytes and ends in .partial."""
-        token = f"{secrets.token_hex(4)}.partial"
-        if self.kind == "" and self.path.is_dir():
-            return self.path / token
-        name = os.fsencode(self.path.name)[: 250 - len(token)].decode(errors="ignore")
-        return self.path.with_name(f"{name}.{token}")
-
-
-def check_writable(
-    path: PathLike,
-    *,
-    num_frames: int | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    fps: float | None = None,
-) -> Target:
-    """Check that a video can be written to a path, by creating and removing a small file next to it.
-
-    Pass the properties of the video that are known. Raises InvalidRequest if the name is invalid or the kind of file
-    can't hold this video, MediaError if the folder is missing, read-only or full, or the encoder is missing.
-    """
-    target = _parse_target(path)
-    if target.kind == ".png" and (num_frames or 1) != 1:
-        raise InvalidRequest(f"{path}: a .png holds one frame, not {num_frames}; give a folder such as {path}/ or .mp4")
-    if target.kind == ".gif" and fps is not None and fps > MAX_GIF_FPS:
-        raise InvalidRequest(f"{path}: a .gif plays at most {MAX_GIF_FPS} fps, not {fps:g}; give .mp4 or .webm")
-    with media_errors(path):
-        _check_location(target)
-        if target.kind == ".npy" and num_frames and width and height:
-            _check_free_space(target, num_frames * width * height * 3)
-    if target.kind in ENCODINGS:
-        find_encoder(ENCODINGS[target.kind])
-    return target
-
-
-def _parse_target(path: PathLike) -> Target:
-    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise InvalidRequest(f"the output must be a path such as out.mp4, not {path!r:.60}")
-    with media_errors(path):
-        text.encode()  # FFmpeg takes file names in UTF-8 only
-        real = Path(os.path.realpath(text))
-        if text.endswith(("/", os.sep)) or real.is_dir():
-            return Target(real, "")
-    kind = Path(text).suffix.lower()
-    if kind and kind not in SUFFIXES:
-        near = _nearest_suffix(kind)
-        raise InvalidRequest(
-            f"{path}: unknown kind of file {kind}; allowed are {', '.join(SUFFIXES)} and a folder of PNGs (a name "
-            f"ending in /); the nearest is {Path(text).with_suffix(near)}"
-        )
-    if os.path.islink(text) and (real.is_file() or not real.exists()):
-        raise MediaError(f"{path} is a link, which is not written through; give {real}, or another name")
-    return Target(real, kind)
-
-
-def _nearest_suffix(kind: str) -> str:
-    known = {".mov": ".mp4", ".m4v": ".mp4", ".avi": ".mp4", ".mkv": ".webm", ".jpg": ".png", ".jpeg": ".png"}
-    return known.get(kind) or max(SUFFIXES, key=lambda suffix: len(set(suffix) & set(kind)))
-
-
-def _check_location(target: Target) -> None:
-    path = target.path
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        _check_existing(target, path.stat().st_mode)
-    if not path.parent.is_dir():
-        raise MediaError(f"{path}: there is no folder {path.parent}; make it first")
-    probe = target.staging()
-    try:
-        with probe.open("xb") as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        raise MediaError(f"{path}: no file can be made in {probe.parent}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
-
-
-def _check_existing(target: Target, mode: int) -> None:
-    path = target.path
-    if target.kind == "" and not stat.S_ISDIR(mode):
-        raise MediaError(f"{path} is a file, not a folder; give a new name, or one ending in {', '.join(SUFFIXES)}")
-    if target.kind != "" and not stat.S_ISREG(mode):
-        raise MediaError(f"{path} is not a regular file; give a new name")
-    if target.kind != "" and not os.access(path, os.W_OK):
-        raise MediaError(f"{path} is read-only; give a new name, or make it writable")
-    if target.kind == "" and (others := [name for name in os.listdir(path) if not _is_ours(name)]):
-        raise MediaError(f"{path} holds other files ({min(others)}, ...); give an empty or a new folder")
-
-
-def _is_ours(name: str) -> bool:
-    return re.fullmatch(r"\d{6}\.png|[0-9a-f]{8}\.partial", name) is not None
-
-
-def _check_free_space(target: Target, num_bytes: int) -> None:
-    free = shutil.disk_usage(target.path.parent).free
-    if free < num_bytes:
-        raise MediaError(f"{target.path} would take {num_bytes / 2**20:.0f} MiB; {free / 2**20:.0f} MiB are free")
 
 
 # ---------------------------------------------------------------- one writer for each kind of file
@@ -179,65 +61,108 @@ class Writer(Protocol):
         """Close open files, in any state."""
 
 
-def save_png(path: Path, frame: np.ndarray, recipe: str | None = None) -> None:
-    """Write a uint8 RGB frame [H, W, 3]."""
+def png_bytes(frame: np.ndarray, recipe: str | None = None) -> bytes:
+    """A uint8 RGB frame [H, W, 3] as a .png file."""
     from PIL import Image, PngImagePlugin
 
-    info = PngImagePlugin.PngInfo()
+    info, made = PngImagePlugin.PngInfo(), io.BytesIO()
     if recipe is not None:
         info.add_text(RECIPE_KEY, recipe)
-    Image.fromarray(frame).save(path, "PNG", pnginfo=info, compress_level=PNG_LEVEL)
+    Image.fromarray(frame).save(made, "PNG", pnginfo=info, compress_level=PNG_LEVEL)
+    return made.getvalue()
 
 
-class PngWriter:
-    """Writes one picture, or a folder of 000000.png, 000001.png, ...; the first one includes the recipe."""
+def jpeg_bytes(frame: np.ndarray, recipe: str | None = None) -> bytes:
+    """A uint8 RGB frame [H, W, 3] as a .jpg file. The recipe is in comment segments after the first two bytes and the
+    JFIF header (ITU-T T.81, B.2.4.5), as many as it needs."""
+    from PIL import Image
 
-    def __init__(self, stage: Path, folder: bool) -> None:
-        self._stage, self._folder, self._count = stage, folder, 0
-        if folder:
-            stage.mkdir()
+    made = io.BytesIO()
+    Image.fromarray(frame).save(made, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    data, text = made.getvalue(), (recipe or "").encode("ascii")
+    start = 4 + int.from_bytes(data[4:6], "big")
+    size = 65533 - len(JPEG_COMMENT)
+    parts = [JPEG_COMMENT + text[i : i + size] for i in range(0, len(text), size)]
+    comments = b"".join(b"\xff\xfe" + (len(part) + 2).to_bytes(2, "big") + part for part in parts)
+    return data[:start] + comments + data[start:]
 
-    def _path(self, number: int) -> Path:
-        return self._stage / f"{number:06d}.png" if self._folder else self._stage
+
+class PictureWriter:
+    """Writes one picture, when it is complete."""
+
+    def __init__(self, stage: Path, kind: str) -> None:
+        self._stage, self._kind = stage, kind
+        self._frame: np.ndarray | None = None
+
+    def write(self, frame: np.ndarray) -> None:
+        if self._frame is not None:
+            raise MediaError(f"a {self._kind} holds one frame; for more give a folder (a name ending in /) or .mp4")
+        self._frame = frame.copy()
+
+    def finish(self, recipe: str | None) -> Path:
+        assert self._frame is not None
+        made = png_bytes(self._frame, recipe) if self._kind == ".png" else jpeg_bytes(self._frame, recipe)
+        with self._stage.open("xb") as file:
+            file.write(made)
+        return self._stage
+
+    def discard(self) -> None: ...
+
+
+class FolderWriter:
+    """Writes a folder of 000000.png, 000001.png, ...; the first one includes the recipe. Each is complete under its
+    name."""
+
+    def __init__(self, stage: Path) -> None:
+        self._stage, self._count = stage, 0
+        stage.mkdir()
+
+    def _put(self, number: int, data: bytes) -> None:
+        unfinished = self._stage / NEXT
+        with unfinished.open("wb") as file:
+            file.write(data)
+        os.replace(unfinished, self._stage / f"{number:06d}.png")
 
     def write(self, frame: np.ndarray) -> None:
         if self._count == 0:
             self._first = frame.copy()
-        elif not self._folder:
-            raise MediaError("a .png holds one frame; for more give a folder (a name ending in /), .gif, .webm or .mp4")
-        save_png(self._path(self._count), frame)
+        self._put(self._count, png_bytes(frame))
         self._count += 1
 
     def finish(self, recipe: str | None) -> Path:
-        save_png(self._path(0), self._first, recipe)
+        self._put(0, png_bytes(self._first, recipe))
         return self._stage
 
     def discard(self) -> None: ...
 
 
 class NpyWriter:
-    """Writes uint8 [T, H, W, 3] and then the recipe's bytes as a second array, which np.load ignores."""
+    """Writes uint8 [T, H, W, 3] and then the recipe's bytes as a second array, which np.load ignores. The file can be
+    loaded at any moment, with the frames that were written."""
 
     def __init__(self, stage: Path, spec: VideoSpec) -> None:
         self._stage, self._spec, self._count = stage, spec, 0
-        self._file = stage.open("wb")
-        self._write_header()
+        self._file = OutputFile(stage, "x")
+        self._file.write(self._header())
 
-    def _write_header(self) -> None:
-        """The header has constant length, so it can be overwritten once the number of frames is known."""
-        shape = (self._count, self._spec.height, self._spec.width, 3)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
+    def _header(self) -> bytes:
+        """It has constant length, so it can be overwritten after every frame."""
+        made, shape = io.BytesIO(), (self._count, self._spec.height, self._spec.width, 3)
+        np.lib.format.write_array_header_1_0(made, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        return made.getvalue()
 
     def write(self, frame: np.ndarray) -> None:
         self._file.write(np.ascontiguousarray(frame).data)
         self._count += 1
+        self._file.seek(0)
+        self._file.write(self._header())
+        self._file.seek(0, os.SEEK_END)
 
     def finish(self, recipe: str | None) -> Path:
         if recipe is not None:
-            np.save(self._file, np.frombuffer(recipe.encode("ascii"), np.uint8), allow_pickle=False)
-        self._file.seek(0)
-        self._write_header()
+            made = io.BytesIO()
+            np.save(made, np.frombuffer(recipe.encode("ascii"), np.uint8), allow_pickle=False)
+            self._file.write(made.getvalue())
         self._file.close()
         return self._stage
 
@@ -250,8 +175,10 @@ def open_writer(target: Target, stage: Path, spec: VideoSpec, recipe: str | None
     """The writer for a kind of file. recipe: JSON in ASCII. sound: for kinds of files that hold it."""
     if target.kind == ".npy":
         return NpyWriter(stage, spec)
-    if target.kind in ("", ".png"):
-        return PngWriter(stage, folder=target.kind == "")
+    if target.kind == "":
+        return FolderWriter(stage)
+    if target.kind in PICTURES:
+        return PictureWriter(stage, target.kind)
     return EncodedWriter(ENCODINGS[target.kind], stage, spec, recipe, sound)
 
 
@@ -279,7 +206,8 @@ class FrameSink:
 
     Until `close`, the frames are in a file next to it whose name ends in .partial (of an .mp4, it is playable). An
     exception in the block or a full disk removes that file and leaves the target path unchanged. An existing file is
-    replaced atomically; in an existing folder of frames, the old frames are removed.
+    replaced atomically; in an existing folder of frames, the old frames are removed. overwrite, inputs: see
+    `check_writable`. target, stage: where it writes.
     """
 
     def __init__(
@@ -291,12 +219,14 @@ class FrameSink:
         fps: float,
         recipe: dict[str, Any] | None = None,
         sound: Track | None = None,
+        overwrite: bool = False,
+        inputs: Iterable[Any] = (),
     ) -> None:
         self.path, self.num_frames, self.closed = path, 0, False
-        self._target = check_writable(path, fps=fps)
+        self.target = check_writable(path, fps=fps, overwrite=overwrite, inputs=inputs)
         self._spec = VideoSpec(width, height, exact_rate(fps))
-        self._recipe, self._sound = _as_json(recipe), playable(sound, self._target)
-        self._stage = self._target.staging()
+        self._recipe, self._sound = as_json(recipe), playable(sound, self.target)
+        self.stage = self.target.staging()
         self._writer: Writer | None = None
 
     def write(self, frames: np.ndarray) -> None:
@@ -317,22 +247,22 @@ class FrameSink:
         if self.closed:
             raise MediaError(f"{self.path}: the sink is closed")
         if self._writer is None:
-            self._writer = open_writer(self._target, self._stage, self._spec, self._recipe, self._sound)
+            self._writer = open_writer(self.target, self.stage, self._spec, self._recipe, self._sound)
         return self._writer
 
     def close(self, recipe: dict[str, Any] | None = None) -> Path:
         """Complete the file and rename it to its final name. recipe: None for the constructor's. A second call does
         nothing."""
         if self.closed:
-            return self._target.path
+            return self.target.path
         with self._aborting():
             if self.num_frames == 0:
                 raise MediaError(f"{self.path}: there are no frames to write")
-            complete = self._open().finish(self._recipe if recipe is None else _as_json(recipe))
-            _publish(complete, self._target)
+            complete = self._open().finish(self._recipe if recipe is None else as_json(recipe))
+            _publish(complete, self.target)
         self.closed = True
         self._clean()
-        return self._target.path
+        return self.target.path
 
     def abort(self) -> None:
         """Remove the partial file; the target path is unchanged. Does nothing after `close`."""
@@ -343,12 +273,8 @@ class FrameSink:
             self._clean()
 
     def _clean(self) -> None:
-        for path in (self._stage, self._stage.with_name(self._stage.name + "2")):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        remove_partial(self.stage)
+        remove_partial(self.stage.with_name(self.stage.name + "2"))
 
     @contextlib.contextmanager
     def _aborting(self) -> Iterator[None]:
@@ -369,7 +295,7 @@ class FrameSink:
             self.abort()
 
 
-def _as_json(recipe: dict[str, Any] | None) -> str | None:
+def as_json(recipe: dict[str, Any] | None) -> str | None:
     """A recipe as JSON in ASCII, which every container supports."""
     return None if recipe is None else json.dumps(recipe, allow_nan=False)
 
@@ -383,12 +309,19 @@ def _publish(complete: Path, target: Target) -> None:
     elif not target.path.exists():
         complete.rename(target.path)
     else:
-        new = sorted(os.listdir(complete))
+        new = sorted(name for name in os.listdir(complete) if number_of(name) is not None)
         for name in new:
             os.replace(complete / name, target.path / name)
-        for name in set(os.listdir(target.path)) - set(new) - {complete.name}:
-            if re.fullmatch(r"\d{6}\.png", name):
+        for name in set(os.listdir(target.path)) - set(new):
+            if number_of(name) is not None:
                 (target.path / name).unlink()
+
+
+class Sink(Protocol):
+    """What takes frames, in order."""
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append uint8 RGB frames [T, H, W, 3]."""
 
 
 class BackgroundWriter:
@@ -404,7 +337,7 @@ class BackgroundWriter:
     queued ones, so nest it in the sink's own block. seconds: the time that the sink spent writing.
     """
 
-    def __init__(self, sink: FrameSink) -> None:
+    def __init__(self, sink: Sink) -> None:
         self._sink, self.seconds = sink, 0.0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="fastvid-write")
         self._pending: deque[Future[None]] = deque()

@@ -26,12 +26,20 @@ from fastvid.engine.events import Event, Finished, Frames, Plan, Started, Step
 from fastvid.engine.queue import RUNNING, Scheduler, Ticket
 from fastvid.engine.resume import Resume
 from fastvid.engine.session import PromptChanges, Session
-from fastvid.media.sound import Track
 from fastvid.media.video import Video
 from fastvid.models.loaded import Model
 from fastvid.pipeline import asynchronous, load_arguments, steps
 from fastvid.pipeline.load import change_loras
-from fastvid.pipeline.prepare import Prepared, estimate_of, given_again, make_request, plan_of, planned, prepare
+from fastvid.pipeline.prepare import (
+    Prepared,
+    estimate_of,
+    files_in,
+    given_again,
+    make_request,
+    plan_of,
+    planned,
+    prepare,
+)
 from fastvid.pipeline.request_warnings import warn_of_prompt, warn_of_prompts
 from fastvid.pipeline.stream import Stream
 from fastvid.pipeline.tensors import as_tensor
@@ -165,8 +173,7 @@ class Pipeline:
 
     @eager
     def _video(self, verb: str, **options: Any) -> Video:
-        frames: list[np.ndarray] = []
-        sound: Track | None = None
+        frames, sound = list[np.ndarray](), None
         # Closed explicitly: an exception's traceback could keep the stream alive, and with it its turn.
         with contextlib.closing(self._start(verb, options, keep_frames=True, keep_latents=True)) as stream:
             for event in stream:
@@ -175,8 +182,8 @@ class Pipeline:
                 elif isinstance(event, Started):
                     sound = event.sound
         assert isinstance(event, Finished), "everything else raises"
-        audio = None if sound is None else sound.read()
-        return Video(np.concatenate(frames), event.fps, event.seed, event.latents, event.recipe, audio)
+        audio, read = None if sound is None else sound.read(), files_in(options)
+        return Video(np.concatenate(frames), event.fps, event.seed, event.latents, event.recipe, audio, read)
 
     @documented
     def stream(
@@ -413,8 +420,6 @@ def _events(prepared: Prepared, session: Session, saving: Resume | None) -> Gene
         spent = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in session.seconds.items())
         log.info("made %d frames (%s)", timeline.num_frames, spent)
         clean = torch.cat(session.latents, dim=2) if session.keep_latents else None
-        changed = (
-            {"changed_prompts": [list(pair) for pair in session.changes.applied]} if session.changes.applied else {}
-        )
-        recipe = prepared.recipe | changed
+        applied = [list(pair) for pair in session.changes.applied]
+        recipe = prepared.recipe | ({"changed_prompts": applied} if applied else {})
         yield Finished(request.seed, timeline.num_frames, request.fps, clean, recipe, session.seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from fastvid.engine.events import Plan
 from fastvid.engine.session import Job
 from fastvid.errors import InvalidRequest
 from fastvid.media.sound import Track
+from fastvid.media.targets import paths_in
 from fastvid.models.loaded import Model
 from fastvid.pipeline import tensors, verbs
 from fastvid.pipeline.request_warnings import warn_of_size
@@ -25,7 +27,7 @@ from fastvid.planning.speed import Rates, find_rates
 from fastvid.requests import inputs, prompts
 from fastvid.requests.arguments import ARGUMENTS, VERBS, checked
 from fastvid.requests.options import GivenAgain
-from fastvid.requests.request import Request, Resolved, check_verb
+from fastvid.requests.request import DATA, Request, Resolved, check_verb
 from fastvid.requests.soundtrack import soundtrack
 from fastvid.requests.timeline import Timeline
 from fastvid.sampling.sigmas import make_sigmas
@@ -33,6 +35,11 @@ from fastvid.version import __version__
 
 AGAIN = "again"
 log = logging.getLogger(__name__)
+
+
+def files_in(options: dict[str, Any]) -> tuple[str, ...]:
+    """The absolute paths of the pictures and clips that a verb is given as files."""
+    return tuple(map(os.path.abspath, paths_in([options[name] for name in DATA if name in options])))
 
 
 @dataclass(frozen=True)

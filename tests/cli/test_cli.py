@@ -58,8 +58,9 @@ def test_resume_loads_the_model_as_it_was(capsys: pytest.CaptureFixture[str], pi
     from fastvid.engine import resume_files
 
     recipe = Request.make(prompt="p", seed=3).resolve(Recipe()).to_recipe(model="folder", version="0", dtype="float16")
+    saved = {"format": 1, "verb": "generate", "arguments": {"image": {"path": "was.png"}}, "model": {}}
     Path("job").mkdir()
-    resume_files.put_json(Path("job"), "request.json", {"format": 1, "recipe": recipe})
+    resume_files.put_json(Path("job"), "request.json", {**saved, "recipe": recipe})
     asked = []
 
     def resumed(path: str, **given: Any) -> Iterator[Any]:
@@ -140,7 +141,7 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "generate", "p", "-o", "out.mp4", "--quiet") == (0, "", "")
 
 
-@pytest.mark.parametrize("name", ["out.webm", "out.gif", "out.npy", "frames/", "frames"])
+@pytest.mark.parametrize("name", ["out.webm", "out.gif", "out.npy", "out.mov", "frames/"])
 def test_writes_every_kind(capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert run(capsys, "generate", "p", "-o", name, "--seed", "3")[0] == 0
     assert len(read_video(name)[0]) == 5 and read_recipe(name)["seed"] == 3
@@ -215,7 +216,7 @@ def test_a_bad_prompt_from_standard_input(
     [
         ("", "no command"),
         ("genrate p -o out.mp4", "nearest is generate"),
-        ("generate", "required: -o"),
+        ("generate", "-o/--output --frames-dir is required"),
         ("generate -o out.mp4", "no prompt"),
         ("generate a red circle -o out.mp4", "in quotes"),
         ("generate p -o out.mp4 --stpes 3", "unknown flag --stpes; the nearest is --steps"),

@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastvid.errors import InvalidRequest, MediaError
-from fastvid.media import encoders, files, writer
+from fastvid.media import encoders, files, targets, writer
 from fastvid.media.metadata import read_recipe, read_video
-from fastvid.media.writer import FrameSink, check_writable
+from fastvid.media.targets import check_writable
+from fastvid.media.writer import FrameSink
 
-KINDS = ["out.mp4", "out.webm", "out.gif", "out.npy", "out/", "out"]
-VIDEOS = ["out.mp4", "out.webm"]
+KINDS = ["out.mp4", "out.mov", "out.webm", "out.gif", "out.npy", "out/", "out"]
+VIDEOS = ["out.mp4", "out.mov", "out.webm"]
 RECIPE = {"fastvid": "0.1.0", "prompt": 'é " \n 色 😀', "seed": 2**63 - 1, "fps": 16.0, "sigmas": [1.0, 0.25]}
 
 
@@ -69,7 +70,7 @@ def test_frames_rate_and_recipe_come_back(name: str) -> None:
 
 
 @given(
-    width=st.integers(64, 99), height=st.integers(64, 99), num_frames=st.integers(1, 6), name=st.sampled_from(KINDS[:4])
+    width=st.integers(64, 99), height=st.integers(64, 99), num_frames=st.integers(1, 6), name=st.sampled_from(KINDS[:5])
 )
 def test_every_size_is_exact(width: int, height: int, num_frames: int, name: str) -> None:
     frames = clip(num_frames, width, height)
@@ -130,7 +131,7 @@ def test_an_mp4_plays_in_a_browser() -> None:
     assert all(packet.pts == packet.dts for packet in packets), "no B-frames"
 
 
-@pytest.mark.parametrize("name", [*KINDS, "out.png"])
+@pytest.mark.parametrize("name", [*KINDS, "out.png", "out.jpg"])
 def test_recipes_of_every_length(name: str) -> None:
     recipe = {"fastvid": "1", "prompt": "色" * 100_000}
     assert read_recipe(save(name, clip(1), recipe=recipe)) == recipe
@@ -207,9 +208,9 @@ def test_pngs_and_arrays_are_read_by_others() -> None:
     "name, nearest",
     [
         ("out.mp5", "out.mp4"),
-        ("out.mov", "out.mp4"),
+        ("out.m4v", "out.mp4"),
         ("out.wbem", "out.webm"),
-        ("a.b/out.jpg", "out.png"),
+        ("a.b/out.webp", "out.png"),
         ("out.gfi", "out.gif"),
     ],
 )
@@ -233,7 +234,7 @@ def test_what_is_no_path_is_refused(path: Any) -> None:
         ("folder.mp4/", "holds other files"),
         ("file", "is a file"),
         ("/dev/null", "is a file|not a folder"),
-        ("link.mp4", "not a regular file"),
+        ("pipe.mp4", "not a regular file"),
         ("x" * 300 + ".mp4", "too long"),
         ("\udcff.mp4", "surrogates"),
     ],
@@ -242,7 +243,7 @@ def test_places_where_nothing_can_be_written(name: str, match: str) -> None:
     Path("file").touch()
     Path("folder.mp4").mkdir()
     Path("folder.mp4/notes.txt").touch()
-    Path("link.mp4").symlink_to("/dev/null")
+    os.mkfifo("pipe.mp4")
     with pytest.raises(MediaError, match=match):
         check_writable(name)
     with pytest.raises(MediaError, match=match):
@@ -273,7 +274,7 @@ def test_what_a_kind_cannot_hold() -> None:
 
 def test_a_missing_encoder_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = encoders.ENCODINGS | {".mp4": encoders.Encoding("mp4", ("none1", "none2"), "", None, {}, {}, None)}  # type: ignore[arg-type]
-    monkeypatch.setattr(writer, "ENCODINGS", broken)
+    monkeypatch.setattr(targets, "ENCODINGS", broken)
     with pytest.raises(MediaError, match="looked for none1, none2"):
         check_writable("out.mp4")
 
@@ -292,7 +293,7 @@ def test_checking_leaves_nothing_and_is_quick() -> None:
 @pytest.mark.parametrize("name", [*KINDS, "out.png"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_leaves_what_was_there(name: str, error: type[BaseException]) -> None:
-    path = save(name, clip(1))
+    path = save(name, clip(1), recipe=RECIPE)
     before = content(path)
     with pytest.raises(error), FrameSink(name, width=64, height=64, fps=16) as sink:
         sink.write(255 - clip(1))
@@ -302,38 +303,120 @@ def test_an_exception_leaves_what_was_there(name: str, error: type[BaseException
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_new_video_replaces_the_old_one(name: str) -> None:
-    save(name, clip(5))
+    save(name, clip(5), recipe=RECIPE)
     frames = 255 - clip(2)
     assert error_of(read_video(save(name, frames))[0], frames) < 8
     assert os.listdir() == [name.strip("/")]
 
 
-@pytest.mark.parametrize("name", ["out.mp4", "out.gif", "out.png", "out.npy"])
-def test_a_link_is_not_written_through(name: str) -> None:
+def guarded(name: str, **guard: Any) -> Path:
+    with FrameSink(name, width=64, height=64, fps=16, **guard) as sink:
+        sink.write(clip(1))
+        return sink.close(RECIPE)
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.png", "out.npy", "out/"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed_only_if_asked(name: str, there: bool) -> None:
     Path("real").mkdir()
-    for there in (True, False):
-        Path(name).symlink_to("real/kept" if there else "real/none")
-        Path("real/kept").write_bytes(b"precious")
-        with pytest.raises(MediaError, match=f"{name} is a link, .*real/"):
-            save(name, clip(1))
-        assert os.listdir("real") == ["kept"] and Path("real/kept").read_bytes() == b"precious"
-        assert sorted(os.listdir()) == [name, "real"]
-        Path(name).unlink()
+    real = Path("real", name.replace("out", "other").strip("/"))
+    if there:
+        real.mkdir() if name == "out/" else real.write_bytes(b"precious")
+    Path(name.strip("/")).symlink_to(real)
+    with pytest.raises(InvalidRequest, match=f"{name} is a link to real/other"):
+        guarded(name)
+    assert os.listdir("real") == [real.name] * there and (not real.is_file() or real.read_bytes() == b"precious")
+    if there or name != "out/":
+        assert guarded(name, overwrite=True) == real.resolve() and read_recipe(real) == RECIPE
+        assert Path(name.strip("/")).is_symlink() and os.listdir("real") == [real.name]
 
 
-def test_a_link_to_a_folder_on_the_way_is_followed() -> None:
+def test_a_link_to_the_folder_is_followed() -> None:
     Path("real").mkdir()
-    Path("folder").symlink_to("real")
-    assert save("folder/out.mp4", clip(1)) == Path("real/out.mp4").resolve()
+    Path("outputs").symlink_to("real")
+    assert guarded("outputs/out.mp4") == Path("real/out.mp4").resolve()
 
 
-def test_an_unfinished_npy_holds_what_was_written() -> None:
-    sink = FrameSink("out.npy", width=64, height=64, fps=16)
-    sink.write(clip(3))
-    sink._writer._file.flush()
-    [stage] = Path().glob("*.partial")
-    assert (read_video(stage)[0] == clip(3)).all()
-    sink.abort()
+def test_an_input_is_replaced_only_if_asked() -> None:
+    save("clip.mp4", clip(2), recipe=RECIPE), save("frames/", clip(2), recipe=RECIPE)
+    save("picture.png", clip(1)), os.link("clip.mp4", "hard.mp4")
+    Path("elsewhere.mp4").symlink_to("clip.mp4")
+    before = {name: content(Path(name)) for name in os.listdir()}
+    for name, read, other in (
+        ("clip.mp4", "clip.mp4", "clip-2.mp4"),
+        ("./clip.mp4", {"video": ["x", Path("clip.mp4")]}, "./clip-2.mp4"),
+        ("clip.mp4", "elsewhere.mp4", "clip-2.mp4"),
+        ("hard.mp4", ("clip.mp4",), "hard-2.mp4"),
+        ("frames/", "frames", "frames-2/"),
+        ("frames", {8: "frames/000001.png"}, "frames-2/"),
+        ("frames/000001.png", "frames/", "frames/000001-2.png"),
+    ):
+        with pytest.raises(InvalidRequest, match=f"{name} is read by this request .*such as {other}, or overwrite it"):
+            guarded(name, inputs=[read])
+    assert {name: content(Path(name)) for name in os.listdir()} == before
+    guarded("clip.mp4", inputs=["frames/", "picture.png", 3, None, np.zeros(2)])
+    guarded("frames/", inputs=["frames/"], overwrite=True)
+    assert os.listdir("frames") == ["000000.png"] and len(read_video("hard.mp4")[0]) == 2
+
+
+def test_pictures_of_others_are_kept() -> None:
+    """A folder is taken only if it is empty, or holds the frames of a video that fastvid wrote."""
+    Path("mine").mkdir()
+    for number in range(3):
+        Image.fromarray(clip(1)[0]).save(f"mine/{number:06d}.png")
+    with pytest.raises(MediaError, match="did not write .000000.png has no recipe.*overwrite it"):
+        guarded("mine/")
+    assert len(os.listdir("mine")) == 3
+    save("ours/", clip(3), recipe=RECIPE)
+    Path("ours/notes.txt").touch()
+    with pytest.raises(MediaError, match="holds other files .notes.txt"):
+        guarded("ours/", overwrite=True)
+    Path("ours/notes.txt").unlink()
+    Path("elsewhere").write_bytes(b"precious")
+    Path("ours/000001.png").unlink()
+    Path("ours/000001.png").symlink_to("../elsewhere")
+    save("ours/", clip(2), recipe=RECIPE)
+    assert sorted(os.listdir("ours")) == ["000000.png", "000001.png"] and not Path("ours/000001.png").is_symlink()
+    assert Path("elsewhere").read_bytes() == b"precious"
+
+
+def test_unfinished_files_of_a_target_are_known_by_their_names() -> None:
+    target = check_writable("out.mp4")
+    stages = [check_writable(name).staging() for name in ("out.mp4", "out.mp4", "other.mp4")]
+    for stage in stages:
+        stage.touch()
+    Path("out.mp4.keep.partial").touch(), Path("notes").touch()
+    Path("out.mp4.00000000.partial").symlink_to("notes")
+    for name in (
+        stages[0].name,
+        stages[2].name,
+        "out.mp4.keep.partial",
+        "out.mp4.00000000.partial",
+        "../notes",
+        "notes",
+    ):
+        target.remove_partial(name)
+    assert sorted(os.listdir()) == sorted(
+        [stages[1].name, stages[2].name, "out.mp4.keep.partial", "out.mp4.00000000.partial", "notes"]
+    )
+    folder = check_writable("frames/").staging()
+    folder.mkdir()
+    for name in ("000000.png", "next.partial", "notes.txt"):
+        (folder / name).touch()
+    check_writable("frames/").remove_partial(folder.name)
+    assert os.listdir(folder) == ["notes.txt"]
+
+
+def test_a_jpeg_is_near_its_frame_and_can_be_read_by_others() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8).repeat(9, 0).repeat(9, 1)[None]
+    for name in ("a.jpg", "b.jpeg", "c.JPG"):
+        path = save(name, frame, recipe=RECIPE)
+        picture = Image.open(path)
+        assert picture.format == "JPEG" and picture.size == (81, 72)
+        assert error_of(np.asarray(picture)[None], frame) < 3 and error_of(read_video(path)[0], frame) < 3
+        assert read_recipe(path) == RECIPE
+    with pytest.raises(InvalidRequest, match="a .jpg holds one frame, not 2; give a folder such as a/, or a.mp4"):
+        check_writable("a.jpg", num_frames=2)
 
 
 @pytest.mark.parametrize("frames", [clip(1)[0], clip(1, 66), clip(1).astype(np.float32), clip(1)[..., :1], np.zeros(3)])
@@ -401,7 +484,7 @@ def test_a_fragmented_file_that_failed_silently_is_not_renamed(monkeypatch: pyte
     assert os.listdir() == []
 
 
-@pytest.mark.parametrize("name", VIDEOS)
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.npy", "out/"])
 def test_a_killed_process_leaves_a_file_that_plays(name: str, tmp_path: Path) -> None:
     code = f"""
         import numpy as np
@@ -419,8 +502,18 @@ def test_a_killed_process_leaves_a_file_that_plays(name: str, tmp_path: Path) ->
     child.wait()
     child.stdout.close()
     (left,) = os.listdir()
-    assert left.startswith(name) and left.endswith(".partial")
-    assert len(read_video(left)[0]) > 60
+    assert left.startswith(name.strip("/")) and left.endswith(".partial")
+    found = read_video(left)[0]
+    assert len(found) > 60 and np.abs(found[:60].astype(int) - np.arange(60)[:, None, None, None]).max() < 3
+
+
+def test_an_array_can_be_loaded_at_any_moment() -> None:
+    """The header has the number of frames that are complete, after every frame."""
+    frames, sink = clip(5), FrameSink("out.npy", width=64, height=64, fps=16)
+    for number, frame in enumerate(frames):
+        sink.write(frame[None])
+        assert np.array_equal(np.load(sink.stage), frames[: number + 1])
+    assert np.array_equal(np.load(sink.close(RECIPE)), frames) and read_recipe("out.npy") == RECIPE
 
 
 @pytest.mark.slow
