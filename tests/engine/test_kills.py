@@ -1,5 +1,5 @@
 """Processes that are really killed (SIGKILL): what `fastvid generate` leaves plays, and `fastvid resume` makes the file
-that would have been."""
+that would have been, and removes what was left."""
 
 from __future__ import annotations
 
@@ -112,6 +112,6 @@ def test_a_killed_file_plays_and_its_request_goes_on(runner, whole, tmp_path, po
     shown = played(left[0]) if made > FPS else 0
     assert goal < made < FRAMES and made - shown <= FPS
     runner.start(log, "resume", str(job), "-o", str(out), "--quiet")
-    assert runner.wait() == 0 and not job.exists()
+    assert runner.wait() == 0 and not job.exists() and not left[0].exists()
     assert out.read_bytes() == whole.read_bytes()
     assert (read_video(out)[0] == read_video(whole)[0]).all()
