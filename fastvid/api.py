@@ -132,8 +132,8 @@ def load(
             transformer file, with its other parts in the neighboring folders of a ComfyUI installation; or a hub id
             (org/name, or org/name/path/to/file.safetensors), downloaded once to huggingface_hub's cache.
         device: "cuda", "cuda:1", "cpu"; default: a GPU if there is one.
-        dtype: "float32", "bfloat16" or "float16", for the transformer and the text encoder; default: bfloat16 on a
-            GPU, float32 on a CPU.
+        dtype: "float32", "bfloat16" or "float16" (or "fp32", "bf16", "fp16"), for the transformer and the text encoder;
+            default: bfloat16 on a GPU, float32 on a CPU.
         backend, attention: the back ends of the operations and of attention (see `fastvid doctor`).
         loras: LoRAs to merge into the transformer: files, folders or hub names, each alone, as (file, scale), or as
             (file, scale, "high") or (file, scale, "low") for one of two experts. Without that its names and its header

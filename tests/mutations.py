@@ -242,13 +242,13 @@ def peak(mib: float = 64) -> Iterator[None]:
         yield
         return
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
-    before = _status("VmRSS")
+    before = status("VmRSS")
     yield
-    grown = (_status("VmHWM") - before) / 1024
+    grown = (status("VmHWM") - before) / 1024
     assert grown <= mib, f"memory grew by {grown:.0f} MiB; allowed are {mib:g}"
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 

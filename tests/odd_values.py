@@ -10,6 +10,7 @@ import os
 import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -309,14 +310,30 @@ ODD: dict[str, Callable[[], Any]] = {
 LETTERS = st.characters(exclude_characters="/\\", codec=None)  # with surrogates; no text is a name on the hub
 
 
-def values() -> st.SearchStrategy[Any]:
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A drawn value that is made when it is used, so that hypothesis itself never looks at one whose methods raise."""
+
+    name: str
+    make: Callable[[], Any] = field(repr=False)
+
+
+def values() -> st.SearchStrategy[Drawn]:
     """Values of every type: odd ones, drawn ones, and containers of both."""
-    drawn = (
+    plain = (
         st.none() | st.booleans() | st.integers() | st.floats() | st.fractions() | st.decimals() | st.complex_numbers()
     )
-    drawn |= st.text(LETTERS, max_size=30) | st.binary(max_size=20) | st.integers(-(10**400), 10**400)
-    drawn |= st.integers(1, 32) | st.floats(0, 2)  # what many arguments take
-    leaf = st.sampled_from(sorted(ODD)).map(lambda name: ODD[name]()) | drawn
+    plain |= st.text(LETTERS, max_size=30) | st.binary(max_size=20) | st.integers(-(10**400), 10**400)
+    plain |= st.integers(1, 32) | st.floats(0, 2)  # what many arguments take
+    leaf = st.sampled_from(sorted(ODD)).map(lambda name: Drawn(name, ODD[name]))
+    leaf |= plain.map(lambda value: Drawn(f"{value!r:.80}", lambda: value))
     many = st.lists(leaf, max_size=4)
     keyed = st.dictionaries(st.integers(-2, 20) | st.text(LETTERS, max_size=8), leaf, max_size=4)
-    return leaf | many | many.map(tuple) | keyed | st.lists(st.tuples(leaf, leaf), max_size=3)
+    pairs = st.lists(st.tuples(leaf, leaf), max_size=3)
+    return (
+        leaf
+        | many.map(lambda some: Drawn(f"{some}", lambda: [one.make() for one in some]))
+        | many.map(lambda some: Drawn(f"tuple {some}", lambda: tuple(one.make() for one in some)))
+        | keyed.map(lambda some: Drawn(f"{some}", lambda: {key: one.make() for key, one in some.items()}))
+        | pairs.map(lambda some: Drawn(f"{some}", lambda: [(one.make(), other.make()) for one, other in some]))
+    )

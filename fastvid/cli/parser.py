@@ -275,7 +275,11 @@ def _add_model(parser: Parser, also: str = "") -> None:
     add = parser.add_argument_group("the model and where it runs").add_argument
     add("--model", metavar="MODEL", help=f"embedded, a folder, a file, or a hub id (default: embedded){also}")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    add("--dtype", metavar="NAME", help="float32, bfloat16, float16 (default: bfloat16 on a GPU, float32 on a CPU)")
+    add(
+        "--dtype",
+        metavar="NAME",
+        help="fp32, bf16, fp16, or as torch names them (default: bf16 on a GPU, fp32 on a CPU)",
+    )
     add("--vae-dtype", metavar="NAME", help="the VAE's dtype (default: float32)")
     add("--backend", metavar="NAME", help="back end of the operations: auto, reference, triton, cuda (default: auto)")
     add(

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import sys
 import threading
 import time
 import warnings
@@ -20,8 +21,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import fuzz, peak, refuses, untouched
-from odd_values import ODD, values
+from mutations import fuzz, peak, refuses, status, untouched
+from odd_values import ODD, Drawn, values
 
 import fastvid
 from fastvid import api
@@ -227,6 +228,19 @@ def attempt(call: Call, value: Any, seconds: float = FILES) -> bool:
     return refused
 
 
+@contextlib.contextmanager
+def no_spike(mib: float) -> Iterator[None]:
+    """Fail if memory is at its highest inside, and by more than this above what was held. hypothesis itself keeps more
+    and more, so that `peak` is no measure of many calls."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    held, highest = status("VmRSS"), status("VmHWM")
+    yield
+    reached = status("VmHWM")
+    assert reached == highest or reached - held <= mib * 1024, f"memory grew by {(reached - held) // 1024} MiB"
+
+
 def _took(act: Callable[[], None]) -> float:
     start = time.process_time()
     with pytest.raises(fastvid.Error):
@@ -251,11 +265,13 @@ def test_every_argument_of_clips_load_and_pools_takes_or_refuses(call: str) -> N
 
 
 @pytest.mark.slow
-def test_every_call_with_every_value(calls: dict[str, Call]) -> None:
+def test_every_call_of_a_pipeline_with_every_value(calls: dict[str, Call]) -> None:
+    names = [name for name in calls if name not in MAKE | CLIPS | LOAD | POOL]
+    read = [name for name in names if not name.startswith("plan ") or name.split()[-1] in GivenAgain.__annotations__]
     with peak(64):
-        for call in calls.values():
+        for name in read:
             for make in ODD.values():
-                attempt(call, make())
+                attempt(calls[name], make())
 
 
 @fuzz(10_000)
@@ -265,10 +281,11 @@ def test_calls_with_values_of_any_type(calls: dict[str, Call], tmp_path: Path, c
 
     @settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
     @given(call=st.sampled_from(sorted(calls)), value=values())
-    def run(call: str, value: Any) -> None:
-        seen.add(attempt(calls[call], value))
+    def run(call: str, value: Drawn) -> None:
+        with no_spike(64):
+            seen.add(attempt(calls[call], value.make()))
 
-    with peak(64), untouched(folder.parent, folder):
+    with untouched(folder.parent, folder):
         run()
     assert seen == {True, False}
 

@@ -95,6 +95,16 @@ def test_makes_a_video(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> No
     assert "5 frames of 64x64 at 16 fps, 4 steps, seed 7" in err and "out.mp4: 5 frames, 16 fps, 64x64, seed 7" in err
 
 
+@pytest.mark.parametrize("words", [("--seed", "-1"), ("--seed=-1",)])
+def test_a_seed_of_minus_one_is_a_random_one_that_is_told(
+    capsys: pytest.CaptureFixture[str], pipe: FakePipe, words: tuple[str, ...]
+) -> None:
+    told = [run(capsys, "generate", "p", "-o", f"{name}.npy", "--json", "--quiet", *words)[1] for name in "ab"]
+    seeds = [json.loads(out)["seed"] for out in told]
+    assert seeds[0] != seeds[1] and all(0 <= seed < 2**32 for seed in seeds)
+    assert seeds == [json.loads(out)["recipe"]["seed"] for out in told] == [request.seed for request in pipe.streamed]
+
+
 def test_every_flag_reaches_the_request(capsys: pytest.CaptureFixture[str], pipe: FakePipe) -> None:
     flags = (
         "--width 80 --height 72 --num-frames 3 --fps 24000/1001 --seed 5 --steps 2 --guidance-scale 1.5 --flow-shift 8"
