@@ -1,13 +1,16 @@
 """Turns command-line flags into a request and the arguments of `load`.
 
-Nothing here needs the model. Clips and pictures are opened only to compare them with a recipe.
+Nothing here needs the model. Clips and pictures are opened to see that they can be read, and to compare them with a recipe.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from fastvid import env
 from fastvid.checks import MAX_PROMPT, nearest_name
 from fastvid.cli.flags import FLAGS, has_prompt, usage_of, words_of
 from fastvid.cli.parser import UsageError
-from fastvid.errors import InvalidRequest, MediaError
+from fastvid.errors import FastvidWarning, InvalidRequest, MediaError
 from fastvid.requests.arguments import CHECKPOINT, CLIPS, VERBS
 from fastvid.requests.request import DATA, PROMPT_OF_CLIP, Request
 
@@ -126,7 +129,16 @@ def check_same(request: Request, recipe: dict[str, Any]) -> None:
     if any(isinstance(value, dict | list) for value in recipe.values()):
         from fastvid.requests import inputs
 
-        inputs.check_same(recipe, request.arguments())
+        with _quiet():
+            inputs.check_same(recipe, request.arguments())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without fastvid's warnings, which come when the request reads its inputs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FastvidWarning)
+        yield
 
 
 def check_files(arguments: dict[str, Any]) -> None:
@@ -134,7 +146,8 @@ def check_files(arguments: dict[str, Any]) -> None:
     if any(name in arguments for name in DATA):
         from fastvid.requests import inputs
 
-        inputs.check_files(arguments)
+        with _quiet():
+            inputs.check_files(arguments)
 
 
 def inputs_of(flags: argparse.Namespace, options: dict[str, Any]) -> list[Any]:

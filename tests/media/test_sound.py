@@ -353,3 +353,11 @@ def test_the_command_line_writes_sound_or_leaves_it_out() -> None:
     assert near(onsets(*heard("out.mp4")), [0.25])
     assert open_clip("silent.mp4").audio() is None
     assert np.array_equal(open_clip("silent.mp4").read(), open_clip("out.mp4").read())
+
+
+@pytest.mark.slow
+def test_a_warning_about_a_clip_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    film("in.mp4", np.repeat(beeps(0.5, (0.25,)), 6, 1), count=8)
+    words = ["extend", "in.mp4", "a red circle", "--steps", "1", "--seconds", "0.25", "--seed", "1", "--quiet", "-o"]
+    assert main([*words, "out.mp4"]) == 0
+    assert capsys.readouterr().err.count("mixed down") == 1
