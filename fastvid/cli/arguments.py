@@ -1,6 +1,7 @@
 """Turns command-line flags into a request and the arguments of `load`.
 
-Nothing here needs the model. Clips and pictures are opened to see that they can be read, and to compare them with a recipe.
+Nothing here needs the model. Clips and pictures are opened to see that they can be read, and to compare them with a
+recipe.
 """
 
 from __future__ import annotations
