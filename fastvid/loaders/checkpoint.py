@@ -67,6 +67,8 @@ def open_checkpoint(
         words = opened["text_encoder"].config
         text_length = note_problem(problems, lambda: _check_tokenizer(read_tokenizer(found.tokenizer), words, found))
     preset, alternatives = note_problem(problems, lambda: _detect_preset(folder, found, opened)) or (None, ())
+    if "image_encoder" in opened and (folder / layouts.IMAGE_PROCESSOR).is_file():
+        note_problem(problems, lambda: _check_image_processor(folder, opened["image_encoder"].config))
     return Checkpoint(
         folder,
         found.index["_class_name"],
@@ -184,6 +186,25 @@ def _check_tokenizer(tokenizer: TextTokenizer, text_encoder: Any, found: FoundMo
             f"{text_encoder.vocab_size}; take the tokenizer that belongs to this text encoder"
         )
     return tokenizer.text_length
+
+
+def _check_image_processor(folder: Path, image_encoder: Any) -> None:
+    """Warn of settings that pictures are not prepared by; they are prepared as CLIP's are."""
+    size = image_encoder.image_size if isinstance(image_encoder, CLIPVisionConfig) else None
+    stated = read_json(folder / layouts.IMAGE_PROCESSOR)
+    others = []
+    for key, value in layouts.make_image_processor(size or 224).items():
+        said = value if stated.get(key) is None else stated[key]
+        same = key == "image_processor_type" and str(said).startswith(value)  # ...Fast is the same in torch
+        if key in ("size", "crop_size") and isinstance(said, int):  # as older files have it
+            said = dict.fromkeys(value, said)
+        if said != value and not same:
+            others.append(f"{key}={said!r:.60}")
+    if others:
+        notices.warn(
+            f"{folder / layouts.IMAGE_PROCESSOR} says {', '.join(others)}, which is not done: pictures are scaled, "
+            "cropped and normalized as published for CLIP"
+        )
 
 
 def _read_config(name: str, raw_config: dict[str, Any], path: Path) -> tuple[Any, nn.Module]:

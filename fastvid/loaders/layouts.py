@@ -174,10 +174,11 @@ def make_scheduler(identity: Identity, experts: bool, name: str = "") -> Config:
     }
 
 
-def make_image_processor() -> Config:
-    """Build preprocessor_config.json with CLIP's values, as in openai/clip and the published Wan folders."""
+def make_image_processor(size: int = 224) -> Config:
+    """Build preprocessor_config.json with CLIP's values, as in openai/clip and the published Wan folders. They are
+    transformers' defaults too."""
     return {
-        "crop_size": {"height": 224, "width": 224},
+        "crop_size": {"height": size, "width": size},
         "do_center_crop": True,
         "do_convert_rgb": True,
         "do_normalize": True,
@@ -188,5 +189,5 @@ def make_image_processor() -> Config:
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "resample": 3,
         "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": 224},
+        "size": {"shortest_edge": size},
     }

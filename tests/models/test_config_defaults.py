@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
+import warnings
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -11,6 +14,8 @@ import pytest
 import transformers
 
 from fastvid.errors import CheckpointError, FastvidWarning
+from fastvid.loaders.checkpoint import _check_image_processor
+from fastvid.loaders.layouts import make_image_processor
 from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.description import flat_config
@@ -112,3 +117,23 @@ def test_keys_of_the_original_repositories_with_an_effect(key: str, value: Any) 
 def test_what_a_vae_does_not_know_is_said() -> None:
     with pytest.warns(FastvidWarning, match="scaling_factor"):
         WanVAEConfig.from_dict({"scaling_factor": 0.18215})
+
+
+def test_pictures_are_prepared_by_transformers_defaults(tmp_path: Path) -> None:
+    """An image_processor that says anything else is told of; what it leaves out is not."""
+    theirs = transformers.CLIPImageProcessor().to_dict()
+    ours = make_image_processor()
+    assert {key: plain(theirs[key]) for key in ours} == {key: plain(value) for key, value in ours.items()}
+    path = tmp_path / "image_processor/preprocessor_config.json"
+    path.parent.mkdir()
+    encoder = CLIPVisionConfig(image_size=28)
+    odd: dict[str, Any]
+    for odd in ({"do_center_crop": False}, {"size": {"height": 28, "width": 28}}, {"image_mean": [0.5, 0.5, 0.5]}):
+        path.write_text(json.dumps(odd))
+        with pytest.warns(FastvidWarning, match=next(iter(odd))):
+            _check_image_processor(tmp_path, encoder)
+    for same in ({}, make_image_processor(28), {"size": 28, "crop_size": 28}, {"do_resize": None}):
+        path.write_text(json.dumps(same))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _check_image_processor(tmp_path, encoder)
