@@ -18,6 +18,7 @@ from fastvid.layers.kv_cache import CacheState
 from fastvid.requests.arguments import RUN, VERBS
 from fastvid.requests.request import DATA
 
+ENTRIES = {"format", "verb", "arguments", "recipe", "model", "layout"}  # of request.json
 MOST = 2**31  # of counts: rows, segments, files
 MAX_DEPTH, MAX_LAYERS = 12, 1000
 
@@ -66,13 +67,13 @@ def get_about(path: Any) -> dict[str, Any]:
 
 def _check_about(about: dict[str, Any]) -> None:
     _check_json(about, MAX_DEPTH)
-    verb, arguments = about.get("verb"), about.get("arguments")
-    _check(isinstance(verb, str) and verb in VERBS, "verb", verb)
+    _check(set(about) <= ENTRIES, "an entry", sorted(set(about) - ENTRIES)[:1])
+    _check(isinstance(about.get("verb"), str) and about["verb"] in VERBS, "verb", about.get("verb"))
     for name in ("arguments", "recipe", "model"):
         _check(isinstance(about.get(name), dict), name, about.get(name))
     _check(isinstance(about.get("layout"), str | None), "layout", about.get("layout"))
-    for name, value in arguments.items():
-        _check(name in VERBS[verb] and name not in RUN, f"arguments: {name!r:.40}", value)
+    for name, value in about["arguments"].items():
+        _check(name in VERBS[about["verb"]] and name not in RUN, f"arguments: {name!r:.40}", value)
         if name in DATA:
             _check_reference(name, value, 2)
 

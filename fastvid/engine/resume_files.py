@@ -89,6 +89,10 @@ def check_outside(folder: Path, output: str | os.PathLike[str] | None) -> None:
     if output is None:
         return
     place = Path(os.path.realpath(output))
+    if place in folder.parents:
+        raise InvalidRequest(
+            f"{folder} is in {output}, the folder of the video's frames; give the checkpoint another place"
+        )
     if place == folder or folder in place.parents:
         raise InvalidRequest(
             f"{output} is in {folder}, which is the checkpoint's and is removed with it; give the video another place, "
@@ -107,11 +111,9 @@ def remove(folder: Path, more: Iterable[str] = ()) -> None:
     A folder without other files is renamed first, so that nobody finds half of one.
     """
     names = owned(folder, more)
-    with _errors(folder):
+    with contextlib.suppress(OSError):  # a place where folders cannot be renamed
         if not set(os.listdir(folder)) - names:
-            renamed = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL}")
-            folder.rename(renamed)
-            folder = renamed
+            folder = folder.rename(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL}"))
     for name in sorted(names, key=lambda name: (name.startswith(LIST), name != "request.json")):  # the list last
         discard(folder, name)
     with contextlib.suppress(OSError):

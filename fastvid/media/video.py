@@ -76,7 +76,7 @@ class Video:
         `overwrite`, which writes to where the link leads. Raises InvalidRequest if this kind of file can't hold the
         video, MediaError if it can't be written. On an error, no new file is created and an existing one is unchanged.
         """
-        shape = {"width": self.width, "height": self.height, "fps": self.fps}
+        shape: dict[str, Any] = {"width": self.width, "height": self.height, "fps": self.fps}
         guard: dict[str, Any] = {"overwrite": flag("overwrite", overwrite), "inputs": self.inputs}
         check_writable(path, num_frames=self.num_frames, **shape, **guard)
         sound = None if self.audio is None else track_of(self.audio, self.seconds)

@@ -41,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("pipe")
         ("-o o.mp4 --checkpoint precious.d", "precious.d is there already and is no empty folder; give a new name"),
         ("-o job/o.mp4 --checkpoint job", "job/o.mp4 is in .*job, which is the checkpoint's .*such as .*o.mp4"),
         ("-o job/ --checkpoint job", "job/ is in .*job, which"),
+        ("-o job/ --checkpoint job/ckpt", "job/ckpt is in job/, the folder of the video's frames"),
     ],
 )  # fmt: skip
 def test_names_that_say_nothing_sure_are_refused(capsys, pipe: FakePipe, words: str, match: str) -> None:

@@ -272,8 +272,8 @@ def test_another_model_or_request_is_refused_by_name(pipes, folder, kept, tmp_pa
 
     refused("image is missing.*give image= again", image=None)
     refused(r"another request: image \(sha256 \w+ then, sha256 \w+ now\)", image=clip(1, seed=1)[0])
-    refused("resume does not take 'seed'", seed=4)
-    refused("resume does not take 'prompt'", prompt="a blue square")
+    refused(r"another request: seed \(3 then, 4 now\)", seed=4)
+    refused("another request: prompt", prompt="a blue square")
     refused("last_image was not given", last_image=image)
     refused(r"other recipe of the model", pipe=pipes[0])
     half = fastvid.load(str(folder), device="cpu", dtype="bfloat16")

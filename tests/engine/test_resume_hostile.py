@@ -186,6 +186,20 @@ def test_a_sparse_giant_is_refused_before_it_is_read(pipes, job):
         assert refuses(lambda: run(pipes["chained"].resume(job)), fastvid.CheckpointError)
 
 
+@pytest.mark.parametrize("name", ["request.json", "head.json"])
+@pytest.mark.parametrize("value", ["x" * 2**22, "\N{GRINNING FACE}" * 2**20 + "x", [[]] * 199_000, ["x"] * 199_000])
+def test_large_json_takes_little(pipes, job, name, value):
+    rewrite(job, name, more=value)
+    with peak(64):
+        assert refuses(lambda: run(pipes["chained"].resume(job)), fastvid.CheckpointError)
+
+
+def test_a_folder_that_cannot_be_renamed_is_emptied(pipes, job, wanted, monkeypatch):
+    monkeypatch.setattr(Path, "rename", lambda *_: os.listdir("/nowhere"))
+    assert same(run(pipes["chained"].resume(job)), wanted["chained"])
+    assert not job.exists()
+
+
 def test_texts_that_do_not_fit_are_refused_before_anything_is_made(pipes, tmp_path, monkeypatch):
     monkeypatch.setattr(resume_files, "MAX_JSON", 3000)
     with pytest.raises(fastvid.InvalidRequest, match="a checkpoint holds at most 2,000; leave checkpoint out"):
