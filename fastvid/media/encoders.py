@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastvid import notices
 from fastvid.errors import MediaError
 from fastvid.media.sound import SoundWriter, Track, sound_encoder
 
@@ -219,7 +220,13 @@ class EncodedWriter:
             return self._stage
         final = self._stage.with_name(self._stage.name + "2")
         final.touch(exist_ok=False)  # FFmpeg would write through a link
-        _remux(self._encoding, self._stage, final, self._spec, recipe, self._sound)
+        try:
+            _remux(self._encoding, self._stage, final, self._spec, recipe, self._sound)
+        except Exception as error:
+            if self._sound is None:
+                raise
+            notices.warn(f"the clip's sound cannot be written and is left out: {error}")
+            _remux(self._encoding, self._stage, final, self._spec, recipe, None)  # raises again if it is not the sound
         return final
 
     def discard(self) -> None:

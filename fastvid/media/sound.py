@@ -43,6 +43,8 @@ class Sound:
         samples: Any = self.samples
         if not isinstance(samples, np.ndarray) or samples.dtype != np.float32 or samples.shape[1:] not in ((1,), (2,)):
             raise InvalidRequest(f"samples={shown(samples)}: allowed are float32 numbers [N, 1 or 2]")
+        if not np.isfinite(samples).all():
+            raise InvalidRequest("samples holds NaN or infinity; all must be finite")
         if not MIN_RATE <= self.rate <= MAX_RATE:
             raise InvalidRequest(f"rate={self.rate}: allowed are {MIN_RATE} to {MAX_RATE} samples a second")
 
@@ -260,7 +262,7 @@ def _decoded(source: SoundFile, begin: float) -> Iterator[np.ndarray]:
             yield from _silence(at - done, source.channels)
             done = max(done, at)
             for piece in samples:
-                fresh = piece[max(0, done - at) :]
+                fresh = np.nan_to_num(piece[max(0, done - at) :], nan=0, posinf=0, neginf=0)  # in a damaged file
                 at += len(piece)
                 done += len(fresh)
                 yield fresh

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mutations import damaged, fuzz, refuses, seeds
 
 import fastvid
 from fastvid.cli.commands import main
-from fastvid.errors import InvalidRequest
+from fastvid.errors import InvalidRequest, MediaError
 from fastvid.media.clip import open_clip
 from fastvid.media.sound import PIECE, Sound, Span, Track, track_of
 from fastvid.media.writer import BackgroundWriter, FrameSink
@@ -206,6 +207,7 @@ def test_sound_in_memory_is_checked() -> None:
         (np.zeros((5, 1)), RATE, "float32 numbers"),
         (np.zeros((5, 3), np.float32), RATE, "1 or 2"),
         ([[0.5]], RATE, "1 or 2"),
+        (np.full((5, 1), np.nan, np.float32), RATE, "NaN"),
         (np.zeros((5, 1), np.float32), 10, "rate=10"),
     ):
         with pytest.raises(InvalidRequest, match=says):
@@ -267,6 +269,42 @@ def test_a_stream_reads_sound_from_the_file_when_it_is_closed() -> None:
             sink.write(np.zeros((24, 64, 64, 3), np.uint8))
 
     assert "in.mp4" in told(gone)[1] and onsets(*heard("out.mp4")) == []
+
+
+def test_frames_are_not_lost_with_sound_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = np.zeros((8, 64, 64, 3), np.uint8)
+    video = fastvid.Video(frames, 16.0, 0, audio=Sound(beeps(0.5, ()), RATE))
+
+    def fails(*_: Any) -> None:
+        raise ValueError("no such rate")
+
+    monkeypatch.setattr("fastvid.media.sound.SoundWriter.finish", fails)
+    assert "cannot be written and is left out: no such rate" in told(lambda: video.save("out.mp4"))[1]
+    assert open_clip("out.mp4").num_frames == 8 and open_clip("out.mp4").audio() is None
+
+
+@fuzz(3000, 60)
+def test_damaged_sound_is_read_or_refused(count: int) -> None:
+    """As long as the frames, finite, or no sound at all; and it can be written."""
+    films = [("a.mp4", "libx264", "aac"), ("b.mkv", "libx264", "flac"), ("c.webm", "libvpx-vp9", "libopus")]
+    films += [("d.ts", "libx264", "aac"), ("e.avi", "mpeg4", "pcm_s16le"), ("f.mkv", "libx264", "libmp3lame")]
+    whole = []
+    for name, *codecs in films:
+        rate = 48000 if "libopus" in codecs else RATE
+        film(name, beeps(0.5, (0.25,), rate, 2), count=8, codecs=(codecs[0], codecs[1]), rate=rate)
+        whole.append(Path(name).read_bytes())
+
+    def read() -> None:
+        clip = open_clip("damaged")
+        sound = clip.audio()
+        if sound is not None:
+            assert abs(sound.seconds - clip.num_frames / (clip.fps or 0)) < 0.01 and np.isfinite(sound.samples).all()
+
+    for random in seeds("sound", count):
+        Path("damaged").write_bytes(damaged(random.choice(whole), random))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fastvid.FastvidWarning)
+            refuses(read, MediaError, InvalidRequest, seconds=2)
 
 
 # ---------------------------------------------------------------- verbs
