@@ -12,6 +12,7 @@ width. If several fit, the most exact is taken, with a warning; of different fil
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -54,6 +55,9 @@ PART_FOLDERS = {
     "image_encoder": ("clip_vision", "image_encoder"),
 }
 DEPTH = 2  # levels of subfolders to search
+# Wan 2.2's T2V of 14B is two experts, unless somebody has made one of them.
+TWO_EXPERTS = re.compile(r"wan[\W_]?2[\W_]?2|a14b", re.IGNORECASE)
+ONE_OF_TWO = re.compile(r"aio|all[\W_]?in[\W_]?one|merged?", re.IGNORECASE)
 DOUBTFUL = "doubtful"  # a name that may say which expert a file is, or something else
 
 
@@ -144,9 +148,10 @@ def _noise_of(file: Path, identity: Identity) -> str:
     if identity.family == "wan2.1" and identity.task != "vace" and identity.size != CUSTOM or identity.task == "ti2v":
         return ""  # published with one transformer alone
     mark = expert_of(file, [one for group in _neighbors(file) for one in group])
-    if mark.sure:
+    if mark.sure and mark.expert:
         return mark.expert
-    return DOUBTFUL if (identity.family, identity.size) == ("wan", "14B") else ""
+    doubtful = not mark.sure or (TWO_EXPERTS.search(file.name) and not ONE_OF_TWO.search(file.name))
+    return DOUBTFUL if doubtful and (identity.family, identity.size) == ("wan", "14B") else ""
 
 
 def _is_same(source: Path | None, file: Path) -> bool:

@@ -352,10 +352,10 @@ def test_files_that_are_no_transformer(published: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"vea": "x"}, "parts: 'vea' is not known; allowed is transformer, .*; nearest: vae"),
+        ({"vea": "x"}, "parts='vea': allowed is one of transformer, .*; the nearest is vae"),
         ({"vae": "nowhere.safetensors"}, "parts: vae: nowhere.safetensors does not exist"),
-        ({"vae": 3}, "parts: vae is 3; a file or a folder is expected"),
-        (["vae"], "names and paths are expected"),
+        ({"vae": 3}, "parts: vae=3: allowed is .* a folder, a file"),
+        (["vae"], "allowed is names and paths"),
     ],
 )
 def test_wrong_parts(published: Path, parts: Any, message: str) -> None:

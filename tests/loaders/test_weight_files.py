@@ -221,6 +221,10 @@ def test_a_doubtful_14b(tmp_path: Path) -> None:
         "",
     ]
     assert noise("jump_high.safetensors", size="custom") == ""
+    for name in ("wan2.2_t2v_14B", "Wan22-T2V", "T2V-A14B"):
+        assert noise(f"{name}.safetensors") == "doubtful", "which of the two?"
+    for name in ("wan2.1_t2v_14B", "wan2.2-rapid-aio", "wan22_merge"):
+        assert noise(f"{name}.safetensors") == "", "one transformer"
     assert noise("x_high_noise.safetensors", "wan2.1", "1.3B") == "", "published with one transformer alone"
     assert noise("x_high_noise.safetensors", "wan2.2", "5B", "ti2v") == ""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Encoding, Tokenizer
+from tokenizers.models import Unigram
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
@@ -95,6 +96,8 @@ class TextTokenizer:
     @property
     def largest_id(self) -> int:
         """Of all tokens, also those that were added."""
+        if isinstance(self.inner.model, Unigram):  # ids without gaps; UMT5's 256,300 tokens would take long to list
+            return self.inner.get_vocab_size(with_added_tokens=True) - 1
         return max(self.inner.get_vocab(with_added_tokens=True).values(), default=0)
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
