@@ -57,6 +57,22 @@ def shot(text: str) -> tuple[str, int | float]:
     return prompt, number(seconds)
 
 
+def part(text: str) -> tuple[str, str]:
+    """Parses NAME=PATH."""
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not NAME=PATH, such as vae=wan_2.1_vae.safetensors")
+    return name, path
+
+
+def size_in_bytes(text: str) -> int:
+    """Parses a GPU's memory such as 24GB, 16.5GiB or 80, in units of 2^30 bytes, as GPUs are labeled."""
+    value = number(text.upper().removesuffix("B").removesuffix("I").removesuffix("G").strip())
+    if not 0 < value < 2**20:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no size of a card's memory such as 24GB")
+    return int(value * 2**30)
+
+
 # ---------------------------------------------------------------- the flags
 
 PARSED: Mapping[str, Mapping[str, Any]] = {

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from fastvid.checks import near_name
 from fastvid.cli import flags as cli_flags
-from fastvid.cli.flags import FLAGS, SAMPLING, flags_of, has_prompt, number, usage_of, verbs_with, words_of
+from fastvid.cli.flags import FLAGS, SAMPLING, flags_of, has_prompt, part, size_in_bytes, usage_of, verbs_with, words_of
 from fastvid.errors import InvalidRequest
 from fastvid.requests.arguments import ALIASES, CHECKPOINT, VERBS
 from fastvid.requests.request import PROMPT_OF_CLIP
@@ -110,22 +110,6 @@ def _is_number(text: str) -> bool:
         return bool(text) and isinstance(float(text), float)
     except ValueError:
         return False
-
-
-def part(text: str) -> tuple[str, str]:
-    """Parses NAME=PATH."""
-    name, equals, path = text.partition("=")
-    if not equals or not name or not path:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not NAME=PATH, such as vae=wan_2.1_vae.safetensors")
-    return name, path
-
-
-def size_in_bytes(text: str) -> int:
-    """Parses a GPU's memory such as 24GB, 16.5GiB or 80, in units of 2^30 bytes, as GPUs are labeled."""
-    value = number(text.upper().removesuffix("B").removesuffix("I").removesuffix("G").strip())
-    if not 0 < value < 2**20:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is no size of a card's memory such as 24GB")
-    return int(value * 2**30)
 
 
 def build() -> dict[str, Parser]:
