@@ -33,6 +33,7 @@ def doctor(device: str | None = None) -> dict[str, Any]:
         "fastvid": lambda: {"version": __version__, "folder": str(Path(__file__).parents[1])},
         "python": lambda: {"version": platform.python_version(), "executable": sys.executable},
         "host": _host,
+        "threads": _threads,
         "disk": _disk,
         "packages": lambda: {name: _version(name) for name in PACKAGES},
         "cuda": _cuda,
@@ -68,6 +69,18 @@ def _host() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(min(pages, _memory_limit() or pages) / GIB, 1),
+    }
+
+
+def _threads() -> dict[str, Any]:
+    import torch
+
+    said = ", ".join(f"{name}={os.environ[name]}" for name in env.WAITING if os.environ.get(name))
+    return {
+        "available_cores": env.available_cores(),
+        "torch": torch.get_num_threads(),
+        "idle_threads": said or "spin on their cores",
+        "in_your_program": "set OMP_WAIT_POLICY=PASSIVE before torch is imported, if others need its cores",
     }
 
 
