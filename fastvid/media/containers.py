@@ -258,6 +258,22 @@ class _Cursor:
     def skip(self, count: int) -> None:
         self._at += count
 
+    def sub_blocks(self, most: int) -> int:
+        """Skip a chain of a .gif's sub-blocks; returns their number, which stops above `most`."""
+        count, size = 0, 1
+        while size > 0 and count <= most:
+            data, at = self._data, self._at
+            while at < len(data) and size and count <= most:  # calls of `byte` would take several times as long
+                size = data[at]
+                at += 1 + size
+                count += 1
+            self._at = at
+            if size and count <= most:
+                size = self.byte()
+                self._at += max(0, size)
+                count += 1
+        return count
+
 
 def check_sub_blocks(file: BinaryIO, name: str) -> None:
     """Raise MediaError for too many sub-blocks or pictures in a .gif (GIF89a, 15 to 27)."""
@@ -274,11 +290,9 @@ def check_sub_blocks(file: BinaryIO, name: str) -> None:
             flags = max(0, cursor.byte())
             cursor.skip(3 << (flags & 7) + 1 if flags & 0x80 else 0)
         cursor.skip(1)
-        while (size := cursor.byte()) > 0:
-            cursor.skip(size)
-            blocks += 1
-            if blocks > most:
-                raise refuse_many(name, most, "sub-blocks")
+        blocks += cursor.sub_blocks(most)
+        if blocks > most:
+            raise refuse_many(name, most, "sub-blocks")
         if pictures > MAX_ANIMATION:
             raise refuse_many(name, MAX_ANIMATION, "frames")
 

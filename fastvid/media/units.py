@@ -31,8 +31,23 @@ def _pattern(*pictures: bytes) -> re.Pattern[bytes]:
 
 UNITS = {"h264": _pattern(H264), "hevc": _pattern(HEVC), "": _pattern(H264, HEVC, OTHERS)}
 KINDS = {"h264": "h264", "hevc": "hevc", "mpegts": "", "mpeg": ""}  # format -> key of UNITS, from the first byte on
-MARKED = re.compile(rb"(?i)h264|x264|avc1|davc|hevc|h265|hvc1|ISO/AVC|ISO/HEVC")
-MARKED_AV1 = re.compile(rb"(?i)av01|V_AV1")
+MARKS = (
+    b"H264",
+    b"h264",
+    b"X264",
+    b"x264",
+    b"AVC1",
+    b"avc1",
+    b"DAVC",
+    b"HEVC",
+    b"hevc",
+    b"H265",
+    b"h265",
+    b"hvc1",
+    b"/AVC",
+)
+MARKS_AV1 = (b"AV01", b"av01", b"V_AV1")
+FRAMED = ("avi", "asf", "matroska", "flv", "mov", "ivf")  # formats that state the codec, and frame its pictures
 PERIODS, SAMPLE, STRIDE, MAX_PERIODIC = (2, 3, 4, 5), 256, 1024, 16
 
 
@@ -93,10 +108,13 @@ class GuardedFile:
             self._units, self._most = (UNITS[starts[0]] if starts else None), MAX_UNITS
 
     def _look_for_codec(self, data: bytes) -> None:
-        marked = self._kind == "flv" or self._kind in ("avi", "asf", "matroska") and MARKED.search(data)
-        if self._units is None and marked:
-            self._units, self._most = UNITS[""], MAX_UNITS if self._kind in ("avi", "asf") else MAX_OPENING
-        self._av1 = self._av1 or MARKED_AV1.search(data) is not None
+        if self._kind not in FRAMED:
+            return
+        self._av1 = self._av1 or any(mark in data for mark in MARKS_AV1)
+        if self._units is None and self._kind not in ("mov", "ivf"):
+            marked = self._kind == "flv" or any(mark in data for mark in MARKS)
+            self._units = UNITS[""] if marked else None
+            self._most = MAX_UNITS if self._kind in ("avi", "asf") else MAX_OPENING
 
     def _count_units(self, data: bytes) -> None:
         data, run = self._tail + data, self._run
