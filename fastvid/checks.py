@@ -31,7 +31,7 @@ MAX_PICTURES = 1000  # reference pictures, LoRAs, control layers
 MAX_SEED = 2**63 - 1
 MIN_FPS, MAX_FPS = 0.1, 240.0
 MAX_PROMPT = 100_000  # characters
-MAX_PATH = 4095  # bytes
+MAX_PATH, MAX_NAME = 4095, 255  # of a path and of a name in it: characters, bytes
 SOLVERS = ("unipc", "euler", "dpm++", "redraw")
 SCHEDULES = ("windows", "staggered")
 BUDGETS = {"240p": (416, 240), "360p": (640, 360), "480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1080)}
@@ -241,10 +241,10 @@ def path(name: str, value: Any) -> str:
     if len(plain) > MAX_PATH:
         refuse(name, plain, f"{_PATHS}, of at most {MAX_PATH} characters")
     try:
-        os.fsencode(plain)
+        longest = max(map(len, os.fsencode(plain).split(os.fsencode(os.sep))))
     except UnicodeEncodeError as error:
         refuse(name, plain, f"valid Unicode (character {error.start} is half of a surrogate pair)")
-    return plain
+    return plain if longest <= MAX_NAME else refuse(name, plain, f"{_PATHS}, each part of at most {MAX_NAME} bytes")
 
 
 def is_path(value: Any) -> bool:

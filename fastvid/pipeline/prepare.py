@@ -151,7 +151,8 @@ def sigmas_of(request: Resolved) -> np.ndarray:
 
 def _with_tensors(model: Model, request: Resolved, timeline: Timeline) -> Resolved:
     """The request with its noise and embeddings as tensors. Raises InvalidRequest for those that do not fit it."""
-    config, segments, given = model.transformer.config, timeline.segments, {}
+    config, segments = model.transformer.config, timeline.segments
+    given: dict[str, Any] = {}
     if request.latents is not None:
         if len(segments) > 1:
             raise InvalidRequest(

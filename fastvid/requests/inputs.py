@@ -12,7 +12,7 @@ import numpy as np
 
 from fastvid import notices
 from fastvid.checks import MAX_SIDE, MIN_SIDE, is_array, is_pillow
-from fastvid.errors import InvalidRequest, MediaError
+from fastvid.errors import InvalidRequest, MediaError, OutOfMemory
 from fastvid.media.arrays import as_array, in_order, is_signed, layout_of, to_uint8
 from fastvid.media.clip import Clip, center_crop, open_clip, open_picture
 from fastvid.media.metadata import read_recipe
@@ -32,6 +32,15 @@ def read(request: Request) -> Request:
 
     Raises MediaError for a file that cannot be read, InvalidRequest for something that is not a picture or clip.
     """
+    try:
+        return _read(request)
+    except OutOfMemory:
+        raise
+    except MemoryError as error:  # numpy's, of an array that takes no memory until it is copied
+        raise OutOfMemory(f"the request's pictures and clips: {error!s:.100}; give smaller ones, or files") from None
+
+
+def _read(request: Request) -> Request:
     if request.verb in CLIPS:
         return _with_clips(request)
     values: dict[str, Any] = _read_control(request)

@@ -222,6 +222,8 @@ class Pool:
         self.groups, self.retries = GROUPS("groups", groups), RETRIES("retries", retries)
         self.waiting = WAITING("waiting", WAITING_PER_GROUP * self.groups if waiting is None else waiting)
         cpus, gpus = DEVICES("cpus", cpus), None if gpus is None else DEVICES("gpus", gpus)
+        if gpus is not None and gpus > 1 and gpus != round(gpus):
+            checks.refuse("gpus", gpus, "a part of one GPU, or a whole number", round(gpus))
         folder = None if folder is None else checks.path("folder", folder)
         options = load_arguments.checked({"model": model, "parallel": parallel, **options})
         model, ranks = options.pop("model"), parse_parallel(options["parallel"]).ranks or 1
@@ -234,7 +236,10 @@ class Pool:
             self._temporary = tempfile.TemporaryDirectory(prefix="fastvid-jobs-")
             folder = self._temporary.name
         self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidRequest(f"folder={checks.shown(folder)}: {error.strerror or error}") from None
         actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_concurrency=8)(Group)
         self._start: Callable[[], Any] = lambda: actor.remote(model, *message)
         self._queue: collections.deque[Job] = collections.deque()
