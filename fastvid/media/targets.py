@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvid import checks
 from fastvid.errors import InvalidRequest, MediaError
 from fastvid.media.encoders import ENCODINGS, find_encoder
 from fastvid.media.files import media_errors
@@ -120,9 +121,7 @@ def check_writable(
 
 
 def _parse_target(path: PathLike, overwrite: bool) -> Target:
-    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise InvalidRequest(f"the output must be a path such as out.mp4, not {path!r:.60}")
+    text = checks.path("path", path)
     if text == "-":
         raise InvalidRequest("- is standard output on the command line alone; give a name such as out.mp4")
     with media_errors(path):

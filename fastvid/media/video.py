@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvid import checks
 from fastvid.checks import MAX_SEED, flag, guarded, number, refuse, whole
 from fastvid.errors import InvalidRequest
 from fastvid.media.files import MAX_INPUT_FPS, MIN_INPUT_FPS
@@ -76,6 +77,7 @@ class Video:
         `overwrite`, which writes to where the link leads. Raises InvalidRequest if this kind of file can't hold the
         video, MediaError if it can't be written. On an error, no new file is created and an existing one is unchanged.
         """
+        path = checks.path("path", path)
         shape: dict[str, Any] = {"width": self.width, "height": self.height, "fps": self.fps}
         guard: dict[str, Any] = {"overwrite": flag("overwrite", overwrite), "inputs": self.inputs}
         check_writable(path, num_frames=self.num_frames, **shape, **guard)

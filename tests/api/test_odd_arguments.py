@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import fuzz, peak, refuses, status, untouched
+from mutations import fuzz, refuses, status, untouched
 from odd_values import ODD, Drawn, values
 
 import fastvid
@@ -229,7 +229,7 @@ def attempt(call: Call, value: Any, seconds: float = FILES) -> bool:
 
 
 @contextlib.contextmanager
-def no_spike(mib: float) -> Iterator[None]:
+def no_spike(mib: float, what: str) -> Iterator[None]:
     """Fail if memory is at its highest inside, and by more than this above what was held. hypothesis itself keeps more
     and more, so that `peak` is no measure of many calls."""
     if not sys.platform.startswith("linux"):
@@ -238,7 +238,7 @@ def no_spike(mib: float) -> Iterator[None]:
     held, highest = status("VmRSS"), status("VmHWM")
     yield
     reached = status("VmHWM")
-    assert reached == highest or reached - held <= mib * 1024, f"memory grew by {(reached - held) // 1024} MiB"
+    assert reached == highest or reached - held <= mib * 1024, f"{what}: {(reached - held) >> 10} MiB"
 
 
 def _took(act: Callable[[], None]) -> float:
@@ -268,9 +268,9 @@ def test_every_argument_of_clips_load_and_pools_takes_or_refuses(call: str) -> N
 def test_every_call_of_a_pipeline_with_every_value(calls: dict[str, Call]) -> None:
     names = [name for name in calls if name not in MAKE | CLIPS | LOAD | POOL]
     read = [name for name in names if not name.startswith("plan ") or name.split()[-1] in GivenAgain.__annotations__]
-    with peak(64):
-        for name in read:
-            for make in ODD.values():
+    for name in read:
+        for odd, make in ODD.items():
+            with no_spike(64, f"{name}: {odd}"):
                 attempt(calls[name], make())
 
 
@@ -282,7 +282,7 @@ def test_calls_with_values_of_any_type(calls: dict[str, Call], tmp_path: Path, c
     @settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
     @given(call=st.sampled_from(sorted(calls)), value=values())
     def run(call: str, value: Drawn) -> None:
-        with no_spike(64):
+        with no_spike(64, f"{call}: {value}"):
             seen.add(attempt(calls[call], value.make()))
 
     with untouched(folder.parent, folder):

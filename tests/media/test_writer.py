@@ -221,7 +221,7 @@ def test_unknown_kinds_are_told_the_nearest(name: str, nearest: str) -> None:
 
 @pytest.mark.parametrize("path", ["", "a\0.mp4", None, 3, b"a.mp4"])
 def test_what_is_no_path_is_refused(path: Any) -> None:
-    with pytest.raises(InvalidRequest, match="must be a path"):
+    with pytest.raises(InvalidRequest, match="the name of a file or folder"):
         check_writable(path)
 
 
