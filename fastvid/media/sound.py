@@ -255,7 +255,7 @@ def _decoded(source: SoundFile, begin: float) -> Iterator[np.ndarray]:
                 resampler = av.AudioResampler("fltp", layout, source.rate)
             assert resampler is not None
             samples = [part.to_ndarray().T for part in resampler.resample(frame)]
-            if frame.pts is not None:
+            if frame.pts is not None and frame.time_base:
                 stated = round((float(frame.pts * frame.time_base) - source.start - begin) * source.rate)
                 at = stated if at is None or abs(stated - at) > GAP * source.rate else at
             at = at or 0
