@@ -250,7 +250,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
 def test_a_model_as_large_as_the_published_ones(tmp_path: Path) -> None:
     """256,000 pieces in 5 MB, and a tokenizer.json of 20 MB."""
     random = Random(0)
-    words = {"".join(random.choices("abcdefghijklmnop", k=random.randint(2, 12))) for _ in range(300_000)}
+    words = {"".join(random.choices("abcdefghijklmnop", k=random.randint(5, 12))) for _ in range(300_000)}
     pieces = [piece(word, -random.random() * 20) for word in sorted(words)[:256_000]]
     tokenizer = read_spiece(BASE + piece("▁") + b"".join(pieces) + field(3, field(2, TABLE)), "spiece.model")
     assert tokenizer.get_vocab_size() == 256_004
