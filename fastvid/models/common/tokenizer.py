@@ -168,8 +168,8 @@ def _read_tokenizer(path: Path, text_length: int, truncation_side: object) -> To
 def _pad_id(inner: Tokenizer, pad_token: object, path: Path) -> int:
     # A token is a string, or in older files an object that describes one.
     content = pad_token.get("content") if isinstance(pad_token, dict) else pad_token
-    whole = isinstance(content, str) and not any("\ud800" <= letter <= "\udfff" for letter in content)
-    pad_id = inner.token_to_id(content) if whole else None
+    is_text = isinstance(content, str) and not any("\ud800" <= letter <= "\udfff" for letter in content)
+    pad_id = inner.token_to_id(str(content)) if is_text else None
     if pad_id is None:
         raise CheckpointError(f"{path} has no token {content!r:.80}, which tokenizer_config.json names as pad_token")
     return pad_id
