@@ -283,7 +283,7 @@ def test_what_is_wrong_with_training_checkpoints(
         convert(training, tmp_path / "x", key="ema", base=published)
     with pytest.raises(CheckpointError, match=r"no part of a Wan model"):
         convert(training, tmp_path / "x.safetensors", key="critic")
-    with pytest.raises(CheckpointError, match="should hold a transformer, but it is a vae"):
+    with pytest.raises(CheckpointError, match="is of a AutoencoderKLWan; transformer has to be a Wan"):
         convert(published / "vae", tmp_path / "x", base=published)
     with pytest.raises(InvalidRequest, match="base .*vae is no folder of a whole model"):
         convert(training, tmp_path / "x", base=published / "vae")
