@@ -44,7 +44,6 @@ SWITCHES = (
 )
 ATTENTION_KERNELS = ("flash", "mem_efficient", "math", "cudnn")
 DEVICE_TYPES = ("cpu", "cuda")
-NUMPY_ERRORS = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}  # numpy's defaults
 
 Undo = Callable[[], None]
 P = ParamSpec("P")
@@ -111,7 +110,7 @@ def _own_switches() -> list[Undo]:
             set_to(wanted)
 
     for owner, name, wanted in SWITCHES:
-        change(lambda value, owner=owner, name=name: setattr(owner, name, value), getattr(owner, name), wanted)
+        change(functools.partial(setattr, owner, name), getattr(owner, name), wanted)
     for kind in ATTENTION_KERNELS:
         change(getattr(_CUDA, f"enable_{kind}_sdp"), getattr(_CUDA, f"{kind}_sdp_enabled")(), True)
     change(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode(), 0)
@@ -168,7 +167,7 @@ def _enter_all(entered: ExitStack) -> None:
     """Leaves every mode of this thread, and sets the process's."""
     _PROCESS.enter()
     entered.callback(_PROCESS.leave)
-    entered.enter_context(np.errstate(call=None, **NUMPY_ERRORS))
+    entered.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))  # numpy's defaults
     if torch._C._functorch.peek_interpreter_stack() is not None:
         from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
