@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import message_sites
 import pytest
 
 from fastvid.cli import parser
@@ -117,3 +118,31 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 def test_files_that_the_architecture_names_exist() -> None:
     named = re.findall(r"`(fastvid/[\w/]+\.py)`", (ROOT / "ARCHITECTURE.md").read_text())
     assert len(named) >= 10 and [name for name in named if not (ROOT / name).is_file()] == []
+
+
+# ---------------------------------------------------------------- the page of messages
+
+MESSAGES = (ROOT / "docs" / "messages.md").read_text()
+ROWS = re.findall(r"^\| `(.+?)` \| (.+) \|$", MESSAGES, re.MULTILINE)
+SITES = list(message_sites.sites())
+
+
+def matches(row: str, site: message_sites.Site) -> bool:
+    """Whether a row such as `... does not exist; give ...` shows the message of a site."""
+    pieces = [re.escape(piece.strip()) for piece in row.split("...") if piece.strip()]
+    return re.search(".*?".join(pieces), site.text, re.DOTALL) is not None
+
+
+def test_every_message_is_on_the_page() -> None:
+    missing = [f"{site.place}: {site.text}" for site in SITES if not any(matches(row, site) for row, _ in ROWS)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("row", [row for row, _ in ROWS])
+def test_the_page_shows_no_message_that_is_gone(row: str) -> None:
+    assert sum(map(str.isalpha, row)) > 5 and any(matches(row, site) for site in SITES)
+
+
+def test_every_row_says_what_to_do() -> None:
+    assert len(ROWS) > 150 and len({row for row, _ in ROWS}) == len(ROWS)
+    assert all(len(what) > 8 for _, what in ROWS)
