@@ -26,17 +26,40 @@ class Site:
 
 
 def sites() -> Iterator[Site]:
-    """Every place that raises one of fastvid's errors with a text of its own, or warns."""
+    """Every place that makes one of fastvid's errors with a text of its own, or warns."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            call = node.exc if isinstance(node, ast.Raise) else node
-            if not isinstance(call, ast.Call):
-                continue
-            name = ast.unparse(call.func).rpartition(".")[2]
-            if (isinstance(node, ast.Raise) and name in ERRORS) or (isinstance(node, ast.Call) and name in CALLS):
-                text = GAP.join(map(_text, call.args))
+        module = ast.parse(path.read_text())
+        texts = dict(_texts(module))
+        for call in ast.walk(module):
+            if isinstance(call, ast.Call):
+                name = ast.unparse(call.func).rpartition(".")[2]
+                text = _message(name, call.args, texts) if name in ERRORS | CALLS else ""
                 if sum(map(str.isalpha, text)) > 3:
                     yield Site(f"{path.relative_to(PACKAGE)}:{call.lineno}", name, text)
+
+
+def _texts(module: ast.Module) -> Iterator[tuple[str, str]]:
+    """What the functions of a module return, and what its constants are: messages are put together there too."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.FunctionDef):
+            returned = [each.value for each in ast.walk(node) if isinstance(each, ast.Return) and each.value]
+            yield node.name, GAP.join(map(_text, returned))
+    for node in module.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            yield node.targets[0].id, _text(node.value)
+
+
+def _message(name: str, args: list[ast.expr], texts: dict[str, str]) -> str:
+    """The message that a call makes of its arguments; checks.refuse(name, value, allowed, nearest) frames them."""
+    parts = [_text(arg) if _text(arg) != GAP else texts.get(_name(arg), GAP) for arg in args]
+    if name != "refuse" or len(parts) not in (3, 4):
+        return GAP.join(parts)
+    return f"{parts[0]}={GAP}: allowed is {parts[2]}" + "".join(f"; the nearest is {part}" for part in parts[3:])
+
+
+def _name(node: ast.expr) -> str:
+    """The name that is called or read."""
+    return _name(node.func) if isinstance(node, ast.Call) else node.id if isinstance(node, ast.Name) else ""
 
 
 def _text(node: ast.expr) -> str:
