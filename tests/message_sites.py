@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,11 @@ PACKAGE = Path(__file__).parents[1] / "fastvid"
 GAP = "\0"
 """Stands in a message for what is filled in when it is raised."""
 ERRORS = {"Error", "InvalidRequest", "OutOfMemory", "CheckpointError", "BackendUnavailable", "MediaError"}
-ERRORS |= {"PromptError", "PoolFull", "WorkerFailed", "UsageError", "Refused", "HubError"}
+ERRORS |= {"PromptError", "PoolFull", "WorkerFailed", "UsageError", "Refused", "HubError", "ArgumentTypeError"}
 CALLS = {"warn", "refuse"}
 """Functions that warn, or raise one of these, with a message of their caller's."""
+NOTES = {"problems.append"}
+"""Calls that note why a model cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -25,51 +28,94 @@ class Site:
     text: str
 
 
+@dataclass(frozen=True)
+class Source:
+    """A module, and what stands for what in its messages."""
+
+    tree: ast.Module
+    known: Mapping[str, str]
+    """Its constants' and its own functions' texts, which messages quote."""
+    functions: Mapping[str, str]
+    """What each function of the package returns or yields."""
+    given: Mapping[str, ast.expr]
+    """What its names are, the last one of each."""
+
+    def message(self, name: str, args: list[ast.expr]) -> str:
+        """The message that a call makes of its arguments; checks.refuse(name, value, allowed, nearest) frames them."""
+        parts = [self.resolved(arg) for arg in args]
+        if name == "refuse" and len(parts) in (3, 4):
+            parts = [f"{parts[0]}={GAP}: allowed is {parts[2]}", *(f"; the nearest is {part}" for part in parts[3:])]
+        return re.sub(f"{GAP}+", GAP, ("" if name == "refuse" else GAP).join(parts))
+
+    def resolved(self, node: ast.expr, depth: int = 3) -> str:
+        """The text of an argument, or of what the names and calls in it stand for."""
+        if (text := _text(node, self.known)).strip(GAP) or not depth:
+            return text
+        names = [each.id for each in ast.walk(node) if isinstance(each, ast.Name)]
+        texts = (
+            self.resolved(self.given[name], depth - 1) if name in self.given else self.functions.get(name, "")
+            for name in names
+        )
+        return GAP.join(texts) or GAP
+
+
 def sites() -> Iterator[Site]:
-    """Every place that makes one of fastvid's errors with a text of its own, or warns."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        module = ast.parse(path.read_text())
-        texts = dict(_texts(module))
-        for call in ast.walk(module):
+    """Every place that makes one of fastvid's errors with a text of its own, or warns, or notes what a model lacks."""
+    for path, source in _sources().items():
+        for call in ast.walk(source.tree):
             if isinstance(call, ast.Call):
-                name = ast.unparse(call.func).rpartition(".")[2]
-                text = _message(name, call.args, texts) if name in ERRORS | CALLS else ""
+                called = ast.unparse(call.func)
+                name = called if called in NOTES else called.rpartition(".")[2]
+                text = source.message(name, call.args) if name in ERRORS | CALLS | NOTES else ""
                 if sum(map(str.isalpha, text)) > 3:
                     yield Site(f"{path.relative_to(PACKAGE)}:{call.lineno}", name, text)
 
 
-def _texts(module: ast.Module) -> Iterator[tuple[str, str]]:
-    """What the functions of a module return, and what its constants are: messages are put together there too."""
-    for node in ast.walk(module):
+def _sources() -> dict[Path, Source]:
+    trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    constants = {name: text for tree in trees.values() for name, text in _constants(tree)}
+    functions = {name: text for tree in trees.values() for name, text in _functions(tree, {})}
+    found = {}
+    for path, tree in trees.items():
+        own = constants | dict(_constants(tree))
+        for _ in range(2):  # functions quote functions
+            own |= {name: text for name, text in _functions(tree, own) if name.startswith("_")}
+        found[path] = Source(tree, own, functions, dict(_assigned(tree)))
+    return found
+
+
+def _constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
+            yield node.targets[0].id, _text(node.value, {})
+
+
+def _functions(tree: ast.Module, known: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What functions return or yield: messages are put together there too."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            returned = [each.value for each in ast.walk(node) if isinstance(each, ast.Return) and each.value]
-            yield node.name, GAP.join(map(_text, returned))
-    for node in module.body:
+            ends = [each for each in ast.walk(node) if isinstance(each, ast.Return | ast.Yield)]
+            yield node.name, GAP.join(_text(each.value, known) for each in ends if each.value)
+
+
+def _assigned(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            yield node.targets[0].id, _text(node.value)
+            yield node.targets[0].id, node.value
+        elif isinstance(node, ast.NamedExpr | ast.For | ast.comprehension) and isinstance(node.target, ast.Name):
+            yield node.target.id, node.value if isinstance(node, ast.NamedExpr) else node.iter
 
 
-def _message(name: str, args: list[ast.expr], texts: dict[str, str]) -> str:
-    """The message that a call makes of its arguments; checks.refuse(name, value, allowed, nearest) frames them."""
-    parts = [_text(arg) if _text(arg) != GAP else texts.get(_name(arg), GAP) for arg in args]
-    if name != "refuse" or len(parts) not in (3, 4):
-        return GAP.join(parts)
-    return f"{parts[0]}={GAP}: allowed is {parts[2]}" + "".join(f"; the nearest is {part}" for part in parts[3:])
-
-
-def _name(node: ast.expr) -> str:
-    """The name that is called or read."""
-    return _name(node.func) if isinstance(node, ast.Call) else node.id if isinstance(node, ast.Name) else ""
-
-
-def _text(node: ast.expr) -> str:
-    """The fixed parts of a text."""
+def _text(node: ast.expr, known: Mapping[str, str]) -> str:
+    """The fixed parts of a text, and of what it quotes."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
-        return "".join(_text(part) for part in node.values)
+        return "".join(_text(part, known) for part in node.values)
     if isinstance(node, ast.BinOp):
-        return _text(node.left) + _text(node.right)
+        return _text(node.left, known) + _text(node.right, known)
     if isinstance(node, ast.IfExp):
-        return _text(node.body) + GAP + _text(node.orelse)
-    return GAP
+        return _text(node.body, known) + GAP + _text(node.orelse, known)
+    named = node.value if isinstance(node, ast.FormattedValue) else node
+    named = named.func if isinstance(named, ast.Call) else named
+    return known.get(named.id, GAP) if isinstance(named, ast.Name) else GAP

@@ -102,7 +102,9 @@ def find_folder(model: str | Path, download: bool = False) -> Path:
     try:
         exists = Path(model).expanduser().exists()
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"model={str(model):.80}: {getattr(error, 'strerror', None) or error}") from None
+        raise CheckpointError(
+            f"model={str(model):.80} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if exists or isinstance(model, Path):
         return Path(model)
     if hub.is_hub_name(model):

@@ -105,9 +105,12 @@ def read_lora(
         groups = group_tensors(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{source.file} {error}") from None
-    if not 0 < len(groups) <= MAX_MODULES:
-        count = f"changes of {len(groups):,} modules; at most {MAX_MODULES:,} are read" if groups else "no LoRA weights"
-        raise CheckpointError(f"{source.file} holds {count}")
+    if not groups:
+        raise CheckpointError(f"{source.file} holds no LoRA weights")
+    if len(groups) > MAX_MODULES:
+        raise CheckpointError(
+            f"{source.file} holds changes of {len(groups):,} modules; at most {MAX_MODULES:,} are read"
+        )
     settings = read_settings(source.file, metadata)
     _warn_of_zeros(source.file, groups)
     return _split(source, scale, expert, groups, settings, metadata)

@@ -42,7 +42,9 @@ def find_file(given: str | os.PathLike[str], download: bool = False) -> Source:
         if path.exists() or not _is_hub_name(text):
             return Source(path, path.absolute())
     except (OSError, ValueError, RuntimeError) as error:  # a NUL, a user that is not there
-        raise CheckpointError(f"lora {text!r:.80}: {getattr(error, 'strerror', None) or error}") from None
+        raise CheckpointError(
+            f"lora {text!r:.80} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     return _from_hub(text, download)
 
 

@@ -239,7 +239,9 @@ class Pool:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InvalidRequest(f"folder={checks.shown(folder)}: {error.strerror or error}") from None
+            raise InvalidRequest(
+                f"folder={checks.shown(folder)}: no folder can be made there: {error.strerror or error}"
+            ) from None
         actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_concurrency=8)(Group)
         self._start: Callable[[], Any] = lambda: actor.remote(model, *message)
         self._queue: collections.deque[Job] = collections.deque()
