@@ -79,7 +79,7 @@ def _warnings_shown() -> Iterator[None]:
             elif sys.stderr is not None:
                 print(f"fastvid: warning: {message}", file=sys.stderr)
 
-        warnings.showwarning = show_ours
+        warnings.showwarning = show_ours  # type: ignore[assignment]
         yield
 
 

@@ -168,7 +168,7 @@ def largest_size(model: Model, needs: Needs, frames: int, capacity: int) -> tupl
     sizes = list(dict.fromkeys(nearest_size(ratio, smaller, frames, multiple) for smaller in areas))
 
     def fits(size: tuple[int, int]) -> bool:
-        sides = {"width": size[0], "height": size[1]}
+        sides: dict[str, Any] = {"width": size[0], "height": size[1]}
         sides |= {f"model_{name}": round_up(side, multiple) for name, side in sides.items()}
         smaller = replace(needs, segment=replace(window, **sides))
         smaller = replace(smaller, stripes=choose_stripes(model, smaller, frames, capacity))
