@@ -27,7 +27,7 @@ from fastvid.pipeline.pipeline import Pipeline, Stream
 from fastvid.requests.request import Request
 from fastvid.workers import torchrun
 from fastvid.workers.group import WorkerGroup
-from fastvid.workers.team import Team
+from fastvid.workers.team import Team, current_folder
 
 # A step that takes longer than its deadline counts as hung. Real work must never take that long, so the rates below are
 # far under those of any device. The first step of a request also reads texts and clips; on a GPU the whole first
@@ -105,7 +105,7 @@ class RemotePipeline(Pipeline):
 
     def _call(self, name: str, *given: Any, **options: Any) -> Any:
         self._close_abandoned()
-        return self._team.command("call", name=name, args=list(given), options=options, folder=os.getcwd())
+        return self._team.command("call", name=name, args=list(given), options=options, folder=current_folder())
 
     def _run(self, request: Request, keep_frames: bool, keep_latents: bool) -> Stream:
         keep = {"keep_frames": keep_frames, "keep_latents": keep_latents}
@@ -119,7 +119,7 @@ class RemotePipeline(Pipeline):
         ticket, changes = self._ticket or self.new_ticket(), PromptChanges()
         self._close_abandoned()
         group, number = self._team.start(), next(self._numbers)
-        self._team.command(do, group=group, id=number, folder=os.getcwd(), **values)
+        self._team.command(do, group=group, id=number, folder=current_folder(), **values)
         events = RemoteEvents(self, group, number, ticket, changes)
         return Stream(events, ticket, None if has_checkpoint else changes, values.get("verb", "a resumed request"))
 

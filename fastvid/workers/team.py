@@ -45,7 +45,7 @@ class Team:
         self.ranks, self.options = ranks, dict(options)
         self.group: WorkerGroup | None = None
         self.description: dict[str, Any] = {}
-        self.model, self._layout, self._folder = model, layout, os.getcwd()
+        self.model, self._layout, self._folder = model, layout, current_folder()
         self._lock, self._numbers = threading.RLock(), itertools.count(1)
         self._pid, self._closed = os.getpid(), False
         self._finalizer: weakref.finalize[..., Team] | None = None
@@ -201,3 +201,13 @@ def worker_environment(environment: Mapping[str, str], path: Sequence[str]) -> d
     own = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", **env.thread_variables(environment)}
     own.pop("OMP_NUM_THREADS", None)  # each rank is told its share of the cores
     return {**own, **environment, "PYTHONPATH": places}
+
+
+def current_folder() -> str:
+    """What the ranks take relative paths from. Raises Error where it was removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        raise Error(
+            "the current folder was removed; change to one that exists, so that ranks can start there"
+        ) from None
