@@ -17,6 +17,7 @@ import pytest
 from fake_hub import COMMIT, FakeHub, Response, use
 from mutations import TEXTS, damaged, damaged_json, fuzz, peak, refuses, seeds, untouched
 
+from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, FastvidWarning
 from fastvid.loaders import hub, hub_cache, hub_http
 from fastvid.loaders.find import find_folder
@@ -281,6 +282,17 @@ def test_files_of_a_repository_that_are_chosen(fake: FakeHub) -> None:
     assert names == [BIG] and contents(folder) == {BIG: FILES[BIG]}
     fake.answer = lambda url, sent: Response(503, {})
     assert hub.get("org/name", lambda names: names) == (folder, [BIG])
+
+
+def test_the_command(fake: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["download", "org/name"]) == 0
+    folder = capsys.readouterr().out.strip()
+    assert contents(Path(folder)) == FILES
+    assert main(["download", "org/name", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"model": "org/name", "path": folder}
+    assert main(["download", "nowhere"]) == 2 and "no hub id" in capsys.readouterr().err
+    fake.files.clear()
+    assert main(["download", "org/other"]) == 1 and "org/other" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- by the thousand
