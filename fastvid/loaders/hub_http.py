@@ -165,7 +165,7 @@ def _first_byte(status: int, start: int, headers: Mapping[str, str]) -> int:
 def _check_redirect(url: str, target: str) -> None:
     old, new = urlsplit(url).scheme, urlsplit(target).scheme
     if new not in ("http", "https") or (old == "https" and new == "http") or target == url:
-        raise HubError(f"a redirect to {target:.200}")
+        raise HubError(f"a redirect to {target:.200}, which is not followed")
 
 
 def _first_line(error: Exception) -> str:

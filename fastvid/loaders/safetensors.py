@@ -110,7 +110,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
     for file in files:
         header = read_header(file)
         if twice := sorted(header.keys() & entries.keys()):
-            raise CheckpointError(f"{some(twice)} in both {entries[twice[0]].file} and {file}")
+            raise CheckpointError(f"{some(twice)} in both {entries[twice[0]].file} and {file}; remove one of the two")
         entries |= header
     return entries
 

@@ -281,8 +281,11 @@ class WanTransformer(nn.Module):
     def _check_pictures(self, embeds: Tensor | None, batch: int) -> None:
         width, rows = self.config.image_dim, self.config.pos_embed_seq_len
         if (embeds is None) != (width == 0):
-            wants = f"needs image embeddings [B, M, {width}]" if width else "takes no image embeddings"
-            raise InvalidRequest(f"this model {wants}")
+            raise InvalidRequest(
+                f"this model needs image embeddings [B, M, {width}]"
+                if width
+                else "this model takes no image embeddings"
+            )
         if embeds is None:
             return
         wrong = embeds.ndim != 3 or embeds.shape[0] != batch or embeds.shape[2] != width or embeds.shape[1] == 0
