@@ -1,7 +1,7 @@
 """Expands short prompts into long ones.
 
 Video models are trained on captions of about a hundred words, but people write five. `expand` has a language model
-write the caption, through any endpoint with OpenAI's chat protocol. For the embedded model, which knows 33 words, a
+write the caption, through any endpoint with OpenAI's chat protocol. For the embedded model, which knows 30 words, a
 small grammar does it offline. The recipe records the long prompt, so reproducing a video needs no endpoint.
 """
 
@@ -66,7 +66,7 @@ def _expand_for(prompt: str, options: dict[str, Any], variant: str) -> str:
         return expand(prompt, **{name.removeprefix("prompt_"): value for name, value in options.items()})
     if options:
         raise InvalidRequest(
-            f"{next(iter(options))} is of no use to the embedded model, which knows 33 words; leave it out"
+            f"{next(iter(options))} is of no use to the embedded model, which knows 30 words; leave it out"
         )
     return expand_embedded(prompt)
 
