@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 from harness import Case, Row, _row, save, table
 from torch import nn
@@ -115,8 +116,11 @@ def write_checkpoint(folder: Path, module: nn.Module, shards: int) -> list[tuple
 
 
 def write_random(path: Path, size: int, head: bytes = b"") -> None:
-    """Write `head` and random bytes, and sync: holes and dirty pages would read faster than data on disk."""
-    piece = os.urandom(PIECE)
+    """Write `head` and random bytes that are finite bf16 numbers, and sync: holes and dirty pages would read faster
+    than data on disk."""
+    numbers = np.frombuffer(os.urandom(PIECE), np.uint8).copy()
+    numbers[1::2] &= 0xBF  # clears the highest bit of the exponent
+    piece = numbers.tobytes()
     with path.open("wb") as file:
         file.write(head)
         for start in range(0, size, PIECE):

@@ -36,7 +36,8 @@ def write(path: str, frames: np.ndarray, pixels: str, tags: tuple[int, int, int]
         for each in zip(names, tags, strict=True):
             setattr(stream.codec_context, *each)
         if codec == "libx265":
-            stream.codec_context.options = {"crf": "2", "preset": "fast", "x265-params": "log-level=none"}
+            params = "log-level=none:bframes=0:pools=1:frame-threads=1"
+            stream.codec_context.options = {"crf": "2", "preset": "fast", "x265-params": params}
         stream.codec_context.color_range = 2 if pixels.startswith("gbr") else 1
         for i, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb48le")

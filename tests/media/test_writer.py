@@ -235,7 +235,7 @@ def test_what_is_no_path_is_refused(path: Any) -> None:
         ("file", "is a file"),
         ("/dev/null", "is a file|not a folder"),
         ("pipe.mp4", "not a regular file"),
-        ("x" * 300 + ".mp4", "too long"),
+        ("x" * 300 + ".mp4", "at most 255 bytes"),
         ("\udcff.mp4", "surrogates"),
     ],
 )
@@ -244,9 +244,9 @@ def test_places_where_nothing_can_be_written(name: str, match: str) -> None:
     Path("folder.mp4").mkdir()
     Path("folder.mp4/notes.txt").touch()
     os.mkfifo("pipe.mp4")
-    with pytest.raises(MediaError, match=match):
+    with pytest.raises((MediaError, InvalidRequest), match=match):
         check_writable(name)
-    with pytest.raises(MediaError, match=match):
+    with pytest.raises((MediaError, InvalidRequest), match=match):
         FrameSink(name, width=64, height=64, fps=16)
 
 
