@@ -290,7 +290,7 @@ def _link(blob: Path, place: Path) -> None:
     part = place.with_name(f"{secrets.token_hex(4)}.incomplete")
     try:
         if getattr(constants, "HF_HUB_DISABLE_SYMLINKS", False):
-            raise OSError("no links are wanted")
+            raise OSError  # as where links cannot be made
         os.symlink(os.path.relpath(blob, place.parent), part)
         os.replace(part, place)
     except OSError:

@@ -64,7 +64,7 @@ class Settings:
         try:
             pattern = self.patterns[patterns].first(names)
         except ValueError as error:
-            raise CheckpointError(f"{self.path}: {patterns}: {error}") from None
+            raise CheckpointError(f"{self.path} has patterns that cannot be used, {patterns}: {error}") from None
         value = self.values.get(key, default) if pattern is None else self.values[patterns][pattern]
         if value is None:
             return default
@@ -140,4 +140,4 @@ def _patterns(path: Path, key: str, table: Any) -> NamePatterns:
     try:
         return NamePatterns(table)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {key}: {error}") from None
+        raise CheckpointError(f"{path} has patterns that cannot be used, {key}: {error}") from None
