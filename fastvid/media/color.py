@@ -20,6 +20,8 @@ from fastvid.errors import MediaError
 LINEAR, PQ, HLG = 8, 16, 18
 LOGARITHMIC = {9: "logarithmic (100:1)", 10: "logarithmic (316:1)", 17: "ST 428"}
 BT709, UNSPECIFIED, BT2020 = 1, 2, 9
+BT2020_MATRICES, BT2020_TRANSFERS = (9, 10), (14, 15)
+WIDE = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}  # primaries that hold colors BT.709 does not
 PRIMARIES = {  # code -> xy of red, green, blue and white
     1: ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060), (0.3127, 0.3290)),
     4: ((0.67, 0.33), (0.21, 0.71), (0.14, 0.08), (0.310, 0.316)),
@@ -97,6 +99,8 @@ def check_colors(frame: Any, name: str) -> str:
         return f"{name} is HDR ({kind}, BT.2020); it is converted to SDR BT.709, with 203 nits as white"
     if transfer in LOGARITHMIC:
         return f"{name} has {LOGARITHMIC[transfer]} transfer, which is not converted: it may look pale"
+    if wide := WIDE.get(primaries_of(frame)):
+        return f"{name} has the colors of {wide}; they are converted to BT.709"
     return ""
 
 
@@ -104,9 +108,16 @@ UNREAD = {8: "YCgCo", 11: "Y'D'zD'x", 13: "a chromaticity-derived matrix", 14: "
 UNREAD |= {15: "IPT (Dolby Vision profile 5)"}
 
 
+def primaries_of(frame: Any) -> int:
+    """A frame's primaries. Where it does not say them, a matrix or a transfer that BT.2020 alone has says them."""
+    stated = int(frame.color_primaries)
+    of_bt2020 = int(frame.colorspace) in BT2020_MATRICES or int(frame.color_trc) in BT2020_TRANSFERS
+    return BT2020 if stated == UNSPECIFIED and of_bt2020 else stated
+
+
 def conversion_of(frame: Any) -> Conversion | None:
     """How a frame becomes SDR BT.709; None if it is."""
-    transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
+    transfer, primaries = int(frame.color_trc), primaries_of(frame)
     if transfer in (PQ, HLG):
         return _conversion(transfer, primaries if primaries in PRIMARIES else BT2020)
     if primaries in (BT709, UNSPECIFIED) and transfer != LINEAR or primaries not in PRIMARIES:

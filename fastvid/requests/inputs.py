@@ -307,6 +307,8 @@ def _mask_frames(name: str, array: np.ndarray) -> np.ndarray:
         return frames[..., 0]
     if array.ndim == 3 and array.shape[-1] in (1, 3):
         return array[None, ..., 0]
+    if array.ndim == 3 and array.shape[-1] <= 4:  # gray or RGB with alpha, whose white may be either
+        raise InvalidRequest(refused)
     planes = array.reshape(-1, *array.shape[-2:])
     return planes[:1] if len(planes) == 3 and bool((planes == planes[:1]).all()) else planes
 

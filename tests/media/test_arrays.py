@@ -210,6 +210,8 @@ def test_one_mask_in_other_layouts() -> None:
     three = np.stack([wanted, wanted, 255 - wanted])
     assert np.array_equal(read_mask("mask", three), three)
     for array, says in (
+        (np.dstack([wanted] * 4), "must be bool"),
+        (np.dstack([wanted] * 2), "must be bool"),
         (wanted / 100, "from 0 to 2.55"),
         (wanted / 127.5 - 1, "below 0"),
         (wanted[:0], "must be bool"),

@@ -151,7 +151,18 @@ def test_other_primaries_are_converted(primaries: int, matrix: Any) -> None:
     frames = np.random.default_rng(0).integers(0, 1 << 16, (2, 32, 32, 3)).astype(np.uint16)
     found, said = read(write("a.mkv", frames, "gbrp16le", (0, 1, primaries)))
     wanted = 255 * ((frames / 65535) ** 2.4 @ np.transpose(to_bt709(primaries))).clip(0, 1) ** (1 / 2.4)
-    assert np.abs(found - wanted).max() <= 1 and said == []
+    assert np.abs(found - wanted).max() <= 1
+    told = {9: "colors of BT.2020", 12: "colors of Display P3"}.get(primaries, "")
+    assert len(said) == bool(told) and told in "".join(said)
+
+
+@pytest.mark.parametrize("tags", [(9, 14, 2), (9, 2, 2), (1, 15, 2)])
+def test_bt2020_without_its_primaries_is_converted(tags: tuple[int, int, int]) -> None:
+    """Matrix and transfer of BT.2020 say it too."""
+    frames = np.full((2, 64, 64, 3), (9000, 40000, 20000), np.uint16)
+    found, said = read(write("a.mkv", frames, "yuv444p10le", tags))
+    wanted = 255 * ((frames / 65535) ** 2.4 @ np.transpose(BT2020)).clip(0, 1) ** (1 / 2.4)
+    assert np.abs(found - wanted).max() <= 2 and len(said) == 1 and "BT.2020" in said[0]
 
 
 def test_white_of_other_primaries_is_white() -> None:

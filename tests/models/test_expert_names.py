@@ -39,6 +39,8 @@ HIGH = [
         "high_kick_high_noise",
         "low_light_HighNoise",
         "HIGH/motion_high",
+        "high_noise_low_quality",
+        "noise_high_quality",
         "models--org--style-high-noise/snapshots/0123/style",
     ),
 ]
@@ -62,14 +64,17 @@ NONE = [
         "low_rank_lora",
         "hello",
         "style",
-        "style_H",
         "style_l",
+        "vitL14",
+        "styleXL",
         "lowlands",
         "flowers",
         "Shallow",
     ),
 ]
 DOUBTFUL = [
+    "style_H",
+    "wan22-L-e8",
     "high_motion",
     "jump_high",
     "style_HN",

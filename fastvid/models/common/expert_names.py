@@ -20,7 +20,7 @@ OTHER = {"high": "low", "low": "high"}
 NO_MARK, DOUBTFUL, PLAIN, NOISE = range(4)  # strengths of marks: high_motion, style_high, high_noise
 
 _LEVELS = {"high": "high", "hi": "high", "low": "low", "lo": "low"}
-_SHORT = {"h": "high", "hn": "high", "l": "low", "ln": "low"}  # never a mark by themselves
+_SHORT = {"h": "high", "hn": "high", "l": "low", "ln": "low"}  # never a sure mark by themselves
 # Words of a name: camelCase and digits are split, and so is a mark from "noise" and from a task (t2vhigh, I2VLOW).
 _GLUED = (
     re.compile(r"(high|low|hi|lo)(noise)", re.IGNORECASE),
@@ -93,13 +93,16 @@ def read_mark(name: str) -> Mark:
 def _mark_at(words: Sequence[str], i: int) -> tuple[str, int] | None:
     """(expert, strength) of the mark that word number i is."""
     before, word, after, next_one = ("", *map(str.lower, words), "", "")[i : i + 4]
-    if word in ("hn", "ln"):
+    if word in ("hn", "ln") or (words[i] in ("H", "L") and not after.isdigit()):
         return _SHORT[word], DOUBTFUL
     if word not in _LEVELS:
         return None
-    if "noise" in (before, after):
+    if after == "noise":
         return _LEVELS[word], NOISE
-    if word in ("hi", "lo") or _OTHER_SENSE.fullmatch(after):
+    other_sense = _OTHER_SENSE.fullmatch(after)
+    if before == "noise" and not (other_sense and i > 1 and words[i - 2].lower() in _LEVELS):
+        return _LEVELS[word], NOISE  # but not in low_noise_high_quality
+    if word in ("hi", "lo") or other_sense:
         return None
     if after == "rank" and not next_one.isdigit():
         return None  # a high rank
