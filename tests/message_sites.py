@@ -135,6 +135,7 @@ def _text(node: ast.expr, known: Mapping[str, str]) -> str:
         return _text(node.left, known) + _text(node.right, known)
     if isinstance(node, ast.IfExp):
         return _text(node.body, known) + GAP + _text(node.orelse, known)
-    named = node.value if isinstance(node, ast.FormattedValue) else node
-    named = named.func if isinstance(named, ast.Call) else named
+    if isinstance(node, ast.FormattedValue):
+        return _text(node.value, known)
+    named = node.func if isinstance(node, ast.Call) else node
     return known.get(named.id, GAP) if isinstance(named, ast.Name) else GAP
