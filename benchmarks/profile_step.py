@@ -14,6 +14,8 @@ import argparse
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +74,25 @@ def _place() -> str:
     return "elsewhere"
 
 
-def watch_second_row(watch: Watch) -> None:
-    """Have the denoising loop watched in its second row. A pipeline leaves its caller's modes, so the mode is entered
-    within it."""
+@contextmanager
+def second_row_watched(watch: Watch) -> Iterator[None]:
+    """Has the denoising loop of requests in this block watched in its second row. A pipeline leaves its caller's modes,
+    so the mode is entered within it."""
     walk = session.walk
 
     def watched(*args: Any, **options: Any) -> Iterator[Any]:
-        rows = walk(*args, **options)
-        yield next(rows)
-        with watch:
-            row = next(rows)
-        yield row
-        yield from rows
+        for number, rows in enumerate(repeat(walk(*args, **options))):
+            with watch if number == 1 else nullcontext():
+                row = next(rows, None)
+            if row is None:
+                return
+            yield row
 
     session.walk = watched
+    try:
+        yield
+    finally:
+        session.walk = walk
 
 
 def steps(events: Iterator[Any]) -> Callable[[], None]:
@@ -106,16 +113,15 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     args = parser.parse_args()
     pipe = fastvid.load(args.model, device=args.device, dtype=args.dtype, backend=args.backend)
-    watch = Watch()
-    watch_second_row(watch)
-    stream = pipe.stream(PROMPT, seed=1, num_inference_steps=4, guidance_scale=4.0)
-    step = steps(stream)
-    step()  # the first makes what all share
-    step()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if args.device != "cpu" else [])]
-    with profile(activities=activities) as profiled:
+    watch, activities = Watch(), [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if args.device != "cpu" else [])]
+    with second_row_watched(watch):
+        stream = pipe.stream(PROMPT, seed=1, num_inference_steps=4, guidance_scale=4.0)
+        step = steps(stream)
+        step()  # the first makes what all share
         step()
-    stream.close()
+        with profile(activities=activities) as profiled:
+            step()
+        stream.close()
     time = "self_device_time_total" if args.device != "cpu" else "self_cpu_time_total"
     averages = sorted(profiled.key_averages(), key=lambda row: -getattr(row, time))[:SLOWEST]
     slowest = [{"name": row.key, "count": row.count, "us": round(getattr(row, time), 1)} for row in averages]
