@@ -9,6 +9,7 @@ from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import CHANNELS, Model, way_of
 from fastvid.models.preset import REFUSED
 from fastvid.requests import timeline
+from fastvid.requests.arguments import VERBS
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Rules, Segment, Stretch, Timeline
 
@@ -157,6 +158,8 @@ def _check_channels(model: Model, request: Resolved, first: Segment) -> None:
     config, name = model.transformer.config, model.preset.name
     first_and_last = bool(config.pos_embed_seq_len)
     if not first.left and 0 not in first.pictures:
+        if "image" not in VERBS[request.verb]:
+            raise InvalidRequest(f"{name} makes videos from pictures; {request.verb} needs a T2V, TI2V or VACE model")
         raise InvalidRequest(f"{name} makes videos from pictures: give image=")
     if first_and_last and not first.right and len(first.pictures) < 2:
         raise InvalidRequest(f"{name} makes videos from pictures: give last_image=")

@@ -155,6 +155,8 @@ def check_fits(model: Model, needs: Needs, frames: int, capacity: int) -> None:
             hint = f"the nearest that fits is num_frames={most}"
         elif size := largest_size(model, needs, frames, capacity):
             hint = f"the nearest size that fits is {size[0]}x{size[1]}"
+        elif frames == 1:
+            hint = "no size fits; take a smaller model"
         else:
             hint = "no size of as many frames fits; ask for fewer, or take a smaller model"
         refuse(with_frames(needs, frames), model.offload, needed, capacity, frames, hint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from live_memory import LiveMemory
@@ -13,7 +14,7 @@ from torch import Tensor
 import fastvid
 from fastvid.cli import render
 from fastvid.device.offload import MODES
-from fastvid.errors import OutOfMemory
+from fastvid.errors import InvalidRequest, OutOfMemory
 from fastvid.models.common.clip import CLIP_HUGE
 from fastvid.models.common.umt5 import UMT5_XXL, UMT5Config, UMT5Encoder
 from fastvid.models.registry import build_vae, weigh_part
@@ -128,8 +129,20 @@ def test_the_size_that_is_named_fits_and_a_larger_one_does_not(size: str, card: 
 
 
 def test_where_no_size_fits_that_is_said() -> None:
-    with pytest.raises(OutOfMemory, match="no size of as many frames fits"):
-        fastvid.blueprint("wan2.1-t2v-14b", device_memory=2 * GIB).plan(size="1280x720")
+    plans = fastvid.blueprint("wan2.1-t2v-14b", device_memory=2 * GIB)
+    with pytest.raises(OutOfMemory, match="no size of as many frames fits; ask for fewer, or take a smaller model$"):
+        plans.plan(size="1280x720")
+    with pytest.raises(OutOfMemory, match="no size fits; take a smaller model$"):
+        plans.plan(size="1280x720", verb="image")
+
+
+@pytest.mark.parametrize(
+    ("verb", "says"), [("generate", "give image=$"), ("image", "image needs a T2V"), ("edit", "edit needs a T2V")]
+)
+def test_a_picture_model_asks_for_a_picture_where_one_can_be_given(verb: str, says: str) -> None:
+    clip = {"video": np.zeros((5, 64, 64, 3), np.uint8)} if verb == "edit" else {}
+    with pytest.raises(InvalidRequest, match=says):
+        fastvid.blueprint("wan2.1-i2v-14b-480p").plan(prompt="a", verb=verb, **clip)
 
 
 def test_a_plan_keeps_host_memory_apart() -> None:
