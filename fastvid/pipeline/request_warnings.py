@@ -21,11 +21,28 @@ def warn_of_prompts(model: Model, request: Request, resolved: Resolved) -> None:
     nothing reads. Only what the caller wrote counts, not the preset's own negative prompt."""
     for name, prompt in _written(request, resolved):
         warn_of_prompt(model, prompt, name)
+    _warn_of_second_scale(request, resolved)
     negative = request.negative_prompt is not None or request.negative_prompt_embeds is not None
     if negative and not resolved.guided(len(model.experts)):
         notices.warn(
             f"negative_prompt is not used: there is no guidance at guidance_scale={resolved.guidance_scale:g}; "
             "give one above 1"
+        )
+
+
+def _warn_of_second_scale(request: Request, resolved: Resolved) -> None:
+    scale, second = resolved.guidance_scale, request.guidance_scale_2
+    if second is None or second == 1:
+        return
+    if scale <= 1:
+        notices.warn(
+            f"guidance_scale_2={second:g} is not used: there is no guidance at guidance_scale={scale:g}; "
+            "give one above 1"
+        )
+    elif second < 1:
+        notices.warn(
+            f"guidance_scale_2={second:g}: below 1 the second expert follows the negative prompt more than the prompt, "
+            "as in diffusers; 1 turns its guidance off"
         )
 
 

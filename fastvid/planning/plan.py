@@ -65,7 +65,7 @@ def plan_request(
     choice = choose_layout(model, work, layouts, asked is not None, taken, capacity)
     needs = replace(needs, sharers=choice.layout.sequence)
     needs = replace(needs, stripes=choose_stripes(model, needs, frames, capacity))
-    check_fits(model, needs, frames, capacity)
+    check_fits(model, request, needs, frames, capacity)
 
     calls = [speed.calls_of(model, request, segment, sigmas) for segment in timeline.segments]
     plan = Plan(
@@ -145,16 +145,20 @@ def choose_stripes(model: Model, needs: Needs, frames: int, capacity: int) -> in
     return next(fits, possible[-1])
 
 
-def check_fits(model: Model, needs: Needs, frames: int, capacity: int) -> None:
-    """Raise OutOfMemory, naming the nearest number of frames or size that fits, if a request needs more than
-    `capacity`."""
+def check_fits(model: Model, request: Resolved, needs: Needs, frames: int, capacity: int) -> None:
+    """Raise OutOfMemory if a request needs more than `capacity`, naming the nearest number of frames or size that fits.
+
+    frames: of the whole video. In verbs that add to a clip, num_frames counts the new ones, and the size is the clip's.
+    """
     if (needed := bytes_taken(model, needs, frames)) > capacity:
         temporal = needs.segment.temporal
         most = most_frames(frames, temporal, lambda count: bytes_taken(model, needs, count) <= capacity)
-        if most:
-            hint = f"the nearest that fits is num_frames={most}"
+        adds = request.verb in ("extend", "loop", "blend")
+        new = request.num_frames - (frames - most) if adds else most
+        if most and new > 0:
+            hint = f"the nearest that fits is num_frames={new}"
         elif size := largest_size(model, needs, frames, capacity):
-            hint = f"the nearest size that fits is {size[0]}x{size[1]}"
+            hint = f"the nearest size that fits is {size[0]}x{size[1]}" + ("; scale the clip to it" if adds else "")
         elif frames == 1:
             hint = "no size fits; take a smaller model"
         else:

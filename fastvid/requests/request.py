@@ -389,14 +389,15 @@ class Resolved:
     def guidance_scales(self, experts: int, known: bool = False) -> tuple[float, ...]:
         """The guidance scale of each expert, high noise first. known: for windows with known frames, and edits.
 
-        Up to 1 there is no guidance, as in diffusers' WanPipeline: such scales come out as 1.
+        As in diffusers' WanPipeline, guidance_scale decides whether there is guidance at all: up to 1 there is none,
+        and all scales come out as 1.
         """
-        scales = [self.guidance_scale] * experts
-        if known and self.known_guidance_scale is not None:
-            scales = [self.known_guidance_scale] * experts
-        elif experts == 2 and self.guidance_scale_2 is not None:
-            scales[1] = self.guidance_scale_2
-        return tuple(max(1.0, scale) for scale in scales)
+        known_scale = self.known_guidance_scale if known else None
+        scale = self.guidance_scale if known_scale is None else known_scale
+        if scale <= 1:
+            return (1.0,) * experts
+        second = self.guidance_scale_2 if known_scale is None and experts == 2 else None
+        return (scale,) * experts if second is None else (scale, second)
 
     def guided(self, experts: int) -> bool:
         """Whether any guidance scale uses the negative prompt."""

@@ -75,7 +75,17 @@ def assert_same_frames(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert (difference <= 1).mean() >= 0.999, (difference.max(), (difference <= 1).mean())
 
 
-@pytest.mark.parametrize("scales", [{}, {"guidance_scale_2": 1.5}, {"guidance_scale_2": 1.0}])
+@pytest.mark.parametrize(
+    "scales",
+    [
+        {"guidance_scale_2": 1.5},
+        {"guidance_scale_2": 1.0},
+        {"guidance_scale_2": 0.5},
+        {"guidance_scale_2": 0.0},
+        {"guidance_scale": 0.5, "guidance_scale_2": 3.0},
+        {},
+    ],
+)
 def test_two_experts_equal_diffusers(two: tuple[Path, Any], pipe: fastvid.Pipeline, scales: dict[str, float]) -> None:
     latents = torch.randn(1, 16, 3, 8, 12, generator=torch.Generator().manual_seed(5))
     options = {"guidance_scale": 4.0, "height": 64, "width": 96, "num_frames": 9, **scales}

@@ -263,3 +263,15 @@ def test_cache(config: WanVAEConfig) -> None:
     scale = config.spatial_scale
     _, cache = build_vae(config).eval().decode(torch.randn(1, config.z_dim, 1, 3, 2))
     assert sum(tensor.nbytes for tensor in cache) == memory.cache_bytes(config, 3 * scale, 2 * scale)
+
+
+@pytest.mark.parametrize("verb", ["extend", "loop"])
+def test_a_clip_that_is_too_large_is_to_be_scaled(verb: str) -> None:
+    """Verbs that add to a clip take no size, and num_frames is what they add."""
+    plans = fastvid.blueprint("wan2.1-t2v-14b", device_memory=8 * GIB)
+    clip = np.zeros((17, 720, 1280, 3), np.uint8)
+    with pytest.raises(OutOfMemory, match=r"num_frames=\d+$|\d+x\d+; scale the clip to it$") as error:
+        plans.plan("a", verb=verb, video=clip, num_frames=64)
+    if match := re.search(r"num_frames=(\d+)$", str(error.value)):
+        assert int(match[1]) < 64
+        plans.plan("a", verb=verb, video=clip, num_frames=int(match[1]))

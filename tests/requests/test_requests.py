@@ -310,11 +310,12 @@ class TwoExperts(Recipe):
 
 @pytest.mark.parametrize("scale", [0, 0.3, 1])
 def test_up_to_1_there_is_no_guidance(scale: float) -> None:
-    """As in diffusers, whose pipelines use the negative prompt above 1 only."""
+    """As in diffusers, where the first scale decides, and the second is taken as it is."""
     made = resolved(guidance_scale=scale)
     assert made.guidance_scale == scale and not made.guided(1) and made.guidance_scales(1) == (1.0,)
     both = resolved(TwoExperts(), guidance_scale=scale, guidance_scale_2=2.0)
-    assert both.guided(2) and both.guidance_scales(2) == (1.0, 2.0)
+    assert not both.guided(2) and both.guidance_scales(2) == (1.0, 1.0)
+    assert resolved(TwoExperts(), guidance_scale=3.0, guidance_scale_2=scale).guidance_scales(2) == (3.0, scale)
     assert resolved(known_guidance_scale=scale, guidance_scale=3.0).guidance_scales(1, known=True) == (1.0,)
 
 
