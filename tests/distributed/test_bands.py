@@ -153,7 +153,7 @@ class Messages:
 
 def bytes_sent(mesh: Mesh, rows: int) -> None:
     """A row each way for every layer that sees one, at every cut, in a message each; keys and values to all that hold
-    rows, and the result to all."""
+    rows, the result to all, and a number by which ranks agree."""
     torch.manual_seed(1)
     for vae in networks(torch.float32):
         latents, frames = torch.randn(1, 4, 3, rows, 3), torch.rand(1, 3, 9, rows * vae.config.spatial_scale, 48)
@@ -167,6 +167,8 @@ def bytes_sent(mesh: Mesh, rows: int) -> None:
             sent = mesh.gather(torch.tensor([mesh.counted.bytes - before]), (1,) * mesh.size, 0).sum().item()
             cuts = min(rows, mesh.size) - 1
             wanted = 4 * sum(Noted.halos) * cuts + 4 * sum(Noted.wholes) * cuts + true.nbytes * (mesh.size - 1)
+            if method == vae.decode_rgb:  # each rank tells all others whether its rows are finite
+                wanted += 8 * mesh.size * (mesh.size - 1)
             assert cuts * sum(Noted.halos) > 0 and sent == wanted, (sent, wanted)
             here = (mesh.rank > 0) + (mesh.rank < cuts) if mesh.rank <= cuts else 0
             assert messages.most == here
