@@ -13,10 +13,11 @@ class Error(Exception):
     """
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(_tidy(each) if isinstance(each, str) else each for each in args))
+        super().__init__(*(tidy(each) if isinstance(each, str) else each for each in args))
 
 
-def _tidy(text: str) -> str:
+def tidy(text: str) -> str:
+    """A message that can be printed and sent: cut, and with half characters escaped."""
     if len(text) > LONGEST:
         text = f"{text[: LONGEST - 200]} ... {text[-100:]}"
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()

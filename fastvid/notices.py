@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from fastvid.errors import FastvidWarning
+from fastvid.errors import FastvidWarning, tidy
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
@@ -41,6 +41,7 @@ def warn_all(messages: Iterable[str]) -> None:
 
 def warn(message: str) -> None:
     """Warn the caller with a `FastvidWarning` that points at the first line outside of fastvid."""
+    message = tidy(message)
     if (texts := _COLLECTED.get()) is not None:
         texts.extend([message] if message not in texts else [])
         return

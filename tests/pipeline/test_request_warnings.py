@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastvid
-from fastvid import FastvidWarning
+from fastvid import FastvidWarning, notices
 from fastvid.cli.commands import main
 
 KNOWN = "a green star spinning on a navy background"
@@ -112,3 +112,11 @@ def test_a_changed_prompt_and_an_embedded_one_are_looked_at(pipe: fastvid.Pipeli
     stream.close()
     with pytest.warns(FastvidWarning, match="does not know 'kite'"):
         pipe.embed("a red kite")
+
+
+def test_a_warning_can_be_printed_and_sent() -> None:
+    """It may quote a stranger's file."""
+    with pytest.warns(FastvidWarning) as said:
+        notices.warn("key \ud800 of " + "x" * 10_000)
+    text = str(said[0].message)
+    assert text.encode() and "\\ud800" in text and len(text) < 5000

@@ -191,6 +191,9 @@ class Scripted:
     def __init__(self, script: list) -> None:
         self.script, self.limits, self.at, self.group = script, [], 0, WorkerGroup()
 
+    def check_process(self) -> None:
+        pass
+
     def start(self) -> WorkerGroup:
         self.at = 0
         return self.group

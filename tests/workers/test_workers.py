@@ -243,7 +243,8 @@ def test_torchrun_needs_no_change(tmp_path, alone) -> None:
     assert lines[0] == "rank 0" and "the nearest is 64" in lines[1] and len(lines) == 2
     assert off(np.load(tmp_path / "a.npy"), alone.generate(PROMPT, **SHORT).frames) <= 1
     done = subprocess.run([*command, "b.npy", "2"], capture_output=True, text=True, timeout=180, env=env)
-    assert done.returncode != 0 and "3 processes were started together; the nearest is parallel=3" in done.stderr
+    assert done.returncode != 0 and "WORLD_SIZE=3" in done.stderr
+    assert "3 processes were started together" in done.stderr and "the nearest is parallel=3" in done.stderr
 
 
 KILLED = """
