@@ -73,7 +73,7 @@ def test_pairs_go_where_their_names_say(folder: Path, high: str, low: str) -> No
 
 
 def test_names_that_say_nothing_go_to_both(folder: Path) -> None:
-    names = ("highlights", "slow_motion", "high_res", "style_L", "low_angle")
+    names = ("highlights", "slow_motion", "high_res", "style", "low_angle")
     assert experts(*(write(folder / f"{name}.safetensors") for name in names)) == [""] * len(names)
 
 

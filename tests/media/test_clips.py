@@ -283,10 +283,13 @@ def test_matrix_and_range_are_what_the_file_says(size: tuple[int, int], matrix: 
         stream = container.add_stream("ffv1", rate=10)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p"
         stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 2 if full else 1
+        # A matrix of BT.2020 alone stands for its primaries too.
+        stream.codec_context.color_primaries = stream.codec_context.color_trc = 1
         frame = av.VideoFrame(width, height, "yuv444p")
         for plane, value in zip(frame.planes, planes, strict=True):
             plane.update(bytes([round(value)]) * plane.buffer_size)
         frame.colorspace, frame.color_range = matrix, 2 if full else 1
+        frame.color_primaries = frame.color_trc = 1
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     assert np.abs(open_clip("a.mkv").read().astype(int) - colour).max() <= 2
