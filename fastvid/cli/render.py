@@ -43,9 +43,8 @@ def lines(plan: Any, model: str) -> Iterator[str]:
     for name, field in PARTS.items():
         count = getattr(plan, field)
         if name == "weights" and plan.bytes_host:
-            yield _line(
-                f"  {name}", f"{size(max(0, count - plan.bytes_host))} that stay, and those in use of the host's"
-            )
+            stays = size(max(0, count - plan.bytes_host))
+            yield _line(f"  {name}", f"{stays} all the time; the rest comes from the host when it is used")
         elif count:
             yield _line(f"  {name}", size(count))
     if plan.bytes_host:

@@ -189,7 +189,7 @@ def playable(sound: Track | None, target: Target) -> Track | None:
         return sound
     holding = ", ".join(kind for kind, other in ENCODINGS.items() if other.final is not None)
     what = f"a {target.kind}" if target.kind else "a folder of pictures"
-    notices.warn(f"{target.path}: the clip's sound is left out, which {what} does not hold here; {holding} do")
+    notices.warn(f"{target.path}: the clip's sound is left out, because {what} holds none here; {holding} do")
     return None
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fake_pipe import Recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,21 +18,6 @@ from fastvid.errors import InvalidRequest, MediaError
 from fastvid.media.clip import open_clip, open_picture
 from fastvid.requests.inputs import read_mask
 from fastvid.requests.request import Request
-
-
-@dataclass(frozen=True)
-class Preset:
-    num_inference_steps: int = 20
-    flow_shift: float = 3.0
-    guidance_scale: float = 5.0
-    fps: float = 16
-    num_frames: int = 17
-    height: int = 64
-    width: int = 64
-    negative_prompt: str = ""
-    solver: str = "unipc"
-    spatial_multiple: int = 16
-    temporal: int = 4
 
 
 def frames(count: int, height: int = 24, width: int = 32, channels: int = 3) -> np.ndarray:
@@ -251,7 +236,7 @@ def test_pictures_that_have_no_frame_are_refused(options: dict[str, Any], says: 
         for name, value in options.items()
     }
     with pytest.raises(InvalidRequest, match=says):
-        Request.make(prompt="a", **named).resolve(Preset())
+        Request.make(prompt="a", **named).resolve(Recipe(num_frames=17))
 
 
 # ---------------------------------------------------------------- what is stretched is told
