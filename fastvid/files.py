@@ -1,4 +1,5 @@
-"""Opens files that somebody else may have made: regular files only, and no more bytes than expected."""
+"""Opens files that somebody else may have made: regular files only, and no more bytes than expected. Knows where
+fastvid's own files are kept."""
 
 from __future__ import annotations
 
@@ -8,6 +9,12 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
+
+
+def cache_folder() -> Path:
+    """fastvid's folder in the user's cache."""
+    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    return Path(base or os.path.expanduser("~/.cache")) / "fastvid"
 
 
 def open_regular(path: str | os.PathLike[str], links: bool = True, buffering: int = -1) -> BinaryIO:

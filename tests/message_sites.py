@@ -13,7 +13,7 @@ GAP = "\0"
 """Stands in a message for what is filled in when it is raised."""
 ERRORS = {"Error", "InvalidRequest", "OutOfMemory", "CheckpointError", "BackendUnavailable", "MediaError"}
 ERRORS |= {"PromptError", "PoolFull", "WorkerFailed", "UsageError", "Refused", "HubError", "OSError"}
-ERRORS |= {"ArgumentTypeError", "Misfit"}
+ERRORS |= {"ArgumentTypeError", "Misfit", "TableRefused"}
 CALLS = {"warn", "refuse", "error", "fail", "failed", "__init__", "library_errors"}
 """Functions that warn, or raise one of these, with a message of their caller's."""
 NOTES = {"problems.append"}

@@ -23,7 +23,7 @@ DIRECT: dict[str, set[str]] = {
     "_C": set(),
     "device": set(),
     "distributed": set(),
-    "ops": {"kernels", "_C"},
+    "ops": {"kernels", "_C", "device"},
     "media": set(),
     "layers": {"ops", "distributed"},
     "sampling": {"ops"},
@@ -47,8 +47,9 @@ FAMILY_AWARE = {"models", "loaders", "planning"}  # and engine/conditioning.py, 
 LIMITS = {"file": 450, "function": 60, "median": 12, "parameters": 8, "init": 45}
 # Lines that may be there. Wanted were 10,000 and 21,000; 11,923 and 25,486 came of the new layout.
 # Added since: formats of LoRAs and checkpoints, schedulers, sound and HDR of clips, verified downloads, and the
-# checks of files, arguments and resume folders that others made. A feature that raises a number says so in its commit.
-LIMITS |= {"core": 14_400, "package": 32_750}
+# checks of files, arguments and resume folders that others made; tuning on the user's machine.
+# A feature that raises a number says so in its commit.
+LIMITS |= {"core": 14_400, "package": 34_600}
 
 
 @cache

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvid import env
-from fastvid.device.devices import cpu_name
+from fastvid.device.devices import cpu_name, driver
 from fastvid.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "ftfy", "huggingface_hub", "av", "tqdm")
@@ -108,17 +108,11 @@ def _cuda() -> dict[str, Any]:
 
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "driver": _driver(),
+        "driver": driver(),
         "torch_built_for": torch.version.cuda,
         "gpus": [f"{d.name}, sm_{d.major}{d.minor}, {d.total_memory / GIB:.0f} GiB" for d in devices],
         "nvcc": _nvcc(),
     }
-
-
-def _driver() -> str | None:
-    path = Path("/proc/driver/nvidia/version")
-    match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", path.read_text()) if path.is_file() else None
-    return match.group(1) if match else None
 
 
 def _nvcc() -> str | None:

@@ -89,3 +89,9 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
     return match.group(1) if match else platform.processor() or platform.machine()
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's kernel driver; None without one, or where the system hides it (WSL)."""
+    match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", _read("/proc/driver/nvidia/version"))
+    return match.group(1) if match else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from fastvid.distributed.cost_model import Work
 from fastvid.distributed.mesh import Layout
 from fastvid.engine.decode import decode_chunk
 from fastvid.engine.windows import count_calls, window_columns
+from fastvid.files import cache_folder
 from fastvid.layers.attention import self_attention
 from fastvid.layers.linear import Linear
 from fastvid.models.loaded import CHANNELS, CONTROL, Model, way_of
@@ -228,7 +228,7 @@ def efficiency(model: Model, work: Work, layout: Layout, call: Calls, rates: Rat
 def find_rates(ops: Ops, device: torch.device, dtype: torch.dtype, again: bool = False) -> Rates:
     """This machine's rates, from the user's cache folder. Measures them (about 2 s) if they are missing or `again`."""
     key = _key(ops, device, dtype)
-    path = _folder() / f"rates-{sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    path = cache_folder() / f"rates-{sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
     if not again and (stored := _read(path, key)) is not None:
         return stored
     rates = measure(ops, device, dtype)
@@ -238,12 +238,6 @@ def find_rates(ops: Ops, device: torch.device, dtype: torch.dtype, again: bool =
         part.write_text(json.dumps({"key": key, "rates": asdict(rates)}, indent=1), encoding="utf-8")
         part.replace(path)
     return rates
-
-
-def _folder() -> Path:
-    """The user's cache folder."""
-    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-    return Path(base or os.path.expanduser("~/.cache")) / "fastvid"
 
 
 def _key(ops: Ops, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
