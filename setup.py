@@ -141,12 +141,27 @@ def pybind11_include() -> str:
     return folder
 
 
-def source_hash() -> str:
-    """Of all of csrc: what a benchmark result of these kernels is valid for."""
-    digest = hashlib.sha256()
-    for path in sorted(Path("csrc").iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+def source_hashes(folder: Path) -> dict[str, str]:
+    """{"attention.cu": hash, ...}: of each .cu file and the headers that it includes. A benchmark result of a file's
+    kernels is valid for this hash."""
+    hashes = {}
+    for source in sorted(folder.glob("*.cu")):
+        digest = hashlib.sha256()
+        for name in sorted(included(folder, source.name)):
+            digest.update(name.encode() + b"\0" + (folder / name).read_bytes())
+        hashes[source.name] = digest.hexdigest()
+    return hashes
+
+
+def included(folder: Path, file: str) -> set[str]:
+    """A file and those of the same folder that it includes, and that those include."""
+    found, todo = set(), [file]
+    while todo:
+        name = todo.pop()
+        if name not in found and (folder / name).is_file():
+            found.add(name)
+            todo += re.findall(r'^\s*#\s*include\s*"([^"]+)"', (folder / name).read_text(), re.MULTILINE)
+    return found
 
 
 class BuildCuda(build_ext):
@@ -174,10 +189,11 @@ class BuildCuda(build_ext):
         archs = cuda_archs(nvcc)
         print(f"fastvid._C for {';'.join(archs)}{left_out(archs)}, by nvcc {cuda_version(nvcc)}", flush=True)
         cxx = os.environ.get("CXX", "g++")
+        hashes = ",".join(f'{{"{name}","{digest}"}}' for name, digest in source_hashes(Path("csrc")).items())
         defines = {
-            "ARCHS": ";".join(archs),
-            "CUDA_VERSION": cuda_version(nvcc),
-            "SOURCE_HASH": source_hash(),
+            "ARCHS": f'"{";".join(archs)}"',
+            "CUDA_VERSION": f'"{cuda_version(nvcc)}"',
+            "SOURCE_HASHES": f"{{{hashes}}}",  # initializes a map
         }
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         device = [
@@ -191,7 +207,7 @@ class BuildCuda(build_ext):
         ]
         includes = [f"-I{path}" for path in (pybind11_include(), sysconfig.get_path("include"))]
         host = [cxx, "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", *includes]
-        host += [f'-DFASTVID_{name}="{value}"' for name, value in defines.items()]
+        host += [f"-DFASTVID_{name}={value}" for name, value in defines.items()]
         steps = []
         for source in sources:
             output = build / (source.name + ".o")

@@ -38,7 +38,6 @@ SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-FILES = {"triton": "attention.py", "cuda": "csrc", **dict.fromkeys(dispatch.APPROXIMATE, "csrc")}
 EAGER_BYTES = 8 * 2**30  # scores that eager attention may take
 
 
@@ -53,7 +52,7 @@ def main() -> None:
     groups, told = {}, {}
     for title, size in CASES[device.type].items():
         if args.only in title:
-            told[title] = compared("attention", "dense", "reference", **files(device))
+            told[title] = compared("attention", "dense", "reference", "triton", "cuda")
             groups[title] = bench(*size, device, args.rounds, args.configs)
             print(table(groups[title], title), end="\n\n", flush=True)
     if args.configs:
@@ -89,7 +88,7 @@ def others(device: torch.device, scores: int) -> Iterator[tuple[str, Callable[..
     """Everything else that can run here."""
     for name in ("triton", "cuda", "flash", *dispatch.APPROXIMATE):
         function = attention.BACKENDS[name]
-        if reason := why_not(name, function, FILES.get(name, ""), device):
+        if reason := why_not("attention", name, device):
             print(f"{name} is left out: {reason}")
         else:
             yield ("flash-attn" if name == "flash" else name), function
@@ -100,15 +99,6 @@ def others(device: torch.device, scores: int) -> Iterator[tuple[str, Callable[..
         yield "eager", eager
         if device.type == "cuda":
             yield "eager, compiled", torch.compile(eager)
-
-
-def files(device: torch.device) -> dict[str, str]:
-    """Of this package's kernels that can run here: what their results are valid for."""
-    return {
-        name: FILES[name]
-        for name in ("triton", "cuda")
-        if not why_not(name, attention.BACKENDS[name], FILES[name], device)
-    }
 
 
 def forced(backend: SDPBackend) -> Callable[..., Tensor]:

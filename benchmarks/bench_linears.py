@@ -42,7 +42,7 @@ def main() -> None:
         for op in ("linear_gelu_tanh", "linear"):
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             title = f"{op} {name} {str(dtype).removeprefix('torch.')}"
-            told[title] = compared(op, "any", "reference", triton="linear_gelu.py")
+            told[title] = compared(op, "any", "reference", "triton")
             groups[title] = bench(op, size, dtype, device, args.rounds)
             print(table(groups[title], title), end="\n\n", flush=True)
     print(save("linears", groups, device, compared=told))

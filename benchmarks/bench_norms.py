@@ -48,17 +48,12 @@ def main() -> None:
                 cases = sweep(function, given, moved) if args.sweep else beside(function, given, moved, device)
                 cases.append(Case("copy of as many bytes", copy_of(moved, device), moved))
                 groups[title] = measure(cases, device, args.rounds)
-            told[title] = compared(function, "any", "reference", triton=file_of(function))
+            told[title] = compared(function, "any", "reference", "triton")
             print(table(groups[title], title), end="\n\n", flush=True)
     if args.sweep:
         print(save("norms-sweep", groups, device, sizes=SIZES[device.type]))
     else:
         print(save("norms", groups, device, sizes=SIZES[device.type], compared=told))
-
-
-def file_of(name: str) -> str:
-    """The file of an operation's kernel."""
-    return "qk_norm_rope.py" if "rope" in name else "row_norms.py"
 
 
 def calls(

@@ -49,7 +49,7 @@ def main() -> None:
         for op, rows in made.items():
             title = f"{op} {name} {str(dtype).removeprefix('torch.')}"
             groups[title], function = rows, op.partition(",")[0]
-            told[title] = compared(function, "any", "reference", triton=f"{function}.py")
+            told[title] = compared(function, "any", "reference", "triton")
             print(table(rows, title), end="\n\n", flush=True)
     print(save("patches", groups, device, compared=told))
 

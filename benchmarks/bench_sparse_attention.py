@@ -79,7 +79,7 @@ def bench(grid: Triple, tile: Triple, heads: int, device: torch.device, rounds: 
 
 
 def runs(name: str, device: torch.device) -> bool:
-    reason = why_not(name, attention.BACKENDS[name], "csrc", device)
+    reason = why_not("attention", name, device)
     if reason:
         print(f"{name} is left out: {reason}")
     return reason is None

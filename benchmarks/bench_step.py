@@ -34,7 +34,7 @@ def main() -> None:
     for name, size in SIZES[device.type].items():
         for solver in DEPTHS:
             title = f"{solver} {name}"
-            told[title] = compared("solver_step", "any", "reference", triton="solver_step.py")
+            told[title] = compared("solver_step", "any", "reference", "triton")
             groups[title] = bench(solver, size, device, args.rounds)
             print(table(groups[title], title), end="\n\n", flush=True)
     print(save("step", groups, device, compared=told))

@@ -125,7 +125,7 @@ def build(
         else:
             yield name, diffusers(config, first, device, dtype, layout)
     for name, backend in BACKENDS.items():
-        if reason := why_not_here(name, device):
+        if reason := why_not("vae_norm_silu_conv3d", name, device):
             facts["left_out"][f"fastvid {name}"] = reason
             continue
         try:
@@ -143,12 +143,6 @@ def build(
             return torch.cat([part[0] for part in parts])
 
         yield f"fastvid {name}", decode
-
-
-def why_not_here(name: str, device: torch.device) -> str | None:
-    """Why a back end's convolution can't run; None if it can."""
-    function = dispatch.implementations()["vae_norm_silu_conv3d"][name]
-    return why_not(name, function, {"triton": "vae_conv.py", "cuda": "csrc"}.get(name, ""), device)
 
 
 def diffusers(

@@ -60,9 +60,7 @@ def main() -> None:
             title = f"{op} {name} {kind}"
             with computing():
                 groups[title] = bench(op, C, N, size, getattr(torch, kind), device, args.rounds)
-            files = {"triton": "vae_norm.py" if op == "vae_rms_norm" else "vae_conv.py"}
-            files |= {} if cuda(op, getattr(torch, kind), device) is None else {"cuda": "csrc"}
-            told[title] = compared(op, "any", "reference", **files)
+            told[title] = compared(op, "any", "reference", "triton", "cuda")
             print(table(groups[title], title), end="\n\n", flush=True)
     print(save("vae-kernels", groups, device, compared=told))
 
@@ -126,7 +124,7 @@ def bench(
 def cuda(op: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Any] | None:
     """The CUDA back end if it can run and supports the dtype (16 bits, on sm_90); else None."""
     function = vae_gpu.BACKENDS[op].get("cuda")
-    if function is None or dtype not in function.dtypes or why_not("cuda", function, "csrc", device):
+    if function is None or dtype not in function.dtypes or why_not(op, "cuda", device):
         return None
     return function
 

@@ -27,16 +27,15 @@ from xml.etree import ElementTree
 import torch
 from harness import passed, result_of, save
 
-from fastvid import kernels
-from fastvid.ops import dispatch
+from fastvid.ops.sources import source_hash
 
 ROOT = Path(__file__).parents[1]
-# Test file -> kernels that it tests: files of kernels/, or all of csrc. Tests that have never run come first.
+# Test file -> kernels that it tests: files of kernels/ and csrc/. Tests that have never run come first.
 COVERS = {
-    "tests/kernels/test_rgb.py": ("csrc", "rgb.py"),
-    "tests/kernels/test_attention_cuda.py": ("csrc",),
-    "tests/kernels/test_conv_cuda.py": ("csrc",),
-    "tests/kernels/test_attention_eight.py": ("csrc",),
+    "tests/kernels/test_rgb.py": ("rgb.cu", "rgb.py"),
+    "tests/kernels/test_attention_cuda.py": ("attention.cu",),
+    "tests/kernels/test_conv_cuda.py": ("conv.cu", "vae_norm.cu"),
+    "tests/kernels/test_attention_eight.py": ("attention_eight.cu", "quantize.cu"),
     "tests/kernels/test_vae_kernels.py": ("vae_conv.py", "vae_norm.py"),
     "tests/kernels/test_attention_kernels.py": ("attention.py",),
     "tests/kernels/test_sparse_attention.py": ("sparse_attention.py",),
@@ -51,10 +50,10 @@ FINE = "done"
 
 
 def sources() -> dict[str, str]:
-    """Kernel file -> hash of its source; csrc counts as one file, if it is built."""
-    names = sorted(path.name for path in Path(kernels.__path__[0]).glob("*.py"))
-    made = {name: dispatch.source_hash("triton", name) for name in names}
-    return made | ({} if isinstance(dispatch.extension(), str) else {"csrc": dispatch.source_hash("cuda", "csrc")})
+    """Kernel file -> hash of its source; without those of csrc/ if it isn't built."""
+    names = sorted({name for covered in COVERS.values() for name in covered})
+    hashes = {name: source_hash("cuda" if name.endswith(".cu") else "triton", name) for name in names}
+    return {name: source for name, source in hashes.items() if source}
 
 
 def right(record: dict[str, Any], kernel: str) -> bool:

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from fastvid.ops import dispatch
+from fastvid.ops.sources import file_of, source_hash
 
 ROOT = Path(__file__).parents[1]
 L2_FLUSH_BYTES = 256 * 2**20  # several times the L2 of any current GPU
@@ -137,19 +138,20 @@ def result_of(name: str, device: torch.device) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def why_not(backend: str, function: object, file: str, device: torch.device) -> str | None:
-    """Why a kernel isn't measured: it cannot run here, or its tests ran on this device and did not pass
-    (`gpu_tests.py`), so that it may fault or hang. None if it can be."""
+def why_not(op: str, backend: str, device: torch.device) -> str | None:
+    """Why a back end of an operation isn't measured: it cannot run here, or its tests ran on this device and did not
+    pass (`gpu_tests.py`), so that it may fault or hang. None if it can be."""
+    function = dispatch.implementations()[op].get(backend)
+    if function is None:
+        return f"{op} has no {backend} back end"
     if reason := dispatch.why_not(backend, device) or dispatch.lacks(function, device):
         return reason
     record = result_of("gpu-tests", device)
-    if (
-        record is None
-        or "files" not in record
-        or record["sources"].get(file) != dispatch.source_hash("cuda" if file == "csrc" else "triton", file)
-    ):
+    if record is None or "files" not in record:
         return None
-    outcomes = {name: record["files"].get(name) for name in record["covers"].get(file, ())}
+    files = file_of(op, backend).split("+")
+    names = [name for name in files if record["sources"].get(name, "") == source_hash(backend, name)]
+    outcomes = {test: record["files"].get(test) for name in names for test in record["covers"].get(name, ())}
     bad = [name for name, outcome in outcomes.items() if outcome and not passed(outcome)]
     return f"{', '.join(bad)} did not pass on this device" if bad else None
 
@@ -168,12 +170,13 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {cpu_name()}"
 
 
-def compared(op: str, shape_class: str, instead: str, **kernels: str) -> dict[str, Any]:
+def compared(op: str, shape_class: str, instead: str, *backends: str) -> dict[str, Any]:
     """What rows say of an operation's kernels, for `verified.py`: save(..., compared={title: compared(...)}).
 
-    instead: the row of what `auto` takes without them. kernels: back end, which is also the row's name -> its file.
+    instead: the row of what `auto` takes without them. backends: of ours, which are also the rows' names.
     """
-    sources = {name: {"file": file, "source": dispatch.source_hash(name, file)} for name, file in kernels.items()}
+    files = {name: file_of(op, name, shape_class) for name in backends}
+    sources = {name: {"file": file, "source": source_hash(name, file)} for name, file in files.items()}
     return {"op": op, "shape_class": shape_class, "instead": instead, "kernels": sources}
 
 

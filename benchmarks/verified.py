@@ -19,7 +19,7 @@ from typing import Any
 
 from gpu_tests import right
 
-from fastvid.ops import dispatch
+from fastvid.ops.sources import source_hash
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -48,7 +48,7 @@ def rows(records: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
         for title, of in record.get("compared", {}).items():
             medians = {row["name"]: row["median"] for row in record["results"][title]}
             for backend, kernel in of["kernels"].items():
-                if backend not in medians or kernel["source"] != dispatch.source_hash(backend, kernel["file"]):
+                if backend not in medians or kernel["source"] != source_hash(backend, kernel["file"]):
                     continue  # it did not run there, or its source has changed
                 known = (arch, kernel["file"], kernel["source"]) in right
                 faster = medians[of["instead"]] >= FASTER * medians[backend]

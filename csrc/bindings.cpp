@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -269,7 +270,8 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "fastvid's CUDA kernels; pointers, sizes and streams are integers";
     m.attr("ARCHS") = FASTVID_ARCHS;
     m.attr("CUDA_VERSION") = FASTVID_CUDA_VERSION;
-    m.attr("SOURCE_HASH") = FASTVID_SOURCE_HASH;
+    const std::map<std::string, std::string> hashes FASTVID_SOURCE_HASHES;
+    m.attr("SOURCE_HASHES") = hashes;
     m.def("device_count", &fastvid::device_count);
     m.def("to_rgb", &to_rgb, py::arg("src"), py::arg("dst"), py::arg("dtype"), py::arg("shape"), py::arg("strides"),
           py::arg("device"), py::arg("stream"), "Frames [3, T, H, W] -> uint8 [T, H, W, 3] on a CUDA device.");

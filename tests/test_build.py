@@ -189,6 +189,35 @@ def test_the_static_runtime_is_found(setup_py: types.ModuleType, tmp_path: Path)
         assert setup_py.cudart_folder(tmp_path) == tmp_path / folder
 
 
+# What a result of a kernel is valid for
+
+
+def test_a_header_changes_the_hashes_of_the_files_that_include_it(setup_py: types.ModuleType, tmp_path: Path) -> None:
+    folder = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    before = setup_py.source_hashes(folder)
+    assert set(before) == {path.name for path in folder.glob("*.cu")}
+    assert len(set(before.values())) == len(before)
+    for path in sorted(folder.iterdir()):
+        text = path.read_text()
+        path.write_text(text + "// changed\n")
+        after = setup_py.source_hashes(folder)
+        path.write_text(text)
+        assert {file for file in before if after[file] != before[file]} == includers(folder, path.name), path.name
+    assert setup_py.source_hashes(folder) == before
+    assert includers(folder, "rgb.h") == {"rgb.cu"} and len(includers(folder, "sm90_layout.h")) > 2
+
+
+def includers(folder: Path, name: str) -> set[str]:
+    """The .cu files that the C++ preprocessor reads a file for."""
+    found = set()
+    for file in folder.glob("*.cu"):
+        command = ["g++", "-MM", "-MG", "-x", "c++", "-I", str(folder), str(file)]
+        read = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        if name in {Path(word).name for word in read.split()}:
+            found.add(file.name)
+    return found
+
+
 # What is compiled anew
 
 HEADER = "#pragma once\ninline int {0}() { return 1; }\n"
@@ -205,7 +234,9 @@ def project(setup_py: types.ModuleType, tmp_path: Path) -> Path:
     for name in ("one", "two"):
         (tmp_path / f"csrc/{name}.h").write_text(HEADER.replace("{0}", name))
         (tmp_path / f"csrc/{name}.cu").write_text(DEVICE.replace("{0}", name))
-    (tmp_path / "csrc/bindings.cpp").write_text("const char* source_hash() { return FASTVID_SOURCE_HASH; }\n")
+    (tmp_path / "csrc/bindings.cpp").write_text(
+        "struct Source { const char *file, *hash; };\nSource sources[] FASTVID_SOURCE_HASHES;\n"
+    )
     return tmp_path
 
 
@@ -231,12 +262,12 @@ def test_only_what_changed_is_compiled_anew(project: Path) -> None:
     assert compiled_anew(project) == {"one", "_C"}
     (project / "csrc/two.cu").touch()
     assert compiled_anew(project) == {"two", "_C"}
-    # What the files hold goes into SOURCE_HASH, and that into the bindings alone.
+    # What the files hold goes into SOURCE_HASHES, and that into the bindings alone.
     with open(project / "csrc/two.h", "a") as file:
         file.write("// more\n")
     assert compiled_anew(project) == {"two", "bindings", "_C"}
     (project / "csrc/notes.h").write_text("// included by nobody\n")
-    assert compiled_anew(project) == {"bindings", "_C"}
+    assert compiled_anew(project) == set()
 
 
 @pytest.mark.slow

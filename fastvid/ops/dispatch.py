@@ -16,7 +16,6 @@ a kernel only if verified.json has a committed result for this architecture and 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -33,6 +32,7 @@ from fastvid.checks import one_of, shown
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
 from fastvid.ops import rgb, solver_step, transformer, vae_gpu
+from fastvid.ops.sources import source_hash
 
 Function = Callable[..., Any]
 NAMES = ("reference", "triton", "cuda")
@@ -126,16 +126,6 @@ def bind(
 def read_verified() -> list[dict[str, str]]:
     """The rows of verified.json: op, backend, shape_class, arch, file, source (hash of the file), result (a path)."""
     return json.loads(Path(__file__).with_name("verified.json").read_text(encoding="utf-8"))["kernels"]
-
-
-def source_hash(backend: str, file: str) -> str | None:
-    """The hash that a row of verified.json must match: of the Triton kernel's file, or of all of csrc."""
-    if backend == "cuda":
-        return getattr(extension(), "SOURCE_HASH", None)
-    spec = importlib.util.find_spec("fastvid.kernels")
-    folders = spec.submodule_search_locations if spec else None
-    path = Path(folders[0], file) if folders else None
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
 
 
 def _auto(

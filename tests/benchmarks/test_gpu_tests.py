@@ -14,8 +14,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_tests
 import harness
 
-from fastvid.ops import attention
-
 HEAD = (
     "import os, signal, time\nimport pytest\n\n\n@pytest.mark.gpu\ndef test_first():\n    pass\n\n\n@pytest.mark.gpu\n"
 )
@@ -46,22 +44,22 @@ def test_every_end_is_recorded(kind: str, tmp_path: Path) -> None:
 def test_every_file_and_every_kernel_is_covered() -> None:
     marked = {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text()}
     assert marked - {"tests/benchmarks/test_gpu_tests.py"} == set(gpu_tests.COVERS)
+    cuda = {p.name for p in (ROOT / "csrc").glob("*.cu") if "__global__" in p.read_text()}
     kernels = {p.name for p in (ROOT / "kernels").glob("*.py")} - {"__init__.py", "ahead.py"}
-    assert kernels | {"csrc"} == {name for names in gpu_tests.COVERS.values() for name in names}
+    assert kernels | cuda == {name for names in gpu_tests.COVERS.values() for name in names}
 
 
 def test_what_did_not_pass_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUT", str(tmp_path))
     device = torch.device("cpu")
     monkeypatch.setattr(harness.dispatch, "why_not", lambda *_: None)
-    reference = attention.BACKENDS["reference"]
 
     def why() -> str | None:
-        return harness.why_not("triton", reference, "attention.py", device)
+        return harness.why_not("attention", "triton", device)
 
     assert why() is None  # never tested
     outcome = {"passed": 3, "failed": [], "ended": "done"}
-    source = harness.dispatch.source_hash("triton", "attention.py")
+    source = harness.source_hash("triton", "attention.py")
     facts = {"covers": {"attention.py": ["tests/test_a.py"]}, "sources": {"attention.py": source}}
     for changed, fine in (({}, True), ({"ended": "stopped after 9 s"}, False), ({"failed": ["x"]}, False)):
         path = harness.save("gpu-tests", {}, device, files={"tests/test_a.py": outcome | changed}, **facts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,7 +184,9 @@ def test_extension_refuses_what_it_cannot_do() -> None:
 def test_extension_knows_what_it_was_built_from() -> None:
     from fastvid import _C
 
-    assert re.fullmatch(r"[0-9a-f]{64}", _C.SOURCE_HASH) and re.fullmatch(r"\d+\.\d+", _C.CUDA_VERSION)
+    assert set(_C.SOURCE_HASHES) == {path.name for path in (Path(__file__).parents[2] / "csrc").glob("*.cu")}
+    assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in _C.SOURCE_HASHES.values())
+    assert re.fullmatch(r"\d+\.\d+", _C.CUDA_VERSION)
     assert dispatch.runs_on(_C.ARCHS, (9, 0)) or "90a" not in _C.ARCHS
 
 
