@@ -1,5 +1,5 @@
-// Which devices a build runs on, and why it does not run on another: asked before anything is launched, so that no
-// kernel is started that was not compiled. fastvid/ops/dispatch.py asks the same when it binds.
+// Which devices and drivers a build runs on, and why it does not run on another: asked before anything is launched, so
+// that no kernel is started that was not compiled. fastvid/ops/dispatch.py asks the same when it binds.
 #pragma once
 
 #include <sstream>
@@ -32,6 +32,22 @@ inline std::string refuse_device(const std::string& archs, const std::string& ne
     if (built) return "";
     return "fastvid._C was built for " + archs + ", and the device is " + device + ": build it with " + arch +
            " among FASTVID_CUDA_ARCHS";
+}
+
+// The first release of a driver that CUDA of a major version runs on; 0 of a version that is not known here.
+inline int oldest_driver(int major) {
+    return major == 12 ? 525 : major == 13 ? 580 : 0;
+}
+
+// Why a driver cannot run what was built with CUDA `built` ("13.0"), empty if it can or if there is none. known: the
+// latest CUDA that the driver knows (12080 for 12.8); within a major version an older one will do.
+inline std::string refuse_driver(const std::string& built, int known) {
+    const int major = std::stoi(built), release = oldest_driver(major);
+    if (known == 0 || known / 1000 >= major) return "";
+    const std::string version = std::to_string(known / 1000) + "." + std::to_string(known % 1000 / 10);
+    const std::string older = major > 12 ? ", or build fastvid with CUDA 12.8, for drivers from r525 on" : "";
+    return "the driver is too old: it knows CUDA " + version + ", and fastvid._C was built with CUDA " + built +
+           ", which needs a driver from r" + std::to_string(release) + " on; update the driver" + older;
 }
 
 }  // namespace fastvid

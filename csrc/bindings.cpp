@@ -51,7 +51,9 @@ void check(int error, int device) {
 
 // needs: the only architecture that the kernel is compiled for, if it is not all of them.
 void check_device(int device, const char* needs = "") {
-    const std::string reason = fastvid::refuse_device(FASTVID_ARCHS, needs, fastvid::compute_capability(device));
+    const int capability = fastvid::compute_capability(device);
+    const std::string reason = capability == 0 ? fastvid::refuse_driver(FASTVID_CUDA_VERSION, fastvid::driver_version())
+                                               : fastvid::refuse_device(FASTVID_ARCHS, needs, capability);
     if (!reason.empty()) throw std::runtime_error(reason);
 }
 

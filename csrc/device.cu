@@ -17,6 +17,13 @@ int device_count() {
     return 0;
 }
 
+int driver_version() {
+    int version = 0;
+    if (cudaDriverGetVersion(&version) == cudaSuccess) return version;
+    cudaGetLastError();
+    return 0;
+}
+
 int compute_capability(int device) {
     int major = 0, minor = 0;
     if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||

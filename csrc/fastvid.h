@@ -54,6 +54,7 @@ int attend_eight(const attention::Call& call, const attention::Lists& lists, con
 // device.cu: what this machine has; none of these fails where there is no driver.
 const char* error_string(int error);
 int device_count();
+int driver_version();                // the latest CUDA that the driver knows: 12080 for 12.8; 0 without a driver
 int compute_capability(int device);  // 90 for sm_90; 0 when it is not known
 
 }  // namespace fastvid

@@ -5,15 +5,16 @@
 
 namespace fastvid {
 
+// cudaSetDevice also binds the device's primary context to the calling thread: a thread whose first call of CUDA this
+// is has none, cudaGetDevice does not bind one, and the driver's own calls (tensor_map.h) refuse to work without.
 template <typename Launch>
 cudaError_t on_device(int device, Launch launch) {
     int before = 0;
     cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess && before == device) return launch();
     if (error == cudaSuccess) error = cudaSetDevice(device);
     if (error != cudaSuccess) return error;
     error = launch();
-    cudaSetDevice(before);
+    if (before != device) cudaSetDevice(before);
     return error;
 }
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvid import env
-from fastvid.device.devices import cpu_name, driver
+from fastvid.device.devices import cpu_name, driver, driver_too_old
 from fastvid.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "ftfy", "huggingface_hub", "av", "tqdm")
@@ -110,9 +110,16 @@ def _cuda() -> dict[str, Any]:
     return {
         "driver": driver(),
         "torch_built_for": torch.version.cuda,
+        **_too_old(torch.version.cuda, "torch"),
         "gpus": [f"{d.name}, sm_{d.major}{d.minor}, {d.total_memory / GIB:.0f} GiB" for d in devices],
         "nvcc": _nvcc(),
     }
+
+
+def _too_old(cuda: str | None, user: str) -> dict[str, str]:
+    """A line if the driver cannot run it, else none."""
+    why = driver_too_old(cuda, user)
+    return {"driver_too_old": why} if why else {}
 
 
 def _nvcc() -> str | None:
@@ -130,7 +137,8 @@ def _extension() -> dict[str, Any]:
     module = dispatch.extension()
     if isinstance(module, str):
         return {"built": False, "why": f"{module}; without it fastvid is pure Python and Triton"}
-    return {"built": True, "archs": module.ARCHS, "cuda": module.CUDA_VERSION, "file": module.__file__}
+    facts = {"built": True, "archs": module.ARCHS, "cuda": module.CUDA_VERSION, "file": module.__file__}
+    return {**facts, **_too_old(module.CUDA_VERSION, "fastvid._C")}
 
 
 def _encoders() -> dict[str, Any]:

@@ -11,6 +11,8 @@ import torch
 
 from fastvid.checks import guarded, one_of, refuse
 
+OLDEST_DRIVERS = {12: 525, 13: 580}  # major version of CUDA -> first release of the driver; as in csrc/archs.h
+
 
 def available_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on a device."""
@@ -95,3 +97,15 @@ def driver() -> str | None:
     """The version of NVIDIA's kernel driver; None without one, or where the system hides it (WSL)."""
     match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", _read("/proc/driver/nvidia/version"))
     return match.group(1) if match else None
+
+
+def driver_too_old(cuda: str | None, user: str) -> str | None:
+    """Why the installed driver cannot run what is built with CUDA `cuda` ("13.0"); None if it can, or if one of the two
+    is not known. user: what is built with it, for the message."""
+    installed, oldest = driver(), OLDEST_DRIVERS.get(int(cuda.split(".")[0]) if cuda else 0, 0)
+    release = int(installed.split(".")[0]) if installed else oldest
+    if release >= oldest:
+        return None
+    older = max((major for major, first in OLDEST_DRIVERS.items() if first <= release), default=None)
+    remedy = f", or install {user} for CUDA {older}" if older else ""
+    return f"driver {installed} is too old: CUDA {cuda} of {user} needs r{oldest} or later; update the driver{remedy}"

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastvid.checks import one_of, shown
+from fastvid.device.devices import driver_too_old
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
 from fastvid.ops import rgb, solver_step, transformer, vae_gpu
@@ -279,7 +280,7 @@ def _why_not_cuda(device: torch.device) -> str | None:
     if reason := _why_not_gpu(device):
         return reason
     if not module.device_count():
-        return (
+        return driver_too_old(module.CUDA_VERSION, "fastvid._C") or (
             f"fastvid._C finds no device; most likely the driver is older than CUDA {module.CUDA_VERSION}, which "
             "fastvid._C was built with: update the driver, install with an older nvcc, or ask for triton"
         )

@@ -13,6 +13,8 @@ from compiled_host import CXX, compile_host
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastvid.cli import doctor
+from fastvid.device import devices
 from fastvid.errors import BackendUnavailable
 from fastvid.ops import dispatch
 
@@ -92,9 +94,43 @@ def test_a_device_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("sm_75 is older than sm_80: ask for reference" in refused(op) for op in (ANY, *HOPPER))
 
 
+def install_driver(monkeypatch: pytest.MonkeyPatch, release: str | None) -> None:
+    """As if this driver was installed."""
+    for module in (devices, doctor):
+        monkeypatch.setattr(module, "driver", lambda: release)
+
+
 def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     fit(monkeypatch, ALL, (9, 0), devices=0)
+    install_driver(monkeypatch, None)
     assert all("the driver is older than CUDA 13.0" in refused(op) for op in (ANY, *HOPPER))
+    install_driver(monkeypatch, "570.124.06")
+    for op in (ANY, *HOPPER):
+        assert "driver 570.124.06 is too old: CUDA 13.0 of fastvid._C needs r580 or later" in refused(op)
+        assert "for CUDA 12" in refused(op)
+
+
+@pytest.mark.parametrize(
+    ("release", "fits"),
+    [("450.80", ()), ("524.99", ()), ("525.60.13", (12,)), ("579.1", (12,)), ("580.65.06", (12, 13))],
+)
+def test_doctor_says_which_driver_is_too_old(
+    release: str, fits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_driver(monkeypatch, release)
+    for major in (12, 13):
+        monkeypatch.setattr(torch.version, "cuda", f"{major}.0")
+        built = SimpleNamespace(ARCHS=ALL, CUDA_VERSION=f"{major}.1", __file__="_C.so")
+        monkeypatch.setattr(dispatch, "extension", lambda built=built: built)
+        report = doctor.doctor("cpu")
+        for section, version in (("cuda", f"CUDA {major}.0 of torch"), ("extension", f"CUDA {major}.1 of fastvid._C")):
+            told = report[section].get("driver_too_old", "")
+            assert (told == "") is (major in fits)
+            assert major in fits or (
+                release in told and version in told and f"r{devices.OLDEST_DRIVERS[major]}" in told
+            )
+        assert report["cuda"]["driver"] == release
+    assert devices.driver_too_old(None, "torch") is devices.driver_too_old("14.0", "torch") is None
 
 
 def test_auto_binds_none_of_it_and_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +138,7 @@ def test_auto_binds_none_of_it_and_raises_nothing(monkeypatch: pytest.MonkeyPatc
     assert "cuda" not in set(dispatch.bind(device="cuda").bound.values())
 
 
-# The binding's own question, csrc/archs.h
+# The binding's own questions, csrc/archs.h
 
 needs_compiler = pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
@@ -163,3 +199,20 @@ def test_what_the_binding_says(archs: str, needs: str, capability: int, told: st
 @needs_compiler
 def test_a_device_that_is_not_known_is_left_to_cuda() -> None:
     assert refused_by_binding("80", "90a", 0) == ""
+
+
+def refused_driver(built: str, known: int) -> str:
+    out = ctypes.create_string_buffer(1000)
+    library().refuse_driver(built.encode(), known, out, len(out))
+    return out.value.decode()
+
+
+@needs_compiler
+def test_the_binding_says_which_driver_is_too_old() -> None:
+    assert all(library().oldest_driver(major) == devices.OLDEST_DRIVERS.get(major, 0) for major in range(10, 20))
+    assert refused_driver("13.0", 0) == refused_driver("13.0", 13000) == refused_driver("12.8", 12000) == ""
+    told = refused_driver("13.0", 12040)
+    assert "knows CUDA 12.4" in told and "CUDA 13.0, which needs a driver from r580 on" in told and "r525" in told
+    assert "needs a driver from r525 on" in refused_driver("12.8", 11080) and "12.8, for" not in refused_driver(
+        "12.8", 11080
+    )
