@@ -86,7 +86,7 @@ def bench(N: int, M: int, heads: int, device: torch.device, rounds: int, configs
 
 def others(device: torch.device, scores: int) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     """Everything else that can run here."""
-    for name in ("triton", "cuda", "flash", *dispatch.APPROXIMATE):
+    for name in ("triton", "cuda", *attention.DENSE, *dispatch.EIGHT):
         function = attention.BACKENDS[name]
         if reason := why_not("attention", name, device):
             print(f"{name} is left out: {reason}")

@@ -63,7 +63,7 @@ def bench(grid: Triple, tile: Triple, heads: int, device: torch.device, rounds: 
     cases = [Case(f"{name}, dense", lambda: run(q, k, v), flops=flops)]
     if name == "triton":
         cases.append(Case("sdpa, dense", lambda: attention.BACKENDS["sdpa"](q, k, v), flops=flops))
-    on_cuda = [name for name in ("cuda", *dispatch.APPROXIMATE) if runs(name, device)]
+    on_cuda = [name for name in ("cuda", *dispatch.EIGHT) if runs(name, device)]
     for name in on_cuda:
         cases.append(Case(f"{name}, dense", partial(attention.BACKENDS[name], q, k, v), flops=flops))
     for size in windows(grid, tile):

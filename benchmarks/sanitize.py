@@ -17,7 +17,7 @@ from fastvid.ops import dispatch, sparse
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 APPROXIMATE = 0.1  # tolerance of 8-bit products
-BACKENDS = ("triton", "cuda", *dispatch.APPROXIMATE)
+BACKENDS = ("triton", "cuda", *dispatch.EIGHT)
 
 
 def inputs(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -87,7 +87,7 @@ def compare(name: str, backend: str, made: Any, wanted: Any, dtype: torch.dtype)
     pairs = zip(*([one] if isinstance(one, Tensor) else one for one in (made, wanted)), strict=True)
     for one, right in pairs:
         off = float((one.double() - right.double()).norm() / right.double().norm())
-        allowed = APPROXIMATE if backend in dispatch.APPROXIMATE else TOLERANCE[dtype]
+        allowed = APPROXIMATE if backend in dispatch.EIGHT else TOLERANCE[dtype]
         assert off < allowed, f"{name} by {backend} in {dtype} is {off:.1e} off"
 
 

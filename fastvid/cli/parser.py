@@ -269,7 +269,8 @@ def _add_model(parser: Parser, also: str = "") -> None:
     add(
         "--attention",
         metavar="NAME",
-        help="back end of attention: auto, reference, sdpa, flash, triton, cuda, cuda_fp8, cuda_int8 (default: auto)",
+        help="back end of attention: auto, reference, sdpa, library, cudnn, aten_flash, flash, flash3, flash4, sage, "
+        "triton, cuda, cuda_fp8, cuda_int8 (default: auto)",
     )
     add(
         "--offload",

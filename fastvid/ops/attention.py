@@ -9,12 +9,13 @@ q [B, N, H, D], k and v [B, M, H, D]; scale defaults to 1 / sqrt(D). out has the
 (fp64 for fp64). With `blocks` (sparse.py), m runs only over the listed tiles of keys; for an empty list out is 0 and
 lse -inf. `merge` combines attention to two sets of keys (the ranks of a ring).
 
-All share this signature: `reference` and `sdpa` are PyTorch, `flash` is the flash-attn package, and the others
-are the registered operators of attention_gpu.py.
+All share this signature: `reference` and `sdpa` are PyTorch, `library` is the best library for each call, the others
+are one library each (attention_library.py) or the registered operators of attention_gpu.py.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.ops import attention_gpu
+from fastvid.ops.attention_library import HALVES, LIBRARIES, Library, preferred
 from fastvid.ops.sparse import Blocks, token_mask
 
 Result = Tensor | tuple[Tensor, Tensor]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HALVES = (torch.float16, torch.bfloat16)
 SLAB = 2**26  # scores that the reference computes at a time
 
 
@@ -136,10 +137,41 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return total.to(out_a.dtype), lse
 
 
-# flash-attn
+# Libraries
 
 
-def flash(
+@dataclass(frozen=True)
+class Dense:
+    """A library's dense attention as a back end. Raises ValueError for blocks, and for calls that it cannot take."""
+
+    library: Library
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        return_lse: bool = False,
+        blocks: Blocks | None = None,
+    ) -> Result:
+        check(q, k, v, blocks)
+        if blocks is not None:
+            raise ValueError(
+                f"{self.library.name} has no block-sparse attention; load with attention='auto' or 'triton'"
+            )
+        if reason := self.library.refuses(q, k):
+            raise ValueError(reason)
+        out, lse = self.library.run(q, k, v, scale, return_lse)
+        return (out, lse) if return_lse and lse is not None else out
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Why it cannot run on a device; None if it can."""
+        return self.library.why_not(device)
+
+
+def library(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -148,19 +180,17 @@ def flash(
     return_lse: bool = False,
     blocks: Blocks | None = None,
 ) -> Result:
-    """The flash-attn package, which selects a kernel for the GPU. Raises ValueError for blocks, and for dtypes other
-    than fp16 and bf16."""
-    from flash_attn import flash_attn_func
+    """The best library that takes the call: cuDNN where it is new enough, then aten's flash operator, then `sdpa`,
+    which takes everything: fp32 by aten's efficient operator, block lists by the reference."""
+    if blocks is None:
+        for name in _preferred(q.device):
+            if LIBRARIES[name].refuses(q, k) is None:
+                return DENSE[name](q, k, v, scale=scale, return_lse=return_lse)
+    return sdpa(q, k, v, scale=scale, return_lse=return_lse, blocks=blocks)
 
-    check(q, k, v, blocks)
-    if q.dtype not in HALVES:
-        raise ValueError(f"flash-attn takes fp16 and bf16, not {q.dtype}")
-    if blocks is not None:
-        raise ValueError("flash-attn has no block-sparse attention; load with attention='auto' or 'triton'")
-    if not return_lse:
-        return flash_attn_func(q, k, v, softmax_scale=scale)
-    out, lse, _ = flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)
-    return out, lse
+
+_preferred = functools.cache(preferred)
+DENSE = {name: Dense(one) for name, one in LIBRARIES.items()}
 
 
 # Kernels
@@ -214,7 +244,8 @@ def _cuda(operator: Callable[..., Any]) -> Kernel:
 BACKENDS: Mapping[str, Callable[..., Any]] = {
     "reference": reference,
     "sdpa": sdpa,
-    "flash": flash,
+    "library": library,
+    **DENSE,
     "triton": Kernel(attention_gpu.attention_triton),
     "cuda": _cuda(attention_gpu.attention_cuda),
     "cuda_fp8": _cuda(partial(attention_gpu.attention_eight, "fp8")),

@@ -7,7 +7,10 @@
     triton                kernels/, on CUDA devices, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1)
     cuda                  csrc/, on the architectures for which fastvid._C was built
     sdpa                  PyTorch's scaled_dot_product_attention, everywhere (attention only)
-    flash                 the flash-attn package (attention only)
+    cudnn, aten_flash     aten's operators, called directly (attention only)
+    flash, flash3, flash4 the packages flash-attn 2, 3 and 4 (attention only)
+    sage                  the package sageattention, an approximation (attention only)
+    library               the best of them for each call (attention only)
     cuda_fp8, cuda_int8   csrc/ with 8-bit products, an approximation (attention only)
 
 A back end that is requested explicitly either works or raises BackendUnavailable; there is no fallback. `auto` selects
@@ -37,8 +40,9 @@ from fastvid.ops.sources import source_hash
 
 Function = Callable[..., Any]
 NAMES = ("reference", "triton", "cuda")
-APPROXIMATE = ("cuda_fp8", "cuda_int8")
-ATTENTION = ("sdpa", "flash", *APPROXIMATE)
+EIGHT = ("cuda_fp8", "cuda_int8")
+APPROXIMATE = (*EIGHT, "sage")
+ATTENTION = ("sdpa", "library", "cudnn", "aten_flash", "flash", "flash3", "flash4", *APPROXIMATE)
 MIN_CAPABILITY = (8, 0)
 
 
@@ -99,8 +103,8 @@ def bind(
 
     backend: "auto", "reference", "triton" or "cuda" for all operations, or a list such as
         "to_rgb=cuda,rms_norm=reference" with `auto` for the others.
-    attention: overrides `backend` for attention; also "sdpa", "flash", "cuda_fp8" or "cuda_int8" (the last two are
-        approximations).
+    attention: overrides `backend` for attention; also one of ATTENTION ("sdpa", "cudnn", ...), of which APPROXIMATE are
+        approximations.
     verified: the kernels that `auto` may select; None: those of verified.json.
     Raises InvalidRequest for an unknown name, BackendUnavailable if a requested back end cannot run here.
     """
@@ -211,18 +215,16 @@ def why_not(backend: str, device: torch.device) -> str | None:
     """The reason why a back end cannot run on this device; None if it can."""
     if backend == "triton":
         return _why_not_triton(device)
-    if backend == "cuda" or backend in APPROXIMATE:
-        return _why_not_cuda(device)
-    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed"
-    return None
+    return _why_not_cuda(device) if backend == "cuda" or backend in EIGHT else None
 
 
 def lacks(function: object, device: torch.device) -> str | None:
     """The reason why a function cannot run on a device although its back end can; None if it can.
 
-    Its optional attribute `needs` ("90a") names the architecture that it requires.
+    Its optional attribute `needs` ("90a") names the architecture that it requires. A library answers by itself.
     """
+    if isinstance(function, attentions.Dense):
+        return function.why_not(device)
     needs, module = getattr(function, "needs", None), extension()
     if needs is None:
         return None

@@ -1,11 +1,9 @@
 """Dense attention: the references against fp64 written a second time, the Triton kernel (in the interpreter, by
-pointers and by descriptors) against both, merging of parts, and the call of flash-attn."""
+pointers and by descriptors) against both, and merging of parts."""
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -88,9 +86,7 @@ def test_a_part_without_keys_merges_to_the_other() -> None:
 
 @pytest.mark.parametrize("name", attention.BACKENDS)
 @pytest.mark.parametrize("return_lse", [False, True])
-def test_what_does_not_fit_is_refused(name: str, return_lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    sys.modules["flash_attn"].flash_attn_func = None
+def test_what_does_not_fit_is_refused(name: str, return_lse: bool) -> None:
     function = partial(attention.BACKENDS[name], return_lse=return_lse)
     q, k = make((2, 4, 2, 8)), make((2, 6, 2, 8))
     with pytest.raises(ValueError, match="there are no keys"):
@@ -109,31 +105,6 @@ def test_every_back_end_of_the_table_is_a_function() -> None:
     torch.testing.assert_close(attention.sdpa(q, k, v), with_lse(q, k, v)[0])
     scaled = (run(q, k, v, scale=0.3, return_lse=True) for run in (attention.sdpa, attention.reference))
     torch.testing.assert_close(*scaled)
-
-
-# flash-attn
-
-
-def test_flash_gets_tokens_before_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
-
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None) -> Tensor:
-        """As flash-attn's own takes them: [batch, tokens, heads, head_dim]."""
-        seen.update(q=q, k=k, v=v, softmax_scale=softmax_scale)
-        return attention.reference(q, k, v, scale=softmax_scale)
-
-    module = ModuleType("flash_attn")
-    module.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    q, k, v = (make((2, size, 3, 8), torch.float16, i) for i, size in enumerate((5, 7, 7)))
-    out = attention.flash(q, k, v, scale=0.3)
-    assert seen["q"] is q and seen["k"] is k and seen["v"] is v and seen["softmax_scale"] == 0.3
-    assert out.shape == (2, 5, 3, 8)
-    assert_as_good_as(out, attention.reference(q, k, v, scale=0.3), numpy_attention(q, k, v, 0.3)[0])
-    with pytest.raises(ValueError, match="takes fp16 and bf16, not torch.float32"):
-        attention.flash(q.float(), k.float(), v.float())
-    with pytest.raises(ValueError, match="no block-sparse attention"):
-        attention.flash(q, k, v, blocks=random_blocks(([5], [3, 4]), 1, 1.0, 0))
 
 
 # Triton
