@@ -38,10 +38,17 @@ def fingerprint(model: Model) -> dict[str, Any]:
         "device": _device(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
-        "backends": dict(model.ops.bound),
+        "backends": dict(model.ops.bound) | _choices(model),
         "parallel": model.settings.get("parallel", "1"),
         "recipe of the model": hashlib.sha256(repr(model.preset).encode()).hexdigest(),
         "weights": dict(_weights(model)),
+    }
+
+
+def _choices(model: Model) -> dict[str, str]:
+    """Operation and shape class -> back end, where results decide."""
+    return {
+        f"{op} {one.dtype} {one.shape_class}": one.backend for op, found in model.ops.choices.items() for one in found
     }
 
 

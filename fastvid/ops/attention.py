@@ -224,19 +224,6 @@ class Kernel:
         return (out, lse) if return_lse else out
 
 
-def form(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    return_lse: bool = False,
-    blocks: Blocks | None = None,
-) -> str:
-    """The shape class of a call, as in verified.json: "dense", "dense lse", "sparse" or "sparse lse"."""
-    return ("dense" if blocks is None else "sparse") + " lse" * return_lse
-
-
 def _cuda(operator: Callable[..., Any]) -> Kernel:
     return Kernel(operator, needs="90a", dtypes=HALVES)
 

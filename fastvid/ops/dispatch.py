@@ -3,31 +3,33 @@
 `bind` creates an `Ops` once, when a model is loaded. It has all functions of `reference.py`, such as
 `ops.attention(...)`; models do not know which back end runs them:
 
-    reference             eager PyTorch, everywhere
+    reference             eager PyTorch, everywhere: the definition
+    library               what `auto` takes where no result says better (`libraries.default`)
     triton                kernels/, on CUDA devices, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1)
     cuda                  csrc/, on the architectures for which fastvid._C was built
-    sdpa                  PyTorch's scaled_dot_product_attention, everywhere (attention only)
-    cudnn, aten_flash     aten's operators, called directly (attention only)
-    flash, flash3, flash4 the packages flash-attn 2, 3 and 4 (attention only)
-    sage                  the package sageattention, an approximation (attention only)
-    library               the best of them for each call (attention only)
-    cuda_fp8, cuda_int8   csrc/ with 8-bit products, an approximation (attention only)
+
+Some operations have more. Attention:
+
+    sdpa                  PyTorch's scaled_dot_product_attention, everywhere
+    cudnn, aten_flash     aten's operators, called directly
+    flash, flash3, flash4 the packages flash-attn 2, 3 and 4
+    sage                  the package sageattention, an approximation
+    cuda_fp8, cuda_int8   csrc/ with 8-bit products, an approximation
 
 A back end that is requested explicitly either works or raises BackendUnavailable; there is no fallback. `auto` selects
-a kernel only if verified.json has a committed result for this architecture and exactly this source code.
+what results have shown to be right and fastest, for each dtype and shape class (choices.py): committed results of this
+architecture, then what `fastvid tune` has found on this machine; elsewhere it takes libraries.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -35,14 +37,13 @@ from fastvid.checks import one_of, shown
 from fastvid.device.devices import driver_too_old
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
-from fastvid.ops import rgb, solver_step, transformer, vae_gpu
+from fastvid.ops import choices, libraries, rgb, solver_step, transformer, tuned, vae_gpu
+from fastvid.ops.choices import Choice, Function, Row
 from fastvid.ops.sources import source_hash
 
-Function = Callable[..., Any]
-NAMES = ("reference", "triton", "cuda")
+NAMES = ("library", "reference", "triton", "cuda")
 EIGHT = ("cuda_fp8", "cuda_int8")
 APPROXIMATE = (*EIGHT, "sage")
-ATTENTION = ("sdpa", "library", "cudnn", "aten_flash", "flash", "flash3", "flash4", *APPROXIMATE)
 MIN_CAPABILITY = (8, 0)
 
 
@@ -50,12 +51,14 @@ MIN_CAPABILITY = (8, 0)
 class Ops:
     """The chosen function of every operation, as an attribute: `ops.rms_norm(...)`.
 
-    functions: operation -> function; bound: operation -> back end; reasons: operation -> why it was chosen.
+    functions: operation -> function; bound: operation -> back end; reasons: operation -> why it was chosen; choices:
+    operation -> what runs for which shape class, where results decide.
     """
 
     functions: Mapping[str, Function]
     bound: Mapping[str, str]
     reasons: Mapping[str, str]
+    choices: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         vars(self).update(self.functions)
@@ -66,24 +69,13 @@ class Ops:
 
 
 @dataclass(frozen=True)
-class DispatchByShape:
-    """A function that runs a kernel on the shape classes for which it is verified, and `rest` on all others.
+class _Bound:
+    """What was chosen for one operation."""
 
-    shape_class: maps the function's arguments to a shape class. kernels: shape class -> kernel.
-    """
-
-    shape_class: Function
-    kernels: Mapping[str, Function]
-    rest: Function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.kernels.get(self.shape_class(*args, **kwargs), self.rest)(*args, **kwargs)
-
-
-def shape_classes() -> dict[str, Function]:
-    """Operation -> function that returns the shape class of its arguments. Other operations have only the class
-    "any"."""
-    return {"attention": attentions.form}
+    function: Function
+    name: str
+    reason: str
+    choices: tuple[Choice, ...] = ()
 
 
 def implementations() -> dict[str, dict[str, Function]]:
@@ -97,15 +89,14 @@ def bind(
     backend: str = "auto",
     attention: str = "auto",
     device: str | torch.device = "cpu",
-    verified: Iterable[Mapping[str, str]] | None = None,
+    verified: Iterable[Row] | None = None,
 ) -> Ops:
     """Choose the back end of every operation on a device.
 
-    backend: "auto", "reference", "triton" or "cuda" for all operations, or a list such as
-        "to_rgb=cuda,rms_norm=reference" with `auto` for the others.
-    attention: overrides `backend` for attention; also one of ATTENTION ("sdpa", "cudnn", ...), of which APPROXIMATE are
-        approximations.
-    verified: the kernels that `auto` may select; None: those of verified.json.
+    backend: "auto", "library", "reference", "triton" or "cuda" for all operations, or a list such as
+        "to_rgb=cuda,rms_norm=compiled" with `auto` for the others.
+    attention: overrides `backend` for attention; also one of its own back ends (see the module).
+    verified: the rows that `auto` goes by; None: committed results, then the user's table.
     Raises InvalidRequest for an unknown name, BackendUnavailable if a requested back end cannot run here.
     """
     torch_device = _device(device)
@@ -114,50 +105,47 @@ def bind(
     if missing := _missing(requested, table, torch_device):
         raise BackendUnavailable(
             f"backend={shown(backend)}, attention={shown(attention)} cannot run here: {missing}. "
-            'One operation can be asked for ("to_rgb=cuda"); auto and reference always run.'
+            'One operation can be asked for ("to_rgb=cuda"); auto, library and reference always run.'
         )
-    rows = list(read_verified() if verified is None else verified)
-    chosen = {
-        op: _auto(op, table[op], torch_device, rows) if name == "auto" else (table[op][name], name, "asked for")
-        for op, name in requested.items()
-    }
+    rows = list(verified or ())
+    if verified is None and "auto" in requested.values():
+        rows = _rows(torch_device)
+    chosen = {op: _bind(op, name, table[op], torch_device, rows) for op, name in requested.items()}
     return Ops(
-        functions={op: function for op, (function, _, _) in chosen.items()},
-        bound={op: name for op, (_, name, _) in chosen.items()},
-        reasons={op: reason for op, (_, _, reason) in chosen.items()},
+        functions={op: one.function for op, one in chosen.items()},
+        bound={op: one.name for op, one in chosen.items()},
+        reasons={op: one.reason for op, one in chosen.items()},
+        choices={op: one.choices for op, one in chosen.items() if one.choices},
     )
 
 
-def read_verified() -> list[dict[str, str]]:
-    """The rows of verified.json: op, backend, shape_class, arch, file, source (hash of the file), result (a path)."""
-    return json.loads(Path(__file__).with_name("verified.json").read_text(encoding="utf-8"))["kernels"]
+def _rows(device: torch.device) -> list[Row]:
+    """The results that count on this device: committed ones, without back ends found wrong here, then the user's."""
+    own = tuned.read(device)
+    wrong = {(row["op"], row["backend"], row["dtype"], row["shape_class"]) for row in own["rejected"]}
+    fitting = [row for row in choices.committed() if row["machine"] == architecture(device)]
+    right = [row for row in fitting if (row["op"], row["backend"], row["dtype"], row["shape_class"]) not in wrong]
+    return [*right, *own["rows"]]
 
 
-def _auto(
-    op: str, functions: Mapping[str, Function], device: torch.device, rows: list[Mapping[str, str]]
-) -> tuple[Function, str, str]:
-    """(function, back end, reason) that `auto` chooses for an operation: verified kernels, else PyTorch."""
-    name = "sdpa" if op == "attention" else "reference"
-    matching_rows = {row["shape_class"]: row for row in rows if _fits(row, op, functions, device)}
-    if row_for_any := matching_rows.get("any"):
-        return functions[row_for_any["backend"]], row_for_any["backend"], f"verified: {row_for_any['result']}"
-    if matching_rows and op in shape_classes():
-        kernels = {shapes: functions[row["backend"]] for shapes, row in matching_rows.items()}
-        description = ", ".join(f"{row['backend']} for {shapes}" for shapes, row in sorted(matching_rows.items()))
-        results = ", ".join(sorted({row["result"] for row in matching_rows.values()}))
-        function = DispatchByShape(shape_classes()[op], kernels, functions[name])
-        return function, f"{description}, else {name}", f"verified: {results}"
-    if op == "attention":
-        return functions[name], name, "PyTorch's own"
-    return functions[name], name, device.type if device.type == "cpu" else "no committed GPU result"
+def _bind(op: str, name: str, functions: Mapping[str, Function], device: torch.device, rows: list[Row]) -> _Bound:
+    if name not in ("auto", "library"):
+        return _Bound(functions[name], name, "asked for")
+    default, reason = libraries.default(op, device)
+    if name == "library":
+        return _Bound(functions[default], default, "asked for")
+    found = choices.choices(op, rows, lambda row: _counts(row, functions, device))
+    if not found:
+        return _Bound(functions[default], default, reason)
+    kernels = {(one.dtype, one.shape_class): functions[one.backend] for one in found}
+    function = choices.DispatchByShape(op, kernels, functions[default])
+    return _Bound(function, choices.summary(found, default), choices.why(found), tuple(found))
 
 
-def _fits(row: Mapping[str, str], op: str, functions: Mapping[str, Function], device: torch.device) -> bool:
-    """Whether a row matches this operation, architecture and source code, and its back end can run."""
-    same = (row["op"], row["arch"]) == (op, architecture(device))
+def _counts(row: Row, functions: Mapping[str, Function], device: torch.device) -> bool:
+    """Whether a row is of this source code, and its back end exact and able to run here."""
     return (
-        same
-        and row["backend"] in functions
+        row["backend"] in functions
         and row["backend"] not in APPROXIMATE
         and row["source"] == source_hash(row["backend"], row["file"])
         and not why_not(row["backend"], device)
@@ -169,7 +157,7 @@ def _missing(asked: Mapping[str, str], table: Mapping[str, Mapping[str, Function
     """Why explicitly requested back ends cannot run: "reason (operations); ..."; empty if all can."""
     reasons: dict[str, list[str]] = {}
     for op, name in asked.items():
-        if name != "auto":
+        if name not in ("auto", "library"):
             reason: str | None = f"there is no {name} back end"
             if here := table[op].get(name):
                 reason = why_not(name, device) or lacks(here, device)
@@ -177,7 +165,7 @@ def _missing(asked: Mapping[str, str], table: Mapping[str, Mapping[str, Function
     return "; ".join(f"{reason} ({', '.join(ops)})" for reason, ops in reasons.items() if reason)
 
 
-def _asked(backend: str, attention: str, table: Mapping[str, object]) -> dict[str, str]:
+def _asked(backend: str, attention: str, table: Mapping[str, Mapping[str, Function]]) -> dict[str, str]:
     """Operation -> requested back end, or "auto"."""
     if isinstance(backend, str) and "=" in backend:
         pairs = [part.strip().partition("=") for part in backend.split(",")]
@@ -188,8 +176,8 @@ def _asked(backend: str, attention: str, table: Mapping[str, object]) -> dict[st
     if attention != "auto":
         asked["attention"] = attention
     for op, name in asked.items():
-        more = ATTENTION if op == "attention" else ()
-        _known(name, ("auto", *NAMES, *more), "attention" if more else f"back end of {op}")
+        names = dict.fromkeys(("auto", *NAMES, *table[op]))
+        _known(name, names, op if op == "attention" else f"back end of {op}")
     return asked
 
 

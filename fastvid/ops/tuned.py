@@ -78,16 +78,13 @@ def path_of(device: torch.device) -> Path:
 # ---------------------------------------------------------------- reading
 
 
-def read(device: torch.device) -> list[Row]:
-    """The rows of a device's table; none if there is no table, or if it belongs to another driver, torch or Triton.
-
-    Warns, and returns none, where the table is refused.
-    """
+def read(device: torch.device) -> dict[str, Any]:
+    """`load`; where the table is refused, warns and returns an empty one."""
     try:
-        return load(device)["rows"]
+        return load(device)
     except TableRefused as error:
         notices.warn(f"{error}; until then auto goes without it")
-        return []
+        return _empty(device)
 
 
 def load(device: torch.device) -> dict[str, Any]:
@@ -95,7 +92,7 @@ def load(device: torch.device) -> dict[str, Any]:
 
     rejected: what was not right or could not run: op, dtype, shape_class, backend, source, why.
     """
-    path, none = path_of(device), {"key": key(device), "rows": [], "rejected": []}
+    path, none = path_of(device), _empty(device)
     if not os.path.lexists(path):
         return none
     content = content_of(path)
@@ -103,6 +100,10 @@ def load(device: torch.device) -> dict[str, Any]:
         return none
     rows = [row | {"result": str(path)} for row in content["rows"]]
     return {"key": content["key"], "rows": rows, "rejected": content["rejected"]}
+
+
+def _empty(device: torch.device) -> dict[str, Any]:
+    return {"key": key(device), "rows": [], "rejected": []}
 
 
 def content_of(path: Path) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def describe(model: Model) -> dict[str, Any]:
         "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
         "backends": dict(model.ops.bound),
         "reasons": dict(model.ops.reasons),
+        "choices": {op: [one.to_dict() for one in found] for op, found in model.ops.choices.items()},
         "loras": [list(pair) for pair in model.loras],
         "offload": model.offload,
         "cuda_graphs": model.placement.reasons["cuda_graphs"],

@@ -28,6 +28,7 @@ def fit(monkeypatch: pytest.MonkeyPatch, archs: str, capability: tuple[int, int]
     monkeypatch.setattr(dispatch, "extension", lambda: built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU of a test")
 
 
 def refused(op: str) -> str:

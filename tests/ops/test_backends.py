@@ -5,19 +5,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from fastvid.errors import BackendUnavailable, InvalidRequest
-from fastvid.ops import attention, dispatch, reference, rgb, sparse
+from fastvid.ops import attention, choices, dispatch, reference, rgb, shapes, sparse, tuned
+
+FRAMES = torch.rand(3, 5, 4, 4)
+CLASS = shapes.shape_class("to_rgb", (FRAMES,), {})
 
 
-def row(**changes: str) -> dict[str, str]:
-    """A row of verified.json that lets `auto` take the Triton to_rgb."""
-    fitting = {"op": "to_rgb", "backend": "triton", "shape_class": "any", "arch": "cpu", "file": "rgb.py"}
+def row(**changes: Any) -> dict[str, Any]:
+    """A row that lets `auto` take the Triton to_rgb for frames of one class."""
+    fitting = {"op": "to_rgb", "dtype": "float32", "shape_class": CLASS, "backend": "triton", "machine": "cpu"}
+    measured = {"median_us": 10.0, "next": "reference", "next_us": 15.0, "result": "benchmarks/results/rgb.json"}
     source = dispatch.source_hash("triton", "rgb.py")
-    return {**fitting, "source": source, "result": "benchmarks/results/rgb.json", **changes}
+    return {**fitting, "file": "rgb.py", "source": source, **measured, **changes}
 
 
 def test_auto_binds_the_reference_where_nothing_is_verified() -> None:
@@ -92,53 +98,113 @@ def test_one_operation_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bound.reasons["layer_norm"] == "cpu"
 
 
-def test_auto_takes_a_verified_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def counting(monkeypatch: pytest.MonkeyPatch, name: str = "triton") -> list[torch.Size]:
+    """Makes a back end of to_rgb available here, and counts its calls."""
+    called: list[torch.Size] = []
     monkeypatch.setattr(dispatch, "why_not", lambda backend, device: None)
+    monkeypatch.setitem(rgb.BACKENDS, name, lambda frames: called.append(frames.shape) or rgb.reference(frames))
+    return called
+
+
+def test_auto_takes_a_kernel_for_the_class_that_it_was_measured_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = counting(monkeypatch)
     bound = dispatch.bind(verified=[row()])
-    assert bound.to_rgb is rgb.triton
-    assert bound.reasons["to_rgb"] == "verified: benchmarks/results/rgb.json"
+    assert bound.bound["to_rgb"] == "triton for 1 shape class, else reference"
+    assert bound.reasons["to_rgb"] == "1.50 x the next best in benchmarks/results/rgb.json"
+    assert torch.equal(bound.to_rgb(FRAMES), rgb.reference(FRAMES)) and called == [FRAMES.shape]
+    large = torch.rand(3, 5, 16, 16)
+    assert torch.equal(bound.to_rgb(large), rgb.reference(large)) and len(called) == 1
+    half = FRAMES.half()
+    assert torch.equal(bound.to_rgb(half), rgb.reference(half)) and len(called) == 1  # another dtype
 
 
-def frames_class(frames: torch.Tensor) -> str:
-    return "many frames" if frames.shape[1] > 2 else "few frames"
+def test_choices_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting(monkeypatch)
+    bound = dispatch.bind(verified=[row(), row(dtype="float16", next="", next_us=None)])
+    half, single = bound.choices["to_rgb"]
+    assert (single.backend, single.gain, single.next_best) == ("triton", 1.5, "reference")
+    assert (half.dtype, half.gain, half.next_best) == ("float16", None, None)
+    assert set(bound.choices) == {"to_rgb"}
 
 
-def test_auto_takes_a_kernel_for_the_shapes_it_is_verified_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
-    monkeypatch.setattr(dispatch, "why_not", lambda backend, device: None)
-    monkeypatch.setattr(dispatch, "shape_classes", lambda: {"to_rgb": frames_class})
-    monkeypatch.setitem(rgb.BACKENDS, "triton", lambda frames: called.append(frames.shape) or rgb.reference(frames))
-    bound = dispatch.bind(verified=[row(shape_class="many frames"), row(shape_class="huge frames")])
-    assert bound.bound["to_rgb"] == "triton for huge frames, triton for many frames, else reference"
-    assert bound.reasons["to_rgb"] == "verified: benchmarks/results/rgb.json"
-    few, many = torch.rand(3, 2, 4, 4), torch.rand(3, 5, 4, 4)
-    assert torch.equal(bound.to_rgb(few), rgb.reference(few)) and not called
-    assert torch.equal(bound.to_rgb(many), rgb.reference(many)) and called == [many.shape]
-    # Without the operation's classes nobody could tell which kernel is meant.
-    monkeypatch.setattr(dispatch, "shape_classes", lambda: {})
-    assert dispatch.bind(verified=[row(shape_class="many frames")]).bound["to_rgb"] == "reference"
+def test_of_two_rows_for_a_class_the_first_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Committed results come before the user's table; a row whose source has changed is skipped."""
+    first = counting(monkeypatch, "triton")
+    second = counting(monkeypatch, "other")
+    source = dispatch.source_hash("other", "")
+    other = row(backend="other", file="", source=source)
+    bound = dispatch.bind(verified=[row(), other])
+    bound.to_rgb(FRAMES)
+    assert (len(first), len(second)) == (1, 0)
+    bound = dispatch.bind(verified=[row(source="0"), other])
+    bound.to_rgb(FRAMES)
+    assert (len(first), len(second)) == (1, 1)
 
 
-def test_a_kernel_that_is_verified_for_dense_attention_runs_no_other_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_is_right_for_dense_attention_runs_no_other_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "why_not", lambda backend, device: None)
     monkeypatch.setitem(attention.BACKENDS, "triton", lambda q, k, v, **options: q)
     source = dispatch.source_hash("triton", "attention.py")
-    verified = row(op="attention", shape_class="dense", file="attention.py", source=source)
-    bound = dispatch.bind(verified=[verified])
-    assert bound.bound["attention"] == "triton for dense, else sdpa"
     q, k, v = torch.randn(3, 1, 4, 2, 8).unbind(0)
+    dense = shapes.shape_class("attention", (q, k, v), {})
+    verified = row(op="attention", shape_class=dense, file="attention.py", source=source)
+    bound = dispatch.bind(verified=[verified])
+    assert bound.bound["attention"] == "triton for 1 shape class, else sdpa"
     assert bound.attention(q, k, v) is q
     for options in ({"return_lse": True}, {"blocks": sparse.full((1, 2, 2), (1, 1, 2))}):
         made, wanted = (run(q, k, v, **options) for run in (bound.attention, attention.sdpa))
         torch.testing.assert_close(made, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("change", [{"op": "rms_norm"}, {"arch": "sm_90"}, {"source": "0"}, {"file": "gone.py"}])
+@pytest.mark.parametrize("change", [{"op": "rms_norm"}, {"source": "0"}, {"file": "gone.py"}, {"backend": "gone"}])
 def test_auto_leaves_a_kernel_that_was_verified_as_something_else(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, str]
 ) -> None:
     monkeypatch.setattr(dispatch, "why_not", lambda backend, device: None)
     assert dispatch.bind(verified=[row(**change)]).bound["to_rgb"] == "reference"
+
+
+@pytest.mark.parametrize("name", dispatch.APPROXIMATE)
+def test_auto_never_takes_an_approximation(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device: None)
+    monkeypatch.setattr(dispatch, "lacks", lambda function, device: None)
+    monkeypatch.setattr(dispatch, "source_hash", lambda backend, file: "same")
+    q = torch.randn(1, 4, 2, 8)
+    dense = shapes.shape_class("attention", (q, q, q), {})
+    made = row(op="attention", backend=name, shape_class=dense, file="", source="same")
+    assert name in attention.BACKENDS
+    assert dispatch.bind(verified=[made]).bound["attention"] == "sdpa"
+    assert dispatch.bind(verified=[made | {"backend": "cuda"}]).bound["attention"] != "sdpa"
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what is committed, and what the user's table holds."""
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device: None)
+
+    def put(committed: list[Any], rows: list[Any], rejected: list[Any]) -> None:
+        monkeypatch.setattr(choices, "committed", lambda: committed)
+        monkeypatch.setattr(tuned, "read", lambda device: {"rows": rows, "rejected": rejected})
+
+    return put
+
+
+def test_committed_results_are_of_an_architecture_and_precede_the_users(tables: Callable[..., None]) -> None:
+    own = row(backend="reference", file="", source=dispatch.source_hash("reference", ""), result="/table.json")
+    tables([row()], [own], [])
+    assert [one.backend for one in dispatch.bind().choices["to_rgb"]] == ["triton"]
+    tables([row(machine="sm_90")], [own], [])
+    assert [one.backend for one in dispatch.bind().choices["to_rgb"]] == ["reference"]
+    tables([row(machine="sm_90")], [], [])
+    assert not dispatch.bind().choices
+
+
+def test_a_kernel_found_wrong_here_is_not_taken_whatever_was_committed(tables: Callable[..., None]) -> None:
+    wrong = {"op": "to_rgb", "dtype": "float32", "shape_class": CLASS, "backend": "triton", "why": "off by 3 e-1"}
+    tables([row()], [], [wrong])
+    assert dispatch.bind().bound["to_rgb"] == "reference"
+    tables([row()], [], [wrong | {"shape_class": "another"}])
+    assert dispatch.bind().bound["to_rgb"] != "reference"
 
 
 def test_auto_leaves_a_verified_kernel_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

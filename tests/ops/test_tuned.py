@@ -41,13 +41,13 @@ def refused() -> str:
     with pytest.raises(tuned.TableRefused) as raised:
         tuned.load(CPU)
     with pytest.warns(FastvidWarning, match="until then auto goes without it"):
-        assert tuned.read(CPU) == []
+        assert tuned.read(CPU)["rows"] == []
     return str(raised.value)
 
 
 def test_a_table_comes_back_as_it_was_written() -> None:
     path = tuned.write(CPU, [row()], [rejection()])
-    assert tuned.read(CPU) == [row(result=str(path))]
+    assert tuned.read(CPU)["rows"] == [row(result=str(path))]
     assert tuned.load(CPU)["rejected"] == [rejection()]
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -57,13 +57,13 @@ def test_a_table_comes_back_as_it_was_written() -> None:
 def test_without_a_table_there_are_no_rows_and_no_warnings() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuned.read(CPU) == []
+        assert tuned.read(CPU)["rows"] == []
 
 
 def test_new_rows_take_the_place_of_their_class_alone() -> None:
     tuned.write(CPU, [row("small"), row("large")], [rejection("small"), rejection("large")])
     tuned.write(CPU, [row("small", backend="reference", median_us=20.0, next="packed", next_us=12.5)])
-    found = {each["shape_class"]: each["backend"] for each in tuned.read(CPU)}
+    found = {each["shape_class"]: each["backend"] for each in tuned.read(CPU)["rows"]}
     assert found == {"small": "reference", "large": "packed"}
     assert [each["shape_class"] for each in tuned.load(CPU)["rejected"]] == ["large"]
 
@@ -74,16 +74,16 @@ def test_a_table_with_another_key_is_empty(name: str, monkeypatch: pytest.Monkey
     content = json.loads(path.read_text())
     content["key"][name] = "another"
     path.write_text(json.dumps(content))
-    assert tuned.read(CPU) == []
+    assert tuned.read(CPU)["rows"] == []
     tuned.write(CPU, [row("new")])
-    assert [each["shape_class"] for each in tuned.read(CPU)] == ["new"]
+    assert [each["shape_class"] for each in tuned.read(CPU)["rows"]] == ["new"]
 
 
 def test_each_number_of_threads_has_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     three = tuned.write(CPU, [row()])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    assert tuned.read(CPU) == [] and tuned.path_of(CPU) != three
+    assert tuned.read(CPU)["rows"] == [] and tuned.path_of(CPU) != three
 
 
 BROKEN: dict[str, Any] = {
@@ -189,7 +189,7 @@ def test_writers_take_turns() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len({each["shape_class"] for each in tuned.read(CPU)}) == 40
+    assert len({each["shape_class"] for each in tuned.read(CPU)["rows"]}) == 40
 
 
 def test_a_table_is_whole_or_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_a_table_is_whole_or_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(Error, match="No space left on device"):
         tuned.write(CPU, [row("new")])
-    assert [each["shape_class"] for each in tuned.read(CPU)] == ["k256 n1024"]
+    assert [each["shape_class"] for each in tuned.read(CPU)["rows"]] == ["k256 n1024"]
     assert not list(path.parent.glob("*.partial"))
 
 
@@ -209,4 +209,4 @@ def test_clear_removes_tables_that_are_refused_too() -> None:
     path = tuned.write(CPU, [row()])
     path.write_text("{")
     assert tuned.clear() == [path]
-    assert tuned.read(CPU) == [] and tuned.clear() == []
+    assert tuned.read(CPU)["rows"] == [] and tuned.clear() == []

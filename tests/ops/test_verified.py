@@ -57,8 +57,6 @@ def records(**changes) -> dict:
 def test_a_kernel_that_is_right_and_faster_is_taken() -> None:
     (row,) = verified.rows(records())
     assert (row["op"], row["backend"], row["arch"], row["file"]) == ("to_rgb", "triton", "sm_90", "rgb.py")
-    bound = dispatch.bind(device="cpu", verified=[row | {"arch": "cpu"}])
-    assert bound.reasons["to_rgb"] in ("cpu", "verified: benchmarks/results/rgb.json")
 
 
 @pytest.mark.parametrize(
