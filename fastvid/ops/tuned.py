@@ -294,9 +294,10 @@ def _replace(path: Path, content: dict[str, Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _cuda_of_driver() -> str:
+def _cuda_of_driver() -> str | None:
     """The CUDA version that the driver has, where its own version is not told."""
-    return f"CUDA {torch._C._cuda_getDriverVersion()}"
+    version = getattr(torch._C, "_cuda_getDriverVersion", None)  # not there in torch for CPUs
+    return f"CUDA {version()}" if version else None
 
 
 def _version(package: str) -> str | None:
