@@ -1,8 +1,11 @@
 // RMS norm over the channels of each pixel, then SiLU or not, into memory of its own; channels lie side by side.
 //
-//   y = x * sqrt(C / max(sum over c of x^2, 1e-24)) * gamma;   out = y, or y / (1 + exp(-y));   in IEEE fp32
+//   y = x * sqrt(C / max(sum over c of x^2, 1e-24)) * gamma;   out = y, or y / (1 + exp(-y));   in fp32
 //
-// A group of lanes has a pixel, each of them eights of channels (16 bytes). The host runs the same with groups of one.
+// A group of lanes has a pixel, each of them some eights of channels (16 bytes), which stay in registers between the
+// sum and the store. The square root, the exponent and the reciprocal are those of the special function unit, whose
+// relative errors are at most 2^-22, so that SiLU of y is off by at most (|y| + 4) 2^-23 of itself: a 16-bit result has
+// 2^-12 at best. The host runs the same with groups of one.
 #pragma once
 
 #include <cmath>
@@ -13,7 +16,10 @@
 
 namespace fastvid::norm {
 
-constexpr int kVector = 8;  // channels that a lane loads at once
+constexpr int kVector = 8;                     // channels that a lane loads at once
+constexpr int kMostLanes = 32;                 // of a pixel
+constexpr int kPixels = 4;                     // of a thread, one after another, for one load of gamma
+constexpr int64_t kNear = (int64_t{1} << 31);  // pixels from which on 32 bits do not count them
 
 // Sizes and strides (of B, T, H, W, in elements) of x and of out.
 struct Norm {
@@ -23,63 +29,167 @@ struct Norm {
     int64_t silu;
 };
 
+// What a launch is told: as above, with dimensions of one stride as one.
+struct Plan {
+    int64_t size[4], x[4], out[4];
+    int64_t pixels;
+    int flat;     // 1: the last dimension holds all pixels
+    int vectors;  // of a pixel
+    int log_lanes;
+    int many;    // vectors of a lane that registers hold: 3 or 4
+    int wide;    // 1: a lane has more than those, or 32 bits do not count the pixels
+    float each;  // 1 / C
+};
+
 struct alignas(16) Vector {
     uint32_t word[kVector / 2];
 };
 
-FASTVID_ANY int64_t pixels(const Norm& s) {
-    return s.size[0] * s.size[1] * s.size[2] * s.size[3];
+// What a lane has of a pixel, or of gamma.
+template <int Many>
+struct Part {
+    Vector vector[Many];
+};
+
+struct Offsets {
+    int64_t x, out;
+};
+
+// As few lanes as leave each at most 4 vectors; 3 of them where that is enough, as 96, 192 and 384 channels have.
+inline void share_vectors(Plan& s) {
+    s.log_lanes = 0;
+    while (1 << s.log_lanes < kMostLanes && s.vectors > 4 << s.log_lanes) ++s.log_lanes;
+    s.many = s.vectors > 3 << s.log_lanes ? 4 : 3;
 }
 
-FASTVID_ANY int64_t offset_of(const Norm& s, const int64_t* strides, int64_t pixel) {
-    const int64_t w = pixel % s.size[3], h = pixel / s.size[3] % s.size[2];
-    const int64_t frame = pixel / (s.size[3] * s.size[2]);
-    return frame / s.size[1] * strides[0] + frame % s.size[1] * strides[1] + h * strides[2] + w * strides[3];
-}
-
-// Lanes of a pixel: the power of 2 from 1 to 32 that leaves none without an eight, or as few as that gives.
-inline int lanes_of(int64_t channels) {
-    int lanes = 1;
-    while (lanes < 32 && lanes * kVector < channels) lanes *= 2;
-    return lanes;
-}
-
-// What `lane` of `lanes` does for a pixel. sum: over the lanes of the pixel; every one of them has to come here.
-template <typename Words, typename Sum>
-FASTVID_ANY void run(const Words& words, const Norm& s, const uint16_t* x, const uint16_t* gamma, uint16_t* out,
-                     int64_t pixel, int lane, int lanes, Sum sum) {
-    const bool inside = pixel < pixels(s);
-    const uint16_t* from = x + (inside ? offset_of(s, s.x, pixel) : 0);
-    float squares = 0;
-    for (int64_t c = lane * kVector; inside && c < s.channels; c += lanes * kVector) {
-        const Vector values = *reinterpret_cast<const Vector*>(from + c);
-        FASTVID_UNROLL
-        for (int i = 0; i < kVector / 2; ++i) {
-            float a, b;
-            words.unpack(values.word[i], a, b);
-            squares += a * a + b * b;
+inline Plan plan_of(const Norm& norm) {
+    Plan s = {{1, 1, 1, 1}, {}, {}, 1, 1, static_cast<int>(norm.channels / kVector), 0, 0, 0, 1.0f / norm.channels};
+    int at = 4;  // where the last dimension that was kept lies
+    for (int i = 3; i >= 0; --i) {
+        s.pixels *= norm.size[i];
+        if (norm.size[i] == 1) continue;
+        const bool same = at < 4 && norm.x[i] == s.size[at] * s.x[at] && norm.out[i] == s.size[at] * s.out[at];
+        if (same) {
+            s.size[at] *= norm.size[i];
+            continue;
         }
+        --at;
+        s.size[at] = norm.size[i];
+        s.x[at] = norm.x[i];
+        s.out[at] = norm.out[i];
+    }
+    s.flat = at >= 3;
+    share_vectors(s);
+    s.wide = s.vectors > s.many << s.log_lanes || s.pixels >= kNear;
+    return s;
+}
+
+// Index: the integers that pixels are counted in. Offsets have 64 bits in any case.
+template <typename Index>
+FASTVID_ANY Offsets offsets_of(const Plan& s, Index pixel) {
+    if (s.flat) return {int64_t{pixel} * s.x[3], int64_t{pixel} * s.out[3]};
+    Offsets made = {0, 0};
+    Index rest = pixel;
+    FASTVID_UNROLL
+    for (int i = 3; i > 0; --i) {
+        const Index size = static_cast<Index>(s.size[i]), before = rest / size;
+        const int64_t place = rest - before * size;
+        made.x += place * s.x[i];
+        made.out += place * s.out[i];
+        rest = before;
+    }
+    made.x += int64_t{rest} * s.x[0];
+    made.out += int64_t{rest} * s.out[0];
+    return made;
+}
+
+// The vectors of a lane, from `first` on; zeros beyond the last. from: where a pixel begins.
+template <int Many>
+FASTVID_ANY Part<Many> load(const Plan& s, const uint16_t* from, int lane, int first, bool inside) {
+    Part<Many> part = {};
+    FASTVID_UNROLL
+    for (int i = 0; i < Many; ++i) {
+        const int at = first + (i << s.log_lanes) + lane;
+        if (inside && at < s.vectors) part.vector[i] = reinterpret_cast<const Vector*>(from)[at];
+    }
+    return part;
+}
+
+template <int Many>
+FASTVID_ANY void store(const Plan& s, const Part<Many>& part, uint16_t* to, int lane, int first) {
+    FASTVID_UNROLL
+    for (int i = 0; i < Many; ++i) {
+        const int at = first + (i << s.log_lanes) + lane;
+        if (at < s.vectors) reinterpret_cast<Vector*>(to)[at] = part.vector[i];
+    }
+}
+
+template <int Many, typename Math>
+FASTVID_ANY float squares_of(const Math& math, const Part<Many>& part) {
+    float squares[2] = {0, 0};
+    FASTVID_UNROLL
+    for (int i = 0; i < Many * kVector / 2; ++i) {
+        float a, b;
+        math.unpack(part.vector[i / 4].word[i % 4], a, b);
+        squares[0] += a * a;
+        squares[1] += b * b;
+    }
+    return squares[0] + squares[1];
+}
+
+template <typename Math>
+FASTVID_ANY float silu(const Math& math, float y) {
+    return y * math.reciprocal(1.0f + math.exp2(y * -1.44269504f));
+}
+
+template <bool Silu, int Many, typename Math>
+FASTVID_ANY void scale_by(const Math& math, Part<Many>& part, const Part<Many>& gamma, float scale) {
+    FASTVID_UNROLL
+    for (int i = 0; i < Many * kVector / 2; ++i) {
+        uint32_t& word = part.vector[i / 4].word[i % 4];
+        float value[2], factor[2];
+        math.unpack(word, value[0], value[1]);
+        math.unpack(gamma.vector[i / 4].word[i % 4], factor[0], factor[1]);
+        FASTVID_UNROLL
+        for (int j = 0; j < 2; ++j) {
+            value[j] *= scale * factor[j];
+            if (Silu) value[j] = silu(math, value[j]);
+        }
+        word = math.pack(value[0], value[1]);
+    }
+}
+
+template <typename Math>
+FASTVID_ANY float scale_of(const Math& math, const Plan& s, float squares) {
+    return math.rsqrt(fmaxf(squares, 1e-24f) * s.each);
+}
+
+// A pixel whose vectors registers hold. sum: over the lanes of the pixel; every one of them has to come here.
+template <bool Silu, int Many, typename Math, typename Sum>
+FASTVID_ANY void run(const Math& math, const Plan& s, Part<Many> part, const Part<Many>& gamma, uint16_t* to, int lane,
+                     bool inside, Sum sum) {
+    const float squares = sum(squares_of(math, part));
+    if (!inside) return;
+    scale_by<Silu>(math, part, gamma, scale_of(math, s, squares));
+    store(s, part, to, lane, 0);
+}
+
+// One of any width: its vectors are read twice.
+template <bool Silu, int Many, typename Math, typename Sum>
+FASTVID_ANY void run_wide(const Math& math, const Plan& s, const uint16_t* from, const uint16_t* gamma, uint16_t* to,
+                          int lane, bool inside, Sum sum) {
+    const int turn = Many << s.log_lanes;
+    float squares = 0;
+    for (int first = 0; first < s.vectors; first += turn) {
+        squares += squares_of(math, load<Many>(s, from, lane, first, inside));
     }
     squares = sum(squares);
     if (!inside) return;
-    const float scale = sqrtf(static_cast<float>(s.channels) / fmaxf(squares, 1e-24f));
-    uint16_t* to = out + offset_of(s, s.out, pixel);
-    for (int64_t c = lane * kVector; c < s.channels; c += lanes * kVector) {
-        Vector values = *reinterpret_cast<const Vector*>(from + c);
-        const Vector factors = *reinterpret_cast<const Vector*>(gamma + c);
-        FASTVID_UNROLL
-        for (int i = 0; i < kVector / 2; ++i) {
-            float value[2], factor[2];
-            words.unpack(values.word[i], value[0], value[1]);
-            words.unpack(factors.word[i], factor[0], factor[1]);
-            FASTVID_UNROLL
-            for (int j = 0; j < 2; ++j) {
-                value[j] *= scale * factor[j];
-                if (s.silu) value[j] /= 1.0f + expf(-value[j]);
-            }
-            values.word[i] = words.pack(value[0], value[1]);
-        }
-        *reinterpret_cast<Vector*>(to + c) = values;
+    const float scale = scale_of(math, s, squares);
+    for (int first = 0; first < s.vectors; first += turn) {
+        Part<Many> part = load<Many>(s, from, lane, first, true);
+        scale_by<Silu>(math, part, load<Many>(s, gamma, lane, first, true), scale);
+        store(s, part, to, lane, first);
     }
 }
 

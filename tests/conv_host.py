@@ -19,6 +19,7 @@ def library() -> ctypes.CDLL:
     lib.conv_offset.restype = lib.conv_blocks.restype = ctypes.c_int64
     lib.conv_descriptor.restype = ctypes.c_uint64
     lib.conv_swizzled.restype = ctypes.c_uint32
+    lib.norm_silu.restype, lib.norm_silu.argtypes = ctypes.c_float, [ctypes.c_float] * 2
     return lib
 
 
@@ -53,12 +54,35 @@ def conv_host(
         raise ValueError(why.value.decode())
 
 
-def norm_host(x: Tensor, gamma: Tensor, out: Tensor, silu: bool) -> None:
-    """The same of `vae_kernels.norm_cuda`."""
+def norm_shape(x: Tensor, out: Tensor, silu: bool) -> ctypes.Array:
+    """`Norm` of csrc/vae_norm.h, for [B, C, T, H, W]."""
     B, C, T, H, W = x.shape
     strides = [(one.stride(0), *one.stride()[2:]) for one in (x, out)]
-    shape = (ctypes.c_int64 * 14)(B, T, H, W, C, *strides[0], *strides[1], int(silu))
+    return (ctypes.c_int64 * 14)(B, T, H, W, C, *strides[0], *strides[1], int(silu))
+
+
+def norm_host(x: Tensor, gamma: Tensor, out: Tensor, silu: bool, off: float = 0) -> None:
+    """The same of `vae_kernels.norm_cuda`. off: how wrong the special function
+    unit is, -1 to 1 of what its manual allows."""
     pointers = [ctypes.c_void_p(one.data_ptr()) for one in (x, gamma, out)]
     why = ctypes.create_string_buffer(1000)
-    if library().norm_emulate(shape, *pointers, int(x.dtype == torch.bfloat16), why, len(why)):
+    half = ctypes.c_int(x.dtype == torch.bfloat16)
+    if library().norm_emulate(norm_shape(x, out, silu), *pointers, half, ctypes.c_float(off), why, len(why)):
         raise ValueError(why.value.decode())
+
+
+class NormPlan(ctypes.Structure):
+    """`Plan` of csrc/vae_norm.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64 * 4) for name in ("size", "x", "out")),
+        ("pixels", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("flat", "vectors", "log_lanes", "many", "wide")),
+        ("each", ctypes.c_float),
+    )
+
+
+def norm_plan(x: Tensor, out: Tensor) -> NormPlan:
+    plan = NormPlan()
+    library().norm_plan(norm_shape(x, out, True), ctypes.byref(plan))
+    return plan

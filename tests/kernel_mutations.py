@@ -26,6 +26,7 @@ ring = functools.partial(Mutation, kernel="attention", file="attention.h")
 call = functools.partial(Mutation, kernel="attention", file="attention_call.h")
 conv = functools.partial(Mutation, kernel="conv", file="conv_kernel.h")
 step = functools.partial(Mutation, kernel="conv", file="conv.h")
+norm = functools.partial(Mutation, kernel="norm", file="vae_norm.h")
 
 
 def exchanged(first: str, second: str) -> dict[str, str]:
@@ -339,6 +340,36 @@ MUTATIONS = (
         new="step.depth = kChannels / kDepth;",
         same="slower: channels beyond the last are zeros in both matrices",
     ),
+    # The norm before it
+    norm(
+        "vectors beyond the last are stored",
+        old="if (at < s.vectors) reinterpret_cast<Vector*>(to)",
+        new="reinterpret_cast<Vector*>(to)",
+    ),
+    norm("vectors beyond the last are read", old="if (inside && at < s.vectors)", new="if (inside)"),
+    norm(
+        "lanes lie as far apart as vectors",
+        old="first + (i << s.log_lanes) + lane;\n        if (inside",
+        new="first + i + lane;\n        if (inside",
+    ),
+    norm("dimensions merge by the strides of x alone", old=" && norm.out[i] == s.size[at] * s.out[at];", new=";"),
+    norm("pixels of one distance, whatever lies before", old="s.flat = at >= 3;", new="s.flat = 1;"),
+    norm("offsets of 32 bits", old="int64_t{pixel} * s.x[3]", new="static_cast<int>(pixel * s.x[3])"),
+    norm(
+        "a place has the stride before its own",
+        old="made.out += place * s.out[i];",
+        new="made.out += place * s.out[i - 1];",
+    ),
+    norm("a sum of half the channels", old="        squares[1] += b * b;\n", new=""),
+    norm("no mean", old="fmaxf(squares, 1e-24f) * s.each", new="fmaxf(squares, 1e-24f)"),
+    norm("a pixel of zeros divides by zero", old="fmaxf(squares, 1e-24f)", new="squares"),
+    norm("an exponent to another base", old="-1.44269504f", new="-1.4427f"),
+    norm(
+        "wide pixels with the first factors throughout",
+        old="load<Many>(s, gamma, lane, first, true)",
+        new="load<Many>(s, gamma, lane, 0, true)",
+    ),
+    norm("pixels beyond 32 bits are counted in them", old=" || s.pixels >= kNear", new=""),
 )
 
 

@@ -3,8 +3,9 @@
     python tests/mutate_kernels.py [--jobs 2] [part of a name ...]
 
 Each mutation is made in a copy of csrc/ and of the tests, and a few tests run on it, in this order, up to the first
-that fails. Without arguments the table goes to benchmarks/results/kernel-mutations.json; a mutation that no test
-catches makes the exit status 1. Three to six minutes with two jobs; test_mutate_kernels.py keeps the list up to date.
+that fails. The table is benchmarks/results/kernel-mutations.json; with arguments, rows of others stay as they are. A
+mutation that no test catches makes the exit status 1. Three to six minutes with two jobs; test_mutate_kernels.py keeps
+the list up to date.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ TESTS = {
     "conv": [
         "kernels/test_conv_cuda.py::test_every_width_and_strides",
         "kernels/test_conv_cuda.py::test_all_operations",
+    ],
+    "norm": [
+        "kernels/test_conv_cuda.py::test_norm_of_views",
+        "kernels/test_conv_cuda.py::test_norm_counts_in_as_many_bits_as_it_takes",
+        "kernels/test_conv_cuda.py::test_norm_of_every_width",
+        "kernels/test_conv_cuda.py::test_silu_of_the_special_function_unit",
     ],
 }
 
@@ -148,6 +155,14 @@ def run_all(chosen: list[Mutation], jobs: int) -> list[dict[str, Any]]:
     return [rows[mutation.name] for mutation in chosen]
 
 
+def write(rows: list[dict[str, Any]]) -> None:
+    """Put these rows into the table, in the order of the list; what is no longer in it is dropped."""
+    known = {row["name"]: row for row in json.loads(RESULTS.read_text())["mutations"]} if RESULTS.exists() else {}
+    known |= {row["name"]: {key: row[key] for key in KEPT} for row in rows}
+    table = [known[one.name] for one in MUTATIONS if one.name in known]
+    RESULTS.write_text(json.dumps({"patience": PATIENCE, "mutations": table}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="parts of the names of those to run; all")
@@ -157,17 +172,16 @@ def main() -> None:
     sys.path.append(str(ROOT))
     for module in MODULES:
         importlib.import_module(module)
-    for kernel in TESTS:
+    chosen = [one for one in MUTATIONS if not asked.names or any(n in one.name for n in asked.names)]
+    for kernel in {one.kernel: None for one in chosen}:
         unchanged = Run(kernel)
         if (row := unchanged.result(os.waitpid(unchanged.child, 0)[1]))["caught_by"]:
             sys.exit(f"without any mutation a test of {kernel} fails: {row}")
     begun = time.monotonic()
-    rows = run_all([one for one in MUTATIONS if not asked.names or any(n in one.name for n in asked.names)], asked.jobs)
+    rows = run_all(chosen, asked.jobs)
     wrong = [row["name"] for row in rows if bool(row["caught_by"]) == bool(row["same"])]
     print(f"{len(rows)} mutations in {time.monotonic() - begun:.0f} s, not as they should be: {wrong or 'none'}")
-    if not asked.names:
-        table = [{key: row[key] for key in KEPT} for row in rows]
-        RESULTS.write_text(json.dumps({"patience": PATIENCE, "mutations": table}, indent=1) + "\n")
+    write(rows)
     sys.exit(bool(wrong))
 
 

@@ -1,6 +1,7 @@
 // The convolution's kernel on the CPU: conv_kernel.h over the hardware of emulated.h. The producer and both consumer
 // warpgroups are threads, so that a ring which hands out a stage too early or never is seen.
 #include <algorithm>
+#include <type_traits>
 
 #include "conv_call.h"
 #include "conv_kernel.h"
@@ -116,6 +117,44 @@ void run(const Call& call, const void* x, const void* past, const void* weight, 
     }
 }
 
+namespace norm = fastvid::norm;
+
+struct Math {
+    bool bf16;
+    float off;
+    void unpack(uint32_t word, float& a, float& b) const {
+        a = widen(static_cast<uint16_t>(word), bf16);
+        b = widen(static_cast<uint16_t>(word >> 16), bf16);
+    }
+    uint32_t pack(float a, float b) const { return narrow(a, bf16) | uint32_t{narrow(b, bf16)} << 16; }
+    // Relative errors of ex2.approx, rcp.approx and rsqrt.approx, as the PTX manual bounds them; no subnormal numbers.
+    float exp2(float x) const { return flushed(std::exp2(double{x}) * (1 + off * std::ldexp(1.0, -22))); }
+    float reciprocal(float x) const { return flushed(1 / double{x} * (1 + off * std::ldexp(1.0, -23))); }
+    float rsqrt(float x) const { return flushed(1 / std::sqrt(double{x}) * (1 + off * std::pow(2.0, -22.4))); }
+    static float flushed(double x) {
+        const float made = static_cast<float>(x);
+        return std::fabs(made) < std::ldexp(1.0f, -126) ? std::copysign(0.0f, made) : made;
+    }
+};
+
+template <bool Silu, int Many>
+void norm_pixel(const Math& math, const norm::Plan& s, const uint16_t* x, const uint16_t* gamma, uint16_t* out,
+                int64_t pixel) {
+    const bool inside = pixel < s.pixels;
+    const norm::Offsets at = inside ? norm::offsets_of(s, pixel) : norm::Offsets{0, 0};
+    float total = 0;
+    std::vector<uint16_t> spare(s.vectors * norm::kVector);  // what is written before the sum is known
+    const auto lane_of = [&](int lane, uint16_t* to, auto sum) {
+        if (s.wide) return norm::run_wide<Silu, Many>(math, s, x + at.x, gamma, to, lane, inside, sum);
+        const auto part = norm::load<Many>(s, x + at.x, lane, 0, inside);
+        norm::run<Silu>(math, s, part, norm::load<Many>(s, gamma, lane, 0, true), to, lane, inside, sum);
+    };
+    for (int lane = 0; lane < 1 << s.log_lanes; ++lane) {
+        lane_of(lane, spare.data(), [&](float part) { return total += part; });
+    }
+    for (int lane = 0; lane < 1 << s.log_lanes; ++lane) lane_of(lane, out + at.out, [&](float) { return total; });
+}
+
 }  // namespace
 
 extern "C" {
@@ -178,41 +217,48 @@ uint32_t conv_swizzled(uint32_t address) {
     return swizzled(address);
 }
 
-// RMS norm with every pixel's lanes one after the other; sums over them are made first.
-int norm_emulate(const fastvid::norm::Norm* s, const uint16_t* x, const uint16_t* gamma, uint16_t* out, int bf16,
+// RMS norm with every pixel's lanes one after the other; sums over them are made first. off: how far the special
+// function unit's results are off, in parts of the largest error that its manual gives: -1 to 1.
+int norm_emulate(const norm::Norm* shape, const uint16_t* x, const uint16_t* gamma, uint16_t* out, int bf16, float off,
                  char* why, int room) {
-    namespace norm = fastvid::norm;
-    struct {
-        bool bf16;
-        void unpack(uint32_t word, float& a, float& b) const {
-            a = widen(static_cast<uint16_t>(word), bf16);
-            b = widen(static_cast<uint16_t>(word >> 16), bf16);
-        }
-        uint32_t pack(float a, float b) const { return narrow(a, bf16) | uint32_t{narrow(b, bf16)} << 16; }
-    } words{bf16 != 0};
-    const std::string reason = norm::refuse(*s, x, gamma, out);
+    const std::string reason = norm::refuse(*shape, x, gamma, out);
     if (!reason.empty()) {
         copy(reason, why, room);
         return 1;
     }
-    const int lanes = norm::lanes_of(s->channels);
-    for (int64_t pixel = 0; pixel < norm::pixels(*s) + 3; ++pixel) {  // a few beyond the end, as a grid has
-        float total = 0;
-        std::vector<uint16_t> spare(s->channels);  // what is written before the sum is known
-        norm::Norm apart = *s;
-        apart.out[0] = apart.out[1] = apart.out[2] = apart.out[3] = 0;
-        for (int lane = 0; lane < lanes; ++lane) {
-            norm::run(words, apart, x, gamma, spare.data(), pixel, lane, lanes,
-                      [&](float part) { return total += part; });
+    const norm::Plan s = norm::plan_of(*shape);
+    const Math math = {bf16 != 0, off};
+    const auto all = [&](auto silu, auto many) {
+        constexpr bool kSilu = decltype(silu)::value;
+        constexpr int kMany = decltype(many)::value;
+        for (int64_t pixel = 0; pixel < s.pixels + 3; ++pixel) {  // a few beyond the end, as a grid has
+            norm_pixel<kSilu, kMany>(math, s, x, gamma, out, pixel);
         }
-        for (int lane = 0; lane < lanes; ++lane) {
-            norm::run(words, *s, x, gamma, out, pixel, lane, lanes, [&](float) { return total; });
-        }
+    };
+    const auto with = [&](auto silu) {
+        if (s.many == 3) return all(silu, std::integral_constant<int, 3>());
+        return all(silu, std::integral_constant<int, 4>());
+    };
+    if (shape->silu) {
+        with(std::true_type());
+    } else {
+        with(std::false_type());
     }
     return 0;
 }
 
-int norm_lanes(int channels) {
-    return fastvid::norm::lanes_of(channels);
+float norm_silu(float y, float off) {
+    return norm::silu(Math{false, off}, y);
+}
+void norm_plan(const norm::Norm* shape, norm::Plan* plan) {
+    *plan = norm::plan_of(*shape);
+}
+// Where a pixel begins in x and in out, counted in 32 bits or in 64.
+void norm_offsets(const norm::Norm* shape, int64_t pixel, int wide, int64_t* told) {
+    const norm::Plan s = norm::plan_of(*shape);
+    const norm::Offsets made =
+        wide ? norm::offsets_of<int64_t>(s, pixel) : norm::offsets_of<uint32_t>(s, static_cast<uint32_t>(pixel));
+    told[0] = made.x;
+    told[1] = made.out;
 }
 }

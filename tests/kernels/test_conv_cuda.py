@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
+import operator
 import random as chance
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_host import CXX
-from conv_host import conv_host, library, norm_host, words
+from conv_host import NormPlan, conv_host, library, norm_host, norm_plan, words
 from exact_vae import exact_conv, exact_double, exact_downsample, exact_norm, exact_upsample
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,14 +201,92 @@ def test_swizzle_and_descriptor() -> None:
 
 
 def test_norm_of_every_width() -> None:
-    for C, dtype in itertools.product((8, 16, 40, 96, 192, 264, 1024), (HALF, BF16)):
+    for C, dtype in itertools.product((8, 16, 40, 96, 128, 192, 264, 1024, 1032, 2200), (HALF, BF16)):
         x, gamma = drawn(2, C, 2, 3, 5, dtype=dtype) * 30, drawn(C, dtype=dtype)
         x[:, :, 0, 1, 1] = 0
         out = torch.full_like(x, float("nan"))
-        norm_host(x, gamma, out, True)
+        off = chance.uniform(-1, 1)
+        norm_host(x, gamma, out, True, off)
         exact = exact_norm(x, gamma.view(-1, 1, 1, 1))
         eager = torch.nn.functional.silu(vae.rms_norm(x, gamma.view(-1, 1, 1, 1)))
         check(out, eager.nan_to_num(), exact)  # eager gives NaN of a pixel of zeros in fp16
+
+
+def views(C: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pairs of x and out whose pixels lie in all manners; out within NaN."""
+    whole, room = drawn(2, C + 8, 4, 6, 7), torch.full((2, 4, 6, 7, C + 16), float("nan"), dtype=HALF)
+    room = room.permute(0, 4, 1, 2, 3)[:, 8:-8]
+    return {
+        "one block": (whole[:, :C].contiguous(memory_format=LAST), torch.empty_like(whole[:, :C], memory_format=LAST)),
+        "part of channels": (whole[:, 8:], room),
+        "part of a row": (whole[:, :-8, :, :, 1:-1], room[..., 2:]),
+        "part of a frame": (whole[:, 8:, :, 1:-1], room[:, :, :, 2:]),
+        "some frames": (whole[:, 8:, 1:3], room[:, :, ::2]),
+        "every second pixel": (whole[:, 8:, ::2, ::3, ::2], room[:, :, 1:3, :2, 1:5]),
+        "one frame for all": (whole[:1, 8:, :1].expand(2, -1, 4, -1, -1), room),
+        "a pixel": (whole[:1, 8:, :1, 2:3, 3:4], room[:1, :, :1, :1, :1]),
+    }
+
+
+@pytest.mark.parametrize("kind", views(8))
+def test_norm_of_views(kind: str) -> None:
+    x, out = views(96)[kind]
+    gamma, before = drawn(96), out.clone()
+    storage = torch.empty(0, dtype=HALF).set_(out.untyped_storage())
+    storage.fill_(float("nan"))
+    norm_host(x, gamma, out, False)
+    check(out, vae.rms_norm(x, gamma.view(-1, 1, 1, 1)), exact_norm(x, gamma.view(-1, 1, 1, 1), False))
+    assert before.shape == out.shape and int(storage.isfinite().sum()) == out.numel()
+    plan, (B, _, T, H, W) = norm_plan(x, out), x.shape
+    assert plan.flat == (kind in ("one block", "part of channels", "a pixel")) and plan.pixels == B * T * H * W
+    assert (plan.log_lanes, plan.many, plan.wide) == (2, 3, 0)  # 12 vectors of 96 channels, 3 for each of 4 lanes
+
+
+def test_norm_counts_in_as_many_bits_as_it_takes() -> None:
+    """Against the strides' own sums: offsets beyond 2^32 from pixels below 2^31, and pixels beyond."""
+    lib, told = library(), (ctypes.c_int64 * 2)()
+    for size in ((3, 1440, 1080, 1920), (1, 21, 1080, 1920), (2, 5, 6, 7)):
+        C, wide = 96, torch.Size(size).numel() >= 2**31
+        B, T, H, W = size
+        for gap in (0, 8):  # behind each row
+            x = (T * H * (W * C + gap), H * (W * C + gap), W * C + gap, C)
+            out = tuple(3 * stride for stride in x)
+            shape = (ctypes.c_int64 * 14)(*size, C, *x, *out, 1)
+            plan = NormPlan()
+            lib.norm_plan(shape, ctypes.byref(plan))
+            assert plan.wide == wide and plan.flat == (gap == 0)
+            for _ in range(50):
+                b, t, h, w = place = [chance.randrange(extent) for extent in size]
+                pixel = ((b * T + t) * H + h) * W + w
+                for bits in (1,) if wide else (0, 1):
+                    lib.norm_offsets(shape, ctypes.c_int64(pixel), bits, told)
+                    assert list(told) == [sum(map(operator.mul, place, strides)) for strides in (x, out)]
+    for C, expected in (
+        (8, (0, 3)),
+        (32, (0, 4)),
+        (96, (2, 3)),
+        (192, (3, 3)),
+        (256, (3, 4)),
+        (384, (4, 3)),
+        (1024, (5, 4)),
+    ):
+        x = drawn(1, C, 1, 2, 2)
+        plan = norm_plan(x, x)
+        assert (plan.log_lanes, plan.many) == expected and not plan.wide
+    assert norm_plan(drawn(1, 1032, 1, 2, 2), drawn(1, 1032, 1, 2, 2)).wide
+
+
+@pytest.mark.parametrize("off", [-1, 0, 1])
+def test_silu_of_the_special_function_unit(off: float) -> None:
+    """At most (|y| + 4) 2^-23 off float64, whatever errors of its parts the manual allows; tiny values may be zeros."""
+    values = torch.cat((torch.linspace(-100, 100, 4001), torch.randn(2000) * 3, torch.randn(500).mul(20).exp()))
+    values = torch.cat((values, -values[-500:], torch.tensor([0.0, -0.0, 65504.0, -65504.0, 3e38, -3e38])))
+    silu = library().norm_silu
+    made = torch.tensor([silu(y, off) for y in values.tolist()]).double()
+    y = values.double()
+    exact = y * torch.sigmoid(y)
+    assert ((made - exact).abs() <= (y.abs() + 4) * 2.0**-23 * exact.abs() + 1e-35).all()
+    assert silu(float("inf"), off) == float("inf") and math.isnan(silu(float("nan"), off))
 
 
 @pytest.mark.parametrize(
