@@ -5,12 +5,19 @@ Two tiers: `pytest -n 2` runs the fast one; `pytest -n 2 -m slow --hypothesis-pr
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 
 # Before torch is imported, and for every child process: one thread, and no spinning on a core that others need.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What this user has measured (`fastvid tune`) would choose back ends. Workers inherit the folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastvid-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import pytest
 
