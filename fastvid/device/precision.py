@@ -2,8 +2,9 @@
 
     of this thread     torch.compile (see `eager`), grad and inference mode, autocast, default device, torch's function,
                        dispatch and functorch modes, flushing of denormal numbers, numpy's error state
-    of the process     TF32 and bf16 shortcuts (fp32 is IEEE fp32), cuDNN's and oneDNN's switches, reduced precision of
-                       sums, kinds of attention kernels, deterministic algorithms (fastvid's always are)
+    of the process     TF32 and bf16 shortcuts (fp32 is IEEE fp32, in both of torch's interfaces), cuDNN's and oneDNN's
+                       switches, reduced precision of sums, kinds of attention kernels, deterministic algorithms
+                       (fastvid's always are)
 
 The default dtype belongs to the process, and other threads need it, so it stays: our code names every dtype. The number
 of threads stays as well; sums of fp32 may depend on it.
@@ -15,6 +16,7 @@ import functools
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
@@ -32,9 +34,12 @@ _CUDNN: Any = torch.backends.cudnn
 _MATMUL: Any = torch.backends.cuda.matmul
 _CUDA: Any = torch.backends.cuda
 _FRAMES: Any = torch._C._dynamo.eval_frame
-KINDS = (_MKLDNN.matmul, _MKLDNN.conv, _MATMUL, _CUDNN.conv)
+# Of fp32, by library and kind of operation; what is set for all comes first.
+PRODUCTS = (("mkldnn", "matmul"), ("cuda", "matmul"))
+PRECISIONS = (("generic", "all"), ("mkldnn", "all"), ("cuda", "all"), *PRODUCTS, ("mkldnn", "conv"), ("cuda", "conv"))
+_precision_of: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
+_set_precision: Callable[[str, str, str], Any] = torch._C._set_fp32_precision_setter
 SWITCHES = (
-    *((kind, "fp32_precision", "ieee") for kind in KINDS),
     (_MKLDNN, "enabled", True),
     (_CUDNN, "enabled", True),
     (_CUDNN, "benchmark", False),  # it would choose algorithms by their time
@@ -64,7 +69,7 @@ class _Process:
         self._check()
         with self._lock:
             if self._inside == 0:
-                self._undo = _own_switches()
+                self._undo = _own_switches() if self._used else _without_warnings(_own_switches)
             self._inside += 1
             self._used = True
 
@@ -102,7 +107,7 @@ class _Process:
 
 def _own_switches() -> list[Undo]:
     """Sets the process's switches for a pipeline; returns what sets them back."""
-    undo: list[Undo] = []
+    undo = [_ieee()]
 
     def change(set_to: Callable[[Any], Any], before: Any, wanted: Any) -> None:
         if before != wanted:
@@ -115,6 +120,50 @@ def _own_switches() -> list[Undo]:
         change(getattr(_CUDA, f"enable_{kind}_sdp"), getattr(_CUDA, f"{kind}_sdp_enabled")(), True)
     change(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode(), 0)
     return undo
+
+
+def _without_warnings(function: Callable[[], T]) -> T:
+    """Torch 2.9 warns once a process of its old interface to TF32, which is none of the caller's doing here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function()
+
+
+def _ieee() -> Undo:
+    """Makes fp32 IEEE fp32; returns what gives both of torch's interfaces what they had.
+
+    In the new one a kind of operations without a value of its own takes that of its library, and a library that of all:
+    from the top down, only what then still says something else is changed. The old one, of products, has a state
+    beside it, and torch refuses to read it (as cuBLAS and torch.compile do) where they differ.
+    """
+    before = [_precision_of(*place) for place in PRECISIONS]
+    changed = [(place, said) for place, said in zip(PRECISIONS, before, strict=True) if _set_to_ieee(place)]
+    products = torch.get_float32_matmul_precision()  # beside "ieee" always readable
+    if products != "highest":
+        torch.set_float32_matmul_precision("highest")
+        for place in PRODUCTS:
+            _set_to_ieee(place)
+
+    def undo() -> None:
+        if products != "highest":
+            torch.set_float32_matmul_precision(products)
+            for place in PRODUCTS:
+                _set_precision(*place, "none")
+        for place, said in changed:
+            _set_precision(*place, said)
+        for place, said in zip(PRECISIONS, before, strict=True):
+            if _precision_of(*place) != said:  # "ieee" of its own, which the old interface has overwritten
+                _set_precision(*place, said)
+
+    return undo
+
+
+def _set_to_ieee(place: tuple[str, str]) -> bool:
+    """Whether that was needed."""
+    if _precision_of(*place) == "ieee":
+        return False
+    _set_precision(*place, "ieee")
+    return True
 
 
 _PROCESS = _Process()
