@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,31 +40,35 @@ def build() -> ModuleType:
     return module
 
 
-def files() -> list[str]:
+def files(root: Path = ROOT) -> list[str]:
     """Of kernels: what has none (device.cu) is left out."""
-    return sorted(path.name for path in (ROOT / "csrc").glob("*.cu") if "__global__" in path.read_text())
+    return sorted(path.name for path in (root / "csrc").glob("*.cu") if "__global__" in path.read_text())
 
 
-def compile_file(file: str, target: Path) -> str:
-    """Compile for all architectures of a wheel; returns the output of ptxas."""
+def compile_file(file: str, target: Path, archs: Sequence[str] | None = None, root: Path = ROOT) -> str:
+    """Compile root/csrc/file for `archs`, or all architectures of a wheel; returns the output of ptxas."""
     setup = build()
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in setup.DEFAULT_ARCHS.split(";")]
-    command = [setup.find_nvcc(), "-O3", "-std=c++17", *codes, "-Xptxas=-v", "-c", str(ROOT / "csrc" / file)]
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs or setup.DEFAULT_ARCHS.split(";")]
+    command = [setup.find_nvcc(), "-O3", "-std=c++17", *codes, "-Xptxas=-v", "-c", str(root / "csrc" / file)]
     done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout + done.stderr
 
 
+def short_names(mangled: Iterable[str]) -> list[str]:
+    """Kernels as the tables call them: their names and template arguments."""
+    names = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    plain = names.replace("(anonymous namespace)::", "").splitlines()
+    return [re.search(r"(\w+(<.*>)?)\(", name).group(1) for name in plain]
+
+
 def rows_of(said: str) -> dict[str, dict[str, dict[str, int]]]:
     """Kernel -> architecture -> row."""
     found = list(SAID.finditer(said))
-    mangled = "\n".join(one["kernel"] for one in found)
-    names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout.splitlines()
     rows: dict[str, dict[str, dict[str, int]]] = {}
-    for one, name in zip(found, names, strict=True):
-        short = re.search(r"(\w+(<.*>)?)\(", name.replace("(anonymous namespace)::", "")).group(1)
-        rows.setdefault(short, {})[one["arch"]] = {
+    for one, name in zip(found, short_names(one["kernel"] for one in found), strict=True):
+        rows.setdefault(name, {})[one["arch"]] = {
             "registers": int(one["registers"]),
             "spilled": int(one["stack"]) + int(one["stores"]) + int(one["loads"]),
             "shared": int(one["shared"] or 0),

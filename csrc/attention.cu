@@ -2,7 +2,7 @@
 // attention_sm90.h the instructions. Not verified or measured on a GPU yet.
 //
 // Why these sizes. A step of 64 queries and 128 keys leaves a thread 64 scores, 32 registers of weights and, at head
-// dimension 128, 64 sums: 160 of the 232 registers that the producer leaves to it. A multiprocessor then holds 128
+// dimension 128, 64 sums: 160 of the 240 registers that the producer leaves to it. A multiprocessor then holds 128
 // queries (32 KiB) and three stages of 128 keys and values (64 KiB each); with 64 columns four stages fit. 128 queries
 // and keys take the matrix units 2 * 128^3 / 2,048 = 2,048 clocks (dense, 16 bits), half of that with 64 columns, and
 // their 16,384 exponentials 1,024 of the special function units, 16 a clock: so two groups take turns, and one makes

@@ -21,7 +21,7 @@ constexpr int kWarps = kGroups * 4;            // of them
 constexpr int kThreads = 128 * (1 + kGroups);  // a warpgroup is the producer
 constexpr int kSmem = 227 * 1024;              // that a block can have
 constexpr int kBarrierBytes = 1024;            // behind the ring
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
 static_assert(kQueries == kKeys, "queries, keys and values have one form of box");
 static_assert(128 * (kProducerRegisters + kGroups * kConsumerRegisters) <= 65536, "registers of a multiprocessor");

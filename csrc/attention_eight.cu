@@ -3,7 +3,7 @@
 //
 // Why these sizes. They are those of attention.cu: at head dimension 128, 128 queries and keys take the matrix units
 // 1,024 clocks at twice the rate of 16 bits, and their exponentials as many, so the two groups that take turns fill
-// both. A thread holds 64 scores, 16 registers of weights, 64 sums and 64 products of a step: 208 of its 232. Each
+// both. A thread holds 64 scores, 16 registers of weights, 64 sums and 64 products of a step: 208 of its 240. Each
 // score takes some 5 1/2 instructions, with integers 6 1/2 (I2FP, which is no work of the special function units): 704
 // and 832 of the 1,024 that the four schedulers have in that time.
 #include "attention_eight_call.h"

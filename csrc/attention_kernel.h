@@ -11,11 +11,11 @@
 // values is there) and end (once all are); exponent and value_scale, the units of a row's highest score and of its
 // sums.
 //
-// A hardware has wait(barrier, parity), expect(barrier, bytes), load(tensor, at, barrier, column, row, head, batch),
-// arrive(barrier) once a warp, turn(group) and pass(group); Scores, Output, Weights, Rows with at(thread, i);
-// each(f), which calls f(thread) for every thread; quad_max, quad_sum over the four threads that share rows; address,
-// begin(x), scores<Add>(x, a, b), values<Add>(x, weights, step, b), commit(), drain<pending>(x); max, exp2, log2,
-// inverse, pack.
+// A hardware has wait(barrier, parity), again(barrier, parity) for a stage that this group has waited for and not
+// handed back, expect(barrier, bytes), load(tensor, at, barrier, column, row, head, batch), arrive(barrier) once a
+// warp, turn(group) and pass(group); Scores, Output, Weights, Rows with at(thread, i); each(f), which calls f(thread)
+// for every thread; quad_max, quad_sum over the four threads that share rows; address, begin(x), scores<Add>(x, a, b),
+// values<Add>(x, weights, step, b), commit(), drain<pending>(x); max, exp2, log2, inverse, pack.
 #pragma once
 
 #include <cmath>
@@ -119,6 +119,7 @@ FASTVID_ANY void attend(Hardware& hw, const Attention& s, const Work& work, cons
         hw.arrive(barrier_of(kKeyEmpty, next.stage));
         if (step + 1 == walk.steps) hw.arrive(barrier_of(kQueryEmpty));
         Form::softmax(hw, s, key_count(s, walk, step), state);
+        hw.again(barrier_of(kValueFull, ring.stage), ring.parity);  // so the softmax stays above
         hw.template drain<0>(state.weighed());
         hw.arrive(barrier_of(kValueEmpty, ring.stage));
         Form::settle(hw, state);

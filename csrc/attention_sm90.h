@@ -76,6 +76,9 @@ class Warpgroups {
     __device__ __forceinline__ uint32_t address(int at) const { return memory_ + at; }
 
     __device__ __forceinline__ void wait(int i, uint32_t parity) const { sm90::wait(barrier(i), parity); }
+    // Passes at once. But its branch ends a basic block, and ptxas (13.0) moves a wait for products up to the top of
+    // one: without it the exponentials of a step come after the products that they should run beside.
+    __device__ __forceinline__ void again(int i, uint32_t parity) const { wait(i, parity); }
     __device__ __forceinline__ void expect(int i, int bytes) const { sm90::expect_bytes(barrier(i), bytes); }
     __device__ __forceinline__ void arrive(int i) const {
         if (threadIdx.x % 32 == 0) sm90::arrive(barrier(i));

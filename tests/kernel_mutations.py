@@ -29,6 +29,9 @@ step = functools.partial(Mutation, kernel="conv", file="conv.h")
 norm = functools.partial(Mutation, kernel="norm", file="vae_norm.h")
 
 
+NO_EDGE = "nothing keeps the softmax before the wait for its step's product"
+
+
 def exchanged(first: str, second: str) -> dict[str, str]:
     return {"old": first + second, "new": second + first}
 
@@ -99,6 +102,29 @@ MUTATIONS = (
         hw.wait(barrier_of(kValueFull, ring.stage), ring.parity);
         hw.wait""",
         new="        hw.wait",
+    ),
+    attention(
+        "values of the next step are waited for again",
+        old="hw.again(barrier_of(kValueFull, ring.stage), ring.parity)",
+        new="hw.again(barrier_of(kValueFull, next.stage), next.parity)",
+    ),
+    attention(
+        "values are waited for again where they are handed back",
+        old="""\
+        hw.arrive(barrier_of(kValueEmpty, ring.stage));
+        Form::settle(hw, state);
+""",
+        new="""\
+        hw.arrive(barrier_of(kValueEmpty, ring.stage));
+        hw.again(barrier_of(kValueFull, ring.stage), ring.parity);
+        Form::settle(hw, state);
+""",
+    ),
+    attention(
+        NO_EDGE,
+        old="        hw.again(barrier_of(kValueFull, ring.stage), ring.parity);  // so the softmax stays above\n",
+        new="",
+        same="slower: the result is the same; test_machine_code.py sees it in the machine code",
     ),
     half(
         "a barrier expects one panel less",

@@ -73,6 +73,12 @@ class Warpgroup {
         const int ended = static_cast<int>(block_.made[i]->wait(parity));
         if (ended != ++waits_[i] - i % 2) throw Stopped("a barrier was passed in a wrong round");
     }
+    // Once more, for a stage that was waited for and is not handed back: no later fill can have come.
+    void again(int i, uint32_t parity) {
+        if (waits_[i] != done_[i ^ 1] + 1) throw Stopped("a stage is waited for again that is not held");
+        if (static_cast<int>(block_.made[i]->wait(parity)) != waits_[i])
+            throw Stopped("a barrier passed in a wrong round");
+    }
     void expect(int i, int bytes) {
         pass_on(i);
         block_.made[i]->arrive(bytes);

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +15,7 @@ from compiled_host import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import cuda_resources
+import sass
 
 from fastvid.ops import dispatch
 
@@ -76,20 +76,15 @@ def test_what_is_worse_is_said() -> None:
     assert list(cuda_resources.worse(said.format(0, 40, 1000) + warned, recorded, True))
 
 
-def functions(target: Path) -> dict[str, list[str]]:
+def functions(target: Path) -> dict[str, sass.Code]:
     """Kernel's mangled name -> its instructions for sm_90a."""
-    triton = pytest.importorskip("triton")
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
+    if sass.disassembler() is None:
         pytest.skip("there is no cuobjdump")
-    command = [tool, "-sass", "-arch", "sm_90a", target]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    parts = told.split("Function : ")[1:]
-    return {part.splitlines()[0]: re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^/]*?);", part) for part in parts}
+    return sass.functions(target)
 
 
 @pytest.fixture(scope="module")
-def code(compiled: Callable[[str], tuple[str, Path]]) -> dict[tuple[int, str], list[str]]:
+def code(compiled: Callable[[str], tuple[str, Path]]) -> dict[tuple[int, str], sass.Code]:
     """(head_dim, type) -> the instructions of attention's kernel for sm_90a."""
     made = {}
     for name, lines in functions(compiled("attention.cu")[1]).items():
@@ -99,31 +94,31 @@ def code(compiled: Callable[[str], tuple[str, Path]]) -> dict[tuple[int, str], l
 
 
 @pytest.fixture(scope="module")
-def code_eight(compiled: Callable[[str], tuple[str, Path]]) -> dict[tuple[int, str], list[list[str]]]:
+def code_eight(compiled: Callable[[str], tuple[str, Path]]) -> dict[tuple[int, str], list[sass.Code]]:
     """(head_dim, kind) -> the instructions of the kernels with 8-bit products, of either type of result."""
-    made: dict[tuple[int, str], list[list[str]]] = {}
+    made: dict[tuple[int, str], list[sass.Code]] = {}
     for name, lines in functions(compiled("attention_eight.cu")[1]).items():
         head_dim, int8 = re.search(r"attention_eight_kernelILi(\d+)ELb([01])E", name).groups()
         made.setdefault((int(head_dim), "int8" if int8 == "1" else "fp8"), []).append(lines)
     return made
 
 
-def count(lines: list[str], pattern: str) -> int:
-    return sum(bool(re.search(pattern, line)) for line in lines)
+def count(code: sass.Code, pattern: str) -> int:
+    return sum(one.is_a(pattern) for one in code)
 
 
 @pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kind", ["BF16", "F16"])
-def test_instructions_of_attention(head_dim: int, kind: str, code: dict[tuple[int, str], list[str]]) -> None:
+def test_instructions_of_attention(head_dim: int, kind: str, code: dict[tuple[int, str], sass.Code]) -> None:
     lines = code[head_dim, kind]
-    typed = r"F32\.BF16 " if kind == "BF16" else r"F32 "
+    typed = r"F32\.BF16" if kind == "BF16" else "F32"
     # The first scores and those of the loop; the values of the loop and the last ones: 128 keys in sixteens.
     wanted = {128: 2 * head_dim // 16}
     wanted[head_dim] = wanted.get(head_dim, 0) + 2 * 128 // 16
     for columns, number in wanted.items():
-        assert count(lines, rf"HGMMA\.64x{columns}x16\.{typed}") == number
+        assert count(lines, rf"HGMMA\.64x{columns}x16\.{typed}$") == number
     assert count(lines, "HGMMA") == sum(wanted.values())
     assert count(lines, r"UTMALDG\.4D") == 3 * head_dim // 64
     assert count(lines, r"\b(STL|LDL)\b") == 0
@@ -136,7 +131,7 @@ def test_instructions_of_attention(head_dim: int, kind: str, code: dict[tuple[in
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 def test_instructions_of_8_bit_attention(
-    head_dim: int, kind: str, code_eight: dict[tuple[int, str], list[list[str]]]
+    head_dim: int, kind: str, code_eight: dict[tuple[int, str], list[sass.Code]]
 ) -> None:
     assert len(code_eight[head_dim, kind]) == 2
     for lines in code_eight[head_dim, kind]:
@@ -160,8 +155,8 @@ def test_instructions_of_8_bit_attention(
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_warpgroups_stay_within_their_registers(
     head_dim: int,
-    code: dict[tuple[int, str], list[str]],
-    code_eight: dict[tuple[int, str], list[list[str]]],
+    code: dict[tuple[int, str], sass.Code],
+    code_eight: dict[tuple[int, str], list[sass.Code]],
 ) -> None:
     """What follows setmaxnreg uses no register that its warpgroup has not got."""
     sixteen = [code[head_dim, kind] for kind in ("BF16", "F16")]
@@ -172,13 +167,13 @@ def test_warpgroups_stay_within_their_registers(
         check_registers(lines, producer, consumer)
 
 
-def check_registers(lines: list[str], producer: int, consumer: int) -> None:
-    (takes,) = (i for i, line in enumerate(lines) if re.search(r"USETMAXREG\.\w*ALLOC", line) and "DE" not in line)
-    (gives,) = (i for i, line in enumerate(lines) if "USETMAXREG.DEALLOC" in line)
-    assert takes < gives  # so the producer is what follows, and the consumers what lies between
-    assert not any("GMMA" in line for line in lines[gives:]) and not any("UTMALDG" in line for line in lines[:gives])
-    for part, most in ((lines[takes:gives], consumer), (lines[gives:], producer)):
-        assert max(int(number) for line in part for number in re.findall(r"\bR(\d+)\b", line)) < most
+def check_registers(code: sass.Code, producer: int, consumer: int) -> None:
+    (takes,) = (i for i, one in enumerate(code) if one.is_a(r"USETMAXREG\.TRY_ALLOC"))
+    (gives,) = (i for i, one in enumerate(code) if one.is_a(r"USETMAXREG\.DEALLOC"))
+    consumers, producers = sass.reached(code, takes), sass.reached(code, gives)
+    assert count(consumers, "[HIQ]GMMA") and not count(consumers, "UTMALDG")
+    assert count(producers, "UTMALDG") and not count(producers, "[HIQ]GMMA")
+    assert sass.registers(consumers) <= consumer and sass.registers(producers) <= producer
 
 
 def test_what_the_binding_refuses() -> None:
