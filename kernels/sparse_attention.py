@@ -193,10 +193,8 @@ def sparse_attention(
     v: Tensor,
     out: Tensor,
     query_tiles: Tensor,
-    key_tiles: Tensor,
-    rows: Tensor,
-    indices: Tensor,
-    largest: tuple[int, int],
+    listed: Schedule,
+    largest: int,
     lse: Tensor | None = None,
     softmax_scale: float | None = None,
     config: Config | None = None,
@@ -204,26 +202,22 @@ def sparse_attention(
 ) -> None:
     """Write attention of q [B, N, H, D] to k and v [B, M, H, D] into out [B, N, H, D], lse [B, H, N] (fp32) beside it.
 
-    query_tiles and key_tiles: int32 [tiles + 1], the token at which each tile starts, N or M at the end.
-    rows: int64 [lists * query tiles + 1]; indices: int32. Tile t of list l attends to the tiles
-        indices[rows[i] : rows[i + 1]], i = l * query tiles + t, which ascend. There are 1, H or B * H lists.
-    largest: tokens of the largest tile of queries, and of keys.
+    query_tiles: int32 [tiles + 1], the token at which each tile starts, N at the end; the largest has `largest` tokens.
+    listed: of lists that `check_lists` takes, cut into steps of `keys_per_step`, or of config.
     config and tma: instead of what is chosen here, for benchmarks and tests.
-    Raises ValueError for what the kernel does not take: see `check` and `check_lists`, which read no list's contents.
+    Raises ValueError for tensors that the kernel does not take: see `check`.
     """
     check(q, k, v, softmax_scale)
-    check_lists(q, query_tiles, key_tiles, rows, indices, largest)
     if out.numel() == 0:
         return
     B, N, H, D = q.shape
     tiles = query_tiles.numel() - 1
-    config = config or config_of(CONFIGS, q, _block_m(largest[0]) if q.element_size() == 2 else 64)
+    config = config or _config(q, largest)
     tma = takes_tma(q, k, v) if tma is None else tma
-    parts = triton.cdiv(largest[0], config.block_m)
+    parts = triton.cdiv(largest, config.block_m)
     blocks = (config.block_m, config.block_n, config.block_n)
     inputs = [descriptor(x, block) for x, block in zip((q, k, v), blocks, strict=True)] if tma else (q, k, v)
     with torch.cuda.device_of(q):  # the device guard; nothing for the interpreter's CPU tensors
-        listed = schedule(key_tiles, rows, indices, largest[1], config.block_n)
         sparse_attention_kernel[(B * H * tiles * parts,)](
             *inputs,
             k,
@@ -236,7 +230,7 @@ def sparse_attention(
             H,
             N,
             tiles,
-            (rows.numel() - 1) // tiles,
+            (listed.full_rows.numel() - 1) // tiles,
             *(stride for x in (q, k, v) for stride in x.stride()[:3]),
             D=D,
             BLOCK_D=padded(D),
@@ -249,10 +243,25 @@ def sparse_attention(
         )
 
 
+def keys_per_step(q: Tensor, largest: int) -> int:
+    """How many keys a step of the kernel takes, for queries such as q in tiles of at most `largest`."""
+    return _config(q, largest).block_n
+
+
+def _config(q: Tensor, largest: int) -> Config:
+    return config_of(CONFIGS, q, _block_m(largest) if q.element_size() == 2 else 64)
+
+
 def check_lists(
     q: Tensor, query_tiles: Tensor, key_tiles: Tensor, rows: Tensor, indices: Tensor, largest: tuple[int, int]
 ) -> None:
-    """Raises ValueError unless lists are of the right types, contiguous, on q's device, and as many as they can be."""
+    """Raises ValueError unless lists are of the right types, contiguous, on q's device, and as many as they can be.
+
+    query_tiles and key_tiles: int32 [tiles + 1], the token at which each tile starts, N or M at the end.
+    rows: int64 [lists * query tiles + 1]; indices: int32. Tile t of list l attends to the tiles
+        indices[rows[i] : rows[i + 1]], i = l * query tiles + t, which ascend. There are 1, H or B * H lists.
+    largest: tokens of the largest tile of queries, and of keys.
+    """
     tensors = {"query_tiles": query_tiles, "key_tiles": key_tiles, "rows": rows, "indices": indices}
     for name, x in tensors.items():
         dtype = torch.int64 if name == "rows" else torch.int32

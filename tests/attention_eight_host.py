@@ -68,7 +68,7 @@ def attention_eight_host(
     grid: int = 3,
 ) -> None:
     """What the kernels write into out and lse on a device of `grid` multiprocessors; see attention_host."""
-    call, walked = prepare(q, k, v, blocks, padded_steps)
+    call, walked = prepare(q, k, v, blocks, [] if blocks is None else padded_steps(q, blocks))
     tensors, scales = eights(q, k, v, kind, blocks, lse is not None)
     why = ctypes.create_string_buffer(1000)
     factor = ctypes.c_float(q.shape[-1] ** -0.5 if scale is None else scale)

@@ -48,7 +48,7 @@ def attention_host(
 
     Raises ValueError for what it refuses, and for what the hardware would not do or never end.
     """
-    call, walked = prepare(q, k, v, blocks, exact_steps)
+    call, walked = prepare(q, k, v, blocks, [] if blocks is None else exact_steps(q, blocks))
     pointers = [ctypes.c_void_p(0 if x is None else x.data_ptr()) for x in (q, k, v, out, lse)]
     why = ctypes.create_string_buffer(1000)
     factor = ctypes.c_float(q.shape[-1] ** -0.5 if scale is None else scale)

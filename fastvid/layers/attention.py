@@ -137,14 +137,18 @@ class _Parallel:
 
         Raises ValueError unless every ring group's tokens end where a tile ends.
         """
-        view = self.parallel.view
-        if self.blocks is None:
+        view, blocks = self.parallel.view, self.blocks
+        if blocks is None:
             return [None] * view.layout.ring
         edges = starts(self._ring_counts(self.parallel.frames))
         offset = view.ulysses * (self.heads // view.layout.ulysses)
-        own = heads_of(self.blocks, self.heads, offset + first, offset + last)
         spans = [slice(*edges[group : group + 2]) for group in range(view.layout.ring)]
-        return [tiles_of(own, spans[view.ring], span) for span in spans]
+
+        def select() -> Sequence[Blocks]:
+            own = heads_of(blocks, self.heads, offset + first, offset + last)
+            return [tiles_of(own, spans[view.ring], span) for span in spans]
+
+        return blocks.once(("ring", view.ring, *edges, self.heads, offset + first, offset + last), select)
 
 
 def _by_frames(x: Tensor, frames: int, sizes: tuple[int, ...]) -> Tensor:

@@ -201,10 +201,12 @@ class Kernel:
     """A registered operator as a back end.
 
     operator(q, k, v, lists, largest, scale, with_lse) -> (out, lse); lse is empty unless with_lse.
+    steps: splits block lists for the operator (attention_gpu.py).
     needs: the architecture that it requires ("90a"), None for any. dtypes: supported dtypes.
     """
 
     operator: Callable[..., tuple[Tensor, Tensor]]
+    steps: Callable[[Tensor, Blocks], list[Tensor]]
     needs: str | None = None
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
@@ -219,13 +221,13 @@ class Kernel:
         blocks: Blocks | None = None,
     ) -> Result:
         check(q, k, v, blocks)
-        lists, largest = ([], []) if blocks is None else (blocks.tensors, blocks.largest)
+        lists, largest = ([], []) if blocks is None else (blocks.tensors + self.steps(q, blocks), blocks.largest)
         out, lse = self.operator(q, k, v, lists, largest, scale, return_lse)
         return (out, lse) if return_lse else out
 
 
-def _cuda(operator: Callable[..., Any]) -> Kernel:
-    return Kernel(operator, needs="90a", dtypes=HALVES)
+def _eight(kind: str) -> Kernel:
+    return Kernel(partial(attention_gpu.attention_eight, kind), attention_gpu.padded_steps, "90a", HALVES)
 
 
 BACKENDS: Mapping[str, Callable[..., Any]] = {
@@ -233,8 +235,8 @@ BACKENDS: Mapping[str, Callable[..., Any]] = {
     "sdpa": sdpa,
     "library": library,
     **DENSE,
-    "triton": Kernel(attention_gpu.attention_triton),
-    "cuda": _cuda(attention_gpu.attention_cuda),
-    "cuda_fp8": _cuda(partial(attention_gpu.attention_eight, "fp8")),
-    "cuda_int8": _cuda(partial(attention_gpu.attention_eight, "int8")),
+    "triton": Kernel(attention_gpu.attention_triton, attention_gpu.triton_steps),
+    "cuda": Kernel(attention_gpu.attention_cuda, attention_gpu.exact_steps, "90a", HALVES),
+    "cuda_fp8": _eight("fp8"),
+    "cuda_int8": _eight("int8"),
 }

@@ -2,7 +2,8 @@
 
     operator(q, k, v, lists, largest, scale, with_lse) -> (out, lse)
 
-lists and largest: `Blocks.tensors` and `Blocks.largest`, both empty for dense attention. lse is empty unless with_lse.
+lists and largest: `Blocks.tensors`, then their steps (`triton_steps`, `exact_steps`, `padded_steps`), and
+`Blocks.largest`; both empty for dense attention. lse is empty unless with_lse.
 Callers must call `attention.check` first. Nothing falls back and nothing is copied: unsupported inputs raise
 ValueError.
 
@@ -46,9 +47,9 @@ def attention_triton(
     out, lse = _outputs(q, with_lse)
     wanted = lse if with_lse else None
     if lists:
-        from fastvid.kernels.sparse_attention import sparse_attention
+        from fastvid.kernels.sparse_attention import Schedule, sparse_attention
 
-        sparse_attention(q, k, v, out, *lists, tuple(largest), wanted, scale)
+        sparse_attention(q, k, v, out, lists[0], Schedule(*lists[4:]), largest[0], wanted, scale)
     else:
         from fastvid.kernels.attention import attention
 
@@ -76,7 +77,7 @@ def attention_cuda(
     blocks = _blocks(lists, largest)
     with torch.cuda.device_of(q):
         stream = torch.cuda.current_stream(q.device)
-        call, walked = prepare(q, k, v, blocks, exact_steps)
+        call, walked = prepare(q, k, v, blocks, lists[4:])
         pointers = [_address(x) for x in (q, k, v, out, lse if with_lse else None)]
         places = [_address(x) for x in walked]
         _C.attention(*pointers, _name(q), call, places, _scale(q, scale), q.device.index, stream.cuda_stream)
@@ -112,7 +113,7 @@ def attention_eight(
             call, tiles = source_of(x, None if part == "queries" else blocks)
             _C.quantize(part, *map(_address, (x, mean, *made)), kind, _name(q), call, _address(tiles), device, at)
 
-        call, walked = prepare(q, k, v, blocks, padded_steps)
+        call, walked = prepare(q, k, v, blocks, lists[4:])
         for x in (q, k, v, *walked, *lists):
             x.record_stream(stream)  # the caller may drop what came from another stream at once
         tensors, scales = quantized(q, k, v, blocks, with_lse, quantize)
@@ -173,13 +174,10 @@ def _check_tensors(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, steps: Callable[[Blocks], list[Tensor]]
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, steps: Sequence[Tensor]
 ) -> tuple[Call, list[Tensor]]:
-    """The fields of `Call` in csrc/attention_call.h, in order, and the tensors for `Lists` there, in order. steps:
-    splits the lists into steps of the kernel.
-
-    Raises ValueError for lists that the kernel does not support; does not read their contents.
-    """
+    """The fields of `Call` in csrc/attention_call.h, in order, and the tensors for `Lists` there, in order. steps: of
+    the blocks, by `exact_steps` or `padded_steps`."""
     B, N, H, D = q.shape
     call: Call = {
         "batch": B,
@@ -196,28 +194,45 @@ def prepare(
     }
     if blocks is None:
         return call, []
+    tiles = blocks.query_tiles.numel() - 1
+    call |= {"tiles": tiles, "largest": blocks.largest[0], "lists": blocks.lists}
+    return call, [blocks.query_tiles, *steps]
+
+
+# Steps over the keys of every row of the lists: offsets int64 [rows + 1] and first keys of full blocks, then offsets
+# int64 [rows + 1], first keys and ends of partial blocks. Made once for all calls with the same blocks, on the device
+# and without waiting for it. All raise ValueError for lists that a kernel does not support; they read no contents.
+
+
+def exact_steps(q: Tensor, blocks: Blocks) -> list[Tensor]:
+    """The runs of tiles in each row, split into blocks of 128 keys and remainders."""
+    return _schedule(q, blocks, KEYS)
+
+
+def triton_steps(q: Tensor, blocks: Blocks) -> list[Tensor]:
+    """The same with as many keys per block as the Triton kernel takes in a step."""
+    from fastvid.kernels.sparse_attention import keys_per_step
+
+    return _schedule(q, blocks, keys_per_step(q, blocks.largest[0]))
+
+
+def _schedule(q: Tensor, blocks: Blocks, keys: int) -> list[Tensor]:
+    from fastvid.kernels.sparse_attention import check_lists, schedule
+
+    check_lists(q, *blocks.tensors, blocks.largest)
+    lists = blocks.key_tiles, blocks.rows, blocks.indices
+    return blocks.once(("exact", keys), lambda: [x.contiguous() for x in schedule(*lists, blocks.largest[1], keys)])
+
+
+def padded_steps(q: Tensor, blocks: Blocks) -> list[Tensor]:
+    """Blocks of 128 keys, if each tile is padded to whole blocks."""
     from fastvid.kernels.sparse_attention import check_lists
 
     check_lists(q, *blocks.tensors, blocks.largest)
-    tiles = blocks.query_tiles.numel() - 1
-    call |= {"tiles": tiles, "largest": blocks.largest[0], "lists": blocks.lists}
-    return call, [blocks.query_tiles, *steps(blocks)]
+    return blocks.once("padded", lambda: _padded(blocks))
 
 
-def exact_steps(blocks: Blocks) -> list[Tensor]:
-    """Split the runs of tiles in each row of the lists into blocks of 128 keys and remainders."""
-    from fastvid.kernels.sparse_attention import schedule
-
-    schedules = schedule(blocks.key_tiles, blocks.rows, blocks.indices, blocks.largest[1], KEYS)
-    return [x.contiguous() for x in schedules]
-
-
-def padded_steps(blocks: Blocks) -> list[Tensor]:
-    """The blocks in each row of the lists, if each tile is padded to whole blocks. Returns offsets int64 [rows + 1] and
-    first keys of full blocks, then offsets int64 [rows + 1], first keys and ends of partial blocks.
-
-    Computed on the device without synchronization.
-    """
+def _padded(blocks: Blocks) -> list[Tensor]:
     each, size, indices = _blocks_each(blocks), blocks.indices.numel(), blocks.indices.long()
     counts = blocks.key_tiles.diff()[indices]
     first = indices * each * KEYS
@@ -292,7 +307,7 @@ def _blocks_each(blocks: Blocks) -> int:
 def _blocks(lists: Sequence[Tensor], largest: Sequence[int]) -> Blocks | None:
     if not lists:
         return None
-    query_tiles, key_tiles, rows, indices = lists
+    query_tiles, key_tiles, rows, indices = lists[:4]
     return Blocks(query_tiles, key_tiles, rows, indices, (largest[0], largest[1]))
 
 

@@ -14,13 +14,15 @@ is a pure function that returns `Blocks`: sorted lists of tiles, shared by all h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Triple = tuple[int, int, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Blocks:
     rows: int64 [lists * query tiles + 1]; indices: int32, sorted in a row. Tile q of list l attends to the tiles
         indices[rows[i] : rows[i + 1]] with i = l * query tiles + q.
     There are 1, H (one per head) or B * H lists. largest: tokens of the largest query tile and of the largest key tile.
+
+    Kernels keep what they derive from the lists here (`once`), so that all layers and steps share it.
     """
 
     query_tiles: Tensor
@@ -38,6 +42,7 @@ class Blocks:
     rows: Tensor
     indices: Tensor
     largest: tuple[int, int]
+    _made: dict[Hashable, _Made] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def lists(self) -> int:
@@ -51,6 +56,42 @@ class Blocks:
     def to(self, device: torch.device | str) -> Blocks:
         names = ("query_tiles", "key_tiles", "rows", "indices")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """make(), which must depend on these blocks and `key` alone. Made again only if the tensors were written to
+        since, and freed with the blocks. A graph that records a call uses what was made before, or records `make`."""
+        versions = tuple(0 if x.is_inference() else x._version for x in self.tensors)
+        stream = _stream(self.rows)
+        recording = stream is not None and torch.cuda.is_current_stream_capturing()
+        known = self._made.get(key)
+        if known is not None and known.versions == versions:
+            if known.event is not None and not recording and stream != known.stream:
+                stream.wait_event(known.event)
+            return known.value
+        value = make()
+        if not recording:  # the memory would be the graph's
+            event = None if stream is None else stream.record_event()
+            self._made[key] = _Made(versions, value, stream, event)
+        return value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and other processes make their own."""
+        return Blocks, (*self.tensors, self.largest)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What `Blocks.once` keeps: the versions of the tensors that it was made from, and on which stream it was made."""
+
+    versions: tuple[int, ...]
+    value: Any
+    stream: Any
+    event: Any
+
+
+def _stream(x: Tensor) -> Any:
+    """The current CUDA stream of a tensor's device; None on a CPU, and for fake tensors where no GPU is used."""
+    return torch.cuda.current_stream(x.device) if x.is_cuda and torch.cuda.is_initialized() else None
 
 
 # Tiles

@@ -150,7 +150,8 @@ def test_nan_stays_in_its_row() -> None:
 
 def works(q: Tensor, k: Tensor, blocks: Blocks | None) -> list[tuple[int, int, range, list[int]]]:
     """(batch, head, queries, keys in the order in which they are walked over) of every work of a launch."""
-    call, walked = attention_gpu.prepare(q, k, k, blocks, attention_gpu.exact_steps)
+    steps = [] if blocks is None else attention_gpu.exact_steps(q, blocks)
+    call, walked = attention_gpu.prepare(q, k, k, blocks, steps)
     lib, room, made = library(), 4 + 2 * 400, []
     told, at = words(call), addresses(walked)
     to = (ctypes.c_int * room)()

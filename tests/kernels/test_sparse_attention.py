@@ -106,11 +106,14 @@ def run_kernel(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float | None = None, tma: bool = False, block: int = 16
 ) -> tuple[Tensor, Tensor]:
     from fastvid.kernels.attention import Config
-    from fastvid.kernels.sparse_attention import sparse_attention
+    from fastvid.kernels.sparse_attention import schedule, sparse_attention
 
     B, N, H, _ = q.shape
+    lists = blocks.key_tiles, blocks.rows, blocks.indices
+    listed = schedule(*lists, blocks.largest[1], block)
     (buffer, out), (edges, lse) = poisoned(q.shape, q.dtype), poisoned((B, H, N), torch.float32)
-    sparse_attention(q, k, v, out, *blocks.tensors, blocks.largest, lse, scale, Config(block, block, 4, 1), tma)
+    config = Config(block, block, 4, 1)
+    sparse_attention(q, k, v, out, blocks.query_tiles, listed, blocks.largest[0], lse, scale, config, tma)
     assert_edges_untouched(buffer)
     assert_edges_untouched(edges)
     return out, lse
@@ -189,7 +192,8 @@ def test_triton_as_an_operator_of_torch() -> None:
     blocks = random_blocks(([3, 4], [5, 2]), 2, 0.7, 0)
     q, k, v = (make((1, 7, 2, 16), seed=i) for i in range(3))
     for options in ((0.3, False), (None, True)):
-        torch.library.opcheck(attention_gpu.attention_triton, (q, k, v, blocks.tensors, blocks.largest, *options))
+        lists = blocks.tensors + attention_gpu.triton_steps(q, blocks)
+        torch.library.opcheck(attention_gpu.attention_triton, (q, k, v, lists, blocks.largest, *options))
     for run in (triton, attention.reference):
         out, lse = run(q, k, v, blocks=blocks, scale=0.3, return_lse=True)
         assert torch.equal(run(q, k, v, blocks=blocks, scale=0.3), out)
@@ -199,8 +203,6 @@ def test_triton_as_an_operator_of_torch() -> None:
 
 def test_triton_refuses_what_it_cannot_do() -> None:
     pytest.importorskip("triton")
-    from fastvid.kernels.sparse_attention import sparse_attention
-
     blocks = random_blocks(([3, 4], [5, 2]), 1, 1.0, 0)
     q = make((2, 7, 2, 16))
     for message, changed in {
@@ -212,8 +214,9 @@ def test_triton_refuses_what_it_cannot_do() -> None:
         "rows has 6 entries": {"rows": torch.arange(6)},
     }.items():
         wrong = replace(blocks, **changed)
-        with pytest.raises(ValueError, match=message):
-            sparse_attention(q, q, q, q.clone(), *wrong.tensors, wrong.largest)
+        for steps in (attention_gpu.triton_steps, attention_gpu.exact_steps, attention_gpu.padded_steps):
+            with pytest.raises(ValueError, match=message):
+                steps(q, wrong)
 
 
 def test_programs_are_cut_by_the_largest_tile() -> None:
@@ -294,5 +297,6 @@ def test_operator_of_torch_on_a_gpu() -> None:
     blocks = random_blocks(([130, 40], [50, 120]), 2, 0.7, 0).to("cuda")
     q, k, v = (torch.randn(1, 170, 2, 64, device="cuda", dtype=torch.float16) for _ in range(3))
     for with_lse in (False, True):
-        arguments = (q, k, v, blocks.tensors, blocks.largest, None, with_lse)
+        lists = blocks.tensors + attention_gpu.triton_steps(q, blocks)
+        arguments = (q, k, v, lists, blocks.largest, None, with_lse)
         torch.library.opcheck(attention_gpu.attention_triton, arguments)
