@@ -1,0 +1,251 @@
+"""A process that checks and times one family of operations: `python -m fastvid.tuning.child`.
+
+It reads a job, one line of JSON, and writes messages, one a line: what it is at (before each piece of work, with the
+seconds that the piece may take), and what came of it. So whoever reads knows which kernel has hung or crashed, and
+starts another process without it. It ends when its standard input does.
+
+    {"seconds", "device", "calls", "rejected", "right", "done", "limit", "mark", "plugin"}        the job
+    {"at": {"op", "dtype", "shape_class", "backend", "stage"}, "limit": seconds}
+    {"right": name of the class and back end}   {"rejected": row}   {"row": row}   {"unmeasured": row}   {"end": true}
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import mmap
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from fastvid.device.precision import computing
+from fastvid.errors import BackendUnavailable
+from fastvid.ops import dispatch, tuned
+from fastvid.ops.sources import file_of, source_hash
+from fastvid.tuning import calls as recorded
+from fastvid.tuning import check
+from fastvid.tuning.calls import Call
+from fastvid.tuning.timing import Case, measure_within, timer_of
+from fastvid.tuning.work import candidates, work
+
+LEAST = 0.05  # seconds of timing a class
+LONGEST = 0.34  # share of the time that is left, which checks and timing of a class may be expected to take
+CALLS = 10  # of each back end, that a class needs at least
+STICKY = 3  # exit status after an error that the device does not recover from
+Function = Callable[..., Any]
+
+
+class Job:
+    """What is to be done, and the time for it."""
+
+    def __init__(self, data: Mapping[str, Any], out: TextIO) -> None:
+        self.device = torch.device(data["device"])
+        self.calls = sorted(map(recorded.from_json, data["calls"]), key=work, reverse=True)
+        self.rejected, self.right, self.done = ({tuple(one) for one in data[n]} for n in ("rejected", "right", "done"))
+        self.limit, self._out = float(data["limit"]), out
+        self._end = time.monotonic() + data["seconds"]
+        file = os.open(data["mark"], os.O_RDWR)
+        self._mark = mmap.mmap(file, 1)
+        os.close(file)
+
+    @property
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+    def say(self, **message: Any) -> None:
+        print(json.dumps(message), file=self._out, flush=True)
+
+    def at(self, call: Call, backend: str, stage: str, more: float = 0.0) -> None:
+        """Says what comes next. more: seconds that it may take beside the limit."""
+        names = dict(zip(("op", "dtype", "shape_class"), call.name, strict=True))
+        self.say(at={**names, "backend": backend, "stage": stage}, limit=self.limit + more)
+
+    def mark(self, number: int) -> None:
+        """Notes which back end runs, where a message would take longer than the run."""
+        self._mark[0] = number
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what kernels and libraries print must not look like messages
+    data = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, name="fastvid-tune", daemon=True).start()
+    if data["plugin"]:
+        _load(Path(data["plugin"]))
+    job = Job(data, out)
+    with computing():
+        run(job)
+    job.say(end=True)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def _load(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def run(job: Job) -> None:
+    """All classes, the one with most work first; each gets its share of the time that is left."""
+    todo = [call for call in job.calls if call.name not in job.done]
+    for number, call in enumerate(todo):
+        share = job.left * work(call) / sum(map(work, todo[number:]))
+        if job.left <= 0:
+            _unmeasured(job, call, "the budget was spent before it")
+        else:
+            tune_class(job, call, max(share, LEAST))
+
+
+def _unmeasured(job: Job, call: Call, why: str) -> None:
+    job.say(unmeasured={"op": call.op, "dtype": call.dtype, "shape_class": call.shape_class, "why": why})
+
+
+def tune_class(job: Job, call: Call, seconds: float) -> None:
+    """Checks every back end of a class, and times those that are right."""
+    began = time.monotonic()
+    job.at(call, "", "preparing")
+    cases = check.small_cases(call, job.device)
+    expected = expected_seconds(call, cases[0], job.device)
+    functions = candidates(call.op, job.device)
+    if expected * CALLS * len(functions) > LONGEST * max(job.left, 1.0):
+        _unmeasured(job, call, f"one call takes about {expected:.2g} s, which is too long for the budget")
+        return
+    job.at(call, "", "preparing", more=CALLS * expected)
+    cases.append(check.whole_case(call, job.device))
+    if (far := check.far_case(call.op, cases[0].given, job.device)) is not None:
+        cases.append(far)
+    right = {}
+    for name, function in functions.items():
+        if (*call.name, name) in job.rejected:
+            continue
+        if (*call.name, name) not in job.right and not _passes(job, call, name, function, cases, expected):
+            continue
+        right[name] = function
+    if right:
+        left = max(LEAST, seconds - (time.monotonic() - began))
+        job.say(row=time_class(job, call, right, cases[len(check.SMALL)], min(left, job.left + LEAST), expected))
+
+
+def expected_seconds(call: Call, few: check.Case, device: torch.device) -> float:
+    """About how long a call takes, from one on few rows."""
+    small = {name: recorded.like(value) for name, value in few.given.items()}
+    flops, moved = recorded.cost(call.op, small, few.expected)
+    reference = candidates(call.op, device)["reference"]
+    taken = min(timer_of(device)(lambda: check.run(call.op, reference, check.fresh(call.op, few.given))) for _ in "123")
+    return taken / 1e6 * max(call.flops / max(flops, 1.0), call.bytes / max(moved, 1.0), 1.0)
+
+
+def _passes(
+    job: Job, call: Call, name: str, function: Function, cases: list[check.Case], expected: float
+) -> bool:
+    job.at(call, name, "checking", more=CALLS * expected)
+    why, spoiled = None, False
+    try:
+        for case in cases:
+            with _named(case.name):
+                check.check(call.op, function, case)
+        if call.op == "attention":
+            check.check_empty_lists(function, cases[0].given)
+        _wait(job.device)
+    except check.Wrong as error:
+        why, spoiled = str(error), isinstance(error, check.Spoiled)
+    except (BackendUnavailable, ValueError, TypeError, NotImplementedError) as error:
+        why = f"it does not take the call: {error!s:.200}"
+    except Exception as error:
+        why = f"{type(error).__name__}: {error!s:.200}"
+        if _is_broken(job.device):
+            job.say(rejected=_rejection(call, name, why))
+            sys.exit(STICKY)
+    if why is None:
+        job.say(right=[*call.name, name])
+        return True
+    job.say(rejected=_rejection(call, name, why))
+    if spoiled:
+        job.at(call, "", "preparing", more=CALLS * expected)
+        far = cases[len(check.SMALL) + 1 :]
+        cases[:] = [*check.small_cases(call, job.device), check.whole_case(call, job.device), *far]
+    return False
+
+
+class _named:  # noqa: N801 - used like a function
+    """Puts a case's name in front of what is wrong in it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, check.Wrong):
+            error.args = (f"{self._name}: {error}",)
+
+
+def _rejection(call: Call, backend: str, why: str) -> dict[str, str]:
+    named = dict(zip(("op", "dtype", "shape_class"), call.name, strict=True))
+    plain = "".join(c if c.isprintable() else " " for c in why)[: tuned.MAX_TEXT]
+    return {**named, "backend": backend, "source": _source(call, backend), "why": plain}
+
+
+def _source(call: Call, backend: str) -> str:
+    return source_hash(backend, file_of(call.op, backend, call.shape_class)) or "unknown"
+
+
+def _is_broken(device: torch.device) -> bool:
+    """Whether the device does not recover from an error."""
+    try:
+        _wait(device)
+    except Exception:
+        return True
+    return False
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_class(
+    job: Job, call: Call, right: Mapping[str, Function], case: check.Case, seconds: float, expected: float
+) -> dict[str, Any]:
+    """The row of a class, from the back ends that are right."""
+    job.at(call, "", f"timing {', '.join(right)}", more=seconds + CALLS * len(right) * expected)
+    given = check.fresh(call.op, case.given)
+    args, kwargs = recorded.split(call.op, given)
+
+    def running(number: int, function: Function) -> Callable[[], Any]:
+        def run() -> Any:
+            job.mark(number)
+            return function(*args, **kwargs)
+
+        return run
+
+    cases = [Case(name, running(number, function)) for number, (name, function) in enumerate(right.items())]
+    times = {row.name: row.median for row in measure_within(cases, job.device, seconds)}
+    best, *others = sorted(times, key=lambda name: times[name])
+    following = others[0] if others else None
+    return {
+        **{"op": call.op, "dtype": call.dtype, "shape_class": call.shape_class, "backend": best},
+        "machine": tuned.machine(job.device),
+        "file": file_of(call.op, best, call.shape_class),
+        "source": _source(call, best),
+        "median_us": times[best],
+        "next": following,
+        "next_us": times[following] if following else None,
+        "times_us": times,
+    }
+
+
+if __name__ == "__main__":
+    main()
