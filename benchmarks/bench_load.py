@@ -25,7 +25,7 @@ from types import TracebackType
 
 import numpy as np
 import torch
-from harness import Case, Row, _row, save, table
+from harness import Case, Row, row_of, save, table
 from torch import nn
 
 from fastvid.loaders import safetensors
@@ -84,7 +84,7 @@ def compare(
                 taken.append(timed(case.run))
             grown[case.name] = max(grown[case.name], sampler.growth)
     baseline = statistics.median(times[0])
-    return [_row(case, taken, baseline) for case, taken in zip(cases, times, strict=True)], grown
+    return [row_of(case, taken, baseline) for case, taken in zip(cases, times, strict=True)], grown
 
 
 def module_of(config: WanTransformerConfig) -> WanTransformer:

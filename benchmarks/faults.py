@@ -29,7 +29,8 @@ import numpy as np
 import torch
 
 import fastvid
-from fastvid.benchmarks.harness import cpu_name, machine
+from fastvid.device.devices import cpu_name
+from fastvid.tuning.machine import machine
 
 PROMPT = "a red circle moving right on a white background"
 SHORT = {"num_frames": 9, "num_inference_steps": 2, "seed": 5}

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from fastvid.pipeline.stream import Stream
     from fastvid.requests.request import Request
     from fastvid.serve.pool import Pool
+    from fastvid.tuning.run import tune
 
 __all__ = ["BackendUnavailable", "Cancelled", "CheckpointError", "Error", "InvalidRequest", "MediaError", "OutOfMemory"]
 __all__ += ["Finished", "Frames", "Pipeline", "Pool", "PoolFull", "PromptError", "Request", "Started", "Step", "Video"]
-__all__ += ["FastvidWarning", "Plan", "Stream", "WorkerFailed", "blueprint", "load", "open_clip"]
+__all__ += ["FastvidWarning", "Plan", "Stream", "WorkerFailed", "blueprint", "load", "open_clip", "tune"]
 
-_LAZY = dict.fromkeys(("blueprint", "load"), "fastvid.api")
+_LAZY = dict.fromkeys(("blueprint", "load"), "fastvid.api") | {"tune": "fastvid.tuning.run"}
 _LAZY |= dict.fromkeys(("Finished", "Frames", "Plan", "Started", "Step"), "fastvid.engine.events")
 _LAZY |= {"Pipeline": "fastvid.pipeline.pipeline", "Request": "fastvid.requests.request", "Pool": "fastvid.serve.pool"}
 _LAZY |= {"Stream": "fastvid.pipeline.stream", "Video": "fastvid.media.video", "open_clip": "fastvid.media.clip"}

@@ -34,22 +34,23 @@ DIRECT: dict[str, set[str]] = {
     "planning": {"engine", "models", "requests", "layers", "ops", "distributed", "device"},
     "pipeline": {"planning", "loaders", "engine"},
     "workers": {"pipeline"},
+    "tuning": {"pipeline"},
     "api": {"workers", "pipeline"},
     "serve": {"api"},
     "integrations": {"api"},
-    "cli": {"api", "serve", "integrations"},
+    "cli": {"api", "serve", "integrations", "tuning"},
     "__main__": {"cli"},
 }
 BASE = {"errors", "notices", "files", "env", "version", "checks"}
 ROOT_FILES = {"__init__", "__main__", "api", *BASE}
 CORE = ("requests", "checks", "sampling", "engine", "layers", "models", "pipeline", "api")
 FAMILY_AWARE = {"models", "loaders", "planning"}  # and engine/conditioning.py, until a second family is there
-LIMITS = {"file": 450, "function": 60, "median": 12, "parameters": 8, "init": 45}
+LIMITS = {"file": 450, "function": 60, "median": 12, "parameters": 8, "init": 46}
 # Lines that may be there. Wanted were 10,000 and 21,000; 11,923 and 25,486 came of the new layout.
 # Added since: formats of LoRAs and checkpoints, schedulers, sound and HDR of clips, verified downloads, and the
 # checks of files, arguments and resume folders that others made; tuning on the user's machine.
 # A feature that raises a number says so in its commit.
-LIMITS |= {"core": 14_400, "package": 34_600}
+LIMITS |= {"core": 14_400, "package": 36_400}
 
 
 @cache
@@ -146,8 +147,8 @@ def lines(path: Path) -> int:
     return path.read_text().count("\n")
 
 
-# `load` and `blueprint` are the product, registered operators have flat schemas.
-FLAT = {"load", "blueprint"}
+# `load`, `blueprint` and `tune` are the product, registered operators have flat schemas.
+FLAT = {"load", "blueprint", "tune"}
 # What an operator or a launch of a kernel takes, handed on one by one. To be made fewer; nothing is to be added.
 WIDE = {
     "fastvid.ops.reference": {"head"},

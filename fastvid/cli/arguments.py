@@ -17,8 +17,8 @@ from typing import Any
 
 from fastvid import env
 from fastvid.checks import MAX_PROMPT, nearest_name
+from fastvid.cli.command_parser import UsageError
 from fastvid.cli.flags import FLAGS, has_prompt, usage_of, words_of
-from fastvid.cli.parser import UsageError
 from fastvid.errors import FastvidWarning, InvalidRequest, MediaError
 from fastvid.requests.arguments import CHECKPOINT, CLIPS, VERBS
 from fastvid.requests.request import DATA, PROMPT_OF_CLIP, Request

@@ -1,5 +1,5 @@
 """The command line: `fastvid generate | image | extend | loop | blend | edit | storyboard | finalize`, `resume`, and
-`plan`, `inspect`, `convert`, `doctor`, `bench`.
+`plan`, `inspect`, `convert`, `tune`, `doctor`, `bench`.
 
 Everything that does not need the model (flags, request, output path) is checked before torch is imported.
 """
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             command, flags = parser.parse(sys.argv[1:] if argv is None else argv)
             verb = flags.verb
             run = {"": _version, "resume": _resume, "plan": _plan, "inspect": _inspect, "convert": _convert}
-            run |= {"download": _download, "doctor": _doctor, "bench": _bench}
+            run |= {"download": _download, "doctor": _doctor, "bench": _bench, "tune": _tune}
             with _logged(flags), _warnings_shown():
                 run.get(command, _run_verb)(flags)
             sys.stdout.flush()
@@ -242,6 +242,12 @@ def _convert(flags: argparse.Namespace) -> None:
         print(json.dumps(result))
     else:
         progress.say(f"{result['destination']}: {', '.join(result['parts'].values())}, {result['layout']} layout")
+
+
+def _tune(flags: argparse.Namespace) -> None:
+    from fastvid.cli import tune
+
+    tune.run(flags)
 
 
 def _doctor(flags: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvid.cli.parser import UsageError
+from fastvid.cli.command_parser import UsageError
 from fastvid.engine.events import Started
 from fastvid.errors import MediaError
 

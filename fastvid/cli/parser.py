@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, NoReturn
 
 from fastvid.checks import near_name
 from fastvid.cli import flags as cli_flags
-from fastvid.cli.flags import FLAGS, SAMPLING, flags_of, has_prompt, part, size_in_bytes, usage_of, verbs_with, words_of
-from fastvid.errors import InvalidRequest
-from fastvid.requests.arguments import ALIASES, CHECKPOINT, VERBS
+from fastvid.cli import tool_parsers
+from fastvid.cli.command_parser import EPILOG, Parser, UsageError, add_files
+from fastvid.cli.flags import FLAGS, SAMPLING, flags_of, has_prompt, size_in_bytes, usage_of, words_of
+from fastvid.requests.arguments import CHECKPOINT, VERBS
 from fastvid.requests.request import PROMPT_OF_CLIP
 
 OTHERS = {
@@ -22,94 +22,17 @@ OTHERS = {
     "inspect": "describe a model, without loading it, or a video and its recipe",
     "download": "bring a model from the hub into the local cache, and verify its files",
     "convert": "convert pickles and original Wan files to safetensors in diffusers' layout, and back",
+    "tune": "find the fastest right back end of every operation on this machine",
     "doctor": "show this machine's hardware and software, and the back end of every operation",
     "bench": "run benchmarks of operations and models on this machine",
 }
 COMMANDS = (*VERBS, *OTHERS)
-
-EPILOG = """exit status:
-  0 done, 1 failed, 2 bad usage or request, 130 interrupted (no partial output is left)
-
-environment:
-  FASTVID_MODEL, FASTVID_DEVICE, FASTVID_DTYPE, FASTVID_BACKEND, FASTVID_ATTENTION are defaults for the flags;
-  FASTVID_PROMPT_ENDPOINT, FASTVID_PROMPT_MODEL, FASTVID_PROMPT_KEY are for --expand-prompt;
-  FASTVID_LOG (debug, info, warning, error) is the log level, on standard error; --verbose sets info;
-  FASTVID_DEBUG=1 shows tracebacks"""
 
 PLAN = """examples:
   fastvid plan "a red circle moving right" --seconds 5
   fastvid plan extend clip.mp4 --seconds 2
   fastvid plan --model wan2.1-t2v-14b --size 832x480 --device-memory 24GB     (no files, no GPU needed)
   fastvid plan storyboard --shots shots.json --model FOLDER --json"""
-
-
-class UsageError(InvalidRequest):
-    """The command line is invalid."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UsageError instead of ending the process. Flags cannot be abbreviated."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def add_output_flags(self, about: str = "", quiet: bool = True) -> None:
-        """Adds --quiet, --verbose and --json. about: ends the help of --json, such as " about the video"."""
-        if quiet:
-            self.add_argument("--quiet", action="store_true", help="show no progress")
-        self.add_argument("--verbose", action="store_true", help="log to standard error what is loaded and chosen")
-        self.add_argument("--json", action="store_true", help=f"print one JSON object{about}")
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-    def check_flags(self, words: list[str]) -> None:
-        """Raises UsageError for an unknown flag, naming the nearest one or the verbs that take it. Called before
-        argparse, whose own error may be about a missing word instead."""
-        known = [flag for action in self._actions for flag in action.option_strings]
-        for word in words:
-            flag = word.split("=", 1)[0]
-            if word == "--":
-                return
-            if flag.startswith("--") and flag not in known:
-                if verbs := verbs_with(flag):
-                    command = self.prog.removeprefix("fastvid ")
-                    self.error(f"{flag}: {command} does not take it; these do: {', '.join(verbs)}")
-                near = near_flag(flag, known)
-                self.error(f"unknown flag {flag:.60}" + (f"; the nearest is {near}" if near else ""))
-
-
-def near_flag(flag: str, known: list[str]) -> str:
-    """The flag that an unknown one is meant for: by the argument's name in Python or in other programs, or by a near
-    spelling. "" if none is near."""
-    name = flag.strip("-").replace("-", "_")
-    name = ALIASES.get(name, name)
-    if name in FLAGS and FLAGS[name].name in known:
-        return FLAGS[name].name
-    near = near_name(flag.strip("-"), tuple(word.strip("-") for word in known))
-    return f"--{near}" if near else ""
-
-
-def lora(text: str) -> tuple[str, float] | tuple[str, float, str]:
-    """Parses FILE[:SCALE][:high or :low], also the other way round; the scale is 1 by default. The file name may
-    contain colons."""
-    path, scale, expert = text, "", ""
-    while (word := path.rpartition(":"))[0]:
-        if not expert and word[2].lower() in ("high", "low"):
-            expert = word[2].lower()
-        elif not scale and _is_number(word[2]):
-            scale = word[2]
-        else:
-            break
-        path = word[0]
-    return (path, float(scale or 1), expert) if expert else (path, float(scale or 1))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return bool(text) and isinstance(float(text), float)
-    except ValueError:
-        return False
 
 
 def build() -> dict[str, Parser]:
@@ -119,11 +42,12 @@ def build() -> dict[str, Parser]:
         **{verb: _verb(verb) for verb in VERBS},
         "resume": _resume(),
         "plan": _plan("generate"),
-        "inspect": _inspect(),
-        "download": _download(),
-        "convert": _convert(),
-        "doctor": _doctor(),
-        "bench": _bench(),
+        "inspect": tool_parsers.inspect(),
+        "download": tool_parsers.download(),
+        "convert": tool_parsers.convert(),
+        "tune": tool_parsers.tune(),
+        "doctor": tool_parsers.doctor(),
+        "bench": tool_parsers.bench(),
     }
 
 
@@ -296,111 +220,7 @@ def _add_model(parser: Parser, also: str = "") -> None:
         action=argparse.BooleanOptionalAction,
         help="replay the transformer's calls as CUDA graphs, captured once per shape (default: auto)",
     )
-    _add_files(parser)
-
-
-def _add_files(parser: Any) -> None:
-    parser.add_argument(
-        "--part",
-        type=part,
-        action="append",
-        metavar="NAME=PATH",
-        help="source of a part of the model: vae, text_encoder, image_encoder, tokenizer, transformer_2, or "
-        "base (a whole folder, for everything that a single file lacks); may be repeated",
-    )
-    parser.add_argument(
-        "--lora",
-        type=lora,
-        action="append",
-        metavar="FILE:SCALE",
-        help="a LoRA to merge into the model: a file, a folder or a hub name (scale 1 if none is given); "
-        "FILE:SCALE:high or FILE:SCALE:low for one of two experts, if its name does not say it; may be repeated",
-    )
-
-
-def _inspect() -> Parser:
-    parser = Parser(
-        prog="fastvid inspect",
-        description="Describe a model from its configurations and file headers, without loading it; or a video or "
-        "picture, with the recipe in it.",
-        epilog=f"examples:\n  fastvid inspect embedded\n  fastvid inspect out.mp4\n\n{EPILOG}",
-    )
-    parser.add_argument("model", help="embedded, a folder, a file, or a hub id; or a video or picture")
-    _add_files(parser)
-    parser.add_output_flags(quiet=False)
-    return parser
-
-
-def _download() -> Parser:
-    parser = Parser(
-        prog="fastvid download",
-        description="Bring a model from the hub into the local cache, without loading it: only the files that fastvid "
-        "reads, each compared with the size and digest that the hub lists. Prints where it is.\n\nA damaged file of "
-        "the cache is fetched again. HF_HOME names the folder of the cache, HF_TOKEN or `hf auth login` the login.",
-        epilog="examples:\n"
-        "  fastvid download Wan-AI/Wan2.1-T2V-1.3B-Diffusers\n"
-        "  fastvid download Comfy-Org/Wan_2.1_ComfyUI_repackaged/split_files/vae/wan_2.1_vae.safetensors\n\n"
-        f"{EPILOG}",
-    )
-    parser.add_argument("model", help="a hub id (org/name), or a file of a repository (org/name/FILE.safetensors)")
-    parser.add_output_flags(quiet=False)
-    return parser
-
-
-def _convert() -> Parser:
-    parser = Parser(
-        prog="fastvid convert",
-        description="Convert a model, or one part of it, between diffusers' and the original layout, bit for bit.\n\n"
-        "Pickles (.pth, .pt, .bin, .ckpt) are opened in a child process that accepts nothing but tensors.",
-        epilog="examples:\n"
-        "  fastvid convert Wan2.1-T2V-1.3B wan-diffusers                (a whole folder)\n"
-        "  fastvid convert wan-diffusers wan-original --to original\n"
-        "  fastvid convert wan2.1_t2v_1.3B_bf16.safetensors transformer  (ComfyUI's single file)\n"
-        "  fastvid convert Wan2.1_VAE.pth vae\n"
-        "  fastvid convert self_forcing_dmd.pt self-forcing --base Wan2.1-T2V-1.3B-Diffusers  (a whole folder)\n"
-        f"  fastvid convert longlive_lora.pt longlive_lora.safetensors\n\n{EPILOG}",
-    )
-    parser.add_argument(
-        "source", metavar="SRC", help="a model folder in either layout, or a file or folder of one part"
-    )
-    parser.add_argument("destination", metavar="DST", help="a new folder, or for one part a new .safetensors file")
-    parser.add_argument("--to", default="diffusers", metavar="LAYOUT", help="diffusers (default) or original")
-    parser.add_argument(
-        "--base", metavar="FOLDER", help="a model folder that supplies everything but the transformer in SRC"
-    )
-    parser.add_argument(
-        "--key",
-        metavar="NAME",
-        help="which entry of a training checkpoint holds the weights (default: generator_ema, then generator, ...)",
-    )
-    parser.add_output_flags(" about what was written")
-    return parser
-
-
-def _doctor() -> Parser:
-    parser = Parser(
-        prog="fastvid doctor",
-        description="Show this machine's hardware and software, and the back end of every operation.",
-        epilog=f"example:\n  fastvid doctor --json\n\n{EPILOG}",
-    )
-    parser.add_argument(
-        "--device", metavar="NAME", help="the device to choose back ends for (default: a GPU if there is one)"
-    )
-    parser.add_output_flags(quiet=False)
-    return parser
-
-
-def _bench() -> Parser:
-    parser = Parser(
-        prog="fastvid bench",
-        usage="fastvid bench [NAME ...] [--out FOLDER] [-- FLAGS OF THE SCRIPT]",
-        description="Run benchmarks of operations and models on this machine; without a name, list them.",
-        epilog="examples:\n  fastvid bench rgb attention --out results\n"
-        f"  fastvid bench rgb -- --device cpu --rounds 5\n  fastvid bench rgb -- --help\n\n{EPILOG}",
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a benchmark")
-    parser.add_argument("--out", metavar="FOLDER", default=".", help="where results go, as JSON (default: here)")
-    return parser
+    add_files(parser)
 
 
 def parse(words: list[str]) -> tuple[str, argparse.Namespace]:

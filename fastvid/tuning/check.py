@@ -3,7 +3,7 @@
 A class of calls is looked at in several cases: a few uneven rows, a single one, large magnitudes, the model's own shape
 and, where a GPU's memory allows, offsets beyond 2^31. In each of them
 
-    values      parts of the result (`pieces`) are compared with double precision (`truth`), the whole with the reference
+    values      parts of the result (`pieces`) are compared with double precision (`truth`), all with the reference
     NaN         memory that the call will get was filled with NaN; what the reference has finite must be finite
     inputs      are as before, but for those that the operation may overwrite
     repeats     give equal bits, 100 times where a call is short
@@ -265,8 +265,8 @@ def checksums(op: str, given: Given) -> dict[str, int]:
 
 
 def error(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """(||a - b|| / ||b||, largest |a - b| relative to b's root mean square, or of bytes as it is); values that are infinite alike are equal.
-    NaN anywhere makes both infinite."""
+    """(||a - b|| / ||b||, largest |a - b|: relative to b's root mean square, or in bytes). Values that are infinite
+    alike are equal. NaN anywhere makes both infinite."""
     if not b.numel():
         return 0.0, 0.0
     in_bytes, a, b = a.dtype == torch.uint8, a.double(), b.double()

@@ -5,7 +5,7 @@ seconds that the piece may take), and what came of it. So whoever reads knows wh
 starts another process without it. It ends when its standard input does.
 
     {"seconds", "device", "calls", "rejected", "right", "done", "limit", "mark", "plugin"}        the job
-    {"at": {"op", "dtype", "shape_class", "backend", "stage"}, "limit": seconds}
+    {"at": {"op", "dtype", "shape_class", "backend", "stage", "of"}, "limit": seconds}
     {"right": name of the class and back end}   {"rejected": row}   {"row": row}   {"unmeasured": row}   {"end": true}
 """
 
@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,7 +26,7 @@ import torch
 
 from fastvid.device.precision import computing
 from fastvid.errors import BackendUnavailable
-from fastvid.ops import dispatch, tuned
+from fastvid.ops import tuned
 from fastvid.ops.sources import file_of, source_hash
 from fastvid.tuning import calls as recorded
 from fastvid.tuning import check
@@ -59,12 +59,14 @@ class Job:
         return self._end - time.monotonic()
 
     def say(self, **message: Any) -> None:
-        print(json.dumps(message), file=self._out, flush=True)
+        self._out.write(json.dumps(message) + "\n")
+        self._out.flush()
 
-    def at(self, call: Call, backend: str, stage: str, more: float = 0.0) -> None:
-        """Says what comes next. more: seconds that it may take beside the limit."""
+    def at(self, call: Call, backend: str, stage: str, more: float = 0.0, of: Sequence[str] = ()) -> None:
+        """Says what comes next. more: seconds that it may take beside the limit. of: the back ends that take turns in
+        it, of which `mark` tells."""
         names = dict(zip(("op", "dtype", "shape_class"), call.name, strict=True))
-        self.say(at={**names, "backend": backend, "stage": stage}, limit=self.limit + more)
+        self.say(at={**names, "backend": backend, "stage": stage, "of": of}, limit=self.limit + more)
 
     def mark(self, number: int) -> None:
         """Notes which back end runs, where a message would take longer than the run."""
@@ -78,6 +80,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, name="fastvid-tune", daemon=True).start()
     if data["plugin"]:
         _load(Path(data["plugin"]))
+    torch.set_num_threads(data["threads"])  # as in the process whose table it is for
     job = Job(data, out)
     with computing():
         run(job)
@@ -146,9 +149,7 @@ def expected_seconds(call: Call, few: check.Case, device: torch.device) -> float
     return taken / 1e6 * max(call.flops / max(flops, 1.0), call.bytes / max(moved, 1.0), 1.0)
 
 
-def _passes(
-    job: Job, call: Call, name: str, function: Function, cases: list[check.Case], expected: float
-) -> bool:
+def _passes(job: Job, call: Call, name: str, function: Function, cases: list[check.Case], expected: float) -> bool:
     job.at(call, name, "checking", more=CALLS * expected)
     why, spoiled = None, False
     try:
@@ -220,7 +221,7 @@ def time_class(
     job: Job, call: Call, right: Mapping[str, Function], case: check.Case, seconds: float, expected: float
 ) -> dict[str, Any]:
     """The row of a class, from the back ends that are right."""
-    job.at(call, "", f"timing {', '.join(right)}", more=seconds + CALLS * len(right) * expected)
+    job.at(call, "", "timing", seconds + CALLS * len(right) * expected, list(right))
     given = check.fresh(call.op, case.given)
     args, kwargs = recorded.split(call.op, given)
 

@@ -35,7 +35,7 @@ def _value(name: str, value: Any, call: Call, device: torch.device, seed: int) -
     if isinstance(value, TensorLike):
         place = torch.device("cpu") if value.host and _stays(call.op, name) else device
         generator = torch.Generator(place).manual_seed(seed + zlib.crc32(_stream(name).encode()))
-        return _strided(_draw(name, value, call, generator), value, call.op, name)
+        return _strided(_draw(name, value, call, generator), value, call.op.startswith("vae_"))
     if isinstance(value, Function):
         return rgb.reference
     if isinstance(value, tuple) and any(isinstance(one, TensorLike) for one in value):
@@ -87,9 +87,9 @@ def _rows_of(call: Call) -> int:
     return next(call.given[name].shape[0] for name in ("shift", "gate") if name in call.given)
 
 
-def _strided(values: Tensor, like: TensorLike, op: str, name: str) -> Tensor:
+def _strided(values: Tensor, like: TensorLike, vae: bool) -> Tensor:
     """The values with the strides that were recorded. Activations of the VAEs are channels-last, as in a real run."""
-    if op.startswith("vae_") and values.ndim == 5 and not name.startswith("weight"):
+    if vae and values.ndim == 5:
         return values.contiguous(memory_format=torch.channels_last_3d)
     if values.stride() == like.stride:
         return values

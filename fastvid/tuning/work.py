@@ -21,17 +21,17 @@ from fastvid.engine.decode import decode_chunk
 from fastvid.engine.windows import window_columns
 from fastvid.models.loaded import CHANNELS, CONTROL, LoadOptions, Model, way_of
 from fastvid.models.wan.vae import CPU_CHUNK
-from fastvid.ops import dispatch, reference
+from fastvid.ops import dispatch, reference, shapes, vae_gpu
 from fastvid.ops.dispatch import Ops
 from fastvid.pipeline.load import outline
+from fastvid.pipeline.prepare import planned
 from fastvid.pipeline.verbs import lay_out, rules_of
 from fastvid.planning.memory import count_tokens
-from fastvid.requests.request import Request, Resolved
+from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment, window_of
 from fastvid.sampling.guidance import Velocities
 from fastvid.sampling.sigmas import find_solver
 from fastvid.tuning.calls import Call, cost, like, named
-from fastvid.tuning.classes import shape_class
 
 STEPS = 3  # of the solver, until its history is full
 PICTURE_TOKENS = 257  # of CLIP, for one picture
@@ -42,7 +42,7 @@ class Recorder:
     request."""
 
     def __init__(self) -> None:
-        self.times = 1.0
+        self.times, self._inside = 1.0, ""
         self.calls: dict[tuple[str, str, str], Call] = {}
         functions = {op: self._recording(op) for op in dispatch.implementations()}
         self.ops = Ops(functions, dict.fromkeys(functions, "recording"), dict.fromkeys(functions, ""))
@@ -51,7 +51,11 @@ class Recorder:
         function = getattr(reference, op)
 
         def record(*args: Any, **kwargs: Any) -> Any:
+            outer, self._inside = self._inside, op
             out = function(*args, **kwargs)
+            self._inside = outer
+            if op == "to_rgb" and outer:  # of a convolution, whose result is channels-last
+                args = (args[0].permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),)
             self._add(op, args, kwargs, out)
             return out
 
@@ -60,19 +64,13 @@ class Recorder:
 
     def _add(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         given = {name: like(value) for name, value in named(op, args, kwargs).items()}
-        kind, dtype = shape_class(op, args, kwargs), dtype_of(args)
+        kind, dtype = shapes.shape_class(op, args, kwargs), shapes.dtype_of(op, args)
         call = Call(op, dtype, kind, given, self.times, *cost(op, given, out))
         before = self.calls.get(call.name)
         if before is not None:  # the larger one stands for the class
             larger = max(before, call, key=lambda one: (one.flops, one.bytes))
             call = replace(larger, count=before.count + call.count)
         self.calls[call.name] = call
-
-
-def dtype_of(args: Sequence[Any]) -> str:
-    """The dtype of a call: that of its first tensor."""
-    first = next(one for one in args if isinstance(one, Tensor))
-    return str(first.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Subject:
     frames: int | None = None
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         size = "" if self.size is None else " {}x{}".format(*self.size)
         return f"{self.model}{size}" + ("" if self.frames is None else f", {self.frames} frames")
 
@@ -107,8 +105,7 @@ def request_of(model: Model, subject: Subject) -> Resolved:
     """A request for the subject's video."""
     size = {} if subject.size is None else {"width": subject.size[0], "height": subject.size[1]}
     frames = {} if subject.frames is None else {"num_frames": subject.frames}
-    given: dict[str, Any] = {"prompt": "", "solver": model.preset.solver, **size, **frames}
-    return Request.make("generate", **given).resolve(model.preset)
+    return planned("generate", None, {"solver": model.preset.solver, **size, **frames}).resolve(model.preset)
 
 
 def _record_transformer(recorder: Recorder, model: Model, request: Resolved, window: Segment) -> None:
@@ -123,7 +120,9 @@ def _record_transformer(recorder: Recorder, model: Model, request: Resolved, win
     if config.image_dim:
         pictures = _empty(1, config.pos_embed_seq_len or PICTURE_TOKENS, config.image_dim, dtype=model.dtype)
     if way == CONTROL:
-        control = {"control": _empty(1, cast(Any, config).vace_in_channels, columns, h, w, dtype=model.dtype)}
+        control = {
+            "control": _empty(1, cast(Any, transformer).vace_config.vace_in_channels, columns, h, w, dtype=model.dtype)
+        }
     recorder.times = guided
     context = transformer.prepare_context(text, pictures, **control)
     recorder.times = guided * steps_of(request) * math.ceil(T / columns)
@@ -161,6 +160,7 @@ def _record_solver(recorder: Recorder, model: Model, request: Resolved, window: 
 def _record_vae(recorder: Recorder, model: Model, segment: Segment) -> None:
     vae, config = model.vae, model.vae.config
     _rebind(vae, recorder.ops)
+    vae_gpu.channels_last(vae)  # as activations are in a real run, on CPUs and GPUs
     space, time = config.spatial_scale, config.temporal_scale
     h, w = segment.model_height // space, segment.model_width // space
     chunk = decode_chunk(segment)
@@ -205,6 +205,5 @@ def candidates(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
     return {
         name: function
         for name, function in dispatch.implementations()[op].items()
-        if name not in dispatch.APPROXIMATE
-        and not (dispatch.why_not(name, device) or dispatch.lacks(function, device))
+        if name not in dispatch.APPROXIMATE and not (dispatch.why_not(name, device) or dispatch.lacks(function, device))
     }

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastvid
-from fastvid.cli import parser
+from fastvid.cli import command_parser
 from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import lora as reader
@@ -330,7 +330,7 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_the_flag(text: str, pair: tuple[Any, ...]) -> None:
-    assert parser.lora(text) == pair
+    assert command_parser.lora(text) == pair
 
 
 # ---------------------------------------------------------------- what is wrong
