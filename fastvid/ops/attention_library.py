@@ -17,7 +17,6 @@ Shapes: q [B, N, H, D]; k and v [B, M, H, D]; log-sum-exp fp32 [B, H, N], natura
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -91,19 +90,6 @@ def preferred(device: torch.device) -> tuple[str, ...]:
         return ()
     names = ("cudnn", "aten_flash") if torch.cuda.get_device_capability(device) in CUDNN_DEVICES else ("aten_flash",)
     return tuple(name for name in names if LIBRARIES[name].why_not(device) is None)
-
-
-def version(name: str) -> str:
-    """Of the library behind a back end: "cudnn 9.15.1", "flash-attn 2.8.3", or of torch."""
-    if name == "cudnn":
-        return f"cudnn {cudnn_version()}"
-    if name not in PACKAGES:
-        return f"torch {torch.__version__}"
-    module, package = PACKAGES[name]
-    names = [package, *importlib.metadata.packages_distributions().get(module.partition(".")[0], [])]
-    found = importlib.metadata.Distribution.discover
-    versions = [each.version for one in names for each in found(name=one)]
-    return f"{package} {versions[0] if versions else 'of unknown version'}"
 
 
 def cudnn_version() -> str:

@@ -37,7 +37,7 @@ from fastvid.checks import one_of, shown
 from fastvid.device.devices import driver_too_old
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
-from fastvid.ops import choices, libraries, rgb, solver_step, transformer, tuned, vae_gpu
+from fastvid.ops import choices, compiled, libraries, rgb, solver_step, transformer, tuned, vae_gpu
 from fastvid.ops.choices import Choice, Function, Row
 from fastvid.ops.sources import source_hash
 
@@ -82,7 +82,10 @@ def implementations() -> dict[str, dict[str, Function]]:
     """Operation -> back end -> function. The operations are those of `reference.py`."""
     families = (transformer.BACKENDS, solver_step.BACKENDS, vae_gpu.BACKENDS)
     table = {"attention": attentions.BACKENDS, "to_rgb": rgb.BACKENDS}
-    return {name: dict(functions) for of in (table, *families) for name, functions in of.items()}
+    every = {name: dict(functions) for of in (table, *families) for name, functions in of.items()}
+    for name, function in compiled.BACKENDS.items():
+        every[name]["compiled"] = function
+    return every
 
 
 def bind(
@@ -211,8 +214,8 @@ def lacks(function: object, device: torch.device) -> str | None:
 
     Its optional attribute `needs` ("90a") names the architecture that it requires. A library answers by itself.
     """
-    if isinstance(function, attentions.Dense):
-        return function.why_not(device)
+    if why := getattr(function, "why_not", None):
+        return why(device)
     needs, module = getattr(function, "needs", None), extension()
     if needs is None:
         return None

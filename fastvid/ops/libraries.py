@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import torch
 
-from fastvid.ops import attention_library, rgb, solver_step, transformer, vae_gpu
-
-# Back ends of other operations by libraries, best first.
-ON_CUDA = ("channels_last", "compiled")
+from fastvid.ops import attention_library, compiled, compiling, vae_gpu
 
 
 def default(op: str, device: torch.device) -> tuple[str, str]:
     """(back end, reason) of an operation on a device, for which nothing is known of our own kernels.
 
-    Attention on CUDA is "library", which decides for each call (`attention.library`); on CPUs and on AMD's GPUs it is
-    PyTorch's own choice, "sdpa". Other operations on GPUs take a compiled or channels-last path if they have one.
+    On CPUs that is PyTorch as it comes. On GPUs:
+
+        attention                 "library", which decides for each call (`attention.library`): cuDNN, aten's flash
+                                  operator, aten's efficient one; on AMD's GPUs "sdpa", PyTorch's own choice
+        convolutions of VAEs      "channels_last" where they have it: cuDNN
+        chains of passes over     "compiled": torch.compile, where Triton is installed
+        memory
+        the rest                  "reference", which is a library's product: patch_embed, linear
     """
     if op == "attention":
         return _attention(device)
-    if device.type == "cuda":
-        for name in ON_CUDA:
-            if name in _backends(op):
-                return name, "a library, without a result of this GPU"
-    return "reference", device.type
-
-
-def version(op: str, backend: str) -> str:
-    """The version of the library behind a back end, for results of it: "cudnn 9.15.1", "torch 2.13.0"."""
-    return attention_library.version(backend if op == "attention" else "torch")
+    if device.type != "cuda":
+        return "reference", device.type
+    if "channels_last" in vae_gpu.BACKENDS.get(op, ()):
+        return "channels_last", "cuDNN, channels-last"
+    if op not in compiled.BACKENDS:
+        return "reference", "PyTorch's libraries"
+    reason = compiling.why_not(device)
+    return ("reference", reason) if reason else ("compiled", f"torch.compile {torch.__version__}")
 
 
 def _attention(device: torch.device) -> tuple[str, str]:
@@ -37,10 +38,3 @@ def _attention(device: torch.device) -> tuple[str, str]:
     if "cudnn" in names:
         return "library", f"cuDNN {attention_library.cudnn_version()}, else aten's flash or efficient kernel"
     return "library", "aten's flash kernel, else its efficient one"
-
-
-def _backends(op: str) -> set[str]:
-    if op == "to_rgb":
-        return set(rgb.BACKENDS)
-    families = (transformer.BACKENDS, solver_step.BACKENDS, vae_gpu.BACKENDS)
-    return {name for family in families for name in family.get(op, ())}

@@ -57,10 +57,10 @@ def head(
     that of x; kernels round their fp32 sums to it once.
     """
     y = F.linear(modulated_layer_norm(x, shift, scale, index, eps), weight, bias)
-    return _unpatchify(y, grid, patch).to(dtype or x.dtype)
+    return unpatchify(y, grid, patch).to(dtype or x.dtype)
 
 
-def _unpatchify(x: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
+def unpatchify(x: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
     """Rearrange patches [B, N, pt * ph * pw * C] (C fastest, N = t * h * w of grid) to latents [B, C, T, H, W]."""
     B = x.shape[0]
     (t, h, w), (pt, ph, pw) = grid, patch

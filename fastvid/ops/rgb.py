@@ -54,8 +54,13 @@ BACKENDS: Mapping[str, Callable[[Tensor], Tensor]] = {"reference": reference, "t
 @triton.register_fake
 @cuda.register_fake
 def _empty(frames: Tensor) -> Tensor:
-    """The uninitialized result. Raises ValueError for frames of another shape or dtype."""
+    """The uninitialized result."""
+    check(frames)
+    return torch.empty((*frames.shape[1:], 3), dtype=torch.uint8, device=frames.device)
+
+
+def check(frames: Tensor) -> None:
+    """Raises ValueError for frames of another shape or dtype."""
     if frames.ndim != 4 or frames.shape[0] != 3 or frames.dtype not in DTYPES:
         described = f"{frames.dtype} {tuple(frames.shape)}"
         raise ValueError(f"to_rgb takes frames [3, T, H, W] in float32, float16 or bfloat16, not {described}")
-    return torch.empty((*frames.shape[1:], 3), dtype=torch.uint8, device=frames.device)

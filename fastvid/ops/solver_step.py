@@ -47,7 +47,7 @@ def solver_step(
     [T], moves bool [T] and weights float64 [O, 2 + len(history), T] are on the CPU. Weights of columns that do not move
     are ignored, and so are inputs with weight 0, even if they are not finite.
     """
-    _empty(x, cond, uncond, guidance_scale, sigma, moves, weights, history)
+    check(x, cond, uncond, sigma, moves, weights, history)
     exact = x.dtype if x.dtype == torch.float64 else torch.float32
     v = cond.to(exact)
     if uncond is not None:
@@ -165,7 +165,21 @@ def _empty(
     weights: Tensor,
     history: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The uninitialized results. Raises ValueError for inputs that do not fit together."""
+    """The uninitialized results."""
+    check(x, cond, uncond, sigma, moves, weights, history)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in KEPT[len(history)]]
+
+
+def check(
+    x: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    sigma: Tensor,
+    moves: Tensor,
+    weights: Tensor,
+    history: Sequence[Tensor],
+) -> None:
+    """Raises ValueError for inputs that do not fit together."""
     latents = [one for one in (x, cond, uncond, *history) if one is not None]
     if x.ndim != 5 or any(one.shape != x.shape for one in latents) or any(one.dtype != x.dtype for one in history):
         raise ValueError(
@@ -186,4 +200,3 @@ def _empty(
             f"sigma float64 {shapes[0]}, moves bool {shapes[1]} and weights float64 {shapes[2]} on the CPU are needed, "
             "not " + ", ".join(f"{one.dtype} {tuple(one.shape)} on {one.device}" for one in controls)
         )
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in KEPT[len(history)]]

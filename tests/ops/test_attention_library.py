@@ -262,11 +262,3 @@ def test_a_missing_package_is_named(name: str) -> None:
 def test_an_approximation_is_never_chosen() -> None:
     assert "sage" in dispatch.APPROXIMATE
     assert "sage" not in attention_library.preferred(torch.device("cpu"))
-
-
-def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
-    assert libraries.version("attention", "cudnn") == "cudnn 9.15.1"
-    assert libraries.version("attention", "aten_flash") == f"torch {torch.__version__}"
-    assert libraries.version("attention", "sage") == "sageattention of unknown version"
-    assert libraries.version("rms_norm", "compiled") == f"torch {torch.__version__}"
