@@ -227,20 +227,12 @@ def _qk_norm_rope(qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, 
 
 
 def head(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    eps: float,
-    dtype: torch.dtype | None = None,
+    x: Tensor, shift: Tensor, scale: Tensor, index: Tensor, *rest: Any, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """reference.head."""
+    """reference.head; rest: its further arguments, from the weight on."""
+    weight, bias, grid, patch, eps, *given = rest
     y = F.linear(modulated_layer_norm(x, shift, scale, index, eps), weight, bias)
-    return reference.unpatchify(y, grid, patch).to(dtype or x.dtype)
+    return reference.unpatchify(y, grid, patch).to(next(iter(given), dtype) or x.dtype)
 
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
