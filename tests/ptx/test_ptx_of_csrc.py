@@ -1,0 +1,158 @@
+"""csrc/'s kernels as nvcc compiles them for sm_90a, launched by their own launchers, interpreted instruction by
+instruction on random schedules: against float64, and with mistakes made in the PTX, each of which has to be found.
+
+What is not seen here: what ptxas makes of the PTX, the hardware's own rounding of sums and of approximations, and that
+a launch is accepted (registers, a driver).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from attention_cases import assert_edges_untouched, check, make, poisoned, random_blocks
+from attention_eight_host import attention_eight_host, eights
+from compiled_host import CXX
+from exact_vae import exact_conv, exact_norm
+from ptx import runs
+from ptx.from_csrc import NVCC
+from ptx.runs import How
+from torch import Tensor
+
+from fastvid.ops import vae_gpu, vae_kernels
+from fastvid.ops.attention_gpu import quantized
+
+pytestmark = [
+    pytest.mark.slow,  # nvcc alone takes some seconds a file, the first time
+    pytest.mark.skipif(NVCC is None, reason="no nvcc is found"),
+]
+HALF, BF16 = torch.float16, torch.bfloat16
+on_host = pytest.mark.skipif(CXX is None, reason="no C++ compiler is found")
+
+
+# Pointwise kernels
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, HALF, BF16))
+@pytest.mark.parametrize("width", (40, 37))
+def test_rgb(dtype: torch.dtype, width: int) -> None:
+    frames = torch.randn(3, 2, 5, width).to(dtype)
+    frames[:, 1, 2, 3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    out = torch.zeros(2, 5, width, 3, dtype=torch.uint8)
+    runs.rgb(frames, out)
+    exact = ((frames.float().nan_to_num(nan=-1).clamp(-1, 1) * 0.5 + 0.5) * 255).round().to(torch.uint8)
+    assert torch.equal(out, exact.permute(1, 2, 3, 0))
+
+
+@pytest.mark.parametrize(("channels", "dtype", "silu"), ((8, BF16, True), (96, HALF, True), (384, BF16, False)))
+def test_vae_norm(channels: int, dtype: torch.dtype, silu: bool) -> None:
+    x = torch.randn(1, channels, 2, 3, 5).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    gamma = torch.randn(channels).to(dtype)
+    out = torch.full_like(x, torch.nan)
+    runs.norm(x, gamma, out, silu)
+    exact = exact_norm(x, gamma.view(-1, 1, 1, 1), silu)
+    assert (out.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+@on_host
+@pytest.mark.parametrize("kind", ("fp8", "int8"))
+@pytest.mark.parametrize(("head_dim", "dtype"), ((64, HALF), (128, BF16)))
+def test_quantize(kind: str, head_dim: int, dtype: torch.dtype) -> None:
+    """Bit for bit as the host makes it, but for the order of a sum."""
+    q, k, v = (make((1, n, 2, head_dim), dtype, i) for i, n in enumerate((100, 200, 200)))
+    quantize = partial(quantized, q, k, v, None, True)
+    tensors, scales = quantize(lambda part, x, mean, made: runs.quantize(part, x, mean, made, kind))
+    wanted, wanted_scales = eights(q, k, v, kind, None, True)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, wanted, strict=True))
+    assert torch.equal(scales[0], wanted_scales[0]) and torch.equal(scales[2], wanted_scales[2])
+    torch.testing.assert_close(scales[1], wanted_scales[1], rtol=1e-5, atol=1e-6)
+
+
+# Convolutions
+
+
+def conv_is_right(kernel: tuple[int, ...], C: int, N: int, dtype: torch.dtype, how: How, past: bool = True) -> bool:
+    """A causal convolution of 2 frames of 5 x 9 pixels."""
+    torch.manual_seed(how.seed)
+    last = torch.channels_last_3d
+    x, before = (torch.randn(1, C, t, 5, 9).to(dtype).contiguous(memory_format=last) for t in (2, kernel[0] - 1))
+    weight = (torch.randn(N, C, *kernel) / (C * kernel[0] * kernel[1] * kernel[2]) ** 0.5).to(dtype)
+    weight, bias = weight.contiguous(memory_format=last), torch.randn(N).to(dtype)
+    kernels = vae_kernels.Kernels(partial(runs.conv, how=how), runs.norm, on_load=False)
+    behind = before if past and kernel[0] > 1 else None
+    pad = kernel[1] // 2, kernel[2] // 2
+    if kernel[0] == 1:
+        made = vae_gpu.conv3d(x, weight, bias, kernels=kernels)
+        exact = exact_conv(x, None, weight, bias)
+    else:
+        made, _ = vae_gpu.causal_conv3d(x, behind, weight, bias, pad, (0, 0), kernels=kernels)
+        exact = exact_conv(x, kernel[0] - 1 if behind is None else behind, weight, bias, pad, (0, 0))
+    return bool((made.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", (HALF, BF16))
+@pytest.mark.parametrize(
+    ("kernel", "C", "N"), (((1, 1, 1), 64, 96), ((3, 3, 3), 16, 96), ((3, 3, 3), 72, 208), ((3, 1, 1), 200, 128))
+)
+def test_conv(kernel: tuple[int, int, int], C: int, N: int, dtype: torch.dtype) -> None:
+    assert conv_is_right(kernel, C, N, dtype, How(seed=C))
+
+
+def test_conv_without_a_past() -> None:
+    assert conv_is_right((3, 3, 3), 24, 96, BF16, How(), past=False)
+
+
+# Attention
+
+
+def attend(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, how: How, lists: int = 0
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor], object]:
+    N, M, H, D = sizes
+    q, k, v = (make((1, n, H, D), dtype, how.seed + i) for i, n in enumerate((N, M, M)))
+    blocks = random_blocks(([70, N - 70], [150, 40, M - 190]), lists, 0.6, 3) if lists else None
+    (buffer, out), (edges, lse) = poisoned(q.shape, dtype), poisoned((1, H, N), torch.float32)
+    runs.attention(q, k, v, out, lse, blocks, how=how)
+    assert_edges_untouched(buffer)
+    assert_edges_untouched(edges)
+    return (q, k, v), (out, lse), blocks
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("dtype", (HALF, BF16))
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("keys", (128, 256))
+def test_attention_of_one_block(keys: int, head_dim: int, dtype: torch.dtype, seed: int) -> None:
+    given, made, _ = attend((128, keys, 1, head_dim), dtype, How(seed))
+    check(*given, made)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processors"),
+    (((200, 300, 2, 64), 2), ((1, 1, 1, 128), 1), ((130, 700, 1, 64), 1), ((130, 600, 1, 128), 2)),
+)
+def test_attention_goes_round_its_rings(sizes: tuple[int, int, int, int], processors: int) -> None:
+    """Ragged ends, several works a block, more steps than stages."""
+    given, made, _ = attend(sizes, BF16, How(1, processors))
+    check(*given, made)
+
+
+@pytest.mark.parametrize(("head_dim", "lists"), ((64, 1), (128, 2)))
+def test_attention_by_lists(head_dim: int, lists: int) -> None:
+    given, made, blocks = attend((270, 370, 2, head_dim), BF16, How(2, 3), lists)
+    check(*given, made, None, blocks)
+
+
+@on_host
+@pytest.mark.parametrize("kind", ("fp8", "int8"))
+@pytest.mark.parametrize(("head_dim", "dtype"), ((64, BF16), (128, HALF)))
+def test_attention_of_8_bits(kind: str, head_dim: int, dtype: torch.dtype) -> None:
+    """As the emulator of these kernels makes it, which its own tests hold against float64."""
+    N, M = 130, 300
+    q, k, v = (make((1, n, 2, head_dim), dtype, i) for i, n in enumerate((N, M, M)))
+    (out, lse), (wanted, wanted_lse) = ((torch.full_like(q, torch.nan), torch.empty(1, 2, N)) for _ in range(2))
+    runs.attention_eight(q, k, v, out, lse, kind, how=How(processors=2))
+    attention_eight_host(q, k, v, wanted, wanted_lse, kind)
+    assert (out.double() - wanted.double()).norm() <= 0.1 * torch.finfo(dtype).eps * wanted.double().norm()
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-6, atol=1e-6)
