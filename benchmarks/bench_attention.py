@@ -1,7 +1,6 @@
-"""Dense attention of a video's tokens: our kernels compared with PyTorch and flash-attn.
+"""Dense attention of a video's tokens by every back end that can run here, and by eager scores if they fit into memory.
 
-PyTorch: its default choice, and cuDNN, flash and efficient explicitly. Ours: Triton and CUDA; the 8-bit ones include
-quantization. Also eager scores if they fit into memory.
+The times of 8-bit back ends include quantization.
 
 python benchmarks/bench_attention.py [--device cuda] [--rounds 20] [--configs]
 
@@ -14,9 +13,8 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Case, Row, compared, measure, save, table, why_not
+from harness import Case, Measured, compared, measure, right, save, table, why_not
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvid.ops import attention, dispatch, reference
 
@@ -33,11 +31,6 @@ CASES = {
 }
 OPERATIONS = True  # what `gpu.sh measure` runs
 HEAD_DIM = 128
-SDPA = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 EAGER_BYTES = 8 * 2**30  # scores that eager attention may take
 
 
@@ -52,8 +45,7 @@ def main() -> None:
     groups, told = {}, {}
     for title, size in CASES[device.type].items():
         if args.only in title:
-            told[title] = compared("attention", "dense", "reference", "triton", "cuda")
-            groups[title] = bench(*size, device, args.rounds, args.configs)
+            groups[title], told[title] = bench(*size, device, args.rounds, args.configs)
             print(table(groups[title], title), end="\n\n", flush=True)
     if args.configs:
         print(save("attention-configs", groups, device, head_dim=HEAD_DIM))
@@ -61,52 +53,31 @@ def main() -> None:
         print(save("attention", groups, device, head_dim=HEAD_DIM, compared=told))
 
 
-def bench(N: int, M: int, heads: int, device: torch.device, rounds: int, configs: bool) -> list[Row]:
+def bench(N: int, M: int, heads: int, device: torch.device, rounds: int, configs: bool) -> Measured:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = (torch.randn(1, n, heads, HEAD_DIM, device=device, dtype=dtype) for n in (N, M, M))
     work = {
         "bytes_moved": 2 * (q.numel() + k.numel()) * q.element_size(),
         "flops": 4 * N * M * heads * HEAD_DIM,
     }
-    functions = {"reference": reference.attention}
-    functions |= dict(configurations(q.device)) if configs else dict(others(device, heads * N * M))
-    right = sample(reference.attention(q, k, v))
-    cases = []
-    for name, function in functions.items():
-        try:
-            out = function(q, k, v)
-        except RuntimeError as error:  # of PyTorch: "no available kernel"; of Triton: too much shared memory
-            print(f"{name} is left out: {str(error).splitlines()[0]}")
-            continue
-        wrong = (sample(out) - right).norm() / right.norm()
-        assert wrong < (0.1 if name in dispatch.APPROXIMATE else 0.02), f"{name} is off by {wrong:.3f}"
-        cases.append(Case(name, lambda function=function: function(q, k, v), **work))
-    return measure(cases, device, rounds)
+    functions = dict(configurations(device) if configs else backends(device, heads * N * M))
+    allowed = {name: 0.1 if name in dispatch.APPROXIMATE else 0.02 for name in functions}
+    runs = right({name: lambda f=f: f(q, k, v) for name, f in functions.items()}, allowed)
+    cases = [Case(name, run, **work) for name, run in runs.items()]
+    return measure(cases, device, rounds), compared("attention", (q, k, v))
 
 
-def others(device: torch.device, scores: int) -> Iterator[tuple[str, Callable[..., Tensor]]]:
-    """Everything else that can run here."""
-    for name in ("triton", "cuda", *attention.DENSE, *dispatch.EIGHT):
-        function = attention.BACKENDS[name]
+def backends(device: torch.device, scores: int) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """All that can run here, the reference first."""
+    for name, function in attention.BACKENDS.items():
         if reason := why_not("attention", name, device):
             print(f"{name} is left out: {reason}")
         else:
-            yield ("flash-attn" if name == "flash" else name), function
-    for name, backend in SDPA.items():
-        if device.type == "cuda":
-            yield f"sdpa {name}", forced(backend)
+            yield name, function
     if scores * 4 <= EAGER_BYTES:
         yield "eager", eager
         if device.type == "cuda":
             yield "eager, compiled", torch.compile(eager)
-
-
-def forced(backend: SDPBackend) -> Callable[..., Tensor]:
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return reference.attention(q, k, v)
-
-    return run
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -117,12 +88,13 @@ def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def configurations(device: torch.device) -> Iterator[tuple[str, Callable[..., Tensor]]]:
-    """The kernel by the table, and by hand."""
+    """The reference, and the Triton kernel by its table and by hand."""
     from fastvid.kernels.attention import Config
     from fastvid.kernels.attention import attention as launch
 
     specialize = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
     cuts = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 2)]
+    yield "reference", reference.attention
     for config in [None, *(Config(*cut, specialize=warps) for cut in cuts for warps in {False, specialize})]:
 
         def run(q: Tensor, k: Tensor, v: Tensor, config: Config | None = config) -> Tensor:
@@ -135,11 +107,6 @@ def configurations(device: torch.device) -> Iterator[tuple[str, Callable[..., Te
         else:
             cut = f"{config.block_m}x{config.block_n}, {config.warps} warps, {config.stages} stages"
             yield cut + ", specialized" * config.specialize, run
-
-
-def sample(out: Tensor) -> Tensor:
-    """Some rows, to compare."""
-    return out[:, :: max(out.shape[1] // 64, 1)].float()
 
 
 if __name__ == "__main__":

@@ -10,22 +10,64 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastvid.ops import dispatch
+from fastvid.benchmarks.host import ROOT, slug
+from fastvid.ops import dispatch, shapes
 from fastvid.ops.sources import file_of, source_hash
 from fastvid.tuning.machine import device_name, machine
 from fastvid.tuning.timing import Case, Row, measure, row_of
 
-__all__ = ["Case", "Row", "compared", "machine", "measure", "passed", "result_of", "row_of", "save", "table", "why_not"]
+__all__ = [
+    "Case",
+    "Measured",
+    "Row",
+    "compared",
+    "machine",
+    "measure",
+    "passed",
+    "result_of",
+    "right",
+    "row_of",
+    "save",
+]
+__all__ += ["table", "why_not"]
 
-ROOT = Path(__file__).parents[1]
+Measured = tuple[list[Row], dict[str, Any]]
+"""Rows, and what they compare (`compared`)."""
+
+
+def right(runs: Mapping[str, Callable[[], Any]], allowed: Mapping[str, float] | float) -> dict[str, Callable[[], Any]]:
+    """The runs whose results are close to the first one's. What is not, or cannot run, is told of and left out, and
+    costs no other its measurement. allowed: relative error, ||a - b|| / ||b||, of all, or of those that it names."""
+    names = iter(runs)
+    expected, kept = _tensors(runs[next(names)]()), dict(runs)
+    for name in names:
+        try:
+            off = max(_error(a, b) for a, b in zip(_tensors(runs[name]()), expected, strict=True))
+        except RuntimeError as error:  # of PyTorch: "no available kernel"; of Triton: too much shared memory
+            said = str(error).splitlines()[0]
+        else:
+            most = allowed if isinstance(allowed, float) else allowed[name]
+            said = "" if off <= most else f"IT IS WRONG, off by {off:.1e} of {most:.1e}"
+        if said:
+            print(f"{name} is left out: {said}", flush=True)
+            del kept[name]
+    return kept
+
+
+def _tensors(made: Any) -> list[torch.Tensor]:
+    return [made] if isinstance(made, torch.Tensor) else [one for one in made if isinstance(one, torch.Tensor)]
+
+
+def _error(a: torch.Tensor, b: torch.Tensor) -> float:
+    off = (a.float() - b.float()).norm() / b.float().norm()
+    return float(off.nan_to_num(nan=torch.inf))
 
 
 def table(rows: Sequence[Row], title: str = "") -> str:
@@ -71,14 +113,15 @@ def why_not(op: str, backend: str, device: torch.device) -> str | None:
         return f"{op} has no {backend} back end"
     if reason := dispatch.why_not(backend, device) or dispatch.lacks(function, device):
         return reason
-    record = result_of("gpu-tests", device)
-    if record is None or "files" not in record:
-        return None
-    files = file_of(op, backend).split("+")
-    names = [name for name in files if record["sources"].get(name, "") == source_hash(backend, name)]
-    outcomes = {test: record["files"].get(test) for name in names for test in record["covers"].get(name, ())}
-    bad = [name for name, outcome in outcomes.items() if outcome and not passed(outcome)]
+    files = (result_of("gpu-tests", device) or {}).get("files", {})
+    bad = [test for test, outcome in files.items() if not passed(outcome) and _tested(outcome, op, backend)]
     return f"{', '.join(bad)} did not pass on this device" if bad else None
+
+
+def _tested(outcome: dict[str, Any], op: str, backend: str) -> bool:
+    """Whether a file's tests ran this back end's kernel, as it is now."""
+    hashes = outcome["sources"]
+    return any(hashes.get(name, "") == source_hash(backend, name) for name in file_of(op, backend).split("+"))
 
 
 def passed(outcome: dict[str, Any]) -> bool:
@@ -88,18 +131,20 @@ def passed(outcome: dict[str, Any]) -> bool:
 
 def _path(name: str, device: torch.device) -> Path:
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
-    return folder / f"{name}-{_slug(device_name(device))}.json"
+    return folder / f"{name}-{slug(device_name(device))}.json"
 
 
-def compared(op: str, shape_class: str, instead: str, *backends: str) -> dict[str, Any]:
-    """What rows say of an operation's kernels, for `verified.py`: save(..., compared={title: compared(...)}).
+def compared(op: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What rows that are named after back ends compare, for `verified.py`: save(..., compared={title: compared(...)}).
 
-    instead: the row of what `auto` takes without them. backends: of ours, which are also the rows' names.
+    args and kwargs: of the call that is measured, for its dtype and shape class.
     """
-    files = {name: file_of(op, name, shape_class) for name in backends}
-    sources = {name: {"file": file, "source": source_hash(name, file)} for name, file in files.items()}
-    return {"op": op, "shape_class": shape_class, "instead": instead, "kernels": sources}
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    shape_class = shapes.shape_class(op, args, kwargs or {})
+    exact = [name for name in dispatch.implementations()[op] if name not in dispatch.APPROXIMATE]
+    files = {name: file_of(op, name, shape_class) for name in exact}
+    return {
+        "op": op,
+        "dtype": shapes.dtype_of(op, args),
+        "shape_class": shape_class,
+        "backends": {name: {"file": file, "source": source_hash(name, file)} for name, file in files.items()},
+    }

@@ -23,6 +23,7 @@ The two CUDA operators have not been verified on a GPU yet, so `auto` never sele
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,6 +87,22 @@ def attention_cuda(
     return out, lse
 
 
+def quantize_cuda(
+    part: str,
+    x: Tensor,
+    mean: Tensor | None,
+    made: tuple[Tensor | None, ...],
+    kind: str,
+    blocks: Blocks | None = None,
+) -> None:
+    """csrc/quantize.cu, on the current stream of x's device; see `quantized`."""
+    from fastvid import _C  # type: ignore[attr-defined]
+
+    call, tiles = source_of(x, None if part == "queries" else blocks)
+    where = x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    _C.quantize(part, *map(_address, (x, mean, *made)), kind, _name(x), call, _address(tiles), *where)
+
+
 @torch.library.custom_op("fastvid::attention_eight", mutates_args=())
 def attention_eight(
     kind: str,
@@ -104,22 +121,16 @@ def attention_eight(
         return out, lse
     from fastvid import _C  # type: ignore[attr-defined]
 
-    blocks, device = _blocks(lists, largest), q.device.index
+    blocks = _blocks(lists, largest)
     with torch.cuda.device_of(q):
         stream = torch.cuda.current_stream(q.device)
-        at = stream.cuda_stream
-
-        def quantize(part: str, x: Tensor, mean: Tensor | None, made: tuple[Tensor | None, ...]) -> None:
-            call, tiles = source_of(x, None if part == "queries" else blocks)
-            _C.quantize(part, *map(_address, (x, mean, *made)), kind, _name(q), call, _address(tiles), device, at)
-
         call, walked = prepare(q, k, v, blocks, lists[4:])
         for x in (q, k, v, *walked, *lists):
             x.record_stream(stream)  # the caller may drop what came from another stream at once
-        tensors, scales = quantized(q, k, v, blocks, with_lse, quantize)
+        tensors, scales = quantized(q, k, v, blocks, with_lse, partial(quantize_cuda, kind=kind, blocks=blocks))
         held, factors, places = ([_address(x) for x in of] for of in (tensors, scales, walked))
         written = out.data_ptr(), _address(lse if with_lse else None)
-        how = (kind, _name(q), call, places, _scale(q, scale), device, at)
+        how = (kind, _name(q), call, places, _scale(q, scale), q.device.index, stream.cuda_stream)
         _C.attention_eight(held, factors, tensors[1].shape[2] // KEYS, *written, *how)
     return out, lse
 

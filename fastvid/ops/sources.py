@@ -14,7 +14,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -78,12 +78,15 @@ def file_of(op: str, backend: str, shape_class: str = "") -> str:
 def source_hash(backend: str, file: str = "") -> str | None:
     """What must be the same for a row to count; None if it isn't there (no such file, not built, not installed)."""
     if backend == "triton":
-        hashes = [_kernel_hash(name) for name in file.split("+")]
-    elif backend in CUDA:
+        return joined([_kernel_hash(name) for name in file.split("+")])
+    if backend in CUDA:
         built = _compiled()
-        hashes = [built.get(name) for name in file.split("+")]
-    else:
-        return _version(backend)
+        return joined([built.get(name) for name in file.split("+")])
+    return _version(backend)
+
+
+def joined(hashes: Sequence[str | None]) -> str | None:
+    """The hash of several files; None if one has none."""
     present = [one for one in hashes if one is not None]
     if len(present) < len(hashes):
         return None
@@ -135,7 +138,7 @@ def _compiled() -> Mapping[str, str]:
         return {}
 
 
-def _digest(lines: list[str]) -> str:
+def _digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -43,7 +42,8 @@ def test_every_end_is_recorded(kind: str, tmp_path: Path) -> None:
 
 def test_every_file_and_every_kernel_is_covered() -> None:
     marked = {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text()}
-    assert marked - {"tests/benchmarks/test_gpu_tests.py"} == set(gpu_tests.COVERS)
+    pretended = {file for file in marked if file.startswith("tests/benchmarks/")}
+    assert marked - pretended == set(gpu_tests.COVERS)
     cuda = {p.name for p in (ROOT / "csrc").glob("*.cu") if "__global__" in p.read_text()}
     kernels = {p.name for p in (ROOT / "kernels").glob("*.py")} - {"__init__.py", "ahead.py"}
     assert kernels | cuda == {name for names in gpu_tests.COVERS.values() for name in names}
@@ -60,10 +60,9 @@ def test_what_did_not_pass_is_not_measured(tmp_path: Path, monkeypatch: pytest.M
     assert why() is None  # never tested
     outcome = {"passed": 3, "failed": [], "ended": "done"}
     source = harness.source_hash("triton", "attention.py")
-    facts = {"covers": {"attention.py": ["tests/test_a.py"]}, "sources": {"attention.py": source}}
+    outcome["sources"] = {"attention.py": source}
     for changed, fine in (({}, True), ({"ended": "stopped after 9 s"}, False), ({"failed": ["x"]}, False)):
-        path = harness.save("gpu-tests", {}, device, files={"tests/test_a.py": outcome | changed}, **facts)
+        path = harness.save("gpu-tests", {}, device, files={"tests/test_a.py": outcome | changed})
         assert (why() is None) == fine
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"sources": {"attention.py": "another"}}))
+    path.write_text(path.read_text().replace(source, "another"))
     assert why() is None  # it is another kernel by now

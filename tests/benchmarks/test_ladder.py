@@ -1,0 +1,308 @@
+"""The GPU ladder with a pretended GPU: order, limits, what a later call skips, exit codes, and the files it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import alive
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import ladder  # noqa: E402
+import limited  # noqa: E402
+
+NAME = "Pretended GPU"
+SMI = f"""#!/bin/sh
+case "$*" in
+    *=name*) echo "{NAME}" ;;
+    *=compute_cap*) echo 9.0 ;;
+    *=driver_version*) echo 580.65 ;;
+    -L) echo "GPU 0: {NAME}" ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+# ---------------------------------------------------------------- commands under a limit
+
+
+def test_a_command_ends_by_itself_or_is_ended(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    fine = limited.run(["sh", "-c", "echo said; echo more >&2"], 20, log)
+    assert (fine.how, fine.code) == ("done", 0) and limited.tail(log) == "said\nmore\n"
+    assert limited.run(["sh", "-c", "exit 7"], 20, log).how == "status 7"
+    assert limited.run(["sh", "-c", "kill -SEGV $$"], 20, log).how == "killed by signal 11"
+    hung = limited.run(["sleep", "60"], 0.5, log)
+    assert (hung.how, hung.code) == ("stopped after 0 s", None) and hung.seconds < 10
+
+
+def test_what_a_command_started_is_ended_with_it(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    limited.run(["sh", "-c", "sleep 60 & echo $!; sleep 60"], 0.5, log)
+    limited_child = int(log.read_text())
+    deadline = time.monotonic() + 5
+    while alive(limited_child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(limited_child)
+
+
+def test_an_interrupted_command_may_write_what_it_has(tmp_path: Path) -> None:
+    script = "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\nfinally:\n    print('kept')\n"
+    log = tmp_path / "log.txt"
+    assert limited.run([sys.executable, "-c", script], 2, log, grace=20).how == "stopped after 2 s"
+    assert "kept" in log.read_text()
+    limited.run([sys.executable, "-c", script], 2, log)
+    assert "ready" in log.read_text() and "kept" not in log.read_text()
+
+
+# ---------------------------------------------------------------- items
+
+
+@pytest.fixture
+def climbing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ladder.Ladder:
+    """A ladder over a checkout with one source."""
+    monkeypatch.setattr(ladder, "ROOT", tmp_path)
+    monkeypatch.setattr(ladder, "SITE", tmp_path / "site")
+    monkeypatch.setattr(ladder, "LEAST", 0.3)
+    (tmp_path / "out" / "logs").mkdir(parents=True)
+    for name in ("kernels", "fastvid", "benchmarks"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "kernels" / "rgb.py").write_text("first")
+    return ladder.Ladder("cpu", "cpu X", tmp_path / "out", time.monotonic() + 60, False, {})
+
+
+def shell(command: str, of: tuple[str, ...] = ("kernels",), limit: float = 20, step: str = "video") -> ladder.Item:
+    return ladder.Item(step, "it", ("sh", "-c", command), limit, of)
+
+
+def record(climbing: ladder.Ladder) -> dict[str, Any]:
+    return json.loads(climbing.file.read_text())["items"]["it"]
+
+
+def test_how_an_item_ended_is_recorded_at_once(climbing: ladder.Ladder) -> None:
+    assert ladder.climb(shell("echo hello"), climbing) == "done"
+    assert record(climbing)["ended"] == "done"
+    assert (climbing.out / "logs" / "it.txt").read_text() == "hello\n"
+    assert ladder.climb(shell("exit 4", ()), climbing) == "status 4" == record(climbing)["ended"]
+    assert ladder.climb(shell("sleep 60", (), limit=1), climbing) == "stopped after 1 s"
+
+
+def test_what_is_done_is_done_again_only_with_other_sources(climbing: ladder.Ladder) -> None:
+    assert ladder.climb(shell("exit 1"), climbing) == "status 1"
+    assert ladder.climb(shell("true"), climbing) == "done"
+    assert ladder.climb(shell("exit 1"), climbing) == "done before"
+    (ladder.ROOT / "kernels" / "rgb.py").write_text("second")
+    assert ladder.climb(shell("true"), climbing) == "done"
+    (ladder.ROOT / "fastvid" / "other.py").write_text("not in this folder")
+    (ladder.ROOT / "kernels" / "notes.md").write_text("no source")
+    assert ladder.climb(shell("exit 1"), climbing) == "done before"
+    climbing.again = True
+    assert ladder.climb(shell("exit 5"), climbing) == "status 5"
+    climbing.again = False
+    assert ladder.climb(shell("true", ()), climbing) == "done"  # knows by itself what is done
+    assert ladder.climb(shell("exit 6", ()), climbing) == "status 6"
+
+
+def test_without_time_nothing_begins(climbing: ladder.Ladder) -> None:
+    climbing.until = time.monotonic() + ladder.LEAST - 0.1
+    assert ladder.climb(shell("touch begun"), climbing) == "no time"
+    assert not (ladder.ROOT / "begun").exists() and not climbing.file.exists()
+
+
+def test_what_the_call_s_end_stops_goes_on_in_the_next(climbing: ladder.Ladder) -> None:
+    climbing.until = time.monotonic() + ladder.LEAST + 0.5
+    assert ladder.climb(shell("sleep 60"), climbing) == "no time" == record(climbing)["ended"]
+    climbing.until = time.monotonic() + 60
+    assert ladder.climb(shell("exit 3", ()), climbing) == "no time"  # as smoke and tests say it
+    assert ladder.climb(shell("true"), climbing) == "done"
+
+
+def test_the_build_is_for_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(tmp_path / "nvidia-smi", SMI)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    ladder.gpu.cache_clear()
+    assert ladder.environment(shell("", step="build"))["FASTVID_CUDA_ARCHS"] == "90a"
+    program(tmp_path / "nvidia-smi", SMI.replace("9.0", "8.6"))
+    ladder.gpu.cache_clear()
+    assert ladder.environment(shell("", step="build"))["FASTVID_CUDA_ARCHS"] == "86"
+    assert "PYTORCH_NO_CUDA_MEMORY_CACHING" in ladder.environment(shell("", step="sanitize"))
+    ladder.gpu.cache_clear()
+
+
+def test_what_tuning_did_not_reach_is_left_to_the_next_call(climbing: ladder.Ladder) -> None:
+    args = ladder.argparse.Namespace(models=["m"], budget=7.0, device="cpu")
+    file = climbing.out / "tune-m-cpu-x.json"
+    file.write_text(json.dumps({"unmeasured": [{"op": "to_rgb"}, {"op": "rms_norm"}, {"op": "layer_norm"}]}))
+    (item,) = ladder.tuned(args, climbing)
+    assert item.name == "tune m" and str(file) in item.command and item.limit == 7 + ladder.LIMITS["tune"]
+    climbing.known["tune m"] = {"ended": "done", "key": ladder.sources(item.of)}
+    _, rest = ladder.tuned(args, climbing)
+    assert rest.name == "tune m, the rest" and str(file) not in rest.command
+    assert rest.command[rest.command.index("--only") + 1] == "norms,rgb"
+    file.write_text(json.dumps({"unmeasured": []}))
+    assert len(list(ladder.tuned(args, climbing))) == 1
+
+
+# ---------------------------------------------------------------- all of it
+
+NVCC = """#!/bin/sh
+case "$*" in
+    *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit 0 ;;
+    *--dryrun*) echo "#$ TOP={root}" >&2; exit 0 ;;
+esac
+while [ $# -gt 0 ]; do
+    case "$1" in
+        -o) out=$2 ;;
+        -MF) deps=$2 ;;
+    esac
+    shift
+done
+echo "$out:" > "$deps"
+: | g++ -x c++ -c - -o "$out"
+"""
+SANITIZER = """#!/bin/sh
+case "$PRETEND $*" in
+    *hang*"--tool racecheck"*sanitize.py*cuda_int8*) sleep 600 ;;
+    *fault*"--tool memcheck"*triton) echo "Invalid read"; exit 9 ;;
+esac
+echo "$2 found nothing"
+"""
+FAKE = "import time\nimport pytest\n\n\n@pytest.mark.gpu\ndef test_it():\n    {}\n"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the sources, with small tests, beside programs that pretend a GPU."""
+    root, stubs = tmp_path / "checkout", tmp_path / "stubs"
+    for name in ("fastvid", "kernels", "csrc", "benchmarks"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "results"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root)
+    (root / "benchmarks" / "results").mkdir()
+    limits = root / "benchmarks" / "ladder.py"
+    text = limits.read_text()
+    assert '"smoke": 40' in text and '"sanitize": 150' in text
+    limits.write_text(text.replace('"smoke": 40', '"smoke": 60').replace('"sanitize": 150', '"sanitize": 12'))
+    import gpu_tests
+
+    (root / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    for file in gpu_tests.COVERS:
+        body = {"test_rgb": "assert False", "test_step_kernels": "time.sleep(600)"}.get(Path(file).stem, "pass")
+        program(root / file, FAKE.format(body))
+    program(stubs / "nvidia-smi", SMI)
+    program(stubs / "compute-sanitizer", SANITIZER)
+    program(stubs / "bin" / "nvcc", NVCC.replace("{root}", str(stubs)))
+    (stubs / "lib64").mkdir()
+    subprocess.run(["ar", "rc", str(stubs / "lib64" / "libcudart_static.a")], check=True)
+    return root
+
+
+def call(root: Path, *words: str, pretend: str = "", out: Path | None = None) -> tuple[int, list[str]]:
+    """Run gpu.sh; its status, and the lines that say how items ended."""
+    stubs = root.parent / "stubs"
+    given = {"PATH": f"{stubs}:{stubs / 'bin'}:{os.environ['PATH']}", "CUDA_HOME": str(stubs), "PRETEND": pretend}
+    given |= {"PYTHON": sys.executable, "XDG_CACHE_HOME": str(root.parent / "cache")}
+    given |= {"OUT": str(out)} if out else {}
+    env = {name: value for name, value in os.environ.items() if name not in ("OUT", "PYTHONPATH")} | given
+    command = ["bash", str(root / "benchmarks" / "gpu.sh"), "--device", "cpu", *words]
+    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=900)
+    print(done.stdout, done.stderr)
+    names = ("build", "doctor", "smoke", "video", "tune", "tests", "memcheck", "racecheck", "initcheck", "measure")
+    return done.returncode, [line for line in done.stdout.splitlines() if line.startswith(names) and ": " in line]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("ar") is None, reason="there is no g++ or no ar")
+def test_the_whole_ladder(checkout: Path, tmp_path: Path) -> None:
+    results, out = checkout / "benchmarks" / "results", tmp_path / "out"
+    words = ("--models", "embedded", "--budget", "6")
+    status, said = call(checkout, *words, "--seconds", "240", pretend="hang fault", out=out)
+    ended = dict(line.split(": ", 1) for line in said)
+    sanitizers = [f"{tool} {kind}" for kind in ("cuda", "triton") for tool in ("memcheck", "racecheck", "initcheck")]
+    assert list(ended) == ["build", "doctor", "smoke", "video", "tune embedded", "tests", *sanitizers]
+    assert status == 1
+    assert {ended[name] for name in ("build", "doctor", "video", "tune embedded")} == {"done"}
+    assert ended["smoke"] in ("done", "no time")
+    assert ended["tests"] == "status 1"
+    # Tests took the time that was left, since one hangs.
+    assert {ended[name] for name in sanitizers} == {"no time"}
+    written = {path.name.partition("-cpu")[0]: json.loads(path.read_text()) for path in out.glob("*.json")}
+    assert set(written) == {"ladder", "smoke", "tune-embedded", "gpu-tests"}
+    files = written["gpu-tests"]["files"]
+    assert sum(one["passed"] for one in files.values()) == len(files) - 1
+    assert not files["tests/kernels/test_rgb.py"]["passed"] and "tests/kernels/test_step_kernels.py" not in files
+    assert any("error" in case for case in written["smoke"]["cases"].values())
+    assert (out / "logs" / "video.npy").exists() and written["tune-embedded"]["rows"]
+
+    # The results are committed; the next call goes on from them, with another folder for its own.
+    for path in out.glob("*.json"):
+        shutil.copy(path, results)
+    program(checkout / "tests/kernels/test_rgb.py", FAKE.format("pass"))
+    program(checkout / "tests/kernels/test_step_kernels.py", FAKE.format("pass"))
+    second = tmp_path / "second"
+    status, said = call(checkout, *words, pretend="hang fault", out=second)
+    ended = dict(line.split(": ", 1) for line in said)
+    assert {ended[name] for name in ("doctor", "video", "tune embedded")} == {"done before"}
+    assert ended["tests"] == "done" and ended["racecheck cuda"] == "stopped after 12 s"
+    assert ended["memcheck triton"] == "status 9" and status == 1
+    assert {ended[name] for name in sanitizers} - {"done"} == {"stopped after 12 s", "status 9"}
+    assert all(one["passed"] for one in json.loads(next(second.glob("gpu-tests*")).read_text())["files"].values())
+
+    for path in second.glob("*.json"):
+        shutil.copy(path, results)
+    status, said = call(checkout, *words, "sanitize")
+    ended = dict(line.split(": ", 1) for line in said)
+    assert status == 0 and set(ended) == {"build", *sanitizers}
+    assert ended["racecheck cuda"] == ended["memcheck triton"] == "done" and ended["memcheck cuda"] == "done before"
+
+
+def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
+    program(tmp_path / "nvidia-smi", "#!/bin/sh\nexit 9\n")
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
+    command = [sys.executable, str(ROOT / "benchmarks" / "ladder.py"), "smoke"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "no GPU is found" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["tset"], ["measure", "no_such"]])
+def test_an_unknown_step_is_refused(words: list[str]) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "ladder.py"), "--device", "cpu", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "there is no" in done.stderr
+
+
+def test_a_call_that_is_ended_ends_what_it_runs(tmp_path: Path) -> None:
+    script = f"""
+import signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import ladder, limited
+signal.signal(signal.SIGTERM, ladder.stop)
+limited.run(["sh", "-c", "echo $$; sleep 60"], 60, Path({str(tmp_path / "log.txt")!r}))
+"""
+    child = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 20
+    while not limited.tail(tmp_path / "log.txt") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started = int(limited.tail(tmp_path / "log.txt"))
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == 1
+    while alive(started) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(started)
