@@ -103,8 +103,10 @@ def _choice(row: Row) -> Choice:
 
 
 def summary(found: Iterable[Choice], default: str) -> str:
-    """ "cuda for 3 shape classes, triton for 1, else cudnn"."""
+    """ "cuda for 3 shape classes, triton for 1, else cudnn"; "cudnn" if that is fastest for all."""
     counts = Counter(one.backend for one in found)
+    if set(counts) == {default}:
+        return default
     parts = [f"{name} for {count}" for name, count in sorted(counts.items())]
     parts[0] += " shape class" if counts[min(counts)] == 1 else " shape classes"
     return f"{', '.join(parts)}, else {default}"

@@ -140,8 +140,8 @@ def _bind(op: str, name: str, functions: Mapping[str, Function], device: torch.d
     found = choices.choices(op, rows, lambda row: _counts(row, functions, device))
     if not found:
         return _Bound(functions[default], default, reason)
-    kernels = {(one.dtype, one.shape_class): functions[one.backend] for one in found}
-    function = choices.DispatchByShape(op, kernels, functions[default])
+    kernels = {(one.dtype, one.shape_class): functions[one.backend] for one in found if one.backend != default}
+    function = choices.DispatchByShape(op, kernels, functions[default]) if kernels else functions[default]
     return _Bound(function, choices.summary(found, default), choices.why(found), tuple(found))
 
 

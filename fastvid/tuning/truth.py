@@ -105,7 +105,7 @@ def _qkv_norm_rope(
 def _head(kind: torch.dtype, /, x: Tensor, weight: Tensor, bias: Tensor, grid: Any, patch: Any, **rest: Any) -> Tensor:
     rest.pop("dtype", None)
     y = _modulated(kind, x, **rest) @ weight.T + bias
-    return reference._unpatchify(y, grid, patch)
+    return reference.unpatchify(y, grid, patch)
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -127,6 +127,13 @@ def test_choices_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(bound.choices) == {"to_rgb"}
 
 
+def test_libraries_that_are_fastest_everywhere_are_told_as_such() -> None:
+    source = dispatch.source_hash("reference", "")
+    bound = dispatch.bind(verified=[row(backend="reference", file="", source=source, next="compiled")])
+    assert bound.bound["to_rgb"] == "reference" and bound.to_rgb is rgb.reference
+    assert bound.reasons["to_rgb"].startswith("1.50 x the next best") and len(bound.choices["to_rgb"]) == 1
+
+
 def test_of_two_rows_for_a_class_the_first_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Committed results come before the user's table; a row whose source has changed is skipped."""
     first = counting(monkeypatch, "triton")
