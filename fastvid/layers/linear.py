@@ -1,8 +1,4 @@
-"""Linear layers by the fastest exact route in PyTorch, and parameters that cost nothing on the meta device.
-
-On x86 CPUs F.linear calls MKL in fp32, which is 10 to 20 % slower on AMD than oneDNN in the same wheel; and oneDNN
-applies bias and GELU while results are in the cache. Both are IEEE fp32 (relative errors of 2e-7 and 4e-7).
-"""
+"""Linear layers by the fastest exact route in PyTorch, and parameters that cost nothing on the meta device."""
 
 from __future__ import annotations
 
@@ -12,10 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvid.ops import onednn, reference
-
-# Below this many rows the start-up of a oneDNN call (10 us) costs more than it gains.
-MIN_ROWS = 64
+from fastvid.ops import reference
 
 
 def normal_parameter(*shape: int, std: float) -> nn.Parameter:
@@ -50,41 +43,18 @@ class Linear(nn.Linear):
     """nn.Linear: the same parameters and the same result."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if onednn_applies(x, self.weight):
-            return _onednn(x, self.weight, self.bias, "none", "")
-        return F.linear(x, self.weight, self.bias)
+        return reference.linear(x, self.weight, self.bias)
 
 
 def linear(ops: Any, layer: nn.Module, x: Tensor) -> Tensor:
-    """ops.linear of a layer; by oneDNN where it applies, unless a kernel is bound."""
+    """ops.linear of a layer."""
     affine = cast(Affine, layer)  # torch's lists of modules do not tell which kind they hold
-    if ops.linear is reference.linear and onednn_applies(x, affine.weight):
-        return _onednn(x, affine.weight, affine.bias, "none", "")
     return ops.linear(x, affine.weight, affine.bias)
 
 
 def linear_gelu_tanh(ops: Any, layer: nn.Linear, x: Tensor) -> Tensor:
-    """ops.linear_gelu_tanh of a layer; by oneDNN where it applies, unless a kernel is bound."""
-    if ops.linear_gelu_tanh is reference.linear_gelu_tanh and onednn_applies(x, layer.weight):
-        return _onednn(x, layer.weight, layer.bias, "gelu", "tanh")
+    """ops.linear_gelu_tanh of a layer."""
     return ops.linear_gelu_tanh(x, layer.weight, layer.bias)
-
-
-def onednn_applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether F.linear would call MKL and oneDNN can replace it: fp32 on an x86 CPU, without gradients."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() >= MIN_ROWS * x.shape[-1]
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and torch.backends.mkl.is_available()
-        and onednn.available()
-    )
-
-
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, algorithm: str) -> Tensor:
-    # What torch.compile emits for a linear layer on the CPU; the same signature since torch 2.0.
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
 
 
 class FeedForward(nn.Module):

@@ -232,7 +232,7 @@ def head(
     """reference.head; rest: its further arguments, from the weight on."""
     weight, bias, grid, patch, eps, *given = rest
     y = F.linear(modulated_layer_norm(x, shift, scale, index, eps), weight, bias)
-    return reference.unpatchify(y, grid, patch).to(next(iter(given), dtype) or x.dtype)
+    return reference._unpatchify(y, grid, patch).to(next(iter(given), dtype) or x.dtype)
 
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

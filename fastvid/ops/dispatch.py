@@ -37,7 +37,7 @@ from fastvid.checks import one_of, shown
 from fastvid.device.devices import driver_too_old
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
-from fastvid.ops import choices, compiled, libraries, rgb, solver_step, transformer, tuned, vae_gpu
+from fastvid.ops import choices, compiled, libraries, linear_library, rgb, solver_step, transformer, tuned, vae_gpu
 from fastvid.ops.choices import Choice, Function, Row
 from fastvid.ops.sources import source_hash
 
@@ -85,6 +85,8 @@ def implementations() -> dict[str, dict[str, Function]]:
     every = {name: dict(functions) for of in (table, *families) for name, functions in of.items()}
     for name, function in compiled.BACKENDS.items():
         every[name]["compiled"] = function
+    for name, functions in linear_library.BACKENDS.items():
+        every[name] |= functions
     return every
 
 

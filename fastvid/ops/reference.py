@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.ops import attention as attentions
-from fastvid.ops import rgb, vae
+from fastvid.ops import onednn, rgb, vae
 from fastvid.ops import solver_step as stepping
 
 
@@ -57,10 +57,10 @@ def head(
     that of x; kernels round their fp32 sums to it once.
     """
     y = F.linear(modulated_layer_norm(x, shift, scale, index, eps), weight, bias)
-    return unpatchify(y, grid, patch).to(dtype or x.dtype)
+    return _unpatchify(y, grid, patch).to(dtype or x.dtype)
 
 
-def unpatchify(x: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
+def _unpatchify(x: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
     """Rearrange patches [B, N, pt * ph * pw * C] (C fastest, N = t * h * w of grid) to latents [B, C, T, H, W]."""
     B = x.shape[0]
     (t, h, w), (pt, ph, pw) = grid, patch
@@ -151,12 +151,16 @@ def qkv_norm_rope(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] @ weight [n, K]^T + bias [n] -> [..., n]."""
+    """x [..., K] @ weight [n, K]^T + bias [n] -> [..., n]. By oneDNN where that is faster and as exact (onednn.py)."""
+    if onednn.applies(x, weight):
+        return onednn.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """gelu_tanh(x [..., K] @ weight [n, K]^T + bias [n]) -> [..., n]."""
+    """gelu_tanh(x [..., K] @ weight [n, K]^T + bias [n]) -> [..., n]. By oneDNN as `linear` is."""
+    if onednn.applies(x, weight):
+        return onednn.linear(x, weight, bias, onednn.GELU_TANH)
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 

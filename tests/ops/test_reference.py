@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.layers.embeddings import rotary_table
-from fastvid.layers.linear import Linear, linear_gelu_tanh, onednn_applies
-from fastvid.ops import reference
+from fastvid.layers.linear import Linear, linear_gelu_tanh
+from fastvid.ops import onednn, reference
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -125,7 +125,7 @@ def test_linear_layers_by_any_route(rows: int, bias: bool) -> None:
 
 def test_onednn_stands_back_for_gradients() -> None:
     layer, x = Linear(8, 8), torch.randn(100, 8)
-    assert not onednn_applies(x, layer.weight)
-    assert not onednn_applies(x.bfloat16(), layer.weight.bfloat16().detach())
+    assert not onednn.applies(x, layer.weight)
+    assert not onednn.applies(x.bfloat16(), layer.weight.bfloat16().detach())
     layer(x).sum().backward()
     assert layer.weight.grad is not None
