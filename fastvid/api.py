@@ -153,8 +153,8 @@ def load(
             degrees such as "guidance=2,ulysses=4". This call starts a process for each rank; with 1, everything runs
             in this process. Under torchrun, torchrun's processes are the ranks: this call returns on rank 0 alone;
             the others serve rank 0 until it is done, and then end.
-        vae_dtype: the VAE's dtype, named as for dtype; default: float32, in which the VAEs are published. In 16 bits
-            the VAE takes half the memory and uses a GPU's tensor cores; statistics of norms stay in fp32.
+        vae_dtype: the VAE's dtype, named as for dtype; default: bfloat16 on a GPU, float32, as published, on a CPU. In
+            16 bits the VAE takes half the memory and uses a GPU's tensor cores; sums and statistics stay in fp32.
         link: the interconnect between ranks, from which `parallel` chooses a layout: "nvlink", "pcie", "infiniband",
             "loopback", or two of them, within a host and between hosts ("nvlink,infiniband"). "auto" asks the driver;
             a plan shows the result.

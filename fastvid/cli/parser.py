@@ -188,7 +188,7 @@ def _add_model(parser: Parser, also: str = "") -> None:
         metavar="NAME",
         help="fp32, bf16, fp16, or as torch names them (default: bf16 on a GPU, fp32 on a CPU)",
     )
-    add("--vae-dtype", metavar="NAME", help="the VAE's dtype (default: float32)")
+    add("--vae-dtype", metavar="NAME", help="the VAE's dtype (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--backend", metavar="NAME", help="back end of the operations: auto, reference, triton, cuda (default: auto)")
     add(
         "--attention",

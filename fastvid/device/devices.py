@@ -72,9 +72,11 @@ def resolve_dtype(dtype: Any, device: torch.device) -> torch.dtype:
     return check_dtype("dtype", dtype)
 
 
-def resolve_vae_dtype(dtype: Any) -> torch.dtype:
-    """The VAE's dtype; by default fp32, as published."""
-    return torch.float32 if dtype is None else check_dtype("vae_dtype", dtype)
+def resolve_vae_dtype(dtype: Any, device: torch.device) -> torch.dtype:
+    """The VAE's dtype; by default bf16 on a GPU, whose matrix units take 16 bits, and fp32, as published, on a CPU."""
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return check_dtype("vae_dtype", dtype)
 
 
 @guarded(", ".join(DTYPES))

@@ -32,6 +32,7 @@ from fastvid.engine.source_clip import SourceClip
 from fastvid.layers.kv_cache import KVCache
 from fastvid.models.loaded import CACHE, CHANNELS, CONTROL, REIMPOSED, TIMESTEPS, Model, way_of
 from fastvid.models.wan import conditioning
+from fastvid.ops.upload import upload
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
 from fastvid.sampling.guidance import Denoise, Denoiser, Guided, Switched, Velocity, flow_edit, keep_known
@@ -96,7 +97,7 @@ class Conditions:
         else:
             levels = sigma if row.write_cache else level.expand(len(sigma))
         if self.way in (REIMPOSED, CACHE) and level > 0 and (region is not None or bool((sigma == 0).any())):
-            known = (sigma == 0).view(1, 1, -1, 1, 1).to(x.device)
+            known = upload(sigma == 0, x.device).view(1, 1, -1, 1, 1)
             known = known if region is None else known | region.mask
             noisy = (1 - float(level)) * x + float(level) * noise(row.start, row.stop).to(x)
             x = torch.where(known, noisy, x)
@@ -109,14 +110,18 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Region:
-    """The known region of a window: mask bool [1, 1, t, h, w], True where known; clean latents [1, C, t, h, w]."""
+    """The known region of a window: mask bool [1, 1, t, h, w], True where known; clean latents [1, C, t, h, w].
+
+    on_host: the mask on the CPU, where noise levels are computed.
+    """
 
     mask: Tensor
     clean: Tensor
+    on_host: Tensor
 
     def levels(self, sigma: Tensor, patch: int = 2) -> Tensor:
         """The noise level of every token [N], 0 for known ones. sigma: the columns' levels [t]."""
-        free = ~self.mask[0, 0, :, ::patch, ::patch].cpu()
+        free = ~self.on_host[0, 0, :, ::patch, ::patch]
         return (sigma.view(-1, 1, 1) * free).flatten()
 
 
@@ -298,7 +303,7 @@ class SegmentDenoiser:
             latents = (1 - level) * self.clip.latents(start, stop, forget=False) + level * latents
         if conditions.clean is None:
             return latents
-        known = conditions.columns[start:stop].view(1, 1, -1, 1, 1).to(latents.device)
+        known = upload(conditions.columns[start:stop], latents.device).view(1, 1, -1, 1, 1)
         return torch.where(known, conditions.clean[:, :, start:stop], latents)
 
     def denoiser(self, row: TableRow, prompt: int) -> Denoise:
@@ -351,7 +356,8 @@ class SegmentDenoiser:
         """The known region of an edit's window; None where a control branch or extra channels carry it instead."""
         if self.clip is None or self.request.mask is None or not self.takes_latents:
             return None
-        return Region(self.clip.known_mask(row.start, row.stop), self.clip.latents(row.start, row.stop))
+        mask = self.clip.known_mask(row.start, row.stop)
+        return Region(upload(mask, self.model.device), self.clip.latents(row.start, row.stop), mask)
 
     def _velocity(
         self, row: TableRow, region: Region | None, expert: int, prompt: int, x: Tensor, sigma: Tensor

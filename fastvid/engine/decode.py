@@ -47,16 +47,31 @@ def faster_beside(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+GPU_PIXELS = 1 << 22
+"""Pixels, of all its frames, in a chunk that keeps a GPU busy: the first stages, which have 1/64 of the pixels, then
+make 1.5 output tiles of 128 x 128 and more for each of 132 multiprocessors, and a chunk takes far longer than starting
+its kernels. Computed, not measured."""
+
+
 def decode_chunk(segment: Segment) -> int:
-    """Latent frames per decoded chunk: one for large frames, more for small ones."""
-    pixels = segment.model_height * segment.model_width * segment.temporal
-    return max(1, min(segment.columns - segment.lead, (1 << 17) // pixels))
+    """Latent frames per decoded chunk on a CPU, whose caches are small; on a GPU the least."""
+    return _frames_of(segment, 1 << 17)
 
 
-def wait_for_gpu(device: torch.device) -> None:
-    """Waits for this thread's CUDA stream, so that step times are real and cancelling takes effect at once."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+def decode_chunks(segment: Segment, device: torch.device, bands: int = 1) -> list[int]:
+    """Latent frames per decoded chunk, from what is best on a device to the least, in halves, for a plan to choose from
+    by memory. bands: ranks that share the rows. Results are the same to within rounding."""
+    least = decode_chunk(segment)
+    counts = [_frames_of(segment, GPU_PIXELS * bands)] if device.type == "cuda" else [least]
+    while counts[-1] > least:
+        counts.append(max(least, counts[-1] // 2))
+    return counts
+
+
+def _frames_of(segment: Segment, pixels: int) -> int:
+    """The latent frames, at least one, that have so many pixels."""
+    each = segment.model_height * segment.model_width * segment.temporal
+    return max(1, min(segment.columns - segment.lead, pixels // each))
 
 
 def decode_rgb(model: Model, latents: Tensor, cache: Any, stripes: int = 1, reuse: bool = False) -> tuple[Tensor, Any]:

@@ -34,7 +34,8 @@ class Started:
 
 @dataclass(frozen=True)
 class Step:
-    """Denoising step number `step` (from 1) of `total` is done. It began at noise level `sigma` and took `seconds`."""
+    """Denoising step number `step` (from 1) of `total` is done. It began at noise level `sigma` and took `seconds`;
+    on a GPU, which is one step behind the host, that is mostly the time of the step before."""
 
     step: int
     total: int

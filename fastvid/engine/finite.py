@@ -1,7 +1,8 @@
 """Stops a request whose numbers are NaN or infinite, with the step and the likely cause. Nothing else hides them: the
 conversion to bytes would make black pixels of NaN.
 
-The sum of a tensor shows both, in one pass over any memory layout. It is read where the device is waited for anyway.
+The sum of a tensor shows both, in one pass over any memory layout. It is read where the device is waited for anyway:
+once a decoded chunk, and of steps one step later (`Check`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,27 @@ from fastvid.models.loaded import Model
 TEXT, ENCODED, DECODED = "the prompt's embeddings", "the latents of the given frames", "the decoded frames"
 
 
+class Check:
+    """Whether no value of x is NaN or infinite. `wait` waits until the device has come to x, and no longer: what was
+    queued behind x goes on."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._finite = x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
+        self._event: torch.cuda.Event | None = None
+        if x.device.type == "cuda":
+            on_host = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+            self._finite = on_host.copy_(self._finite, non_blocking=True)
+            self._event = torch.cuda.current_stream(x.device).record_event()
+
+    def wait(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._finite)
+
+
 def is_finite(x: Tensor) -> bool:
     """Whether no value is NaN or infinite. Waits for the device."""
-    return bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
+    return Check(x).wait()
 
 
 def check_text(embeds: Tensor, model: Model) -> Tensor:

@@ -192,14 +192,19 @@ class Session:
             # The next segment may start from these frames.
             yield from self._put(number, run.finish())
 
-    def finish_step(self, row: Row) -> None:
-        """Checks a step's latents, and saves them."""
+    def finishing(self, row: Row) -> Callable[[], None]:
+        """A function that waits for a step just made, checks its latents, and saves them."""
         assert row.position is not None
-        if not finite.is_finite(row.position.latents):
-            step = f"step {self._step + 1} of {self.total_steps + self.refills} (noise level {row.sigma:.3f})"
-            raise finite.not_finite(self.model, f"{step}: the latents")
-        if self.resume is not None:
-            self.resume.save(row)
+        check, number = finite.Check(row.position.latents), self._step + 1
+
+        def finish() -> None:
+            if not check.wait():
+                step = f"step {number} of {self.total_steps + self.refills} (noise level {row.sigma:.3f})"
+                raise finite.not_finite(self.model, f"{step}: the latents")
+            if self.resume is not None:
+                self.resume.save(row)
+
+        return finish
 
     def _put(self, number: int, chunks: Iterator[np.ndarray]) -> Iterator[Frames]:
         for frames in chunks:
@@ -229,6 +234,7 @@ class SegmentRun:
         self._blend = KnownFrameBlend(segment, decode.frames_to_blend(segment, left, known.after, pictures))
         self._decoder = Decoder(model, segment, session.ticket, job.beside, job.decode_stripes)
         self._window: tuple[int, int] | None = None
+        self._finish: Callable[[], None] | None = None  # of a step that a GPU may still be at
 
     def close(self) -> None:
         """Ends the decoder's thread."""
@@ -243,9 +249,7 @@ class SegmentRun:
             with session.ticket.step():
                 began = time.perf_counter()
                 row = next(rows, None)
-                if row is not None and row.position is not None:
-                    session.finish_step(row)
-                decode.wait_for_gpu(session.model.device)
+                self._finish_steps(row)
                 seconds = time.perf_counter() - began
                 session.seconds["denoise"] += seconds
             if row is None:
@@ -253,6 +257,19 @@ class SegmentRun:
             if row.position is not None:
                 self._denoising.first = row.position.first
             yield replace(row, seconds=seconds)
+
+    def _finish_steps(self, row: Row | None) -> None:
+        """Waits for the step before `row`, which was just made (None: there was none left). So a GPU always has a step
+        to go on with. Also waits for `row` itself where its latents are needed now: they leave, or are saved."""
+        session, before = self._session, self._finish
+        made = row is not None and row.position is not None
+        self._finish = session.finishing(row) if row is not None and made else None
+        if before is not None:
+            before()
+        at_once = session.model.device.type == "cpu" or session.resume is not None
+        if self._finish is not None and row is not None and (at_once or row.clean is not None):
+            self._finish()
+            self._finish = None
 
     def _walk(self) -> Iterator[Row]:
         """Yields the rows restored from a checkpoint, then the remaining ones."""

@@ -64,15 +64,15 @@ class SourceClip:
         return np.concatenate((*before, pixels.hold_last(frames, count)))
 
     def known_mask(self, start: int, stop: int, patch: int = 2) -> Tensor:
-        """The unchanged region of these columns: bool [1, 1, t, h, w]. A token is unchanged if all pixels of all its
-        frames are."""
+        """The unchanged region of these columns: bool [1, 1, t, h, w] on the CPU. A token is unchanged if all pixels of
+        all its frames are."""
         side = self.segment.spatial * patch
         unchanged = []
         for column in range(start, stop):
             changed = torch.from_numpy(self.changed(*self._frames_of(column)).astype(np.float32))[:, None]
             unchanged.append(F.max_pool2d(pixels.widen(changed, self.segment), side)[:, 0].amax(0) == 0)
         tokens = torch.stack(unchanged)
-        return tokens.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[None, None].to(self.model.device)
+        return tokens.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[None, None]
 
     def changed(self, start: int, stop: int) -> np.ndarray:
         """Which pixels of the stream's frames may change: bool [n, H, W]."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvid.errors import InvalidRequest
+from fastvid.ops.upload import upload
 
 
 def rotary_table(
@@ -34,7 +35,7 @@ def rotary_table(
     places = (range(offset, offset + t) if isinstance(offset, int) else offset, range(h), range(w))
     assert len(places[0]) == t, (offset, grid)
     # One row for each position on an axis, about 1e2; on the device they become one for each token, 1e5 of a long clip.
-    turns = [_axis_turns(axis, widths[axis], places[axis], theta).to(device) for axis in range(3)]
+    turns = [upload(_axis_turns(axis, widths[axis], places[axis], theta), device) for axis in range(3)]
     cos, sin = (torch.cat([turn[i].expand(*grid, -1) for turn in turns], dim=-1).flatten(0, 2) for i in range(2))
     return cos, sin
 

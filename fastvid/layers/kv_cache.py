@@ -11,9 +11,9 @@ Source: Self-Forcing `wan/modules/causal_model.py` (rolls its buffer), LongLive 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypedDict
 
-import torch
 from torch import Tensor
 
 
@@ -107,11 +107,18 @@ class LayerCache:
         if self._keys is None or self._values is None:
             shape = (k.shape[0], self._cache.capacity, *k.shape[2:])
             self._keys, self._values = k.new_empty(shape), v.new_empty(shape)
-        where = torch.tensor(slots, device=k.device)
-        for buffer, new in ((self._keys, k), (self._values, v)):
-            buffer.index_copy_(1, where, new)
+        for slot, at, count in runs(slots):
+            self._keys[:, slot : slot + count] = k[:, at : at + count]
+            self._values[:, slot : slot + count] = v[:, at : at + count]
 
     def get(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Keys and values [B, slots, N of a frame, H, D] of these slots."""
         assert self._keys is not None and self._values is not None, "nothing has been put into it"
         return self._keys[:, list(slots)], self._values[:, list(slots)]
+
+
+def runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(slot, place in the list, count) of slots that follow each other: they are copied without an index, which would
+    have to go to the device."""
+    starts = [at for at, slot in enumerate(slots) if at == 0 or slot != slots[at - 1] + 1]
+    return [(slots[at], at, stop - at) for at, stop in pairwise([*starts, len(slots)])]

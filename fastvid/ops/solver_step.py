@@ -25,6 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastvid.ops.upload import upload
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Number of history tensors -> for each output, the input that it copies in columns that do not move. Euler has no
 # history and copies x0 there too.
@@ -55,7 +57,7 @@ def solver_step(
     x0 = (x.to(exact) - _per_column(sigma, x, exact) * v).to(x.dtype)
     inputs = (x, x0, *history)
     sums = iter(_sum(inputs, rows).to(x.dtype) for rows in weights)
-    active = moves.view(1, 1, -1, 1, 1).to(x.device)
+    active = upload(moves, x.device).view(1, 1, -1, 1, 1)
     # Outputs without weights: x0 and, for unipc, the previous x0.
     outputs = [next(sums), x0, *((history[0], next(sums)) if len(history) == 3 else ())]
     kept = KEPT[len(history)]
@@ -80,7 +82,7 @@ def solver_step_triton(
     rows = torch.cat((sigma[None], moves[None].to(sigma), weights.flatten(0, 1))).float()
     x, cond, *history = (_planes(one) for one in (x, cond, *history))
     uncond = None if uncond is None else _planes(uncond)
-    run(x, cond, uncond, guidance_scale, rows.to(x.device, non_blocking=True), history, outs)
+    run(x, cond, uncond, guidance_scale, upload(rows, x.device), history, outs)
     return outs
 
 
@@ -145,7 +147,7 @@ def _sum(inputs: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 def _per_column(values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """[T] float64 on the CPU -> [1, 1, T, 1, 1] on `like`'s device."""
-    return values.to(like.device, dtype).view(1, 1, -1, 1, 1)
+    return upload(values, like.device, dtype).view(1, 1, -1, 1, 1)
 
 
 def _planes(x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Each has two implementations with the same result. The first is plain PyTorch, for any device and dtype, with autograd.
 The second is for fp32 on the CPU without gradients: it keeps tensors channels-last, works in stripes of rows that fit
 into the cache, and calls oneDNN directly, because F.conv3d uses its own loop, 5 to 10 times slower, for tensors of less
-than 20,480 rows. `channels_last` decides between the two.
+than 20,480 rows. `channels_last` decides between the two, unless `how` names one: "aten", "onednn", or "winograd" for
+normed convolutions. The latter two raise ValueError where they do not apply.
 
 A convolution may be split into parts of a frame's rows. `edges` is then the number of rows (0 or 1) at the top and at
 the bottom of x that are only context: they are read but get no result. With 0 the frame ends there and is zero-padded.
@@ -13,7 +14,8 @@ Shapes: B batch, C and N channels in and out, T frames, H and W height and width
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +36,26 @@ def channels_last(x: Tensor, *parameters: Tensor) -> bool:
     )
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int] = (0, 0), stride_t: int = 1) -> Tensor:
+def takes_onednn(how: str | None, x: Tensor, *parameters: Tensor) -> bool:
+    """Whether the CPU implementation runs. Raises ValueError if it is asked for by name and does not apply."""
+    applies = how != "aten" and channels_last(x, *parameters)
+    if how not in (None, "aten") and not applies:
+        raise ValueError(f"{how} takes float32 on a CPU with oneDNN, without gradients, not {x.dtype} on {x.device}")
+    return applies
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding: tuple[int, int] = (0, 0),
+    stride_t: int = 1,
+    *,
+    how: str | None = None,
+) -> Tensor:
     """A convolution of [B, C, T, H, W] without padding in time. padding: of H and W."""
     stride, pad = (stride_t, 1, 1), (0, *padding)
-    if channels_last(x, weight):
+    if takes_onednn(how, x, weight):
         x = x.contiguous(memory_format=torch.channels_last_3d)
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, pad, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, pad)
@@ -50,6 +68,8 @@ def causal_conv3d(
     bias: Tensor,
     padding: tuple[int, int],
     edges: tuple[int, int] = (0, 0),
+    *,
+    how: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A convolution of `past` [B, C, kt - 1, H, W] (zeros if None) followed by x [B, C, T, H, W], kt >= 2.
 
@@ -59,12 +79,12 @@ def causal_conv3d(
     history = weight.shape[2] - 1
     if past is None and x.shape[2] == 1:
         # A single first frame: its history is zero, so only the last tap contributes.
-        out = conv3d(x, weight[:, :, -1:], bias, padding)
+        out = conv3d(x, weight[:, :, -1:], bias, padding, how=how)
         return _without(out, edges), F.pad(x, (0, 0, 0, 0, history - 1, 0))
     if past is None:
         past = torch.zeros_like(x[:, :, :1]).expand(-1, -1, history, -1, -1)
     x = torch.cat((past, x), dim=2)
-    return _without(conv3d(x, weight, bias, padding), edges), x[:, :, -history:]
+    return _without(conv3d(x, weight, bias, padding, how=how), edges), x[:, :, -history:]
 
 
 def _without(out: Tensor, edges: tuple[int, int]) -> Tensor:
@@ -88,6 +108,8 @@ def norm_silu_conv3d(
     residual: Tensor | None = None,
     edges: tuple[int, int] = (0, 0),
     pixels: int | None = None,
+    *,
+    how: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """causal_conv3d(silu(rms_norm(x))), 3x3x3 with padding 1, plus a residual, which may be overwritten.
 
@@ -97,8 +119,8 @@ def norm_silu_conv3d(
     Returns [B, N, T, H - sum(edges), W] and the past of the next call: the last two frames of x after norm and SiLU,
     [B, C, 2, H, W].
     """
-    if not channels_last(x, weight, gamma):
-        out, kept = causal_conv3d(F.silu(rms_norm(x, gamma)), past, weight, bias, (1, 1), edges)
+    if not takes_onednn(how, x, weight, gamma):
+        out, kept = causal_conv3d(F.silu(rms_norm(x, gamma)), past, weight, bias, (1, 1), edges, how=how)
         return out if residual is None else out + residual, kept
     x = _channels_last(x)
     if residual is None:
@@ -106,8 +128,8 @@ def norm_silu_conv3d(
         out = _empty(x, B, weight.shape[0], T, H - sum(edges), W)
     else:
         out = _channels_last(residual)
-    tiled = winograd.worthwhile(x[0, 0].numel() if pixels is None else pixels, weight)
-    run = winograd.norm_silu_conv3d if tiled else _direct
+    tiled = how is None and winograd.worthwhile(x[0, 0].numel() if pixels is None else pixels, weight)
+    run = winograd.norm_silu_conv3d if tiled or how == "winograd" else _direct
     return out, run(x, past, gamma, weight, bias, out, residual is not None, edges)
 
 
@@ -141,14 +163,16 @@ def _direct(
     return kept
 
 
-def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, int] = (0, 0)) -> Tensor:
+def upsample_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, int] = (0, 0), *, how: str | None = None
+) -> Tensor:
     """Nearest-neighbor upsampling by 2 in height and width, then a 3x3 convolution with padding 1.
 
     [B, C, T, H, W] -> [B, N, T, 2 * (H - sum(edges)), 2W], frame by frame.
     """
     B, C, T, H, W = x.shape
     N = weight.shape[0]
-    if not channels_last(x, weight):
+    if not takes_onednn(how, x, weight):
         frames = x.transpose(1, 2).reshape(B * T, C, H, W)
         frames = F.conv2d(F.interpolate(frames, scale_factor=2.0, mode="nearest-exact"), weight, bias, padding=1)
         frames = frames.reshape(B, T, N, 2 * H, 2 * W).transpose(1, 2)
@@ -173,13 +197,15 @@ def norm_silu_conv3d_rgb(
     edges: tuple[int, int] = (0, 0),
     pixels: int | None = None,
     to_rgb: Callable[[Tensor], Tensor] = rgb.reference,
+    *,
+    how: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """to_rgb of norm_silu_conv3d with 3 output channels: uint8 [B, 3, T, H - sum(edges), W], channels-last, and the
     past.
 
     to_rgb: the operation of that name, [3, T, H, W] -> [T, H, W, 3]. Kernels that fuse it ignore the argument.
     """
-    out, kept = norm_silu_conv3d(x, past, gamma, weight, bias, None, edges, pixels)
+    out, kept = norm_silu_conv3d(x, past, gamma, weight, bias, None, edges, pixels, how=how)
     return torch.stack([to_rgb(frames) for frames in out]).permute(0, 4, 1, 2, 3), kept
 
 
@@ -195,20 +221,34 @@ def downsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor, bottom: int = 0) 
     return frames.reshape(B, T, *frames.shape[1:]).transpose(1, 2)
 
 
-def double_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def double_frames(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, *, how: str | None = None
+) -> tuple[Tensor, Tensor]:
     """causal_conv3d, 3x1x1, to twice the channels; the two halves become the even and the odd frames.
 
     [B, C, T, H, W] -> [B, N / 2, 2T, H, W], and the past of the next call.
     """
-    out, kept = causal_conv3d(x, past, weight, bias, (0, 0))
+    out, kept = causal_conv3d(x, past, weight, bias, (0, 0), how=how)
     even, odd = out.chunk(2, dim=1)
     pairs = zip(even.split(1, dim=2), odd.split(1, dim=2), strict=True)
     return torch.cat([frame for pair in pairs for frame in pair], dim=2), kept
 
 
-def halve_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+def halve_frames(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, *, how: str | None = None) -> Tensor:
     """conv3d, 3x1x1 with stride 2 in time, of `past` [B, C, 1, H, W] (if any) followed by x [B, C, T, H, W]."""
-    return conv3d(x if past is None else torch.cat((past, x), dim=2), weight, bias, stride_t=2)
+    return conv3d(x if past is None else torch.cat((past, x), dim=2), weight, bias, stride_t=2, how=how)
+
+
+ON_CPU: Mapping[Callable[..., Any], tuple[str, ...]] = {
+    conv3d: ("aten", "onednn"),
+    causal_conv3d: ("aten", "onednn"),
+    norm_silu_conv3d: ("aten", "onednn", "winograd"),
+    norm_silu_conv3d_rgb: ("aten", "onednn", "winograd"),
+    upsample_conv2d: ("aten", "onednn"),
+    double_frames: ("aten", "onednn"),
+    halve_frames: ("aten", "onednn"),
+}
+"""The operations with several implementations, and the values of `how`."""
 
 
 def _channels_last(x: Tensor) -> Tensor:

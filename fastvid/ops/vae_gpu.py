@@ -1,4 +1,5 @@
 """The VAEs' operations on GPUs: Triton for all dtypes, CUDA for 16-bit dtypes on sm_90a. `vae.py` defines them.
+`BACKENDS` lists these beside those of vae.py and vae_library.py.
 
 Each calls the two kernels of vae_kernels.py; the argument `kernels` selects Triton or CUDA. Results are channels-last,
 so a network is channels-last from its first layer on. Triton reads inputs of any strides without a copy (except a
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvid.ops import vae
+from fastvid.ops import vae, vae_library
 from fastvid.ops.vae_kernels import CUDA, CUDA_DTYPES, TRITON, Kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,8 +28,9 @@ LAST = torch.channels_last_3d
 def channels_last(module: nn.Module) -> None:
     """Convert all convolution weights of a module to channels-last memory, which avoids copies."""
     for weight in module.parameters():
-        if weight.ndim == 5:
-            weight.data = weight.data.contiguous(memory_format=LAST)
+        if weight.ndim in (4, 5):
+            order = LAST if weight.ndim == 5 else torch.channels_last
+            weight.data = weight.data.contiguous(memory_format=order)
 
 
 def rms_norm(x: Tensor, gamma: Tensor, *, kernels: Kernels = TRITON) -> Tensor:
@@ -128,8 +130,7 @@ def upsample_conv2d(
     """vae.upsample_conv2d as four 2x2 kernels, one for each combination of even and odd rows and columns."""
     _check("vae_upsample_conv2d", x, weight[:, :, None], bias, kernel=(1, 3, 3))
     _check_edges("vae_upsample_conv2d", x, edges)
-    # Sum the weights in fp32, so that they are rounded once.
-    phases = vae.phase_weights(weight.float()).to(weight.dtype)[:, :, None]
+    phases = vae_library.phase_weights(weight)[:, :, None]
     B, _, T, H, W = x.shape
     out = _empty(x, B, weight.shape[0], T, 2 * (H - sum(edges)), 2 * W)
     return _run(kernels, x, None, phases, bias, out, pad=(1, 1), top=edges[0], doubled=True)
@@ -276,8 +277,11 @@ def _shapes(*tensors: Tensor) -> str:
 
 
 def _backends(operation: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """The back ends of an operation in this file."""
-    functions = {"reference": getattr(vae, operation.__name__), "triton": operation}
+    """All back ends of an operation."""
+    reference = getattr(vae, operation.__name__)
+    functions = {"reference": reference, "triton": operation}
+    functions["channels_last"] = vae_library.OPERATIONS[f"vae_{operation.__name__}"]
+    functions |= {name: partial(reference, how=name) for name in vae.ON_CPU.get(reference, ())}
     if operation is not norm_silu_conv3d_rgb:  # the CUDA convolution does not support 3 output channels
         functions["cuda"] = partial(operation, kernels=CUDA)
         functions["cuda"].needs = "90a"  # the required architecture, for `dispatch.lacks`

@@ -125,7 +125,7 @@ def check_options(options: LoadOptions) -> torch.device:
     """Checks the options before anything is read, and returns the device. Raises InvalidRequest for invalid ones."""
     device = find_device(options.device)
     resolve_dtype(options.dtype, device)
-    resolve_vae_dtype(options.vae_dtype)
+    resolve_vae_dtype(options.vae_dtype, device)
     cuda_graphs.check("cuda_graphs", options.cuda_graphs)
     OFFLOAD("offload", options.offload)
     return device
@@ -138,7 +138,7 @@ def choose_placement(checkpoint: Checkpoint, options: LoadOptions, mesh: Mesh, f
     Raises BackendUnavailable or InvalidRequest if CUDA graphs are requested but impossible.
     """
     device = find_device(options.device)
-    dtype, vae_dtype = resolve_dtype(options.dtype, device), resolve_vae_dtype(options.vae_dtype)
+    dtype, vae_dtype = resolve_dtype(options.dtype, device), resolve_vae_dtype(options.vae_dtype, device)
     offload, why = options.offload, "asked for"
     if offload == AUTO:
         offload, why = choose_offload(checkpoint, device, dtype, vae_dtype, free)
@@ -191,7 +191,7 @@ def load_modules(
     experts = load_experts(checkpoint, ops, placement, loras)
     encoders = load_encoders(checkpoint, ops, placement, rank)
     vae = read_part(checkpoint, "vae", ops, placement.device, placement)
-    if ops.bound["vae_norm_silu_conv3d"] != "reference":
+    if placement.device.type == "cuda" or ops.bound["vae_norm_silu_conv3d"] in ("triton", "channels_last"):
         vae_gpu.channels_last(vae)  # once, instead of in every call
     return Modules(read_tokenizer(checkpoint.tokenizer), encoders, experts, cast(Any, vae))
 

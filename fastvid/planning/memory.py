@@ -137,6 +137,7 @@ class Needs:
     segment: the frames that the model denoises at once. texts: prompts, 2 with guidance. pictures: images encoded by
     CLIP. encoded: frames that the VAE encodes at once. frames: frames kept in host memory. cached: tokens in the KV
     cache. stripes: of rows, for decoding. sharers: ranks that share the tokens; bands: ranks that share the VAE's rows.
+    chunk: latent frames decoded at once, 0 for the least.
     """
 
     model: ModelFacts
@@ -149,6 +150,7 @@ class Needs:
     stripes: int = 1
     sharers: int = 1
     bands: int = 1
+    chunk: int = 0
 
     def memory(self, mode: str) -> Memory:
         """Memory by phase in one of `offload.MODES`."""
@@ -172,15 +174,11 @@ class Needs:
             graphs=activations + self._graph_inputs(control) * len(model.sizes.experts) if model.graphs else 0,
         )
 
-    @property
-    def _chunk(self) -> int:
-        """Frames decoded at a time."""
-        return self.segment.temporal * decode_chunk(self.segment)
-
     def _decoder_bytes(self) -> int:
         model, segment = self.model, self.segment
         height, width = segment.model_height, segment.model_width
-        return decoder_bytes(model.vae, height, width, self._chunk, self.stripes, self.bands, model.vae_itemsize)
+        frames = segment.temporal * min(self.chunk or decode_chunk(segment), segment.columns - segment.lead)
+        return decoder_bytes(model.vae, height, width, frames, self.stripes, self.bands, model.vae_itemsize)
 
     def _encoder_bytes(self) -> int:
         model, segment = self.model, self.segment
@@ -192,7 +190,8 @@ class Needs:
         if not input_frames:
             return 0
         masks = 2 if model.control_layers else 0  # the original and the rounded one
-        height, width, chunk = segment.model_height, segment.model_width, min(self._chunk, input_frames)
+        height, width = segment.model_height, segment.model_width
+        chunk = min(segment.temporal * decode_chunk(segment), input_frames)
         return encoder_bytes(model.vae, height, width, chunk, input_frames, masks, self.bands, model.vae_itemsize)
 
     def _context_bytes(self, texts: int, experts: int) -> int:

@@ -65,15 +65,17 @@ def plan_request(
     choice = choose_layout(model, work, layouts, asked is not None, taken, capacity)
     needs = replace(needs, sharers=choice.layout.sequence)
     needs = replace(needs, stripes=choose_stripes(model, needs, frames, capacity))
+    needs = replace(needs, chunk=choose_chunk(model, needs, frames, capacity))
     check_fits(model, request, needs, frames, capacity)
 
     calls = [speed.calls_of(model, request, segment, sigmas) for segment in timeline.segments]
     plan = Plan(
         **_sizes(model, request, timeline, window),
+        decode_chunk=needs.chunk,
         **_arithmetic(model, calls, len(sigmas)),
         **_memory(model, needs, frames, capacity),
         **_ranks(model, choice),
-        **(speed.estimate(model, timeline, window, calls, work, choice.layout, rates) if rates else {}),
+        **(speed.estimate(model, timeline, needs, calls, work, choice.layout, rates) if rates else {}),
         bytes_free=free,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -145,6 +147,24 @@ def choose_stripes(model: Model, needs: Needs, frames: int, capacity: int) -> in
     return next(fits, possible[-1])
 
 
+def choose_chunk(model: Model, needs: Needs, frames: int, capacity: int) -> int:
+    """The most latent frames per decoded chunk, of `decode_chunks`, with which decoding fits, if possible beside
+    denoising; the least if none does, or if rows are decoded in stripes."""
+    counts = decode.decode_chunks(needs.segment, model.device, needs.bands)
+    if needs.stripes > 1 or len(counts) == 1:
+        return counts[-1]
+    options = {count: with_frames(replace(needs, chunk=count), frames) for count in counts}
+    for taken in (_bytes_beside, lambda model, needs: bytes_taken(model, needs, frames)):
+        if fitting := [count for count, each in options.items() if taken(model, each) <= capacity]:
+            return fitting[0]
+    return counts[-1]
+
+
+def _bytes_beside(model: Model, needs: Needs) -> int:
+    """Device bytes of decoding and denoising at once."""
+    return needs.memory(model.offload).phases["denoising"] + needs.cost().decoder
+
+
 def check_fits(model: Model, request: Resolved, needs: Needs, frames: int, capacity: int) -> None:
     """Raise OutOfMemory if a request needs more than `capacity`, naming the nearest number of frames or size that fits.
 
@@ -210,7 +230,6 @@ def _sizes(model: Model, request: Resolved, timeline: Timeline, window: Segment)
         "segments": len(segments),
         "windows": sum(len(spans(model, segment)) for segment in segments),
         "tokens": count_tokens(window, config),
-        "decode_chunk": decode.decode_chunk(window),
     }
 
 
@@ -228,7 +247,7 @@ def _memory(model: Model, needs: Needs, frames: int, capacity: int) -> dict[str,
     needs = with_frames(needs, frames)
     cost, memory = needs.cost(), needs.memory(model.offload)
     # Decoding in parallel with denoising has the highest peak. Several ranks decode together, so it does not apply.
-    both = memory.phases["denoising"] + cost.decoder
+    both = _bytes_beside(model, needs)
     beside = decode.faster_beside(model.device) and both <= capacity and model.mesh.size == 1
     choices = memory.choices + (("decoding runs beside denoising, on a stream of its own",) if beside else ())
     return {

@@ -40,7 +40,7 @@ from fastvid.models.loaded import CHANNELS, CONTROL, Model, way_of
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.vae import WanVAE
 from fastvid.ops.dispatch import Ops
-from fastvid.planning.memory import count_tokens
+from fastvid.planning.memory import Needs, count_tokens
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment, Timeline, window_of
 
@@ -171,7 +171,7 @@ def frames_encoded(model: Model, segment: Segment) -> int:
 def estimate(
     model: Model,
     timeline: Timeline,
-    window: Segment,
+    needs: Needs,
     calls: Sequence[Calls],
     work: Work,
     layout: Layout,
@@ -187,8 +187,9 @@ def estimate(
     else:
         encoded = sum(frames_encoded(model, segment) for segment in timeline.segments)
         decoded = sum(segment.model_frames for segment in timeline.segments)
-        parts["encode"] = vae_seconds(model.vae, window, encoded, rates, decode=False)
-        parts["decode"] = vae_seconds(model.vae, window, decoded, rates, decode=True)
+        window = needs.segment
+        parts["encode"] = vae_seconds(model.vae, window, encoded, decode_chunk(window), rates, decode=False)
+        parts["decode"] = vae_seconds(model.vae, window, decoded, needs.chunk, rates, decode=True)
     return {"seconds": sum(parts.values()), "seconds_parts": parts, "efficiency": share}
 
 
@@ -202,13 +203,13 @@ def denoise_seconds(calls: Calls, config: WanTransformerConfig, control_layers: 
     return calls.count * (layers * (linear + attention) + hints)
 
 
-def vae_seconds(vae: WanVAE, window: Segment, frames: int, rates: Rates, decode: bool) -> float:
-    """Seconds of decoding or encoding `frames` frames in a window's chunk size."""
+def vae_seconds(vae: WanVAE, window: Segment, frames: int, chunk: int, rates: Rates, decode: bool) -> float:
+    """Seconds of decoding or encoding `frames` frames of a window's size, `chunk` latent frames at a time."""
     if not frames:
         return 0.0
     work, pixels = count_vae(vae, decode), window.model_height * window.model_width
-    chunk = window.temporal * decode_chunk(window) * pixels
-    return frames * pixels / chunk * rates.seconds("convolution", work.flops * chunk / work.count, work.count)
+    at_once = window.temporal * chunk * pixels
+    return frames * pixels / at_once * rates.seconds("convolution", work.flops * at_once / work.count, work.count)
 
 
 def efficiency(model: Model, work: Work, layout: Layout, call: Calls, rates: Rates) -> float:

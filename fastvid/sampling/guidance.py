@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvid.ops.upload import upload
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -25,7 +27,7 @@ def combine(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 
 def velocity_to_x0(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     """The clean latents that velocity v predicts from x at noise level sigma, in x's dtype: x - sigma * v."""
-    return x - sigma.to(x.device, x.dtype).view(1, 1, -1, 1, 1) * v.to(x.dtype)
+    return x - upload(sigma, x.device, x.dtype).view(1, 1, -1, 1, 1) * v.to(x.dtype)
 
 
 class Velocities(NamedTuple):
@@ -103,7 +105,7 @@ def keep_known(denoise: Denoise, latents: Tensor, mask: Tensor) -> Denoise:
     where = mask.view(1, 1, -1, 1, 1) if mask.ndim == 1 else mask
 
     def denoise_unknown(x: Tensor, sigma: Tensor) -> Tensor:
-        return torch.where(where.to(x.device), latents.to(x.device, x.dtype), denoise(x, sigma))
+        return torch.where(upload(where, x.device), latents.to(x.device, x.dtype), denoise(x, sigma))
 
     return denoise_unknown
 
@@ -116,7 +118,7 @@ def flow_edit(target: Velocity, source: Velocity, clean: Tensor, noise: Tensor) 
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        level = sigma.to(x.device, x.dtype).view(1, 1, -1, 1, 1)
+        level = upload(sigma, x.device, x.dtype).view(1, 1, -1, 1, 1)
         noisy = (1 - level) * clean + level * noise
         difference = target(x + noisy - clean, sigma) - source(noisy, sigma)
         return x - level * difference.to(x.dtype)

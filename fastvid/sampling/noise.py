@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fastvid.errors import InvalidRequest
+from fastvid.ops.upload import upload
 
 _WORD = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -70,12 +71,13 @@ class StreamNoise:
     def fresh(self, start: int, draws: torch.Tensor) -> torch.Tensor:
         """New noise for the columns from `start` on: draws int64 [T], from 1 on."""
         columns = enumerate(draws.tolist(), start)
-        return torch.cat([self._noise(at, at + 1, draw) for at, draw in columns], dim=2).to(self.device)
+        noise = torch.cat([self._noise(at, at + 1, draw) for at, draw in columns], dim=2)
+        return upload(noise, self.device)
 
     def _draw(self, start: int, stop: int) -> torch.Tensor:
         if self.given is not None:
             return torch.as_tensor(self.given)[:, :, start:stop].to(self.device, torch.float32, copy=True)
-        return self._noise(start, stop).to(self.device)
+        return upload(self._noise(start, stop), self.device)
 
     def _noise(self, start: int, stop: int, draw: int = 0) -> torch.Tensor:
         channels, height, width = self.shape

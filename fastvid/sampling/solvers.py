@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastvid.ops.solver_step import dpmpp_weights, euler_weights, unipc_weights
+from fastvid.ops.upload import upload
 from fastvid.sampling.guidance import Velocities
 
 # The largest noise level at which UniPC takes lambda. Published UniPC tables never reach 1, where lambda is -inf and
@@ -165,7 +166,7 @@ def redraw(x: Tensor, x0: Tensor, move: Move, state: SolverState) -> Stepped:
     made = torch.zeros(x.shape[2], dtype=torch.int64) if state.order is None else state.order
     made = torch.where(move.active, made + 1, made)
     if bool((move.sigma_next[move.active] > 0).any()):
-        noise = state.fresh(made).to(x.device, x.dtype)
+        noise = upload(state.fresh(made), x.device, x.dtype)
         x0 = _per_column(1 - move.sigma_next, x0) * x0 + _per_column(move.sigma_next, x0) * noise
     return x0, replace(state, order=made)
 
@@ -309,9 +310,9 @@ def _keep(active: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """`new` in active columns, `old` in the others."""
     if active.all():
         return new
-    return torch.where(active.to(new.device).view(1, 1, -1, 1, 1), new, old)
+    return torch.where(upload(active, new.device).view(1, 1, -1, 1, 1), new, old)
 
 
 def _per_column(weight: Tensor, like: Tensor) -> Tensor:
     """[T] float64 on the CPU -> [1, 1, T, 1, 1] in `like`'s dtype, on its device."""
-    return weight.to(like.device, like.dtype).view(1, 1, -1, 1, 1)
+    return upload(weight, like.device, like.dtype).view(1, 1, -1, 1, 1)

@@ -134,7 +134,7 @@ class Stream:
             return
         kept = self._next[layer]
         if kept is None:
-            kept = self._next[layer] = _like(frames, self.height) if old is None else old
+            kept = self._next[layer] = like(frames, frames.shape[2], self.height) if old is None else old
         kept[:, :, :, whole] = frames[:, :, :, window]
 
     def cache(self) -> Cache:
@@ -207,8 +207,8 @@ def _joined(held: Tensor | None, x: Tensor) -> Tensor:
     return x if held is None or not held.shape[3] else torch.cat((held, x), dim=3)
 
 
-def _like(frames: Tensor, rows: int) -> Tensor:
-    """Memory for whole frames, in the order of these rows [B, C, T, R, W]."""
-    order = torch.channels_last_3d if frames.stride(1) == 1 else torch.contiguous_format
-    shape = (*frames.shape[:3], rows, frames.shape[4])
-    return torch.empty(shape, dtype=frames.dtype, device=frames.device, memory_format=order)
+def like(x: Tensor, frames: int, rows: int) -> Tensor:
+    """Memory for `frames` whole frames of `rows` rows, in the order of x [B, C, T, R, W]."""
+    order = torch.channels_last_3d if x.stride(1) == 1 else torch.contiguous_format
+    shape = (*x.shape[:2], frames, rows, x.shape[4])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)

@@ -28,6 +28,7 @@ from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.ops import reference
+from fastvid.ops.upload import upload
 
 IMAGE_NORM_EPS = 1e-5  # of the norms around the image embedder, whatever the config's eps
 
@@ -320,7 +321,7 @@ class WanTransformer(nn.Module):
         grid = self._grid(latents, known)
         context = self.prepare_context(text) if isinstance(text, Tensor) else text
         self._check_context(context, latents, cache)
-        values, index = (one.to(latents.device) for one in group_timesteps(timestep, latents.shape[0], grid))
+        values, index = (upload(one, latents.device) for one in group_timesteps(timestep, latents.shape[0], grid))
         inputs = Inputs(latents, known, values, index, self.rotary(grid, rope_offset, latents.device), context)
         if view is not None and view.layout.sequence > 1:
             parallel = self._sequence_parallel(view, grid)

@@ -27,6 +27,7 @@ from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.vae_bands import Band, Bands, band_of, stream_of
 from fastvid.models.wan.vae_layers import CausalConv3d, Downsample, MidBlock, ResidualBlock, RMSNorm, Upsample
 from fastvid.ops import reference, vae
+from fastvid.ops.upload import upload
 
 # Values of the widest activation that one step on a CPU may make: 64 MB, or one latent frame if that is more.
 CPU_CHUNK = 2**24
@@ -138,10 +139,13 @@ class WanVAE(nn.Module):
         self.decoder = self.decoder_type(config, ops)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents, on like's device in fp32 or fp64."""
         kind = torch.promote_types(like.dtype, torch.float32)
-        mean = torch.tensor(self.config.latents_mean, device=like.device, dtype=kind)
-        std = torch.tensor(self.config.latents_std, device=like.device, dtype=kind)
-        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+        mean, std = (
+            upload(torch.tensor(values, dtype=kind, device="cpu"), like.device).view(1, -1, 1, 1, 1)
+            for values in (self.config.latents_mean, self.config.latents_std)
+        )
+        return mean, std
 
     def encode(
         self, x: Tensor, cache: Cache | None = None, stripes: int = 1, reuse: bool = False, bands: Bands | None = None
@@ -289,4 +293,4 @@ def _run(
         made.append(network(part if band is None else band.cut(part, scale), stream))
         cache, reuse = stream.cache(), True
     assert cache is not None, "no parts"
-    return torch.cat(made, dim=2), cache
+    return made[0] if len(made) == 1 else torch.cat(made, dim=2), cache

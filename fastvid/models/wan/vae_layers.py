@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvid.models.common.vae_stream import Stream, Window, nothing
+from fastvid.models.common.vae_stream import Stream, Window, like, nothing
 from fastvid.ops import vae
 
 
@@ -188,8 +188,7 @@ class Upsample(nn.Module):
         # The stream's first frame bypasses the temporal convolution and is not in its history either.
         if x.shape[2] == 1:
             if stream.window(x, cached=True) is not None:
-                # By cat, which keeps the order of x's memory.
-                stream.keep(torch.cat([torch.zeros_like(x)] * 2, dim=2))
+                stream.keep(like(x, 2, x.shape[3]).zero_())
             return x
         return torch.cat((x[:, :, :1], self._double(x[:, :, 1:], stream)), dim=2)
 
