@@ -13,10 +13,10 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Case, Measured, compared, measure, right, save, table, why_not
+from harness import Case, Measured, compared, functions, measure, right, save, table
 from torch import Tensor
 
-from fastvid.ops import attention, dispatch, reference
+from fastvid.ops import dispatch, reference
 
 # Tokens of 81 frames at 480p and at 720p, heads of the 1.3B and the 14B model; keys: the tokens themselves, or a text.
 CASES = {
@@ -60,20 +60,16 @@ def bench(N: int, M: int, heads: int, device: torch.device, rounds: int, configs
         "bytes_moved": 2 * (q.numel() + k.numel()) * q.element_size(),
         "flops": 4 * N * M * heads * HEAD_DIM,
     }
-    functions = dict(configurations(device) if configs else backends(device, heads * N * M))
-    allowed = {name: 0.1 if name in dispatch.APPROXIMATE else 0.02 for name in functions}
-    runs = right({name: lambda f=f: f(q, k, v) for name, f in functions.items()}, allowed)
+    found = dict(configurations(device) if configs else backends(device, heads * N * M))
+    allowed = {name: 0.1 if name in dispatch.APPROXIMATE else 0.02 for name in found}
+    runs = right({name: lambda f=f: f(q, k, v) for name, f in found.items()}, allowed)
     cases = [Case(name, run, **work) for name, run in runs.items()]
     return measure(cases, device, rounds), compared("attention", (q, k, v))
 
 
 def backends(device: torch.device, scores: int) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     """All that can run here, the reference first."""
-    for name, function in attention.BACKENDS.items():
-        if reason := why_not("attention", name, device):
-            print(f"{name} is left out: {reason}")
-        else:
-            yield name, function
+    yield from functions("attention", device).items()
     if scores * 4 <= EAGER_BYTES:
         yield "eager", eager
         if device.type == "cuda":

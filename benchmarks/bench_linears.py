@@ -1,7 +1,7 @@
 """linear and linear_gelu_tanh on all available back ends, at the sizes of the models' feed-forward layers.
 
-`reference` is eager PyTorch (cuBLAS, then a separate GELU). Compared with torch.compile, and with the matrix product
-alone, which is what the fused layer should cost.
+`reference` is eager PyTorch (cuBLAS, then a separate GELU). Compared with the matrix product alone, which is what the
+fused layer should cost.
 
 python benchmarks/bench_linears.py [--device cuda] [--rounds 50]
 """
@@ -12,9 +12,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from harness import Case, Measured, compared, measure, right, save, table
-
-from fastvid.ops import dispatch, transformer
+from harness import Case, Measured, compared, functions, measure, right, save, table
 
 # (rows, inputs, outputs): first and second layer of 1.3B at 480p and of 14B at 720p, a text of 512 tokens
 SIZES = {
@@ -51,9 +49,8 @@ def bench(op: str, size: tuple[int, int, int], dtype: torch.dtype, device: torch
     M, K, N = size
     x = torch.randn(M, K, device=device, dtype=dtype)
     weight, bias = torch.randn(N, K, device=device, dtype=dtype) / K**0.5, torch.randn(N, device=device, dtype=dtype)
-    functions = {name: f for name, f in transformer.BACKENDS[op].items() if dispatch.why_not(name, device) is None}
-    functions["torch.compile"] = torch.compile(transformer.BACKENDS[op]["reference"])
-    runs = right({name: lambda f=f: f(x, weight, bias) for name, f in functions.items()}, TOLERANCE[dtype])
+    found = functions(op, device)
+    runs = right({name: lambda f=f: f(x, weight, bias) for name, f in found.items()}, TOLERANCE[dtype])
     runs["product alone"] = lambda: F.linear(x, weight, bias)
     moved = (x.numel() + weight.numel() + M * N) * x.element_size()
     cases = [Case(name, run, moved, 2 * M * N * K) for name, run in runs.items()]

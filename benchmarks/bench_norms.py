@@ -1,6 +1,6 @@
 """Norms, gated residuals and rotary embedding at the sizes of a Wan block, compared with PyTorch.
 
-PyTorch: eager, torch.compile, and its own layer norm. A copy of as many bytes shows the achievable bandwidth.
+PyTorch: eager, compiled, and its own layer norm. A copy of as many bytes shows the achievable bandwidth.
 
 python benchmarks/bench_norms.py [--device cuda] [--rounds 50] [--sweep]
 
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench_rgb import copy_of
-from harness import Case, compared, measure, right, save, table
+from harness import Case, compared, functions, measure, right, save, table
 from torch import Tensor
 
-from fastvid.ops import dispatch, sparse, transformer
+from fastvid.ops import sparse, transformer
 
 # (tokens along t, h, w; heads of 128), groups of tokens that share a timestep
 SIZES = {
@@ -89,12 +89,10 @@ def calls(
 
 def beside(name: str, given: tuple[Any, ...], moved: int, device: torch.device) -> list[Case]:
     """All implementations of an operation, each checked against the reference."""
-    functions = {other: f for other, f in transformer.BACKENDS[name].items() if not dispatch.why_not(other, device)}
-    torch.compiler.reset()  # otherwise the ninth shape of a function would run uncompiled
-    functions["torch.compile"] = torch.compile(functions["reference"], dynamic=False)
+    found = functions(name, device)
     if name == "layer_norm":
-        functions["PyTorch's own"] = layer_norm
-    runs = right({other: lambda f=f: f(*given) for other, f in functions.items()}, 2e-2)
+        found["PyTorch's own"] = layer_norm
+    runs = right({other: lambda f=f: f(*given) for other, f in found.items()}, 2e-2)
     return [Case(other, run, moved) for other, run in runs.items()]
 
 

@@ -1,6 +1,6 @@
 """patch_embed and head on all available back ends, compared with a copy of as many bytes.
 
-Also compared with torch.compile of the reference and, for patch_embed, with PyTorch's convolution (cuDNN).
+patch_embed is also compared with PyTorch's convolution (cuDNN).
 
 python benchmarks/bench_patches.py [--device cuda] [--rounds 50]
 """
@@ -13,10 +13,8 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from bench_rgb import copy_of
-from harness import Case, Measured, compared, measure, right, save, table
+from harness import Case, Measured, compared, functions, measure, right, save, table
 from torch import Tensor
-
-from fastvid.ops import dispatch, transformer
 
 # name -> (latent frames, height, width), channels of the latents, known channels behind them, width d
 SIZES = {
@@ -98,11 +96,10 @@ def bench_head(
 def compare(
     op: str, args: tuple, more: Mapping[str, Callable[[], Tensor]], moved: int, flops: int, rounds: int
 ) -> Measured:
-    """Measure all back ends, torch.compile and the other cases, checked against the reference."""
+    """Measure all back ends and the other cases, checked against the reference."""
     device, dtype = args[0].device, args[4].dtype if op == "head" else args[1].dtype
-    functions = {name: f for name, f in transformer.BACKENDS[op].items() if dispatch.why_not(name, device) is None}
-    functions["torch.compile"] = torch.compile(transformer.BACKENDS[op]["reference"])
-    runs = right({name: (lambda f=f: f(*args)) for name, f in functions.items()} | dict(more), TOLERANCE[dtype])
+    found = functions(op, device)
+    runs = right({name: (lambda f=f: f(*args)) for name, f in found.items()} | dict(more), TOLERANCE[dtype])
     cases = [Case(name, run, moved, flops) for name, run in runs.items()]
     rows = measure([*cases, Case("copy of as many bytes", copy_of(moved, device), moved)], device, rounds)
     return rows, compared(op, args)

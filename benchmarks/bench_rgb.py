@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from harness import Case, Measured, compared, measure, right, save, table, why_not
+from harness import Case, Measured, compared, functions, measure, right, save, table
 from torch import Tensor
 
 from fastvid.ops import rgb
@@ -35,8 +35,7 @@ def main() -> None:
 def bench(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, rounds: int) -> Measured:
     frames = torch.rand((3, *size), device=device).mul_(2.2).sub_(1.1).to(dtype)
     moved = frames.numel() * (frames.element_size() + 1)
-    names = [name for name in rgb.BACKENDS if why_not("to_rgb", name, device) is None]
-    runs = right({name: lambda name=name: rgb.BACKENDS[name](frames) for name in names}, 0.0)
+    runs = right({name: lambda f=f: f(frames) for name, f in functions("to_rgb", device).items()}, 0.0)
     cases = [Case(name, run, moved) for name, run in runs.items()]
     rows = measure([*cases, Case("copy of as many bytes", copy_of(moved, device), moved)], device, rounds)
     return rows, compared("to_rgb", (frames,))

@@ -9,10 +9,9 @@ import argparse
 
 import torch
 from bench_rgb import copy_of
-from harness import Case, Measured, compared, measure, right, save, table
+from harness import Case, Measured, compared, functions, measure, right, save, table
 from torch import Tensor
 
-from fastvid.ops import dispatch, solver_step
 from fastvid.sampling.guidance import combine, velocity_to_x0
 from fastvid.sampling.solvers import SOLVERS, SolverState
 
@@ -57,9 +56,7 @@ def bench(solver: str, size: tuple[int, ...], device: torch.device, rounds: int)
     outputs = 2 if history else 1
     weights = torch.randn((outputs, 2 + len(history), T), dtype=torch.float64)
     args = (x, cond, uncond, 5.0, sigma, sigma_next != sigma, weights, history)
-    functions = solver_step.BACKENDS["solver_step"]
-    names = [name for name in functions if dispatch.why_not(name, device) is None]
-    runs = right({name: lambda name=name: functions[name](*args) for name in names}, 1e-5)
+    runs = right({name: lambda f=f: f(*args) for name, f in functions("solver_step", device).items()}, 1e-5)
     moved = x.numel() * x.element_size() * (3 + len(history) + outputs)
     cases = [Case("solver of today", today, moved), *(Case(name, run, moved) for name, run in runs.items())]
     rows = measure([*cases, Case("copy of as many bytes", copy_of(moved, device), moved)], device, rounds)

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Case, Measured, compared, measure, right, save, table, why_not
+from harness import Case, Measured, compared, functions, measure, right, save, table
 from torch import Tensor
 
 from fastvid.device.precision import computing
-from fastvid.ops import dispatch, vae_gpu, vae_kernels
+from fastvid.ops import vae_gpu, vae_kernels
 
 OPERATIONS = True  # what `gpu.sh measure` runs
 # name -> operation, channels in and out, (frames, height, width) of the input: Wan 2.1 at 832x480, one latent frame
@@ -98,30 +98,20 @@ def bench(
     """Measure all back ends, checked against the reference."""
     given, products = arguments(op, C, N, size, dtype, device)
     plain = tuple(one.contiguous() if isinstance(one, Tensor) else one for one in given)
-    reference, triton = (vae_gpu.BACKENDS[op][name] for name in ("reference", "triton"))
+    found = {n: f for n, f in functions(op, device).items() if dtype in getattr(f, "dtypes", TOLERANCE)}
+    reference = found.pop("reference")
     runs: dict[str, Callable[[], Any]] = {
         "reference": lambda: reference(*plain),
         "reference, channels-last": lambda: reference(*given),
     }
-    if dispatch.why_not("triton", device) is None:
-        runs["triton"] = lambda: triton(*given)
-        if op == "vae_norm_silu_conv3d":
-            runs["norm, then conv"] = lambda: norm_then_conv(*given)
-    if own := cuda(op, dtype, device):
-        runs["cuda"] = lambda: own(*given)
+    runs |= {name: lambda f=f: f(*given) for name, f in found.items()}
+    if "triton" in found and op == "vae_norm_silu_conv3d":
+        runs["norm, then conv"] = lambda: norm_then_conv(*given)
     runs = right(runs, TOLERANCE[dtype])
     pixels, made = size[0] * size[1] * size[2], first(reference(*plain))
     moved = given[0].nbytes + made.nbytes
     rows = measure([Case(name, run, moved, 2 * products * pixels) for name, run in runs.items()], device, rounds)
     return rows, compared(op, given)
-
-
-def cuda(op: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Any] | None:
-    """The CUDA back end if it can run and supports the dtype (16 bits, on sm_90); else None."""
-    function = vae_gpu.BACKENDS[op].get("cuda")
-    if function is None or dtype not in function.dtypes or why_not(op, "cuda", device):
-        return None
-    return function
 
 
 def norm_then_conv(x: Tensor, past: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

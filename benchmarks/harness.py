@@ -23,20 +23,8 @@ from fastvid.ops.sources import file_of, source_hash
 from fastvid.tuning.machine import device_name, machine
 from fastvid.tuning.timing import Case, Row, measure, row_of
 
-__all__ = [
-    "Case",
-    "Measured",
-    "Row",
-    "compared",
-    "machine",
-    "measure",
-    "passed",
-    "result_of",
-    "right",
-    "row_of",
-    "save",
-]
-__all__ += ["table", "why_not"]
+__all__ = ["Case", "Measured", "Row", "compared", "functions", "machine", "measure", "passed", "result_of", "right"]
+__all__ += ["row_of", "save", "table", "why_not"]
 
 Measured = tuple[list[Row], dict[str, Any]]
 """Rows, and what they compare (`compared`)."""
@@ -122,6 +110,16 @@ def _tested(outcome: dict[str, Any], op: str, backend: str) -> bool:
     """Whether a file's tests ran this back end's kernel, as it is now."""
     hashes = outcome["sources"]
     return any(hashes.get(name, "") == source_hash(backend, name) for name in file_of(op, backend).split("+"))
+
+
+def functions(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
+    """The back ends of an operation that are measured on a device, the reference first. Others are told of."""
+    every = dispatch.implementations()[op]
+    reasons = {name: why_not(op, name, device) for name in every}
+    for name, reason in reasons.items():
+        if reason:
+            print(f"{name} is left out: {reason}")
+    return {name: every[name] for name in sorted(every, key="reference".__ne__) if not reasons[name]}
 
 
 def passed(outcome: dict[str, Any]) -> bool:

@@ -172,7 +172,12 @@ def items(args: argparse.Namespace, ladder: Ladder) -> Iterator[Item]:
     if "doctor" in args.steps:
         yield Item("doctor", "doctor", (python, "-m", "fastvid", "doctor"), LIMITS["doctor"], EVERYTHING)
     if "smoke" in args.steps:
-        yield Item("smoke", "smoke", (python, script("smoke"), *device, *again), LIMITS["smoke"])
+        yield Item(
+            "smoke",
+            "smoke",
+            (python, script("smoke"), *device, "--seconds", str(LIMITS["smoke"] - 20), *again),
+            LIMITS["smoke"],
+        )
     if "video" in args.steps:
         made = ("--seed", "1", "--quiet", *device, "-o", str(ladder.out / "logs" / "video.npy"))
         yield Item("video", "video", (python, "-m", "fastvid", "generate", PROMPT, *made), LIMITS["video"], EVERYTHING)

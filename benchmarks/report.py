@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LIMITS = {"NVIDIA H200": (790.0, 4300.0)}  # TFLOP/s in bf16, GB/s; both measured
 EAGER, COMPILED = ("reference", "eager"), ("torch.compile", "compiled")
-LIBRARIES = ("sdpa", "cudnn", "flash", "efficient", "conv3d", "diffusers", "torch")
+LIBRARIES = ("sdpa", "library", "cudnn", "aten", "flash", "channels_last", "cublaslt", "conv3d", "diffusers", "torch")
 OURS = ("triton", "cuda", "fastvid")
 HEAD = "| case | us | TFLOP/s | GB/s | of the limit | x eager | x torch.compile | x best library |"
 

@@ -63,7 +63,7 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "flash3": ("flash-attn-3", "flash_attn_3"),
     "flash4": ("flash-attn-4", "flash_attn_4", "flash-attn-cute"),
     "sage": ("sageattention",),
-    "compiled": ("triton", "pytorch-triton", "triton-windows"),
+    "compiled": ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"),
 }
 CUDNN = ("cudnn", "channels_last", "sdpa", "library", "reference")  # may run cuDNN
 

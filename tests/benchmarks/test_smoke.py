@@ -164,7 +164,12 @@ def test_only_what_was_not_right_runs_again(calls: dict[str, Any], monkeypatch: 
 def test_without_time_it_says_so(calls: dict[str, Any]) -> None:
     assert everything("rgb") == 0
     assert everything("rgb", "vae_norm", seconds=0) == smoke.OUT_OF_TIME and len(calls["ran"]) == 2
-    assert everything("conv_1x1", seconds=0) == 1  # nothing at all was right
+    calls["conv_1x1 triton"] = calls["conv_1x1 reference"] = HUNG
+    assert everything("conv_1x1", seconds=10) == smoke.OUT_OF_TIME  # cut off by the end of the call
+    assert not [name for name in smoke.result_of("smoke", CPU)["cases"] if "conv" in name]
+    assert everything("conv_1x1", seconds=60) == 1
+    calls["conv_1x1 triton"] = calls["conv_1x1 reference"] = CANNOT
+    assert everything("conv_1x1") == 1  # nothing at all was right
 
 
 @pytest.mark.slow
