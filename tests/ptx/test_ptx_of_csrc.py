@@ -11,16 +11,15 @@ from functools import partial
 
 import pytest
 import torch
-from attention_cases import assert_edges_untouched, check, make, poisoned, random_blocks
+from attention_cases import check, make
 from attention_eight_host import attention_eight_host, eights
 from compiled_host import CXX
-from exact_vae import exact_conv, exact_norm
+from exact_vae import exact_norm
 from ptx import runs
+from ptx.cases import attend, conv_is_right
 from ptx.from_csrc import NVCC
 from ptx.runs import How
-from torch import Tensor
 
-from fastvid.ops import vae_gpu, vae_kernels
 from fastvid.ops.attention_gpu import quantized
 
 pytestmark = [
@@ -72,25 +71,6 @@ def test_quantize(kind: str, head_dim: int, dtype: torch.dtype) -> None:
 # Convolutions
 
 
-def conv_is_right(kernel: tuple[int, ...], C: int, N: int, dtype: torch.dtype, how: How, past: bool = True) -> bool:
-    """A causal convolution of 2 frames of 5 x 9 pixels."""
-    torch.manual_seed(how.seed)
-    last = torch.channels_last_3d
-    x, before = (torch.randn(1, C, t, 5, 9).to(dtype).contiguous(memory_format=last) for t in (2, kernel[0] - 1))
-    weight = (torch.randn(N, C, *kernel) / (C * kernel[0] * kernel[1] * kernel[2]) ** 0.5).to(dtype)
-    weight, bias = weight.contiguous(memory_format=last), torch.randn(N).to(dtype)
-    kernels = vae_kernels.Kernels(partial(runs.conv, how=how), runs.norm, on_load=False)
-    behind = before if past and kernel[0] > 1 else None
-    pad = kernel[1] // 2, kernel[2] // 2
-    if kernel[0] == 1:
-        made = vae_gpu.conv3d(x, weight, bias, kernels=kernels)
-        exact = exact_conv(x, None, weight, bias)
-    else:
-        made, _ = vae_gpu.causal_conv3d(x, behind, weight, bias, pad, (0, 0), kernels=kernels)
-        exact = exact_conv(x, kernel[0] - 1 if behind is None else behind, weight, bias, pad, (0, 0))
-    return bool((made.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max())
-
-
 @pytest.mark.parametrize("dtype", (HALF, BF16))
 @pytest.mark.parametrize(
     ("kernel", "C", "N"), (((1, 1, 1), 64, 96), ((3, 3, 3), 16, 96), ((3, 3, 3), 72, 208), ((3, 1, 1), 200, 128))
@@ -104,19 +84,6 @@ def test_conv_without_a_past() -> None:
 
 
 # Attention
-
-
-def attend(
-    sizes: tuple[int, int, int, int], dtype: torch.dtype, how: How, lists: int = 0
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor], object]:
-    N, M, H, D = sizes
-    q, k, v = (make((1, n, H, D), dtype, how.seed + i) for i, n in enumerate((N, M, M)))
-    blocks = random_blocks(([70, N - 70], [150, 40, M - 190]), lists, 0.6, 3) if lists else None
-    (buffer, out), (edges, lse) = poisoned(q.shape, dtype), poisoned((1, H, N), torch.float32)
-    runs.attention(q, k, v, out, lse, blocks, how=how)
-    assert_edges_untouched(buffer)
-    assert_edges_untouched(edges)
-    return (q, k, v), (out, lse), blocks
 
 
 @pytest.mark.parametrize("seed", range(2))

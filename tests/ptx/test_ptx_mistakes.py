@@ -1,0 +1,89 @@
+"""Mistakes made in the PTX of csrc's kernels: the interpreter finds each of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from ptx.cases import attention_is_right, conv_is_right
+from ptx.from_csrc import NVCC, compile_source
+from ptx.mutate import Mistake, is_caught
+from ptx.runs import How
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc is found")]
+CHAOS = "more arrivals|wait for ever|overwrites|comes twice"
+BY_DESCRIPTORS = r"(mma_async[^;]*\}), (%rd\d+), (%rd\d+), p"
+BY_REGISTERS = r"(mma_async[^;]*\}, \{)(%r\d+), (%r\d+), (%r\d+), (%r\d+)\}"
+NO_WAIT = {"pattern": r"mbarrier\.try_wait[^;]*;\s*selp\.u32 (%r\d+), 1, 0, p;", "replacement": r"mov.u32 \1, 1;"}
+NO_WAIT |= {"fault": CHAOS, "wrong": True}
+PRODUCER, CONSUMERS = r"setmaxnreg\.dec", r"setmaxnreg\.inc"
+
+ATTENTION = (
+    Mistake("queries and keys swapped", BY_DESCRIPTORS, r"\1, \3, \2, p"),
+    Mistake("keys transposed", r"p, 1, 1, 0, 0;", r"p, 1, 1, 0, 1;"),
+    Mistake("values not transposed", r"(mma_async[^;]*\}, %rd\d+, p, 1, 1), 1;", r"\1, 0;"),
+    Mistake("weights of other rows", BY_REGISTERS, r"\1\3, \2, \4, \5}"),
+    Mistake("weights of other keys", BY_REGISTERS, r"\1\2, \4, \3, \5}"),
+    Mistake("results in another order", r"(mma_async\S+ \{)(%f\d+), (%f\d+)", r"\1\3, \2", fault="are others"),
+    Mistake("no fence", r"wgmma\.fence\S*;", "", 0, fault="no wgmma.fence"),
+    Mistake("no commit", r"wgmma\.commit_group\S*;", "", fault="unfinished|nobody waited"),
+    Mistake("scores not waited for", r"(wgmma\.wait_group\S*) 1;", r"\1 2;", fault="unfinished"),
+    Mistake("results not waited for", r"(wgmma\.wait_group\S*) 0;", r"\1 1;", 0, fault="unfinished"),
+    Mistake("nobody waits for stages that are free", **NO_WAIT, count=3, behind=PRODUCER),
+    Mistake("nobody waits for queries and keys", **NO_WAIT, count=2, behind=CONSUMERS),
+    Mistake("more registers than there are", r"(setmaxnreg\.inc\S*) \d+;", r"\1 256;", fault="wait for ever"),
+    Mistake("fewer registers given back", r"(setmaxnreg\.dec\S*) \d+;", r"\1 152;", fault="wait for ever"),
+    Mistake("turns of fewer threads", r"bar\.arrive (%r\d+), %r\d+;", r"bar.arrive \1, 128;", fault="expects"),
+    Mistake("a turn not passed on", r"bar\.arrive [^;]*;", "", behind=r"commit_group", fault="wait for ever"),
+    Mistake("arrivals of seven warps", r"(mov\.u32 \s*%r\d+), 8;", r"\1, 7;", fault=CHAOS, wrong=True),
+    Mistake("more bytes than come", r"(mov\.[bu]32 \s*%r\d+), 16384;", r"\1, 16400;", 0, PRODUCER, "wait for ever"),
+    Mistake("maxima of other rows", r"(shfl\.sync\.bfly\.b32 \s*[^;]*), (%r\d+), (%r\d+), (%r\d+);", r"\1, 4, \3, \4;"),
+    Mistake("rows and heads swapped", r"(bulk\.tensor\.4d[^{]*\{%r\d+), (%r\d+), (%r\d+)", r"\1, \3, \2", 0),
+)  # fmt: skip
+
+
+@cache
+def of_kernel(file: str, kernel: str) -> tuple[str, str]:
+    """What comes before a kernel in a file's PTX, and the rest."""
+    text = compile_source(file).text
+    start = text.index(kernel, text.index(".entry"))
+    return text[:start], text[start:]
+
+
+def mutated(mistake: Mistake, file: str, kernel: str) -> str:
+    before, text = of_kernel(file, kernel)
+    return before + mistake.make(text)
+
+
+@pytest.mark.parametrize("mistake", ATTENTION, ids=str)
+def test_in_attention(mistake: Mistake) -> None:
+    """Five steps, on four stages."""
+    how = How(text=mutated(mistake, "attention", "attention_kernelILi64ELb1E"))
+    is_caught(mistake, lambda seed: attention_is_right((128, 640, 1, 64), replace(how, seed=seed)), seeds=6)
+
+
+CONV = (
+    Mistake("operands swapped", BY_DESCRIPTORS, r"\1, \3, \2, p", 0),
+    Mistake("a sign", r"p, 1, 1, 0, 0;", r"p, 1, -1, 0, 0;", 0),
+    Mistake("no fence", r"wgmma\.fence\S*;", "", 0, fault="no wgmma.fence"),
+    Mistake("results not waited for", r"(wgmma\.wait_group\S*) 0;", r"\1 1;", 0, fault="unfinished|nobody waited"),
+    Mistake("stages given back too early", r"(wgmma\.wait_group\S*) 1;", r"\1 2;", 0),
+    Mistake("nobody waits", **NO_WAIT, count=0),
+    Mistake("columns and rows swapped", r"(bulk\.tensor\.5d[^{]*\{%r\d+), (%r\d+), (%r\d+)", r"\1, \3, \2"),
+    Mistake("taps and channels swapped", r"(bulk\.tensor\.3d[^{]*\{%r\d+), (%r\d+), (%r\d+)", r"\1, \3, \2"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", CONV, ids=str)
+def test_in_convolutions(mistake: Mistake) -> None:
+    """27 steps on three stages."""
+    how = How(text=mutated(mistake, "conv", "conv_kernelILi96ELb1E"))
+    is_caught(mistake, lambda seed: conv_is_right((3, 3, 3), 24, 96, torch.bfloat16, replace(how, seed=seed)), seeds=6)
+
+
+def test_what_is_right_is_not_called_wrong() -> None:
+    """The same sizes, as they are."""
+    assert all(attention_is_right((128, 640, 1, 64), How(seed)) for seed in range(3))
+    assert all(conv_is_right((3, 3, 3), 24, 96, torch.bfloat16, How(seed)) for seed in range(3))
