@@ -136,6 +136,14 @@ def extract(a: NDArray, start: NDArray, count: NDArray) -> NDArray:
     return np.array(made, np.uint32).view(a.dtype)
 
 
+def insert(field: NDArray, into: NDArray, start: NDArray, count: NDArray) -> NDArray:
+    made = []
+    for value, held, first, length in zip(field, into, start & 255, count & 255, strict=True):
+        mask = (1 << int(length)) - 1 << int(first) & 0xFFFFFFFF
+        made.append(int(held) & ~mask | int(value) << int(first) & mask)
+    return np.array(made, np.uint32)
+
+
 def funnel(right: bool) -> Function:
     def shift(low: NDArray, high: NDArray, count: NDArray) -> NDArray:
         both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
@@ -157,6 +165,7 @@ U32 = np.uint32
 BITS: dict[str, Meaning] = {
     "prmt": ((U32, U32, U32), U32, permute),
     "lop3": ((U32, U32, U32, U32), U32, logic),
+    "bfi": ((U32, U32, U32, U32), U32, insert),
     "popc": ((U32,), U32, lambda a: np.bitwise_count(a).astype(U32)),
     "clz": ((U32,), U32, lambda a: np.array([32 - int(x).bit_length() for x in a], U32)),
 }

@@ -189,8 +189,9 @@ def registers_of(launch: Launch) -> int:
     """Registers a thread has at most, by the kernel's bounds; the multiprocessor gives them in eights."""
     directives = launch.kernel.directives
     threads = launch.block[0] * launch.block[1] * launch.block[2]
+    limit = directives.get("maxnreg", (256,))[0]
     most = REGISTERS // (max(threads, 32) * directives.get("minnctapersm", (1,))[0]) // 8 * 8
-    return min(most, 255 // 8 * 8 if most < 256 else 256)
+    return min(most, limit, 256)
 
 
 def place(launch: Launch) -> tuple[dict[str, int], int]:

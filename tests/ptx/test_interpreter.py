@@ -58,6 +58,7 @@ INTEGERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mul.hi.s32 %r2, %r1, 123456789": lambda x: (x.astype(np.int64) * 123456789 >> 32).astype(np.int32),
     "bfe.u32 %r2, %r1, 4, 9": lambda x: x >> 4 & 511,
     "bfe.s32 %r2, %r1, 4, 9": lambda x: x << 19 >> 23,
+    "bfi.b32 %r2, %r1, -1, 4, 9": lambda x: (x & 511) << 4 | ~(511 << 4),
     "prmt.b32 %r2, %r1, 0, 0x0123": lambda x: x.byteswap(),
     "cvt.s32.s8 %r2, %r1": lambda x: x.astype(np.int8).astype(np.int32),
     "cvt.u32.u16 %r2, %r1": lambda x: x & 0xFFFF,

@@ -114,6 +114,45 @@ def test_mistakes_in_a_product_are_found(mistake: Mistake) -> None:
     is_caught(mistake, lambda seed: is_right(*multiply(case, 320, seed, text)), seeds=8)
 
 
+# Warpgroups of different work
+
+
+@cache
+def compiled_specialized() -> Compiled:
+    gluon_products = pytest.importorskip("ptx.gluon_products", reason="this Triton has no Gluon")
+    return gluon_products.compile_specialized()
+
+
+def specialized_is_right(seed: int, text: str = "") -> bool:
+    torch.manual_seed(seed)
+    a, b, out = torch.randn(128, 400).bfloat16(), torch.randn(128, 400).bfloat16(), torch.full((128, 128), math.nan)
+    made = compiled_specialized()
+    values = {"a_desc": a, "b_desc": b, "out_ptr": out, "size": 400}
+    Machine(launch(replace(made, text=text or made.text), values, 1), Global([a, b, out]), seed).run()
+    return is_right(out, a.double() @ b.double().T)
+
+
+@pytest.mark.slow
+def test_a_product_of_two_warpgroups() -> None:
+    assert all(specialized_is_right(seed) for seed in range(4))
+
+
+TWO = (
+    Mistake("no registers given back", r"setmaxnreg\.dec\S*\s+24;", "", 0, fault="wait for ever"),
+    Mistake("too few given back", r"(setmaxnreg\.dec\S*\s+)24;", r"\1 152;", 0, fault="wait for ever"),
+    Mistake("a barrier of too many", r"bar\.sync\s+2, 128;", "bar.sync 2, 160;", fault="wait for ever"),
+    Mistake("two barriers with one number", r"bar\.sync\s+2, 128;", "bar.sync 0, 128;", 0, fault="twice|expects|ever"),
+    Mistake("stages not given back", r"@%p\d+ mbarrier\.arrive\.shared[^;]*;", "", fault="wait for ever"),
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", TWO, ids=str)
+def test_mistakes_between_warpgroups_are_found(mistake: Mistake) -> None:
+    text = mistake.make(compiled_specialized().text)
+    is_caught(mistake, lambda seed: specialized_is_right(seed, text), seeds=8)
+
+
 # The linear layer, whose results go by shared memory and TMA
 
 

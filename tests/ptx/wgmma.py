@@ -221,7 +221,7 @@ def left_places(size: int) -> tuple[NDArray, NDArray]:
     return np.broadcast_arrays(row, column)  # type: ignore[return-value]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def addresses(descriptor: int, outer: int, k: int, size: int, transposed: bool) -> NDArray:
     """Byte addresses [outer, k, size] of a matrix by its descriptor; outer: rows of A, columns of B.
 
