@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ def climbing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ladder.Ladder:
     for name in ("kernels", "fastvid", "benchmarks"):
         (tmp_path / name).mkdir()
     (tmp_path / "kernels" / "rgb.py").write_text("first")
+    for path in (ROOT / "benchmarks").glob("bench_*.py"):
+        shutil.copy(path, tmp_path / "benchmarks")
     return ladder.Ladder("cpu", "cpu X", tmp_path / "out", time.monotonic() + 60, False, {})
 
 
@@ -158,6 +161,46 @@ def test_what_tuning_did_not_reach_is_left_to_the_next_call(climbing: ladder.Lad
     assert rest.command[rest.command.index("--only") + 1] == "norms,rgb"
     file.write_text(json.dumps({"unmeasured": []}))
     assert len(list(ladder.tuned(args, climbing))) == 1
+
+
+def items(climbing: ladder.Ladder, monkeypatch: pytest.MonkeyPatch, *words: str) -> Iterator[ladder.Item]:
+    monkeypatch.setattr(sys, "argv", ["ladder.py", "--device", "cpu", *words])
+    return ladder.items(ladder.parsed(), climbing)
+
+
+def test_a_smoke_test_that_was_cut_off_is_repeated_after_tuning(
+    climbing: ladder.Ladder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for ended, wanted in (("no time", 2), ("done", 1), ("status 1", 1)):
+        names = []
+        for item in items(climbing, monkeypatch):
+            names.append(item.step)
+            climbing.known[item.name] = {"ended": ended, "key": ""}
+        assert names.count("smoke") == wanted and names.count("tune") == len(ladder.MODELS)
+        assert names.index("tests") == len(names) - 1 - 2 * len(ladder.TOOLS)
+
+
+def test_what_is_measured_is_asked_for_by_name(climbing: ladder.Ladder, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = list(items(climbing, monkeypatch, "measure", "rgb", "profile_step"))
+    assert [item.name for item in named] == ["build", "measure rgb", "measure profile_step"]
+    every = [item for item in items(climbing, monkeypatch, "measure") if item.step == "measure"]
+    assert {item.name for item in every} > {"measure attention", "measure norms", "measure e2e"}
+    for item in (*named[1:], *every):
+        assert (ROOT / "benchmarks" / Path(item.command[1]).name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        (["done", "done before"], 0),
+        (["done", "no time"], 3),
+        (["no time", "status 9", "done"], 1),
+        (["stopped after 40 s"], 1),
+        (["killed by signal 11"], 1),
+    ],
+)
+def test_the_exit_status(outcomes: list[str], code: int) -> None:
+    assert ladder.status(dict(enumerate(outcomes))) == code
 
 
 # ---------------------------------------------------------------- all of it
