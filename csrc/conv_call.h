@@ -20,6 +20,8 @@ struct Call {
     int64_t doubled, interleaved, add;
 };
 
+constexpr int kMostBox = 256;  // elements of a side
+
 inline std::string joined(const int64_t* values, int count) {
     std::string text = "[";
     for (int i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
@@ -66,17 +68,32 @@ inline std::string refuse(const Call& call, const void* x, const void* past, con
     }
     const int64_t extents[4] = {call.x[0], call.x[2], call.x[3], call.x[4]};
     const int64_t past_extents[4] = {call.x[0], call.history, call.x[3], call.x[4]};
+    const int64_t out_extents[4] = {call.out[0], call.out[2], call.out[3], call.out[4]};
     std::string why = refuse_strides("x", call.x_strides, extents);
     if (why.empty() && call.past) why = refuse_strides("past", call.past_strides, past_extents);
     if (!why.empty()) return why;
-    for (int i = 0; i < 4; ++i) {
-        if (call.out_strides[i] % 2) return "out has strides " + joined(call.out_strides, 4) + "; they have to be even";
+    why = refuse_strides("out", call.out_strides, out_extents);
+    if (!why.empty()) return why;
+    if (call.add && (call.doubled || call.interleaved)) {
+        return "what is doubled or interleaved cannot be added to what is there";
     }
-    if (!aligned(x, kAligned) || !aligned(weight, kAligned) || (call.past && !aligned(past, kAligned))) {
-        return "x, past and weight have to begin at a multiple of 16 bytes";
+    if (!aligned(x, kAligned) || !aligned(weight, kAligned) || (call.past && !aligned(past, kAligned)) ||
+        !aligned(out, kAligned)) {
+        return "x, past, weight and out have to begin at a multiple of 16 bytes";
     }
-    if (!aligned(out, 4) || !aligned(bias, 4)) return "out and bias have to begin at a multiple of 4 bytes";
+    if (!aligned(bias, 4)) return "bias has to begin at a multiple of 4 bytes";
     return "";
+}
+
+// One box for all taps of a frame, which saves what they have in common, if two such boxes fit; steps in space leave
+// too much between their pixels.
+inline void choose_box(Conv& s) {
+    const int w = s.tile_w + s.kw - 1, h = tile_h(s) + s.kh - 1;
+    const bool whole = s.stride == 1 && h * w <= kMostRows && h <= kMostBox && w <= kMostBox;
+    s.span_h = whole ? s.kh : 1;
+    s.span_w = whole ? s.kw : 1;
+    s.box_h = whole ? h : tile_h(s);
+    s.box_w = whole ? w : s.tile_w;
 }
 
 inline Conv conv_of(const Call& call) {
@@ -98,36 +115,50 @@ inline Conv conv_of(const Call& call) {
     s.stride = static_cast<int>(call.stride);
     s.stride_t = static_cast<int>(call.stride_t);
     s.places = step * step;
-    s.split = call.interleaved != 0;
-    s.add = call.add != 0;
     s.tile_w = choose_tile_w(s.height, s.width);
-    s.out_b = call.out_strides[0];
-    s.out_t = call.out_strides[1] * halves;
-    s.out_h = call.out_strides[2] * step;
-    s.out_w = call.out_strides[3] * step;
-    s.out_half = call.out_strides[1];
-    s.out_down = call.out_strides[2];
-    s.out_right = call.out_strides[3];
+    choose_box(s);
     return s;
 }
 
-// x or past as (C, W, H, T, B); a box is the pixels of a tile in one frame.
-inline Map map_of_pixels(const Call& call, const Conv& s, const void* base, int64_t frames, const int64_t* strides) {
+inline Kind kind_of(const Call& call) {
+    return call.add ? Kind::kAdd : call.interleaved ? Kind::kSplit : Kind::kPlain;
+}
+
+// Extents and strides of a map of [B, T, H, W, C]; the stride of a dimension of one says nothing: what would follow the
+// dimensions before it.
+inline Map map_of(const void* base, const int64_t (&extents)[5], const int64_t (&strides)[4], const int (&box)[5]) {
     Map map = {base, 5, {}, {}, {}, {1, 1, 1, 1, 1}};
-    const int64_t extents[5] = {call.x[1], call.x[4], call.x[3], frames, call.x[0]};
-    const int64_t given[4] = {strides[3], strides[2], strides[1], strides[0]};
-    const int box[5] = {kChannels, s.tile_w * s.stride, tile_h(s) * s.stride, 1, 1};
     for (int i = 0; i < 5; ++i) {
         map.extent[i] = static_cast<uint64_t>(extents[i]);
         map.box[i] = static_cast<uint32_t>(box[i]);
     }
     for (int i = 0; i < 4; ++i) {
-        // The stride of a dimension of one says nothing: what would follow the dimensions before it.
         const uint64_t natural = map.extent[i] * (i == 0 ? kBytes : map.stride[i - 1]);
-        map.stride[i] = map.extent[i + 1] > 1 ? static_cast<uint64_t>(given[i] * kBytes) : natural;
+        map.stride[i] = map.extent[i + 1] > 1 ? static_cast<uint64_t>(strides[i] * kBytes) : natural;
     }
+    return map;
+}
+
+// x or past as (C, W, H, T, B); a box lies in one frame.
+inline Map map_of_pixels(const Call& call, const Conv& s, const void* base, int64_t frames, const int64_t* strides) {
+    Map map = map_of(base, {call.x[1], call.x[4], call.x[3], frames, call.x[0]},
+                     {strides[3], strides[2], strides[1], strides[0]},
+                     {kChannels, s.box_w * s.stride, s.box_h * s.stride, 1, 1});
     map.every[1] = map.every[2] = static_cast<uint32_t>(s.stride);
     return map;
+}
+
+// out as (N, W, H, T, B): those pixels of it that belong to a place, or those frames that belong to a half of the
+// channels; a box is a panel of a warpgroup's pixels.
+inline int outs_of(const Call& call) {
+    return call.doubled ? 4 : call.interleaved ? 2 : 1;
+}
+inline Map map_of_out(const Call& call, const Conv& s, void* base, int which) {
+    const int64_t step = call.doubled ? 2 : 1, halves = call.interleaved ? 2 : 1, *strides = call.out_strides;
+    const int64_t first = call.doubled ? which / 2 * strides[2] + which % 2 * strides[3] : which * strides[1];
+    return map_of(static_cast<uint16_t*>(base) + first, {call.out[1], s.width, s.height, s.frames, s.batch},
+                  {strides[3] * step, strides[2] * step, strides[1] * halves, strides[0]},
+                  {kPanel, s.tile_w, kGroupPixels / s.tile_w, 1, 1});
 }
 
 // Weights [rows, taps, C] as (C, taps, rows); a box is one tap of a tile's channels.

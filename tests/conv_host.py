@@ -16,7 +16,7 @@ from fastvid.ops.vae_kernels import call_of
 @functools.cache
 def library() -> ctypes.CDLL:
     lib = compile_host("conv_emulator.cpp")
-    lib.conv_offset.restype = lib.conv_blocks.restype = ctypes.c_int64
+    lib.conv_tiles.restype = ctypes.c_int64
     lib.conv_descriptor.restype = ctypes.c_uint64
     lib.conv_swizzled.restype = ctypes.c_uint32
     lib.norm_silu.restype, lib.norm_silu.argtypes = ctypes.c_float, [ctypes.c_float] * 2

@@ -26,6 +26,7 @@ ring = functools.partial(Mutation, kernel="attention", file="attention.h")
 call = functools.partial(Mutation, kernel="attention", file="attention_call.h")
 conv = functools.partial(Mutation, kernel="conv", file="conv_kernel.h")
 step = functools.partial(Mutation, kernel="conv", file="conv.h")
+shape = functools.partial(Mutation, kernel="conv", file="conv_call.h")
 norm = functools.partial(Mutation, kernel="norm", file="vae_norm.h")
 
 
@@ -308,62 +309,111 @@ MUTATIONS = (
     bytes_of("scales are of seven bits less one", old="kMostInt8 = 127", new="kMostInt8 = 126"),
     bytes_of("a scale for its inverse", old="return limit / (most", new="return 1 / limit * (most"),
     # The convolution
-    conv(
-        "the producer's parity does not turn",
-        old="""\
-        hw.load_weights(stage, step.c, step.tap, tile.place * s.outputs + tile.n);
-        if (++stage == stages(N)) {
-            stage = 0;
-            parity ^= 1;
-""",
-        new="""\
-        hw.load_weights(stage, step.c, step.tap, tile.place * s.outputs + tile.n);
-        if (++stage == stages(N)) {
-            stage = 0;
-""",
-    ),
-    conv(
-        "the consumers' parity does not turn",
-        old="before = stage;\n        if (++stage == stages(N)) {\n            stage = 0;\n            parity ^= 1;",
-        new="before = stage;\n        if (++stage == stages(N)) {\n            stage = 0;",
-    ),
+    step("the parity of rings does not turn", old="            parity ^= 1;\n", new=""),
     conv(
         "a stage is handed back while it is read",
-        **exchanged("hw.template drain<1>(acc);\n", "            hw.release(before);\n"),
+        **exchanged(
+            "multiply<Depth>(hw, state, pixels, j * s.box_w + k, weights);\n",
+            "            hw.release(kWeightRing, rings.weights);\n",
+        ),
     ),
-    conv("the running stage is handed back", old="hw.release(before);", new="hw.release(stage);"),
-    conv("the last product is not waited for", old="drain<0>(acc)", new="drain<1>(acc)"),
-    conv("a stage is not waited for", old="        hw.wait_full(stage, parity);\n", new=""),
-    conv("a stage is overwritten", old="        hw.wait_empty(stage, parity ^ 1);\n", new=""),
-    conv("pixels alone are expected", old="hw.expect(stage, stage_bytes(N));", new="hw.expect(stage, kPixelBytes);"),
-    conv("no fence before a step", old="    hw.begin(acc);\n", new=""),
+    conv(
+        "another box is handed back",
+        **exchanged("        hw.release(kPixelRing, rings.pixels);\n", "        rings.pixels.next(pixel_stages(s));\n"),
+    ),
+    conv("the last product is not waited for", old="drain<0>(state.sums)", new="drain<1>(state.sums)"),
+    conv("weights are not waited for", old="            hw.wait_full(kWeightRing, rings.weights);\n", new=""),
+    conv(
+        "pixels are not waited for",
+        old="        hw.wait_full(kPixelRing, rings.pixels);\n        switch",
+        new="        switch",
+    ),
+    conv("weights are overwritten", old="            hw.wait_empty(kWeightRing, rings.weights);\n", new=""),
+    conv(
+        "pixels are overwritten",
+        old="hw.wait_empty(kPixelRing, rings.pixels);\n        hw.expect(kPixelRing, rings.pixels, box",
+        new="hw.expect(kPixelRing, rings.pixels, box",
+    ),
+    conv(
+        "panels come before the stage is read",
+        old="        hw.wait_empty(kPixelRing, rings.pixels);\n        hw.expect(kPixelRing, rings.pixels, K",
+        new="        hw.expect(kPixelRing, rings.pixels, K",
+    ),
+    conv(
+        "fewer bytes of pixels are expected",
+        old="rings.pixels, box_bytes(s))",
+        new="rings.pixels, box_bytes(s) - kRow)",
+    ),
+    conv("fewer bytes of panels are expected", old="? many * kPanelBytes : 0", new="? kPanelBytes : 0"),
+    conv("no fence before sums", old="    hw.begin(state.sums);\n", new=""),
+    conv("no fence before the left matrix", old="    hw.begin(state.left);\n", new=""),
     conv(
         "steps of weights are half as wide",
-        old="descriptor(weights + k * kDepth * 2)",
+        old="descriptor(weights + k * kDepth * kBytes)",
         new="descriptor(weights + k * kDepth)",
     ),
-    conv("the second group is 32 pixels on", old="group * (kPixels / 2 * kRow)", new="group * (kPixels / 4 * kRow)"),
+    conv("rows of a box are as long as those of a tile", old="j * s.box_w + k", new="j * s.tile_w + k"),
+    step(
+        "the first row of a box is that of a tile", old="pixel / s.tile_w * s.box_w", new="pixel / s.tile_w * s.tile_w"
+    ),
+    step("all groups have the same pixels", old="return group * kGroupPixels +", new="return 0 * group +"),
+    step("a warp's pixels are those of the first", old="thread / 32 * 16 + thread % 16;", new="thread % 16;"),
+    step("the second eight channels are the first", old="row * kRow + thread % 32 / 16 * 16", new="row * kRow"),
+    step("panels are not swizzled", old="return at ^ (at >> 7 & 3) << 4;", new="return at;"),
     conv("weights of the first place", old="tile.place * s.outputs + tile.n", new="tile.n"),
-    conv("channels beyond the last are stored", old="n >= s.outputs", new="n > s.outputs"),
-    conv("pixels beyond the border are stored", old="            if (to[half] < 0) continue;\n", new=""),
+    conv("weights of the first tap", old="box.c, box.tap + tap,", new="box.c, box.tap,"),
+    conv("sums go on from tile to tile", old="        begin_sums<N>(hw, state, s, tile, bias);\n", new=""),
+    conv("every bias is the first", old="(bias + n), first, second)", new="(bias), first, second)"),
+    conv("a panel is stored before it is shown", old="        hw.show_words(group);\n", new=""),
+    conv("panels are handed back while they are stored", old="    hw.wait_stored();", new="    //"),
+    conv(
+        "panels are written unless they are waited for",
+        old="        hw.wait_full(kPixelRing, rings.pixels);\n        const uint32_t to",
+        new="        const uint32_t to",
+    ),
+    conv("what is there is not added", old="hw.pack(x + a, y + b)", new="hw.pack(x, y)"),
+    conv(
+        "what is there comes from the first panel",
+        old="tile.n + (first + panel) * kPanel",
+        new="tile.n + panel * kPanel",
+    ),
+    conv(
+        "what is there comes from the first rows",
+        old="tile.h + group * (kGroupPixels / s.tile_w), tile.t, tile.b);",
+        new="tile.h, tile.t, tile.b);",
+    ),
+    conv(
+        "rows of all groups are the first",
+        old="const int h = tile.h + group * (kGroupPixels / s.tile_w), half",
+        new="const int h = tile.h, half",
+    ),
+    conv("a part of another group is stored", old="from + group * (kGroupPixels * kPanelRow)", new="from"),
+    conv("places are stored in the first", old="hw.store_box(tile.place, part,", new="hw.store_box(0, part,"),
+    conv(
+        "the second half goes where the first does",
+        old="hw.store_box(1, part, n - half,",
+        new="hw.store_box(1, part, n,",
+    ),
+    conv("a panel of both halves goes to the first", old="if (n + kPanel > half)", new="if (n >= half)"),
     step(
         "channels of half a sixteen are left out",
-        old="left = divide_up(s.channels - c, kDepth)",
-        new="left = (s.channels - c) / kDepth",
+        old="left = divide_up(s.channels - number / parts(s) % chunks(s) * kChannels, kDepth)",
+        new="left = (s.channels - number / parts(s) % chunks(s) * kChannels) / kDepth",
     ),
     step("a frame too many is left out", old="? 0 : -t0 *", new="? 0 : (1 - t0) *"),
     step("the past is read from its end", old="t < 0 ? t + s.history : t", new="t < 0 ? -t : t"),
-    Mutation(
-        "every row is read where each second one is meant",
-        kernel="conv",
-        file="conv_call.h",
-        old="map.every[1] = map.every[2] =",
-        new="map.every[1] =",
+    shape("a box has no border below", old="s.box_h = whole ? h : tile_h(s);", new="s.box_h = tile_h(s);"),
+    shape("steps in space have one box", old="whole = s.stride == 1 &&", new="whole ="),
+    shape(
+        "every row is read where each second one is meant", old="map.every[1] = map.every[2] =", new="map.every[1] ="
+    ),
+    shape(
+        "places begin at the first", old="which / 2 * strides[2] + which % 2 * strides[3]", new="which % 2 * strides[3]"
     ),
     step(
-        "all steps have four products",
-        old="step.depth = left < kChannels / kDepth ? left : kChannels / kDepth;",
-        new="step.depth = kChannels / kDepth;",
+        "all taps have four products",
+        old="return left < kChannels / kDepth ? left : kChannels / kDepth;",
+        new="return kChannels / kDepth + 0 * left;",
         same="slower: channels beyond the last are zeros in both matrices",
     ),
     # The norm before it

@@ -95,14 +95,15 @@ def norm_silu_conv3d(
     *,
     kernels: Kernels = TRITON,
 ) -> tuple[Tensor, Tensor]:
-    """vae.norm_silu_conv3d; the result overwrites a channels-last residual. Triton normalizes x while loading it."""
+    """vae.norm_silu_conv3d; the result overwrites a channels-last residual (with CUDA, of strides that are multiples of
+    8). Triton normalizes x while loading it."""
     _check_normed("vae_norm_silu_conv3d", x, past, gamma, weight, bias, edges)
     size = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3] - sum(edges), x.shape[4])
     if residual is None:
         return _normed(kernels, x, past, gamma, weight, bias, _empty(x, *size), edges)
     if residual.shape != size or residual.dtype != x.dtype:
         raise ValueError(f"vae_norm_silu_conv3d takes a residual {x.dtype} {size}, not {_shapes(residual)}")
-    out = residual if residual.stride(1) == 1 else residual.contiguous(memory_format=LAST)
+    out = residual if kernels.adds_to(residual) else _empty(x, *size).copy_(residual)
     return _normed(kernels, x, past, gamma, weight, bias, out, edges, add=True)
 
 

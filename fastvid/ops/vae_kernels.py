@@ -35,6 +35,12 @@ class Kernels:
     norm: Callable[..., None]
     on_load: bool
 
+    def adds_to(self, out: Tensor) -> bool:
+        """Whether the convolution can add to [B, N, T, H, W] in place: contiguous channels, and for TMA (CUDA) pixels
+        that begin at multiples of 16 bytes."""
+        places = (out.storage_offset(), *(stride for dim, stride in enumerate(out.stride()) if dim != 1))
+        return out.stride(1) == 1 and (self.on_load or not any(place % GROUP for place in places))
+
 
 # Triton
 

@@ -16,18 +16,24 @@ using emulated::widen;
 
 namespace {
 
+// Barriers of a ring's stages: those of pixels, then those of weights.
+int pair_of(int ring, int stage) {
+    return ring == kPixelRing ? stage : kMostPixelStages + stage;
+}
+
 // What a block's warpgroups share; base: where shared memory begins, so that addresses are not small by chance.
 template <int N>
 struct Block : emulated::Block {
-    Block(const Map& x, const Map& past, const Map& weights, bool bf16, uint32_t base)
-        : emulated::Block(base, stages(N) * stage_bytes(N), bf16, expected()), maps{x, past, weights} {}
+    Block(const std::vector<Map>& maps, const Conv& s, bool bf16, uint32_t base)
+        : emulated::Block(base, kPixelArea + kWeightArea, bf16, expected()), maps(maps), stage(pixel_stage_bytes(s)) {}
 
-    Map maps[3];
+    std::vector<Map> maps;  // of x, past, weights, and of out
+    int stage;
 
   private:
     static std::vector<int> expected() {
         std::vector<int> made;
-        for (int stage = 0; stage < stages(N); ++stage) made.insert(made.end(), {1, kConsumers});
+        for (int i = 0; i < pair_of(kWeightRing, weight_stages(N)); ++i) made.insert(made.end(), {1, kConsumers});
         return made;
     }
 };
@@ -36,29 +42,68 @@ struct Block : emulated::Block {
 template <int N>
 class Emulated : public emulated::Warpgroup {
   public:
-    struct Accumulators : emulated::Registers<float, N / 2> {
-        Accumulators() { std::memset(this->value, 0, sizeof this->value); }
-    };
+    template <typename T, int Count>
+    using Registers = emulated::Registers<T, Count>;
+    using Accumulators = Registers<float, N / 2>;
+    using Left = Registers<uint32_t, 16>;
 
     explicit Emulated(Block<N>& block) : Warpgroup(block), block_(block) {}
 
-    void wait_empty(int stage, uint32_t parity) { wait(2 * stage + 1, parity); }
-    void wait_full(int stage, uint32_t parity) { wait(2 * stage, parity); }
-    void expect(int stage, int bytes) { Warpgroup::expect(2 * stage, bytes); }
-    void release(int stage) { hand_back(2 * stage + 1); }
-    uint32_t address(int stage) const { return memory().address(stage * stage_bytes(N)); }
-
-    void load_pixels(int stage, int from_past, int c, int w, int h, int t, int b) {
-        load_box(block_.maps[from_past ? 1 : 0], address(stage), 2 * stage, {c, w, h, t, b});
+    void wait_empty(int ring, const Ring& at) { wait(2 * pair_of(ring, at.stage) + 1, at.parity ^ 1); }
+    void wait_full(int ring, const Ring& at) { wait(2 * pair_of(ring, at.stage), at.parity); }
+    void expect(int ring, const Ring& at, int bytes) { Warpgroup::expect(2 * pair_of(ring, at.stage), bytes); }
+    void release(int ring, const Ring& at) {
+        if (ring == kPixelRing && !stores_.empty()) throw Stopped("a stage is handed back while TMA reads it");
+        hand_back(2 * pair_of(ring, at.stage) + 1);
     }
-    void load_weights(int stage, int c, int tap, int n) {
-        load_box(block_.maps[2], address(stage) + kPixelBytes, 2 * stage, {c, tap, n});
+    uint32_t address(int ring, int stage) const {
+        return memory().address(ring == kPixelRing ? stage * block_.stage : kPixelArea + stage * weight_bytes(N));
     }
 
-    void mma(Accumulators& acc, uint64_t a, uint64_t b) {
-        later({a, b}, {&acc}, [this, &acc, a, b] { multiply_now(acc, a, b); });
+    void load_pixels(const Ring& at, int from_past, int c, int w, int h, int t, int b) {
+        load(kPixelRing, at, from_past ? 1 : 0, 0, {c, w, h, t, b});
     }
-    void commit(Accumulators&) { Warpgroup::commit(); }
+    void load_weights(const Ring& at, int c, int tap, int n) { load(kWeightRing, at, 2, 0, {c, tap, n}); }
+    void load_panel(const Ring& at, int panel, int group, int n, int w, int h, int t, int b) {
+        load(kPixelRing, at, 3, panel * kPanelBytes + group * (kGroupPixels * kPanelRow), {n, w, h, t, b});
+    }
+    // What TMA stores it reads as late as it may: when it is waited for.
+    void store_box(int which, uint32_t from, int n, int w, int h, int t, int b) {
+        if (written_) throw Stopped("a panel is stored before it is shown");
+        stores_.push_back(
+            [this, which, from, n, w, h, t, b] { memory().store(block_.maps.at(3 + which), from, {n, w, h, t, b}); });
+    }
+    void wait_stored() {
+        for (const auto& store : stores_) store();
+        stores_.clear();
+    }
+
+    template <int Depth, typename Address>
+    void read_left(Left& left, Address address) {
+        for (int k = 0; k < Depth; ++k) {
+            each_word([&](int thread) { return address(thread) ^ static_cast<uint32_t>(k * 32); },
+                      [&](int thread, int i, uint32_t at) { left.at(thread, 4 * k + i) = read(at); });
+        }
+    }
+    template <typename Address>
+    void read_words(Registers<uint32_t, 4>& words, Address address) {
+        each_word(address, [&](int thread, int i, uint32_t at) { words.at(thread, i) = read(at); });
+    }
+    template <typename Address>
+    void write_words(const Ring& ring, const Registers<uint32_t, 4>& words, Address address) {
+        if (!holds(pair_of(kPixelRing, ring.stage))) throw Stopped("a stage is written that was not waited for");
+        written_ = true;
+        each_word(address, [&](int thread, int i, uint32_t at) {
+            const uint32_t stage = this->address(kPixelRing, ring.stage);
+            if (at < stage || at >= stage + static_cast<uint32_t>(block_.stage)) throw Stopped("a stage is left");
+            memory().put(at, words.at(thread, i));
+        });
+    }
+    void show_words(int) { written_ = false; }
+
+    void mma(Accumulators& sums, Left& left, int k, uint64_t right) {
+        later({right}, {&sums, &left}, [this, &sums, &left, k, right] { multiply_now(sums, left, k, right); });
+    }
     template <int Pending>
     void drain(Accumulators&) {
         finish(Pending);
@@ -73,47 +118,72 @@ class Emulated : public emulated::Warpgroup {
     }
 
   private:
-    // wgmma m64nNk16, both matrices with rows along K in shared memory, as their descriptors say.
-    void multiply_now(Accumulators& acc, uint64_t a, uint64_t b) {
-        const std::vector<float> left = memory().matrix(a, 64), right = memory().matrix(b, N);
+    void load(int ring, const Ring& at, int map, int behind, const std::vector<int64_t>& from) {
+        load_box(block_.maps.at(map), address(ring, at.stage) + behind, 2 * pair_of(ring, at.stage), from);
+    }
+    uint32_t read(uint32_t at) {
+        check_held(at);
+        return memory().get(at);
+    }
+
+    // wgmma m64nNk16, the left matrix in registers, the right one with rows along K in shared memory, as its descriptor
+    // says.
+    void multiply_now(Accumulators& sums, const Left& left, int k, uint64_t told) {
+        const std::vector<float> right = memory().matrix(told, N);
         std::vector<float> across(kDepth * N), sum(N);
         for (int i = 0; i < kDepth * N; ++i) across[i] = right[i % N * kDepth + i / N];
         for (int row = 0; row < 64; ++row) {
             std::fill(sum.begin(), sum.end(), 0.0f);
-            for (int k = 0; k < kDepth; ++k) {
-                for (int col = 0; col < N; ++col) sum[col] += left[row * kDepth + k] * across[k * N + col];
+            for (int depth = 0; depth < kDepth; ++depth) {
+                const auto [thread, value] = emulated::left_holder(row, depth);
+                const uint32_t word = left.value[thread][4 * k + value];
+                const float x = widen(static_cast<uint16_t>(word >> depth % 2 * 16), memory().bf16());
+                for (int col = 0; col < N; ++col) sum[col] += x * across[depth * N + col];
             }
             for (int col = 0; col < N; ++col) {
                 const auto [thread, value] = emulated::holder(row, col);
-                acc.value[thread][value] += sum[col];
+                sums.value[thread][value] += sum[col];
             }
         }
     }
 
     Block<N>& block_;
+    bool written_ = false;  // what TMA does not see yet
+    std::vector<std::function<void()>> stores_;
 };
 
-template <int N>
+constexpr int64_t kGrid = 2;  // blocks of a launch, so that each makes several tiles
+
+template <int N, Kind K>
 void run(const Call& call, const void* x, const void* past, const void* weight, const void* bias, void* out,
          bool bf16) {
     const Conv s = conv_of(call);
     const Map now = map_of_pixels(call, s, x, call.x[2], call.x_strides);
     const Map before = call.past ? map_of_pixels(call, s, past, call.history, call.past_strides) : now;
-    const Map weights = map_of_weights(call, s, weight, N);
-    for (int64_t number = 0; number < blocks(s, N); ++number) {
-        const Tile tile = tile_of(s, N, number);
-        Block<N> block(now, before, weights, bf16, static_cast<uint32_t>(1024 * (1 + number % 3)));
-        emulated::beside_each_other(3, [&](int who) {
+    std::vector<Map> maps = {now, before, map_of_weights(call, s, weight, N)};
+    for (int i = 0; i < outs_of(call); ++i) maps.push_back(map_of_out(call, s, out, i));
+    for (int64_t number = 0; number < std::min(kGrid, tiles(s, N)); ++number) {
+        Block<N> block(maps, s, bf16, static_cast<uint32_t>(1024 * (1 + number % 3)));
+        emulated::beside_each_other(kGroups + 1, [&](int who) {
             Emulated<N> hw(block);
-            if (who == 2) return produce<N>(hw, s, tile);
-            auto acc = std::make_unique<typename Emulated<N>::Accumulators>();
-            consume<N>(hw, *acc, s, tile, who);
-            for (int thread = 0; thread < 128; ++thread) {
-                store<N>(hw, *acc, s, tile, who, thread, static_cast<const uint16_t*>(bias),
-                         static_cast<uint16_t*>(out));
-            }
+            if (who == kGroups) return produce<N, K>(hw, s, number, kGrid);
+            const auto state = std::make_unique<State<Emulated<N>>>();
+            consume<N, K>(hw, *state, s, who, number, kGrid, static_cast<const uint16_t*>(bias));
         });
         block.check_rest();
+    }
+}
+
+template <int N>
+void run(const Call& call, const void* x, const void* past, const void* weight, const void* bias, void* out,
+         bool bf16) {
+    switch (kind_of(call)) {
+        case Kind::kAdd:
+            return run<N, Kind::kAdd>(call, x, past, weight, bias, out, bf16);
+        case Kind::kSplit:
+            return run<N, Kind::kSplit>(call, x, past, weight, bias, out, bf16);
+        default:
+            return run<N, Kind::kPlain>(call, x, past, weight, bias, out, bf16);
     }
 }
 
@@ -172,9 +242,6 @@ int conv_emulate(const Call* call, const void* x, const void* past, const void* 
             case 128:
                 run<128>(*call, x, past, weight, bias, out, bf16);
                 break;
-            case 192:
-                run<192>(*call, x, past, weight, bias, out, bf16);
-                break;
             default:
                 throw Stopped("no such width");
         }
@@ -194,21 +261,31 @@ int conv_width(int outputs) {
 int conv_tile_w(int height, int width) {
     return choose_tile_w(height, width);
 }
-int conv_stages(int width) {
-    return stages(width);
+int conv_weight_stages(int width) {
+    return weight_stages(width);
 }
-int conv_smem(int width) {
-    return smem_bytes(width);
+int conv_smem() {
+    return kSmem;
 }
-// Offset that a pixel of a launch is stored at, -1 beyond the border; which tile makes it is told in `tile`.
-int64_t conv_offset(const Call* call, int width, int64_t number, int pixel, int* tile) {
+// tile_w, span_h, span_w, box_h, box_w, stages of pixels
+void conv_shape(const Call* call, int* told) {
     const Conv s = conv_of(*call);
-    const Tile made = tile_of(s, width, number);
-    std::memcpy(tile, &made, sizeof made);
-    return offset_of(s, made, pixel);
+    const int all[6] = {s.tile_w, s.span_h, s.span_w, s.box_h, s.box_w, pixel_stages(s)};
+    std::copy(all, all + 6, told);
 }
-int64_t conv_blocks(const Call* call, int width) {
-    return blocks(conv_of(*call), width);
+int64_t conv_tiles(const Call* call, int width) {
+    return tiles(conv_of(*call), width);
+}
+void conv_tile(const Call* call, int width, int64_t number, int* tile) {
+    const Tile made = tile_of(conv_of(*call), width, number);
+    std::memcpy(tile, &made, sizeof made);
+}
+// Of a map of out: its first element, extents, strides in bytes.
+void conv_out(const Call* call, int which, int64_t* told) {
+    const Map map = map_of_out(*call, conv_of(*call), nullptr, which);
+    *told++ = reinterpret_cast<int64_t>(map.base) / kBytes;
+    for (int i = 0; i < 5; ++i) *told++ = static_cast<int64_t>(map.extent[i]);
+    for (int i = 0; i < 4; ++i) *told++ = static_cast<int64_t>(map.stride[i]);
 }
 uint64_t conv_descriptor(uint32_t address) {
     return descriptor(address);

@@ -220,6 +220,40 @@ class Memory {
         return total * bytes;
     }
 
+    void put(uint32_t address, uint32_t word) { std::memcpy(at(address, 4), &word, 4); }
+    uint32_t get(uint32_t address) {
+        uint32_t word;
+        std::memcpy(&word, at(address, 4), 4);
+        return word;
+    }
+
+    // A box out of it by TMA, its rows of 64 bytes swizzled; what lies beyond the extents stays.
+    void store(const Map& map, uint32_t from, const std::vector<int64_t>& to) {
+        const int columns = static_cast<int>(map.box[0]), row = columns * map.bytes;
+        if (row != 64 || from % 512)
+            throw Stopped("a box that is stored has rows of 64 bytes, and begins at eights of them");
+        check(map);
+        int total = columns;
+        for (int i = 1; i < map.rank; ++i) total *= static_cast<int>(map.box[i]);
+        for (int i = 0; i < total; i += columns) {
+            int rest = i / columns;
+            bool inside = true;
+            int64_t offset = to[0] * map.bytes;
+            for (int d = 1; d < map.rank; ++d) {
+                const int64_t place = to[d] + rest % static_cast<int>(map.box[d]);
+                rest /= static_cast<int>(map.box[d]);
+                inside = inside && place >= 0 && place < static_cast<int64_t>(map.extent[d]);
+                offset += place * static_cast<int64_t>(map.stride[d - 1]);
+            }
+            for (int c = 0; inside && c < columns; ++c) {
+                if (to[0] + c < 0 || to[0] + c >= static_cast<int64_t>(map.extent[0])) continue;
+                uint8_t* target = static_cast<uint8_t*>(const_cast<void*>(map.base)) + offset + c * map.bytes;
+                std::memcpy(target, at(mixed(from + static_cast<uint32_t>((i + c) * map.bytes), row), map.bytes),
+                            map.bytes);
+            }
+        }
+    }
+
     // [rows, 32] bytes with rows along K, as a descriptor says, of either swizzle.
     std::vector<uint8_t> bytes_of(uint64_t told, int rows) {
         const int row_bytes = told >> 62 == 2 ? 64 : 128;

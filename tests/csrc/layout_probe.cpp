@@ -117,44 +117,98 @@ std::vector<uint64_t> products8(bool of_values, int group, int stage, uint32_t b
     return hw.told;
 }
 
+// A consumer of the convolution over the emulator's memory, whose products are told, and whose panels go to `out`.
 template <int N>
 struct ConvRecorder {
-    struct Accumulators {
-        float value[128][N / 2];
-        float at(int thread, int i) const { return value[thread][i]; }
+    template <typename T, int Count>
+    struct Registers {
+        T value[128][Count];
+        T& at(int thread, int i) { return value[thread][i]; }
     };
-    uint32_t address(int stage) const { return base + static_cast<uint32_t>(stage * conv::stage_bytes(N)); }
-    void begin(Accumulators&) {}
-    void commit(Accumulators&) {}
-    void mma(Accumulators&, uint64_t a, uint64_t b) { told.insert(told.end(), {a, b}); }
+    using Accumulators = Registers<float, N / 2>;
+    using Left = Registers<uint32_t, 16>;
+
+    uint32_t address(int, int stage) const { return memory.address(stage * conv::kPixels * conv::kRow); }
+    template <typename Function>
+    void each(Function function) {
+        for (int thread = 0; thread < 128; ++thread) function(thread);
+    }
+    // ldmatrix and stmatrix, as CuTe has them: thread t has word t of each matrix, whose rows the threads of a quarter
+    // tell.
+    template <typename Address>
+    uint32_t row(Address address, int thread, int matrix) {
+        return address(thread / 32 * 32 + matrix * 8 + thread % 32 / 4) + thread % 4 * 4;
+    }
+    template <int Depth, typename Address>
+    void read_left(Left& left, Address address) {
+        for (int i = 0; i < 128 * 4 * Depth; ++i) {
+            const int thread = i % 128, matrix = i / 128 % 4, k = i / 512;
+            left.value[thread][4 * k + matrix] = memory.get(
+                row([&](int lane) { return address(lane) ^ static_cast<uint32_t>(k * 32); }, thread, matrix));
+        }
+    }
+    template <typename Address>
+    void write_words(const conv::Ring&, Registers<uint32_t, 4>& words, Address address) {
+        for (int i = 0; i < 512; ++i) memory.put(row(address, i / 4, i % 4), words.value[i / 4][i % 4]);
+    }
+    template <typename Any>
+    void begin(Any&) {}
+    void commit() {}
+    template <int Pending>
+    void drain(Accumulators&) {}
+    void mma(Accumulators&, Left&, int k, uint64_t right) {
+        told.insert(told.end(), {static_cast<uint64_t>(k), right});
+    }
+    void wait_full(int, const conv::Ring&) {}
+    void show_words(int) {}
+    void wait_stored() {}
+    void release(int, const conv::Ring&) {}
+    void store_box(int, uint32_t from, int n, int w, int h, int t, int b) { memory.store(out, from, {n, w, h, t, b}); }
     void unpack(uint32_t, float& x, float& y) const { x = y = 0; }
     uint32_t pack(float x, float y) const { return pair_of(x, y); }
 
-    uint32_t base = 0;
+    emulated::Memory memory{1024, conv::kPixelArea, true};
+    emulated::Map out = {};
     std::vector<uint64_t> told;
 };
 
+conv::Conv conv_shape(int tile_w, int box_w, int outputs) {
+    conv::Conv s = {};
+    s.tile_w = s.width = tile_w;
+    s.height = conv::kPixels / tile_w;
+    s.box_w = box_w;
+    s.box_h = s.height;
+    s.outputs = outputs;
+    s.places = 1;
+    return s;
+}
+
 template <int N>
-std::vector<uint64_t> steps(int group, int stage, int depth, uint32_t base) {
+std::vector<uint64_t> steps(int depth, uint32_t base) {
     ConvRecorder<N> hw;
-    hw.base = base;
-    typename ConvRecorder<N>::Accumulators acc;
-    conv::multiply(hw, acc, stage, group, depth);
+    conv::State<ConvRecorder<N>> state = {};
+    const uint32_t pixels = hw.address(0, 0);
+    if (depth == 4) conv::multiply<4>(hw, state, pixels, 0, base);
+    if (depth == 3) conv::multiply<3>(hw, state, pixels, 0, base);
+    if (depth == 2) conv::multiply<2>(hw, state, pixels, 0, base);
+    if (depth == 1) conv::multiply<1>(hw, state, pixels, 0, base);
     return hw.told;
 }
 
 template <int N>
 void store_conv(int group, const float* from, uint16_t* out) {
+    constexpr uint64_t kWide = 64, kPixelBytes = N * 2, kRowBytes = kWide * kPixelBytes;
     ConvRecorder<N> hw;
-    typename ConvRecorder<N>::Accumulators acc;
-    std::copy(from, from + 128 * N / 2, &acc.value[0][0]);
-    conv::Conv s = {};
-    s.height = 1;
-    s.width = s.tile_w = conv::kPixels;
-    s.outputs = N;
-    s.out_w = N;
-    const std::vector<uint16_t> bias(N);
-    for (int thread = 0; thread < 128; ++thread) conv::store<N>(hw, acc, s, {}, group, thread, bias.data(), out);
+    hw.out = {out,
+              5,
+              {N, kWide, 4, 1, 1},
+              {kPixelBytes, kRowBytes, 4 * kRowBytes, 4 * kRowBytes},
+              {32, kWide, 1, 1, 1},
+              {1, 1, 1, 1, 1}};
+    conv::State<ConvRecorder<N>> state;
+    conv::Rings rings;
+    std::copy(from, from + 128 * N / 2, &state.sums.value[0][0]);
+    conv::store<N, conv::Kind::kPlain>(hw, state, conv_shape(kWide, kWide, N), {}, group, rings);
 }
 
 int give(const std::vector<uint64_t>& told, uint64_t* to) {
@@ -241,17 +295,23 @@ void probe_attention_store(int head_dim, int group, const float* output, uint16_
     head_dim == 64 ? store_attention<64>(group, output, out) : store_attention<128>(group, output, out);
 }
 
-// (a, b) of every product of a step.
-int probe_conv(int width, int group, int stage, int depth, uint32_t base, uint64_t* to) {
-    if (width == 96) return give(steps<96>(group, stage, depth, base), to);
-    if (width == 128) return give(steps<128>(group, stage, depth, base), to);
-    return give(steps<192>(group, stage, depth, base), to);
+// (step of the left matrix, b) of every product of a tap whose weights begin at `base`.
+int probe_conv(int width, int depth, uint32_t base, uint64_t* to) {
+    return give(width == 96 ? steps<96>(depth, base) : steps<128>(depth, base), to);
 }
-// acc [128 threads, N / 2] of a group -> out [128 pixels, N]
+// A box [rows, 64] -> left matrices [128 threads, 16] of a tap `shift` rows behind the first one.
+void probe_conv_left(uint16_t* box, int rows, int tile_w, int box_w, int group, int shift, uint32_t* to) {
+    ConvRecorder<96> hw;
+    conv::State<ConvRecorder<96>> state;
+    const conv::Conv s = conv_shape(tile_w, box_w, 96);
+    hw.memory = loaded(box, rows, 64, 1024);
+    for (int thread = 0; thread < 128; ++thread) state.row.at(thread, 0) = conv::first_row(s, group, thread);
+    conv::multiply<4>(hw, state, 1024, shift, 0);
+    std::copy(&state.left.value[0][0], &state.left.value[0][0] + 128 * 16, to);
+}
+// acc [128 threads, N / 2] of a group -> out [256 pixels, N]
 void probe_conv_store(int width, int group, const float* acc, uint16_t* out) {
-    if (width == 96) return store_conv<96>(group, acc, out);
-    if (width == 128) return store_conv<128>(group, acc, out);
-    store_conv<192>(group, acc, out);
+    width == 96 ? store_conv<96>(group, acc, out) : store_conv<128>(group, acc, out);
 }
 
 // The emulator: shared memory as it lies after a load; what a descriptor reads of it, [count, 16] or [16, count].

@@ -123,9 +123,7 @@ class Warpgroup {
         Product product = {{}, registers, std::move(make)};
         for (const uint64_t one : told) {
             const int pair = block_.owner(static_cast<uint32_t>(one & 0x3FFF) * 16);
-            if (pair < 0 || waits_[2 * pair] == done_[2 * pair + 1]) {
-                throw Stopped("a product reads a stage that was not waited for");
-            }
+            if (!holds(pair)) throw Stopped("a product reads a stage that was not waited for");
             product.stages.push_back(pair);
         }
         for (Held* one : registers) {
@@ -133,6 +131,24 @@ class Warpgroup {
             ++one->running;
         }
         open_.push_back(std::move(product));
+    }
+    // Whether a stage was waited for and is not handed back; the same by an address in it.
+    bool holds(int pair) const { return pair >= 0 && waits_[2 * pair] != done_[2 * pair + 1]; }
+    void check_held(uint32_t address) {
+        if (!holds(block_.owner(address))) throw Stopped("a stage is read that was not waited for");
+    }
+
+    // Four matrices of 8 x 8 values for each warp (ldmatrix, stmatrix): 8 threads have the addresses of one's rows; a
+    // thread gets or gives two neighbours of row thread / 4 of each. address: of a thread.
+    template <typename Address, typename Function>
+    void each_word(Address address, Function function) {
+        for (int thread = 0; thread < 128; ++thread) {
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t row = address(thread / 32 * 32 + i * 8 + thread % 32 / 4);
+                if (row % 16) throw Stopped("a row of a matrix begins at no multiple of 16 bytes");
+                function(thread, i, row + thread % 4 * 4);
+            }
+        }
     }
     Memory& memory() { return block_.memory; }
     const Memory& memory() const { return block_.memory; }

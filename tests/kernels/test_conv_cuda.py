@@ -34,6 +34,7 @@ ROUNDING = {HALF: 2.0**-10, BF16: 2.0**-7}
 HOST = vae_kernels.Kernels(conv_host, norm_host, on_load=False)
 CUDA = vae_kernels.CUDA
 on_gpu = pytest.mark.gpu
+WIDTHS = (96, 128)
 
 
 def drawn(*shape: int, dtype: torch.dtype = HALF, device: str = "cpu") -> Tensor:
@@ -110,16 +111,16 @@ def test_all_operations(C: int, N: int, T: int, H: int, W: int, dtype: torch.dty
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [96, 128, 192])
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("behind", [True, False])
 def test_every_width_and_strides(width: int, behind: bool) -> None:
     """Two batches, tails in every direction; x and past parts of larger tensors, out within NaN, which stays."""
-    C, N, (T, H, W), pad = 88, width + 24, (2, 9, 18), 3  # of the last 24 channels 8 are half of a sixteen
+    C, N, (T, H, W) = 88, width + 24, (2, 9, 18)  # of the last 24 channels 8 are half of a sixteen
     x = drawn(2, C + 8, T + 2, H + 1, W + 2)[:, 8:, 1:-1, 1:, :-2]
     past = drawn(2, C, 4, H, W + 1)[:, :, 1:3, :, 1:] if behind else None
     weight, bias = drawn(N, C, 3, 3, 3) / 50, drawn(N)
-    room = torch.full((2, T + 2, H + 2, W + 2, N + 2 * pad + 2), float("nan"), dtype=HALF)
-    out = room[:, 1:-1, 1:-1, 1:-1, 4 : N + 4].permute(0, 4, 1, 2, 3)
+    room = torch.full((2, T + 2, H + 2, W + 2, N + 16), float("nan"), dtype=HALF)
+    out = room[:, 1:-1, 1:-1, 1:-1, 8 : N + 8].permute(0, 4, 1, 2, 3)
     how = (2, (1, 1), 0, 1, 1, False, False, False)
     conv_host(x, past, None, None, weight.contiguous(memory_format=LAST), bias, out, *how, width=width)
     exact = exact_conv(x, past if behind else 2, weight, bias, (1, 1))
@@ -137,54 +138,107 @@ def host_call(**changed: Any) -> ctypes.Array:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["added to", "doubled", "interleaved"])
+@pytest.mark.parametrize("size", [(3, 5, 6), (2, 33, 17), (1, 2, 70)])
+def test_what_becomes_of_tiles(form: str, size: tuple[int, int, int]) -> None:
+    """Results within NaN, which stays: tiles and panels that reach beyond the border, halves that share a panel."""
+    C, N, (T, H, W) = 24, 104, size
+    down, later = 1 + (form == "doubled"), 1 + (form == "interleaved")
+    x, taps = drawn(1, C, T, H, W), {"added to": (3, 3, 3), "doubled": (1, 2, 2), "interleaved": (3, 1, 1)}[form]
+    weight, bias = drawn(N * down**2 * later, C, *taps).contiguous(memory_format=LAST) / 9, drawn(N * later)
+    room = torch.full((1, later * T + 1, down * H + 1, down * W + 2, N + 16), float("nan"), dtype=HALF)
+    out = room[:, 1:, :-1, 1:-1, 8 : N + 8].permute(0, 4, 1, 2, 3)
+    before = drawn(*out.shape)
+    if form == "added to":
+        out.copy_(before)
+    history, pad = taps[0] - 1, (taps[1] // 2,) * 2
+    how = (history, pad, 0, 1, 1, form == "doubled", form == "interleaved", form == "added to")
+    conv_host(x, None, None, None, weight, bias, out, *how)
+    assert int(room.isfinite().sum()) == out.numel()
+    if form == "added to":
+        exact = exact_conv(x, 2, weight, bias, (1, 1)) + before.double()
+    elif form == "interleaved":
+        exact = exact_double(x, None, weight, bias)
+    else:
+        places = [exact_conv(shifted(x, i), None, w, bias, (0, 0)) for i, w in enumerate(weight.split(N))]
+        exact = torch.empty(out.shape, dtype=torch.double)
+        for i, place in enumerate(places):
+            exact[..., i // 2 :: 2, i % 2 :: 2] = place
+    check(out, exact.to(HALF), exact)
+
+
+def shifted(x: Tensor, place: int) -> Tensor:
+    """What a kernel of 2x2 sees of x in one of the four places of a doubled pixel."""
+    top, left = 1 - place // 2, 1 - place % 2
+    return torch.nn.functional.pad(x, (left, 1 - left, top, 1 - top))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "doubled", "interleaved"])
 def test_every_value_is_stored_once(form: str) -> None:
-    """All the offsets of a launch, of all blocks: each of the result's once, and no other."""
+    """All panels of all tiles, by the maps of out: each value of the result once, and no other."""
     B, N, T, H, W = 2, 104, 4, 18, 22
     strides = (T * H * W * N, H * W * N, W * N, N)
     call = host_call(
         x=(B, 64, T, H, W), out=(B, N, T, H, W), out_strides=strides, **({} if form == "plain" else {form: 1})
     )
-    lib, tile = library(), (ctypes.c_int * 6)()
-    many = N * (2 if form == "interleaved" else 1)
+    lib, tile, told, shape = library(), (ctypes.c_int * 6)(), (ctypes.c_int64 * 10)(), (ctypes.c_int * 6)()
+    lib.conv_shape(call, shape)
+    halves = 1 + (form == "interleaved")
     seen = []
-    for number in range(lib.conv_blocks(call, 96)):
-        for pixel in range(128):
-            offset = lib.conv_offset(call, 96, ctypes.c_int64(number), pixel, tile)
-            if offset >= 0:
-                n = tile[0] + torch.arange(min(96, many - tile[0]))
-                halved = form == "interleaved"
-                seen.append(offset + torch.where(n >= N, n - N + strides[1], n) if halved else offset + n)
+    for number in range(lib.conv_tiles(call, 96)):
+        lib.conv_tile(call, 96, ctypes.c_int64(number), tile)
+        n, place, w, h, t, b = tile
+        for which in range(halves):
+            lib.conv_out(call, which if halves == 2 else place, told)
+            extents, bytes_apart = told[1:6], told[6:10]
+            sides = (96, shape[0], 256 // shape[0], 1, 1)
+            places = [
+                torch.tensor(range(max(0, at), min(at + side, extent)), dtype=torch.int64)
+                for at, side, extent in zip((n - which * N, w, h, t, b), sides, extents, strict=True)
+            ]
+            offsets = torch.tensor([told[0]])
+            for at, apart in zip(places, (2, *bytes_apart), strict=True):
+                offsets = (offsets[:, None] + at * (apart // 2)).flatten()
+            seen.append(offsets)
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(B * N * T * H * W))
 
 
 def test_offsets_have_64_bits() -> None:
-    """The last pixel of a minute at 1080p."""
+    """A minute at 1080p: the map's strides, and the last tile."""
     T, H, W, N = 1440, 1080, 1920, 96
     call = host_call(out=(1, N, T, H, W), out_strides=(T * H * W * N, H * W * N, W * N, N), x=(1, 64, T, H, W))
-    lib, tile = library(), (ctypes.c_int * 6)()
-    last = lib.conv_blocks(call, 96) - 1
-    offsets = [lib.conv_offset(call, 96, ctypes.c_int64(last), pixel, tile) for pixel in range(128)]
-    assert max(offsets) == (T * H * W - 1) * N > 2**31
+    lib, tile, told = library(), (ctypes.c_int * 6)(), (ctypes.c_int64 * 10)()
+    lib.conv_out(call, 0, told)
+    assert list(told) == [0, N, W, H, T, 1, 2 * N, 2 * N * W, 2 * N * W * H, 2 * N * W * H * T]
+    last = lib.conv_tiles(call, 96) - 1
+    lib.conv_tile(call, 96, ctypes.c_int64(last), tile)
+    assert list(tile)[4:] == [T - 1, 0] and 0 <= W - tile[2] <= 64 and 0 <= H - tile[3] <= 32
+    lib.conv_out(host_call(out=(1, N, T, H, W), out_strides=tuple(told[6:10])[::-1], doubled=1), 3, told)
+    assert told[0] == 2 * N * W + 2 * N and list(told)[1:4] == [N, W // 2, H // 2]
 
 
-def test_tiles_and_shared_memory() -> None:
-    lib = library()
+def test_tiles_boxes_and_shared_memory() -> None:
+    lib, shape = library(), (ctypes.c_int * 6)()
     for N in (96, 192, 384, 128, 256, 512, 1024):
         assert N % lib.conv_width(N) == 0  # what the Wan decoders have leaves nothing over
-    for height, width in [
-        (480, 832),
-        (90, 160),
-        (1, 1),
-        (1080, 1920),
-        *[(chance.randint(1, 300),) * 2 for _ in range(20)],
-    ]:
+    sizes = [(480, 832), (90, 160), (1, 1), (1080, 1920), *[(chance.randint(1, 300),) * 2 for _ in range(20)]]
+    for height, width in sizes:
         w = lib.conv_tile_w(height, width)
-        made = {one: -(-width // one) * -(-height // (128 // one)) for one in (8, 16, 32, 64, 128)}
+        made = {one: -(-width // one) * -(-height // (256 // one)) for one in (8, 16, 32, 64)}
         assert made[w] == min(made.values())
-    for width in (96, 128, 192):
-        blocks = 2 if width <= 128 else 1
-        assert lib.conv_stages(width) >= 3 and blocks * (lib.conv_smem(width) + 1024) <= 228 * 1024
+        for kernel, stride in itertools.product(((3, 3, 3), (1, 1, 1), (3, 1, 1), (1, 2, 2), (1, 9, 9)), (1, 2)):
+            call = host_call(out=(1, 96, 3, height, width), kernel=kernel, stride=stride)
+            lib.conv_shape(call, shape)
+            w, span_h, span_w, box_h, box_w, stages = shape
+            rows = (256 // w + kernel[1] - 1) * (w + kernel[2] - 1)
+            spans = kernel[1:] if stride == 1 and rows <= 512 else (1, 1)  # so that two boxes fit
+            assert (span_h, span_w) == spans and (kernel[1:] != (3, 3) or stride == 2 or spans == (3, 3))
+            assert (box_h, box_w) == (256 // w + spans[0] - 1, w + spans[1] - 1)
+            assert 2 <= stages <= 4 and stages * -(-box_h * box_w // 8) * 1024 <= 128 * 1024
+            assert stride * max(box_h, box_w) <= 256  # elements of a side that TMA takes
+    assert all(lib.conv_weight_stages(width) * width * 128 <= 96 * 1024 for width in WIDTHS)
+    assert lib.conv_smem() <= 227 * 1024
 
 
 def test_swizzle_and_descriptor() -> None:
@@ -297,6 +351,7 @@ def test_silu_of_the_special_function_unit(off: float) -> None:
         (16, 96, "planar", "channels-last copy"),
         (16, 96, "expanded", "positive multiples of 8"),
         (16, 96, "not aligned", "16 bytes"),
+        (16, 96, "out not aligned", "out has strides"),
     ],
 )
 def test_what_is_refused(C: int, N: int, layout: str | None, message: str) -> None:
@@ -308,6 +363,8 @@ def test_what_is_refused(C: int, N: int, layout: str | None, message: str) -> No
     elif layout == "not aligned":
         x = drawn(1, C + 8, 2, 4, 5)[:, 1 : C + 1]
     out = torch.empty(1, N, 2, 4, 5, dtype=HALF).contiguous(memory_format=LAST)
+    if layout == "out not aligned":
+        out = torch.empty(1, 2, 4, 5, N + 4, dtype=HALF)[..., :N].permute(0, 4, 1, 2, 3)
     weight, how = drawn(N, C, 3, 3, 3), (2, (1, 1), 0, 1, 1, False, False, False)
     with pytest.raises(ValueError, match=message):
         conv_host(x, None, None, None, weight, drawn(N), out, *how)
@@ -335,6 +392,18 @@ def test_channels_that_make_no_eights_are_padded() -> None:
     kernels = vae_kernels.Kernels(padded, norm_host, on_load=False)
     made, _ = vae_gpu.causal_conv3d(x, past, weight, bias, (1, 1), kernels=kernels)
     check(made, vae.causal_conv3d(x, past, weight, bias, (1, 1))[0], exact_conv(x, past, weight, bias, (1, 1)))
+
+
+@pytest.mark.parametrize("first", [0, 4, 8])
+def test_a_residual_is_overwritten_where_tma_can_store(first: int) -> None:
+    x, past, gamma = drawn(1, 16, 1, 4, 5), drawn(1, 16, 2, 4, 5), drawn(16, 1, 1, 1)
+    weight, bias, wide = drawn(16, 16, 3, 3, 3).contiguous(memory_format=LAST) / 20, drawn(16), drawn(1, 32, 1, 4, 5)
+    residual = wide[:, first : first + 16]
+    given, before = (x, past, gamma, weight, bias), residual.clone()
+    made, _ = vae_gpu.norm_silu_conv3d(*given, residual, kernels=HOST)
+    assert (made.data_ptr() == residual.data_ptr()) is (first % 8 == 0)
+    eager, _ = vae.norm_silu_conv3d(*given, before)
+    check(made, eager, exact_conv(exact_norm(x, gamma).to(HALF), past, weight, bias, (1, 1)) + before.double())
 
 
 def test_asked_for_by_name_it_works_or_says_why_not() -> None:
