@@ -1,4 +1,4 @@
-// The convolution's kernel on the CPU: conv_kernel.h over the hardware of emulated.h. The producer and both consumer
+// The convolution's kernel on the CPU: conv_kernel.h over the hardware of emulated.h. The producer and the consumer
 // warpgroups are threads, so that a ring which hands out a stage too early or never is seen.
 #include <algorithm>
 #include <type_traits>
