@@ -150,9 +150,9 @@ def _record_solver(recorder: Recorder, model: Model, request: Resolved, window: 
     shape = 1, *window.latent_shape(model.transformer.config.out_channels)
     x, uncond = _empty(*shape), None if request.guidance_scale == 1 else _empty(*shape)
     state, columns = solver.init(), torch.ones(shape[2], dtype=torch.float64)
-    recorder.times = max(1, steps_of(request) - STEPS + 1)
     for step in range(STEPS):
         velocities = Velocities(_empty(*shape), uncond, float(request.guidance_scale))
+        recorder.times = 1 if step + 1 < STEPS else max(1, steps_of(request) - STEPS + 1)
         sigma, after = (columns * (0.9 - 0.2 * number) for number in (step, step + 1))
         x, state = solver.fused_step(x, velocities, sigma, after, state)
 
@@ -166,15 +166,21 @@ def _record_vae(recorder: Recorder, model: Model, segment: Segment) -> None:
     chunk = decode_chunk(segment)
     if model.device.type == "cpu":
         chunk = min(chunk, max(1, CPU_CHUNK // (h * w * space**2 * config.widest * time)))
-    later, size = max(0.0, segment.columns / chunk - 1), (h * space, w * space)
-    encodes, cache = way_of(model) in (CHANNELS, CONTROL), None
-    for times in (1.0, later)[: 1 + (later > 0)]:
-        recorder.times = times
-        _, cache = vae.decode_rgb(_empty(1, config.z_dim, chunk, h, w), cache)
+    size, encodes, cache = (h * space, w * space), way_of(model) in (CHANNELS, CONTROL), None
+    for count, recorder.times in _chunks(segment.columns, chunk):
+        _, cache = vae.decode_rgb(_empty(1, config.z_dim, count, h, w), cache)
     cache, kind = None, model.placement.vae_dtype
-    for frames, times in ((time * (chunk - 1) + 1, 1.0), (time * chunk, later))[: 1 + (later > 0)]:
+    for count, times in _chunks(segment.columns, chunk):
         recorder.times = times if encodes else 1.0
+        frames = time * count - (time - 1 if cache is None else 0)
         _, cache = vae.encode(_empty(1, 3, frames, *size, dtype=kind), cache)
+
+
+def _chunks(columns: int, size: int) -> list[tuple[int, int]]:
+    """(latent frames, how often) of the first chunk, of those like the second, and of the rest."""
+    whole, rest = divmod(columns, size)
+    chunks = [(size, 1), (size, whole - 1), (rest, 1)] if whole else [(rest, 1)]
+    return [(count, times) for count, times in chunks if count and times]
 
 
 def _rebind(module: nn.Module, ops: Ops) -> None:
