@@ -2,7 +2,7 @@
 
 The table is a file in the user's cache folder, one for each device. Its key names the device, its driver, torch and
 Triton, and on a CPU the number of threads; a table with another key counts as empty. A row names the source of its
-kernel too, which whoever takes the row compares (`dispatch.source_hash`).
+kernel too, which whoever takes the row compares (`sources.source_hash`); `write` drops rows of other sources.
 
 `auto` runs what the table says, so nobody else may be able to write it: folder and file belong to this user, nobody
 else can write to them, and links are not followed. A table that breaks this, or that is damaged, is refused. Writers
@@ -29,6 +29,7 @@ from fastvid import notices
 from fastvid.device.devices import cpu_name, driver
 from fastvid.errors import Error
 from fastvid.files import cache_folder, open_regular, reason
+from fastvid.ops.sources import file_of, source_hash
 
 VERSION = 1  # of the format
 MAX_BYTES, MAX_ROWS, MAX_TEXT = 1 << 22, 4000, 400
@@ -202,7 +203,7 @@ def _no_constant(name: str) -> None:
 
 def write(device: torch.device, rows: Sequence[Row], rejected: Sequence[Row] = ()) -> Path:
     """Puts rows into a device's table, in place of those of the same operation, dtype and shape class; a refused table
-    is an error. Rows of another driver, torch or Triton leave it. Returns the file.
+    is an error. Rows of another driver, torch or Triton, or of another source, leave it. Returns the file.
 
     Raises TableRefused, and Error where the folder cannot be written to.
     """
@@ -248,7 +249,13 @@ def _class_of(row: Row) -> tuple[str, str, str]:
 
 
 def _others(rows: Sequence[Row], done: set[tuple[str, str, str]]) -> list[Row]:
-    return [_stored(row) for row in rows if _class_of(row) not in done]
+    """The rows of other classes, as far as their kernels are as they were."""
+    return [_stored(row) for row in rows if _class_of(row) not in done and _is_current(row)]
+
+
+def _is_current(row: Row) -> bool:
+    file = row["file"] if "file" in row else file_of(row["op"], row["backend"], row["shape_class"])
+    return row["source"] == source_hash(row["backend"], file)
 
 
 def _stored(row: Mapping[str, Any]) -> Row:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid.ops import reference
+from fastvid.ops import dispatch, reference
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "attention": ("attention",),
@@ -123,6 +123,28 @@ def cost(op: str, given: Mapping[str, Any], out: Any) -> tuple[float, float]:
     if isinstance(weight, TensorLike) and len(weight.shape) > 1:
         return 2.0 * made[0].numel() * math.prod(weight.shape[1:]), moved
     return 10.0 * sum(one.numel() for one in made), moved
+
+
+def work(call: Call) -> float:
+    """A call's share of a request, in bytes: those it moves, or as many as its arithmetic takes the time of."""
+    return call.count * max(call.bytes, call.flops / FLOPS_PER_BYTE)
+
+
+FLOPS_PER_BYTE = 150.0
+"""About what a GPU computes while it moves a byte. (On CPUs, 10 to 20; there the shares are less even.)"""
+
+
+def total(calls: Sequence[Call]) -> float:
+    return math.fsum(map(work, calls))
+
+
+def candidates(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
+    """The back ends of an operation that can run on a device, without approximations."""
+    return {
+        name: function
+        for name, function in dispatch.implementations()[op].items()
+        if name not in dispatch.APPROXIMATE and not (dispatch.why_not(name, device) or dispatch.lacks(function, device))
+    }
 
 
 # ---------------------------------------------------------------- JSON

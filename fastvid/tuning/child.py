@@ -4,7 +4,7 @@ It reads a job, one line of JSON, and writes messages, one a line: what it is at
 seconds that the piece may take), and what came of it. So whoever reads knows which kernel has hung or crashed, and
 starts another process without it. It ends when its standard input does.
 
-    {"seconds", "device", "calls", "rejected", "right", "done", "limit", "mark", "plugin"}        the job
+    {"seconds", "device", "threads", "calls", "rejected", "right", "done", "later", "limit", "mark", "plugin"}: the job
     {"at": {"op", "dtype", "shape_class", "backend", "stage", "of"}, "limit": seconds}
     {"right": name of the class and back end}   {"rejected": row}   {"row": row}   {"unmeasured": row}   {"end": true}
 """
@@ -30,9 +30,8 @@ from fastvid.ops import tuned
 from fastvid.ops.sources import file_of, source_hash
 from fastvid.tuning import calls as recorded
 from fastvid.tuning import check
-from fastvid.tuning.calls import Call
+from fastvid.tuning.calls import Call, candidates, work
 from fastvid.tuning.timing import Case, measure_within, timer_of
-from fastvid.tuning.work import candidates, work
 
 LEAST = 0.05  # seconds of timing a class
 LONGEST = 0.34  # share of the time that is left, which checks and timing of a class may be expected to take
@@ -46,7 +45,9 @@ class Job:
 
     def __init__(self, data: Mapping[str, Any], out: TextIO) -> None:
         self.device = torch.device(data["device"])
-        self.calls = sorted(map(recorded.from_json, data["calls"]), key=work, reverse=True)
+        later = {tuple(one) for one in data["later"]}
+        calls = map(recorded.from_json, data["calls"])
+        self.calls = sorted(calls, key=lambda call: (call.name in later, -work(call)))
         self.rejected, self.right, self.done = ({tuple(one) for one in data[n]} for n in ("rejected", "right", "done"))
         self.limit, self._out = float(data["limit"]), out
         self._end = time.monotonic() + data["seconds"]
@@ -100,7 +101,7 @@ def _load(path: Path) -> None:
 
 
 def run(job: Job) -> None:
-    """All classes, the one with most work first; each gets its share of the time that is left."""
+    """All classes, new ones first, and of those the one with most work; each gets its share of the time left."""
     todo = [call for call in job.calls if call.name not in job.done]
     for number, call in enumerate(todo):
         share = job.left * work(call) / sum(map(work, todo[number:]))

@@ -24,20 +24,22 @@ from fastvid.errors import Error, InvalidRequest
 from fastvid.models.loaded import LoadOptions
 from fastvid.ops import tuned
 from fastvid.ops.sources import file_of, source_hash
-from fastvid.tuning.calls import FAMILIES, Call, family_of, to_json
+from fastvid.tuning.calls import FAMILIES, Call, candidates, family_of, to_json, total
 from fastvid.tuning.machine import machine
 from fastvid.tuning.process import Child, Fault
-from fastvid.tuning.work import Subject, candidates, record, total
+from fastvid.tuning.work import Subject, record
 
 PUBLISHED = (Subject("wan2.1-t2v-1.3b"), Subject("wan2.1-t2v-14b"), Subject("embedded"), Subject("embedded", (160, 96)))
 BUDGETS = {"cuda": 120.0, "cpu": 60.0}  # seconds a model
 LIMITS = {"cuda": 60.0, "cpu": 30.0}  # seconds of one piece of work, beside what its calls are expected to take
+GRACE, GRACE_SHARE = 3.0, 0.1  # seconds, and share of the budget, after which work that has begun is broken off
 FLOOR = 0.02  # a family's share of the time at least
-START_SECONDS = 4.0  # until a child has started, before one has
+START_LIMIT = 60.0  # seconds until a child has started; where it imports torch for the first time, that takes long
 Progress = Callable[[Mapping[str, Any]], None]
 ClassName = tuple[str, str, str]
 Known = dict[str, list[list[str]]]
-"""What children have found: back ends of classes that are rejected or right, and classes that are done."""
+"""What children have found: back ends of classes that are rejected or right, and classes that are done. later: classes
+that the table has already; others come first."""
 
 
 @dataclass
@@ -55,10 +57,11 @@ class Tuned:
         return asdict(self)
 
     def record(self, device: torch.device) -> dict[str, Any]:
-        """A result as it can be committed under benchmarks/results/."""
-        rows = [{name: value for name, value in row.items() if name != "result"} for row in self.rows]
-        facts = {"benchmark": "tune", "machine": machine(device), "key": tuned.key(device)}
-        return {**facts, "rows": rows, "rejected": self.rejected, "unmeasured": self.unmeasured}
+        """The table as a result that can be committed under benchmarks/results/."""
+        table = tuned.load(device)
+        rows = [{name: value for name, value in row.items() if name != "result"} for row in table["rows"]]
+        facts = {"benchmark": "tune", "machine": machine(device), "key": table["key"]}
+        return {**facts, "rows": rows, "rejected": table["rejected"], "unmeasured": self.unmeasured}
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def tune(
             480p and 14B at 720p and the embedded model; on a CPU the embedded model alone.
         size: (width, height) or "832x480"; default: the model's own.
         frames: of the video; default: the model's own.
-        budget: seconds for each model; default: 120 on a GPU, 60 on a CPU.
+        budget: seconds of checks and measurements for each model; default: 120 on a GPU, 60 on a CPU. The start of up
+            to eight processes comes on top.
         device, dtype: as `load` takes them.
         only: families of operations: attention, linears, norms, ends, solver, rgb, vae-convolutions, vae-norms; names,
             or one text with commas.
@@ -194,11 +198,12 @@ def _tune_calls(plan: Plan, calls: Sequence[Call], model: str, budget: float, re
     families = {family: [c for c in several if family_of(c.op) == family] for family in plan.families}
     families = {family: found for family, found in families.items() if found}
     work = {family: max(total(found), FLOOR * total(several)) for family, found in families.items()}
-    watch = Watch(plan, model, len(several), time.monotonic() + budget)
+    table = [_name(row) for row in tuned.load(plan.device)["rows"]]
+    watch = Watch(plan, model, len(several), time.monotonic() + budget, table)
     for number, (family, found) in enumerate(families.items()):
         rest = list(families)[number:]
         share = work[family] / sum(work[one] for one in rest)
-        seconds = max(0.0, watch.left - len(rest) * watch.start_seconds) * share
+        seconds = max(0.0, watch.left) * share
         try:
             _tune_family(watch, found, seconds, result)
         finally:
@@ -217,13 +222,13 @@ def _keep(device: torch.device, result: Tuned, calls: Sequence[Call]) -> None:
 
 @dataclass
 class Watch:
-    """A model's time. done, total: classes."""
+    """A model's time. done, total: classes. later: those that the table has already."""
 
     plan: Plan
     model: str
     total: int
     end: float
-    start_seconds: float = START_SECONDS
+    later: list[list[str]]
     done: int = 0
 
     @property
@@ -236,18 +241,18 @@ class Watch:
 
 def _tune_family(watch: Watch, calls: Sequence[Call], seconds: float, result: Tuned) -> None:
     """One family, in as many children as it takes: one more for each kernel that hangs or crashes."""
-    end = time.monotonic() + seconds
-    known: Known = {"rejected": [], "right": [], "done": []}
+    known: Known = {"rejected": [], "right": [], "done": [], "later": watch.later}
     plan = watch.plan
     while True:
         with tempfile.TemporaryDirectory(prefix="fastvid-tune-") as folder:
-            job = {"seconds": max(0.0, end - time.monotonic()), "calls": [to_json(call) for call in calls], **known}
+            job = {"seconds": max(0.0, seconds), "calls": [to_json(call) for call in calls], **known}
             job |= {"device": str(plan.device), "limit": plan.limit, "plugin": plan.plugin and str(plan.plugin)}
+            began, before = time.monotonic(), watch.end
             fault = _follow(watch, Child(job, Path(folder)), known, result)
         if fault is None:
             return
-        lost = time.monotonic() - fault.since
-        watch.end, end = watch.end + lost, end + lost  # it costs its own time, not the others'
+        seconds -= fault.since - began - (watch.end - before)
+        watch.end += time.monotonic() - fault.since  # it costs its own time, not the others'
         _blame(fault, known, result)
 
 
@@ -255,8 +260,8 @@ def _blame(fault: Fault, known: Known, result: Tuned) -> None:
     """Notes who has hung or crashed, so that the next child does not try it again."""
     if not fault.at:
         raise Error(f"a child process of fastvid tune does not start: {fault.why}")
-    op, dtype, shape_class = name = _name(fault.at)
-    row = {"op": op, "dtype": dtype, "shape_class": shape_class, "why": fault.why}
+    op, _, shape_class = name = _name(fault.at)
+    row = {**_names(fault.at), "why": fault.why}
     if not fault.backend:  # the inputs, or the reference
         result.unmeasured.append(row)
         known["done"].append(name)
@@ -269,15 +274,19 @@ def _blame(fault: Fault, known: Known, result: Tuned) -> None:
 def _follow(watch: Watch, child: Child, known: Known, result: Tuned) -> Fault | None:
     """Reads a child's messages until it is done; a Fault if it has hung or ended before."""
     at: dict[str, Any] = {}
-    limit, began = watch.plan.limit, time.monotonic()
+    limit, began = START_LIMIT, time.monotonic()
     since = began
     with child:
         while True:
-            message = child.message(since + limit - time.monotonic())
+            over = watch.end + GRACE + GRACE_SHARE * watch.plan.budget if at else since + limit
+            message = child.message(min(since + limit, over) - time.monotonic())
             if not message:
+                if message is not None and over < since + limit:
+                    result.unmeasured.append({**_names(at), "why": "the budget was spent in it"})
+                    return None
                 return child.fault(at, since, None if message is None else limit)
-            if at == {} and since == began:
-                watch.start_seconds = time.monotonic() - began
+            if not at:
+                watch.end += time.monotonic() - began  # what a child takes to start is beside the budget
             if "at" in message:
                 at, limit, since = message["at"], float(message["limit"]), time.monotonic()
                 watch.show(at)
@@ -304,3 +313,7 @@ def _note(watch: Watch, message: Mapping[str, Any], known: Known, result: Tuned)
 
 def _name(row: Mapping[str, Any]) -> list[str]:
     return [row["op"], row["dtype"], row["shape_class"]]
+
+
+def _names(row: Mapping[str, Any]) -> dict[str, str]:
+    return {name: row.get(name, "") for name in ("op", "dtype", "shape_class")}

@@ -105,7 +105,9 @@ def _qkv_norm_rope(
 def _head(kind: torch.dtype, /, x: Tensor, weight: Tensor, bias: Tensor, grid: Any, patch: Any, **rest: Any) -> Tensor:
     rest.pop("dtype", None)
     y = _modulated(kind, x, **rest) @ weight.T + bias
-    return reference.unpatchify(y, grid, patch)
+    (t, h, w), (pt, ph, pw) = grid, patch
+    parts = y.unflatten(1, (t, h, w)).unflatten(-1, (pt, ph, pw, -1))
+    return parts.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def _bytes(values: Tensor) -> Tensor:

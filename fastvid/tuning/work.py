@@ -9,7 +9,7 @@ Shapes: C channels, T latent frames, h/w latent height and width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -191,25 +191,3 @@ def _rebind(module: nn.Module, ops: Ops) -> None:
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def work(call: Call) -> float:
-    """A call's share of a request, in bytes: those it moves, or as many as its arithmetic takes the time of."""
-    return call.count * max(call.bytes, call.flops / FLOPS_PER_BYTE)
-
-
-FLOPS_PER_BYTE = 150.0
-"""About what a GPU computes while it moves a byte. (On CPUs, 10 to 20; there the shares are less even.)"""
-
-
-def total(calls: Sequence[Call]) -> float:
-    return math.fsum(map(work, calls))
-
-
-def candidates(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
-    """The back ends of an operation that can run on a device, without approximations."""
-    return {
-        name: function
-        for name, function in dispatch.implementations()[op].items()
-        if name not in dispatch.APPROXIMATE and not (dispatch.why_not(name, device) or dispatch.lacks(function, device))
-    }

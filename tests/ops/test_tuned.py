@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from fastvid.errors import Error, FastvidWarning
-from fastvid.ops import tuned
+from fastvid.ops import sources, tuned
 
 CPU = torch.device("cpu")
+SOURCE = sources.source_hash("packed")
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +29,24 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def row(shape_class: str = "k256 n1024", **changes: Any) -> tuned.Row:
     made = {"op": "linear", "dtype": "float32", "shape_class": shape_class, "backend": "packed", "machine": "a CPU"}
-    made |= {"file": "", "source": "2.11.0", "median_us": 12.5, "next": "reference", "next_us": 20.0}
+    made |= {
+        "file": "",
+        "source": sources.source_hash("packed"),
+        "median_us": 12.5,
+        "next": "reference",
+        "next_us": 20.0,
+    }
     return made | {"times_us": {"packed": 12.5, "reference": 20.0}} | changes
 
 
 def rejection(shape_class: str = "k256 n1024", **changes: Any) -> tuned.Row:
-    made = {"op": "linear", "dtype": "float32", "shape_class": shape_class, "backend": "triton", "source": "12"}
+    made = {
+        "op": "linear",
+        "dtype": "float32",
+        "shape_class": shape_class,
+        "backend": "packed",
+        "source": sources.source_hash("packed"),
+    }
     return made | {"why": "wrong by 0.1"} | changes
 
 
@@ -77,6 +90,13 @@ def test_a_table_with_another_key_is_empty(name: str, monkeypatch: pytest.Monkey
     assert tuned.read(CPU)["rows"] == []
     tuned.write(CPU, [row("new")])
     assert [each["shape_class"] for each in tuned.read(CPU)["rows"]] == ["new"]
+
+
+def test_rows_of_changed_kernels_leave_the_table_with_the_next_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned.write(CPU, [row("old", source="another")], [rejection("old too", source="another")])
+    tuned.write(CPU, [row("new")])
+    assert [each["shape_class"] for each in tuned.load(CPU)["rows"]] == ["new"]
+    assert tuned.load(CPU)["rejected"] == []
 
 
 def test_each_number_of_threads_has_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
