@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from fastvid.cli.command_parser import UsageError
 from fastvid.cli.progress import LINE_SECONDS, duration
 
+SHOWN = 3  # classes that were not measured, of each reason
 ARGUMENTS = ("model", "size", "frames", "budget", "device", "dtype", "only", "export")
 
 
@@ -76,8 +77,12 @@ def lines(table: Mapping[str, Any]) -> Iterator[str]:
         yield f"{_class(row):<84} {row['backend']:<14} {row['median_us']:10.1f} us{following}"
     for row in table["rejected"]:
         yield f"{_class(row)}: {row['backend']} is not used: {row['why']}"
+    reasons: dict[str, list[str]] = {}
     for row in table.get("unmeasured", ()):
-        yield f"{_class(row)}: not measured: {row['why']}"
+        reasons.setdefault(row["why"], []).append(_class(row))
+    for why, classes in reasons.items():
+        more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
+        yield f"not measured, {why}: {', '.join(classes[:SHOWN])}{more} (fastvid tune goes on with them)"
 
 
 def _class(row: Mapping[str, Any]) -> str:

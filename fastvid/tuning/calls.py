@@ -125,17 +125,17 @@ def cost(op: str, given: Mapping[str, Any], out: Any) -> tuple[float, float]:
     return 10.0 * sum(one.numel() for one in made), moved
 
 
-def work(call: Call) -> float:
+FLOPS_PER_BYTE = {"cuda": 150.0, "cpu": 15.0}
+"""About what a device computes while it moves a byte."""
+
+
+def work(call: Call, device: torch.device) -> float:
     """A call's share of a request, in bytes: those it moves, or as many as its arithmetic takes the time of."""
-    return call.count * max(call.bytes, call.flops / FLOPS_PER_BYTE)
+    return call.count * max(call.bytes, call.flops / FLOPS_PER_BYTE[device.type])
 
 
-FLOPS_PER_BYTE = 150.0
-"""About what a GPU computes while it moves a byte. (On CPUs, 10 to 20; there the shares are less even.)"""
-
-
-def total(calls: Sequence[Call]) -> float:
-    return math.fsum(map(work, calls))
+def total(calls: Sequence[Call], device: torch.device) -> float:
+    return math.fsum(work(call, device) for call in calls)
 
 
 def candidates(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:

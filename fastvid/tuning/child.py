@@ -30,7 +30,7 @@ from fastvid.ops import tuned
 from fastvid.ops.sources import file_of, source_hash
 from fastvid.tuning import calls as recorded
 from fastvid.tuning import check
-from fastvid.tuning.calls import Call, candidates, work
+from fastvid.tuning.calls import Call, candidates, total, work
 from fastvid.tuning.timing import Case, measure_within, timer_of
 
 LEAST = 0.05  # seconds of timing a class
@@ -47,7 +47,7 @@ class Job:
         self.device = torch.device(data["device"])
         later = {tuple(one) for one in data["later"]}
         calls = map(recorded.from_json, data["calls"])
-        self.calls = sorted(calls, key=lambda call: (call.name in later, -work(call)))
+        self.calls = sorted(calls, key=lambda call: (call.name in later, -work(call, self.device)))
         self.rejected, self.right, self.done = ({tuple(one) for one in data[n]} for n in ("rejected", "right", "done"))
         self.limit, self._out = float(data["limit"]), out
         self._end = time.monotonic() + data["seconds"]
@@ -104,7 +104,7 @@ def run(job: Job) -> None:
     """All classes, new ones first, and of those the one with most work; each gets its share of the time left."""
     todo = [call for call in job.calls if call.name not in job.done]
     for number, call in enumerate(todo):
-        share = job.left * work(call) / sum(map(work, todo[number:]))
+        share = job.left * work(call, job.device) / total(todo[number:], job.device)
         if job.left <= 0:
             _unmeasured(job, call, "the budget was spent before it")
         else:
@@ -123,7 +123,7 @@ def tune_class(job: Job, call: Call, seconds: float) -> None:
     expected = expected_seconds(call, cases[0], job.device)
     functions = candidates(call.op, job.device)
     if expected * CALLS * len(functions) > LONGEST * max(job.left, 1.0):
-        _unmeasured(job, call, f"one call takes about {expected:.2g} s, which is too long for the budget")
+        _unmeasured(job, call, f"one call takes about {expected:.2g} s, too long for what is left of the budget")
         return
     job.at(call, "", "preparing", more=CALLS * expected)
     cases.append(check.whole_case(call, job.device))

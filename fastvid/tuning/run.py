@@ -197,7 +197,10 @@ def _tune_calls(plan: Plan, calls: Sequence[Call], model: str, budget: float, re
     several = [call for call in calls if len(candidates(call.op, plan.device)) > 1]
     families = {family: [c for c in several if family_of(c.op) == family] for family in plan.families}
     families = {family: found for family, found in families.items() if found}
-    work = {family: max(total(found), FLOOR * total(several)) for family, found in families.items()}
+    work = {
+        family: max(total(found, plan.device), FLOOR * total(several, plan.device))
+        for family, found in families.items()
+    }
     table = [_name(row) for row in tuned.load(plan.device)["rows"]]
     watch = Watch(plan, model, len(several), time.monotonic() + budget, table)
     for number, (family, found) in enumerate(families.items()):

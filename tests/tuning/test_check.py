@@ -124,12 +124,12 @@ def test_rows_beyond_32_bits_are_made_where_memory_allows(monkeypatch: pytest.Mo
     monkeypatch.setattr(check, "OFFSETS", 100_000)
     far = check.far_offsets("rms_norm", few, torch.device("cuda"))
     assert far is not None and far["x"].numel() > 100_000
-    wrapped = (
-        lambda x, weight, eps: torch.cat(  # noqa: E731 - what a 32-bit offset would do
-            (reference.rms_norm(x, weight, eps)[:, :1500], reference.rms_norm(x[:, : x.shape[1] - 1500], weight, eps)),
-            1,
-        )
-    )
+
+    def wrapped(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """What a 32-bit offset would do."""
+        out = reference.rms_norm(x, weight, eps)
+        return torch.cat((out[:, :1500], out[:, : x.shape[1] - 1500]), 1)
+
     case = check.case("rms_norm", "far", far, slices=True)
     check.check("rms_norm", reference.rms_norm, case)
     with pytest.raises(check.Wrong):

@@ -101,7 +101,7 @@ def test_a_call_that_is_too_long_is_not_begun(monkeypatch: pytest.MonkeyPatch, t
     long = Call("rms_norm", "float32", "d64", norm(700).given, 1, 1e15, 1e15)
     messages = run(monkeypatch, tmp_path, ["right"], [long], seconds=2.0)
     (row,) = of(messages, "unmeasured")
-    assert "too long for the budget" in row["why"] and not of(messages, "row")
+    assert "too long for what is left of the budget" in row["why"] and not of(messages, "row")
 
 
 def test_an_error_that_the_device_does_not_recover_from_ends_it(

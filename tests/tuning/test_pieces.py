@@ -15,14 +15,14 @@ from fastvid.tuning.calls import Call, family_of, total, work
 from fastvid.tuning.truth import truth
 from fastvid.tuning.work import Subject, record
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Call]:
     """The smallest class of each operation."""
     calls = record(Subject("embedded", (64, 64), 9), LoadOptions(device="cpu"))
-    return {call.op: call for call in sorted(calls, key=work, reverse=True)}
+    return {call.op: call for call in sorted(calls, key=lambda call: work(call, CPU), reverse=True)}
 
 
 OPERATIONS = sorted(set(dispatch.implementations()) - {"layer_norm", "rms_norm_rope"})  # of other models, and of none
@@ -82,9 +82,9 @@ def test_a_step_of_a_large_model_is_mostly_attention_and_linears() -> None:
     calls = record(Subject("wan2.1-t2v-14b"), LoadOptions(device="cpu", dtype="bfloat16"))
     shares = {family: 0.0 for family in recorded.FAMILIES}
     for call in calls:
-        shares[family_of(call.op)] += work(call) / total(calls)
+        shares[family_of(call.op)] += work(call, GPU) / total(calls, GPU)
     assert shares["attention"] > 0.6 and shares["linears"] > 0.15 and sum(shares.values()) == pytest.approx(1)
-    attention = max((call for call in calls if call.op == "attention"), key=work)
+    attention = max((call for call in calls if call.op == "attention"), key=lambda call: work(call, GPU))
     assert attention.flops == pytest.approx(117.05e12, rel=0.001) and attention.count == 40 * 50 * 2
 
 

@@ -20,9 +20,7 @@ def test_every_case_is_first_as_often() -> None:
     assert [row.name for row in rows] == list("abc") and {row.rounds for row in rows} == {3}
 
 
-@pytest.mark.parametrize(
-    ("each", "seconds", "rounds"), [(0.0, 0.05, MAX_ROUNDS), (0.02, 0.3, 15), (0.2, 0.1, 1)]
-)
+@pytest.mark.parametrize(("each", "seconds", "rounds"), [(0.0, 0.05, MAX_ROUNDS), (0.02, 0.3, 15), (0.2, 0.1, 1)])
 def test_rounds_fit_into_the_time(each: float, seconds: float, rounds: int) -> None:
     began = time.monotonic()
     rows = measure_within([Case("a", lambda: time.sleep(each))], CPU, seconds)
