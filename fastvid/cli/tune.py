@@ -54,9 +54,10 @@ def _print(flags: argparse.Namespace, facts: Mapping[str, Any], text: Sequence[s
 
 def _show(device: str | None) -> tuple[dict[str, Any], list[str]]:
     from fastvid.device.devices import find_device
-    from fastvid.ops import tuned
+    from fastvid.ops import dispatch, tuned
 
     where = find_device(device)
+    dispatch.bind("reference", "reference", where)  # raises if it is not there
     path, table = tuned.path_of(where), tuned.load(where)
     head = [", ".join(f"{name} {value}" for name, value in table["key"].items() if value is not None), str(path)]
     text = [*lines(table)] or ["there is no table for this machine; fastvid tune makes one"]

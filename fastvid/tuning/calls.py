@@ -139,11 +139,13 @@ def total(calls: Sequence[Call], device: torch.device) -> float:
 
 
 def candidates(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
-    """The back ends of an operation that can run on a device, without approximations."""
+    """The back ends of an operation that can run on a device, without approximations, and without Triton's interpreter,
+    which is for tests."""
+    skipped = (*dispatch.APPROXIMATE, *(("triton",) if device.type == "cpu" else ()))
     return {
         name: function
         for name, function in dispatch.implementations()[op].items()
-        if name not in dispatch.APPROXIMATE and not (dispatch.why_not(name, device) or dispatch.lacks(function, device))
+        if name not in skipped and not (dispatch.why_not(name, device) or dispatch.lacks(function, device))
     }
 
 

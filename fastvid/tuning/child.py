@@ -83,6 +83,8 @@ def main() -> None:
         _load(Path(data["plugin"]))
     torch.set_num_threads(data["threads"])  # as in the process whose table it is for
     job = Job(data, out)
+    if job.device.type == "cuda":
+        torch.cuda.set_device(job.device)  # Triton launches on the current one
     with computing():
         run(job)
     job.say(end=True)
@@ -145,8 +147,8 @@ def expected_seconds(call: Call, few: check.Case, device: torch.device) -> float
     """About how long a call takes, from one on few rows."""
     small = {name: recorded.like(value) for name, value in few.given.items()}
     flops, moved = recorded.cost(call.op, small, few.expected)
-    reference = candidates(call.op, device)["reference"]
-    taken = min(timer_of(device)(lambda: check.run(call.op, reference, check.fresh(call.op, few.given))) for _ in "123")
+    reference, timer = candidates(call.op, device)["reference"], timer_of(device)
+    taken = min(timer(lambda: check.run(call.op, reference, check.fresh(call.op, few.given))) for _ in range(3))
     return taken / 1e6 * max(call.flops / max(flops, 1.0), call.bytes / max(moved, 1.0), 1.0)
 
 

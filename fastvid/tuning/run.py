@@ -22,7 +22,7 @@ from fastvid import checks
 from fastvid.device.devices import find_device, resolve_dtype
 from fastvid.errors import Error, InvalidRequest
 from fastvid.models.loaded import LoadOptions
-from fastvid.ops import tuned
+from fastvid.ops import dispatch, tuned
 from fastvid.ops.sources import file_of, source_hash
 from fastvid.tuning.calls import FAMILIES, Call, candidates, family_of, to_json, total
 from fastvid.tuning.machine import machine
@@ -110,6 +110,7 @@ def tune(
     the table cannot be written or is not trusted.
     """
     where = find_device(device)
+    dispatch.bind("reference", "reference", where)  # raises if it is not there
     resolve_dtype(dtype, where)
     plan = Plan(
         where,

@@ -99,6 +99,13 @@ def test_a_table_that_cannot_be_trusted_is_told_by_show(capsys: pytest.CaptureFi
     assert "is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize("words", ["--device cuda", "--show --device cuda"])
+def test_a_device_that_is_not_there(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["tune", *words.split()]) == 1
+    assert "no CUDA device is found" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
