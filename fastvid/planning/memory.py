@@ -106,7 +106,7 @@ class ModelFacts:
             model.transformer.config,
             model.vae.config,
             model.text_encoder.config,
-            model.sizes,
+            _with_packed(model.sizes, model.ops.bound),
             model.dtype.itemsize,
             model.vae_dtype.itemsize,
             model.tokenizer.text_length,
@@ -357,6 +357,14 @@ def cache_bytes(config: WanVAEConfig, height: int, width: int, itemsize: int = F
 
 
 # ---------------------------------------------------------------- offload modes
+
+
+def _with_packed(sizes: Sizes, bound: Mapping[str, str]) -> Sizes:
+    """Where linear layers are packed for oneDNN, the packed ones lie beside the experts' own, nearly all of which they
+    are."""
+    if not any("packed" in bound.get(op, "") for op in ("linear", "linear_gelu_tanh")):
+        return sizes
+    return replace(sizes, experts=tuple(one._replace(rest=one.rest + one.total) for one in sizes.experts))
 
 
 def memory_of(sizes: Sizes, cost: Cost, mode: str) -> Memory:

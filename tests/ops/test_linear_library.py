@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastvid
 from fastvid.errors import BackendUnavailable
 from fastvid.ops import dispatch, linear_library, onednn, reference
 
@@ -118,6 +119,17 @@ def test_cpu_choices_are_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed.why_not(CUDA) == "it needs a CPU, and the device is cuda"
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert "no oneDNN routines" in packed.why_not(CPU)
+
+
+@needs_onednn
+def test_a_plan_counts_packed_weights() -> None:
+    plain, packed = (fastvid.load(backend=backend) for backend in ("auto", "linear=packed,linear_gelu_tanh=packed"))
+    experts = sum(one.total for one in plain._model.sizes.experts)
+    found = [pipe.plan("a red circle").bytes_weights for pipe in (plain, packed)]
+    assert found[1] - found[0] == experts
+    before = linear_library.PACKED.bytes()
+    packed.generate("a red circle", num_frames=1, num_inference_steps=1)
+    assert experts / 2 < linear_library.PACKED.bytes() - before < experts
 
 
 def test_names() -> None:
