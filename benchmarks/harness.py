@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastvid.benchmarks.host import ROOT, slug
+from fastvid.benchmarks.host import RESULTS, earlier, slug
 from fastvid.ops import dispatch, shapes
 from fastvid.ops.sources import file_of, source_hash
 from fastvid.tuning.machine import device_name, machine
@@ -88,8 +88,9 @@ def save(
 
 
 def result_of(name: str, device: torch.device) -> dict[str, Any] | None:
-    """The last result that `save` wrote for this device; None if there is none."""
-    path = _path(name, device)
+    """The last result that `save` wrote for this device, in this folder or in that of committed results; None if there
+    is none."""
+    path = earlier(_path(name, device))
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -128,7 +129,7 @@ def passed(outcome: dict[str, Any]) -> bool:
 
 
 def _path(name: str, device: torch.device) -> Path:
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    folder = Path(os.environ.get("OUT") or RESULTS)
     return folder / f"{name}-{slug(device_name(device))}.json"
 
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @functools.cache  # asking the driver can take a second
@@ -19,6 +20,11 @@ def gpu(what: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return told.partition("\n")[0].strip()
+
+
+def earlier(file: Path) -> Path:
+    """A result as it was before this call: in the folder of results, if it is not yet in $OUT."""
+    return file if file.exists() else RESULTS / file.name
 
 
 def slug(text: str) -> str:

@@ -10,8 +10,8 @@
     measure    benchmarks of operations and whole models; only by name
 
 A step that hangs is stopped, one that fails is told of, and the others run. How each ended is recorded at once, in
-ladder-<device>.json, and its output in logs/. A later call starts from the results in benchmarks/results and skips what
-was done with the same sources.
+ladder-<device>.json, and its output in ladder-<device>.txt. A later call starts from the results in benchmarks/results
+and skips what was done with the same sources.
 
 Exit status: 0, everything is done; 1, something failed; 3, nothing failed, but time ran out: call this again.
 """
@@ -28,6 +28,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,10 +36,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from host import ROOT, gpu, slug
+from host import RESULTS, ROOT, earlier, gpu, slug
 from limited import FINE, Ended, run, tail
 
-RESULTS, SITE = ROOT / "benchmarks" / "results", ROOT / "build" / "site"
+SITE = ROOT / "build" / "site"
 STEPS = ("build", "doctor", "smoke", "video", "tune", "tests", "sanitize", "measure")
 MODELS = ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b")  # whose shapes are tuned
 TOOLS = ("memcheck", "racecheck", "initcheck")
@@ -46,6 +47,8 @@ PROMPT = "a red circle moving right on a white background"
 KERNELS, EVERYTHING = ("fastvid/ops", "kernels", "csrc"), ("fastvid", "kernels", "csrc")
 # Seconds that an item of a step may take; tuning beyond its budget, for kernels that hang. Tests take what is left.
 LIMITS = {"build": 180, "doctor": 40, "smoke": 40, "video": 90, "tune": 100, "sanitize": 150, "measure": 240}
+LOGGED = 200_000  # characters of an item's output that are kept
+UNSUPPORTED = "Device not supported"  # says compute-sanitizer where it cannot look at the device
 LEAST = 10  # seconds: with less left nothing is begun
 OUT_OF_TIME = 3  # status of a step that will go on, and of this script
 
@@ -84,6 +87,10 @@ class Ladder:
         return bool(of) and before.get("ended") == FINE and before["key"] == sources(of) and not self.again
 
     @property
+    def log(self) -> Path:
+        return self.file.with_suffix(".txt")
+
+    @property
     def file(self) -> Path:
         return self.out / f"ladder-{slug(self.name)}.json"
 
@@ -102,7 +109,7 @@ def main() -> None:
 
 def status(outcomes: Mapping[str, str]) -> int:
     """The exit status, from how each item ended."""
-    if set(outcomes.values()) - {FINE, "done before", "no time"}:
+    if set(outcomes.values()) - {FINE, "done before", "no time", "cannot run"}:
         return 1
     return OUT_OF_TIME if "no time" in outcomes.values() else 0
 
@@ -135,15 +142,14 @@ def started(args: argparse.Namespace) -> Ladder:
     if not name:
         sys.exit("no GPU is found (nvidia-smi names none)")
     out = Path(os.environ.get("OUT") or RESULTS)
-    (out / "logs").mkdir(parents=True, exist_ok=True)
-    for path in RESULTS.glob(f"*{slug(name)}*.json"):
-        if not (out / path.name).exists():
-            shutil.copy(path, out)
+    out.mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT / "benchmarks"), str(SITE), os.environ.get("PYTHONPATH", "")]
+    os.environ["PATH"] += f"{os.pathsep}/usr/local/cuda/bin"  # where compute-sanitizer is, if it is nowhere else
     os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1", "OUT": str(out)}
     ladder = Ladder(args.device, name, out, time.monotonic() + args.seconds, args.again, {})
-    if ladder.file.exists():
-        ladder.known = json.loads(ladder.file.read_text())["items"]
+    if (before := earlier(ladder.file)).exists():
+        ladder.known = json.loads(before.read_text())["items"]
+    ladder.log.unlink(missing_ok=True)
     return ladder
 
 
@@ -179,7 +185,7 @@ def items(args: argparse.Namespace, ladder: Ladder) -> Iterator[Item]:
     if "smoke" in args.steps:
         yield smoke
     if "video" in args.steps:
-        made = ("--seed", "1", "--quiet", *device, "-o", str(ladder.out / "logs" / "video.npy"))
+        made = ("--seed", "1", "--quiet", *device, "-o", str(Path(tempfile.gettempdir(), "fastvid-video.npy")))
         yield Item("video", "video", (python, "-m", "fastvid", "generate", PROMPT, *made), LIMITS["video"], EVERYTHING)
     if "tune" in args.steps:
         yield from tuned(args, ladder)
@@ -206,7 +212,7 @@ def tuned(args: argparse.Namespace, ladder: Ladder) -> Iterator[Item]:
         command = (sys.executable, "-m", "fastvid", "tune", *how)
         done_before = ladder.done(name, of)
         yield Item("tune", name, (*command, "--export", str(file)), args.budget + LIMITS["tune"], of, grace=10)
-        if done_before and (left := unmeasured(file)):
+        if done_before and (left := unmeasured(earlier(file))):
             rest = file.with_name(file.name.replace("tune-", "tune-rest-", 1))
             only = ("--only", ",".join(left), "--export", str(rest))
             yield Item("tune", f"{name}, the rest", (*command, *only), args.budget + LIMITS["tune"], of, grace=10)
@@ -247,20 +253,26 @@ def script(name: str) -> str:
 
 def climb(item: Item, ladder: Ladder) -> str:
     """Run an item and record how it ended: "done", "done before", "no time" (it was not begun, or goes on in the next
-    call), or how it failed."""
+    call), "cannot run" (a sanitizer, on a virtual machine that hides the device), or how it failed."""
     if ladder.done(item.name, item.of):
         return "done before"
     limit = min(item.limit, ladder.left)
     if limit < LEAST:
         return "no time"
-    log = ladder.out / "logs" / f"{slug(item.name)}.txt"
-    ended = run(item.command, limit, log, env=environment(item), cwd=ROOT, grace=item.grace)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log.txt")
+        ended = run(item.command, limit, log, env=environment(item), cwd=ROOT, grace=item.grace)
+        said = tail(log, LOGGED)
     if item.step == "build":
         link()
     outcome = "no time" if ran_out(ended, item, limit) else ended.how
+    if item.step == "sanitize" and UNSUPPORTED in said:
+        outcome = "cannot run"
+    with ladder.log.open("a") as file:
+        file.write(f"===== {item.name}: {outcome}\n{said}\n")
     ladder.known[item.name] = {"ended": outcome, "seconds": round(ended.seconds, 1), "key": sources(item.of)}
     write(ladder)
-    print(tail(log, 600 if outcome == FINE else 3000), flush=True)
+    print(said[-600 if outcome == FINE else -3000 :], flush=True)
     return outcome
 
 

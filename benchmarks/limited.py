@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-FINE = "done"
+FINE, NOT_STARTED = "done", 127
 AFTER_A_KILL = 10.0  # seconds: a process that waits for the driver may be impossible to kill
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended. how: "done", "status 1", "killed by signal 11" or "stopped after 9 s"; code: its status, or
-    None if it was stopped."""
+    """How a command ended. how: "done", "status 1", "killed by signal 11", "stopped after 9 s" or "not started: ...";
+    code: its status, or None if it was stopped."""
 
     how: str
     code: int | None
@@ -38,9 +38,12 @@ def run(
     after an interrupt, as by Ctrl-C; without it, it is killed at once."""
     begun = time.monotonic()
     with log.open("w") as output:
-        child = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True
-        )
+        try:
+            child = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True
+            )
+        except OSError as error:
+            return Ended(f"not started: {command[0]}: {error.strerror}", NOT_STARTED, 0.0)
         try:
             code = _wait(child, seconds, grace)
         finally:  # its children too: ranks hold the device

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import ROOT, save
+from harness import save
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvid
+from fastvid.benchmarks.host import ROOT
 from fastvid.engine import session
 from fastvid.engine.events import Step
 

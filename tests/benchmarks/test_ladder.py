@@ -50,6 +50,8 @@ def test_a_command_ends_by_itself_or_is_ended(tmp_path: Path) -> None:
     assert (fine.how, fine.code) == ("done", 0) and limited.tail(log) == "said\nmore\n"
     assert limited.run(["sh", "-c", "exit 7"], 20, log).how == "status 7"
     assert limited.run(["sh", "-c", "kill -SEGV $$"], 20, log).how == "killed by signal 11"
+    gone = limited.run(["/no/such/program"], 20, log)
+    assert gone.how == "not started: /no/such/program: No such file or directory" and gone.code == 127
     hung = limited.run(["sleep", "60"], 0.5, log)
     assert (hung.how, hung.code) == ("stopped after 0 s", None) and hung.seconds < 10
 
@@ -82,7 +84,8 @@ def climbing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ladder.Ladder:
     monkeypatch.setattr(ladder, "ROOT", tmp_path)
     monkeypatch.setattr(ladder, "SITE", tmp_path / "site")
     monkeypatch.setattr(ladder, "LEAST", 0.3)
-    (tmp_path / "out" / "logs").mkdir(parents=True)
+    monkeypatch.setitem(ladder.earlier.__globals__, "RESULTS", tmp_path / "results")
+    (tmp_path / "out").mkdir()
     for name in ("kernels", "fastvid", "benchmarks"):
         (tmp_path / name).mkdir()
     (tmp_path / "kernels" / "rgb.py").write_text("first")
@@ -102,9 +105,16 @@ def record(climbing: ladder.Ladder) -> dict[str, Any]:
 def test_how_an_item_ended_is_recorded_at_once(climbing: ladder.Ladder) -> None:
     assert ladder.climb(shell("echo hello"), climbing) == "done"
     assert record(climbing)["ended"] == "done"
-    assert (climbing.out / "logs" / "it.txt").read_text() == "hello\n"
+    assert climbing.log.read_text() == "===== it: done\nhello\n\n"
     assert ladder.climb(shell("exit 4", ()), climbing) == "status 4" == record(climbing)["ended"]
     assert ladder.climb(shell("sleep 60", (), limit=1), climbing) == "stopped after 1 s"
+
+
+def test_a_sanitizer_that_cannot_look_at_the_device_is_no_failure(climbing: ladder.Ladder) -> None:
+    said = "echo '========= Error: Device not supported. Please refer to the documentation'; exit 1"
+    assert ladder.climb(shell(said, step="sanitize"), climbing) == "cannot run"
+    assert ladder.climb(shell("exit 9", step="sanitize"), climbing) == "status 9"
+    assert ladder.climb(shell(said), climbing) == "status 1"
 
 
 def test_what_is_done_is_done_again_only_with_other_sources(climbing: ladder.Ladder) -> None:
@@ -159,6 +169,10 @@ def test_what_tuning_did_not_reach_is_left_to_the_next_call(climbing: ladder.Lad
     _, rest = ladder.tuned(args, climbing)
     assert rest.name == "tune m, the rest" and str(file) not in rest.command
     assert rest.command[rest.command.index("--only") + 1] == "norms,rgb"
+    earlier = ladder.earlier(Path("none")).parent
+    earlier.mkdir()
+    file.rename(earlier / file.name)  # it was committed
+    assert len(list(ladder.tuned(args, climbing))) == 2
     file.write_text(json.dumps({"unmeasured": []}))
     assert len(list(ladder.tuned(args, climbing))) == 1
 
@@ -197,6 +211,7 @@ def test_what_is_measured_is_asked_for_by_name(climbing: ladder.Ladder, monkeypa
         (["no time", "status 9", "done"], 1),
         (["stopped after 40 s"], 1),
         (["killed by signal 11"], 1),
+        (["done", "cannot run"], 0),
     ],
 )
 def test_the_exit_status(outcomes: list[str], code: int) -> None:
@@ -290,7 +305,7 @@ def test_the_whole_ladder(checkout: Path, tmp_path: Path) -> None:
     assert [file for file, one in files.items() if one["passed"] != 1] == ["tests/kernels/test_rgb.py"]
     cases = written["smoke"]["cases"].values()
     assert len(cases) == 12 and all(case["error"] <= case["allowed"] for case in cases)
-    assert (out / "logs" / "video.npy").exists()
+    assert len(list(out.iterdir())) == 5 and "===== video: done" in next(out.glob("*.txt")).read_text()
     tuned = written["tune-embedded"]
     assert tuned["benchmark"] == "tune" and (tuned["rows"] or tuned["unmeasured"])
 

@@ -136,6 +136,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         return outcomes.get(f"{case} {backend}", RIGHT)
 
     monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setitem(smoke.result_of.__globals__["earlier"].__globals__, "RESULTS", tmp_path / "none")
     monkeypatch.setattr(smoke, "run_case", run_case)
     return outcomes
 
