@@ -5,9 +5,9 @@ units and the peak memory.
 
     python benchmarks/bench_vae_frames.py [--device cuda] [--size 480p 720p 1080p] [--rounds 3]
 
-Frames are decoded to uint8 one latent frame at a time, like in a pipeline. Operations of convolutions and products are
-counted on the meta device. diffusers is skipped if it is not installed or does not fit into memory, and the result says
-so. On a CPU all sizes are tiny: this only checks that the script works.
+Frames are decoded to uint8 in chunks of as many latent frames as a pipeline takes. Operations of convolutions and
+products are counted on the meta device. diffusers is skipped if it is not installed or does not fit into memory, and the
+result says so. On a CPU all sizes are tiny: this only checks that the script works.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from harness import Case, measure, save, table, why_not
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastvid.engine.decode import GPU_PIXELS
 from fastvid.errors import BackendUnavailable
 from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.vae import WanVAE
@@ -32,6 +33,7 @@ FRAMES, SMALL = 21, (3, 4, 6)  # latent ones; on a CPU, with height and width
 TERAFLOPS = 790  # of an H200 in bf16, measured (dense): what a share is of
 BACKENDS = {
     "reference": "reference",
+    "channels_last": ",".join(f"{op}=channels_last" for op in vae_gpu.BACKENDS),
     "triton": "triton",
     "cuda": ",".join(f"{op}=cuda" for op, of in vae_gpu.BACKENDS.items() if "cuda" in of),
 }
@@ -99,14 +101,15 @@ def count(config: WanVAEConfig, size: tuple[int, int, int]) -> int:
     with torch.device("meta"):
         vae, latents = WanVAE(config, dispatch.bind("reference")), torch.empty(1, config.z_dim, *size)
     with FlopCounterMode(display=False) as counter:
-        one_by_one(lambda part, cache: vae.decode(part, cache), latents)
+        in_chunks(lambda part, cache: vae.decode(part, cache), latents)
     return counter.get_total_flops()
 
 
-def one_by_one(decode: Callable[[Tensor, Any], tuple[Tensor, Any]], latents: Tensor) -> list[Tensor]:
-    """What a pipeline does: a latent frame at a time, with the cache of those before it."""
+def in_chunks(decode: Callable[[Tensor, Any], tuple[Tensor, Any]], latents: Tensor) -> list[Tensor]:
+    """What a pipeline does: a chunk of latent frames at a time, with the cache of those before it."""
     parts, cache = [], None
-    for part in latents.split(1, dim=2):
+    chunk = max(1, GPU_PIXELS // (4 * 64 * latents[0, 0, 0].numel()))  # 4 frames of 8 x 8 pixels for each latent
+    for part in latents.split(chunk, dim=2):
         made, cache = decode(part, cache)
         parts.append(made)
     return parts
@@ -139,7 +142,7 @@ def build(
             vae_gpu.channels_last(own)
 
         def decode(latents: Tensor, own: WanVAE = own) -> Tensor:
-            parts = one_by_one(lambda x, c: own.decode_rgb(x, c, reuse=c is not None), latents)
+            parts = in_chunks(lambda x, c: own.decode_rgb(x, c, reuse=c is not None), latents)
             return torch.cat([part[0] for part in parts])
 
         yield f"fastvid {name}", decode

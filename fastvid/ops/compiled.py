@@ -19,6 +19,7 @@ from torch import Tensor
 from fastvid.ops import reference, rgb, vae
 from fastvid.ops import solver_step as stepping
 from fastvid.ops.compiling import run, why_not
+from fastvid.ops.upload import upload
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -272,7 +273,7 @@ def solver_step(
     scale = torch.full_like(sigma, guidance_scale)[None]
     columns = torch.cat((sigma[None], scale, moves[None].to(sigma), weights.flatten(0, 1))).float()
     latents = [one for one in (x, cond, *history, uncond) if one is not None]
-    given = [columns.to(x.device, non_blocking=True), *(_columns(one) for one in latents)]
+    given = [upload(columns, x.device), *(_columns(one) for one in latents)]
     letters = "T" if x.shape[2] > 1 else "."
     spec = [f".{letters}", *[f"C{letters}P"] * len(latents)]
     made = run(_solver_step, spec, given, (len(history), uncond is not None), eager)

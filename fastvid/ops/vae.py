@@ -44,6 +44,13 @@ def takes_onednn(how: str | None, x: Tensor, *parameters: Tensor) -> bool:
     return applies
 
 
+def why_not_onednn(device: torch.device) -> str | None:
+    """Why "onednn" and "winograd" cannot run on a device; None if they can."""
+    if device.type != "cpu":
+        return f"it is for CPUs, and the device is {device}"
+    return None if onednn.available() else "this torch has no oneDNN"
+
+
 def conv3d(
     x: Tensor,
     weight: Tensor,

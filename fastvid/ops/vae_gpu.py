@@ -282,7 +282,9 @@ def _backends(operation: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     reference = getattr(vae, operation.__name__)
     functions = {"reference": reference, "triton": operation}
     functions["channels_last"] = vae_library.OPERATIONS[f"vae_{operation.__name__}"]
-    functions |= {name: partial(reference, how=name) for name in vae.ON_CPU.get(reference, ())}
+    for name in vae.ON_CPU.get(reference, ()):
+        functions[name] = partial(reference, how=name)
+        vars(functions[name])["why_not"] = vae.why_not_onednn if name != "aten" else lambda device: None
     if operation is not norm_silu_conv3d_rgb:  # the CUDA convolution does not support 3 output channels
         functions["cuda"] = partial(operation, kernels=CUDA)
         functions["cuda"].needs = "90a"  # the required architecture, for `dispatch.lacks`

@@ -10,7 +10,7 @@ chains compiled. kt 2-d convolutions added up need no buffer, but move 9 for the
 so they only stand in for a 3-d convolution that torch keeps away from cuDNN (`without_3d`).
 
 Works on any device and in any dtype; on a CPU only for tests and by name. Gradients are not supported. Each takes
-`pointwise`, what runs between convolutions. Shapes as in `vae.py`.
+`pointwise`, what runs between convolutions: None for `pointwise_for` the device. Shapes as in `vae.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid import notices
-from fastvid.ops import rgb
+from fastvid.ops import compiling, rgb
 
 LAST = torch.channels_last_3d
 
@@ -44,16 +44,52 @@ def add(y: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Pointwise:
-    """What runs between convolutions: see `norm_silu` and `add`. Compiled, each is one pass over memory."""
+    """What runs between convolutions: see `norm_silu` and `add`."""
 
-    norm_silu: Callable[[Tensor, Tensor, Tensor], None] = norm_silu
-    add: Callable[[Tensor, Tensor, Tensor | None, Tensor], None] = add
-
-
-EAGER = Pointwise()
+    norm_silu: Callable[[Tensor, Tensor, Tensor], None]
+    add: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 
 
-def rms_norm(x: Tensor, gamma: Tensor, *, pointwise: Pointwise = EAGER) -> Tensor:
+def compiled_norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """`norm_silu` in one pass, where pixels lie one after the other."""
+    if not (x.is_contiguous() and out.is_contiguous() and x.dtype in COMPILED_DTYPES):
+        return norm_silu(x, gamma, out)
+    rows = x.view(-1, x.shape[-1]), gamma, out.view(-1, x.shape[-1])
+    return compiling.run(_norm_silu_rows, ("R.", ".", "R."), rows, (), lambda: norm_silu(x, gamma, out))
+
+
+def compiled_add(y: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor) -> None:
+    """`add` in one pass, in place, where pixels lie one after the other; without a residual it is one anyway."""
+    if residual is None or y is not out or not (y.is_contiguous() and residual.is_contiguous()):
+        return add(y, bias, residual, out)
+    if y.dtype not in COMPILED_DTYPES:
+        return add(y, bias, residual, out)
+    rows = y.view(-1, y.shape[-1]), bias, residual.view(-1, y.shape[-1])
+    return compiling.run(_add_rows, ("R.", ".", "R."), rows, (), lambda: add(y, bias, residual, out))
+
+
+def _norm_silu_rows(x: Tensor, gamma: Tensor, out: Tensor) -> None:
+    y = x.float()
+    norm = y.square().sum(-1, keepdim=True).clamp_min(1e-24).sqrt()
+    y = y * (x.shape[-1] ** 0.5 / norm) * gamma.float()
+    out.copy_(y * torch.sigmoid(y))
+
+
+def _add_rows(y: Tensor, bias: Tensor, residual: Tensor) -> None:
+    y.copy_(y.float() + bias.float() + residual.float())
+
+
+EAGER, COMPILED = Pointwise(norm_silu, add), Pointwise(compiled_norm_silu, compiled_add)
+COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@cache
+def pointwise_for(device: torch.device) -> Pointwise:
+    """Compiled on a GPU for which torch.compile works, else eager."""
+    return COMPILED if device.type == "cuda" and compiling.why_not(device) is None else EAGER
+
+
+def rms_norm(x: Tensor, gamma: Tensor, *, pointwise: Pointwise | None = None) -> Tensor:
     """vae.rms_norm."""
     return _normalized(x.movedim(1, -1), gamma.reshape(-1)).movedim(-1, 1)
 
@@ -65,7 +101,7 @@ def conv3d(
     padding: tuple[int, int] = (0, 0),
     stride_t: int = 1,
     *,
-    pointwise: Pointwise = EAGER,
+    pointwise: Pointwise | None = None,
 ) -> Tensor:
     """vae.conv3d; of single pixels, a product with the bias in its epilogue."""
     if weight[0, 0].numel() == 1 and stride_t == 1 and padding == (0, 0):
@@ -81,7 +117,7 @@ def causal_conv3d(
     padding: tuple[int, int],
     edges: tuple[int, int] = (0, 0),
     *,
-    pointwise: Pointwise = EAGER,
+    pointwise: Pointwise | None = None,
 ) -> tuple[Tensor, Tensor]:
     """vae.causal_conv3d."""
     y, kept = _causal(x, past, weight, padding)
@@ -98,10 +134,10 @@ def norm_silu_conv3d(
     edges: tuple[int, int] = (0, 0),
     pixels: int | None = None,
     *,
-    pointwise: Pointwise = EAGER,
+    pointwise: Pointwise | None = None,
 ) -> tuple[Tensor, Tensor]:
     """vae.norm_silu_conv3d. The residual stays as it is."""
-    room = _room(x, past, 2)
+    room, pointwise = _room(x, past, 2), pointwise or pointwise_for(x.device)
     pointwise.norm_silu(_pixels(x), gamma.reshape(-1), _pixels(room[:, :, 2:]))
     y = _convolve_room(room, weight, (1, 1), first=past is None)
     return _finished(pointwise, y, bias, edges, residual), room[:, :, -2:]
@@ -117,7 +153,7 @@ def norm_silu_conv3d_rgb(
     pixels: int | None = None,
     to_rgb: Callable[[Tensor], Tensor] = rgb.reference,
     *,
-    pointwise: Pointwise = EAGER,
+    pointwise: Pointwise | None = None,
 ) -> tuple[Tensor, Tensor]:
     """vae.norm_silu_conv3d_rgb."""
     out, kept = norm_silu_conv3d(x, past, gamma, weight, bias, None, edges, pixels, pointwise=pointwise)
@@ -125,12 +161,12 @@ def norm_silu_conv3d_rgb(
 
 
 def upsample_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, int] = (0, 0), *, pointwise: Pointwise = EAGER
+    x: Tensor, weight: Tensor, bias: Tensor, edges: tuple[int, int] = (0, 0), *, pointwise: Pointwise | None = None
 ) -> Tensor:
     """vae.upsample_conv2d, as one convolution with a 2x2 kernel for each combination of even and odd rows and columns:
     4/9 of the products, and in units of x 7 moved instead of 15, since no enlarged x is written and read."""
     B, _, T, H, W = x.shape
-    N, rows = weight.shape[0], H - sum(edges)
+    N, rows, pointwise = weight.shape[0], H - sum(edges), pointwise or pointwise_for(x.device)
     y = F.conv2d(_frames(x), phase_weights(weight), padding=1)
     phases = y.permute(0, 2, 3, 1).unflatten(-1, (2, 2, N)).unflatten(0, (B, T))
     out = _empty(x, B, N, T, 2 * rows, 2 * W)
@@ -142,7 +178,7 @@ def upsample_conv2d(
 
 
 def downsample_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor, bottom: int = 0, *, pointwise: Pointwise = EAGER
+    x: Tensor, weight: Tensor, bias: Tensor, bottom: int = 0, *, pointwise: Pointwise | None = None
 ) -> Tensor:
     """vae.downsample_conv2d. Padded by 2 on all sides and without its first row and column, so that nothing is padded
     in memory."""
@@ -152,10 +188,11 @@ def downsample_conv2d(
 
 
 def double_frames(
-    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, *, pointwise: Pointwise = EAGER
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, *, pointwise: Pointwise | None = None
 ) -> tuple[Tensor, Tensor]:
     """vae.double_frames; frames are interleaved as the bias is added."""
     y, kept = _causal(x, past, weight, (0, 0))
+    pointwise = pointwise or pointwise_for(x.device)
     B, N, T, H, W = y.shape
     out = _empty(x, B, N // 2, 2 * T, H, W)
     for i, (half, its_bias) in enumerate(zip(y.chunk(2, dim=1), bias.chunk(2), strict=True)):
@@ -164,7 +201,7 @@ def double_frames(
 
 
 def halve_frames(
-    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, *, pointwise: Pointwise = EAGER
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, *, pointwise: Pointwise | None = None
 ) -> Tensor:
     """vae.halve_frames."""
     if past is not None:
@@ -261,16 +298,19 @@ def _normalized(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def _finished(
-    pointwise: Pointwise,
+    pointwise: Pointwise | None,
     y: Tensor,
     bias: Tensor,
     edges: tuple[int, int] = (0, 0),
     residual: Tensor | None = None,
 ) -> Tensor:
     """The convolution's result y without the rows of the edges, plus bias and residual: in place if it is all of y."""
+    pointwise = pointwise or pointwise_for(y.device)
     rows = y[:, :, :, edges[0] : y.shape[3] - edges[1]]
     out = rows if rows.is_contiguous(memory_format=LAST) else _empty(rows, *rows.shape)
-    pointwise.add(_pixels(rows), bias, None if residual is None else _pixels(residual), _pixels(out))
+    made = _pixels(out)
+    given = made if out is rows else _pixels(rows)
+    pointwise.add(given, bias, None if residual is None else _pixels(residual), made)
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -27,7 +28,7 @@ from fastvid.models.common.experts import Experts
 from fastvid.models.loaded import Model
 from fastvid.models.preset import Rollout
 from fastvid.models.wan import presets
-from fastvid.ops import rgb, solver_step, upload, vae_library
+from fastvid.ops import compiled, rgb, upload, vae_library
 from fastvid.pipeline.prepare import prepare
 from fastvid.requests.request import Request
 from fastvid.sampling import solvers
@@ -49,8 +50,9 @@ def stubbed() -> Model:
     encoder = model.modules.encoders.modules[0]
     for module in (model.transformer, model.vae, encoder):
         move(module)
+    eager = {op: partial(function, pointwise=vae_library.EAGER) for op, function in vae_library.OPERATIONS.items()}
     for part in model.vae.modules():
-        part.ops = SimpleNamespace(**vae_library.OPERATIONS, to_rgb=rgb.reference)
+        part.ops = SimpleNamespace(**eager, to_rgb=rgb.reference)
     modules = replace(model.modules, experts=Experts([model.transformer], None), encoders=Resident([encoder]))
     return replace(model, modules=modules, placement=replace(model.placement, device=CUDA))
 
@@ -104,9 +106,9 @@ def requested(model: Model, verb: str = "generate", **options: Any) -> Any:
 
 
 def with_fused_steps(model: Model) -> Model:
-    """With the solver's step as one operation, as a kernel makes it."""
+    """With the solver's step as one operation, as torch.compile makes it; but nothing is compiled for the stub."""
     ops = replace(model.ops, bound={**model.ops.bound, "solver_step": "compiled"})
-    vars(ops)["solver_step"] = solver_step.solver_step
+    vars(ops)["solver_step"] = compiled.solver_step
     return replace(model, ops=ops)
 
 
@@ -132,7 +134,8 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc", *(pytest.param(one, marks=SLOW) for one in ("dpm++", *FUSED))])
-def test_steps_with_guidance(solver: str, plain: Model, stubbed: Model) -> None:
+def test_steps_with_guidance(solver: str, plain: Model, stubbed: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "run", lambda *given: given[-1]())
     job = requested(plain, num_frames=5, solver=solver.split(",")[0], guidance_scale=4.0)
     counted, frames = run(with_fused_steps(stubbed) if "fused" in solver else stubbed, job)
     assert len(counted.steps) == 3 and not any(counted.steps)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from fastvid import notices
 from fastvid.models.registry import build_vae
 from fastvid.models.wan.config import WAN22_VAE, WanVAEConfig
-from fastvid.ops import rgb, vae, vae_gpu, vae_library
+from fastvid.ops import compiling, rgb, vae, vae_gpu, vae_library
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 LAST = torch.channels_last_3d
@@ -161,6 +161,40 @@ def test_which_versions_are_not_trusted(
 def test_phases_of_the_kernel() -> None:
     weight = random(6, 5, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(vae_library.phase_weights(weight), vae.phase_weights(weight))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiling.why_not(torch.device("cpu")) is not None, reason="nothing can be compiled here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_passes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run, in the middle of other values, and are rounded once; other layouts run eagerly."""
+    ran: list[str] = []
+    call = compiling._call
+    monkeypatch.setattr(compiling, "_call", lambda function, *given: ran.append("") or call(function, *given))
+    for T, size in ((3, 4), (2, 7)):
+        x, past = random(1, 16, T, size, 5, dtype=dtype) * 30, random(1, 16, 2, size, 5, dtype=dtype, seed=1)
+        x = laid_out(x, "channels last")
+        x[:, :, :, 1, 1] = 0
+        gamma, bias = random(16, 1, 1, 1, dtype=dtype, seed=2), random(16, dtype=dtype, seed=3)
+        weight, residual = random(16, 16, 3, 3, 3, dtype=dtype, seed=4) / 8, x.flip(2)
+        exact = exact_conv(exact_norm(x, gamma), past, weight, bias, (1, 1)) + residual.double()
+        given = (x, past, gamma, weight, bias)
+        with torch.no_grad():
+            eager, kept = vae_library.norm_silu_conv3d(*given, residual, pointwise=vae_library.EAGER)
+            made, also = vae_library.norm_silu_conv3d(*given, residual, pointwise=vae_library.COMPILED)
+        check(made, eager, exact)
+        check(also, kept, torch.cat((past, exact_norm(x, gamma)), 2)[:, :, -2:])
+    # Each runs once as it is compiled, and twice. In fp32 a CPU's convolution leaves pixels apart, so adding is eager.
+    assert len(ran) == (6 if dtype == torch.bfloat16 else 3)
+
+
+def test_what_a_device_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for reason, wanted in ((None, vae_library.COMPILED), ("no Triton", vae_library.EAGER)):
+        monkeypatch.setattr(compiling, "why_not", lambda device, reason=reason: reason)
+        vae_library.pointwise_for.cache_clear()
+        assert vae_library.pointwise_for(torch.device("cuda")) is wanted
+        assert vae_library.pointwise_for(torch.device("cpu")) is vae_library.EAGER
+    vae_library.pointwise_for.cache_clear()
 
 
 # ---------------------------------------------------------------- networks
