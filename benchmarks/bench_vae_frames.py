@@ -6,8 +6,8 @@ units and the peak memory.
     python benchmarks/bench_vae_frames.py [--device cuda] [--size 480p 720p 1080p] [--rounds 3]
 
 Frames are decoded to uint8 in chunks of as many latent frames as a pipeline takes. Operations of convolutions and
-products are counted on the meta device. diffusers is skipped if it is not installed or does not fit into memory, and the
-result says so. On a CPU all sizes are tiny: this only checks that the script works.
+products are counted on the meta device. diffusers is skipped if it is not installed or does not fit into memory, and
+the result says so. On a CPU all sizes are tiny: this only checks that the script works.
 """
 
 from __future__ import annotations
