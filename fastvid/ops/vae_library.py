@@ -4,7 +4,7 @@ Convolutions are cuDNN's, through PyTorch; products of pixels (1x1x1) are cuBLAS
 convolution over time reads one buffer: its past is copied in front, and norm and SiLU write behind it, so that nothing
 is concatenated. Bias and residual are added in place, or while frames and rows are interleaved.
 
-Predicted, in units of an activation of 4 frames in 16 bits: norm, SiLU, convolution and residual of vae.py move 26.5,
+In units of an activation of 4 frames in 16 bits: norm, SiLU, convolution and residual of vae.py move 26.5 on a GPU,
 these 13.5 (norm 2, SiLU 2, past 1, convolution 2.5, bias 2, residual 3, new past 1), and 9.5 with the two pointwise
 chains compiled. kt 2-d convolutions added up need no buffer, but move 9 for their results alone and round each of them;
 so they only stand in for a 3-d convolution that torch keeps away from cuDNN (`without_3d`).

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -24,8 +26,8 @@ from fastvid.models.wan.config import WAN22_VAE, WanVAEConfig
 from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.models.wan.vae_bands import Band, Bands, BandStream
+from fastvid.ops import reference, rgb, vae_library, winograd
 from fastvid.ops import vae as vae_ops
-from fastvid.ops import winograd
 from fastvid.planning.memory import decoder_bytes, encoder_bytes
 
 BAR = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -49,9 +51,12 @@ def drawn(numbers: random.Random, mesh: Mesh, rows: int) -> Cut:
     return Cut(mesh, tuple(b - a for a, b in zip(ends[:-1], ends[1:], strict=True)))
 
 
-def networks(dtype: torch.dtype) -> list[WanVAE]:
+LIBRARIES = SimpleNamespace(**vae_library.OPERATIONS, to_rgb=rgb.reference)
+
+
+def networks(dtype: torch.dtype, ops: Any = reference) -> list[WanVAE]:
     torch.manual_seed(3)
-    made = [WanVAE(WanVAEConfig(**SMALL)), WanVAE22(replace(WAN22_VAE, decoder_base_dim=8, **SMALL))]
+    made = [WanVAE(WanVAEConfig(**SMALL), ops), WanVAE22(replace(WAN22_VAE, decoder_base_dim=8, **SMALL), ops)]
     return [scaled(vae).to(dtype) for vae in made]
 
 
@@ -236,7 +241,7 @@ def everything(mesh: Mesh, seed: str) -> None:
 
 def briefly(mesh: Mesh) -> None:
     with torch.no_grad():
-        for vae in networks(torch.float32):
+        for vae in (*networks(torch.float32), *networks(torch.float32, LIBRARIES)):
             compare(
                 vae, torch.randn(1, 4, 2, 3, 2, generator=torch.Generator().manual_seed(1)), [1, 1], Bands(mesh), True
             )
