@@ -95,14 +95,14 @@ def _modulated(
     if x.dtype not in DTYPES or x.ndim != 3 or index.shape[0] != x.shape[0] or x.shape[1] % index.shape[1]:
         return eager(*tokens, *rows, index, *eps)
     d, each = x.shape[-1], x.shape[1] // index.shape[1]
-    if rows[0].shape[0] == 1:
-        shape, letters = (-1, d), ("R.", ".")
-        tables, last = [row[0] for row in rows], ()
-    else:
-        shape, letters = ((-1, d), ("R.", "K.")) if each == 1 else ((-1, each, d), ("Gn.", "K."))
-        tables, last = [row.contiguous() for row in rows], (index.reshape(-1),)
-    spec = [letters[0]] * len(tokens) + [letters[1]] * len(rows) + ["."] * len(more) + [letters[0][0]] * len(last)
-    given = [one.reshape(shape).contiguous() for one in tokens] + tables + list(more) + list(last)
+    shared = rows[0].shape[0] == 1
+    shape, letters = ([-1, d], "R.") if shared or each == 1 else ([-1, each, d], "Gn.")
+    tables = [row[0] if shared else row.contiguous() for row in rows]
+    last = [] if shared else [index.reshape(-1)]
+    spec = (
+        [letters] * len(tokens) + ["." if shared else "K."] * len(rows) + ["."] * len(more) + [letters[0]] * len(last)
+    )
+    given = [*(one.reshape(shape).contiguous() for one in tokens), *tables, *more, *last]
     made = run(body, spec, given, eps, lambda: eager(*tokens, *rows, index, *eps))
     if isinstance(made, Tensor):
         return made.view(x.shape)

@@ -82,7 +82,9 @@ def implementations() -> dict[str, dict[str, Function]]:
     """Operation -> back end -> function. The operations are those of `reference.py`."""
     families = (transformer.BACKENDS, solver_step.BACKENDS, vae_gpu.BACKENDS)
     table = {"attention": attentions.BACKENDS, "to_rgb": rgb.BACKENDS}
-    every = {name: dict(functions) for of in (table, *families) for name, functions in of.items()}
+    every: dict[str, dict[str, Function]] = {
+        name: dict(functions) for of in (table, *families) for name, functions in of.items()
+    }
     for name, function in compiled.BACKENDS.items():
         every[name]["compiled"] = function
     for name, functions in linear_library.BACKENDS.items():

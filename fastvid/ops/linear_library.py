@@ -129,7 +129,7 @@ def _compared(device: torch.device, dtype: torch.dtype) -> str | None:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((256, 128), (192, 128), (192,)))
     weight /= 128**0.5 / 2
-    made, eager = (run(*(one.to(device) for one in (x, weight, bias)), True) for run in (_cublaslt, _aten))
+    made, eager = (run(x.to(device), weight.to(device), bias.to(device), True) for run in (_cublaslt, _aten))
     exact = _aten(x.double(), weight.double(), bias.double(), True)
     found, allowed = ((one.double().cpu() - exact).abs().max().item() for one in (made, eager))
     if found > 2 * allowed:

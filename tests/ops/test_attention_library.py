@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from attention_cases import assert_as_good_as, assert_log_as_good_as, make, numpy_attention
@@ -262,3 +263,27 @@ def test_a_missing_package_is_named(name: str) -> None:
 def test_an_approximation_is_never_chosen() -> None:
     assert "sage" in dispatch.APPROXIMATE
     assert "sage" not in attention_library.preferred(torch.device("cpu"))
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["library", *attention.DENSE])
+@pytest.mark.parametrize("tokens", [(130, 130), (257, 77), (5, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu(name: str, tokens: tuple[int, int], dtype: torch.dtype) -> None:
+    """Against float64, in slices of a fused projection, with a length that no tile divides."""
+    run = attention.BACKENDS[name]
+    q, k, v = (make((2, tokens[i > 0], 3, 128), dtype, i, "one of three").cuda() for i in range(3))
+    if isinstance(run, attention.Dense) and (reason := run.why_not(q.device) or run.library.refuses(q, k)):
+        pytest.skip(reason)
+    out, lse = run(q, k, v, return_lse=True)
+    true = numpy_attention(q, k, v, 128**-0.5)
+    if name in dispatch.APPROXIMATE:
+        assert np.linalg.norm(out.double().cpu().numpy() - true[0]) < 0.1 * np.linalg.norm(true[0])
+        return
+    eager = attention.reference(q, k, v, return_lse=True)
+    assert_as_good_as(out, eager[0], true[0])
+    assert_log_as_good_as(lse, eager[1], true[1])
+    assert torch.equal(run(q, k, v), out) and torch.equal(run(q, k, v), out)

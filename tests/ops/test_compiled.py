@@ -353,3 +353,35 @@ def test_by_name_and_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_compiled_operation_has_a_reference() -> None:
     assert set(compiled.BACKENDS) <= set(dispatch.implementations())
     assert all(hasattr(reference, name) for name in compiled.BACKENDS)
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_on_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every check with its tensors on the GPU: against float64, and no compilation for other sizes."""
+    from torch._dynamo.utils import counters
+
+    def moved(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            return to_cpu(function(*(one.cuda() if isinstance(one, Tensor) and one.ndim else one for one in args)))
+
+        return call
+
+    def to_cpu(made: Any) -> Any:
+        return made.cpu() if isinstance(made, Tensor) else type(made)(to_cpu(one) for one in made)
+
+    names = ("rows one", "rows of groups", "rows of tokens", "heads", "gelu")
+    for module in (compiled, reference):
+        for op in (*row_arguments(1, 2, 1, 1, 8, dtype), "qkv_norm_rope", "rms_norm_rope", "linear_gelu_tanh"):
+            monkeypatch.setattr(module, op, moved(getattr(module, op)))
+    counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", errors.FastvidWarning)
+        for name in names:
+            for run in CHECKS[name]:
+                run(dtype)
+    assert counters["stats"]["unique_graphs"] == sum(COMPILATIONS[name] for name in names)
