@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from interpreted import run_interpreted
 
 from fastvid.models.loaded import LoadOptions
 from fastvid.ops import dispatch, reference
@@ -97,3 +98,23 @@ def test_other_kinds_of_models_are_recorded(name: str) -> None:
 
     known = name if name in PUBLISHED else next(one for one in PUBLISHED if "forcing" in one)
     assert len(record(Subject(known), LoadOptions(device="cpu", dtype="bfloat16"))) > 40
+
+
+# ---------------------------------------------------------------- our kernels
+
+
+@pytest.mark.slow
+def test_our_triton_kernels_pass_the_checks() -> None:
+    """So that a right kernel is not rejected on a GPU for what the checks ask of it."""
+    run_interpreted(__file__, "one_triton_kernel")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_one_triton_kernel(op: str, found: dict[str, Call], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "REPEATS", 2)  # a tile takes a millisecond
+    function, cases = dispatch.implementations()[op]["triton"], check.small_cases(found[op], CPU)
+    for case in cases:
+        check.check(op, function, case)
+    if op == "attention":
+        check.check_empty_lists(function, cases[0].given)
