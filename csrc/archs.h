@@ -39,11 +39,12 @@ inline int oldest_driver(int major) {
     return major == 12 ? 525 : major == 13 ? 580 : 0;
 }
 
-// Why a driver cannot run what was built with CUDA `built` ("13.0"), empty if it can or if there is none. known: the
-// latest CUDA that the driver knows (12080 for 12.8); within a major version an older one will do.
+// Why a driver cannot run what was built with CUDA `built` ("13.0"), empty if it can. known: the latest CUDA that the
+// driver knows (12080 for 12.8; 0 without a driver); within a major version an older one will do.
 inline std::string refuse_driver(const std::string& built, int known) {
     const int major = std::stoi(built), release = oldest_driver(major);
-    if (known == 0 || known / 1000 >= major) return "";
+    if (known == 0) return "CUDA: there is no driver of NVIDIA's, or this process does not see it";
+    if (known / 1000 >= major) return "";
     const std::string version = std::to_string(known / 1000) + "." + std::to_string(known % 1000 / 10);
     const std::string older = major > 12 ? ", or build fastvid with CUDA 12.8, for drivers from r525 on" : "";
     return "the driver is too old: it knows CUDA " + version + ", and fastvid._C was built with CUDA " + built +

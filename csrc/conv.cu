@@ -119,7 +119,8 @@ cudaError_t launch_width(const Call& call, const Pointers& at, int device, cudaS
 
 int vae_conv(const conv::Call& call, const void* x, const void* past, const void* weight, const void* bias, void* out,
              DType dtype, int device, void* stream) {
-    if (compute_capability(device) != 90) return cudaErrorNoKernelImageForDevice;
+    const int capability = compute_capability(device);  // 0 if it is not known: CUDA says why below
+    if (capability != 0 && capability != 90) return cudaErrorNoKernelImageForDevice;
     if (dtype == DType::kFloat32) return cudaErrorInvalidValue;
     const auto launch = dtype == DType::kBFloat16 ? conv::launch_width<true> : conv::launch_width<false>;
     return on_device(

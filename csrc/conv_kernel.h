@@ -192,9 +192,19 @@ FASTVID_ANY void store_panel(Hardware& hw, const Conv& s, const Tile& tile, int 
     if (n + kPanel > half) hw.store_box(1, part, n - half, tile.w, h, tile.t, tile.b);
 }
 
+// What store has begun: the stages of a tile's panels go back once TMA has read them (until it has written is not
+// waited for).
+template <int N, typename Hardware>
+FASTVID_ANY void give_back(Hardware& hw, const Conv& s, Ring ring) {
+    hw.wait_stored();
+    for (int stage = 0; stage < panel_stages(N); ++stage) {
+        hw.release(kPixelRing, ring);
+        ring.next(pixel_stages(s));
+    }
+}
+
 template <int N, Kind K, typename Hardware>
 FASTVID_ANY void store(Hardware& hw, State<Hardware>& state, const Conv& s, const Tile& tile, int group, Rings& rings) {
-    const Ring first = rings.pixels;
     FASTVID_UNROLL
     for (int panel = 0; panel < N / kPanel; panel += kStagePanels) {
         hw.wait_full(kPixelRing, rings.pixels);
@@ -210,26 +220,25 @@ FASTVID_ANY void store(Hardware& hw, State<Hardware>& state, const Conv& s, cons
         }
         rings.pixels.next(pixel_stages(s));
     }
-    hw.wait_stored();  // until shared memory is read, not until it is written
-    Ring ring = first;
-    for (int stage = 0; stage < panel_stages(N); ++stage) {
-        hw.release(kPixelRing, ring);
-        ring.next(pixel_stages(s));
-    }
 }
 
+// TMA reads a tile's panels while the next one's bias is on its way.
 template <int N, Kind K, typename Hardware>
 FASTVID_ANY void consume(Hardware& hw, State<Hardware>& state, const Conv& s, int group, int64_t first, int64_t every,
                          const uint16_t* bias) {
     Rings rings;
+    Ring panels;
     const int64_t end = tiles(s, N);
     hw.each([&](int thread) { state.row.at(thread, 0) = first_row(s, group, thread); });
     for (int64_t number = first; number < end; number += every) {
         const Tile tile = tile_of(s, N, number);
         begin_sums<N>(hw, state, s, tile, bias);
+        if (number > first) give_back<N>(hw, s, panels);
         multiply_boxes<N>(hw, state, s, tile, rings);
+        panels = rings.pixels;
         store<N, K>(hw, state, s, tile, group, rings);
     }
+    give_back<N>(hw, s, panels);
 }
 
 }  // namespace fastvid::conv
