@@ -5,7 +5,7 @@
     python benchmarks/resources.py --check    # reports regressions and spills; writes nothing
 
 A row: registers per thread, bytes spilled per thread, bytes of shared memory per block, and the hardware units used
-(mma, wgmma, tcgen05, tma). `tests/kernels/test_resources.py` checks that the table is up to date.
+(mma, wgmma, tcgen05, tma, and mfma on AMD's). `tests/kernels/test_resources.py` checks that the table is up to date.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import triton
 
 from fastvid import kernels
 from fastvid.kernels.ahead import Resources, Variant, compile_ahead
+from fastvid.kernels.devices import ARCHITECTURES, SHARED, Arch
 
 TABLE = Path(__file__).with_name("results") / "kernel-resources.json"
 GROWN = 1.10  # registers or shared memory beyond this share of what is recorded are a growth
@@ -45,14 +46,19 @@ def read() -> dict[str, Any]:
     return json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": None, "kernels": {}}
 
 
-def firsts(variants: list[Variant]) -> list[Variant]:
-    """The first variant of each kernel."""
-    return list({id(v.kernel): v for v in reversed(variants)}.values())[::-1]
+def launches(variants: list[Variant], all_of_them: bool) -> list[tuple[Variant, Arch]]:
+    """What is compiled: each variant for each of its architectures, or the first one of each kernel for each."""
+    if all_of_them:
+        return [(variant, arch) for variant in variants for arch in variant.archs]
+    first = {(id(v.kernel), arch): (v, arch) for v in reversed(variants) for arch in v.archs}
+    return sorted(first.values(), key=lambda one: ARCHITECTURES.index(one[1]))
 
 
-def worse(variant: Variant, arch: int, found: Resources, recorded: dict[str, Any] | None, same: bool) -> Iterator[str]:
+def worse(variant: Variant, arch: Arch, found: Resources, recorded: dict[str, Any] | None, same: bool) -> Iterator[str]:
     """Yield the regressions. same: the table is from the same Triton version, so its numbers are comparable."""
-    name = f"{variant.name} on sm_{arch}"
+    name = f"{variant.name} on {arch}"
+    if found.shared > SHARED[arch]:
+        yield f"{name} takes {found.shared} bytes of shared memory, and a block has {SHARED[arch]}"
     allowed = recorded["spilled"] if recorded else 0
     if found.spilled > allowed:
         yield f"{name} spills {found.spilled} bytes ({allowed} are recorded)"
@@ -65,16 +71,15 @@ def worse(variant: Variant, arch: int, found: Resources, recorded: dict[str, Any
 
 
 def check(file: str, variants: list[Variant]) -> list[str]:
-    """Compile one variant of each kernel, or all variants if the file has changed since the table was written."""
+    """Compile one variant of each kernel for every architecture, or all variants if the file has changed since."""
     table = read()
     known = table["kernels"].get(file, {"source": None, "variants": {}})
     changed = known["source"] != source_hash(file)
     wrong = [f"{file}.py has changed since its row was made: run benchmarks/resources.py"] if changed else []
-    for variant in variants if changed else firsts(variants):
-        for arch in variant.archs:
-            recorded = known["variants"].get(variant.name, {}).get(str(arch))
-            same = table["triton"] == triton.__version__
-            wrong += worse(variant, arch, compile_ahead(variant, arch), recorded, same)
+    for variant, arch in launches(variants, changed):
+        recorded = known["variants"].get(variant.name, {}).get(str(arch))
+        same = table["triton"] == triton.__version__
+        wrong += worse(variant, arch, compile_ahead(variant, arch), recorded, same)
     return wrong
 
 

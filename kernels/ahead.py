@@ -20,10 +20,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ARCHITECTURES = (80, 90, 100)
-# What the units look like in PTX; `tma` are bulk copies by descriptor.
+from fastvid.kernels.devices import ARCHITECTURES, Arch, options
+
+# What the units look like in PTX, or AMD's assembly; `tma` are bulk copies by descriptor.
 UNITS = {
     "mma": r"\bmma\.sync",
+    "mfma": r"\bv_mfma_",
     "wgmma": r"\bwgmma\.mma_async",
     "tcgen05": r"\btcgen05\.mma",
     "tma": r"\bcp\.async\.bulk\.tensor",
@@ -46,7 +48,7 @@ class Variant:
     constants: Mapping[str, Any]
     aligned: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
-    archs: tuple[int, ...] = ARCHITECTURES
+    archs: tuple[Arch, ...] = ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -60,24 +62,27 @@ class Resources:
     units: tuple[str, ...]
 
 
-def compile_ahead(variant: Variant, arch: int) -> Resources:
-    """Compile for sm_<arch>. Raises what Triton raises."""
+def compile_ahead(variant: Variant, arch: Arch) -> Resources:
+    """Compile for an architecture. Raises what Triton raises."""
     made = compiled(variant, arch)
-    registers, spilled = _usage(made.asm["cubin"])
-    units = tuple(name for name, pattern in UNITS.items() if re.search(pattern, made.asm["ptx"]))
+    on_nvidia = "cubin" in made.asm
+    text = made.asm["ptx" if on_nvidia else "amdgcn"]
+    registers, spilled = _usage(made.asm["cubin"]) if on_nvidia else _usage_on_amd(text)
+    units = tuple(name for name, pattern in UNITS.items() if re.search(pattern, text))
     return Resources(registers, spilled, made.metadata.shared, units)
 
 
-def compiled(variant: Variant, arch: int) -> Any:
-    """What Triton compiles a variant to for sm_<arch>. Raises what Triton raises."""
+def compiled(variant: Variant, arch: Arch) -> Any:
+    """What Triton compiles a variant to for an architecture. Raises what Triton raises."""
     names = variant.kernel.arg_names
     if set(names) != {*variant.types, *variant.constants}:
         raise ValueError(f"{variant.name}: types and constants do not name the arguments {names}")
     signature = {name: variant.types.get(name, "constexpr") for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
     source = ASTSource(variant.kernel, signature, constexprs=dict(variant.constants), attrs=attrs)
-    options = {"enable_fp_fusion": True, **variant.options}  # as the launchers ask for, whatever this Triton's default
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    wanted = {"enable_fp_fusion": True, **variant.options}  # as the launchers ask for, whatever this Triton's default
+    target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options=options(arch, wanted))
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -91,6 +96,14 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {text[:300]}")
     return int(found[1]), int(found[2])
+
+
+def _usage_on_amd(text: str) -> tuple[int, int]:
+    """(registers, bytes of stack) of the one kernel of an assembly text."""
+    registers, stack = (re.search(rf"\.{name}:\s*(\d+)", text) for name in ("vgpr_count", "private_segment_fixed_size"))
+    if registers is None or stack is None:
+        raise RuntimeError(f"the assembly says nothing of registers: {text[-300:]}")
+    return int(registers[1]), int(stack[1])
 
 
 @functools.cache

@@ -24,9 +24,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvid.kernels.ahead import Variant
+from fastvid.kernels.devices import Arch, architecture, entry, takers
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
+WITH_TMA = (90, 100)  # the architectures on which blocks come by descriptor
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
 
 
@@ -48,8 +50,9 @@ class Config:
 
 # (architecture, bits of a number, head_dim padded: 64 or less, or 128) -> configuration. Chosen by what
 # benchmarks/resources.py says of them: the largest tiles that neither spill nor leave an SM with a single warp group.
-# In fp32, which has no matrix units, heads of 128 spill in every one, and this is the one that spills least.
-CONFIGS: dict[tuple[int, ...], Config] = {
+# Those of sm_86 are for the cards at home (up to sm_120), and spill neither with Triton 3.6 nor with 3.9. In fp32,
+# which has no matrix units, heads of 128 spill on sm_80, and this is what spills least of such tiles.
+CONFIGS: dict[tuple[Arch, ...], Config] = {
     (80, 16, 64): Config(128, 64, 4, 3),
     (80, 16, 128): Config(128, 64, 8, 2),
     (90, 16, 64): Config(128, 128, 8, 3),
@@ -58,6 +61,9 @@ CONFIGS: dict[tuple[int, ...], Config] = {
     (100, 16, 128): Config(128, 128, 8, 3, specialize=True),
     (80, 32, 64): Config(32, 32, 8, 2),
     (80, 32, 128): Config(32, 32, 8, 2),
+    (86, 16, 64): Config(128, 32, 4, 3),
+    (86, 32, 64): Config(32, 16, 8, 2),
+    (86, 32, 128): Config(16, 16, 8, 2),
 }
 
 
@@ -235,22 +241,17 @@ def check(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> None:
         raise ValueError(f"softmax_scale is {softmax_scale}; the kernel takes positive numbers")
 
 
-def config_of(configs: Mapping[tuple[int, ...], Config], q: Tensor, *more: int) -> Config:
+def config_of(configs: Mapping[tuple[Arch, ...], Config], q: Tensor, *more: int) -> Config:
     """The entry for q's device, type and head_dim; more: what else the table is keyed by."""
-    return configs[(_family(q), 8 * q.element_size(), max(padded(q.shape[-1]), 64), *more)]
-
-
-def _family(q: Tensor) -> int:
-    """The architecture whose entry is taken: that of sm_80 fits every device, and all are alike to fp32, which uses no
-    matrix units."""
-    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
-    return 80 if q.dtype == torch.float32 else {9: 90, 10: 100}.get(major, 80)
+    return entry(configs, architecture(q.device), 8 * q.element_size(), max(padded(q.shape[-1]), 64), *more)
 
 
 def takes_tma(*tensors: Tensor) -> bool:
-    """Whether all can be read by descriptor: sm_90 or sm_100, addresses and strides that are multiples of 16 bytes."""
+    """Whether all can be read by descriptor: numbers of 16 bits on sm_90 or sm_100, addresses and strides that are
+    multiples of 16 bytes."""
     return all(
-        _family(x) > 80
+        x.dtype != torch.float32
+        and architecture(x.device) in WITH_TMA
         and x.data_ptr() % 16 == 0
         and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in _strides(x))
         for x in tensors
@@ -290,20 +291,37 @@ def variants() -> list[Variant]:
         _variant("bf16", 64, 90),
         _variant("bf16", 64, 100),
         _variant("bf16", 64, 80),
+        _variant("bf16", 64, 86),
         _variant("fp16", 96, 80),
         _variant("fp32", 128, 80),
         _variant("fp32", 64, 80),
+        _variant("fp32", 128, 86),
+        _variant("fp32", 64, 86),
     ]
 
 
 def _variant(dtype: str, head_dim: int, arch: int, tma: bool | None = None, lse: bool = False) -> Variant:
-    tma = arch >= 90 if tma is None else tma
-    config = CONFIGS[arch, int(dtype[-2:]), max(padded(head_dim), 64)]
+    tma = arch in WITH_TMA if tma is None else tma
+    key = (int(dtype[-2:]), max(padded(head_dim), 64))
+    config = CONFIGS[(arch, *key)]
     types, constants, aligned = arguments(dtype, head_dim, config, tma, lse)
-    words = ["attention", dtype, str(head_dim), f"sm_{arch}", *["pointers"] * (arch > 80 and not tma), *["lse"] * lse]
+    words = [
+        "attention",
+        dtype,
+        str(head_dim),
+        f"sm_{arch}",
+        *["pointers"] * (arch in WITH_TMA and not tma),
+        *["lse"] * lse,
+    ]
     types |= dict.fromkeys(("H", "N", "M"), "i32")
     return Variant(
-        " ".join(words), attention_kernel, types, constants | {"RAGGED": True}, aligned, config.options, (arch,)
+        " ".join(words),
+        attention_kernel,
+        types,
+        constants | {"RAGGED": True},
+        aligned,
+        config.options,
+        takers(CONFIGS, arch, *key),
     )
 
 

@@ -1,4 +1,4 @@
-"""What kernels share: the order of tiles of a matrix product, GELU, the architecture of a device, checks of types."""
+"""What kernels share: the order of tiles of a matrix product, GELU, the processors of a device, checks of types."""
 
 from __future__ import annotations
 
@@ -27,14 +27,6 @@ def gelu_tanh(x):
     """x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / 2 (1 + tanh u) with nothing that
     cancels where x is far below 0."""
     return x / (1.0 + tl.exp(x * (-1.5957691216057308 - 0.07135481627159729 * x * x)))
-
-
-def architecture(device: torch.device) -> int:
-    """80, 90 or 100: the architecture whose matrix units a device has (12.x has those of 8.x)."""
-    if device.type != "cuda":  # Triton's interpreter
-        return 80
-    major = torch.cuda.get_device_capability(device)[0]
-    return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
 def processors(device: torch.device) -> int:

@@ -28,7 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
-from fastvid.kernels.gemm import architecture, check_types, describe, power_of_2_parts
+from fastvid.kernels.devices import Arch, architecture, entry, takers
+from fastvid.kernels.gemm import check_types, describe, power_of_2_parts
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ class Config:
 
 
 # (architecture, shape class) -> config; not measured yet. "tokens", "fp32": head_tokens_kernel; "wide": more than 64
-# features. Those of sm_90 are so small because Triton 3.6 needs more registers than 3.9; with it only "wide" spills.
-CONFIGS: Mapping[tuple[int, str], Config] = MappingProxyType(
+# features. Those of sm_86 and sm_90 are so small because Triton 3.6 needs more registers than 3.9; with it only "wide"
+# spills.
+CONFIGS: Mapping[tuple[Arch, str], Config] = MappingProxyType(
     {
         (80, "groups"): Config(64, 64, 4, 3),
         (80, "groups wide"): Config(32, 32, 8, 3),
         (80, "tokens"): Config(32, 64, 4, 3),
         (80, "fp32"): Config(16, 16, 8, 3),
+        (86, "groups"): Config(64, 32, 8, 3),
         (90, "groups"): Config(64, 64, 8, 3),
         (90, "groups wide"): Config(32, 32, 8, 3),
         (90, "tokens"): Config(64, 32, 8, 3),
@@ -326,11 +329,11 @@ def head(
             head_tokens_kernel[(programs,)](*tensors, N // groups, N, *sizes, *patch, **tile)
 
 
-def choose(arch: int, dtype: torch.dtype, shared: bool, P: int) -> Config:
+def choose(arch: Arch, dtype: torch.dtype, shared: bool, P: int) -> Config:
     """The config of a launch. shared: by head_kernel. P: features."""
     if dtype == torch.float32:
-        return CONFIGS[arch, "fp32"]
-    return CONFIGS[arch, ("groups wide" if P > WIDE else "groups") if shared else "tokens"]
+        return entry(CONFIGS, arch, "fp32")
+    return entry(CONFIGS, arch, ("groups wide" if P > WIDE else "groups") if shared else "tokens")
 
 
 def _check_layout(x: Tensor, shift: Tensor, scale: Tensor, index: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -354,7 +357,7 @@ def variants() -> list[Variant]:
     return sorted(made, key=lambda variant: (variant.archs[0] != 90, "192" in variant.name, "fp32" in variant.name))
 
 
-def _variant(arch: int, shapes: str, config: Config, P: int, kernel: object) -> Variant:
+def _variant(arch: Arch, shapes: str, config: Config, P: int, kernel: object) -> Variant:
     dtype = "fp32" if shapes == "fp32" else "bf16"
     types = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("shift_ptr", "scale_ptr", "out_ptr"), "*fp32") | {"index_ptr": "*i64", "eps": "fp32"}
@@ -373,4 +376,4 @@ def _variant(arch: int, shapes: str, config: Config, P: int, kernel: object) -> 
     aligned += ("d", "P", "channels", "stride_xb", "stride_xn", "stride_shift", "stride_scale")
     name = f"head {'groups' if kernel is head_kernel else 'tokens'} {P} {dtype} sm_{arch}"
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    return Variant(name, kernel, types, constants, aligned, options, (arch,))
+    return Variant(name, kernel, types, constants, aligned, options, takers(CONFIGS, arch, shapes))

@@ -22,7 +22,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvid.kernels.ahead import Variant
-from fastvid.kernels.gemm import architecture, check_types, describe, gelu_tanh, processors, tile_at
+from fastvid.kernels.devices import Arch, architecture, entry, takers
+from fastvid.kernels.gemm import check_types, describe, gelu_tanh, processors, tile_at
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ FEW_ROWS = 2048  # up to here (texts, pictures) small tiles keep all processors 
 
 # (architecture, shape class) -> config. Classes: "many" and "few" rows; "odd" has strides that descriptors do not
 # take; "fp32" has no matrix unit. None is measured yet: sizes are what compiles without spills and fills the units.
-CONFIGS: Mapping[tuple[int, str], Config] = MappingProxyType(
+CONFIGS: Mapping[tuple[Arch, str], Config] = MappingProxyType(
     {
         (80, "many"): Config(128, 128, 32, 8, 4),
         (80, "few"): Config(64, 64, 64, 4, 4),
@@ -157,13 +158,13 @@ def linear_tma_kernel(
             out_desc.store([row, col + BLOCK_N // 2], _finish(right, bias_ptr, cols, N, GELU).to(out_desc.dtype))
 
 
-def choose(arch: int, M: int, dtype: torch.dtype, described: bool) -> Config:
+def choose(arch: Arch, M: int, dtype: torch.dtype, described: bool) -> Config:
     """The config of a launch. described: whether descriptors take the strides."""
     if dtype == torch.float32:
-        return CONFIGS[arch, "fp32"]
+        return entry(CONFIGS, arch, "fp32")
     if not described:
-        return CONFIGS[arch, "odd"]
-    return CONFIGS[arch, "few" if M <= FEW_ROWS else "many"]
+        return entry(CONFIGS, arch, "odd")
+    return entry(CONFIGS, arch, "few" if M <= FEW_ROWS else "many")
 
 
 def linear(
@@ -222,11 +223,11 @@ def variants() -> list[Variant]:
     return sorted(made, key=lambda variant: (variant.archs[0] == 80, variant.kernel is linear_kernel))
 
 
-def _name(arch: int, shapes: str, dtype: str, gelu: bool) -> str:
+def _name(arch: Arch, shapes: str, dtype: str, gelu: bool) -> str:
     return f"linear{' gelu' if gelu else ''} {shapes} {dtype} sm_{arch}"
 
 
-def _tma_variant(arch: int, shapes: str, config: Config, dtype: str, gelu: bool) -> Variant:
+def _tma_variant(arch: Arch, shapes: str, config: Config, dtype: str, gelu: bool) -> Variant:
     m, n, k = config.block_m, config.block_n, config.block_k
     types = {
         "x_desc": f"tensordesc<{dtype}[{m}, {k}]>",
@@ -239,10 +240,12 @@ def _tma_variant(arch: int, shapes: str, config: Config, dtype: str, gelu: bool)
     constants |= {"PARTS": config.parts, "SPECIALIZE": config.specialize}
     options = {"num_warps": config.warps, "num_stages": config.stages}
     name = _name(arch, shapes, dtype, gelu)
-    return Variant(name, linear_tma_kernel, types, constants, ("bias_ptr", "N", "K"), options, (arch,))
+    return Variant(
+        name, linear_tma_kernel, types, constants, ("bias_ptr", "N", "K"), options, takers(CONFIGS, arch, shapes)
+    )
 
 
-def _pointer_variant(arch: int, shapes: str, config: Config, dtype: str, gelu: bool) -> Variant:
+def _pointer_variant(arch: Arch, shapes: str, config: Config, dtype: str, gelu: bool) -> Variant:
     types = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "out_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_om"), "i32")
     constants = {"stride_xk": 1, "stride_wk": 1, "GELU": gelu, "EVEN_K": shapes != "odd", "GROUP_M": config.group_m}
@@ -251,4 +254,12 @@ def _pointer_variant(arch: int, shapes: str, config: Config, dtype: str, gelu: b
     if shapes != "odd":
         aligned = ("x_ptr", "w_ptr", "bias_ptr", "out_ptr", "N", "K", "stride_xm", "stride_wn", "stride_om")
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    return Variant(_name(arch, shapes, dtype, gelu), linear_kernel, types, constants, aligned, options, (arch,))
+    return Variant(
+        _name(arch, shapes, dtype, gelu),
+        linear_kernel,
+        types,
+        constants,
+        aligned,
+        options,
+        takers(CONFIGS, arch, shapes),
+    )

@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
-from fastvid.kernels.gemm import architecture, check_types, describe, power_of_2_parts, processors
+from fastvid.kernels.devices import Arch, architecture, entry, takers
+from fastvid.kernels.gemm import check_types, describe, power_of_2_parts, processors
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Config:
 
 
 # (architecture, shape class) -> config; not measured yet.
-CONFIGS: Mapping[tuple[int, str], Config] = MappingProxyType(
+CONFIGS: Mapping[tuple[Arch, str], Config] = MappingProxyType(
     {
         (80, "16 bits"): Config(64, 64, 4, 2),
         (80, "fp32"): Config(32, 32, 4, 2, 16),
@@ -230,7 +231,8 @@ def patch_embed(
     d, channels, pt, ph, pw = weight.shape
     grid = (T // pt, H // ph, W // pw)
     tokens_each, K = grid[0] * grid[1] * grid[2], channels * pt * ph * pw
-    config = config or CONFIGS[architecture(latents.device), "fp32" if weight.dtype == torch.float32 else "16 bits"]
+    shapes = "fp32" if weight.dtype == torch.float32 else "16 bits"
+    config = config or entry(CONFIGS, architecture(latents.device), shapes)
     blocks, tiles = triton.cdiv(B * tokens_each, config.block_m), triton.cdiv(d, config.block_n)
     # Programs keep their patches for as many tiles as leave a few programs for every processor.
     parts = min(tiles, triton.cdiv(4 * processors(latents.device), blocks))
@@ -255,7 +257,7 @@ def variants() -> list[Variant]:
     return sorted(made, key=lambda variant: (variant.archs[0] != 90, "known" in variant.name))
 
 
-def _variant(arch: int, shapes: str, config: Config, channels: int, behind: int) -> Variant:
+def _variant(arch: Arch, shapes: str, config: Config, channels: int, behind: int) -> Variant:
     dtype = "fp32" if shapes == "fp32" else "bf16"
     types = dict.fromkeys(("w_ptr", "bias_ptr", "out_ptr"), f"*{dtype}") | {"x_ptr": "*fp32"}
     types |= dict.fromkeys(("tokens", "tokens_each", "grid_h", "grid_w", "d", "K", "channels", "known_channels"), "i32")
@@ -271,5 +273,6 @@ def _variant(arch: int, shapes: str, config: Config, channels: int, behind: int)
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **known}
     aligned = [name for name in ("x_ptr", "known_ptr", "w_ptr", "bias_ptr", "out_ptr", "d", "K") if name in types]
     options = {"num_warps": config.warps, "num_stages": config.stages}
+    archs = takers(CONFIGS, arch, shapes)
     name = f"patches {'with known ' if behind else ''}{dtype} sm_{arch}"
-    return Variant(name, patch_embed_kernel, types, constants, aligned, options, (arch,))
+    return Variant(name, patch_embed_kernel, types, constants, aligned, options, archs)

@@ -19,12 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
+from fastvid.kernels.devices import architecture
 from fastvid.kernels.row_norms import (
     DTYPES,
     INDEX_DTYPES,
     MAX_WIDTH,
     MIN_TAIL,
-    architecture,
     check_tensor,
     choose,
     main_and_tail,
@@ -233,5 +233,5 @@ def _launch(
             *(N, *x.stride()[:2], *(table.stride(0) for table in rotary), *out[0].stride()[:3], eps),
             **_blocks(H, D),
             enable_fp_fusion=True,
-            **choose(architecture(x), H * D),
+            **choose(architecture(x.device), H * D),
         )

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
+from fastvid.kernels.devices import Arch, architecture, entry, options
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -34,20 +35,16 @@ MIN_TAIL = 256  # columns that the 32 lanes of a warp take in accesses of 16 byt
 # 6144 columns, in accesses of 16 bytes; without a limit the compiler stays just below 64 or 80 registers in narrow
 # rows, at the price of spilling two. Chosen by what the compiler makes of them; not tuned on a GPU yet.
 CONFIGS = {
-    (arch, width): options
-    for arch in (80, 90, 100)
-    for width, options in (
-        (2048, {"num_warps": 2, "maxnreg": 128}),
-        (8192, {"num_warps": 4}),
-        (MAX_WIDTH, {"num_warps": 8}),
-    )
+    (80, 2048): {"num_warps": 2, "maxnreg": 128},
+    (80, 8192): {"num_warps": 4},
+    (80, MAX_WIDTH): {"num_warps": 8},
 }
+WIDTHS = sorted({width for _, width in CONFIGS})
 
 
-def choose(arch: int, width: int) -> dict[str, int]:
-    """The options for rows of a width on sm_<arch>, or what the newest known architecture before it takes."""
-    known = max((a for a, _ in CONFIGS if a <= arch), default=80)
-    return CONFIGS[known, min(w for a, w in CONFIGS if a == known and w >= width)]
+def choose(arch: Arch, width: int) -> dict[str, int]:
+    """The options for rows of a width."""
+    return options(arch, entry(CONFIGS, arch, next(widest for widest in WIDTHS if widest >= width)))
 
 
 def main_and_tail(size: int, least: int) -> tuple[int, int]:
@@ -250,14 +247,8 @@ def row_norm(
             MAIN=main,
             TAIL=tail,
             enable_fp_fusion=True,
-            **choose(architecture(x), d),
+            **choose(architecture(x.device), d),
         )
-
-
-def architecture(x: Tensor) -> int:
-    """90 for sm_90; that of the oldest known one in the interpreter."""
-    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
-    return 10 * major + minor
 
 
 def check_tensor(

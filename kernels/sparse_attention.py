@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
 from fastvid.kernels.attention import (
+    WITH_TMA,
     Config,
     arguments,
     attend,
@@ -34,6 +35,7 @@ from fastvid.kernels.attention import (
     store_rows,
     takes_tma,
 )
+from fastvid.kernels.devices import takers
 
 # (architecture, bits of a number, head_dim padded: 64 or less, or 128, queries a program) -> configuration, chosen as
 # those of attention.py.
@@ -52,6 +54,8 @@ CONFIGS = {
     (100, 16, 128, 64): Config(64, 64, 4, 3),
     (80, 32, 64, 64): Config(64, 32, 4, 2),
     (80, 32, 128, 64): Config(64, 32, 8, 2),
+    (86, 32, 64, 64): Config(32, 16, 8, 2),
+    (86, 32, 128, 64): Config(32, 16, 8, 2),
 }
 
 
@@ -299,15 +303,19 @@ def variants() -> list[Variant]:
         _variant("bf16", 64, 100, 128),
         _variant("bf16", 64, 80, 128),
         _variant("fp32", 128, 80, 64),
+        _variant("fp32", 128, 86, 64),
+        _variant("fp32", 64, 80, 64),
+        _variant("fp32", 64, 86, 64),
     ]
 
 
 def _variant(dtype: str, head_dim: int, arch: int, block_m: int, tma: bool | None = None, lse: bool = False) -> Variant:
-    tma = arch >= 90 if tma is None else tma
-    config = CONFIGS[arch, int(dtype[-2:]), max(padded(head_dim), 64), block_m]
+    tma = arch in WITH_TMA if tma is None else tma
+    key = (int(dtype[-2:]), max(padded(head_dim), 64), block_m)
+    config = CONFIGS[(arch, *key)]
     types, constants, aligned = arguments(dtype, head_dim, config, tma, lse)
     words = ["sparse", dtype, f"{head_dim}x{block_m}", f"sm_{arch}"]
-    words += ["pointers"] * (arch > 80 and not tma) + ["lse"] * lse
+    words += ["pointers"] * (arch in WITH_TMA and not tma) + ["lse"] * lse
     lists: dict[str, Any] = dict.fromkeys(("tiles_ptr", "full_starts_ptr", "part_starts_ptr", "part_ends_ptr"), "*i32")
     lists |= dict.fromkeys(("full_rows_ptr", "part_rows_ptr"), "*i64") | dict.fromkeys(("k_ptr", "v_ptr"), f"*{dtype}")
     sizes = dict.fromkeys(("H", "N", "tiles", "lists"), "i32")
@@ -315,8 +323,8 @@ def _variant(dtype: str, head_dim: int, arch: int, block_m: int, tma: bool | Non
         " ".join(words),
         sparse_attention_kernel,
         types | lists | sizes,
-        constants | {"PARTS": 256 // block_m},
+        constants | {"PARTS": 256 // config.block_m},
         (*aligned, *lists),
         config.options,
-        (arch,),
+        takers(CONFIGS, arch, *key),
     )

@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
-from fastvid.kernels.gemm import architecture, check_types, describe, power_of_2_parts
+from fastvid.kernels.devices import ARCHITECTURES, Arch, architecture
+from fastvid.kernels.gemm import check_types, describe, power_of_2_parts
 from fastvid.kernels.rgb import rgb_bytes
 from fastvid.kernels.vae_norm import MOST_PIXELS, normalized
 
@@ -226,17 +227,18 @@ def vae_conv_kernel(
         _finish(acc2, cols2, bias_ptr, out_ptr, to, inside, N, stride_half, SPLIT, ADD, BYTES, dtype)
 
 
+LARGE = (90, 100)  # architectures with room for large tiles
 WIDTHS = (192, 160, 128, 96, 64, 48, 32)  # channels of the result that a program makes
 
 
-def choose(arch: int, dtype: torch.dtype, C: int, N: int, normalizes: bool) -> Config:
+def choose(arch: Arch, dtype: torch.dtype, C: int, N: int, normalizes: bool) -> Config:
     """The config of a launch from C channels to N; none is measured yet: sizes are what compiles without spills and
     fills the units. normalizes: whether x is made as it is loaded, which takes registers.
     """
     if dtype == torch.float32:  # no matrix unit
         return Config(64, _fitting(N, (64, 32, 16)), 16, 4, 3)
-    width, block_k = _fitting(N, WIDTHS[2:] if arch == 80 else WIDTHS), _fitting(C, (64, 32, 16))
-    if width == 32 or arch == 80:  # no width below 32: a tile of weights that is deeper than wide spills
+    width, block_k = _fitting(N, WIDTHS if arch in LARGE else WIDTHS[2:]), _fitting(C, (64, 32, 16))
+    if width == 32 or arch not in LARGE:  # no width below 32: a tile of weights that is deeper than wide spills
         return Config(128, width, min(block_k, 32), 4 if width == 32 else 8, 3)
     return Config(256 if width <= 96 else 128, width, block_k, 8, 3 if normalizes else 4)
 
@@ -336,7 +338,7 @@ def variants() -> list[Variant]:
 
 
 def _variant(
-    arch: int, dtype: str, name: str, C: int, N: int, normed: bool, form: Form, kernel: tuple[int, int, int]
+    arch: Arch, dtype: str, name: str, C: int, N: int, normed: bool, form: Form, kernel: tuple[int, int, int]
 ) -> Variant:
     """One that knows its past where its kernel looks back, and takes 32-bit strides."""
     config = choose(arch, torch.float32 if dtype == "fp32" else torch.bfloat16, C, N, normed)
@@ -354,4 +356,5 @@ def _variant(
     types = {one: f"*{kind}" for one, kind in there.items()} | dict.fromkeys(numbers, "i32")
     aligned = [*there, "C", *(("N",) if N % 32 == 0 else ()), *(n for n in numbers if n.startswith("stride_"))]
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-    return Variant(f"vae {name} {dtype} sm_{arch}", vae_conv_kernel, types, constants, aligned, options, (arch,))
+    archs = (arch,) if arch in LARGE else tuple(one for one in ARCHITECTURES if one not in LARGE)
+    return Variant(f"vae {name} {dtype} sm_{arch}", vae_conv_kernel, types, constants, aligned, options, archs)
