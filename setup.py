@@ -1,7 +1,7 @@
 """Builds the CUDA extension `fastvid._C` from csrc/; everything else about the package is in pyproject.toml.
 
 FASTVID_BUILD_CUDA   auto (default): build where nvcc (12.0 or later) and a GPU are found; 1: wherever nvcc is; 0: never
-FASTVID_CUDA_ARCHS   what to build for; default: those of "80;90a;100a" that nvcc knows
+FASTVID_CUDA_ARCHS   what to build for; default: those of "80;90a;100;120" that nvcc knows
 
 Neither torch nor its headers are needed: nvcc compiles csrc/*.cu, the C++ compiler the pybind11 bindings, and the CUDA
 runtime is linked statically, so that one wheel serves every torch version and imports where there is no driver.
@@ -23,7 +23,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-DEFAULT_ARCHS = "80;90a;100a"
+DEFAULT_ARCHS = "80;90a;100;120"
 OLDEST_CUDA = 12  # the first with sm_90a and tensor maps
 
 
@@ -89,7 +89,7 @@ def cuda_archs(nvcc: str) -> list[str]:
 
 
 def left_out(archs: list[str]) -> str:
-    """(without 100a, which nvcc does not know), if the default has more than is built for."""
+    """(without 120, which nvcc does not know), if the default has more than is built for."""
     missing = [] if os.environ.get("FASTVID_CUDA_ARCHS") else [a for a in DEFAULT_ARCHS.split(";") if a not in archs]
     return f" (without {', '.join(missing)}, which nvcc does not know)" if missing else ""
 

@@ -22,7 +22,7 @@ inline bool runs_on(const std::string& archs, int capability) {
 // needs: the only architecture that the kernel is compiled for, or empty where all of archs have it.
 inline std::string refuse_device(const std::string& archs, const std::string& needs, int capability) {
     const std::string device = "sm_" + std::to_string(capability);
-    const std::string own = std::to_string(capability) + (capability >= 90 ? "a" : "");
+    const std::string own = std::to_string(capability) + (capability == 90 ? "a" : "");  // Hopper's own instructions
     const std::string& arch = needs.empty() ? own : needs;
     if (capability == 0) return "";
     if (!needs.empty() && !runs_on(needs, capability)) {

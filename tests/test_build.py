@@ -128,10 +128,10 @@ def old_nvcc(tmp_path: Path) -> str:
 def test_the_default_is_cut_to_what_nvcc_knows(
     setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch, old_nvcc: str
 ) -> None:
-    assert setup_py.DEFAULT_ARCHS == "80;90a;100a"
+    assert setup_py.DEFAULT_ARCHS == "80;90a;100;120"
     assert setup_py.cuda_archs(old_nvcc) == ["80", "90a"]
-    assert setup_py.left_out(["80", "90a"]) == " (without 100a, which nvcc does not know)"
-    assert setup_py.left_out(["80", "90a", "100a"]) == ""
+    assert setup_py.left_out(["80", "90a"]) == " (without 100, 120, which nvcc does not know)"
+    assert setup_py.left_out(["80", "90a", "100", "120"]) == ""
     monkeypatch.setenv("FASTVID_CUDA_ARCHS", "")  # as if it was not set
     assert setup_py.cuda_archs(old_nvcc) == ["80", "90a"]
     monkeypatch.setenv("FASTVID_CUDA_ARCHS", "90a, 80;90a")
@@ -167,7 +167,7 @@ def test_the_nvcc_of_this_machine(setup_py: types.ModuleType) -> None:
         pytest.skip("there is no nvcc")
     known = setup_py.known_archs(nvcc)
     assert {"80", "90", "90a"} <= set(known) and not {"80a", "999"} & set(known)
-    assert setup_py.cuda_archs(nvcc) == [arch for arch in ("80", "90a", "100a") if arch in known]
+    assert setup_py.cuda_archs(nvcc) == [arch for arch in ("80", "90a", "100", "120") if arch in known]
     assert (setup_py.cudart_folder(setup_py.cuda_root(nvcc)) / "libcudart_static.a").is_file()
 
 

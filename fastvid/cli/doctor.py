@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvid import env
-from fastvid.device.devices import cpu_name, driver, driver_too_old
+from fastvid.device.devices import architecture, cpu_name, driver, driver_too_old, on_rocm
 from fastvid.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "ftfy", "huggingface_hub", "av", "tqdm")
@@ -106,12 +106,13 @@ def _version(package: str) -> str | None:
 def _cuda() -> dict[str, Any]:
     import torch
 
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()
+    gpus = [(torch.cuda.get_device_properties(i), architecture(torch.device("cuda", i))) for i in range(count)]
     return {
         "driver": driver(),
-        "torch_built_for": torch.version.cuda,
+        "torch_built_for": f"ROCm {torch.version.hip}" if on_rocm() else torch.version.cuda,
         **_too_old(torch.version.cuda, "torch"),
-        "gpus": [f"{d.name}, sm_{d.major}{d.minor}, {d.total_memory / GIB:.0f} GiB" for d in devices],
+        "gpus": [f"{gpu.name}, {arch}, {gpu.total_memory / GIB:.0f} GiB" for gpu, arch in gpus],
         "nvcc": _nvcc(),
     }
 

@@ -95,6 +95,21 @@ def cpu_name() -> str:
     return match.group(1) if match else platform.processor() or platform.machine()
 
 
+def on_rocm() -> bool:
+    """Whether torch was built for AMD's GPUs, which it calls "cuda" too, with capabilities of their own: a gfx942 says
+    (9, 4)."""
+    return torch.version.hip is not None
+
+
+def architecture(device: torch.device) -> str:
+    """ "sm_90" etc. for NVIDIA's GPUs, "gfx942" etc. for AMD's, else the device's type."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type
+    if on_rocm():
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
 def driver() -> str | None:
     """The version of NVIDIA's kernel driver; None without one, or where the system hides it (WSL)."""
     match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", _read("/proc/driver/nvidia/version"))

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastvid.checks import one_of, shown
-from fastvid.device.devices import driver_too_old
+from fastvid.device.devices import architecture, driver_too_old, on_rocm
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
 from fastvid.ops import choices, compiled, libraries, linear_library, rgb, solver_step, transformer, tuned, vae_gpu
@@ -251,13 +251,6 @@ def runs_on(archs: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def architecture(device: torch.device) -> str:
-    """ "sm_90" etc. for a CUDA device, else the device's type."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return device.type
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
 def _why_not_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (there is one for Linux)"
@@ -265,12 +258,14 @@ def _why_not_triton(device: torch.device) -> str | None:
         return None
     if reason := _why_not_gpu(device):
         return reason
-    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+    if not on_rocm() and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return f"{architecture(device)} is older than sm_80"
     return None
 
 
 def _why_not_cuda(device: torch.device) -> str | None:
+    if device.type == "cuda" and on_rocm():
+        return f"it is for NVIDIA's GPUs, and the device is {architecture(device)} (ROCm): ask for triton"
     module = extension()
     if isinstance(module, str):
         return module
@@ -286,9 +281,7 @@ def _why_not_cuda(device: torch.device) -> str | None:
         return None
     if (major, minor) < MIN_CAPABILITY:
         return f"{architecture(device)} is older than sm_80: ask for reference"
-    device_arch = (
-        f"{major}{minor}{'a' if major >= 9 else ''}"  # since Hopper each architecture has specific instructions
-    )
+    device_arch = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"  # kernels use Hopper's own instructions
     return f"the device is {architecture(device)}, and {_built_without(device_arch, module.ARCHS)}"
 
 

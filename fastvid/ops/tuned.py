@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from fastvid import notices
-from fastvid.device.devices import cpu_name, driver
+from fastvid.device.devices import architecture, cpu_name, driver
 from fastvid.errors import Error
 from fastvid.files import cache_folder, open_regular, reason
 from fastvid.ops.sources import file_of, source_hash
@@ -58,10 +58,8 @@ def key(device: torch.device) -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> str:
-    """The machine of a row: "sm_90" for a GPU, else the CPU's name."""
-    if device.type != "cuda":
-        return cpu_name()
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    """The machine of a row: "sm_90" or "gfx942" for a GPU, else the CPU's name."""
+    return cpu_name() if device.type == "cpu" else architecture(device)
 
 
 def folder() -> Path:

@@ -18,7 +18,7 @@ from fastvid.device import devices
 from fastvid.errors import BackendUnavailable
 from fastvid.ops import dispatch
 
-ALL = "80;90a;100a"
+ALL = "80;90a;100;120"
 ANY, HOPPER = "to_rgb", ("attention", "vae_causal_conv3d")  # HOPPER: for sm_90a alone
 
 
@@ -43,7 +43,10 @@ def refused(op: str) -> str:
 
 @pytest.mark.parametrize(
     ("archs", "capability"),
-    [(ALL, (8, 0)), (ALL, (8, 6)), (ALL, (8, 9)), (ALL, (9, 0)), (ALL, (10, 0)), ("80", (8, 6)), ("100", (10, 3))],
+    [
+        *((ALL, capability) for capability in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]),
+        ("80", (8, 6)),
+    ],
 )
 def test_a_build_that_fits(monkeypatch: pytest.MonkeyPatch, archs: str, capability: tuple[int, int]) -> None:
     fit(monkeypatch, archs, capability)
@@ -64,10 +67,11 @@ def test_a_build_that_fits(monkeypatch: pytest.MonkeyPatch, archs: str, capabili
         ("90a", (8, 0), "90a;80"),
         ("90a", (8, 6), "90a;86"),
         ("86", (8, 0), "86;80"),
-        ("80;90a", (10, 0), "80;90a;100a"),
-        (ALL, (10, 3), "80;90a;100a;103a"),
-        (ALL, (12, 0), "80;90a;100a;120a"),
-        (ALL, (12, 1), "80;90a;100a;121a"),
+        ("80;90a", (10, 0), "80;90a;100"),
+        ("80;90a;100a", (10, 3), "80;90a;100a;103"),
+        (ALL, (11, 0), "80;90a;100;120;110"),
+        ("80;90a", (12, 0), "80;90a;120"),
+        ("120a", (12, 1), "120a;121"),
     ],
 )
 @pytest.mark.parametrize("op", [ANY, *HOPPER])
@@ -135,7 +139,7 @@ def test_doctor_says_which_driver_is_too_old(
 
 
 def test_auto_binds_none_of_it_and_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    fit(monkeypatch, ALL, (12, 0))
+    fit(monkeypatch, ALL, (11, 0))
     assert "cuda" not in set(dispatch.bind(device="cuda").bound.values())
 
 
@@ -189,7 +193,7 @@ def test_both_sides_agree_on_lists(drawn: list[tuple[str, str]], capability: tup
         (ALL, "90a", 86, "this kernel is for sm_90a alone, and the device is sm_86"),
         ("80;90", "90a", 90, "fastvid._C was built for 80;90, and the device is sm_90: build it with 90a among"),
         ("80", "", 90, "fastvid._C was built for 80, and the device is sm_90: build it with 90a among"),
-        (ALL, "", 120, "fastvid._C was built for 80;90a;100a, and the device is sm_120: build it with 120a among"),
+        (ALL, "", 110, "fastvid._C was built for 80;90a;100;120, and the device is sm_110: build it with 110 among"),
         ("90a", "", 86, "fastvid._C was built for 90a, and the device is sm_86: build it with 86 among"),
     ],
 )
