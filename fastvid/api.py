@@ -16,6 +16,7 @@ import torch
 
 from fastvid import checks
 from fastvid.device.precision import computing, eager
+from fastvid.distributed.cards import Card
 from fastvid.distributed.layout import parse_parallel
 from fastvid.engine.events import Plan
 from fastvid.engine.queue import RUNNING
@@ -27,7 +28,7 @@ from fastvid.models.loaded import LoadOptions, Model
 from fastvid.pipeline import load_arguments
 from fastvid.pipeline.load import load_model, outline
 from fastvid.pipeline.pipeline import Pipeline
-from fastvid.pipeline.prepare import estimate_of, plan_of
+from fastvid.pipeline.prepare import AGAIN, estimate_of, plan_of
 from fastvid.requests.arguments import documented
 from fastvid.requests.options import AnyOptions
 from fastvid.workers import remote
@@ -55,8 +56,8 @@ class OutlineOptions(TypedDict, total=False):
 class Blueprint:
     """A model without weights, for planning. Create one with `fastvid.blueprint`."""
 
-    def __init__(self, model: Model, free: int | None = None) -> None:
-        self._model, self._free = model, free
+    def __init__(self, model: Model, free: int | None = None, card: Card | None = None) -> None:
+        self._model, self._free, self._card = model, free, card
 
     def __repr__(self) -> str:
         return f"<Blueprint of {self._model.name:.60}>"
@@ -74,13 +75,19 @@ class Blueprint:
         """The cost of a request. The prompt may be left out.
 
         estimate: also estimate the time, from this machine's speed, which is measured once (2 s); "again": measure
-        anew. keep_frames: whether all frames stay in memory, as with `generate`; False: as with `stream`. Raises
-        InvalidRequest, MediaError, and OutOfMemory if the request does not fit.
+        anew; of a card that is not here, by its published rates (assumed, not measured). keep_frames: whether all
+        frames stay in memory, as with `generate`; False: as with `stream`. Raises InvalidRequest, MediaError, and
+        OutOfMemory if the request does not fit.
         """
         estimate, keep_frames = estimate_of("estimate", estimate), checks.flag("keep_frames", keep_frames)
-        if estimate and self._free is not None:
-            raise InvalidRequest("estimate: nothing is known of another card's rates; leave device_memory out, or it")
+        if estimate and self._free is not None and not self._card:
+            raise InvalidRequest(
+                "estimate: nothing is known of another card's rates; name it by card=, or leave it out"
+            )
+        if estimate == AGAIN and self._card:
+            raise InvalidRequest(f"estimate={AGAIN}: no {self._card.name} is here to measure; leave it out")
         settings: dict[str, Any] = {"estimate": estimate, "free": self._free, "keep_frames": keep_frames}
+        settings["card"] = self._card
         with computing():
             return plan_of(self._model, prompt, verb=verb, **settings, **options)
 
@@ -89,6 +96,7 @@ def blueprint(
     model: str = "embedded",
     *,
     device_memory: int | None = None,
+    card: str | None = None,
     **options: Unpack[OutlineOptions],
 ) -> Blueprint:
     """A model for planning. Reads only configurations and file headers.
@@ -97,16 +105,20 @@ def blueprint(
         model: as `load` takes it, but nothing is downloaded; or the name of a published model, such as
             "wan2.1-t2v-14b", which needs no files.
         device_memory: memory in bytes of a GPU that this machine does not have; 1 GiB of it is reserved for CUDA.
+        card: a GPU that this machine does not have, such as "RTX 4090" (see `fastvid.distributed.cards`): its memory,
+            and its published rates for an estimate.
         options: device, dtype, vae_dtype, backend, attention, loras, offload, parts, parallel, link and cuda_graphs,
             as `load` takes them.
 
     Raises as `load` does.
     """
-    given = load_arguments.checked({"model": model, "device_memory": device_memory, **options})
+    given = load_arguments.checked({"model": model, "device_memory": device_memory, "card": card, **options})
     model, memory, parallel = given.pop("model"), given.pop("device_memory"), given.pop("parallel", None)
+    named: Card | None = given.pop("card")
+    memory = named.memory_bytes if memory is None and named else memory
     free = None if memory is None else max(0, memory - CUDA_RESERVE)
     with computing():
-        return Blueprint(outline(model, LoadOptions(**given), parallel=parallel, free=free), free)
+        return Blueprint(outline(model, LoadOptions(**given), parallel=parallel, free=free, card=named), free, named)
 
 
 def load(

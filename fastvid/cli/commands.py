@@ -202,8 +202,8 @@ def _plan(flags: argparse.Namespace) -> None:
 
     load_options = arguments.load_arguments(flags, recipe or {})
     model, memory = arguments.model_of(flags, recipe or {}), flags.device_memory
-    blueprint = api.blueprint(model, **load_options, device_memory=memory)
-    estimate = "again" if flags.measure else memory is None
+    blueprint = api.blueprint(model, **load_options, device_memory=memory, card=flags.card)
+    estimate = "again" if flags.measure else memory is None or flags.card is not None
     plan = blueprint.plan(**request.arguments(), verb=request.verb, estimate=estimate, keep_frames=False)
     print(json.dumps(plan.to_dict()) if flags.json else "\n".join(render.lines(plan, model)))
 

@@ -31,7 +31,7 @@ COMMANDS = (*VERBS, *OTHERS)
 PLAN = """examples:
   fastvid plan "a red circle moving right" --seconds 5
   fastvid plan extend clip.mp4 --seconds 2
-  fastvid plan --model wan2.1-t2v-14b --size 832x480 --device-memory 24GB     (no files, no GPU needed)
+  fastvid plan --model wan2.1-t2v-14b --size 832x480 --card "RTX 4090"     (no files, no GPU needed)
   fastvid plan storyboard --shots shots.json --model FOLDER --json"""
 
 
@@ -129,7 +129,10 @@ def _plan(verb: str) -> Parser:
         "--device-memory",
         type=size_in_bytes,
         metavar="SIZE",
-        help="plan for another GPU with this much memory, such as 24GB; without a time estimate",
+        help="plan for another GPU with this much memory, such as 24GB; without a time unless --card names it",
+    )
+    group.add_argument(
+        "--card", metavar="NAME", help='plan for another GPU by name, such as "RTX 4090", and its published rates'
     )
     group.add_argument("--measure", action="store_true", help="measure this machine's speed again (about 2 s)")
     _add_request(parser, verb)

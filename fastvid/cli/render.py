@@ -36,7 +36,7 @@ def lines(plan: Any, model: str) -> Iterator[str]:
         yield _line("  joined by", plan.link)
     if plan.seconds is not None:
         parts = [f"{name} {duration(spent)}" for name, spent in plan.seconds_parts.items() if spent]
-        yield _line("time", f"about {duration(plan.seconds)} by this machine's rates ({', '.join(parts)})")
+        yield _line("time", f"about {duration(plan.seconds)} by {plan.rates} ({', '.join(parts)})")
     free = f"{size(plan.bytes_free)} are free"
     where = "memory" if plan.device.startswith("cpu") else "device memory"
     yield _line(where, f"{size(plan.bytes_device)} at the peak, weights included; {free}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastvid.checks import guarded, nearest_name, refuse
+from fastvid.distributed.cards import CARDS, Card, card_named, check_card
 from fastvid.distributed.cost_model import CORE, H200, INFINIBAND, LINKS, LOOPBACK, NVLINK, PCIE, Device, Link
 from fastvid.distributed.layout import agree, first
 from fastvid.distributed.mesh import Mesh
@@ -24,19 +25,6 @@ FOUND, SAID, ASSUMED = "found", "as was said", "assumed"
 ALLOWED = f"{', '.join((AUTO, *LINKS))}, or two of them: within a host and between hosts, such as 'nvlink,infiniband'"
 PER_HOST = 8  # GPUs of an assumed host
 log = logging.getLogger("fastvid.plan")
-
-# Dense bf16 operations per second and memory bytes per second from NVIDIA's data sheets. We assume that every card
-# reaches the same share as an H200 (`cost_model.H200`). The first key that is contained in a card's name applies.
-CARDS = {
-    "B200": (2250e12, 8.0e12),
-    "H200": (989e12, 4.8e12),
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100": (989e12, 3.35e12),
-    "A100": (312e12, 2.0e12),
-    "L40S": (362e12, 0.864e12),
-    "RTX 5090": (209e12, 1.79e12),
-    "RTX 4090": (165e12, 1.01e12),
-}
 
 
 @dataclass(frozen=True)
@@ -141,15 +129,19 @@ def _device(mesh: Mesh, device: torch.device) -> Device:
     """The device of all ranks: rank 0's card, or an H200 if that is unknown."""
     if device.type != "cuda":
         return CORE
-    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
-    known = next((i for i, card in enumerate(CARDS) if card in name), -1)
-    return card_of(agree(mesh, known, first))
+    card = card_named(torch.cuda.get_device_name(device)) if torch.cuda.is_available() else None
+    return card_of(agree(mesh, CARDS.index(card) if card else -1, first))
 
 
 def card_of(index: int) -> Device:
     """The device of CARDS at an index; -1: an assumed H200."""
     if index < 0:
         return Device(f"an {H200.name} ({ASSUMED})", H200.linear, H200.attention, H200.memory, H200.launch)
-    name, (operations, memory) = list(CARDS.items())[index]
-    share, moved = operations / CARDS["H200"][0], memory / CARDS["H200"][1]
-    return Device(name, H200.linear * share, H200.attention * share, H200.memory * moved, H200.launch)
+    return device_of(CARDS[index])
+
+
+def device_of(card: Card) -> Device:
+    """What a card is assumed to reach: the same share of what is published as an H200."""
+    whole = check_card("card", H200.name)
+    share, moved = card.bf16 / whole.bf16, card.bandwidth / whole.bandwidth
+    return Device(card.name, H200.linear * share, H200.attention * share, H200.memory * moved, H200.launch)

@@ -80,7 +80,8 @@ class Plan:
     available on the device. bytes_graphs: buffers of CUDA graphs. offload: the offload mode. choices: the planner's
     decisions, in sentences.
 
-    seconds, seconds_parts: estimated time, total and by stage; None and empty without an estimate.
+    seconds, seconds_parts: estimated time, total and by stage; None and empty without an estimate. rates: by whose
+    rates, "" without one.
 
     With several ranks: parallel: the layout. parallel_why: the reason for it. link: the interconnect, and whether it
     was detected, requested or assumed. layouts: predicted seconds per step of each layout that fits, the chosen one
@@ -128,6 +129,7 @@ class Plan:
     layouts: Mapping[str, float] = field(default_factory=dict)
     parallel_why: str = ""
     link: str = ""
+    rates: str = ""
 
     def __repr__(self) -> str:
         size = f"{self.num_frames} frames of {self.width}x{self.height} at {self.fps:g} fps"

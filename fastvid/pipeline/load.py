@@ -17,8 +17,9 @@ from fastvid.checks import nearest_name, one_of
 from fastvid.device import cuda_graphs
 from fastvid.device.devices import available_bytes, find_device, resolve_dtype, resolve_vae_dtype
 from fastvid.device.offload import MODES, Resident, Swapped
+from fastvid.distributed.cards import Card
 from fastvid.distributed.layout import agree, parse_parallel
-from fastvid.distributed.links import find_links
+from fastvid.distributed.links import device_of, find_links
 from fastvid.distributed.mesh import Mesh
 from fastvid.errors import CheckpointError
 from fastvid.loaders.checkpoint import check_fill, fill, load_part, open_checkpoint
@@ -62,13 +63,18 @@ def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, m
 
 
 def outline(
-    source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, *, parallel: Any = None, free: int | None = None
+    source: str | Path = EMBEDDED,
+    options: LoadOptions = DEFAULTS,
+    *,
+    parallel: Any = None,
+    free: int | None = None,
+    card: Card | None = None,
 ) -> Model:
     """The model that `load_model` would return, with modules without weights; only for planning.
 
     source: also the name of a published model (`fastvid.models.wan.presets.PUBLISHED`). parallel: the ranks to plan
     for, see `fastvid.load`; default: one. free: available bytes of a device that this machine does not have; it is
-    "cuda" by default, and its back ends are unknown.
+    "cuda" by default, and its back ends are unknown. card: what it is.
     """
     ranks = parse_parallel(parallel)
     planned_device = "cuda" if free is not None and options.device is None else options.device
@@ -76,6 +82,7 @@ def outline(
     device, loras = check_options(options), read_loras(options.loras)
     ops = bind(options.backend, options.attention, device) if free is None else Ops({}, {}, {})
     links = find_links(options.link, mesh, device, planned=True)
+    links = replace(links, device=device_of(card)) if card else links
     checkpoint = describe(source, options)
     loras = fit(loras, checkpoint)
     placement = choose_placement(checkpoint, options, mesh, free)

@@ -15,6 +15,7 @@ from fastvid.checks import Check, guarded, items, one_of, path, refuse, whole
 from fastvid.device import cuda_graphs
 from fastvid.device.devices import check_device, check_dtype
 from fastvid.device.offload import MODES
+from fastvid.distributed.cards import check_card
 from fastvid.distributed.layout import AUTO, check_parallel
 from fastvid.distributed.links import check_link
 from fastvid.errors import InvalidRequest
@@ -82,8 +83,9 @@ CHECKS: Mapping[str, Check] = {
     "parallel": check_parallel,
     "link": check_link,
     "device_memory": whole(0, 1 << 50, " bytes"),
+    "card": check_card,
 }
-OPTIONAL = ("device", "dtype", "vae_dtype", "loras", "parts", "parallel", "device_memory")
+OPTIONAL = ("device", "dtype", "vae_dtype", "loras", "parts", "parallel", "device_memory", "card")
 """Arguments that may be None."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastvid import checks
+from fastvid.distributed.cards import Card
 from fastvid.distributed.layout import agree, first
 from fastvid.distributed.mesh import Layout
 from fastvid.engine.events import Plan
@@ -23,7 +24,7 @@ from fastvid.models.loaded import Model
 from fastvid.pipeline import tensors, verbs
 from fastvid.pipeline.request_warnings import warn_of_size
 from fastvid.planning.plan import plan_request
-from fastvid.planning.speed import Rates, find_rates
+from fastvid.planning.speed import Rates, assumed, find_rates
 from fastvid.requests import inputs, prompts
 from fastvid.requests.arguments import ARGUMENTS, VERBS, checked
 from fastvid.requests.options import GivenAgain
@@ -106,11 +107,16 @@ def plan_of(
     estimate: bool | str = False,
     free: int | None = None,
     keep_frames: bool = True,
+    card: Card | None = None,
     **options: Any,
 ) -> Plan:
     """The cost of a request; see `Pipeline.plan` and `Blueprint.plan`."""
     request = planned(verb, prompt, options)
-    rates = find_rates(model.ops, model.device, model.dtype, again=estimate == AGAIN) if estimate else None
+    rates = None
+    if estimate and card:
+        rates = assumed(card, model.dtype, model.vae_dtype)
+    elif estimate:
+        rates = find_rates(model.ops, model.device, model.dtype, again=estimate == AGAIN)
     return prepare(model, request, keep_frames, free=free, rates=rates).plan
 
 

@@ -14,7 +14,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from itertools import pairwise
@@ -29,7 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastvid.device.devices import cpu_name
 from fastvid.device.precision import computing
 from fastvid.distributed import cost_model
+from fastvid.distributed.cards import Card
 from fastvid.distributed.cost_model import Work
+from fastvid.distributed.links import device_of
 from fastvid.distributed.mesh import Layout
 from fastvid.engine.decode import decode_chunk
 from fastvid.engine.windows import count_calls, window_columns
@@ -49,6 +51,8 @@ BUDGET = 0.6  # seconds to measure each kind of work
 SHARES = 4  # each size is measured for at least BUDGET / SHARES seconds
 RUNS = 3  # minimum of each size
 LONG = 5e-3  # seconds; longer runs are assumed to use all threads
+KINDS = ("linear", "attention", "convolution")
+HERE = "this machine's rates"
 Points = tuple[tuple[float, float], ...]  # (operations of a call, its seconds), ascending
 
 # (rows, width); (tokens, heads, head_dim); (channels, frames, height, width).
@@ -59,11 +63,12 @@ CONVOLUTION = ((32, 4, 16, 16), (96, 2, 16, 16), (96, 4, 64, 64), (192, 4, 96, 9
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured points of each kind of work: (floating point operations of a call, its seconds), ascending."""
+    """Points of each kind of work: (floating point operations of a call, its seconds), ascending. source: whose."""
 
     linear: Points
     attention: Points
     convolution: Points
+    source: str = HERE
 
     def seconds(self, kind: str, flops: float, calls: float = 1) -> float:
         """Seconds of `calls` calls with `flops` operations each. kind: the name of a field."""
@@ -190,7 +195,7 @@ def estimate(
         window = needs.segment
         parts["encode"] = vae_seconds(model.vae, window, encoded, decode_chunk(window), rates, decode=False)
         parts["decode"] = vae_seconds(model.vae, window, decoded, needs.chunk, rates, decode=True)
-    return {"seconds": sum(parts.values()), "seconds_parts": parts, "efficiency": share}
+    return {"seconds": sum(parts.values()), "seconds_parts": parts, "efficiency": share, "rates": rates.source}
 
 
 def denoise_seconds(calls: Calls, config: WanTransformerConfig, control_layers: int, rates: Rates) -> float:
@@ -223,6 +228,21 @@ def efficiency(model: Model, work: Work, layout: Layout, call: Calls, rates: Rat
     return cost_model.predict(work, layout, device, links.near, links.far, per_host).efficiency
 
 
+# ---------------------------------------------------------------- rates of a card that is not here
+
+CONVOLVED = 0.18  # of what is published: 0.275 PFLOP in 1.56 s, of a Wan 2.1 decoder on an H200 (TurboWan)
+
+
+def assumed(card: Card, dtype: torch.dtype, vae_dtype: torch.dtype) -> Rates:
+    """What a card is assumed to reach, for models in these types; not measured. In fp32 without its matrix units."""
+    device = device_of(card)
+    share = 1.0 if dtype.itemsize == 2 else card.fp32 / card.bf16
+    convolution = CONVOLVED * 1e12 * (card.bf16 if vae_dtype.itemsize == 2 else card.fp32)
+    rates = (device.linear * share, device.attention * share, convolution)
+    points = (((rate * device.launch, device.launch),) for rate in rates)
+    return Rates(*points, source=f"rates assumed from the data sheet of {card.name}, not measured")
+
+
 # ---------------------------------------------------------------- rates in the cache folder
 
 
@@ -235,8 +255,9 @@ def find_rates(ops: Ops, device: torch.device, dtype: torch.dtype, again: bool =
     rates = measure(ops, device, dtype)
     with contextlib.suppress(OSError):  # without a writable folder they are measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
+        measured = {kind: getattr(rates, kind) for kind in KINDS}
         part = path.with_name(f"{secrets.token_hex(4)}.partial")
-        part.write_text(json.dumps({"key": key, "rates": asdict(rates)}, indent=1), encoding="utf-8")
+        part.write_text(json.dumps({"key": key, "rates": measured}, indent=1), encoding="utf-8")
         part.replace(path)
     return rates
 
@@ -257,14 +278,11 @@ def _read(path: Path, key: dict[str, Any]) -> Rates | None:
     """The rates in a file; None if they are invalid or belong to another machine."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        rates = Rates(
-            **{kind: tuple((float(w), float(s)) for w, s in points) for kind, points in content["rates"].items()}
-        )
-        points = [rates.linear, rates.attention, rates.convolution]
+        points = [tuple((float(w), float(s)) for w, s in content["rates"][kind]) for kind in KINDS]
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
     valid = all(one and one == tuple(sorted(one)) and all(0 < n < math.inf for p in one for n in p) for one in points)
-    return rates if valid and content.get("key") == key else None
+    return Rates(*points) if valid and content.get("key") == key else None
 
 
 # ---------------------------------------------------------------- measuring

@@ -83,10 +83,11 @@ CLIPS: dict[str, Call] = {
     "Request.make verb": lambda value: fastvid.Request.make(value, prompt="a"),
     "Request.from_recipe recipe": fastvid.Request.from_recipe,
 }
+PLANNED = ("device_memory", "card")  # what only blueprints take
 LOAD: dict[str, Call] = {
     f"load {name}": lambda value, name=name: fastvid.load(**{"device": "cpu", name: value})
     for name in CHECKS
-    if name != "device_memory"
+    if name not in PLANNED
 }
 BLUEPRINT: dict[str, Call] = {
     f"blueprint {name}": lambda value, name=name: fastvid.blueprint(**{"device": "cpu", name: value})
@@ -112,7 +113,7 @@ POOL: dict[str, Call] = {
     **{
         f"Pool {name}": lambda value, name=name: fastvid.Pool(**{name: value})
         for name in (*CHECKS, "groups", "waiting", "retries", "folder", "cpus", "gpus")
-        if name != "device_memory"
+        if name not in PLANNED
     },
     "submit verb": lambda value: NoPool().submit(value, prompt="a", wait=False),
     "submit prompt": lambda value: NoPool().submit(prompt=value, wait=False),
