@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from fastvid import checks
-from fastvid.engine.decode import decode_rgb
+from fastvid.device.devices import available_bytes
+from fastvid.distributed.layout import agree
+from fastvid.engine.decode import GPU_PIXELS, decode_rgb
 from fastvid.engine.finite import check_encoded, check_text
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
 from fastvid.pipeline.request_warnings import warn_of_prompt
 from fastvid.pipeline.tensors import as_tensor, finite
+from fastvid.planning.memory import decoder_bytes
 
 
 def embed(model: Model, prompt: str) -> Tensor:
@@ -41,11 +44,24 @@ def decode(model: Model, latents: Any) -> np.ndarray:
         )
     tensor = finite("latents", tensor)
     out, cache = [], None
-    # One latent frame at a time, so that activation memory does not grow with the clip.
-    for column in torch.split(tensor.to(model.device, torch.float32), 1, dim=2):
-        decoded, cache = decode_rgb(model, column, cache)
+    for chunk in torch.split(tensor.to(model.device, torch.float32), _chunk(model, shape), dim=2):
+        decoded, cache = decode_rgb(model, chunk, cache)
         out.append(decoded[0].cpu().numpy())
     return np.concatenate(out)
+
+
+def _chunk(model: Model, shape: tuple[int, ...]) -> int:
+    """How many of the latents [1, C, T, h, w] are decoded at once: one, so that activation memory does not grow with
+    the clip; on a GPU as many as keep it busy, in halves until they fit."""
+    if model.device.type == "cpu":
+        return 1
+    config, (frames, height, width) = model.vae.config, shape[2:]
+    size, time = (height * config.spatial_scale, width * config.spatial_scale), config.temporal_scale
+    free = agree(model.mesh, available_bytes(model.device))
+    count = max(1, min(frames, GPU_PIXELS // (time * size[0] * size[1])))
+    while count > 1 and decoder_bytes(config, *size, time * count, itemsize=model.vae_dtype.itemsize) > free:
+        count //= 2
+    return count
 
 
 def _frames(frames: Any, model: Model) -> Tensor:

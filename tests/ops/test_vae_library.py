@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from fastvid import notices
 from fastvid.models.registry import build_vae
 from fastvid.models.wan.config import WAN22_VAE, WanVAEConfig
-from fastvid.ops import compiling, rgb, vae, vae_gpu, vae_library
+from fastvid.ops import compiling, libraries, rgb, vae, vae_gpu, vae_library
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 LAST = torch.channels_last_3d
@@ -186,6 +186,13 @@ def test_compiled_passes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
         check(also, kept, torch.cat((past, exact_norm(x, gamma)), 2)[:, :, -2:])
     # Each runs once as it is compiled, and twice. In fp32 a CPU's convolution leaves pixels apart, so adding is eager.
     assert len(ran) == (6 if dtype == torch.bfloat16 else 3)
+
+
+def test_it_is_the_default_on_gpus_alone() -> None:
+    for op in vae_library.OPERATIONS:
+        assert libraries.default(op, torch.device("cuda"))[0] == "channels_last"
+        assert libraries.default(op, torch.device("cpu"))[0] == "reference"
+        assert vae_gpu.BACKENDS[op]["channels_last"] is vae_library.OPERATIONS[op]
 
 
 def test_what_a_device_gets(monkeypatch: pytest.MonkeyPatch) -> None:

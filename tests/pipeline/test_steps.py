@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 import fastvid
+from fastvid.distributed.mesh import Mesh
+from fastvid.models.wan.config import WanVAEConfig
+from fastvid.pipeline import steps
+from fastvid.planning.memory import decoder_bytes
 
 OPTIONS = {"num_inference_steps": 2, "num_frames": 9, "seed": 1}
 
@@ -32,6 +37,20 @@ def test_decode_is_what_generate_shows(pipe: fastvid.Pipeline) -> None:
     difference = np.abs(again.astype(int) - video.frames.astype(int))
     # Chunks of another length: equal but for the order of sums.
     assert again.shape == video.frames.shape and difference.max() <= 1 and (difference == 0).mean() > 0.999
+
+
+def test_decode_takes_as_many_latent_frames_as_a_gpu_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = SimpleNamespace(config=WanVAEConfig())
+    model: Any = SimpleNamespace(vae=vae, mesh=Mesh(), vae_dtype=torch.bfloat16, device=torch.device("cuda"))
+    monkeypatch.setattr(steps, "available_bytes", lambda device: 80 << 30)
+    small, large = (1, 16, 21, 30, 52), (1, 16, 21, 136, 240)
+    assert [steps._chunk(model, shape) for shape in (small, large, (1, 16, 3, 30, 52))] == [10, 1, 3]
+    found = [decoder_bytes(vae.config, 240, 416, 4 * count, itemsize=2) for count in (2, 5, 10)]
+    for bytes_free, wanted in ((found[2], 10), (found[2] - 1, 5), (found[1] - 1, 2), (found[0] - 1, 1), (0, 1)):
+        monkeypatch.setattr(steps, "available_bytes", lambda device, free=bytes_free: free)
+        assert steps._chunk(model, small) == wanted
+    model.device = torch.device("cpu")
+    assert steps._chunk(model, small) == 1
 
 
 def test_a_clip_survives_encode_and_decode(pipe: fastvid.Pipeline) -> None:
