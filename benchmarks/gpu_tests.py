@@ -39,6 +39,8 @@ COVERS = {
     "tests/kernels/test_norms_kernels.py": ("qk_norm_rope.py", "row_norms.py"),
     "tests/kernels/test_rgb.py": ("rgb.cu", "rgb.py"),
     "tests/kernels/test_step_kernels.py": ("solver_step.py",),
+    "tests/ops/test_attention_library.py": (),
+    "tests/ops/test_compiled.py": (),
     "tests/device/test_graphs.py": (),
     "tests/kernels/test_sparse_attention.py": ("sparse_attention.py",),
     "tests/kernels/test_attention_eight.py": ("attention_eight.cu", "quantize.cu"),

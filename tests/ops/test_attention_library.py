@@ -268,7 +268,7 @@ def test_an_approximation_is_never_chosen() -> None:
 # On a GPU
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["library", *attention.DENSE])
 @pytest.mark.parametrize("tokens", [(130, 130), (257, 77), (5, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
