@@ -98,7 +98,7 @@ def named(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str
 
 def split(op: str, given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments by name -> as a model passes them: those that may be positional are."""
-    bound = inspect.BoundArguments(signature(op), dict(given))  # type: ignore[arg-type]
+    bound = inspect.BoundArguments(signature(op), dict(given))
     return bound.args, bound.kwargs
 
 
