@@ -111,7 +111,7 @@ CUresult encode(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t rank, void
 
 extern "C" {
 
-void recorded_listen(Listener to, int count) {
+__attribute__((visibility("default"))) void recorded_listen(Listener to, int count) {
     listener = to;
     processors = count;
 }

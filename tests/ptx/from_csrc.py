@@ -1,20 +1,24 @@
-"""csrc/'s kernels and their launchers: a .cu file compiled by nvcc to PTX and host code, over a runtime that records
-what is launched (tests/csrc/recorded_runtime.cpp). So grids, blocks, shared memory, parameters and tensor maps are
-those that the launchers give a device."""
+"""csrc/'s kernels, launchers and bindings: `fastvid._C` with PTX for machine code, over a runtime that records what is
+launched (tests/csrc/recorded_runtime.cpp). So grids, blocks, shared memory, parameters and tensor maps are those that a
+device would be given."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
-import re
 import shutil
 import subprocess
+import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ptx.machine import Launch, Machine
 from ptx.memory import Global
@@ -26,8 +30,7 @@ NVCC = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or sh
     "nvcc", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin"
 )
 # The level is that of the host code; device code is optimized fully, as in setup.py.
-FLAGS = ("-O0", "-std=c++17", "-cudart=none", "-gencode=arch=compute_90a,code=compute_90a", "-shared")
-DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # of csrc/fastvid.h
+FLAGS = ("-O0", "-std=c++17", "-cudart=none", "-gencode=arch=compute_90a,code=compute_90a")
 
 
 class Recorded(ctypes.Structure):
@@ -47,32 +50,28 @@ LISTENER = ctypes.CFUNCTYPE(None, ctypes.POINTER(Recorded))
 
 
 @dataclass(frozen=True)
-class Source:
-    """A .cu file: its launchers, and its PTX."""
+class Extension:
+    """`fastvid._C` over the recorded runtime, and the PTX of each .cu file."""
 
-    library: ctypes.CDLL
-    symbols: tuple[str, ...]
-    text: str
+    module: Any
+    runtime: ctypes.CDLL
+    texts: Mapping[str, str]
 
-    def launcher(self, name: str) -> ctypes._NamedFuncPointer:
-        """fastvid::name."""
-        (symbol,) = [one for one in self.symbols if one.startswith(f"_ZN7fastvid{len(name)}{name}E")]
-        return self.library[symbol]
-
-    def record(self, name: str, arguments: Sequence[object], processors: int = 132, text: str = "") -> list[Launch]:
-        """What a launcher asks for on a device of so many multiprocessors. text: PTX in the place of the file's own.
-        Raises ValueError for the error that it returns."""
+    def record(self, call: Callable[[Any], None], processors: int = 132, text: str = "") -> list[Launch]:
+        """What `call` of the module asks for on a device of so many multiprocessors. text: PTX in the place of what
+        nvcc made. Raises what the module raises."""
         made: list[Launch] = []
-        listener = LISTENER(lambda recorded: made.append(self.launch_of(recorded.contents, text or self.text)))
-        self.library.recorded_listen(listener, processors)
-        error = self.launcher(name)(*arguments)
-        self.library.recorded_listen(LISTENER(), processors)
-        if error:
-            raise ValueError(f"{name} returns the CUDA error {error}")
+        listener = LISTENER(lambda recorded: made.append(self.launch_of(recorded.contents, text)))
+        self.runtime.recorded_listen(listener, processors)
+        try:
+            call(self.module)
+        finally:
+            self.runtime.recorded_listen(LISTENER(), processors)
         return made
 
     def launch_of(self, recorded: Recorded, text: str) -> Launch:
-        kernel = _parsed(text, recorded.kernel.decode())
+        name = recorded.kernel.decode()
+        kernel = _parsed(next(one for one in (text, *self.texts.values()) if name in one), name)
         params = bytearray(max(param.offset + param.size for param in kernel.params.values()))
         for i, param in enumerate(kernel.params.values()):
             params[param.offset : param.offset + param.size] = ctypes.string_at(recorded.params[i], param.size)
@@ -95,27 +94,57 @@ def check_bounds(directives: dict[str, tuple[int, ...]], block: tuple[int, ...])
 
 
 @functools.cache
-def compile_source(name: str) -> Source:
-    """csrc/<name>.cu, compiled once for what the sources hold."""
-    files = [*sorted((ROOT / "csrc").glob("*.h")), ROOT / f"csrc/{name}.cu", ROOT / "csrc/device.cu"]
+def extension() -> Extension:
+    """Compiled once for what the sources hold."""
     runtime = ROOT / "tests/csrc/recorded_runtime.cpp"
-    held = hashlib.sha256(b"".join(path.read_bytes() for path in (*files, runtime))).hexdigest()[:16]
-    target = Path(tempfile.gettempdir(), f"fastvid-ptx-{name}-{os.getuid()}-{held}")
+    files = [*sorted((ROOT / "csrc").iterdir()), runtime]
+    held = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    target = Path(tempfile.gettempdir(), f"fastvid-ptx-{os.getuid()}-{held}")
     if not target.exists():
         with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
-            built = Path(folder, "built")
-            built.mkdir()
-            sources = [str(path) for path in (*files[-2:], runtime)]
-            keep = ["--keep", f"--keep-dir={folder}", "-Xcompiler=-fPIC"]
-            subprocess.run([NVCC, *FLAGS, *keep, "-o", built / "lib.so", *sources], check=True, capture_output=True)
-            shutil.copy(Path(folder, f"{name}.ptx"), built / "kernels.ptx")
-            try:
-                built.rename(target)
-            except OSError:  # another process was faster
-                assert target.exists()
-    listed = subprocess.run(["nm", "-D", target / "lib.so"], capture_output=True, text=True, check=True).stdout
-    symbols = tuple(re.findall(r" T (\S+)", listed))
-    return Source(ctypes.CDLL(str(target / "lib.so")), symbols, (target / "kernels.ptx").read_text())
+            build(Path(folder), runtime)
+            with contextlib.suppress(OSError):  # another process was faster
+                Path(folder, "built").rename(target)
+    library = str(target / "_C.so")
+    spec = importlib.util.spec_from_file_location("fastvid._C", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Extension(module, ctypes.CDLL(library), {path.stem: path.read_text() for path in target.glob("*.ptx")})
+
+
+def build(folder: Path, runtime: Path) -> None:
+    """folder/built: the module, and the PTX of each .cu file."""
+    built = folder / "built"
+    built.mkdir()
+    includes = [f"-I{path}" for path in (setup().pybind11_include(), sysconfig.get_path("include"))]
+    names = {"ARCHS": '"90a"', "CUDA_VERSION": '"0"', "SOURCE_HASHES": "{}"}
+    defines = [f"-DFASTVID_{name}={value}" for name, value in names.items()]
+
+    def compile_one(source: Path) -> Path:
+        own = folder / source.stem
+        own.mkdir()
+        keep = ["--keep", f"--keep-dir={own}"] if source.suffix == ".cu" else [*includes, *defines]
+        command = [NVCC, *FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", *keep, "-c", source, "-o", own / "made.o"]
+        subprocess.run(command, check=True, capture_output=True)
+        for made in own.glob(f"{source.stem}.ptx"):
+            shutil.copy(made, built / made.name)
+        return own / "made.o"
+
+    with ThreadPoolExecutor(2) as pool:
+        sources = [*(ROOT / "csrc").glob("*.cu"), ROOT / "csrc/bindings.cpp", runtime]
+        objects = list(pool.map(compile_one, sources))
+    link = [os.environ.get("CXX", "g++"), "-shared", "-Wl,-Bsymbolic"]  # a real runtime may be loaded beside this one
+    subprocess.run([*link, "-o", built / "_C.so", *objects], check=True)
+
+
+@functools.cache
+def setup() -> Any:
+    spec = importlib.util.spec_from_file_location("fastvid_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def interpret(launches: Sequence[Launch], tensors: Sequence[Tensor | None], seed: int = 0) -> None:
@@ -123,13 +152,3 @@ def interpret(launches: Sequence[Launch], tensors: Sequence[Tensor | None], seed
     memory = Global([tensor for tensor in tensors if tensor is not None])
     for launch in launches:
         Machine(launch, memory, seed).run()
-
-
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
-
-
-def numbers(call: dict[str, tuple[int, ...] | int]) -> ctypes.Array:
-    """A call as its C++ struct of 64-bit integers has it."""
-    flat = [number for value in call.values() for number in (value if isinstance(value, tuple) else (value,))]
-    return (ctypes.c_int64 * len(flat))(*flat)
