@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -45,16 +46,12 @@ ATTENTION = (
 
 
 @cache
-def of_kernel(file: str, kernel: str) -> tuple[str, str]:
-    """What comes before a kernel in a file's PTX, and the rest."""
-    text = extension().texts[file]
-    start = text.index(kernel, text.index(".entry"))
-    return text[:start], text[start:]
-
-
-def mutated(mistake: Mistake, file: str, kernel: str) -> str:
-    before, text = of_kernel(file, kernel)
-    return before + mistake.make(text)
+def mutated(mistake: Mistake, file: str, kernels: str) -> str:
+    """A file's PTX with a mistake in each of the kernels whose names contain `kernels`."""
+    first, *parts = re.split(r"(?=\.entry )", extension().texts[file])
+    found = [part for part in parts if kernels in part.split("(")[0]]
+    assert found
+    return "".join([first, *(mistake.make(part) if part in found else part for part in parts)])
 
 
 @pytest.mark.parametrize("mistake", ATTENTION, ids=str)
@@ -65,20 +62,25 @@ def test_in_attention(mistake: Mistake) -> None:
 
 
 CONV = (
-    Mistake("operands swapped", BY_DESCRIPTORS, r"\1, \3, \2, p", 0),
-    Mistake("a sign", r"p, 1, 1, 0, 0;", r"p, 1, -1, 0, 0;", 0),
+    Mistake("pixels of other rows", BY_REGISTERS, r"\1\3, \2, \4, \5}", 0),
+    Mistake("pixels' channels swapped", BY_REGISTERS, r"\1\2, \4, \3, \5}", 0),
+    Mistake("blocks read in another order", r"(ldmatrix[^{]*\{)(%r\d+), (%r\d+)", r"\1\3, \2", 0),
+    Mistake("blocks written in another order", r"(stmatrix[^{]*\{)(%r\d+), (%r\d+)", r"\1\3, \2", 0),
+    Mistake("a sign", r"(mma_async[^;]*p, 1), 1, 0;", r"\1, -1, 0;", 0),
     Mistake("no fence", r"wgmma\.fence\S*;", "", 0, fault="no wgmma.fence"),
-    Mistake("results not waited for", r"(wgmma\.wait_group\S*) 0;", r"\1 1;", 0, fault="unfinished|nobody waited"),
-    Mistake("stages given back too early", r"(wgmma\.wait_group\S*) 1;", r"\1 2;", 0),
-    Mistake("nobody waits", **NO_WAIT, count=0),
-    Mistake("columns and rows swapped", r"(bulk\.tensor\.5d[^{]*\{%r\d+), (%r\d+), (%r\d+)", r"\1, \3, \2"),
-    Mistake("taps and channels swapped", r"(bulk\.tensor\.3d[^{]*\{%r\d+), (%r\d+), (%r\d+)", r"\1, \3, \2"),
+    Mistake("results not waited for", r"(wgmma\.wait_group\S*) 0;", r"\1 1;", 0, fault="unfinished|before the product"),
+    Mistake("nobody waits for boxes", **NO_WAIT, count=0, behind=CONSUMERS),
+    Mistake("nobody waits for stages that are free", **NO_WAIT, count=3, behind=PRODUCER),
+    Mistake("rows and frames swapped", r"(bulk\.tensor\.5d[^{]*\{%r\d+, %r\d+), (%r\d+), (%r\d+)", r"\1, \3, \2"),
+    Mistake("taps and channels swapped", r"(bulk\.tensor\.3d[^{]*\{)(%r\d+), (%r\d+)", r"\1\3, \2"),
+    Mistake("results stored without a fence", r"fence\.proxy\.async\S*;", "", 0, r"setmaxnreg", "without fence"),
+    Mistake("stores not waited for", r"cp\.async\.bulk\.wait_group\S*\s+\d;", "", 0, fault="nobody waited", wrong=True),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", CONV, ids=str)
 def test_in_convolutions(mistake: Mistake) -> None:
-    """27 steps on three stages."""
+    """27 taps, fewer stages."""
     how = How(text=mutated(mistake, "conv", "conv_kernelILi96ELb1E"))
     is_caught(mistake, lambda seed: conv_is_right((3, 3, 3), 24, 96, torch.bfloat16, replace(how, seed=seed)), seeds=6)
 

@@ -7,6 +7,7 @@ a launch is accepted (registers, a driver).
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
 
 import pytest
@@ -17,9 +18,10 @@ from compiled_host import CXX
 from exact_vae import exact_norm
 from ptx import runs
 from ptx.cases import attend, conv_is_right
-from ptx.from_csrc import NVCC
+from ptx.from_csrc import NVCC, ROOT
 from ptx.runs import How
 
+from fastvid.ops import vae_kernels
 from fastvid.ops.attention_gpu import quantized
 
 pytestmark = [
@@ -86,6 +88,16 @@ def test_conv(kernel: tuple[int, int, int], C: int, N: int, dtype: torch.dtype) 
 
 def test_conv_without_a_past() -> None:
     assert conv_is_right((3, 3, 3), 24, 96, BF16, How(), past=False)
+
+
+def test_operations_of_the_vae() -> None:
+    """All that test_conv_cuda.py does: with a residual, interleaved frames, doubled pixels, strides."""
+    spec = importlib.util.spec_from_file_location("conv_cases", ROOT / "tests/kernels/test_conv_cuda.py")
+    assert spec is not None and spec.loader is not None
+    cases = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cases)
+    kernels = vae_kernels.Kernels(runs.conv, runs.norm, on_load=False)
+    cases.run_all(kernels, 16, 96, 2, 4, 5, BF16, "cpu")
 
 
 # Attention
