@@ -256,8 +256,14 @@ def checkout(tmp_path: Path) -> Path:
     (root / "benchmarks" / "results").mkdir()
     limits = root / "benchmarks" / "ladder.py"
     text = limits.read_text()
-    assert '"smoke": 40' in text and '"sanitize": 150' in text
-    limits.write_text(text.replace('"smoke": 40', '"smoke": 320').replace('"sanitize": 150', '"sanitize": 12'))
+    for before, after in (
+        ('"smoke": 40', '"smoke": 320'),
+        ('"tune": 100', '"tune": 500'),
+        ('"sanitize": 150', '"sanitize": 12'),
+    ):
+        assert before in text
+        text = text.replace(before, after)  # a CPU is slow, and what hangs is to be stopped soon
+    limits.write_text(text)
     import gpu_tests
 
     (root / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
@@ -290,7 +296,7 @@ def call(root: Path, *words: str, pretend: str = "", out: Path | None = None) ->
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("ar") is None, reason="there is no g++ or no ar")
 def test_the_whole_ladder(checkout: Path, tmp_path: Path) -> None:
     results, out = checkout / "benchmarks" / "results", tmp_path / "out"
-    words = ("--models", "embedded", "--budget", "6", "--seconds", "800")
+    words = ("--models", "embedded", "--budget", "6", "--seconds", "1200")
     status, ended = call(checkout, *words, pretend="hang fault", out=out)
     sanitizers = [f"{tool} {kind}" for kind in ("cuda", "triton") for tool in ("memcheck", "racecheck", "initcheck")]
     assert list(ended) == ["build", "doctor", "smoke", "video", "tune embedded", "tests", *sanitizers]
