@@ -239,8 +239,9 @@ def assumed(card: Card, dtype: torch.dtype, vae_dtype: torch.dtype) -> Rates:
     share = 1.0 if dtype.itemsize == 2 else card.fp32 / card.bf16
     convolution = CONVOLVED * 1e12 * (card.bf16 if vae_dtype.itemsize == 2 else card.fp32)
     rates = (device.linear * share, device.attention * share, convolution)
-    points = (((rate * device.launch, device.launch),) for rate in rates)
-    return Rates(*points, source=f"rates assumed from the data sheet of {card.name}, not measured")
+    linears, attentions, convolutions = (((rate * device.launch, device.launch),) for rate in rates)
+    said = f"rates assumed from the data sheet of {card.name}, not measured"
+    return Rates(linears, attentions, convolutions, source=said)
 
 
 # ---------------------------------------------------------------- rates in the cache folder
@@ -265,12 +266,13 @@ def find_rates(ops: Ops, device: torch.device, dtype: torch.dtype, again: bool =
 def _key(ops: Ops, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
-        "version": 1,
+        "version": 2,
         "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "threads": 0 if on_gpu else torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "attention": ops.bound["attention"],
+        "choices": {op: [one.to_dict() for one in found] for op, found in ops.choices.items()},
     }
 
 
@@ -282,7 +284,8 @@ def _read(path: Path, key: dict[str, Any]) -> Rates | None:
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
     valid = all(one and one == tuple(sorted(one)) and all(0 < n < math.inf for p in one for n in p) for one in points)
-    return Rates(*points) if valid and content.get("key") == key else None
+    linears, attentions, convolutions = points
+    return Rates(linears, attentions, convolutions) if valid and content.get("key") == key else None
 
 
 # ---------------------------------------------------------------- measuring

@@ -26,7 +26,7 @@ import torch
 
 from fastvid.device.precision import computing
 from fastvid.errors import BackendUnavailable
-from fastvid.ops import tuned
+from fastvid.ops import libraries, tuned
 from fastvid.ops.sources import file_of, source_hash
 from fastvid.tuning import calls as recorded
 from fastvid.tuning import check
@@ -35,6 +35,7 @@ from fastvid.tuning.timing import Case, measure_within, timer_of
 
 LEAST = 0.05  # seconds of timing a class
 LONGEST = 0.34  # share of the time that is left, which checks and timing of a class may be expected to take
+GAIN = 1.02  # by which another back end has to be faster than the default
 CALLS = 10  # of each back end, that a class needs at least
 STICKY = 3  # exit status after an error that the device does not recover from
 Function = Callable[..., Any]
@@ -237,8 +238,8 @@ def time_class(
 
     cases = [Case(name, running(number, function)) for number, (name, function) in enumerate(right.items())]
     times = {row.name: row.median for row in measure_within(cases, job.device, seconds)}
-    best, *others = sorted(times, key=lambda name: times[name])
-    following = others[0] if others else None
+    best = _winner(times, libraries.default(call.op, job.device)[0])
+    following = min((name for name in times if name != best), key=lambda name: times[name], default=None)
     return {
         **{"op": call.op, "dtype": call.dtype, "shape_class": call.shape_class, "backend": best},
         "machine": tuned.machine(job.device),
@@ -249,6 +250,12 @@ def time_class(
         "next_us": times[following] if following else None,
         "times_us": times,
     }
+
+
+def _winner(times: Mapping[str, float], default: str) -> str:
+    """The fastest; `auto`'s default where nothing gains more than a measurement jitters."""
+    best = min(times, key=lambda name: times[name])
+    return default if default in times and times[default] < GAIN * times[best] else best
 
 
 if __name__ == "__main__":

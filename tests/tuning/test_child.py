@@ -116,3 +116,10 @@ def test_an_error_that_the_device_does_not_recover_from_ends_it(
     with pytest.raises(SystemExit) as raised:
         run(monkeypatch, tmp_path, ["broken"])
     assert raised.value.code == child.STICKY
+
+
+def test_the_default_wins_where_nothing_gains_more_than_times_jitter() -> None:
+    near, far = {"reference": 101.0, "triton": 100.0, "aten": 100.5}, {"reference": 110.0, "triton": 100.0}
+    assert child._winner(near, "reference") == "reference"
+    assert child._winner(far, "reference") == "triton"
+    assert child._winner(near, "channels_last") == "triton"  # the default was not right
