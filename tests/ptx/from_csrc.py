@@ -4,8 +4,8 @@ device would be given."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -26,6 +26,7 @@ from ptx.parse import parse
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
+RUNTIME = ROOT / "tests/csrc/recorded_runtime.cpp"
 NVCC = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which(
     "nvcc", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin"
 )
@@ -96,14 +97,14 @@ def check_bounds(directives: dict[str, tuple[int, ...]], block: tuple[int, ...])
 @functools.cache
 def extension() -> Extension:
     """Compiled once for what the sources hold."""
-    runtime = ROOT / "tests/csrc/recorded_runtime.cpp"
-    files = [*sorted((ROOT / "csrc").iterdir()), runtime]
+    files = [*sorted((ROOT / "csrc").iterdir()), RUNTIME]
     held = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
     target = Path(tempfile.gettempdir(), f"fastvid-ptx-{os.getuid()}-{held}")
-    if not target.exists():
-        with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
-            build(Path(folder), runtime)
-            with contextlib.suppress(OSError):  # another process was faster
+    with open(f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait for the first one
+        if not target.exists():
+            with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
+                build(Path(folder))
                 Path(folder, "built").rename(target)
     library = str(target / "_C.so")
     spec = importlib.util.spec_from_file_location("fastvid._C", library)
@@ -113,7 +114,7 @@ def extension() -> Extension:
     return Extension(module, ctypes.CDLL(library), {path.stem: path.read_text() for path in target.glob("*.ptx")})
 
 
-def build(folder: Path, runtime: Path) -> None:
+def build(folder: Path) -> None:
     """folder/built: the module, and the PTX of each .cu file."""
     built = folder / "built"
     built.mkdir()
@@ -132,7 +133,7 @@ def build(folder: Path, runtime: Path) -> None:
         return own / "made.o"
 
     with ThreadPoolExecutor(2) as pool:
-        sources = [*(ROOT / "csrc").glob("*.cu"), ROOT / "csrc/bindings.cpp", runtime]
+        sources = [*(ROOT / "csrc").glob("*.cu"), ROOT / "csrc/bindings.cpp", RUNTIME]
         objects = list(pool.map(compile_one, sources))
     link = [os.environ.get("CXX", "g++"), "-shared", "-Wl,-Bsymbolic"]  # a real runtime may be loaded beside this one
     subprocess.run([*link, "-o", built / "_C.so", *objects], check=True)
