@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from ptx.from_csrc import NVCC, extension
 from ptx.mutate import Mistake, is_caught
 from ptx.runs import How
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc is found")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None or not find_spec("setuptools"), reason="no nvcc, or no setuptools"),
+]
 CHAOS = "more arrivals|wait for ever|overwrites|comes twice"
 BY_DESCRIPTORS = r"(mma_async[^;]*\}), (%rd\d+), (%rd\d+), p"
 BY_REGISTERS = r"(mma_async[^;]*\}, \{)(%r\d+), (%r\d+), (%r\d+), (%r\d+)\}"

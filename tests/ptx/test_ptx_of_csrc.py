@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from fastvid.ops.attention_gpu import quantized
 
 pytestmark = [
     pytest.mark.slow,  # nvcc alone takes some seconds a file, the first time
-    pytest.mark.skipif(NVCC is None, reason="no nvcc is found"),
+    pytest.mark.skipif(NVCC is None or not find_spec("setuptools"), reason="no nvcc, or no setuptools"),
 ]
 HALF, BF16 = torch.float16, torch.bfloat16
 on_host = pytest.mark.skipif(CXX is None, reason="no C++ compiler is found")
