@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from attention_cases import assert_edges_untouched, check, make, poisoned, random_blocks
+from attention_eight_host import attention_eight_host
 from exact_vae import exact_conv
 from ptx import runs
 from ptx.runs import How
@@ -54,3 +55,14 @@ def attention_is_right(sizes: tuple[int, int, int, int], how: How) -> bool:
     except AssertionError:
         return False
     return True
+
+
+def eight_is_right(kind: str, head_dim: int, how: How, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Attention of 8 bits as the emulator of its kernels makes it, whose own tests hold it against float64."""
+    N, M = 100, 200
+    q, k, v = (make((1, n, 1, head_dim), dtype, i) for i, n in enumerate((N, M, M)))
+    (out, lse), (wanted, wanted_lse) = ((torch.full_like(q, torch.nan), torch.empty(1, 1, N)) for _ in range(2))
+    runs.attention_eight(q, k, v, out, lse, kind, how=how)
+    attention_eight_host(q, k, v, wanted, wanted_lse, kind)
+    off = (out.double() - wanted.double()).norm() / wanted.double().norm()
+    return bool(off <= 0.1 * torch.finfo(dtype).eps) and torch.allclose(lse, wanted_lse, rtol=1e-6, atol=1e-6)

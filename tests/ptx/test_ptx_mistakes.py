@@ -9,7 +9,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from ptx.cases import attention_is_right, conv_is_right
+from compiled_host import CXX
+from ptx.cases import attention_is_right, conv_is_right, eight_is_right
 from ptx.from_csrc import NVCC, extension
 from ptx.mutate import Mistake, is_caught
 from ptx.runs import How
@@ -61,8 +62,29 @@ def mutated(mistake: Mistake, file: str, kernels: str) -> str:
 @pytest.mark.parametrize("mistake", ATTENTION, ids=str)
 def test_in_attention(mistake: Mistake) -> None:
     """Five steps, on four stages."""
-    how = How(text=mutated(mistake, "attention", "attention_kernelILi64ELb1E"))
+    how = How(text=mutated(mistake, "attention", "attention_kernelILi64E"))
     is_caught(mistake, lambda seed: attention_is_right((128, 640, 1, 64), replace(how, seed=seed)), seeds=6)
+
+
+ROW64, ROW128 = (eights << 32 | 1 << 16 | mode << 62 for eights, mode in ((32, 2), (64, 1)))  # in descriptors
+EIGHT = (
+    Mistake("queries and keys swapped", BY_DESCRIPTORS, r"\1, \3, \2, p", 0),
+    Mistake("weights of other rows", BY_REGISTERS, r"\1\3, \2, \4, \5}", 0),
+    Mistake("weights of other keys", BY_REGISTERS, r"\1\2, \4, \3, \5}", 0),
+    Mistake("neighbouring weights swapped", r"(e4m3x2\.f32 \s*%rs\d+), (%f\d+), (%f\d+)", r"\1, \3, \2", 0),
+    Mistake("rows of 64 bytes read as those of 128", f"{ROW64 - (1 << 64)};", f"{ROW64 - (1 << 63) + (1 << 62)};", 0),
+    Mistake("rows of 128 bytes read as those of 64", f"{ROW128};", f"{ROW128 - (3 << 62)};", 0),
+    Mistake("scores not waited for", r"(wgmma\.wait_group\S*) 1;", r"\1 2;", 0, fault="unfinished"),
+)  # fmt: skip
+
+
+@pytest.mark.skipif(CXX is None, reason="no C++ compiler is found")
+@pytest.mark.parametrize("kind", ("fp8", "int8"))
+@pytest.mark.parametrize("mistake", EIGHT, ids=str)
+def test_in_attention_of_8_bits(mistake: Mistake, kind: str) -> None:
+    """Two steps, the second of which is ragged."""
+    how = How(text=mutated(mistake, "attention_eight", "eight_kernelILi64E"))
+    is_caught(mistake, lambda seed: eight_is_right(kind, 64, replace(how, seed=seed)), seeds=2)
 
 
 CONV = (
@@ -92,4 +114,5 @@ def test_in_convolutions(mistake: Mistake) -> None:
 def test_what_is_right_is_not_called_wrong() -> None:
     """The same sizes, as they are."""
     assert all(attention_is_right((128, 640, 1, 64), How(seed)) for seed in range(3))
+    assert CXX is None or all(eight_is_right(kind, 64, How(1)) for kind in ("fp8", "int8"))
     assert all(conv_is_right((3, 3, 3), 24, 96, torch.bfloat16, How(seed)) for seed in range(3))
