@@ -7,7 +7,8 @@ cuobjdump, but no GPU.
 
 A row: "kernel" counts all instructions by class (`sass.CLASSES`) and "loop" those of the main loop (`sass.hottest`), if
 there is one, with parts that few iterations run, such as masks. "order": how products, waits for products and
-exponentials follow one another in the loop. "registers": how many the code names.
+exponentials follow one another in the loop. "chain of maxima": how many there wait for one another. "registers": how
+many the code names.
 `tests/kernels/test_machine_code.py` checks that the table is up to date.
 """
 
@@ -33,7 +34,9 @@ Rows = dict[str, dict[str, dict[str, Any]]]  # file -> kernel -> row
 def row_of(code: sass.Code) -> dict[str, Any]:
     loop = sass.hottest(code)
     row = {"registers": sass.registers(code), "kernel": sass.count(code)}
-    return row if len(loop) == len(code) else row | {"loop": sass.count(loop), "order": sass.order(loop)}
+    if len(loop) == len(code):
+        return row
+    return row | {"loop": sass.count(loop), "chain of maxima": sass.chain(loop, "FMNMX"), "order": sass.order(loop)}
 
 
 def rows_of(target: Path) -> dict[str, dict[str, Any]]:
@@ -91,10 +94,11 @@ def show(before: Rows, now: Rows, file: str) -> list[str]:
     made = []
     for name, row in now.get(file, {}).items():
         old = before.get(file, {}).get(name, {})
-        made.append(f"{name} registers: " + pair(old.get("registers", 0), row["registers"]))
         for part in ("loop", "kernel"):
             was, counts = old.get(part, {}), row.get(part, {})
             made.append(f"{name} {part}: " + ", ".join(f"{k} {pair(was.get(k, 0), v)}" for k, v in counts.items()))
+        for what in ("registers", "chain of maxima"):
+            made.append(f"{name} {what}: " + pair(old.get(what, 0), row.get(what, 0)))
         made.append(f"{name} order: " + pair("; ".join(old.get("order", [])), "; ".join(row.get("order", []))))
     return made
 

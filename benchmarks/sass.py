@@ -82,6 +82,19 @@ def registers(code: Iterable[Instruction]) -> int:
     return 1 + max((int(number) for one in code for number in re.findall(r"\bR(\d+)\b", one.rest)), default=-1)
 
 
+def chain(code: Iterable[Instruction], pattern: str) -> int:
+    """The most instructions of a kind of which each needs the one before it, without others between them."""
+    depth: dict[str, int] = {}
+    longest = 0
+    for one in code:
+        named = re.findall(r"\bR\d+\b", one.rest)
+        needed = max((depth.get(name, 0) for name in named[1:]), default=0)
+        for made in named[:1]:
+            depth[made] = 1 + needed if one.is_a(pattern) else 0
+            longest = max(longest, depth[made])
+    return longest
+
+
 def order(code: Iterable[Instruction]) -> list[str]:
     """Products, exponentials and waits for products in their order, neighbors of one kind counted together, such as
     8 products, wait 1, 66 exponentials, wait 0. `wait 1` leaves the last group of products running."""

@@ -15,16 +15,22 @@ namespace fastvid::attention {
 using namespace sm90;
 
 constexpr int kQueries = 128;                  // of a block: 64 for each of two consumer warpgroups
-constexpr int kKeys = 128;                     // of a step
+constexpr int kKeys = 128;                     // of a step over lists, or with 8 bits: what lists are cut into
 constexpr int kGroups = 2;                     // of consumers
 constexpr int kWarps = kGroups * 4;            // of them
 constexpr int kThreads = 128 * (1 + kGroups);  // a warpgroup is the producer
 constexpr int kSmem = 227 * 1024;              // that a block can have
 constexpr int kBarrierBytes = 1024;            // behind the ring
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-static_assert(kQueries == kKeys, "queries, keys and values have one form of box");
-static_assert(128 * (kProducerRegisters + kGroups * kConsumerRegisters) <= 65536, "registers of a multiprocessor");
+// Registers of a thread of the producer and of the consumers: these take what that one gives back of the launch's.
+struct RegisterSplit {
+    int producer, consumer;
+};
+constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+FASTVID_ANY constexpr bool fit(const RegisterSplit& registers) {
+    // Warpgroups that ask for more than was given back wait for ever.
+    return registers.producer + kGroups * registers.consumer <= (1 + kGroups) * kLaunchRegisters;
+}
 
 // What 8-bit values were divided by; null for 16-bit ones. attention_eight.h has the formula.
 struct Scales {
@@ -44,7 +50,8 @@ struct Attention {
     const int64_t* part_rows;
     const int32_t* part_starts;
     const int32_t* part_ends;
-    float scale;  // times log2(e)
+    int32_t* given;  // works that blocks asked for beyond their first one; null: they are dealt out in turn
+    float scale;     // times log2(e)
     Scales scales;
 };
 
@@ -64,22 +71,25 @@ struct Walk {
 FASTVID_ANY int64_t works(const Attention& s) {
     return int64_t{1} * s.parts * s.tiles * s.heads * s.batch;
 }
+constexpr int64_t kMostWorks = 1 << 30;  // numbers of works, and what follows the last ones, are 32-bit integers
 
-FASTVID_ANY Work work_of(const Attention& s, int64_t number) {
+FASTVID_ANY Work work_of(const Attention& s, int number) {
     Work work;
     const int part = take(number, s.parts), tile = take(number, s.tiles);
+    int head = number;
+    work.row = int64_t{1} * take(head, s.lists) * s.tiles + tile;
     work.head = take(number, s.heads);
-    work.batch = static_cast<int>(number);
+    work.batch = number;
     const int end = s.query_tiles ? s.query_tiles[tile + 1] : s.queries;
     work.first = (s.query_tiles ? s.query_tiles[tile] : 0) + part * kQueries;
     work.end = end < work.first + kQueries ? end : work.first + kQueries;
-    work.row = (int64_t{1} * work.batch * s.heads + work.head) % s.lists * s.tiles + tile;
     return work;
 }
 
-FASTVID_ANY Walk walk_of(const Attention& s, const Work& work) {
+// Here and below, `keys` are those of a step: kKeys where there are lists.
+FASTVID_ANY Walk walk_of(const Attention& s, const Work& work, int keys) {
     if (work.first >= work.end) return {0, 0, 0, 0};
-    if (!s.query_tiles) return {0, 0, s.keys / kKeys, divide_up(s.keys, kKeys)};
+    if (!s.query_tiles) return {0, 0, s.keys / keys, divide_up(s.keys, keys)};
     Walk walk;
     walk.full = s.full_rows[work.row];
     walk.part = s.part_rows[work.row];
@@ -88,51 +98,60 @@ FASTVID_ANY Walk walk_of(const Attention& s, const Work& work) {
     return walk;
 }
 
-FASTVID_ANY int first_key(const Attention& s, const Walk& walk, int step) {
-    if (!s.query_tiles) return step * kKeys;
+FASTVID_ANY int first_key(const Attention& s, const Walk& walk, int step, int keys) {
+    if (!s.query_tiles) return step * keys;
     return step < walk.fulls ? s.full_starts[walk.full + step] : s.part_starts[walk.part + step - walk.fulls];
 }
 
-FASTVID_ANY int key_count(const Attention& s, const Walk& walk, int step) {
-    if (step < walk.fulls) return kKeys;
-    if (!s.query_tiles) return s.keys - step * kKeys;
+FASTVID_ANY int key_count(const Attention& s, const Walk& walk, int step, int keys) {
+    if (step < walk.fulls) return keys;
+    if (!s.query_tiles) return s.keys - step * keys;
     const int64_t part = walk.part + step - walk.fulls;
     return s.part_ends[part] - s.part_starts[part];
 }
 
-// Shared memory: queries, a ring of keys, a ring of values, barriers. A tile is 128 queries, keys or values; `tile` its
-// bytes.
-FASTVID_ANY constexpr int tile_bytes(int head_dim, int value_bytes) {
-    return kKeys * head_dim * value_bytes;
-}
-FASTVID_ANY constexpr int stages(int tile) {
-    const int fit = (kSmem - kBarrierBytes - tile) / (2 * tile);
-    return fit < 4 ? fit : 4;
-}
-FASTVID_ANY constexpr int keys_at(int tile, int stage) {
-    return (1 + stage) * tile;
-}
-FASTVID_ANY constexpr int values_at(int tile, int stage) {
-    return keys_at(tile, stages(tile) + stage);
-}
-FASTVID_ANY constexpr int barriers_at(int tile) {
-    return values_at(tile, stages(tile));
-}
-FASTVID_ANY constexpr int smem_bytes(int tile) {
-    return barriers_at(tile) + kBarrierBytes;
+// Shared memory: queries, a ring of keys, a ring of values, barriers. In bytes: of the queries, and of the keys or
+// values of a step.
+struct Room {
+    int queries, tile;
+
+    FASTVID_ANY constexpr int stages() const {
+        const int fit = (kSmem - kBarrierBytes - queries) / (2 * tile);
+        return fit < 4 ? fit : 4;
+    }
+    FASTVID_ANY constexpr int keys_at(int stage) const { return queries + stage * tile; }
+    FASTVID_ANY constexpr int values_at(int stage) const { return keys_at(stages() + stage); }
+    FASTVID_ANY constexpr int barriers_at() const { return values_at(stages()); }
+    FASTVID_ANY constexpr int number_at() const { return barriers_at() + kBarrierBytes - 8; }  // of a work
+    FASTVID_ANY constexpr int bytes() const { return barriers_at() + kBarrierBytes; }
+};
+FASTVID_ANY constexpr Room room_of(int keys, int head_dim, int value_bytes) {
+    return {kQueries * head_dim * value_bytes, keys * head_dim * value_bytes};
 }
 
 // Numbers of barriers: full ones are for the producer's bytes, empty ones for the consumers' warps.
-enum Kind : int { kQueryFull, kQueryEmpty, kKeyFull, kKeyEmpty, kValueFull, kValueEmpty, kKinds };
+enum Kind : int {
+    kQueryFull,
+    kQueryEmpty,
+    kKeyFull,
+    kKeyEmpty,
+    kValueFull,
+    kValueEmpty,
+    kWorkFull,  // of the number of a work
+    kWorkEmpty,
+    kKinds
+};
 
 FASTVID_ANY constexpr int barrier_of(Kind kind, int stage = 0) {
     return stage * kKinds + kind;
 }
-FASTVID_ANY constexpr int barriers(int tile) {
-    return stages(tile) * kKinds;
+FASTVID_ANY constexpr int barriers(const Room& room) {
+    return room.stages() * kKinds;
 }
-FASTVID_ANY constexpr int arrivals(int barrier) {
-    return barrier % kKinds % 2 ? kWarps : 1;
+// blocks: of a cluster, which read the same keys and values. Each loads a part of them for all.
+FASTVID_ANY constexpr int arrivals(int barrier, int blocks) {
+    const int kind = barrier % kKinds;
+    return kind % 2 == 0 ? 1 : kind == kKeyEmpty || kind == kValueEmpty ? kWarps * blocks : kWarps;
 }
 
 // A stage of a ring of `Stages`, and the parity of its round.

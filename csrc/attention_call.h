@@ -14,9 +14,10 @@ struct Call {
     int64_t batch, queries, keys, heads, head_dim;
     int64_t q_strides[3], k_strides[3], v_strides[3];
     int64_t tiles, largest, lists;
+    int64_t pairs;  // 1: keys and values are read once for two blocks, where it can be
 };
 
-// The lists of `Schedule` and where each tile of queries begins; all null for dense attention.
+// The lists of `Schedule`, where each tile of queries begins, and a counter that is 0; all null for dense attention.
 struct Lists {
     const int32_t* query_tiles;
     const int64_t* full_rows;
@@ -24,6 +25,7 @@ struct Lists {
     const int64_t* part_rows;
     const int32_t* part_starts;
     const int32_t* part_ends;
+    int32_t* given;
 };
 
 constexpr int64_t kMostTokens = (int64_t{1} << 31) - 2 * kQueries;  // so that what is beyond the last has a number too
@@ -64,6 +66,12 @@ inline std::string refuse(const Call& call, const void* q, const void* k, const 
                " tiles of queries; 1, " + std::to_string(call.heads) + " or " +
                std::to_string(call.heads * call.batch) + " lists fit, and no more tiles than queries";
     }
+    const int64_t tile = call.tiles ? call.largest : call.queries;
+    const int64_t each = (tile + kQueries - 1) / kQueries * (call.tiles ? call.tiles : 1);
+    if (each >= kMostWorks || each * call.heads >= kMostWorks || each * call.heads * call.batch >= kMostWorks) {
+        return "there are " + std::to_string(each) + " times 128 queries of " +
+               std::to_string(call.heads * call.batch) + " heads; fewer than 2^30 in all fit";
+    }
     const int64_t queries[3] = {call.batch, call.queries, call.heads}, keys[3] = {call.batch, call.keys, call.heads};
     std::string why = refuse_tensor("q", q, call.q_strides, queries);
     if (why.empty()) why = refuse_tensor("k", k, call.k_strides, keys);
@@ -87,13 +95,26 @@ inline Attention attention_of(const Call& call, const Lists& lists, float scale)
     s.part_rows = lists.part_rows;
     s.part_starts = lists.part_starts;
     s.part_ends = lists.part_ends;
+    s.given = lists.given;
     s.scale = scale * 1.44269504088896341f;  // log2(e)
     return s;
 }
 
-// q, k or v as (D, tokens, H, B); a box is 64 columns of 128 tokens.
-inline Map map_of(const Call& call, const void* base, int64_t tokens, const int64_t strides[3]) {
-    Map map = {base, 4, {}, {}, {kColumns, kKeys, 1, 1}, {1, 1, 1, 1, 1}};
+// Keys of a step. Lists are cut into kKeys; dense attention takes as many as the registers have room for.
+constexpr int kWideKeys = 176;
+inline int keys_of_step(const Call& call) {
+    return call.tiles == 0 && call.head_dim == 128 ? kWideKeys : kKeys;
+}
+
+// Two blocks of a cluster are neighbours among the queries of a head, so there is an even number of them.
+constexpr int kPair = 2;
+inline bool paired(const Call& call) {
+    return call.pairs && keys_of_step(call) == kWideKeys && (call.queries + kQueries - 1) / kQueries % kPair == 0;
+}
+
+// q, k or v as (D, tokens, H, B); a box is 64 columns of `rows` tokens.
+inline Map map_of(const Call& call, const void* base, int64_t tokens, const int64_t strides[3], int rows) {
+    Map map = {base, 4, {}, {}, {kColumns, static_cast<uint32_t>(rows), 1, 1}, {1, 1, 1, 1, 1}};
     const int64_t extents[4] = {call.head_dim, tokens, call.heads, call.batch};
     const int64_t given[3] = {strides[1], strides[2], strides[0]};
     for (int i = 0; i < 4; ++i) map.extent[i] = static_cast<uint64_t>(extents[i]);

@@ -44,7 +44,7 @@ int attend_eight(const attention::Call& call, const attention::Lists& lists, con
     const auto kernel = wide ? pick<128>(int8, bf16) : pick<64>(int8, bf16);
     const Map maps[3] = {map_of_queries(call, at), map_of_keys(call, at), map_of_values(call, at)};
     return on_device(device, [&] {
-        return launch_blocks(kernel, wide ? Eight<128>::kTile : Eight<64>::kTile, maps, CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        return launch_blocks(kernel, wide ? Eight<128>::room() : Eight<64>::room(), maps, CU_TENSOR_MAP_DATA_TYPE_UINT8,
                              attention_of(call, lists, at.scales, scale), out, lse, device,
                              static_cast<cudaStream_t>(stream));
     });

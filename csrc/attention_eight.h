@@ -32,7 +32,10 @@ FASTVID_ANY constexpr int key_of_slot(int slot) {
 
 template <int D>
 struct Eight {
-    static constexpr int kHeadDim = D, kTile = tile_bytes(D, 1);
+    static constexpr int kHeadDim = D, kKeys = attention::kKeys, kBlocks = 1;
+    static constexpr bool kCounted = false;  // its consumers leave the producer no registers for it
+    FASTVID_ANY static constexpr RegisterSplit registers() { return {24, 240}; }
+    FASTVID_ANY static constexpr Room room() { return room_of(kKeys, D, 1); }
 
     template <typename Hardware>
     struct State {
@@ -50,7 +53,7 @@ struct Eight {
 
     template <typename Hardware>
     FASTVID_ANY static void load(Hardware& hw, Tensor tensor, int at, int barrier, int row, const Work& work) {
-        hw.expect(barrier, kTile);
+        hw.expect(barrier, room().tile);
         hw.load(tensor, at, barrier, 0, row, work.head, work.batch);
     }
     FASTVID_ANY static int value_row(int row) { return row / kKeys * D; }
@@ -72,7 +75,7 @@ struct Eight {
     template <typename Hardware>
     FASTVID_ANY static void look(Hardware& hw, const Attention& s, const Work& work, const Walk& walk, int step,
                                  State<Hardware>& state) {
-        const int64_t block = head_of(s, work) * s.scales.count + first_key(s, walk, step) / kKeys;
+        const int64_t block = head_of(s, work) * s.scales.count + first_key(s, walk, step, kKeys) / kKeys;
         const float exponent = s.scales.blocks[2 * block + 1], before = state.unit;
         state.key_scale = s.scales.blocks[2 * block];
         state.most = hw.max(state.most, exponent);
@@ -85,7 +88,7 @@ struct Eight {
     template <typename Hardware>
     FASTVID_ANY static void score(Hardware& hw, State<Hardware>& state, int group, int stage) {
         const uint32_t queries = hw.address(group * (kQueries / kGroups) * D);
-        const uint32_t keys = hw.address(keys_at(kTile, stage));
+        const uint32_t keys = hw.address(room().keys_at(stage));
         hw.begin(state.raw);
         FASTVID_UNROLL
         for (int k = 0; k < D / kDepth8; ++k) {
@@ -102,7 +105,7 @@ struct Eight {
     // part[64, D] = weights . values, without waiting for it.
     template <typename Hardware>
     FASTVID_ANY static void weigh(Hardware& hw, State<Hardware>& state, int stage) {
-        const uint32_t values = hw.address(values_at(kTile, stage));
+        const uint32_t values = hw.address(room().values_at(stage));
         hw.begin(state.part);
         hw.begin(state.weights);
         FASTVID_UNROLL
@@ -126,16 +129,11 @@ struct Eight {
             FASTVID_UNROLL
             for (int i = 0; i < kKeys / 2; ++i) state.scores.at(thread, i) = hw.widen(state.raw.at(thread, i));
         });
-        mask(hw, state.scores, count);
+        mask<kKeys>(hw, state.scores, count);
         hw.each([&](int thread) {
             FASTVID_UNROLL
             for (int half = 0; half < 2; ++half) {
-                float most = -INFINITY;
-                FASTVID_UNROLL
-                for (int i = half * 2; i < kKeys / 2; i += 4) {
-                    most = hw.max(most, hw.max(state.scores.at(thread, i), state.scores.at(thread, i + 1)));
-                }
-                found.at(thread, half) = most;
+                found.at(thread, half) = highest_score<kKeys>(hw, state.scores, thread, half);
             }
         });
         hw.quad_max(found);

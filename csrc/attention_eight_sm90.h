@@ -42,8 +42,8 @@ __device__ __forceinline__ void multiply_values8(float (&d)[32], const uint32_t 
 }
 
 template <int D, bool Int8, bool BF16>
-class Sm90Eight : public Warpgroups<Eight<D>::kTile>, public Words<BF16> {
-    using Base = Warpgroups<Eight<D>::kTile>;
+class Sm90Eight : public Warpgroups<Eight<D>>, public Words<BF16> {
+    using Base = Warpgroups<Eight<D>>;
 
   public:
     using Base::Base;

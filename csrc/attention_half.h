@@ -6,11 +6,17 @@
 
 namespace fastvid::attention {
 
-constexpr int kPanel = kKeys * kRow;  // bytes of 128 rows of 64 columns, of queries too
-
-template <int D>
+template <int D, int Keys = kKeys, int Blocks = 1>
 struct Half {
-    static constexpr int kHeadDim = D, kTile = tile_bytes(D, kBytes);
+    static constexpr int kHeadDim = D, kKeys = Keys, kBlocks = Blocks;
+    static constexpr int kPanel = Keys * kRow, kQueryPanel = kQueries * kRow;  // bytes of their rows of 64 columns
+    static_assert(kPanel / Blocks % 1024 == 0, "the swizzle counts from where a block's part begins");
+    static constexpr bool kCounted = Keys == attention::kKeys;
+    FASTVID_ANY static constexpr RegisterSplit registers() {
+        return kCounted || Blocks > 1 ? RegisterSplit{40, 232} : RegisterSplit{24, 240};
+    }
+    static_assert(kPanel % 1024 == 0, "the swizzle counts from where a panel begins");
+    FASTVID_ANY static constexpr Room room() { return room_of(Keys, D, kBytes); }
 
     template <typename Hardware>
     struct State {
@@ -24,10 +30,17 @@ struct Half {
 
     template <typename Hardware>
     FASTVID_ANY static void load(Hardware& hw, Tensor tensor, int at, int barrier, int row, const Work& work) {
-        hw.expect(barrier, kTile);
+        const int bytes = tensor == kQuery ? kQueryPanel : kPanel;
+        hw.expect(barrier, D / kColumns * bytes);
         FASTVID_UNROLL
         for (int panel = 0; panel < D / kColumns; ++panel) {
-            hw.load(tensor, at + panel * kPanel, barrier, panel * kColumns, row, work.head, work.batch);
+            const int to = at + panel * bytes, column = panel * kColumns;
+            if (Blocks == 1 || tensor == kQuery) {
+                hw.load(tensor, to, barrier, column, row, work.head, work.batch);
+            } else {
+                const int first = hw.rank() * (Keys / Blocks);
+                hw.share(tensor, to + first * kRow, barrier, column, row + first, work.head, work.batch);
+            }
         }
     }
     FASTVID_ANY static int value_row(int row) { return row; }
@@ -41,15 +54,18 @@ struct Half {
     template <typename Hardware>
     FASTVID_ANY static void score(Hardware& hw, State<Hardware>& state, int group, int stage) {
         const uint32_t queries = hw.address(group * (kQueries / kGroups) * kRow);
-        const uint32_t keys = hw.address(keys_at(kTile, stage));
+        const uint32_t keys = hw.address(room().keys_at(stage));
         hw.begin(state.scores);
         FASTVID_UNROLL
         for (int k = 0; k < D / kDepth; ++k) {
-            const uint32_t at = k * kDepth / kColumns * kPanel + k * kDepth % kColumns * kBytes;
+            const int panel = k * kDepth / kColumns;
+            const uint32_t at = k * kDepth % kColumns * kBytes;
+            const uint64_t a = descriptor(queries + panel * kQueryPanel + at);
+            const uint64_t b = descriptor(keys + panel * kPanel + at);
             if (k == 0) {
-                hw.template scores<false>(state.scores, descriptor(queries + at), descriptor(keys + at));
+                hw.template scores<false>(state.scores, a, b);
             } else {
-                hw.template scores<true>(state.scores, descriptor(queries + at), descriptor(keys + at));
+                hw.template scores<true>(state.scores, a, b);
             }
         }
         hw.commit();
@@ -58,11 +74,11 @@ struct Half {
     // output[64, D] += weights . values, without waiting for it.
     template <typename Hardware>
     FASTVID_ANY static void weigh(Hardware& hw, State<Hardware>& state, int stage) {
-        const uint32_t values = hw.address(values_at(kTile, stage));
+        const uint32_t values = hw.address(room().values_at(stage));
         hw.begin(state.output);
         hw.begin(state.weights);
         FASTVID_UNROLL
-        for (int k = 0; k < kKeys / kDepth; ++k) {
+        for (int k = 0; k < Keys / kDepth; ++k) {
             hw.template values<true>(state.output, state.weights, k,
                                      transposed_descriptor(values + k * kDepth * kRow, kPanel));
         }
@@ -73,16 +89,12 @@ struct Half {
     template <typename Hardware>
     FASTVID_ANY static void softmax(Hardware& hw, const Attention& s, int count, State<Hardware>& state) {
         typename Hardware::Rows found;
-        mask(hw, state.scores, count);
+        mask<Keys>(hw, state.scores, count);
         hw.each([&](int thread) {
             FASTVID_UNROLL
             for (int half = 0; half < 2; ++half) {
-                float most = state.highest.at(thread, half);
-                FASTVID_UNROLL
-                for (int i = half * 2; i < kKeys / 2; i += 4) {
-                    most = hw.max(most, hw.max(state.scores.at(thread, i), state.scores.at(thread, i + 1)));
-                }
-                found.at(thread, half) = most;
+                const float most = highest_score<Keys>(hw, state.scores, thread, half);
+                found.at(thread, half) = hw.max(state.highest.at(thread, half), most);
             }
         });
         hw.quad_max(found);
@@ -94,7 +106,7 @@ struct Half {
                 state.highest.at(thread, half) = most;
                 float sum = 0;
                 FASTVID_UNROLL
-                for (int i = half * 2; i < kKeys / 2; i += 4) {
+                for (int i = half * 2; i < Keys / 2; i += 4) {
                     FASTVID_UNROLL
                     for (int j = i; j < i + 2; ++j) {
                         state.scores.at(thread, j) = hw.exp2(state.scores.at(thread, j) * s.scale - base);
@@ -111,7 +123,7 @@ struct Half {
     FASTVID_ANY static void round(Hardware& hw, State<Hardware>& state) {
         hw.each([&](int thread) {
             FASTVID_UNROLL
-            for (int i = 0; i < kKeys / 4; ++i) {
+            for (int i = 0; i < Keys / 4; ++i) {
                 state.weights.at(thread, i) =
                     hw.pack(state.scores.at(thread, 2 * i), state.scores.at(thread, 2 * i + 1));
             }

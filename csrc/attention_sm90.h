@@ -7,10 +7,10 @@
 
 // D[64, N] (+)= A B. A and B in shared memory with rows along K: queries and keys. The flags are the signs of A and B,
 // and that neither is transposed.
-#define FASTVID_SCORES(TYPE, ...)                                                                              \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE \
-                 "." TYPE " {" FASTVID_NAMES64 "}, %64, %65, p, 1, 1, 0, 0;\n}\n"                              \
-                 : __VA_ARGS__                                                                                 \
+#define FASTVID_SCORES(N, TYPE, NAMES, A, B, P, ...)                                                                \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
+                 "." TYPE " {" NAMES "}, " A ", " B ", p, 1, 1, 0, 0;\n}\n"                                         \
+                 : __VA_ARGS__                                                                                      \
                  : "l"(a), "l"(b), "n"(Add ? 1 : 0))
 
 // A in registers, B in shared memory and transposed, its rows along N: weights and values.
@@ -25,14 +25,24 @@ namespace fastvid::attention {
 template <bool BF16, bool Add>
 __device__ __forceinline__ void multiply_keys(float (&d)[64], uint64_t a, uint64_t b) {
     if constexpr (BF16) {
-        FASTVID_SCORES("bf16", FASTVID_ACC32(d, 0), FASTVID_ACC32(d, 32));
+        FASTVID_SCORES(128, "bf16", FASTVID_NAMES64, "%64", "%65", "%66", FASTVID_ACC32(d, 0), FASTVID_ACC32(d, 32));
     } else {
-        FASTVID_SCORES("f16", FASTVID_ACC32(d, 0), FASTVID_ACC32(d, 32));
+        FASTVID_SCORES(128, "f16", FASTVID_NAMES64, "%64", "%65", "%66", FASTVID_ACC32(d, 0), FASTVID_ACC32(d, 32));
+    }
+}
+template <bool BF16, bool Add>
+__device__ __forceinline__ void multiply_keys(float (&d)[88], uint64_t a, uint64_t b) {
+    if constexpr (BF16) {
+        FASTVID_SCORES(176, "bf16", FASTVID_NAMES88, "%88", "%89", "%90", FASTVID_ACC48(d, 0), FASTVID_ACC32(d, 48),
+                       FASTVID_ACC8(d, 80));
+    } else {
+        FASTVID_SCORES(176, "f16", FASTVID_NAMES88, "%88", "%89", "%90", FASTVID_ACC48(d, 0), FASTVID_ACC32(d, 48),
+                       FASTVID_ACC8(d, 80));
     }
 }
 
-template <bool BF16>
-__device__ __forceinline__ void multiply_values(float (&d)[64], const uint32_t (&a)[32], int step, uint64_t b) {
+template <bool BF16, int Count>
+__device__ __forceinline__ void multiply_values(float (&d)[64], const uint32_t (&a)[Count], int step, uint64_t b) {
     if constexpr (BF16) {
         FASTVID_VALUES(128, "bf16", FASTVID_NAMES64, "%64, %65, %66, %67", "%68", FASTVID_ACC32(d, 0),
                        FASTVID_ACC32(d, 32));
@@ -42,8 +52,8 @@ __device__ __forceinline__ void multiply_values(float (&d)[64], const uint32_t (
     }
 }
 
-template <bool BF16>
-__device__ __forceinline__ void multiply_values(float (&d)[32], const uint32_t (&a)[32], int step, uint64_t b) {
+template <bool BF16, int Count>
+__device__ __forceinline__ void multiply_values(float (&d)[32], const uint32_t (&a)[Count], int step, uint64_t b) {
     if constexpr (BF16) {
         FASTVID_VALUES(64, "bf16", FASTVID_NAMES32, "%32, %33, %34, %35", "%36", FASTVID_ACC32(d, 0));
     } else {
@@ -52,7 +62,7 @@ __device__ __forceinline__ void multiply_values(float (&d)[32], const uint32_t (
 }
 
 // What does not depend on the values: barriers, loads, turns, rows.
-template <int Tile>
+template <typename Form>
 class Warpgroups {
   public:
     template <typename T, int Count>
@@ -69,7 +79,7 @@ class Warpgroups {
 
     // By one thread, before the block meets.
     __device__ __forceinline__ void init() const {
-        for (int i = 0; i < barriers(Tile); ++i) sm90::init_barrier(barrier(i), arrivals(i));
+        for (int i = 0; i < barriers(Form::room()); ++i) sm90::init_barrier(barrier(i), arrivals(i, Form::kBlocks));
         sm90::show_barriers();
     }
 
@@ -86,6 +96,33 @@ class Warpgroups {
     __device__ __forceinline__ void load(Tensor tensor, int at, int i, int column, int row, int head, int batch) const {
         sm90::load_box(address(at), maps_[tensor], barrier(i), column, row, head, batch);
     }
+
+    // Lane r tells block r of the cluster that this warp has read a stage.
+    __device__ __forceinline__ void release(int i) const {
+        if constexpr (Form::kBlocks == 1) {
+            arrive(i);
+        } else if (threadIdx.x % 32 < Form::kBlocks) {
+            sm90::arrive_at(barrier(i), threadIdx.x % 32);
+        }
+    }
+    __device__ __forceinline__ int rank() const { return sm90::cluster_rank(); }
+    __device__ __forceinline__ void share(Tensor tensor, int at, int i, int column, int row, int head,
+                                          int batch) const {
+        constexpr uint16_t kAll = (1 << Form::kBlocks) - 1;
+        sm90::share_box(address(at), maps_[tensor], barrier(i), kAll, column, row, head, batch);
+    }
+
+    // The number of a work, by one thread and to all of a warp, before it arrives at the barrier of empty ones.
+    __device__ __forceinline__ void tell(int i, int number) const {
+        sm90::store(memory_ + Form::room().number_at(), number);
+        sm90::arrive(barrier(i));
+    }
+    __device__ __forceinline__ int told() const {
+        const int number = sm90::load(memory_ + Form::room().number_at());
+        __syncwarp();
+        return number;
+    }
+    __device__ __forceinline__ int next(int32_t* counter) const { return atomicAdd(counter, 1); }
 
     // Barrier 0 is __syncthreads.
     __device__ __forceinline__ void turn(int group) const { sm90::meet(1 + group, kGroups * 128); }
@@ -140,21 +177,21 @@ class Warpgroups {
     }
 
   private:
-    __device__ __forceinline__ uint32_t barrier(int i) const { return memory_ + barriers_at(Tile) + i * 8; }
+    __device__ __forceinline__ uint32_t barrier(int i) const { return memory_ + Form::room().barriers_at() + i * 8; }
 
     const CUtensorMap* maps_[3];
     uint32_t memory_;
 };
 
-template <int D, bool BF16>
-class Sm90 : public Warpgroups<Half<D>::kTile>, public Words<BF16> {
-    using Base = Warpgroups<Half<D>::kTile>;
+template <int D, int Keys, bool BF16, int Blocks = 1>
+class Sm90 : public Warpgroups<Half<D, Keys, Blocks>>, public Words<BF16> {
+    using Base = Warpgroups<Half<D, Keys, Blocks>>;
 
   public:
     using Base::Base;
-    using Scores = typename Base::template Registers<float, kKeys / 2>;
+    using Scores = typename Base::template Registers<float, Keys / 2>;
     using Output = typename Base::template Registers<float, D / 2>;
-    using Weights = typename Base::template Registers<uint32_t, kKeys / 4>;
+    using Weights = typename Base::template Registers<uint32_t, Keys / 4>;
 
     template <bool Add>
     __device__ __forceinline__ void scores(Scores& to, uint64_t queries, uint64_t keys) const {
@@ -171,20 +208,26 @@ class Sm90 : public Warpgroups<Half<D>::kTile>, public Words<BF16> {
 template <typename Form, typename Hardware>
 __device__ __forceinline__ void run_block(const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v,
                                           const Attention& s, uint16_t* out, float* lse) {
+    static_assert(fit(Form::registers()), "registers");
     extern __shared__ __align__(1024) uint8_t memory[];
     const uint32_t start = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
     if (start % 1024) __trap();  // the swizzle counts from there
     Hardware hw(q, k, v, start);
     if (threadIdx.x == 0) hw.init();
-    __syncthreads();
+    if constexpr (Form::kBlocks == 1) {
+        __syncthreads();
+    } else {
+        sm90::meet_cluster();  // before another block's bytes or warps arrive at these barriers
+    }
     const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
     if (group == kGroups) {
-        sm90::keep_registers<kProducerRegisters>();
+        sm90::keep_registers<Form::registers().producer>();
         if (threadIdx.x == kGroups * 128) produce<Form>(hw, s, blockIdx.x, gridDim.x);
     } else {
-        sm90::take_registers<kConsumerRegisters>();
+        sm90::take_registers<Form::registers().consumer>();
         consume<Form>(hw, s, group, blockIdx.x, gridDim.x, out, lse);
     }
+    if constexpr (Form::kBlocks > 1) sm90::meet_cluster();  // others still tell this block what they have read
 }
 
 }  // namespace fastvid::attention

@@ -158,15 +158,16 @@ fastvid::attention::Call attention_call_of(const py::dict& given) {
     call.tiles = given["tiles"].cast<int64_t>();
     call.largest = given["largest"].cast<int64_t>();
     call.lists = given["lists"].cast<int64_t>();
+    call.pairs = given["pairs"].cast<int64_t>();
     return call;
 }
 
 fastvid::attention::Lists lists_of(const std::vector<uintptr_t>& at) {
     if (at.empty()) return {};
-    if (at.size() != 6) throw std::invalid_argument("attention walks over 6 lists, or none");
+    if (at.size() != 7) throw std::invalid_argument("attention walks over 6 lists with a counter, or none");
     const auto tokens = [&at](int i) { return reinterpret_cast<const int32_t*>(at[i]); };
     const auto rows = [&at](int i) { return reinterpret_cast<const int64_t*>(at[i]); };
-    return {tokens(0), rows(1), tokens(2), rows(3), tokens(4), tokens(5)};
+    return {tokens(0), rows(1), tokens(2), rows(3), tokens(4), tokens(5), reinterpret_cast<int32_t*>(at[6])};
 }
 
 void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, const std::string& dtype,

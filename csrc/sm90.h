@@ -26,10 +26,11 @@
     FASTVID_NAMES32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define FASTVID_NAMES64 \
     FASTVID_NAMES48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FASTVID_NAMES96                                                                               \
+#define FASTVID_NAMES88                                                                               \
     FASTVID_NAMES64                                                                                   \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82" \
-    ", %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+    ", %83, %84, %85, %86, %87"
+#define FASTVID_NAMES96 FASTVID_NAMES88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 
 namespace fastvid::sm90 {
 
@@ -60,6 +61,17 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
     } while (!ended);
 }
 
+// Numbers in shared memory, by address
+
+__device__ __forceinline__ void store(uint32_t to, int32_t number) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(number) : "memory");
+}
+__device__ __forceinline__ int32_t load(uint32_t from) {
+    int32_t number;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(number) : "r"(from) : "memory");
+    return number;
+}
+
 // Barriers of warps, by number: the first waits for all `threads`, the second goes on.
 
 __device__ __forceinline__ void meet(int number, int threads) {
@@ -67,6 +79,26 @@ __device__ __forceinline__ void meet(int number, int threads) {
 }
 __device__ __forceinline__ void pass(int number, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// Clusters: blocks whose shared memory is laid out alike
+
+// By all threads of all blocks, each wherever it is.
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+__device__ __forceinline__ int cluster_rank() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return static_cast<int>(rank);
+}
+// At the barrier that block `rank` has at the same address.
+__device__ __forceinline__ void arrive_at(uint32_t barrier, uint32_t rank) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
 }
 
 // By all threads of a warpgroup.
@@ -136,6 +168,16 @@ __device__ __forceinline__ void store_matrices(uint32_t to, const uint32_t (&wor
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]),
                  "r"(words[1]), "r"(words[2]), "r"(words[3])
                  : "memory");
+}
+
+// The same into all `blocks` of a cluster, at the same addresses, each of which counts the bytes at its own barrier.
+__device__ __forceinline__ void share_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, uint16_t blocks,
+                                          int c0, int c1, int c2, int c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(to),
+        "l"(map), "r"(barrier), "h"(blocks), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
 }
 
 // Products of a warpgroup

@@ -46,6 +46,13 @@ FASTVID_ANY int take(int64_t& number, int of) {
     return rest;
 }
 
+FASTVID_ANY int take(int& number, int of) {
+    const uint32_t whole = static_cast<uint32_t>(number) / static_cast<uint32_t>(of);  // a signed one takes longer
+    const int rest = number - static_cast<int>(whole) * of;
+    number = static_cast<int>(whole);
+    return rest;
+}
+
 // The 128-byte swizzle of TMA and wgmma: bits 4 to 6 of an address are mixed with bits 7 to 9.
 FASTVID_ANY uint32_t swizzled(uint32_t address) {
     return address ^ (address >> 7 & 7) << 4;

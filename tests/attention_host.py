@@ -31,7 +31,7 @@ def words(call: dict[str, tuple[int, ...] | int]) -> ctypes.Array:
 
 
 def addresses(walked: list[Tensor]) -> ctypes.Array:
-    return (ctypes.c_void_p * 6)(*(x.data_ptr() for x in walked))
+    return (ctypes.c_void_p * 7)(*(x.data_ptr() for x in walked))
 
 
 def attention_host(
@@ -43,12 +43,14 @@ def attention_host(
     blocks: Blocks | None = None,
     scale: float | None = None,
     grid: int = 3,
+    pairs: bool = False,
 ) -> None:
     """What the kernel writes into out and lse on a device of `grid` multiprocessors.
 
     Raises ValueError for what it refuses, and for what the hardware would not do or never end.
     """
     call, walked = prepare(q, k, v, blocks, [] if blocks is None else exact_steps(q, blocks))
+    call["pairs"] = int(pairs)
     pointers = [ctypes.c_void_p(0 if x is None else x.data_ptr()) for x in (q, k, v, out, lse)]
     why = ctypes.create_string_buffer(1000)
     factor = ctypes.c_float(q.shape[-1] ** -0.5 if scale is None else scale)

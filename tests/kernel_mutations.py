@@ -42,29 +42,29 @@ MUTATIONS = (
     ring("the ring's parity does not turn", old="{0, parity ^ 1}", new="{0, parity}"),
     attention(
         "first keys are handed back while they are read",
-        **exchanged("hw.template drain<0>(state.scored());\n", "    hw.arrive(barrier_of(kKeyEmpty, ring.stage));\n"),
+        **exchanged("hw.template drain<0>(state.scored());\n", "    hw.release(barrier_of(kKeyEmpty, ring.stage));\n"),
     ),
     attention(
         "keys are handed back while they are read",
         **exchanged(
-            "hw.template drain<1>(state.scored());\n", "        hw.arrive(barrier_of(kKeyEmpty, next.stage));\n"
+            "hw.template drain<1>(state.scored());\n", "        hw.release(barrier_of(kKeyEmpty, next.stage));\n"
         ),
     ),
     attention(
         "keys of the step before are handed back",
-        old="hw.arrive(barrier_of(kKeyEmpty, next.stage));",
-        new="hw.arrive(barrier_of(kKeyEmpty, ring.stage));",
+        old="hw.release(barrier_of(kKeyEmpty, next.stage));",
+        new="hw.release(barrier_of(kKeyEmpty, ring.stage));",
     ),
     attention(
         "values are handed back while they are read",
         **exchanged(
-            "hw.template drain<0>(state.weighed());\n", "        hw.arrive(barrier_of(kValueEmpty, ring.stage));\n"
+            "hw.template drain<0>(state.weighed());\n", "        hw.release(barrier_of(kValueEmpty, ring.stage));\n"
         ),
     ),
     attention(
         "last values are handed back while they are read",
         **exchanged(
-            "hw.template drain<0>(state.weighed());\n", "    hw.arrive(barrier_of(kValueEmpty, ring.stage));\n"
+            "hw.template drain<0>(state.weighed());\n", "    hw.release(barrier_of(kValueEmpty, ring.stage));\n"
         ),
     ),
     attention(
@@ -112,11 +112,11 @@ MUTATIONS = (
     attention(
         "values are waited for again where they are handed back",
         old="""\
-        hw.arrive(barrier_of(kValueEmpty, ring.stage));
+        hw.release(barrier_of(kValueEmpty, ring.stage));
         Form::settle(hw, state);
 """,
         new="""\
-        hw.arrive(barrier_of(kValueEmpty, ring.stage));
+        hw.release(barrier_of(kValueEmpty, ring.stage));
         hw.again(barrier_of(kValueFull, ring.stage), ring.parity);
         Form::settle(hw, state);
 """,
@@ -129,13 +129,39 @@ MUTATIONS = (
     ),
     half(
         "a barrier expects one panel less",
-        old="hw.expect(barrier, kTile);",
-        new="hw.expect(barrier, kTile - kPanel);",
+        old="hw.expect(barrier, D / kColumns * bytes);",
+        new="hw.expect(barrier, (D / kColumns - 1) * bytes);",
     ),
     attention(
         "a tile without keys has its queries loaded",
-        old="if (walk.steps == 0) continue;",
+        old="if (walk.steps > 0) {\n            hw.wait(barrier_of(kQueryEmpty)",
+        new="if (true) {\n            hw.wait(barrier_of(kQueryEmpty)",
+    ),
+    # Pairs of blocks
+    half("both blocks load the first half", old="hw.rank() * (Keys / Blocks)", new="0 * (Keys / Blocks)"),
+    half("halves lie in the same place", old="to + first * kRow,", new="to,"),
+    half("the second half is of the first keys", old="row + first,", new="row,"),
+    half("a block alone gets its half", old="hw.share(tensor,", new="hw.load(tensor,"),
+    ring("a stage is free when one of two blocks has read it", old="kWarps * blocks : kWarps", new="kWarps : kWarps"),
+    attention(
+        "the other block is not told of keys that are read",
+        old="hw.release(barrier_of(kKeyEmpty, next.stage));",
+        new="hw.arrive(barrier_of(kKeyEmpty, next.stage));",
+    ),
+    # Numbers of works
+    attention(
+        "a number is told before the last one is heard",
+        old="            hw.wait(barrier_of(kWorkEmpty), told ^ 1);\n",
         new="",
+    ),
+    attention("numbers are told in one parity", old="            told ^= 1;\n", new=""),
+    attention("numbers are heard in one parity", old="            heard ^= 1;\n", new=""),
+    attention("what was heard is not handed back", old="            hw.arrive(barrier_of(kWorkEmpty));\n", new=""),
+    attention("the counter gives first works again", old="? every + hw.next(s.given)", new="? hw.next(s.given)"),
+    attention(
+        "the end is not told",
+        old="        if (Form::kCounted && s.given) {\n            hw.wait(barrier_of(kWorkEmpty)",
+        new="        if (Form::kCounted && s.given && number < end) {\n            hw.wait(barrier_of(kWorkEmpty)",
     ),
     # Turns
     attention(
@@ -155,7 +181,12 @@ MUTATIONS = (
     ),
     attention("the last turn is left over", old="    if (group == 0) hw.turn(group);\n", new=""),
     # Products and their registers
-    half("panels overlap", old="at + panel * kPanel", new="at + panel * kPanel / 2"),
+    half("panels overlap", old="at + panel * bytes,", new="at + panel * bytes / 2,"),
+    half("keys have panels of queries", old="keys + panel * kPanel +", new="keys + panel * kQueryPanel +"),
+    half("queries have panels of keys", old="queries + panel * kQueryPanel +", new="queries + panel * kPanel +"),
+    half("values have panels of queries", old="* kRow, kPanel)", new="* kRow, kQueryPanel)"),
+    half("queries are loaded as keys are", old="tensor == kQuery ? kQueryPanel : kPanel", new="kPanel"),
+    half("weights of the last sixteen keys are left out", old="k < Keys / kDepth", new="k < Keys / kDepth - 1"),
     half(
         "a step along K is half as wide",
         old="k * kDepth % kColumns * kBytes;",
@@ -171,27 +202,27 @@ MUTATIONS = (
         "output shrinks while it is added to",
         old="""\
         hw.template drain<0>(state.weighed());
-        hw.arrive(barrier_of(kValueEmpty, ring.stage));
+        hw.release(barrier_of(kValueEmpty, ring.stage));
         Form::settle(hw, state);
 """,
         new="""\
         Form::settle(hw, state);
         hw.template drain<0>(state.weighed());
-        hw.arrive(barrier_of(kValueEmpty, ring.stage));
+        hw.release(barrier_of(kValueEmpty, ring.stage));
 """,
     ),
     attention(
         "weights are replaced while they are read",
         old="""\
         hw.template drain<0>(state.weighed());
-        hw.arrive(barrier_of(kValueEmpty, ring.stage));
+        hw.release(barrier_of(kValueEmpty, ring.stage));
         Form::settle(hw, state);
         Form::round(hw, state);
 """,
         new="""\
         Form::round(hw, state);
         hw.template drain<0>(state.weighed());
-        hw.arrive(barrier_of(kValueEmpty, ring.stage));
+        hw.release(barrier_of(kValueEmpty, ring.stage));
         Form::settle(hw, state);
 """,
     ),
@@ -222,6 +253,7 @@ MUTATIONS = (
     ),
     # Sums
     attention("a key too many", old="+ i % 2 >= count", new="+ i % 2 > count"),
+    attention("highest of some scores", old="hw.max(most[2], most[3])", new="most[2]"),
     half("highest of a thread alone", old="        hw.quad_max(found);\n", new=""),
     attention("sums of a thread alone", old="    hw.quad_sum(state.total);\n", new=""),
     half("sums do not shrink", old="* state.shrink.at(thread, half) + sum", new="+ sum"),
@@ -229,8 +261,8 @@ MUTATIONS = (
     attention("a query too many is stored", old="query >= work.end", new="query > work.end"),
     # Works
     ring("parts begin behind the whole blocks", old="walk.part + step - walk.fulls]", new="walk.part + step]"),
-    ring("a tail is a whole step", old="return s.keys - step * kKeys;", new="return kKeys;"),
-    ring("lists of another tile", old="% s.lists * s.tiles + tile;", new="% s.lists * s.tiles + part;"),
+    ring("a tail is a whole step", old="return s.keys - step * keys;", new="return keys;"),
+    ring("lists of another tile", old="* s.tiles + tile;", new="* s.tiles + part;"),
     ring("whole blocks of a tile too many", old="row + 1] - walk.full)", new="row + 1] - walk.full + 1)"),
     ring(
         "works in another order",
@@ -247,7 +279,7 @@ MUTATIONS = (
     # 8-bit values
     eight("keys in the order of 16-bit registers", old="slot / 16 * 16 + slot % 4 / 2 * 8 +", new="slot / 16 * 16 +"),
     eight("values begin at another block", old="return row / kKeys * D;", new="return row / kKeys * kKeys;"),
-    eight("scales of another block", old="first_key(s, walk, step) / kKeys;", new="step;"),
+    eight("scales of another block", old="first_key(s, walk, step, kKeys) / kKeys;", new="step;"),
     eight("scales of another head", old="s.scales.queries + head_of(s, work) * s.queries", new="s.scales.queries"),
     eight("exponents count from 0", old="state.up = exponent - state.unit + kUp;", new="state.up = exponent + kUp;"),
     eight("the output keeps the unit of the step before", old="shrink * state.rebase;", new="shrink;"),

@@ -38,6 +38,8 @@ MODULES = (
 PATIENCE = 2  # seconds that an emulated barrier is waited for
 TESTS = {
     "attention": [
+        "kernels/test_attention_cuda.py::test_blocks_take_uneven_works_from_a_counter",
+        "kernels/test_attention_cuda.py::test_pairs_of_blocks",
         "kernels/test_attention_cuda.py::test_patterns_of_a_video",
         "kernels/test_attention_cuda.py::test_scores_far_apart",
         "kernels/test_attention_cuda.py::test_rings_go_round_many_times",

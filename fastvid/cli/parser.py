@@ -197,7 +197,7 @@ def _add_model(parser: Parser, also: str = "") -> None:
         "--attention",
         metavar="NAME",
         help="back end of attention: auto, reference, sdpa, library, cudnn, aten_flash, flash, flash3, flash4, sage, "
-        "triton, cuda, cuda_fp8, cuda_int8 (default: auto)",
+        "triton, cuda, cuda_pair, cuda_fp8, cuda_int8 (default: auto)",
     )
     add(
         "--offload",

@@ -237,6 +237,7 @@ BACKENDS: Mapping[str, Callable[..., Any]] = {
     **DENSE,
     "triton": Kernel(attention_gpu.attention_triton, attention_gpu.triton_steps),
     "cuda": Kernel(attention_gpu.attention_cuda, attention_gpu.exact_steps, "90a", HALVES),
+    "cuda_pair": Kernel(attention_gpu.attention_pair, attention_gpu.exact_steps, "90a", HALVES),
     "cuda_fp8": _eight("fp8"),
     "cuda_int8": _eight("int8"),
 }

@@ -11,19 +11,21 @@ attention_triton   any GPU since sm_80, fp32 and 16-bit types, head_dim up to 12
 attention_cuda     sm_90a, 16-bit types, head_dim 64 or 128, strides that are multiples of 16 bytes. With lists, a tile
                    whose size is not a multiple of 128 also reads the keys after it, with weight 0, so their values must
                    be finite. Lists require Triton to be installed: `schedule` of the Triton kernel splits them.
+attention_pair     the same; two blocks of a cluster share keys and values where they can
 attention_eight    the same with 8-bit products, an approximation: q and k become e4m3 or int8, v and the softmax
                    weights e4m3; sums are fp32. csrc/quantize.h defines the scales (one per query, per 128 keys and per
                    128 values, after subtracting the mean of all keys), csrc/attention_eight.h the products. A
                    non-finite query makes its own result NaN, a non-finite key all results of its head, a non-finite
                    value the results that read its block. Each tile of keys is padded to a multiple of 128.
 
-The two CUDA operators have not been verified on a GPU yet, so `auto` never selects them.
+The CUDA operators have not been verified on a GPU yet, so `auto` never selects them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +71,29 @@ def attention_cuda(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """csrc/attention.cu."""
+    return _attend("cuda", q, k, v, lists, largest, scale, with_lse)
+
+
+@torch.library.custom_op("fastvid::attention_pair", mutates_args=())
+def attention_pair(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Sequence[Tensor],
+    largest: Sequence[int],
+    scale: float | None,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """csrc/attention_pair.cu where it can, that is dense attention, head_dim 128 and an even number of 128 queries
+    (the last of them may be incomplete); else csrc/attention.cu. Both give the same bits."""
+    return _attend("cuda_pair", q, k, v, lists, largest, scale, with_lse)
+
+
+def _attend(name: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The arguments of `attention_cuda`, after the back end's name."""
+    lists, largest, scale, with_lse = rest
     out, lse = _outputs(q, with_lse)
-    _check_tensors("cuda", q, k, v)
+    _check_tensors(name, q, k, v)
     if out.numel() == 0:
         return out, lse
     from fastvid import _C  # type: ignore[attr-defined]
@@ -79,6 +102,7 @@ def attention_cuda(
     with torch.cuda.device_of(q):
         stream = torch.cuda.current_stream(q.device)
         call, walked = prepare(q, k, v, blocks, lists[4:])
+        call["pairs"] = int(name == "cuda_pair")
         pointers = [_address(x) for x in (q, k, v, out, lse if with_lse else None)]
         places = [_address(x) for x in walked]
         _C.attention(*pointers, _name(q), call, places, _scale(q, scale), q.device.index, stream.cuda_stream)
@@ -137,6 +161,7 @@ def attention_eight(
 
 @attention_triton.register_fake
 @attention_cuda.register_fake
+@attention_pair.register_fake
 def _fake(
     q: Tensor,
     k: Tensor,
@@ -202,12 +227,13 @@ def prepare(
         "tiles": 0,
         "largest": 0,
         "lists": 1,
+        "pairs": 0,
     }
     if blocks is None:
         return call, []
     tiles = blocks.query_tiles.numel() - 1
     call |= {"tiles": tiles, "largest": blocks.largest[0], "lists": blocks.lists}
-    return call, [blocks.query_tiles, *steps]
+    return call, [blocks.query_tiles, *steps, blocks.indices.new_zeros(1)]  # it counts works
 
 
 # Steps over the keys of every row of the lists: offsets int64 [rows + 1] and first keys of full blocks, then offsets

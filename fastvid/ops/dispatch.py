@@ -14,6 +14,7 @@ Some operations have more. Attention:
     cudnn, aten_flash     aten's operators, called directly
     flash, flash3, flash4 the packages flash-attn 2, 3 and 4
     sage                  the package sageattention, an approximation
+    cuda_pair             attention of csrc/ by pairs of blocks that share keys and values
     cuda_fp8, cuda_int8   csrc/ with 8-bit products, an approximation
 
 A back end that is requested explicitly either works or raises BackendUnavailable; there is no fallback. `auto` selects

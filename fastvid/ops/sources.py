@@ -1,7 +1,7 @@
 """What a measured row is valid for: a hash of the kernel's sources, or the version of the library that runs.
 
     triton                     a file of kernels/ and the kernel files that it imports
-    cuda, cuda_fp8, cuda_int8  files of csrc/ and the headers that they include, as compiled into fastvid._C
+    cuda, cuda_pair, cuda_fp8, cuda_int8  files of csrc/ and the headers that they include, as compiled into fastvid._C
     others                     the libraries' versions: "torch 2.11.0, cuDNN 91501"
 
 `file_of` says which file runs an operation. Kernels that run one after the other have one name: "conv.cu+vae_norm.cu".
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-CUDA = ("cuda", "cuda_fp8", "cuda_int8")
+CUDA = ("cuda", "cuda_pair", "cuda_fp8", "cuda_int8")
 WITHOUT_KERNELS = {"ahead.py"}  # describes kernels to the ahead-of-time compiler; no call goes through it
 ROWS, HEADS, CONV = "row_norms.py", "qk_norm_rope.py", {"triton": "vae_conv.py", "cuda": "conv.cu"}
 NORM_CONV = {**CONV, "cuda": "conv.cu+vae_norm.cu"}
@@ -29,6 +29,7 @@ FILES: Mapping[str, Mapping[str, str]] = {
     "attention": {
         "triton": "attention.py",
         "cuda": "attention.cu",
+        "cuda_pair": "attention.cu+attention_pair.cu",
         "cuda_fp8": "attention_eight.cu+quantize.cu",
         "cuda_int8": "attention_eight.cu+quantize.cu",
     },

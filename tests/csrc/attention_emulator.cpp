@@ -16,8 +16,8 @@ namespace {
 
 // What a block's warpgroups share.
 struct Block : emulated::Block {
-    Block(const Map (&told)[3], int tile, bool bf16, uint32_t base)
-        : emulated::Block(base, barriers_at(tile), bf16, expected(tile)),
+    Block(const Map (&told)[3], const Room& room, bool bf16, uint32_t base, int blocks)
+        : emulated::Block(base, room.barriers_at(), bf16, expected(room, blocks)),
           maps{told[0], told[1], told[2]},
           turns{{kGroups}, {kGroups}} {}
     void check_rest() {
@@ -27,13 +27,16 @@ struct Block : emulated::Block {
         }
     }
 
+    std::vector<Block*> cluster = {this};
+    int rank = 0;
     Map maps[3];
+    int number = -1;
     emulated::Meeting turns[kGroups];
 
   private:
-    static std::vector<int> expected(int tile) {
-        std::vector<int> made(barriers(tile));
-        for (size_t i = 0; i < made.size(); ++i) made[i] = arrivals(static_cast<int>(i));
+    static std::vector<int> expected(const Room& room, int blocks) {
+        std::vector<int> made(barriers(room));
+        for (size_t i = 0; i < made.size(); ++i) made[i] = arrivals(static_cast<int>(i), blocks);
         return made;
     }
 };
@@ -41,16 +44,34 @@ struct Block : emulated::Block {
 // A warpgroup's view of it, whatever the values are.
 class Warpgroup : public emulated::Warpgroup {
   public:
-    using Scores = emulated::Registers<float, kKeys / 2>;
     using Rows = emulated::Registers<float, 2>;
 
     explicit Warpgroup(Block& block) : emulated::Warpgroup(block), block_(block) {}
 
     uint32_t address(int at) const { return memory().address(at); }
     void arrive(int i) { hand_back(i); }
+    void release(int i) {
+        hand_back(i);
+        for (Block* other : block_.cluster) {
+            for (int warp = 0; warp < 4 && other != &block_; ++warp) other->made[i]->arrive();
+        }
+    }
+    int rank() const { return block_.rank; }
+    void share(Tensor tensor, int at, int i, int column, int row, int head, int batch) {
+        for (Block* one : block_.cluster) {
+            load_into(*one, block_.maps[tensor], address(at), i, {column, row, head, batch});
+        }
+    }
     void load(Tensor tensor, int at, int i, int column, int row, int head, int batch) {
         load_box(block_.maps[tensor], address(at), i, {column, row, head, batch});
     }
+    void tell(int i, int number) {
+        pass_on(i);
+        block_.number = number;
+        block_.made[i]->arrive();
+    }
+    int told() const { return block_.number; }
+    int next(int32_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
     void turn(int group) { block_.turns[group].meet(); }
     void pass(int group) { block_.turns[group ^ 1].arrive(); }
 
@@ -112,17 +133,18 @@ class Warpgroup : public emulated::Warpgroup {
     Block& block_;
 };
 
-template <int D>
+template <int D, int Keys>
 class Halves : public Warpgroup {
   public:
     using Warpgroup::Warpgroup;
+    using Scores = emulated::Registers<float, Keys / 2>;
     using Output = emulated::Registers<float, D / 2>;
-    using Weights = emulated::Registers<uint32_t, kKeys / 4>;
+    using Weights = emulated::Registers<uint32_t, Keys / 4>;
 
     template <bool Add>
     void scores(Scores& to, uint64_t queries, uint64_t keys) {
         later({queries, keys}, {&to}, [this, &to, queries, keys] {
-            multiply(to, memory().matrix(queries, 64), memory().matrix(keys, kKeys), kKeys, Add);
+            multiply(to, memory().matrix(queries, 64), memory().matrix(keys, Keys), Keys, Add);
         });
     }
     template <bool Add>
@@ -150,6 +172,7 @@ class Bytes : public Warpgroup {
   public:
     using Warpgroup::Warpgroup;
     using Raw = emulated::Registers<Product, kKeys / 2>;
+    using Scores = emulated::Registers<float, kKeys / 2>;
     using Output = emulated::Registers<float, D / 2>;
     using Weights = emulated::Registers<uint32_t, kKeys / 8>;
 
@@ -189,16 +212,38 @@ class Bytes : public Warpgroup {
 
 template <typename Form, typename Hardware>
 void run(const Attention& s, const Map (&maps)[3], void* out, float* lse, bool bf16, int grid) {
-    const int most = static_cast<int>(std::min<int64_t>(works(s), grid));
-    for (int number = 0; number < most; ++number) {
-        Block block(maps, Form::kTile, bf16, 1024 * (1 + number % 3));
-        emulated::beside_each_other(kGroups + 1, [&](int who) {
-            const auto hw = std::make_unique<Hardware>(block);
-            if (who == kGroups) produce<Form>(*hw, s, number, most);
-            if (who < kGroups) consume<Form>(*hw, s, who, number, most, static_cast<uint16_t*>(out), lse);
+    constexpr int kBlocks = Form::kBlocks;
+    const int most = static_cast<int>(std::min<int64_t>(works(s), std::max(grid / kBlocks * kBlocks, kBlocks)));
+    const auto cluster_of = [&](int first) {
+        std::vector<std::unique_ptr<Block>> blocks;
+        std::vector<Block*> cluster;
+        for (int rank = 0; rank < kBlocks; ++rank) {
+            blocks.push_back(
+                std::make_unique<Block>(maps, Form::room(), bf16, 1024 * (1 + first / kBlocks % 3), kBlocks));
+            cluster.push_back(blocks.back().get());
+            blocks.back()->rank = rank;
+        }
+        for (auto& block : blocks) block->cluster = cluster;
+        emulated::beside_each_other(kBlocks * (kGroups + 1), [&](int thread) {
+            const int rank = thread / (kGroups + 1), who = thread % (kGroups + 1);
+            const auto hw = std::make_unique<Hardware>(*blocks[rank]);
+            if (who == kGroups) produce<Form>(*hw, s, first + rank, most);
+            if (who < kGroups) consume<Form>(*hw, s, who, first + rank, most, static_cast<uint16_t*>(out), lse);
         });
-        block.check_rest();
-    }
+        for (auto& block : blocks) block->check_rest();
+    };
+    // Blocks that share a counter run at the same time, if they are few.
+    if (Form::kCounted && s.given && most <= 4) return emulated::beside_each_other(most, cluster_of);
+    for (int first = 0; first < most; first += kBlocks) cluster_of(first);
+}
+
+template <int D, int Keys, int Blocks = 1>
+void run_half(const Call& call, const Attention& s, const void* const* tensors, void* out, float* lse, bool bf16,
+              int grid) {
+    const Map maps[3] = {map_of(call, tensors[0], call.queries, call.q_strides, kQueries),
+                         map_of(call, tensors[1], call.keys, call.k_strides, Keys / Blocks),
+                         map_of(call, tensors[2], call.keys, call.v_strides, Keys / Blocks)};
+    run<Half<D, Keys, Blocks>, Halves<D, Keys>>(s, maps, out, lse, bf16, grid);
 }
 
 template <int D>
@@ -313,11 +358,12 @@ int attention_emulate(const Call* call, const Lists* lists, float scale, const v
         const std::string reason = refuse(*call, q, k, v, out, scale);
         if (!reason.empty()) throw Stopped(reason);
         const Attention s = attention_of(*call, *lists, scale);
-        const Map maps[3] = {map_of(*call, q, call->queries, call->q_strides),
-                             map_of(*call, k, call->keys, call->k_strides),
-                             map_of(*call, v, call->keys, call->v_strides)};
-        call->head_dim == 64 ? run<Half<64>, Halves<64>>(s, maps, out, lse, bf16, grid)
-                             : run<Half<128>, Halves<128>>(s, maps, out, lse, bf16, grid);
+        const void* tensors[3] = {q, k, v};
+        const auto run_it = paired(*call)                      ? run_half<128, kWideKeys, kPair>
+                            : keys_of_step(*call) == kWideKeys ? run_half<128, kWideKeys>
+                            : call->head_dim == 128            ? run_half<128, kKeys>
+                                                               : run_half<64, kKeys>;
+        run_it(*call, s, tensors, out, lse, bf16, grid);
     } catch (const std::exception& error) {
         emulated::copy(error.what(), why, room);
         return 1;
@@ -368,14 +414,20 @@ float widen_e4m3(uint8_t bits) {
 int attention_call_words() {
     return sizeof(Call) / sizeof(int64_t);
 }
-int attention_stages(int head_dim, int value_bytes) {
-    return stages(tile_bytes(head_dim, value_bytes));
+int attention_stages(int keys, int head_dim, int value_bytes) {
+    return room_of(keys, head_dim, value_bytes).stages();
 }
-int attention_smem(int head_dim, int value_bytes) {
-    return smem_bytes(tile_bytes(head_dim, value_bytes));
+int attention_smem(int keys, int head_dim, int value_bytes) {
+    return room_of(keys, head_dim, value_bytes).bytes();
 }
-int attention_barriers_at(int head_dim, int value_bytes) {
-    return barriers_at(tile_bytes(head_dim, value_bytes));
+int attention_barriers_at(int keys, int head_dim, int value_bytes) {
+    return room_of(keys, head_dim, value_bytes).barriers_at();
+}
+int attention_paired(const Call* call) {
+    return paired(*call);
+}
+int attention_keys_of_step(const Call* call) {
+    return keys_of_step(*call);
 }
 int64_t attention_works(const Call* call, const Lists* lists) {
     return works(attention_of(*call, *lists, 1));
@@ -384,13 +436,14 @@ int64_t attention_works(const Call* call, const Lists* lists) {
 // steps there are.
 int attention_work(const Call* call, const Lists* lists, int64_t number, int* to, int room) {
     const Attention s = attention_of(*call, *lists, 1);
-    const Work work = work_of(s, number);
-    const Walk walk = walk_of(s, work);
+    const Work work = work_of(s, static_cast<int>(number));
+    const int keys = keys_of_step(*call);
+    const Walk walk = walk_of(s, work, keys);
     const int head[4] = {work.batch, work.head, work.first, work.end};
     std::copy(head, head + 4, to);
     for (int step = 0; step < walk.steps && 6 + 2 * step <= room; ++step) {
-        to[4 + 2 * step] = first_key(s, walk, step);
-        to[5 + 2 * step] = key_count(s, walk, step);
+        to[4 + 2 * step] = first_key(s, walk, step, keys);
+        to[5 + 2 * step] = key_count(s, walk, step, keys);
     }
     return walk.steps;
 }

@@ -19,16 +19,16 @@ uint32_t pair_of(float x, float y) {
     return static_cast<uint32_t>(x) | static_cast<uint32_t>(y) << 16;
 }
 
-template <int D>
+template <int D, int Keys = attention::kKeys>
 struct Recorder {
     template <typename T, int Count>
     struct Registers {
         T value[128][Count];
         T& at(int thread, int i) { return value[thread][i]; }
     };
-    using Scores = Registers<float, attention::kKeys / 2>;
+    using Scores = Registers<float, Keys / 2>;
     using Output = Registers<float, D / 2>;
-    using Weights = Registers<uint32_t, attention::kKeys / 4>;
+    using Weights = Registers<uint32_t, Keys / 4>;
     using Rows = Registers<float, 2>;
 
     uint32_t address(int at) const { return base + static_cast<uint32_t>(at); }
@@ -56,15 +56,16 @@ struct Recorder {
     std::vector<uint64_t> told;
 };
 
-template <int D>
+template <int D, int Keys>
 std::vector<uint64_t> products(bool of_values, int group, int stage, uint32_t base) {
-    Recorder<D> hw;
+    using Form = attention::Half<D, Keys>;
+    Recorder<D, Keys> hw;
     hw.base = base;
-    typename attention::Half<D>::template State<Recorder<D>> state;
+    typename Form::template State<Recorder<D, Keys>> state;
     if (of_values) {
-        attention::Half<D>::weigh(hw, state, stage);
+        Form::weigh(hw, state, stage);
     } else {
-        attention::Half<D>::score(hw, state, group, stage);
+        Form::score(hw, state, group, stage);
     }
     return hw.told;
 }
@@ -233,22 +234,22 @@ emulated::Memory loaded(uint16_t* tensor, int rows, int columns, uint32_t base) 
 
 extern "C" {
 
-int probe_attention_stages(int head_dim, int value_bytes) {
-    return attention::stages(attention::tile_bytes(head_dim, value_bytes));
+int probe_attention_stages(int keys, int head_dim, int value_bytes) {
+    return attention::room_of(keys, head_dim, value_bytes).stages();
 }
 // (a, b, whether it is added) of every product of scores, (step, b) of those of values; how many numbers they are.
-int probe_attention(int head_dim, int of_values, int group, int stage, uint32_t base, uint64_t* to) {
-    return give(
-        head_dim == 64 ? products<64>(of_values, group, stage, base) : products<128>(of_values, group, stage, base),
-        to);
+int probe_attention(int keys, int head_dim, int of_values, int group, int stage, uint32_t base, uint64_t* to) {
+    const auto made = head_dim == 64 ? products<64, 128> : keys == 128 ? products<128, 128> : products<128, 176>;
+    return give(made(of_values, group, stage, base), to);
 }
-// scores [128 threads, 64] -> weights [128 threads, 32]
+// scores [128 threads, 88] -> weights [128 threads, 44]
 void probe_weights(const float* scores, uint32_t* weights) {
-    Recorder<64> hw;
-    attention::Half<64>::State<Recorder<64>> state;
-    std::copy(scores, scores + 128 * 64, &state.scores.value[0][0]);
-    attention::Half<64>::round(hw, state);
-    std::copy(&state.weights.value[0][0], &state.weights.value[0][0] + 128 * 32, weights);
+    using Wide = Recorder<128, 176>;
+    Wide hw;
+    attention::Half<128, 176>::State<Wide> state;
+    std::copy(scores, scores + 128 * 88, &state.scores.value[0][0]);
+    attention::Half<128, 176>::round(hw, state);
+    std::copy(&state.weights.value[0][0], &state.weights.value[0][0] + 128 * 44, weights);
 }
 // The same of 8-bit values: (a, b, whether it is added) of scores, (step, b, whether it is added) of values.
 int probe_attention8(int head_dim, int of_values, int group, int stage, uint32_t base, uint64_t* to) {

@@ -90,9 +90,13 @@ class Warpgroup {
         for (int warp = 0; warp < 4; ++warp) block_.made[i]->arrive();
     }
     void load_box(const Map& map, uint32_t to, int i, const std::vector<int64_t>& from) {
-        const int bytes = block_.memory.load(map, to, from);
-        for (int at = 0; at < bytes; at += Block::kPiece) block_.owner(to + static_cast<uint32_t>(at)) = i / 2;
-        block_.made[i]->complete(bytes);
+        load_into(block_, map, to, i, from);
+    }
+    // Into a block of the cluster, as soon as it may come.
+    static void load_into(Block& block, const Map& map, uint32_t to, int i, const std::vector<int64_t>& from) {
+        const int bytes = block.memory.load(map, to, from);
+        for (int at = 0; at < bytes; at += Block::kPiece) block.owner(to + static_cast<uint32_t>(at)) = i / 2;
+        block.made[i]->complete(bytes);
     }
 
     template <typename Function>
@@ -153,6 +157,11 @@ class Warpgroup {
     Memory& memory() { return block_.memory; }
     const Memory& memory() const { return block_.memory; }
 
+    // From who fills to who reads, and back: each time once, after a wait for the other.
+    void pass_on(int i) {
+        if (++done_[i] != waits_[i ^ 1]) throw Stopped("a stage is passed on by who did not wait for it");
+    }
+
   private:
     struct Product {
         std::vector<int> stages;
@@ -160,10 +169,6 @@ class Warpgroup {
         std::function<void()> make;
     };
 
-    // From who fills to who reads, and back: each time once, after a wait for the other.
-    void pass_on(int i) {
-        if (++done_[i] != waits_[i ^ 1]) throw Stopped("a stage is passed on by who did not wait for it");
-    }
     bool any_reads(int pair) const {
         const auto reads = [pair](const Product& product) {
             return std::find(product.stages.begin(), product.stages.end(), pair) != product.stages.end();

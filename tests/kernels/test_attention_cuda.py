@@ -26,16 +26,23 @@ from fastvid.ops.sparse import Blocks
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler is found")
 cuda = attention.BACKENDS["cuda"]
 LAYOUTS = ("token-major", "head-major", "one of three")
-LENGTHS = st.one_of(st.integers(1, 300), st.sampled_from((1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 384, 513)))
+EDGES = (1, 63, 64, 65, 127, 128, 129, 175, 176, 177, 255, 256, 257, 352, 353, 384, 513)
+LENGTHS = st.one_of(st.integers(1, 300), st.sampled_from(EDGES))
 TILE_SIZES = st.lists(st.integers(1, 200), min_size=1, max_size=4)
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None = None, scale: float | None = None, grid: int = 3
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks | None = None,
+    scale: float | None = None,
+    grid: int = 3,
+    pairs: bool = False,
 ) -> tuple[Tensor, Tensor]:
     B, N, H, _ = q.shape
     (buffer, out), (edges, lse) = poisoned(q.shape, q.dtype), poisoned((B, H, N), torch.float32)
-    attention_host(q, k, v, out, lse, blocks, scale, grid)
+    attention_host(q, k, v, out, lse, blocks, scale, grid, pairs)
     assert_edges_untouched(buffer)
     assert_edges_untouched(edges)
     return out, lse
@@ -125,6 +132,61 @@ def test_rings_go_round_many_times(head_dim: int) -> None:
     check(q, k, v, run(q, k, v, blocks, grid=2), blocks=blocks)
 
 
+@pytest.mark.parametrize(("n", "m", "grid"), [(256, 300, 2), (200, 1500, 4), (1000, 177, 3)])
+def test_pairs_of_blocks(n: int, m: int, grid: int) -> None:
+    """Keys and values that two blocks load for each other: the same bits as without."""
+    q, k, v = (make((2, size, 1, 128), torch.bfloat16, chance.randrange(99)) for size in (n, m, m))
+    made = run(q, k, v, grid=grid, pairs=True)
+    check(q, k, v, made)
+    assert all(torch.equal(a, b) for a, b in zip(made, run(q, k, v, grid=grid), strict=True))
+
+
+@pytest.mark.slow
+@given(
+    tiles=st.integers(1, 3),
+    short=st.integers(0, 127),
+    m=LENGTHS,
+    heads=st.sampled_from(((1, 1), (2, 1), (1, 3))),
+    dtype=st.sampled_from(HALVES),
+    layout=st.sampled_from(LAYOUTS),
+    grid=st.sampled_from((1, 2, 5, 132)),
+)
+def test_pairs_of_blocks_of_all_sizes(
+    tiles: int, short: int, m: int, heads: tuple[int, int], dtype: torch.dtype, layout: str, grid: int
+) -> None:
+    B, H = heads
+    seed = chance.randrange(2**31)
+    q, k, v = (make((B, n, H, 128), dtype, seed + i, layout) for i, n in enumerate((256 * tiles - short, m, m)))
+    check(q, k, v, run(q, k, v, grid=grid, pairs=True))
+
+
+def test_which_calls_are_made_by_pairs() -> None:
+    """Even tiles of 128 queries, in wide steps, and only if that is asked for."""
+    blocks = random_blocks(([256], [4]), 1, 1.0, 0)
+    for n, head_dim, lists, asked, wanted in (
+        (256, 128, None, 1, 1), (129, 128, None, 1, 1), (128, 128, None, 1, 0), (300, 128, None, 1, 0),
+        (256, 64, None, 1, 0), (256, 128, blocks, 1, 0), (256, 128, None, 0, 0),
+    ):  # fmt: skip
+        q = make((1, n, 1, head_dim), torch.float16)
+        steps = [] if lists is None else attention_gpu.exact_steps(q, lists)
+        call, _ = attention_gpu.prepare(q, q, q, lists, steps)
+        assert library().attention_paired(words(call | {"pairs": asked})) == wanted
+
+
+def test_blocks_take_uneven_works_from_a_counter() -> None:
+    """Tiles with no keys up to all of them: each is taken once, by whoever is free."""
+    pytest.importorskip("triton")
+    q, k, v = (make((1, n, 2, 64), torch.bfloat16, i) for i, n in enumerate((900, 700, 700)))
+    blocks = random_blocks(([64] * 10 + [260], [300, 1, 128, 271]), 2, 0.4, chance.randrange(99))
+    out, lse = torch.empty_like(q), torch.empty(1, 2, 900)
+    call, walked = attention_gpu.prepare(q, k, v, blocks, attention_gpu.exact_steps(q, blocks))
+    pointers, why = [ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, out, lse)], ctypes.create_string_buffer(1000)
+    told, at = words(call), addresses(walked)
+    assert not library().attention_emulate(told, at, ctypes.c_float(0.125), *pointers, 1, 3, why, len(why)), why.value
+    check(q, k, v, (out, lse), blocks=blocks)
+    assert walked[-1].item() == library().attention_works(told, at)  # each is followed by a question
+
+
 def test_scores_far_apart() -> None:
     """A row whose highest score comes last, one whose first is far above all, and scores that are all alike."""
     q, k, v = (torch.zeros(1, n, 1, 64, dtype=torch.float16) for n in (130, 400, 400))
@@ -159,7 +221,7 @@ def works(q: Tensor, k: Tensor, blocks: Blocks | None) -> list[tuple[int, int, r
         steps = lib.attention_work(told, at, ctypes.c_int64(number), to, room)
         assert 4 + 2 * steps <= room
         pairs = [(to[4 + 2 * i], to[5 + 2 * i]) for i in range(steps)]
-        assert all(1 <= count <= attention_gpu.KEYS for _, count in pairs)
+        assert all(1 <= count <= lib.attention_keys_of_step(told) for _, count in pairs)
         keys = [key for first, count in pairs for key in range(first, first + count)]
         made.append((to[0], to[1], range(to[2], max(to[3], to[2])), keys))
     return made
@@ -190,9 +252,15 @@ def test_works_are_the_token_mask(
     assert (seen == 1).all()
 
 
-@given(n=st.integers(1, 700), m=st.integers(1, 700), B=st.integers(1, 2), H=st.integers(1, 3))
-def test_dense_works_are_everything_once(n: int, m: int, B: int, H: int) -> None:
-    q, k = (torch.empty(B, size, H, 64, dtype=torch.float16) for size in (n, m))
+@given(
+    n=st.integers(1, 700),
+    m=st.integers(1, 700),
+    B=st.integers(1, 2),
+    H=st.integers(1, 3),
+    head_dim=st.sampled_from((64, 128)),
+)
+def test_dense_works_are_everything_once(n: int, m: int, B: int, H: int, head_dim: int) -> None:
+    q, k = (torch.empty(B, size, H, head_dim, dtype=torch.float16) for size in (n, m))
     made = works(q, k, None)
     assert all(keys == list(range(m)) for *_, keys in made)
     assert sorted((b, h, query) for b, h, queries, _ in made for query in queries) == list(
@@ -214,23 +282,34 @@ def test_swizzle_and_descriptors() -> None:
 
 
 def test_registers_hold_a_tile() -> None:
-    """Of the 64 x 128 scores each in one register of one thread, by the PTX manual's table for m64nNk16."""
+    """Of the 64 x 176 scores each in one register of one thread, by the PTX manual's table for m64nNk16."""
     lib, to, places = library(), (ctypes.c_int * 2)(), set()
-    for thread, value in itertools.product(range(128), range(64)):
+    for thread, value in itertools.product(range(128), range(88)):
         lib.sm90_place(thread, value, to)
         warp, lane = divmod(thread, 32)
         assert to[0] == 16 * warp + lane // 4 + 8 * (value // 2 % 2)
         assert to[1] == 8 * (value // 4) + 2 * (lane % 4) + value % 2
         places.add(tuple(to))
-    assert len(places) == 64 * 128
+    assert len(places) == 64 * 176
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_shared_memory(head_dim: int) -> None:
-    lib = library()
-    stages, tile = lib.attention_stages(head_dim, 2), 128 * head_dim * 2
-    assert stages >= 2 and lib.attention_barriers_at(head_dim, 2) == (1 + 2 * stages) * tile
-    assert lib.attention_barriers_at(head_dim, 2) + 8 * 6 * stages <= lib.attention_smem(head_dim, 2) <= 227 * 1024
+@pytest.mark.parametrize(("keys", "head_dim"), [(128, 64), (128, 128), (176, 128)])
+def test_shared_memory(keys: int, head_dim: int) -> None:
+    lib, told = library(), (keys, head_dim, 2)
+    stages, row = lib.attention_stages(*told), head_dim * 2
+    assert stages >= 2 and lib.attention_barriers_at(*told) == (128 + 2 * stages * keys) * row
+    assert lib.attention_barriers_at(*told) + 8 * 6 * stages <= lib.attention_smem(*told) <= 227 * 1024
+    assert keys * 128 % 1024 == 0  # where panels of 64 columns begin
+
+
+def test_dense_steps_are_wide() -> None:
+    """176 keys a step fit the registers of 128 columns; lists are cut into 128."""
+    blocks = random_blocks(([4], [4]), 1, 1.0, 0)
+    for head_dim, lists, keys in ((128, None, 176), (64, None, 128), (128, blocks, 128), (64, blocks, 128)):
+        q = make((1, 4, 1, head_dim), torch.float16)
+        steps = [] if lists is None else attention_gpu.exact_steps(q, lists)
+        call, _ = attention_gpu.prepare(q, q, q, lists, steps)
+        assert library().attention_keys_of_step(words(call)) == keys
 
 
 # What is refused
@@ -268,7 +347,7 @@ def test_a_dimension_of_one_may_have_any_stride() -> None:
 FORMS = [(return_lse, sparse) for return_lse in (False, True) for sparse in (False, True)]
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda_fp8", "cuda_int8"])
+@pytest.mark.parametrize("name", ["cuda", "cuda_pair", "cuda_fp8", "cuda_int8"])
 @pytest.mark.parametrize(("return_lse", "tiled"), FORMS)
 def test_wrong_tensors_are_refused(name: str, return_lse: bool, tiled: bool) -> None:
     blocks = random_blocks(([4], [4]), 1, 1.0, 0) if tiled else None
@@ -286,7 +365,7 @@ def test_asked_for_by_name_it_works_or_says_why_not() -> None:
     assert bind().bound["attention"] == "sdpa"  # never chosen by itself
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda", "cuda_fp8", "cuda_int8"])
+@pytest.mark.parametrize("name", ["triton", "cuda", "cuda_pair", "cuda_fp8", "cuda_int8"])
 @pytest.mark.parametrize(("return_lse", "tiled"), FORMS)
 def test_fakes_have_the_shapes_of_the_reference(name: str, return_lse: bool, tiled: bool) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -326,6 +405,18 @@ def test_sparse_on_a_gpu(lists: int, head_dim: int, dtype: torch.dtype) -> None:
         blocks = random_blocks(sizes, lists, density, chance.randrange(2**31)).to("cuda")
         q, k, v = (make((2, sum(sizes[i > 0]), 3, head_dim), dtype, i).cuda() for i in range(3))
         check(q, k, v, cuda(q, k, v, return_lse=True, blocks=blocks), blocks=blocks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("n", "m"), [(256, 128), (200, 1), (4000, 4111), (1024, 352)])
+def test_pairs_on_a_gpu(n: int, m: int, dtype: torch.dtype) -> None:
+    q, k, v = (on_gpu(make((2, size, 3, 128), dtype, chance.randrange(2**31))) for size in (n, m, m))
+    made = attention.BACKENDS["cuda_pair"](q, k, v, return_lse=True)
+    check(q, k, v, made)
+    for _ in range(100):
+        for a, b in zip(made, cuda(q, k, v, return_lse=True), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.gpu

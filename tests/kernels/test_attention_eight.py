@@ -347,9 +347,10 @@ def test_what_is_not_finite_shows(kind: str, bad: float) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_shared_memory(head_dim: int) -> None:
     lib = library()
-    stages, tile = lib.attention_stages(head_dim, 1), 128 * head_dim
-    assert stages == 4 and lib.attention_barriers_at(head_dim, 1) == (1 + 2 * stages) * tile
-    assert lib.attention_barriers_at(head_dim, 1) + 8 * 6 * stages <= lib.attention_smem(head_dim, 1) <= 227 * 1024
+    told, tile = (128, head_dim, 1), 128 * head_dim
+    stages = lib.attention_stages(*told)
+    assert stages == 4 and lib.attention_barriers_at(*told) == (1 + 2 * stages) * tile
+    assert lib.attention_barriers_at(*told) + 8 * 6 * stages <= lib.attention_smem(*told) <= 227 * 1024
 
 
 # What is refused

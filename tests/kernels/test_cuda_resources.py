@@ -20,6 +20,7 @@ import sass
 from fastvid.ops import dispatch
 
 SETUP = cuda_resources.build()
+SIZES = [(64, 128), (128, 128), (128, 176)]  # head_dim, keys of a step
 needs_nvcc = pytest.mark.skipif(
     SETUP.find_nvcc() is None or shutil.which("c++filt") is None, reason="there is no nvcc or c++filt"
 )
@@ -84,12 +85,13 @@ def functions(target: Path) -> dict[str, sass.Code]:
 
 
 @pytest.fixture(scope="module")
-def code(compiled: Callable[[str], tuple[str, Path]]) -> dict[tuple[int, str], sass.Code]:
-    """(head_dim, type) -> the instructions of attention's kernel for sm_90a."""
+def code(compiled: Callable[[str], tuple[str, Path]]) -> dict[tuple[int, int, str], sass.Code]:
+    """(head_dim, keys of a step, type) -> the instructions of attention's kernel for sm_90a."""
     made = {}
     for name, lines in functions(compiled("attention.cu")[1]).items():
-        head_dim, bf16 = re.search(r"attention_kernelILi(\d+)ELb([01])E", name).groups()
-        made[int(head_dim), "BF16" if bf16 == "1" else "F16"] = lines
+        head_dim, keys, bf16 = re.search(r"attention_kernelILi(\d+)ELi(\d+)ELb([01])E", name).groups()
+        made[int(head_dim), int(keys), "BF16" if bf16 == "1" else "F16"] = lines
+    assert len(made) == 2 * len(SIZES)
     return made
 
 
@@ -109,14 +111,16 @@ def count(code: sass.Code, pattern: str) -> int:
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("head_dim", "keys"), SIZES)
 @pytest.mark.parametrize("kind", ["BF16", "F16"])
-def test_instructions_of_attention(head_dim: int, kind: str, code: dict[tuple[int, str], sass.Code]) -> None:
-    lines = code[head_dim, kind]
+def test_instructions_of_attention(
+    head_dim: int, keys: int, kind: str, code: dict[tuple[int, int, str], sass.Code]
+) -> None:
+    lines = code[head_dim, keys, kind]
     typed = r"F32\.BF16" if kind == "BF16" else "F32"
-    # The first scores and those of the loop; the values of the loop and the last ones: 128 keys in sixteens.
-    wanted = {128: 2 * head_dim // 16}
-    wanted[head_dim] = wanted.get(head_dim, 0) + 2 * 128 // 16
+    # The first scores and those of the loop; the values of the loop and the last ones: keys in sixteens.
+    wanted = {keys: 2 * head_dim // 16}
+    wanted[head_dim] = wanted.get(head_dim, 0) + 2 * keys // 16
     for columns, number in wanted.items():
         assert count(lines, rf"HGMMA\.64x{columns}x16\.{typed}$") == number
     assert count(lines, "HGMMA") == sum(wanted.values())
@@ -152,28 +156,46 @@ def test_instructions_of_8_bit_attention(
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("head_dim", [64, 128])
+def test_instructions_of_pairs(compiled: Callable[[str], tuple[str, Path]]) -> None:
+    """Queries alone, keys and values into both blocks; the blocks meet at the beginning and before they end."""
+    made = functions(compiled("attention_pair.cu")[1])
+    assert len(made) == 2
+    for lines in made.values():
+        assert count(lines, r"UTMALDG\.4D$") == 2 and count(lines, r"UTMALDG\.4D\.MULTICAST$") == 4
+        assert count(lines, "UCGABAR_ARV") == count(lines, "UCGABAR_WAIT") == 2
+        assert count(lines, r"MEMBAR.*GPU") == 2  # with the meetings, none in the loop
+        assert count(lines, r"SYNCS\.ARRIVE\.TRANS64\.RED") == 4  # stages that are read: of keys twice, of values twice
+        assert not any(one.is_a("MEMBAR") for one in sass.hottest(lines))
+
+
+@pytest.mark.slow
+@needs_nvcc
 def test_warpgroups_stay_within_their_registers(
-    head_dim: int,
-    code: dict[tuple[int, str], sass.Code],
+    code: dict[tuple[int, int, str], sass.Code],
     code_eight: dict[tuple[int, str], list[sass.Code]],
+    compiled: Callable[[str], tuple[str, Path]],
 ) -> None:
     """What follows setmaxnreg uses no register that its warpgroup has not got."""
-    sixteen = [code[head_dim, kind] for kind in ("BF16", "F16")]
-    eight = [lines for kind in ("fp8", "int8") for lines in code_eight[head_dim, kind]]
-    header = (ROOT / "csrc/attention.h").read_text()
-    producer, consumer = map(int, re.search(r"kProducerRegisters = (\d+), kConsumerRegisters = (\d+)", header).groups())
-    for lines in (*sixteen, *eight):
-        check_registers(lines, producer, consumer)
+    pairs = list(functions(compiled("attention_pair.cu")[1]).values())
+    sixteen, eight = [*code.values(), *pairs], [lines for made in code_eight.values() for lines in made]
+    for lines in sixteen:
+        check_registers(lines)
+    assert {check_registers(lines) for lines in eight} == {(24, 240)}
+    assert check_registers(code[128, 176, "BF16"]) == (24, 240)
 
 
-def check_registers(code: sass.Code, producer: int, consumer: int) -> None:
+def check_registers(code: sass.Code) -> tuple[int, int]:
+    """(of a thread of the producer, of a consumer)"""
     (takes,) = (i for i, one in enumerate(code) if one.is_a(r"USETMAXREG\.TRY_ALLOC"))
     (gives,) = (i for i, one in enumerate(code) if one.is_a(r"USETMAXREG\.DEALLOC"))
+    producer, consumer = (int(code[i].rest.split(", ")[-1], 16) for i in (gives, takes))
     consumers, producers = sass.reached(code, takes), sass.reached(code, gives)
     assert count(consumers, "[HIQ]GMMA") and not count(consumers, "UTMALDG")
     assert count(producers, "UTMALDG") and not count(producers, "[HIQ]GMMA")
     assert sass.registers(consumers) <= consumer and sass.registers(producers) <= producer
+    # 384 threads begin with 168; if they asked for more than that together, they would wait for ever.
+    assert producer + 2 * consumer <= 3 * 168
+    return producer, consumer
 
 
 def test_what_the_binding_refuses() -> None:
@@ -184,7 +206,7 @@ def test_what_the_binding_refuses() -> None:
 
     call = {
         "batch": 1, "queries": 100, "keys": 200, "heads": 2, "head_dim": 64, "q_strides": (12800, 128, 64),
-        "k_strides": (25600, 128, 64), "v_strides": (25600, 128, 64), "tiles": 0, "largest": 0, "lists": 1,
+        "k_strides": (25600, 128, 64), "v_strides": (25600, 128, 64), "tiles": 0, "largest": 0, "lists": 1, "pairs": 0,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match="CUDA: "):
         _C.attention(16, 16, 16, 16, 0, "bfloat16", call, [], 0.125, 10**6, 0)
@@ -194,7 +216,7 @@ def test_what_the_binding_refuses() -> None:
         _C.attention(16, 16, 16, 16, 0, "float16", call | {"head_dim": 80}, [], 0.125, 0, 0)
     with pytest.raises(ValueError, match="16 bytes"):
         _C.attention(16, 18, 16, 16, 0, "float16", call, [], 0.125, 0, 0)
-    with pytest.raises(ValueError, match="6 lists, or none"):
+    with pytest.raises(ValueError, match="6 lists with a counter, or none"):
         _C.attention(16, 16, 16, 16, 0, "float16", call, [16], 0.125, 0, 0)
     with pytest.raises(ValueError, match="given with tiles"):
         _C.attention(16, 16, 16, 16, 0, "float16", call | {"tiles": 1, "largest": 9}, [], 0.125, 0, 0)
@@ -207,7 +229,7 @@ def test_what_the_binding_of_8_bit_attention_refuses() -> None:
 
     call = {
         "batch": 1, "queries": 100, "keys": 200, "heads": 2, "head_dim": 64, "q_strides": (12800, 128, 64),
-        "k_strides": (25600, 128, 64), "v_strides": (25600, 128, 64), "tiles": 0, "largest": 0, "lists": 1,
+        "k_strides": (25600, 128, 64), "v_strides": (25600, 128, 64), "tiles": 0, "largest": 0, "lists": 1, "pairs": 0,
     }  # fmt: skip
     held, scales = [16, 16, 16], [16, 0, 16]
 

@@ -67,18 +67,20 @@ def softmax_beside_products(order: list[str]) -> int:
     around = [one for one in order if not one.endswith("exponentials") or int(one.split()[0]) > 2]
     first = next(i for i, one in enumerate(around) if one.endswith("products"))
     around = around[first:] + around[:first]  # an iteration may begin anywhere
-    assert [one.split()[-1] if one[0].isdigit() else one for one in around] == [
-        "products",
-        "wait 1",
-        "exponentials",
-        "wait 0",
-    ], order
-    return int(around[2].split()[0])
+    kinds = [one.split()[-1] if one[0].isdigit() else one for one in around]
+    kinds = [kind for kind, before in zip(kinds, ["", *kinds], strict=False) if kind != before]
+    assert kinds == ["products", "wait 1", "exponentials", "wait 0"], order
+    return int(around[-2].split()[0])
 
 
-ATTENTION = [(f"attention_kernel<{d}, {b}>", d // 16 + 8, 66) for d in (64, 128) for b in ("false", "true")]
+ATTENTION = [
+    (f"attention_kernel<{d}, {keys}, {b}>", (d + keys) // 16, keys // 2 + 2, keys // 16 + (2 if keys > 128 else 1))
+    for d, keys in ((64, 128), (128, 128), (128, 176))
+    for b in ("false", "true")
+]
+PAIRS = [(f"attention_pair_kernel<{b}>", 19, 90, 11) for b in ("false", "true")]
 EIGHT = [
-    (f"attention_eight_kernel<{d}, {i}, {b}>", d // 32 + 4, 67)
+    (f"attention_eight_kernel<{d}, {i}, {b}>", d // 32 + 4, 67, 9)
     for d in (64, 128)
     for i in ("false", "true")
     for b in ("false", "true")
@@ -87,14 +89,15 @@ EIGHT = [
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize(("name", "products", "exponentials"), ATTENTION + EIGHT)
+@pytest.mark.parametrize(("name", "products", "exponentials", "chain"), ATTENTION + PAIRS + EIGHT)
 def test_softmax_runs_beside_the_products_of_values(
-    name: str, products: int, exponentials: int, compiled: Callable[[str], Rows]
+    name: str, products: int, exponentials: int, chain: int, compiled: Callable[[str], Rows]
 ) -> None:
-    """64 scores of a thread and the scales of two rows; with 8 bits a scale of the step, wherever it comes."""
-    row = compiled("attention_eight.cu" if "eight" in name else "attention.cu")[name]
+    """64 or 88 scores of a thread and the scales of two rows; with 8 bits a scale of the step, wherever it comes."""
+    row = compiled(name.split("_kernel")[0] + ".cu")[name]
     assert softmax_beside_products(row["order"]) >= exponentials
     assert row["loop"]["products"] == products and "local memory" not in row["loop"]
+    assert row["chain of maxima"] <= chain  # one after the other, 64 scores would be 19
 
 
 @pytest.mark.slow
@@ -105,7 +108,7 @@ def test_without_the_second_wait_for_values_it_does_not(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     changed = tmp_path / "csrc" / mutation.file
     changed.write_text(mutate(changed.read_text(), mutation))
-    for file in ("attention.cu", "attention_eight.cu"):
+    for file in ("attention.cu", "attention_pair.cu", "attention_eight.cu"):
         cuda_resources.compile_file(file, tmp_path / "made.o", [machine_code.ARCH], tmp_path)
         for row in machine_code.rows_of(tmp_path / "made.o").values():
             with pytest.raises(AssertionError, match="wait 0"):
@@ -135,6 +138,17 @@ LISTING = """
 """
 
 
+CHAINS = """
+        /*0000*/                   FMNMX R4, R5, R6, !PT ;
+        /*0010*/                   FMNMX R7, R8, R9, !PT ;
+        /*0020*/                   UMOV UR4, URZ ;
+        /*0030*/                   FMNMX R4, R4, R7, !PT ;
+        /*0040*/                   FMNMX.FTZ R10, R4.reuse, R11, !PT ;
+        /*0050*/                   SHFL.BFLY PT, R12, R10, 0x2, 0x1f ;
+        /*0060*/                   FMNMX R12, R12, R5, !PT ;
+"""
+
+
 def test_a_listing_is_read() -> None:
     """The main loop has the piece that lies behind the end, in the order in which it runs."""
     code = sass.parse(LISTING)
@@ -145,6 +159,7 @@ def test_a_listing_is_read() -> None:
     assert sass.count(loop) == {
         "products": 2, "exponentials": 1, "waits for products": 1, "waits for barriers": 2, "all": 11,
     }  # fmt: skip
+    assert sass.chain(sass.parse(CHAINS), "FMNMX") == 3
     assert sass.registers(code) == 31 and sass.registers(loop) == 25
     assert [one.at for one in sass.reached(code, 9)] == [one.at for one in code if one.at not in (0x0, 0xF0)]
 
@@ -152,6 +167,8 @@ def test_a_listing_is_read() -> None:
 def test_the_order_that_is_looked_for() -> None:
     assert softmax_beside_products(["16 products", "wait 1", "66 exponentials", "wait 0"]) == 66
     assert softmax_beside_products(["1 exponentials", "6 products", "wait 1", "67 exponentials", "wait 0"]) == 67
+    split = ["3 products", "1 exponentials", "5 products", "wait 1", "67 exponentials", "wait 0"]
+    assert softmax_beside_products(split) == 67
     assert softmax_beside_products(["wait 0", "6 products", "wait 1", "67 exponentials"]) == 67
     for wrong in (
         ["16 products", "wait 1", "wait 0", "66 exponentials"],

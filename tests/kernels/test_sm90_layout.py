@@ -55,6 +55,11 @@ SECOND_ROWS = 0x200  # rows 64 to 127 of a left matrix
 PANELS = {64: 0x4000004000000000, 128: 0x4000004004000000}
 PANEL_STEPS = (0x0, 0x80, 0x100, 0x180, 0x200, 0x280, 0x300, 0x380)
 LEADING = 0x3FFF << 16
+# Of 176 keys, not printed by CuTe but by its rule: panels of 64 columns lie 176 * 128 bytes apart, 0x580 sixteens.
+WIDE_STEPS = (0x0, 0x2, 0x4, 0x6, 0x580, 0x582, 0x584, 0x586)
+WIDE_PANELS = {128: 0x4000004005800000}
+WIDE_PANEL_STEPS = (*PANEL_STEPS, 0x400, 0x480, 0x500)
+OF_KEYS = {128: (STEPS[128], PANELS, PANEL_STEPS), 176: (WIDE_STEPS, WIDE_PANELS, WIDE_PANEL_STEPS)}
 
 # (thread, value) -> row + 64 * column of m64nNk16: the accumulators, and a left matrix in registers.
 ACCUMULATORS = "((4,8,4),(2,2,{eights})):((128,1,16),(64,8,512))"
@@ -144,29 +149,30 @@ def test_layouts_are_read_as_cute_reads_them() -> None:
 # The kernels
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("keys", "head_dim"), [(128, 64), (128, 128), (176, 128)])
 @pytest.mark.parametrize("group", [0, 1])
-def test_attention_multiplies_what_cute_would(head_dim: int, group: int) -> None:
-    lib, tile = library(), 128 * head_dim * 2
-    stages = lib.probe_attention_stages(head_dim, 2)
+def test_attention_multiplies_what_cute_would(keys: int, head_dim: int, group: int) -> None:
+    lib, tile, before = library(), keys * head_dim * 2, 128 * head_dim * 2
+    stages, (key_steps, panels, panel_steps) = lib.probe_attention_stages(keys, head_dim, 2), OF_KEYS[keys]
     for stage in range(stages):
-        base = 1024 * chance.randint(0, (2**18 - (1 + 2 * stages) * tile) // 1024 - 1)
-        queries, keys = ROWS + base // 16 + group * SECOND_ROWS, ROWS + (base + (1 + stage) * tile) // 16
-        wanted = [(queries + step, keys + step, int(i > 0)) for i, step in enumerate(STEPS[head_dim])]
-        assert told(lib.probe_attention, head_dim, 0, group, stage, base) == [*itertools.chain(*wanted)]
+        base = 1024 * chance.randint(0, (2**18 - before - 2 * stages * tile) // 1024 - 1)
+        queries, first = ROWS + base // 16 + group * SECOND_ROWS, ROWS + (base + before + stage * tile) // 16
+        pairs = zip(STEPS[head_dim], key_steps, strict=False)
+        wanted = [(queries + step, first + key_step, int(i > 0)) for i, (step, key_step) in enumerate(pairs)]
+        assert told(lib.probe_attention, keys, head_dim, 0, group, stage, base) == [*itertools.chain(*wanted)]
 
-        values = PANELS[head_dim] + (base + (1 + stages + stage) * tile) // 16
-        made = told(lib.probe_attention, head_dim, 1, group, stage, base)
-        assert made[::2] == list(range(len(PANEL_STEPS)))
+        values = panels[head_dim] + (base + before + (stages + stage) * tile) // 16
+        made = told(lib.probe_attention, keys, head_dim, 1, group, stage, base)
+        assert made[::2] == list(range(keys // 16))
         unread = LEADING if head_dim == 64 else 0  # of one panel
-        assert [one & ~unread for one in made[1::2]] == [values + step for step in PANEL_STEPS]
+        assert [one & ~unread for one in made[1::2]] == [values + step for step in panel_steps]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("group", [0, 1])
 def test_attention_in_8_bits_multiplies_what_cute_would(head_dim: int, group: int) -> None:
     lib, tile = library(), 128 * head_dim
-    stages = lib.probe_attention_stages(head_dim, 1)
+    stages = lib.probe_attention_stages(128, head_dim, 1)
     for stage in range(stages):
         base = 1024 * chance.randint(0, (2**18 - (1 + 2 * stages) * tile) // 1024 - 1)
         queries = ROWS8[head_dim] + base // 16 + group * SECOND_ROWS8[head_dim]
@@ -204,10 +210,10 @@ def test_pixels_lie_as_a_left_matrix(group: int, tile_w: int) -> None:
 
 def test_weights_lie_as_a_left_matrix() -> None:
     """Registers of a step of 16 keys: which score each half of them holds."""
-    scores, weights = numbered(16), np.zeros((128, 32), np.uint32)
+    scores, weights = numbered(22), np.zeros((128, 44), np.uint32)
     library().probe_weights(scores.ctypes, weights.ctypes)
-    threads, steps, values = np.ogrid[:128, :8, :8]
-    assert np.array_equal(weights.view(np.uint16).reshape(128, 8, 8), place(LEFT, threads, values) + 64 * 16 * steps)
+    threads, steps, values = np.ogrid[:128, :11, :8]
+    assert np.array_equal(weights.view(np.uint16).reshape(128, 11, 8), place(LEFT, threads, values) + 64 * 16 * steps)
 
 
 def test_weights_of_8_bits_meet_their_keys() -> None:
