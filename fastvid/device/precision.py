@@ -105,6 +105,21 @@ class _Process:
             self._undo.pop()()
 
 
+def settings() -> dict[str, Any]:
+    """The settings of torch that a call of an operation leaves as they are, by name."""
+    found = {f"{library} {kind} precision": _precision_of(library, kind) for library, kind in PRECISIONS}
+    found |= {f"{type(owner).__name__}.{name}": getattr(owner, name) for owner, name, _ in SWITCHES}
+    found |= {f"{kind} attention": getattr(_CUDA, f"{kind}_sdp_enabled")() for kind in ATTENTION_KERNELS}
+    found |= {f"autocast on {kind}": torch.is_autocast_enabled(kind) for kind in DEVICE_TYPES}
+    return found | {
+        "deterministic algorithms": torch.get_deterministic_debug_mode(),
+        "default dtype": torch.get_default_dtype(),
+        "number of threads": torch.get_num_threads(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+    }
+
+
 def _own_switches() -> list[Undo]:
     """Sets the process's switches for a pipeline; returns what sets them back."""
     undo = [_ieee()]

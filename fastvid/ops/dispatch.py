@@ -40,7 +40,7 @@ from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
 from fastvid.ops import choices, compiled, libraries, linear_library, rgb, solver_step, transformer, tuned, vae_gpu
 from fastvid.ops.choices import Choice, Function, Row
-from fastvid.ops.sources import source_hash
+from fastvid.ops.sources import file_of, source_hash
 
 NAMES = ("library", "reference", "triton", "cuda")
 EIGHT = ("cuda_fp8", "cuda_int8")
@@ -155,6 +155,7 @@ def _counts(row: Row, functions: Mapping[str, Function], device: torch.device) -
     return (
         row["backend"] in functions
         and row["backend"] not in APPROXIMATE
+        and row["file"] == file_of(row["op"], row["backend"], row["shape_class"])  # not another kernel's
         and row["source"] == source_hash(row["backend"], row["file"])
         and not why_not(row["backend"], device)
         and not lacks(functions[row["backend"]], device)

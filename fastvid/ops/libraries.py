@@ -14,7 +14,7 @@ def default(op: str, device: torch.device) -> tuple[str, str]:
 
         attention                 "library", which decides for each call (`attention.library`): cuDNN, aten's flash
                                   operator, aten's efficient one; on AMD's GPUs "sdpa", PyTorch's own choice
-        convolutions of VAEs      "channels_last" where they have it: cuDNN
+        convolutions of VAEs      "channels_last" where they have it: cuDNN, or MIOpen on AMD's GPUs
         chains of passes over     "compiled": torch.compile, where Triton is installed
         memory
         the rest                  "reference", which is a library's product: patch_embed, linear
@@ -24,7 +24,7 @@ def default(op: str, device: torch.device) -> tuple[str, str]:
     if device.type != "cuda":
         return "reference", device.type
     if "channels_last" in vae_gpu.BACKENDS.get(op, ()):
-        return "channels_last", "cuDNN, channels-last"
+        return "channels_last", f"{_convolutions()}, channels-last"
     if op not in compiled.BACKENDS:
         return "reference", "PyTorch's libraries"
     reason = compiling.why_not(device)
@@ -38,3 +38,10 @@ def _attention(device: torch.device) -> tuple[str, str]:
     if "cudnn" in names:
         return "library", f"cuDNN {attention_library.cudnn_version()}, else aten's flash or efficient kernel"
     return "library", "aten's flash kernel, else its efficient one"
+
+
+def _convolutions() -> str:
+    """Whose convolutions PyTorch calls."""
+    if torch.version.hip is not None:
+        return "MIOpen"
+    return "PyTorch's own" if torch.backends.cudnn.version() is None else f"cuDNN {attention_library.cudnn_version()}"

@@ -125,8 +125,8 @@ def _kernel_hash(file: str) -> str | None:
     spec = importlib.util.find_spec("fastvid.kernels")
     folders = spec.submodule_search_locations if spec else None
     folder = Path(folders[0]) if folders else None
-    if not file or folder is None or not (folder / file).is_file():
-        return None
+    if not file or Path(file).name != file or folder is None or not (folder / file).is_file():
+        return None  # a row's file may be anything, such as a path that leads out of the folder
     names = sorted(kernel_files(file, folder))
     return _digest([f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}" for name in names])
 

@@ -167,10 +167,13 @@ def _check_row(row: Any) -> None:
     times = row["times_us"]
     if not isinstance(times, dict) or not all(_is_text(name) and _is_time(us) for name, us in times.items()):
         raise ValueError("times_us is not an object of times")
-    if times.get(row["backend"]) != row["median_us"] or (row["next"] and times.get(row["next"]) != row["next_us"]):
-        raise ValueError("median_us or next_us is not in times_us")
-    if not row["next"] and (row["next"], row["next_us"]) != (None, None):
-        raise ValueError("next is neither a name nor null")
+    best, following = row["backend"], row["next"]
+    if best not in times or times[best] != row["median_us"]:
+        raise ValueError("median_us is not the back end's time in times_us")
+    if following is None and row["next_us"] is None:
+        return
+    if not isinstance(following, str) or following not in times or times[following] != row["next_us"]:
+        raise ValueError("next and next_us are neither a back end and its time in times_us nor null")
 
 
 def _check_rejected(row: Any) -> None:

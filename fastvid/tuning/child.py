@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 import torch
 
-from fastvid.device.precision import computing
+from fastvid.device.precision import computing, settings
 from fastvid.errors import BackendUnavailable
 from fastvid.ops import libraries, tuned
 from fastvid.ops.sources import file_of, source_hash
@@ -37,7 +37,7 @@ LEAST = 0.05  # seconds of timing a class
 LONGEST = 0.34  # share of the time that is left, which checks and timing of a class may be expected to take
 GAIN = 1.02  # by which another back end has to be faster than the default
 CALLS = 10  # of each back end, that a class needs at least
-STICKY = 3  # exit status after an error that the device does not recover from
+STICKY = 3  # exit status after an error that the device does not recover from, or changed settings
 Function = Callable[..., Any]
 
 
@@ -155,13 +155,14 @@ def expected_seconds(call: Call, few: check.Case, device: torch.device) -> float
 
 def _passes(job: Job, call: Call, name: str, function: Function, cases: list[check.Case], expected: float) -> bool:
     job.at(call, name, "checking", more=CALLS * expected)
-    why, spoiled = None, False
+    why, spoiled, before = None, False, settings()
     try:
         for case in cases:
             with _named(case.name):
                 check.check(call.op, function, case)
         if call.op == "attention":
             check.check_empty_lists(function, cases[0].given)
+        check.check_other_values(call.op, function, cases[0])
         _wait(job.device)
     except check.Wrong as error:
         why, spoiled = str(error), isinstance(error, check.Spoiled)
@@ -172,6 +173,9 @@ def _passes(job: Job, call: Call, name: str, function: Function, cases: list[che
         if _is_broken(job.device):
             job.say(rejected=_rejection(call, name, why))
             sys.exit(STICKY)
+    if changed := [setting for setting, value in settings().items() if value != before[setting]]:
+        job.say(rejected=_rejection(call, name, f"it changes torch's {', '.join(changed)}"))
+        sys.exit(STICKY)  # the others are checked with the settings as they were
     if why is None:
         job.say(right=[*call.name, name])
         return True

@@ -132,6 +132,16 @@ def copied(given: Given) -> Given:
     return {name: copy(value) for name, value in given.items()}
 
 
+def change(given: Given) -> None:
+    """Puts other values into the same memory, but for angles, indices and what says how a step goes."""
+    for name, value in given.items():
+        if name in ("cos", "sin", "sigma", "weights"):
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, Tensor) and one.is_floating_point():
+                one.mul_(-0.75)
+
+
 def poison(size: int, device: torch.device) -> None:
     """Fills memory that the next call will probably get with NaN, so that what a kernel does not write shows."""
     with contextlib.suppress(RuntimeError):  # no memory: then there is none to fill

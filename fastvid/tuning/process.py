@@ -95,7 +95,8 @@ class Child:
         if limit is not None:
             return Fault(at, backend, f"it hung: nothing came of it in {limit:.0f} s", since)
         status = self._process.wait()
-        how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
+        names = {one.value: one.name for one in signal.Signals}  # real-time signals have none
+        how = f"exit status {status}" if status >= 0 else names.get(-status, f"signal {-status}")
         lines = self._errors.read_bytes().decode(errors="replace").strip().splitlines()
         said = f": {lines[-1][:TOLD]}" if lines else ""
         plain = "".join(c if c.isprintable() else " " for c in f"it crashed ({how}){said}")

@@ -32,7 +32,11 @@ def truth(op: str, given: Given) -> Outputs:
 
 
 def outputs(out: Any) -> Outputs:
-    return (out,) if isinstance(out, Tensor) else tuple(out)
+    """Raises TypeError unless it is a tensor, or several in a tuple or list."""
+    outs = tuple(out) if isinstance(out, tuple | list) else (out,)
+    if not all(isinstance(one, Tensor) for one in outs):
+        raise TypeError(f"its result is {type(out).__name__}, not a tensor or several")
+    return outs
 
 
 def _dtype_of(given: Given) -> torch.dtype:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastvid.errors import BackendUnavailable, InvalidRequest
-from fastvid.ops import attention, choices, dispatch, reference, rgb, shapes, sparse, tuned
+from fastvid.ops import attention, choices, dispatch, reference, rgb, shapes, sources, sparse, tuned
 
 FRAMES = torch.rand(3, 5, 4, 4)
 CLASS = shapes.shape_class("to_rgb", (FRAMES,), {})
@@ -171,6 +171,13 @@ def test_auto_leaves_a_kernel_that_was_verified_as_something_else(
     assert dispatch.bind(verified=[row(**change)]).bound["to_rgb"] == "reference"
 
 
+def test_a_row_of_another_kernel_s_file_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device: None)
+    assert dispatch.bind(verified=[row()]).bound["to_rgb"] != "reference"
+    other = {"file": "head.py", "source": dispatch.source_hash("triton", "head.py")}
+    assert dispatch.bind(verified=[row(**other)]).bound["to_rgb"] == "reference"
+
+
 @pytest.mark.parametrize("name", dispatch.APPROXIMATE)
 def test_auto_never_takes_an_approximation(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(dispatch, "why_not", lambda backend, device: None)
@@ -178,10 +185,14 @@ def test_auto_never_takes_an_approximation(monkeypatch: pytest.MonkeyPatch, name
     monkeypatch.setattr(dispatch, "source_hash", lambda backend, file: "same")
     q = torch.randn(1, 4, 2, 8)
     dense = shapes.shape_class("attention", (q, q, q), {})
-    made = row(op="attention", backend=name, shape_class=dense, file="", source="same")
+
+    def made(backend: str) -> dict[str, Any]:
+        file = sources.file_of("attention", backend, dense)
+        return row(op="attention", backend=backend, shape_class=dense, file=file, source="same")
+
     assert name in attention.BACKENDS
-    assert dispatch.bind(verified=[made]).bound["attention"] == "sdpa"
-    assert dispatch.bind(verified=[made | {"backend": "cuda"}]).bound["attention"] != "sdpa"
+    assert dispatch.bind(verified=[made(name)]).bound["attention"] == "sdpa"
+    assert dispatch.bind(verified=[made("cuda")]).bound["attention"] != "sdpa"
 
 
 @pytest.fixture

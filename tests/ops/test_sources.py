@@ -66,6 +66,11 @@ def test_what_is_not_there_has_no_hash() -> None:
     assert sources.source_hash("cuda", "gone.cu") is None
 
 
+def test_no_file_elsewhere_is_read() -> None:
+    for name in ("../kernels/rgb.py", "/etc/passwd", "../../../etc/passwd", ".", "rgb.py+../version.py"):
+        assert sources.source_hash("triton", name) is None
+
+
 def test_a_cuda_file_has_the_hash_that_was_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
     built = types.ModuleType("fastvid._C")
     built.SOURCE_HASHES = {"attention.cu": "a" * 64, "conv.cu": "b" * 64, "vae_norm.cu": "c" * 64}

@@ -126,6 +126,10 @@ BAD_ROWS: dict[str, dict[str, Any]] = {
     "long": {"source": "x" * 1000},
     "another entry": {"surprise": 1},
     "times of others": {"times_us": {"reference": 20.0}},
+    "no time": {"median_us": None, "times_us": {}, "next": None, "next_us": None},
+    "next is a list": {"next": [1]},
+    "next is a number": {"next": 5, "next_us": None},
+    "next without a time": {"next": "ghost", "next_us": None},
 }
 
 

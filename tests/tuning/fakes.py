@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastvid.ops import dispatch, reference
 
 OP = "rms_norm"
 CALLS = {"number": 0}
+KEPT: dict[object, tuple[Tensor, Tensor]] = {}
 
 
 def right(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -94,8 +96,42 @@ def sleeping(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return reference.rms_norm(x, weight, eps)
 
 
+def keeping(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Right, but a weight that was written to counts as it was at first."""
+    kept, _ = KEPT.setdefault(("weight", weight.data_ptr()), (weight.clone(), weight))
+    return reference.rms_norm(x, kept, eps)
+
+
+def sharing(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Right, but all results of a shape are in the same memory."""
+    out = reference.rms_norm(x, weight, eps)
+    shared, _ = KEPT.setdefault(tuple(out.shape), (out, out))
+    return shared.copy_(out)
+
+
+def faint(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Right, but for a row that no sample looks at, and that hardly shows in the error of all."""
+    out = reference.rms_norm(x, weight, eps)
+    if out.shape[-2] > 300:
+        out[..., 301, :] *= 1.0005
+    return out
+
+
+def setting(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Right, but it leaves torch with another default."""
+    torch.set_default_dtype(torch.float64)
+    return reference.rms_norm(x, weight, eps)
+
+
+def signalling(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Ends by a signal without a name."""
+    os.kill(os.getpid(), signal.SIGRTMIN + 3)
+    return x
+
+
 FAKES = {one.__name__: one for one in (right, off, tail, middle, fickle, scribbling, overflowing, refusing)}
 FAKES |= {one.__name__: one for one in (hanging, slow_to_hang, aborting, faulting, sleeping)}
+FAKES |= {one.__name__: one for one in (keeping, sharing, faint, setting, signalling)}
 
 
 def install(names: Sequence[str], patch: Callable[[object, str, Any], None] = setattr) -> None:

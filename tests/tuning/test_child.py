@@ -51,7 +51,10 @@ def test_the_fastest_right_one_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     tuned._check_row(row)
 
 
-@pytest.mark.parametrize("name", ["off", "tail", "middle", "fickle", "scribbling", "overflowing", "refusing"])
+WRONG = ["off", "tail", "middle", "faint", "fickle", "scribbling", "overflowing", "refusing", "keeping", "sharing"]
+
+
+@pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_one_is_told_and_never_chosen(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     messages = run(monkeypatch, tmp_path, [name, "right"], seconds=0.3)
     (rejected,) = of(messages, "rejected")
@@ -59,6 +62,19 @@ def test_a_wrong_one_is_told_and_never_chosen(name: str, monkeypatch: pytest.Mon
     tuned._check_rejected(rejected)
     (row,) = of(messages, "row")
     assert set(row["times_us"]) == {"reference", "right"}
+
+
+def test_one_that_changes_a_setting_is_told_and_the_child_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before, told = torch.get_default_dtype(), list[dict[str, Any]]()
+    monkeypatch.setattr(child.Job, "say", lambda job, **message: told.append(message))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, tmp_path, ["setting", "right"], seconds=0.3)
+    finally:
+        torch.set_default_dtype(before)
+    (rejected,) = of(told, "rejected")
+    assert rejected["backend"] == "setting" and rejected["why"] == "it changes torch's default dtype"
+    assert ended.value.code == child.STICKY
 
 
 def test_before_each_piece_it_says_what_comes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -73,7 +73,13 @@ def test_what_is_right_gets_a_row_in_the_table(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("hanging", "it hung: nothing came of it in"), ("aborting", "SIGABRT"), ("faulting", "SIGSEGV")],
+    [
+        ("hanging", "it hung: nothing came of it in"),
+        ("aborting", "SIGABRT"),
+        ("faulting", "SIGSEGV"),
+        ("signalling", "signal "),
+        ("setting", "it changes torch's default dtype"),
+    ],
 )
 def test_a_kernel_that_hangs_or_crashes_costs_itself_alone(
     name: str, why: str, monkeypatch: pytest.MonkeyPatch, cache: Path
