@@ -127,8 +127,10 @@ def families_of(only: str | Iterable[str] | None) -> tuple[str, ...]:
     """The families that `only` names; all of them by default."""
     if only is None:
         return tuple(FAMILIES)
-    names = [part.strip() for part in only.split(",")] if isinstance(only, str) else list(only)
-    chosen = {checks.one_of(FAMILIES)("only", name) for name in names}
+    names = only.split(",") if isinstance(only, str) else list(only) if isinstance(only, Iterable) else [only]
+    chosen = {checks.one_of(FAMILIES)("only", name.strip() if isinstance(name, str) else name) for name in names}
+    if not chosen:
+        raise InvalidRequest(f"only names no family; give some of {', '.join(FAMILIES)}, or leave it out")
     return tuple(family for family in FAMILIES if family in chosen)
 
 
@@ -180,6 +182,8 @@ def check_export(export: str | os.PathLike[str]) -> Path:
         raise InvalidRequest(
             f"export: {path} cannot be written; give a file in a folder that is there, such as tune.json"
         )
+    if path.resolve().parent == tuned.folder().resolve():
+        raise InvalidRequest(f"export: {path} is where the tables are; give a file elsewhere, such as tune.json")
     return path
 
 

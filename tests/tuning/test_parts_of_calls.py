@@ -116,5 +116,6 @@ def test_one_triton_kernel(op: str, found: dict[str, Call], monkeypatch: pytest.
     function, cases = dispatch.implementations()[op]["triton"], check.small_cases(found[op], CPU)
     for case in cases:
         check.check(op, function, case)
+    check.check_other_values(op, function, cases[0])
     if op == "attention":
         check.check_empty_lists(function, cases[0].given)

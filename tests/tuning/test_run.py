@@ -167,6 +167,8 @@ def test_nothing_is_measured_where_the_table_is_refused(monkeypatch: pytest.Monk
     [
         ({"only": "attenion"}, "the nearest is attention"),
         ({"only": ["rgb", "vae"]}, "only='vae'"),
+        ({"only": []}, "names no family"),
+        ({"only": 5}, "only=5"),
         ({"budget": 0}, "budget=0"),
         ({"budget": float("nan")}, "budget=nan"),
         ({"frames": 17}, "give model too"),
@@ -183,6 +185,11 @@ def test_bad_arguments_are_refused_before_anything_is_done(given: dict[str, Any]
     with pytest.raises(InvalidRequest, match=message.replace("(", r"\(")):
         tuning.tune(**{"device": "cpu"} | given)
     assert not tuned.folder().exists()
+
+
+def test_an_export_does_not_go_over_a_table() -> None:
+    with pytest.raises(InvalidRequest, match="where the tables are"):
+        tuning.tune(export=tuned.write(CPU, []))
 
 
 def test_a_cpu_is_tuned_for_the_embedded_model_and_a_gpu_for_the_published_ones() -> None:
