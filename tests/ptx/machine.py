@@ -67,6 +67,7 @@ class Warp:
         self.registers = block.launch_registers
         self.fenced: list[NDArray] | None = None
         self.products: list[list[Asked]] = [[]]  # groups of them, the last one not committed
+        self.arrivals = 0  # at the cluster's barrier
         self.place = 0  # among the warpgroup's instructions
         self.stores: dict[int, list[list[Store]]] = {}  # of a lane: groups of bulk stores
 
@@ -174,7 +175,7 @@ class Block:
         warps = -(-self.threads // 32)
         self.warpgroups = [Warpgroup(self, i) for i in range(-(-warps // 4))]
         self.warps: list[Warp] = []
-        self.cluster_arrivals: list[int] = []
+        self.cluster_arrivals = 0  # of warps of all peers, counted by the first block
 
     def alive(self) -> int:
         """Threads of warps that have not ended."""

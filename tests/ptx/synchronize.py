@@ -82,16 +82,16 @@ def cluster_barrier(opcode: tuple[str, ...]) -> Op:
 
     def arrive(warp: Warp) -> None:
         if warp.whole():
-            warp.block.peers[0].cluster_arrivals.append(warp.index)
-            warp.arrivals = getattr(warp, "arrivals", 0) + 1  # type: ignore[attr-defined]
+            warp.block.peers[0].cluster_arrivals += 1
+            warp.arrivals += 1
 
     def wait(warp: Warp) -> None:
         if not warp.whole():
             return
         first = warp.block.peers[0]
-        wanted = warp.arrivals * sum(len(block.warps) for block in warp.block.peers)  # type: ignore[attr-defined]
-        if len(first.cluster_arrivals) < wanted:
-            warp.wait(lambda: len(first.cluster_arrivals) >= wanted)
+        wanted = warp.arrivals * sum(len(block.warps) for block in warp.block.peers)
+        if first.cluster_arrivals < wanted:
+            warp.wait(lambda: first.cluster_arrivals >= wanted)
 
     return arrive if "arrive" in opcode else wait
 

@@ -31,14 +31,21 @@ add.s64 %d1, %d1, %d2;
 """
 
 
-def run(code: str, given: Tensor | None = None, threads: int = 32, seed: int = 0, tensor: Map | None = None) -> Tensor:
-    """int32 [threads], what the threads store at [%d0]; [%d1] is their own value of `given`."""
-    out = torch.full((threads,), -7, dtype=torch.int32)
+def run(
+    code: str,
+    given: Tensor | None = None,
+    threads: int = 32,
+    seed: int = 0,
+    tensor: Map | None = None,
+    cluster: int = 1,
+) -> Tensor:
+    """int32 [threads], what the threads of each block store at [%d0]; [%d1] is their own value of `given`."""
+    out = torch.full((threads * cluster,), -7, dtype=torch.int32)
     given = torch.zeros(threads, dtype=torch.int32) if given is None else given
     kernel = parse(HEADER + code + "\nret;\n}", "kernel")
     params = struct.pack("<QQ", out.data_ptr(), given.data_ptr()).ljust(64, b"\0")
     params += tensor.encode() if tensor else bytes(128)
-    launch = Launch(kernel, (1, 1, 1), (threads, 1, 1), 8192, params)
+    launch = Launch(kernel, (cluster, 1, 1), (threads, 1, 1), 8192, params, cluster)
     Machine(launch, Global([out, given]), seed).run()
     return out
 
@@ -299,6 +306,61 @@ def test_more_arrivals_than_a_phase_has() -> None:
     """
     with pytest.raises(Fault, match="more arrivals"):
         run(code, threads=64)
+
+
+# Clusters
+
+SHARED_BY_TWO = """
+mov.u32 %r10, %cluster_ctarank;
+mul.wide.u32 %d5, %r10, 256;
+add.s64 %d0, %d0, %d5;
+mov.u32 %r1, memory;
+add.s32 %r2, %r1, 1024;
+add.s32 %r5, %r1, 8;
+mapa.shared::cluster.u32 %r6, %r5, 0;
+mov.b64 %d4, map;
+cvta.param.u64 %d4, %d4;
+setp.ne.s32 %p1, %r0, 0;
+@%p1 bra MEET;
+mbarrier.init.shared::cta.b64 [%r1], 1;
+mbarrier.init.shared::cta.b64 [%r5], 2;
+mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 256;
+MEET:
+bar.sync 0;
+barrier.cluster.arrive.release.aligned;
+barrier.cluster.wait.acquire.aligned;
+or.b32 %r7, %r10, %r0;
+setp.eq.s32 %p2, %r7, 0;
+mov.u32 %r8, 0;
+mov.u16 %h1, {mask};
+@%p2 cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%r2], [%d4, {{%r8, %r8}}], [%r1], %h1;
+@!%p1 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r6];
+{wait}
+setp.ne.s32 %p3, %r10, 0;
+@%p3 bra LOAD;
+{both}
+LOAD:
+shl.b32 %r3, %r0, 2;
+add.s32 %r3, %r3, %r2;
+ld.shared.u32 %r4, [%r3];
+st.global.u32 [%d0], %r4;
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("mask", (3, 1))
+def test_a_load_for_two_blocks(mask: int) -> None:
+    """Both find it, if both are named; the first waits until both have arrived at its own barrier."""
+    source = torch.arange(120, dtype=torch.int32)
+    tensor = Map(source.data_ptr(), 4, 0, (20, 6), (80,), (16, 4), (1, 1))
+    both = WAIT.replace("%r1", "%r5").replace("WAIT", "BOTH")
+    code = SHARED_BY_TWO.format(mask=mask, wait=WAIT, both=both)
+    for seed in range(4):
+        if mask == 3:
+            made = run(code, source, 64, seed, tensor, cluster=2).view(2, 64).tolist()
+            assert made == [source.view(6, 20)[:4, :16].flatten().tolist()] * 2
+        else:
+            with pytest.raises(Fault, match="wait for ever"):
+                run(code, source, 64, seed, tensor, cluster=2)
 
 
 # Registers
