@@ -16,11 +16,12 @@ from fastvid.ops.vae_kernels import call_of
 
 @dataclass(frozen=True)
 class How:
-    """seed: of the schedule. processors: of the device, at most as many blocks as which attention has. text: PTX in the
-    place of what nvcc made."""
+    """seed: of the schedule. processors: of the device, at most as many blocks as which attention has. pairs: attention
+    by pairs of blocks. text: PTX in the place of what nvcc made."""
 
     seed: int = 0
     processors: int = 132
+    pairs: bool = False
     text: str = ""
 
 
@@ -56,6 +57,7 @@ def attention(
     how: How = PLAIN,
 ) -> None:
     call, walked = prepare(q, k, v, blocks, [] if blocks is None else exact_steps(q, blocks))
+    call["pairs"] = int(how.pairs)
     tensors = [q, k, v, out, lse]
     given = (*addresses(tensors), dtype_of(q), call, addresses(walked), scale_of(q, scale), *WHERE)
     run(lambda c: c.attention(*given), [*tensors, *walked], how)

@@ -123,6 +123,8 @@ def mbarrier(kernel: Kernel, instruction: Instruction) -> Op:
         addresses, numbers = at(warp), number(warp.r) if number else np.ones(32, np.uint32)
         for lane in np.flatnonzero(warp.mask):
             block, address = tma.owner(warp.block, int(addresses[lane]))
+            if not block.alive():
+                raise Fault(f"{warp.where()}: a barrier of a block that has ended")
             act[action](block, address, int(numbers[lane]), warp.where())
 
     return op

@@ -19,7 +19,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(NVCC is None or not find_spec("setuptools"), reason="no nvcc, or no setuptools"),
 ]
-CHAOS = "more arrivals|wait for ever|overwrites|comes twice"
+CHAOS = "more arrivals|wait for ever|overwrites|comes twice|has ended"
+ENDED = "there is no barrier|has ended"
 BY_DESCRIPTORS = r"(mma_async[^;]*\}), (%rd\d+), (%rd\d+), p"
 BY_REGISTERS = r"(mma_async[^;]*\}, \{)(%r\d+), (%r\d+), (%r\d+), (%r\d+)\}"
 NO_WAIT = {"pattern": r"mbarrier\.try_wait[^;]*;\s*selp\.u32 (%r\d+), 1, 0, p;", "replacement": r"mov.u32 \1, 1;"}
@@ -64,6 +65,22 @@ def test_in_attention(mistake: Mistake) -> None:
     """Five steps, on four stages."""
     how = How(text=mutated(mistake, "attention", "attention_kernelILi64E"))
     is_caught(mistake, lambda seed: attention_is_right((128, 640, 1, 64), replace(how, seed=seed)), seeds=6)
+
+
+MEETING = r"barrier\.cluster\.arrive\S*;\s*barrier\.cluster\.wait\S*;"
+PAIRS = (
+    Mistake("blocks do not meet at first", MEETING, "", fault=ENDED),
+    Mistake("blocks do not meet at last", MEETING, "", 0, PRODUCER, ENDED),
+    Mistake("stages given back to one block", r"(mapa\S*\s+\S+ %r\d+), %r\d+;", r"\1, 0;", 0, fault=CHAOS, wrong=True),
+    Mistake("loads into one block", r"(multicast[^;]*), %rs\d+;", r"\1, 1;", 0, fault=CHAOS, wrong=True),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", PAIRS, ids=str)
+def test_in_pairs_of_blocks(mistake: Mistake) -> None:
+    """Four steps, on fewer stages."""
+    how = How(text=mutated(mistake, "attention_pair", "attention_pair_kernel"), pairs=True)
+    is_caught(mistake, lambda seed: attention_is_right((256, 600, 1, 128), replace(how, seed=seed)), seeds=8)
 
 
 ROW64, ROW128 = (eights << 32 | 1 << 16 | mode << 62 for eights, mode in ((32, 2), (64, 1)))  # in descriptors

@@ -123,6 +123,13 @@ def test_attention_goes_round_its_rings(sizes: tuple[int, int, int, int], proces
     check(*given, made)
 
 
+@pytest.mark.parametrize("sizes", ((256, 176, 1, 128), (250, 400, 1, 128), (512, 900, 1, 128)))
+def test_attention_by_pairs_of_blocks(sizes: tuple[int, int, int, int]) -> None:
+    for seed in range(2):
+        given, made, _ = attend(sizes, BF16, How(seed, processors=2 + seed, pairs=True))
+        check(*given, made)
+
+
 @pytest.mark.parametrize(("head_dim", "lists"), ((64, 1), (128, 2)))
 def test_attention_by_lists(head_dim: int, lists: int) -> None:
     given, made, blocks = attend((270, 370, 2, head_dim), BF16, How(2, 3), lists)

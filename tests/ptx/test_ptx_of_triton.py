@@ -79,7 +79,7 @@ def test_products(case: Case) -> None:
 
 CONSTANT = 1 << 62 | 1024 // 16 << 32  # or-ed to the addresses in descriptors
 PRODUCT = r"(wgmma\.mma_async[^;]*\}), (%rd\d+), (%rd\d+), (%p\d+), (-?\d), (-?\d), (\d), (\d);"
-CHAOS = "there is no barrier|more arrivals|wait for ever"
+CHAOS = "there is no barrier|more arrivals|wait for ever|has ended"
 MISTAKES = (
     Mistake("operands swapped", PRODUCT, r"\1, \3, \2, \4, \5, \6, \7, \8;"),
     Mistake("one of A's signs", PRODUCT, r"\1, \2, \3, \4, -1, \6, \7, \8;"),

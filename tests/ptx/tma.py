@@ -105,6 +105,8 @@ class Load:
 
     def land(self, block: Block) -> None:
         inside, addresses, shared = places(self.tensor, self.first, self.to)
+        if not block.alive():
+            raise Fault(f"{self.what}: lands in a block that has ended")
         values = np.zeros(len(inside), {1: np.uint8, 2: np.uint16, 4: np.uint32}[self.tensor.size])
         values[inside] = block.machine.memory.load(addresses[inside].astype(np.uint64), values.itemsize, self.what)
         if any(self.to <= at < self.to + values.nbytes for at in block.mbarriers):
