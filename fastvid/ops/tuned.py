@@ -133,17 +133,23 @@ def check_folder(path: Path) -> None:
             raise TableRefused(f"{place} cannot be read ({reason(error)}); look at its permissions") from None
         if not stat.S_ISDIR(status.st_mode):
             raise TableRefused(f"{place} is not a folder but a link or a file; remove it")
-        check_status(place, status, others)
+        check_status(place, status, others, f"take that away (chmod go-w {place})")
 
 
-def check_status(path: Path, status: os.stat_result, others: int = stat.S_IWOTH | stat.S_IWGRP) -> None:
-    """Raises TableRefused unless this user owns the file and others cannot write to it. others: their bits."""
+def check_status(
+    path: Path,
+    status: os.stat_result,
+    others: int = stat.S_IWOTH | stat.S_IWGRP,
+    remedy: str = "remove it (fastvid tune --clear), and run fastvid tune",
+) -> None:
+    """Raises TableRefused unless this user owns the file and others cannot write to it. others: their bits. remedy:
+    what to do where they can."""
     if not hasattr(os, "geteuid"):
         return  # on Windows a user's folders are closed to others by their place
     if status.st_uid != os.geteuid():
         raise TableRefused(f"{path} belongs to another user (number {status.st_uid}); remove it, or have it removed")
     if status.st_mode & others:
-        raise TableRefused(f"{path} can be written by others; remove it (fastvid tune --clear), and run fastvid tune")
+        raise TableRefused(f"{path} can be written by others; {remedy}")
 
 
 def check_content(content: Any) -> None:
@@ -264,7 +270,7 @@ def _stored(row: Mapping[str, Any]) -> Row:
 
 
 def _make_folder(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)  # whatever umask allows: others may not write here
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     check_folder(path)

@@ -11,10 +11,12 @@ starts another process without it. It ends when its standard input does.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import mmap
 import os
+import signal
 import sys
 import threading
 import time
@@ -38,6 +40,7 @@ LONGEST = 0.34  # share of the time that is left, which checks and timing of a c
 GAIN = 1.02  # by which another back end has to be faster than the default
 CALLS = 10  # of each back end, that a class needs at least
 STICKY = 3  # exit status after an error that the device does not recover from, or changed settings
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 Function = Callable[..., Any]
 
 
@@ -78,6 +81,7 @@ class Job:
 def main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what kernels and libraries print must not look like messages
+    _killed_with_parent()
     data = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, name="fastvid-tune", daemon=True).start()
     if data["plugin"]:
@@ -89,6 +93,13 @@ def main() -> None:
     with computing():
         run(job)
     job.say(end=True)
+
+
+def _killed_with_parent() -> None:
+    """Linux itself ends this process with its parent, also where a hung kernel holds Python's lock, so that no thread
+    of ours could. (Elsewhere, and where the parent is gone already, `_end_with_parent` does.)"""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def _end_with_parent() -> None:

@@ -183,6 +183,15 @@ def test_what_others_can_write_is_refused(target: str, mode: int) -> None:
     assert "can be written by others" in refused()
 
 
+def test_a_careless_umask_makes_no_table_that_is_refused() -> None:
+    before = os.umask(0)
+    try:
+        tuned.write(CPU, [row()])
+    finally:
+        os.umask(before)
+    assert len(tuned.load(CPU)["rows"]) == 1
+
+
 @pytest.mark.parametrize("target", ["file", "folder"])
 def test_links_are_not_followed(target: str, tmp_path: Path) -> None:
     path = tuned.write(CPU, [row()])

@@ -129,9 +129,16 @@ def signalling(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x
 
 
+def clinging(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Hangs with Python's lock, and says who it is."""
+    Path(os.environ["FAKES_PID"]).write_text(str(os.getpid()))
+    ctypes.PyDLL(None).sleep(600)
+    return x
+
+
 FAKES = {one.__name__: one for one in (right, off, tail, middle, fickle, scribbling, overflowing, refusing)}
 FAKES |= {one.__name__: one for one in (hanging, slow_to_hang, aborting, faulting, sleeping)}
-FAKES |= {one.__name__: one for one in (keeping, sharing, faint, setting, signalling)}
+FAKES |= {one.__name__: one for one in (keeping, sharing, faint, setting, signalling, clinging)}
 
 
 def install(names: Sequence[str], patch: Callable[[object, str, Any], None] = setattr) -> None:

@@ -143,6 +143,32 @@ def test_an_interruption_keeps_what_is_done(cache: Path) -> None:
     assert [row["shape_class"] for row in json.loads((cache / "export.json").read_text())["rows"]] == ["d64"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread of the child has to see it")
+def test_no_child_outlives_its_parent(cache: Path) -> None:
+    """The kernel hangs and holds Python's lock when the parent is killed."""
+    script = f"""
+    import sys
+    sys.path[:0] = [{str(Path(__file__).parent)!r}]
+    import fakes, pytest, test_run
+    from pathlib import Path
+    with pytest.MonkeyPatch.context() as patch:
+        test_run.tune(patch, Path({str(cache)!r}), ["clinging"], 60.0)
+    """
+    told = cache / "pid"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "FAKES_PID": str(told)}
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=environment)
+    while not (told.exists() and told.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    end, place = time.monotonic() + 5, Path(f"/proc/{told.read_text()}/stat")
+    while place.exists() and place.read_text().rpartition(")")[2].split()[0] != "Z":  # nobody may be here to bury it
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_a_child_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(process, "COMMAND", (sys.executable, "-c", "raise SystemExit('torch is broken')"))
     with pytest.raises(Error, match="does not start: it crashed .exit status 1.: torch is broken"):
