@@ -31,9 +31,9 @@ from fastvid.ops.sources import source_hash
 ROOT = Path(__file__).parents[1]
 # Test file -> kernels that it tests: files of kernels/ and csrc/. The most important first: what takes most of a step.
 COVERS = {
-    "tests/kernels/test_attention_cuda.py": ("attention.cu",),
+    "tests/kernels/test_attention_cuda.py": ("attention.cu", "attention_pair.cu"),
     "tests/kernels/test_attention_kernels.py": ("attention.py",),
-    "tests/kernels/test_gemm_kernels.py": ("gemm.py", "head.py", "linear_gelu.py", "patch_embed.py"),
+    "tests/kernels/test_gemm_kernels.py": ("devices.py", "gemm.py", "head.py", "linear_gelu.py", "patch_embed.py"),
     "tests/kernels/test_conv_cuda.py": ("conv.cu", "vae_norm.cu"),
     "tests/kernels/test_vae_kernels.py": ("vae_conv.py", "vae_norm.py"),
     "tests/kernels/test_norms_kernels.py": ("qk_norm_rope.py", "row_norms.py"),

@@ -127,7 +127,9 @@ def _proved(device: torch.device) -> str | None:
 @torch.no_grad()
 def _compared(device: torch.device, dtype: torch.dtype) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((256, 128), (192, 128), (192,)))
+    shapes = ((256, 128), (192, 128), (192,))
+    drawn = (torch.randn(*shape, generator=generator, dtype=torch.float32) for shape in shapes)
+    x, weight, bias = (one.to(dtype) for one in drawn)
     weight /= 128**0.5 / 2
     made, eager = (run(x.to(device), weight.to(device), bias.to(device), True) for run in (_cublaslt, _aten))
     exact = _aten(x.double(), weight.double(), bias.double(), True)

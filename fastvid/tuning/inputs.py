@@ -145,5 +145,5 @@ def change(given: Given) -> None:
 def poison(size: int, device: torch.device) -> None:
     """Fills memory that the next call will probably get with NaN, so that what a kernel does not write shows."""
     with contextlib.suppress(RuntimeError):  # no memory: then there is none to fill
-        made = [torch.full((max(1, size // 4),), torch.nan, device=device) for _ in range(POISONS)]
+        made = [torch.full((max(1, size // 4),), torch.nan, device=device, dtype=torch.float32) for _ in range(POISONS)]
         del made
