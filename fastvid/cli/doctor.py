@@ -183,8 +183,12 @@ def _text(value: Any) -> str:
 
 def _choice(choice: dict[str, Any]) -> str:
     """ "bfloat16 dense self 2^14x2^14 heads 2^3 d128: cuda 810 us, next is cudnn with 905 us (1.12 x)"."""
-    said = f"{choice['dtype']} {choice['shape_class']}: {choice['backend']} {choice['median_us']:.3g} us"
+    said = f"{choice['dtype']} {choice['shape_class']}: {choice['backend']} {_time(choice['median_us'])}"
     if not choice["next_us"]:
         return said
     gain = choice["next_us"] / choice["median_us"]
-    return f"{said}, next is {choice['next_best']} with {choice['next_us']:.3g} us ({gain:.2f} x)"
+    return f"{said}, next is {choice['next_best']} with {_time(choice['next_us'])} ({gain:.2f} x)"
+
+
+def _time(us: float) -> str:
+    return f"{us:,.0f} us" if us >= 1000 else f"{us:.3g} us"

@@ -80,7 +80,7 @@ def tune() -> Parser:
     add = parser.add_argument
     add("--model", metavar="MODEL", help="as for generate, or a published model by name, such as wan2.1-t2v-14b")
     add("--size", metavar="WxH", help="the video's size in pixels (default: the model's)")
-    add("--frames", metavar="N", help="the video's frames (default: the model's)")
+    add("--num-frames", "--frames", metavar="N", help="the video's frames (default: the model's)")
     add("--budget", metavar="SECONDS", help="time for each model (default: 120 on a GPU, 60 on a CPU)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--dtype", metavar="NAME", help="fp32, bf16, fp16 (default: bf16 on a GPU, fp32 on a CPU)")

@@ -13,7 +13,7 @@ from fastvid.cli.command_parser import UsageError
 from fastvid.cli.progress import LINE_SECONDS, duration
 
 SHOWN = 3  # classes that were not measured, of each reason
-ARGUMENTS = ("model", "size", "frames", "budget", "device", "dtype", "only", "export")
+ARGUMENTS = ("model", "size", "num_frames", "budget", "device", "dtype", "only", "export")
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -26,9 +26,9 @@ def run(flags: argparse.Namespace) -> None:
         return
     from fastvid.tuning.run import tune
 
-    for name, kind, example in (("frames", int, "17"), ("budget", float, "300")):
+    for name, kind, example in (("num_frames", int, "17"), ("budget", float, "300")):
         if name in given:
-            given[name] = _number(f"--{name}", given[name], kind, example)
+            given[name] = _number(f"--{name.replace('_', '-')}", given[name], kind, example)
     line = Line(quiet=flags.quiet)
     try:
         result = tune(**given, progress=line.event)

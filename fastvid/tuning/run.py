@@ -82,7 +82,7 @@ def tune(
     model: str | None = None,
     size: str | tuple[int, int] | None = None,
     *,
-    frames: int | None = None,
+    num_frames: int | None = None,
     budget: float | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -96,7 +96,7 @@ def tune(
         model: as `load` takes it, or the name of a published model, which needs no files. None: the published 1.3B at
             480p and 14B at 720p and the embedded model; on a CPU the embedded model alone.
         size: (width, height) or "832x480"; default: the model's own.
-        frames: of the video; default: the model's own.
+        num_frames: of the video; default: the model's own.
         budget: seconds of checks and measurements for each model; default: 120 on a GPU, 60 on a CPU. The start of up
             to eight processes comes on top.
         device, dtype: as `load` takes them.
@@ -120,7 +120,7 @@ def tune(
         LIMITS[where.type],
         progress or (lambda event: None),
     )
-    return run(plan, subjects(model, size, frames, where), None if export is None else check_export(export))
+    return run(plan, subjects(model, size, num_frames, where), None if export is None else check_export(export))
 
 
 def families_of(only: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -134,15 +134,15 @@ def families_of(only: str | Iterable[str] | None) -> tuple[str, ...]:
     return tuple(family for family in FAMILIES if family in chosen)
 
 
-def subjects(model: str | None, size: Any, frames: int | None, device: torch.device) -> list[Subject]:
+def subjects(model: str | None, size: Any, num_frames: int | None, device: torch.device) -> list[Subject]:
     """What is tuned for."""
     size = "{}x{}".format(*size) if isinstance(size, tuple) and len(size) == 2 else size
     pair = None if size is None else checks.size("size", size)
-    count = None if frames is None else checks.whole(1, checks.MAX_FRAMES)("frames", frames)
+    count = None if num_frames is None else checks.whole(1, checks.MAX_FRAMES)("num_frames", num_frames)
     if model is not None:
         return [Subject(checks.text("model", model), pair, count)]
     if pair is not None or count is not None:
-        raise InvalidRequest("size and frames are those of a model; give model too, such as model='wan2.1-t2v-14b'")
+        raise InvalidRequest("size and num_frames are those of a model; give model too, such as model='wan2.1-t2v-14b'")
     return [one for one in PUBLISHED if device.type != "cpu" or one.model == "embedded"]
 
 

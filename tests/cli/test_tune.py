@@ -52,11 +52,11 @@ def test_flags_reach_the_function_and_its_result_is_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = told(done, monkeypatch)
-    words = "--model embedded --size 64x64 --frames 9 --budget 5.5 --device cpu --dtype fp32 --only rgb,ends"
+    words = "--model embedded --size 64x64 --num-frames 9 --budget 5.5 --device cpu --dtype fp32 --only rgb,ends"
     assert commands.main(["tune", *words.split(), "--export", "a.json"]) == 0
     del given["progress"]
     assert given == {
-        **{"model": "embedded", "size": "64x64", "frames": 9, "budget": 5.5, "device": "cpu"},
+        **{"model": "embedded", "size": "64x64", "num_frames": 9, "budget": 5.5, "device": "cpu"},
         **{"dtype": "fp32", "only": "rgb,ends", "export": "a.json"},
     }
     out, err = capsys.readouterr()
@@ -110,7 +110,7 @@ def test_a_device_that_is_not_there(words: str, capsys: pytest.CaptureFixture[st
     ("words", "message"),
     [
         ("--budget x", "--budget x: a number is needed, such as --budget 300"),
-        ("--frames 1.5", "--frames 1.5: a number is needed"),
+        ("--frames 1.5", "--num-frames 1.5: a number is needed"),
         ("--size 64", "--size="),
         ("--only attenion", "the nearest is attention"),
         ("--sizes 64x64", "the nearest is --size"),
