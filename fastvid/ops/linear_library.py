@@ -78,8 +78,8 @@ class Packed:
 
     def bytes(self) -> int:
         """What the packed weights take, without padding."""
-        with self._lock:
-            return sum(packed.numel() * packed.element_size() for _, _, packed in self._kept.values())
+        kept = list(self._kept.values())  # at once: another thread's weight may end meanwhile
+        return sum(packed.numel() * packed.element_size() for _, _, packed in kept)
 
     def _drop(self, key: int, owner: weakref.ref[Tensor]) -> None:
         kept = self._kept.get(key)

@@ -264,7 +264,8 @@ def check_other_values(op: str, function: Callable[..., Any], made: Case) -> Non
     first = run(op, function, given)
     kept = [one.clone() for one in first]
     inputs.change(given)
-    overwritten = {one.untyped_storage().data_ptr() for one in given.values() if isinstance(one, Tensor)}
+    every = [one for value in given.values() for one in (value if isinstance(value, tuple) else (value,))]
+    overwritten = {one.untyped_storage().data_ptr() for one in every if isinstance(one, Tensor)}
     expected = run(op, getattr(reference, op), fresh(op, given))
     outs = run(op, function, given)
     check_form(outs, expected)
