@@ -107,7 +107,9 @@ class _Process:
 
 def settings() -> dict[str, Any]:
     """The settings of torch that a call of an operation leaves as they are, by name."""
-    found = {f"{library} {kind} precision": _precision_of(library, kind) for library, kind in PRECISIONS}
+    found: dict[str, Any] = {
+        f"{library} {kind} precision": _precision_of(library, kind) for library, kind in PRECISIONS
+    }
     found |= {f"{type(owner).__name__}.{name}": getattr(owner, name) for owner, name, _ in SWITCHES}
     found |= {f"{kind} attention": getattr(_CUDA, f"{kind}_sdp_enabled")() for kind in ATTENTION_KERNELS}
     found |= {f"autocast on {kind}": torch.is_autocast_enabled(kind) for kind in DEVICE_TYPES}

@@ -249,12 +249,21 @@ def slices(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def check_repeats(op: str, function: Callable[..., Any], made: Case, first: Outputs) -> None:
-    end, done = time.monotonic() + made.seconds, 1
+    end, done, held = time.monotonic() + made.seconds, 1, allocated(first[0].device)
     while done < REPEATS and (done < FEWEST or time.monotonic() < end):
         again = run(op, function, fresh(op, made.given))
         if not all(same_bits(a, b) for a, b in zip(first, again, strict=True)):
             raise Wrong(f"equal calls give other bits (call {done + 1})")
+        del again
         done += 1
+    kept = (allocated(first[0].device) - held) / (done - 1)  # a workspace is allocated by the first call
+    if kept > sum(out.numel() * out.element_size() for out in first) / 2:
+        raise Wrong(f"each call keeps {kept:,.0f} bytes of memory")
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes of a GPU that tensors hold; 0 on a CPU, where nobody counts them."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def check_other_values(op: str, function: Callable[..., Any], made: Case) -> None:

@@ -59,6 +59,22 @@ def test_other_bits_in_some_calls_are_found() -> None:
     assert why("fickle") == "equal calls give other bits (call 10)"
 
 
+def test_memory_that_every_call_keeps_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU's allocator would count it."""
+    kept: list[Tensor] = []
+
+    def leaking(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = reference.rms_norm(x, weight, eps)
+        kept.append(out.clone())
+        return out
+
+    monkeypatch.setattr(check, "allocated", lambda device: sum(one.nbytes for one in kept))
+    case = cases(norm())[0]
+    check.check("rms_norm", reference.rms_norm, case)
+    with pytest.raises(check.Wrong, match="each call keeps 35,072 bytes"):  # 137 x 64 of 4 bytes
+        check.check("rms_norm", leaking, case)
+
+
 def test_writing_into_the_input_is_found() -> None:
     assert why("scribbling") == "it writes into its input x"
 
