@@ -139,9 +139,9 @@ def total(calls: Sequence[Call], device: torch.device) -> float:
 
 
 def candidates(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
-    """The back ends of an operation that can run on a device, without approximations, and without Triton's interpreter,
-    which is for tests."""
-    skipped = (*dispatch.APPROXIMATE, *(("triton",) if device.type == "cpu" else ()))
+    """The back ends of an operation that can run on a device, without approximations. On a CPU also without Triton's
+    interpreter, which is for tests, and torch.compile, whose start costs a process some 5 s: more than it gains."""
+    skipped = (*dispatch.APPROXIMATE, *(("triton", "compiled") if device.type == "cpu" else ()))
     return {
         name: function
         for name, function in dispatch.implementations()[op].items()
