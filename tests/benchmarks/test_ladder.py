@@ -288,7 +288,7 @@ def call(root: Path, *words: str, pretend: str = "", out: Path | None = None) ->
     done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=1500)
     print(done.stdout, done.stderr)
     names = ("build", "doctor", "smoke", "video", "tune", "tests", "memcheck", "racecheck", "initcheck", "measure")
-    said = re.findall(rf"^((?:{'|'.join(names)})[^:\n/]*): (.+)$", done.stdout, re.MULTILINE)
+    said = re.findall(rf"^((?:{'|'.join(names)})\b[^:\n/]*): (.+)$", done.stdout, re.MULTILINE)
     return done.returncode, dict(said)
 
 

@@ -107,7 +107,9 @@ def extension() -> Extension:
                 build(Path(folder))
                 Path(folder, "built").rename(target)
     library = str(target / "_C.so")
-    spec = importlib.util.spec_from_file_location("fastvid._C", library)
+    spec = importlib.util.spec_from_file_location(
+        "recorded._C", library
+    )  # a built fastvid._C would be found by its name
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
