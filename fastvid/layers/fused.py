@@ -67,6 +67,10 @@ class FusedLayer(nn.Module):
         super().__init__()
         self._whole, self.number = (whole,), number  # in a tuple: it is no child of this module
 
+    @property
+    def whole(self) -> FusedLinear:
+        return self._whole[0]
+
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         for name, parameter in self._whole[0].named_parameters():
             rows = parameter.chunk(self._whole[0].count)[self.number]

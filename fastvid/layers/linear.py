@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvid.layers.quantized import JoinedLinear, QuantizedLinear
 from fastvid.ops import reference
 
 
@@ -48,13 +49,18 @@ class Linear(nn.Linear):
 
 def linear(ops: Any, layer: nn.Module, x: Tensor) -> Tensor:
     """ops.linear of a layer."""
+    if isinstance(layer, QuantizedLinear | JoinedLinear):
+        return cast(Tensor, layer(x))
     affine = cast(Affine, layer)  # torch's lists of modules do not tell which kind they hold
     return ops.linear(x, affine.weight, affine.bias)
 
 
-def linear_gelu_tanh(ops: Any, layer: nn.Linear, x: Tensor) -> Tensor:
+def linear_gelu_tanh(ops: Any, layer: nn.Module, x: Tensor) -> Tensor:
     """ops.linear_gelu_tanh of a layer."""
-    return ops.linear_gelu_tanh(x, layer.weight, layer.bias)
+    if isinstance(layer, QuantizedLinear):
+        return layer.gelu_tanh(x)
+    affine = cast(Affine, layer)
+    return ops.linear_gelu_tanh(x, affine.weight, affine.bias)
 
 
 class FeedForward(nn.Module):

@@ -38,7 +38,18 @@ from fastvid.checks import one_of, shown
 from fastvid.device.devices import architecture, driver_too_old, on_rocm
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
-from fastvid.ops import choices, compiled, libraries, linear_library, rgb, solver_step, transformer, tuned, vae_gpu
+from fastvid.ops import (
+    choices,
+    compiled,
+    libraries,
+    linear_library,
+    quantized_library,
+    rgb,
+    solver_step,
+    transformer,
+    tuned,
+    vae_gpu,
+)
 from fastvid.ops.choices import Choice, Function, Row
 from fastvid.ops.sources import file_of, source_hash
 
@@ -81,7 +92,7 @@ class _Bound:
 
 def implementations() -> dict[str, dict[str, Function]]:
     """Operation -> back end -> function. The operations are those of `reference.py`."""
-    families = (transformer.BACKENDS, solver_step.BACKENDS, vae_gpu.BACKENDS)
+    families = (transformer.BACKENDS, quantized_library.BACKENDS, solver_step.BACKENDS, vae_gpu.BACKENDS)
     table = {"attention": attentions.BACKENDS, "to_rgb": rgb.BACKENDS}
     every: dict[str, dict[str, Function]] = {
         name: dict(functions) for of in (table, *families) for name, functions in of.items()

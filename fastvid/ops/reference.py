@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.ops import attention as attentions
-from fastvid.ops import onednn, rgb, vae
+from fastvid.ops import onednn, quantized, rgb, vae
 from fastvid.ops import solver_step as stepping
+from fastvid.ops.quantized import QuantizedTensor
 
 
 def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor | None = None) -> Tensor:
@@ -162,6 +163,12 @@ def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if onednn.applies(x, weight):
         return onednn.linear(x, weight, bias, onednn.GELU_TANH)
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def linear_quantized(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """x [..., K] @ weight^T + bias [N] -> [..., N] in x's dtype, with gelu its tanh GELU. weight: [N, K] as its file
+    stores it; see `quantized.linear` for products in 8 bits."""
+    return quantized.linear(x, weight, bias, gelu)
 
 
 def _groups(x: Tensor, index: Tensor) -> Tensor:

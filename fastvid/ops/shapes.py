@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastvid.ops.quantized import QuantizedTensor
 from fastvid.ops.sparse import Blocks
 
 
@@ -52,6 +53,13 @@ def _attention(
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
     n, K = weight.shape
     return f"{K} to {n} rows {octave(x.numel() // max(K, 1))}"
+
+
+def _linear_quantized(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu: bool = False) -> str:
+    n, K = weight.shape
+    how = (f" rotated {weight.rotation}" if weight.rotation else "") + (" 8-bit" if weight.eight_bit else "")
+    rows = octave(x.numel() // max(K, 1))
+    return f"{weight.format}{how} {K} to {n} rows {rows}" + (" gelu" if gelu else "")
 
 
 def _rows(x: Tensor, *_: Any) -> str:
@@ -161,6 +169,7 @@ CLASSES: Mapping[str, Callable[..., str]] = {
     "qkv_norm_rope": _qkv,
     "linear": _linear,
     "linear_gelu_tanh": _linear,
+    "linear_quantized": _linear_quantized,
     "solver_step": _step,
     "vae_rms_norm": _vae_norm,
     "vae_conv3d": _vae_conv,

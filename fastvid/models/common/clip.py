@@ -21,6 +21,7 @@ from fastvid.layers.attention import self_attention
 from fastvid.layers.linear import Embedding, Linear, normal_parameter
 from fastvid.models.common.config_reader import read_fields
 from fastvid.ops import reference
+from fastvid.ops.quantized import dense
 
 ACTIVATION, DEFAULT_ACTIVATION = "gelu", "quick_gelu"
 
@@ -76,7 +77,7 @@ class Embeddings(nn.Module):
         """[B, 3, S, S] -> [B, M, d]."""
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(len(pixels), 1, -1)
-        return torch.cat((first, patches), dim=1) + self.position_embedding.weight
+        return torch.cat((first, patches), dim=1) + dense(self.position_embedding.weight)
 
 
 class SelfAttention(nn.Module):

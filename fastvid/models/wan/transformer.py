@@ -28,6 +28,7 @@ from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.ops import reference
+from fastvid.ops.quantized import dense
 from fastvid.ops.upload import upload
 
 IMAGE_NORM_EPS = 1e-5  # of the norms around the image embedder, whatever the config's eps
@@ -362,7 +363,7 @@ class WanTransformer(nn.Module):
         stream = Stream(self.ops.patch_embed(latents, *embed, known))
         x = self._run_blocks(stream, Modulation(rows, index), context, rotary, cache, parallel)
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)
-        out, patch = (self.proj_out.weight, self.proj_out.bias), self.config.patch_size
+        out, patch = (dense(self.proj_out.weight), self.proj_out.bias), self.config.patch_size
         grid = [n // p for n, p in zip(latents.shape[2:], patch, strict=True)]
         return self.ops.head(x, shift, scale, index, *out, grid, patch, self.config.eps, latents.dtype)
 

@@ -1,0 +1,153 @@
+"""Layers whose weights stay quantized, as their files have them.
+
+`install` puts them in place of a module's own layers, before it is filled. A layer's data are parameters
+("weight_codes", "weight_scale", ...), so they are moved and counted like all others; `weight` is all of them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvid.layers.fused import FusedLayer, FusedLinear
+from fastvid.ops.formats import Data
+from fastvid.ops.quantized import FORMATS, QuantizedTensor, Spec
+
+
+class Quantized(nn.Module):
+    """A layer with a quantized weight."""
+
+    def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec, self.dtype = spec, dtype
+        for role, (kind, shape) in spec.data.items():
+            empty = torch.empty(shape, dtype=kind, device="meta")
+            self.register_parameter(f"weight_{role}", nn.Parameter(empty, requires_grad=False))
+
+    @property
+    def weight(self) -> QuantizedTensor:
+        spec = self.spec
+        data = {role: getattr(self, f"weight_{role}") for role in spec.data}
+        return QuantizedTensor(spec.format, spec.shape, data, self.dtype, spec.rotation, spec.eight_bit)
+
+    def fill(self, data: Data, device: torch.device) -> None:
+        """Takes the weight's tensors as its own, moved to a device."""
+        for role, (kind, shape) in self.spec.data.items():
+            tensor = data[role].reshape(shape).to(device=device, dtype=kind).contiguous()
+            setattr(self, f"weight_{role}", nn.Parameter(tensor, requires_grad=False))
+
+
+class QuantizedLinear(Quantized):
+    """A linear layer: [..., K] -> [..., N]. ops: what computes it (`ops.linear_quantized`)."""
+
+    def __init__(self, spec: Spec, bias: bool, ops: Any, dtype: torch.dtype) -> None:
+        super().__init__(spec, dtype)
+        self.ops = ops
+        self.bias = nn.Parameter(torch.empty(spec.shape[0], dtype=dtype, device="meta")) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear_quantized(x, self.weight, self.bias)
+
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        """The layer, then GELU in its tanh form."""
+        return self.ops.linear_quantized(x, self.weight, self.bias, gelu=True)
+
+
+class QuantizedEmbedding(Quantized):
+    """Rows of a table [V, d]: only those that are looked up are dequantized."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] int64 -> [..., d]."""
+        whole, flat = self.weight, ids.reshape(-1)
+        rows = {role: tensor if len(tensor) != whole.shape[0] else tensor[flat] for role, tensor in whole.data.items()}
+        made = FORMATS[whole.format].dequantize(rows, (len(flat), whole.shape[1]), 0, len(flat))
+        return made.to(self.dtype).unflatten(0, ids.shape)
+
+
+class JoinedLinear(nn.Module):
+    """Layers of a module with the same input, whose results stand one after the other."""
+
+    def __init__(self, holder: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self._holder, self.names = (holder,), tuple(names)  # in a tuple: it is no child of this module
+
+    @property
+    def layers(self) -> tuple[Any, ...]:
+        return tuple(getattr(self._holder[0], name) for name in self.names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., sum of N]."""
+        sizes = [layer.weight.shape[0] for layer in self.layers]
+        out, start = x.new_empty((*x.shape[:-1], sum(sizes))), 0
+        for layer, size in zip(self.layers, sizes, strict=True):
+            out[..., start : start + size] = layer(x)
+            start += size
+        return out
+
+
+# ---------------------------------------------------------------- putting them in place
+
+
+def install(
+    module: nn.Module, specs: Mapping[str, Spec], ops: Any, dtype_of: Callable[[str], torch.dtype]
+) -> dict[str, Spec]:
+    """Replaces the layers whose weights are quantized. The module is on the meta device.
+
+    specs: name of a weight -> how it is stored. dtype_of: name of a weight -> what its layer computes in. Returns the
+    specs of weights that are not of linear layers or embeddings, which stay as they are.
+    """
+    left = {}
+    for name, spec in specs.items():
+        path, _, leaf = name.rpartition(".")
+        layer = _find(module, path) if leaf == "weight" else None
+        if isinstance(layer, FusedLayer):
+            layer = _separate(module, path, dtype_of)
+        if isinstance(layer, nn.Linear):
+            _put(module, path, QuantizedLinear(spec, layer.bias is not None, ops, dtype_of(name)))
+        elif isinstance(layer, nn.Embedding) and FORMATS[spec.format].by_rows:
+            _put(module, path, QuantizedEmbedding(spec, dtype_of(name)))
+        else:
+            left[name] = spec
+    return left
+
+
+def _find(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _put(module: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    holder = module.get_submodule(parent)
+    if isinstance(holder, nn.ModuleList):
+        holder[int(name)] = layer
+    elif isinstance(holder, nn.ModuleDict):
+        holder[name] = layer
+    else:
+        setattr(holder, name, layer)
+
+
+def _separate(module: nn.Module, path: str, dtype_of: Callable[[str], torch.dtype]) -> nn.Module:
+    """Makes a layer of its own of each of some fused layers; returns the one at `path`."""
+    parent, _, wanted = path.rpartition(".")
+    holder = module.get_submodule(parent)
+    whole = holder.get_submodule(wanted).whole
+    parts = [name for name, one in holder.named_children() if isinstance(one, FusedLayer) and one.whole is whole]
+    for name in parts:
+        made = PlainLinear(whole.weight.shape[1], len(whole.weight) // whole.count, device="meta")
+        setattr(holder, name, made.to(dtype_of(f"{parent}.{name}.weight")))
+    joined = next(name for name, one in holder.named_children() if one is whole)
+    setattr(holder, joined, JoinedLinear(holder, parts))
+    return holder.get_submodule(wanted)
+
+
+class PlainLinear(nn.Linear):
+    """nn.Linear, but nothing is drawn: a checkpoint fills it."""
+
+    def reset_parameters(self) -> None:
+        pass

@@ -1,0 +1,70 @@
+"""Formats with a scale for each row, or one for the whole matrix: 8-bit floats and whole numbers.
+
+weight[n, k] = codes[n, k] * scale[n]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastvid.ops.formats import Data, Format, Layout, Shape
+
+E4M3, E5M2, INT8 = "fp8_e4m3", "fp8_e5m2", "int8"
+FLOATS = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
+LARGEST = {E4M3: 448.0, INT8: 127.0}
+SMALLEST = 1e-12  # of a scale: rows of zeros stay zeros
+
+
+def values(format: str, codes: Tensor) -> Tensor:
+    """The codes as fp32 numbers."""
+    return (codes.view(FLOATS[format]) if format in FLOATS else codes).float()
+
+
+def _dequantize(format: str, data: Data, start: int, stop: int) -> Tensor:
+    scale = data["scale"]
+    return values(format, data["codes"][start:stop]) * (scale if len(scale) == 1 else scale[start:stop, None])
+
+
+def _layout(format: str, shape: Shape) -> Layout:
+    kind = torch.int8 if format == INT8 else torch.uint8
+    return {"codes": (kind, shape), "scale": (torch.float32, (shape[0],))}
+
+
+def _finite(format: str, data: Data) -> bool:
+    if not bool(torch.isfinite(data["scale"]).all()):
+        return False
+    if format == INT8:
+        return True
+    return bool((data["codes"] & 0x7F < (0x7F if format == E4M3 else 0x7C)).all())
+
+
+def _format(name: str) -> Format:
+    return Format(
+        name,
+        8.0,
+        0,
+        lambda shape: _layout(name, shape),
+        lambda data, shape, start, stop: _dequantize(name, data, start, stop),
+        lambda data: _finite(name, data),
+    )
+
+
+FORMATS: Mapping[str, Format] = {name: _format(name) for name in (E4M3, E5M2, INT8)}
+
+
+def quantize(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    """(codes, scale) of the rows of x [..., K]: int8, or e4m3 as such; scale fp32 [..., 1], its largest value to 127
+    or 448."""
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST) / LARGEST[format]
+    x = x / scale
+    return (x.round_().to(torch.int8) if format == INT8 else x.to(FLOATS[format])), scale
+
+
+def quantize_weight(weight: Tensor, format: str) -> dict[str, Tensor]:
+    """The data of a matrix [N, K] with a scale for each row."""
+    codes, scale = quantize(weight, format)
+    return {"codes": codes if format == INT8 else codes.view(torch.uint8), "scale": scale[:, 0]}
