@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvid.layers.fused import FusedLayer, FusedLinear
+from fastvid.layers.fused import FusedLayer
 from fastvid.ops.formats import Data
 from fastvid.ops.quantized import FORMATS, QuantizedTensor, Spec
 
