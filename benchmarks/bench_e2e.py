@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from fastvid.device.cuda_graphs import CudaCapture, Graphs
 from fastvid.models.registry import target_dtype
 from fastvid.models.wan.config import WanVAEConfig
-from fastvid.models.wan.presets import published_configs
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.models.wan.vae import WanVAE
+from fastvid.models.wan.variants import published_configs
 from fastvid.ops import dispatch, rgb, vae_gpu
 
 NAMES = {"1.3b": "wan2.1-t2v-1.3b", "14b": "wan2.1-t2v-14b"}

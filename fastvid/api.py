@@ -51,6 +51,7 @@ class OutlineOptions(TypedDict, total=False):
     cuda_graphs: str | bool
     parallel: Any
     link: str
+    variant: str | None
 
 
 class Blueprint:
@@ -107,8 +108,8 @@ def blueprint(
         device_memory: memory in bytes of a GPU that this machine does not have; 1 GiB of it is reserved for CUDA.
         card: a GPU that this machine does not have, such as "RTX 4090" (see `fastvid.distributed.cards`): its memory,
             and its published rates for an estimate.
-        options: device, dtype, vae_dtype, backend, attention, loras, offload, parts, parallel, link and cuda_graphs,
-            as `load` takes them.
+        options: device, dtype, vae_dtype, backend, attention, loras, offload, parts, parallel, link, cuda_graphs and
+            variant, as `load` takes them.
 
     Raises as `load` does.
     """
@@ -136,6 +137,7 @@ def load(
     parallel: Any = 1,
     vae_dtype: str | torch.dtype | None = None,
     link: str = "auto",
+    variant: str | None = None,
 ) -> Pipeline:
     """Load a model.
 
@@ -170,6 +172,7 @@ def load(
         link: the interconnect between ranks, from which `parallel` chooses a layout: "nvlink", "pcie", "infiniband",
             "loopback", or two of them, within a host and between hosts ("nvlink,infiniband"). "auto" asks the driver;
             a plan shows the result.
+        variant: the published model that these weights are, such as "wan2.1-i2v-14b-720p", where no name tells.
 
     Raises:
         CheckpointError: the model is missing, damaged or unsupported, or a LoRA does not fit it.
@@ -177,10 +180,7 @@ def load(
         BackendUnavailable: an explicitly requested back end or device cannot run here.
         WorkerFailed: a rank's process ended while loading.
     """
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "vae_dtype": vae_dtype, "backend": backend}
-    options |= {"attention": attention, "loras": loras, "offload": offload, "parts": parts, "link": link}
-    options |= {"model": model, "cuda_graphs": cuda_graphs, "parallel": parallel, "max_running": max_running}
-    return _start(**load_arguments.checked(options))
+    return _start(**load_arguments.checked(locals()))
 
 
 @eager
@@ -211,11 +211,15 @@ def _log_loaded(description: Mapping[str, Any], seconds: float) -> None:
         log.info("on %s (%s): %s", backend, reason, ", ".join(ops))
 
 
-def inspect(model: str, loras: Sequence[Any] = (), parts: Mapping[str, str | Path] | None = None) -> dict[str, Any]:
+def inspect(
+    model: str,
+    loras: Sequence[Any] = (),
+    parts: Mapping[str, str | Path] | None = None,
+    variant: str | None = None,
+) -> dict[str, Any]:
     """Describe a checkpoint from its configurations and file headers, without loading it, and check whether LoRAs
     fit."""
-    given = load_arguments.checked({"model": model, "loras": loras, "parts": parts})
-    model, loras, parts = given["model"], given["loras"], given["parts"]
-    checkpoint = open_checkpoint(model, parts)
+    given = load_arguments.checked({"model": model, "loras": loras, "parts": parts, "variant": variant})
+    checkpoint, loras = open_checkpoint(given["model"], given["parts"], variant=given["variant"]), given["loras"]
     described = lora_fit.describe(read_loras(loras), checkpoint)
     return checkpoint.to_dict() | ({"loras": described} if described else {})

@@ -180,4 +180,5 @@ def load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[st
     arguments["parallel"], arguments["link"] = flags.parallel, flags.link
     # The recipe's parts belong to its model, not to another one.
     arguments["parts"] = dict(flags.part) if flags.part else None if flags.model else settings.get("parts")
+    arguments["variant"] = flags.variant or (None if flags.model else settings.get("variant"))
     return {name: value for name, value in arguments.items() if value is not None}

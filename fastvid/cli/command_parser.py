@@ -99,6 +99,11 @@ def add_files(parser: Any) -> None:
         "base (a whole folder, for everything that a single file lacks); may be repeated",
     )
     parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="the published model that the weights are, such as wan2.1-i2v-14b-720p, where their names do not tell",
+    )
+    parser.add_argument(
         "--lora",
         type=lora,
         action="append",

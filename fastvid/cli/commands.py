@@ -215,7 +215,8 @@ def _inspect(flags: argparse.Namespace) -> None:
     if metadata.is_media(flags.model):
         description = metadata.describe(flags.model)
     else:
-        description = api.inspect(flags.model, flags.lora or (), dict(flags.part) if flags.part else None)
+        parts = dict(flags.part) if flags.part else None
+        description = api.inspect(flags.model, flags.lora or (), parts, flags.variant)
     print(json.dumps(description) if flags.json else "\n".join(_lines(description)))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvid import notices
 from fastvid.errors import CheckpointError
-from fastvid.loaders import layouts, lora, lora_fit, safetensors
+from fastvid.loaders import layouts, lora, lora_fit, safetensors, weight_files
 from fastvid.loaders.find import (
     UNIDENTIFIED,
     FoundModel,
@@ -39,17 +39,20 @@ from fastvid.models.preset import Preset
 from fastvid.models.registry import CONTROLLED, EXPERTS, build_empty, kind_of, target_dtype
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
-from fastvid.models.wan.presets import find_preset, find_variants, read_signature
+from fastvid.models.wan.variants import find_preset, find_variants, read_signature
 from fastvid.ops import reference
 
 
 def open_checkpoint(
-    model: str | Path, parts: Mapping[str, str | Path] | None = None, download: bool = False
+    model: str | Path,
+    parts: Mapping[str, str | Path] | None = None,
+    download: bool = False,
+    variant: str | None = None,
 ) -> Checkpoint:
     """Read everything about a model except its weights.
 
     model: a name, a folder, or the single file of a transformer. parts: paths of parts stored elsewhere, see
-    `fastvid.load`. download: download missing files of a hub model.
+    `fastvid.load`. download: download missing files of a hub model. variant: the published model that it is.
     Missing or broken parts are listed in `problems`. Raises CheckpointError if the path is not a supported model,
     InvalidRequest if `parts` names a path that does not exist.
     """
@@ -66,7 +69,7 @@ def open_checkpoint(
     if found.tokenizer != Path():
         words = opened["text_encoder"].config
         text_length = note_problem(problems, lambda: _check_tokenizer(read_tokenizer(found.tokenizer), words, found))
-    preset, alternatives = note_problem(problems, lambda: _detect_preset(folder, found, opened)) or (None, ())
+    preset, alternatives = note_problem(problems, lambda: _detect_preset(folder, found, opened, variant)) or (None, ())
     if "image_encoder" in opened and (folder / layouts.IMAGE_PROCESSOR).is_file():
         note_problem(problems, lambda: _check_image_processor(folder, opened["image_encoder"].config))
     return Checkpoint(
@@ -217,25 +220,31 @@ def _read_config(name: str, raw_config: dict[str, Any], path: Path) -> tuple[Any
         raise CheckpointError(f"{path} describes no {kind.class_name} that can be built: {error}") from None
 
 
-def _detect_preset(folder: Path, found: FoundModel, parts: Mapping[str, Part]) -> tuple[Preset, tuple[str, ...]] | None:
+def _detect_preset(
+    folder: Path, found: FoundModel, parts: Mapping[str, Part], chosen: str | None = None
+) -> tuple[Preset, tuple[str, ...]] | None:
     """The model's preset and the names of other matching variants. None if the transformer's config.json or the VAE's
     config could not be read. Works for transformers that are not supported yet: only their config.json is needed."""
     raw_config, vae = parts["transformer"].stated, parts["vae"].config
     if raw_config is None or not isinstance(vae, WanVAEConfig):
         return None
     scheduler = found.scheduler or read_json(folder / layouts.SCHEDULER)
-    experts, name = sum(part in EXPERTS for part in parts), f"{_model_name(folder)} {found.index['_class_name']}"
-    preset = find_preset(raw_config, vae, scheduler, found.index, name, experts, found.own_scheduler)
-    variants = find_variants(read_signature(raw_config, experts), name)
+    experts = sum(part in EXPERTS for part in parts)
+    name = f"{_model_name(folder)} {found.index['_class_name']} {raw_config.get('_class_name')!s:.80}"
+    preset = find_preset(raw_config, vae, scheduler, found.index, name, experts, found.own_scheduler, chosen)
+    variants = find_variants(read_signature(raw_config, experts), name, chosen)
     return preset, tuple(other.preset.name for other in variants if other.preset.name != preset.name)
 
 
 def _model_name(path: Path) -> str:
-    """The name of a folder or file. In the hub's cache (models--org--name/snapshots/revision) it includes the
-    repository's name. Files there are links to blobs without a name, so they are not resolved."""
+    """The name of a folder or file; of a file that is called as in any model, also its folder's. In the hub's cache
+    (models--org--name/snapshots/revision) it includes the repository's name. Files there are links to blobs without a
+    name, so they are not resolved."""
     resolved = path.absolute() if path.is_file() else path.resolve()
     snapshots = next((parent for parent in resolved.parents if parent.name == "snapshots"), None)
     names = [snapshots.parent.name] if snapshots else []
+    if path.is_file() and path.name.startswith(weight_files.STEMS):
+        names.append(resolved.parent.name)
     return " ".join(names + ([resolved.name] if path.is_file() or not snapshots else []))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastvid.errors import CheckpointError
 from fastvid.loaders import safetensors, weight_files
-from fastvid.models.wan import presets
+from fastvid.models.wan import presets, variants
 from fastvid.models.wan.detect import Identity
 
 Config = dict[str, Any]
@@ -162,7 +162,7 @@ def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool)
 
 def make_scheduler(identity: Identity, experts: bool, name: str = "") -> Config:
     """Build scheduler_config.json with the original code's default shift. name: what the model is called."""
-    hinted = [variant for variant in presets.VARIANTS if presets.is_called(variant, name)]
+    hinted = [variant for variant in variants.VARIANTS if variants.is_called(variant, name)]
     shifts = [variant.preset.flow_shift for variant in hinted if variant.preset.name.startswith(identity.name.lower())]
     return {
         "_class_name": "UniPCMultistepScheduler",

@@ -45,6 +45,7 @@ class LoadOptions:
     vae_dtype: str | torch.dtype | None = None
     link: str = "auto"
     layout: Layout | None = None
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ class Model:
         made |= {"backend": self.options.backend, "attention": self.options.attention}
         made |= {} if self.vae_dtype is torch.float32 else {"vae_dtype": str(self.vae_dtype).removeprefix("torch.")}
         made |= {"parts": self.sources} if self.sources else {}
+        made |= {"variant": self.options.variant} if self.options.variant else {}
         made |= {"parallel": str(self.layout or self.mesh.size)} if self.mesh.size > 1 else {}
         return made | ({"loras": [list(lora) for lora in self.loras]} if self.loras else {})
 

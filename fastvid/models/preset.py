@@ -116,13 +116,15 @@ class Signature(NamedTuple):
     positions: bool = False  # CLIP tokens of two pictures
     control: bool = False  # it has a control branch
     experts: int = 1
+    extra: str = ""  # layers that only some siblings have, by a word of `wan.variants.EXTRAS`
 
 
 @dataclass(frozen=True)
 class Variant:
     """A named model. Of those with one signature the first is taken, unless the folder's name or the pipeline's class
-    has a hint of another."""
+    has a hint of another: all words of one of its hints. by_name: it is never taken without that."""
 
     preset: Preset
     signature: Signature
     hints: tuple[str, ...] = ()
+    by_name: bool = False

@@ -30,7 +30,7 @@ from fastvid.models.common.experts import Experts
 from fastvid.models.description import Checkpoint, Part
 from fastvid.models.loaded import LoadOptions, Model, Modules, Placement, TextLength
 from fastvid.models.registry import ENCODERS, build_outline, part_dtype
-from fastvid.models.wan import presets
+from fastvid.models.wan import variants
 from fastvid.ops import vae_gpu
 from fastvid.ops.dispatch import Ops, bind
 from fastvid.planning import memory
@@ -52,7 +52,7 @@ def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, m
     device, loras, mesh = check_options(options), read_loras(options.loras, download=True), mesh or Mesh()
     ops = bind(options.backend, options.attention, device)
     links = find_links(options.link, mesh, device)
-    checkpoint = open_checkpoint(source, options.parts, download=True).check()
+    checkpoint = open_checkpoint(source, options.parts, download=True, variant=options.variant).check()
     loras = fit(loras, checkpoint)
     placement = choose_placement(checkpoint, options, mesh)
     modules = load_modules(checkpoint, ops, placement, loras, mesh.rank)
@@ -72,7 +72,7 @@ def outline(
 ) -> Model:
     """The model that `load_model` would return, with modules without weights; only for planning.
 
-    source: also the name of a published model (`fastvid.models.wan.presets.PUBLISHED`). parallel: the ranks to plan
+    source: also the name of a published model (`fastvid.models.wan.variants.PUBLISHED`). parallel: the ranks to plan
     for, see `fastvid.load`; default: one. free: available bytes of a device that this machine does not have; it is
     "cuda" by default, and its back ends are unknown. card: what it is.
     """
@@ -175,16 +175,16 @@ def experts_stay(checkpoint: Checkpoint, offload: str) -> bool:
 
 def describe(source: str | Path, options: LoadOptions) -> Checkpoint:
     """The description of a local checkpoint, or of a published model by name, without any files."""
-    if (name := str(source).lower()) in presets.PUBLISHED and not Path(source).exists():
-        preset, configs = presets.published_configs(name)
+    if (name := str(source).lower()) in variants.PUBLISHED and not Path(source).exists():
+        preset, configs = variants.published_configs(name)
         parts = tuple(Part(part, config) for part, config in configs.items())
-        return Checkpoint(Path(name), "", parts, preset, (), presets.TEXT_LENGTH, ())
+        return Checkpoint(Path(name), "", parts, preset, (), variants.TEXT_LENGTH, ())
     try:
-        return open_checkpoint(source, options.parts).check()
+        return open_checkpoint(source, options.parts, variant=options.variant).check()
     except CheckpointError as error:
         if "/" in str(source) or os.path.exists(source):  # False for a name that is too long
             raise
-        near = nearest_name(name, presets.PUBLISHED)
+        near = nearest_name(name, variants.PUBLISHED)
         raise CheckpointError(f"{error}; published models are planned by name, the nearest is {near}") from None
 
 

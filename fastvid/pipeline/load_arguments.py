@@ -20,11 +20,13 @@ from fastvid.distributed.layout import AUTO, check_parallel
 from fastvid.distributed.links import check_link
 from fastvid.errors import InvalidRequest
 from fastvid.loaders.find import EMBEDDED, PART_NAMES
+from fastvid.models.wan.variants import PUBLISHED
 
 MAX_BACKENDS = 1000  # characters
 _LORAS = 'a list of files, or of (file, scale) such as ("a.safetensors", 0.8), or of (file, scale, "high" or "low")'
 _PARTS = 'names and paths, such as {"vae": "wan_2.1_vae.safetensors"}'
 _MODEL = f"{EMBEDDED!r}, a folder, a file, or a hub id such as org/name"
+_VARIANT = "the name of a published model, such as wan2.1-i2v-14b-480p"
 _scale = checks.number(-100.0, 100.0)
 
 
@@ -59,6 +61,13 @@ def parts(name: str, value: Any) -> dict[str, str | Path]:
     return {(key := part(name, one)): model(f"{name}: {key}", source) for one, source in given}
 
 
+@guarded(_VARIANT)
+def variant(name: str, value: Any) -> str:
+    """The name of a published model."""
+    plain = checks.text(name, value).lower()
+    return plain if plain in PUBLISHED else refuse(name, value, _VARIANT, checks.nearest_name(plain, PUBLISHED))
+
+
 def _dtype(name: str, value: Any) -> str:
     return str(check_dtype(name, value)).removeprefix("torch.")
 
@@ -84,8 +93,9 @@ CHECKS: Mapping[str, Check] = {
     "link": check_link,
     "device_memory": whole(0, 1 << 50, " bytes"),
     "card": check_card,
+    "variant": variant,
 }
-OPTIONAL = ("device", "dtype", "vae_dtype", "loras", "parts", "parallel", "device_memory", "card")
+OPTIONAL = ("device", "dtype", "vae_dtype", "loras", "parts", "parallel", "device_memory", "card", "variant")
 """Arguments that may be None."""
 
 

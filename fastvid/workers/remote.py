@@ -64,7 +64,8 @@ def ranks_for(asked: Parallelism, device: Any) -> Parallelism:
 def load(model: Any, asked: Parallelism, options: dict[str, Any], max_running: int) -> Pipeline:
     """A pipeline on several ranks; see `fastvid.load`. Of those that torchrun has started, only rank 0 returns."""
     assert asked.ranks is not None, "ranks_for has counted them"
-    checkpoint = open_checkpoint(model, options.get("parts"), download=True).check()  # once, before any process starts
+    # Once, before any process starts.
+    checkpoint = open_checkpoint(model, options.get("parts"), True, options.get("variant")).check()
     config = checkpoint.configs["transformer"]
     heads = getattr(config, "transformer", config).num_attention_heads
     layout.layouts_for(asked.layout, asked.ranks, heads, 1 << 30, guided=True)

@@ -15,7 +15,7 @@ import fastvid
 from fastvid.cli import commands, render
 from fastvid.errors import CheckpointError, InvalidRequest, OutOfMemory
 from fastvid.models.registry import build_empty, build_vae
-from fastvid.models.wan import presets
+from fastvid.models.wan import variants
 from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops.dispatch import bind
@@ -54,9 +54,9 @@ def test_a_blueprint_plans_what_a_loaded_model_plans(options: dict[str, Any]) ->
     assert plans[0].seconds is None
 
 
-@pytest.mark.parametrize("name", presets.PUBLISHED)
+@pytest.mark.parametrize("name", variants.PUBLISHED)
 def test_published_models_are_planned_by_name(name: str) -> None:
-    recipe, configs = presets.published_configs(name)
+    recipe, configs = variants.published_configs(name)
     assert recipe.name == name
     picture = {"image": np.zeros((64, 64, 3), np.uint8)} if "i2v" in name or "flf2v" in name else {}
     picture |= {"last_image": picture["image"]} if "flf2v" in name else {}

@@ -182,6 +182,7 @@ def of_pipeline(pipe: Any, blueprint: Any) -> dict[str, Call]:
         "inspect model": api.inspect,
         "inspect loras": lambda value: api.inspect("embedded", loras=value),
         "inspect parts": lambda value: api.inspect("embedded", parts=value),
+        "inspect variant": lambda value: api.inspect("embedded", variant=value),
         "save": lambda value: fastvid.Video(CLIP[:1], 16, 1).save(value),
     }
 

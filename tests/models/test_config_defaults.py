@@ -21,7 +21,7 @@ from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.description import flat_config
 from fastvid.models.registry import KINDS
 from fastvid.models.wan.config import LATENT_STATISTICS, WanTransformerConfig, WanVACEConfig, WanVAEConfig
-from fastvid.models.wan.presets import find_preset, read_signature
+from fastvid.models.wan.variants import find_preset, read_signature
 
 VACE = {"_class_name": "WanVACETransformer3DModel"}
 

@@ -20,7 +20,8 @@ from fastvid.loaders.checkpoint import load_part, open_checkpoint
 from fastvid.models.common.umt5 import UMT5_XXL
 from fastvid.models.registry import KINDS, OPTIONAL
 from fastvid.models.wan.config import WanTransformerConfig, WanVAEConfig
-from fastvid.models.wan.presets import VARIANTS, find_preset
+from fastvid.models.wan.presets import VARIANTS
+from fastvid.models.wan.variants import find_preset
 from fastvid.ops import reference
 
 TRANSFORMER = {

@@ -23,7 +23,8 @@ from fastvid.models.common.umt5 import UMT5_XXL
 from fastvid.models.preset import EXPERIMENTAL, NATIVE, REFUSED, REIMPOSED
 from fastvid.models.registry import KINDS
 from fastvid.models.wan.config import WAN22_VAE, WanVAEConfig
-from fastvid.models.wan.presets import VARIANTS, find_preset, find_variants
+from fastvid.models.wan.presets import VARIANTS
+from fastvid.models.wan.variants import find_preset, find_variants
 from fastvid.models.wan.weight_names import ORIGINAL, origins
 from fastvid.ops import reference
 from fastvid.sampling.sigmas import make_sigmas, shift_sigmas, timesteps

@@ -38,9 +38,9 @@ from fastvid.errors import CheckpointError
 from fastvid.models.registry import KINDS
 from fastvid.models.wan import vae22
 from fastvid.models.wan.config import LATENT_STATISTICS, WAN22_VAE, WanVAEConfig
-from fastvid.models.wan.presets import published_configs
 from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae22 import WanVAE22, add_spread, average_down, patchify, unpatchify
+from fastvid.models.wan.variants import published_configs
 from fastvid.ops import reference
 from fastvid.planning.memory import ModelFacts, Needs, cache_bytes
 from fastvid.requests.timeline import Segment

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
+from fastvid.models.wan import sibling_names
 from fastvid.models.wan.config import LATENT_STATISTICS
 from fastvid.models.wan.detect import identify
 from fastvid.models.wan.weight_names import DIFFUSERS, ORIGINAL, PREFIXES, Origin, find_part, origins, rules
@@ -361,6 +362,7 @@ def test_every_rule_has_a_name() -> None:
     """No rule is there for nothing: each stands for a tensor of some published file."""
     names = {name for model in TRANSFORMERS for name in shapes_of(model)}
     stems = {re.sub(r"blocks\.\d+", "blocks.#", re.sub(r"\.(weight|bias)$", "", name)) for name in names}
-    assert set(rules("transformer").table.values()) - stems == {
+    siblings = set(sibling_names.TRANSFORMER.values())
+    assert set(rules("transformer").table.values()) - siblings - stems == {
         f"vace_blocks.#.attn2.{name}" for name in ("add_k_proj", "add_v_proj", "norm_added_k")
     }

@@ -25,8 +25,8 @@ from fastvid.models.common.clip import CLIP_HUGE
 from fastvid.models.common.umt5 import UMT5_XXL, UMT5Config, UMT5Encoder
 from fastvid.models.registry import build_vae, weigh_part
 from fastvid.models.wan.config import WAN22_VAE, WanTransformerConfig, WanVAEConfig
-from fastvid.models.wan.presets import published_configs
 from fastvid.models.wan.transformer import WanTransformer
+from fastvid.models.wan.variants import published_configs
 from fastvid.ops import rgb, vae_gpu, vae_library
 from fastvid.ops import vae as vae_ops
 from fastvid.planning import memory

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fastvid.errors import CheckpointError, FastvidWarning, InvalidRequest
 from fastvid.models.wan.config import WanVAEConfig
-from fastvid.models.wan.presets import find_preset
+from fastvid.models.wan.variants import find_preset
 from fastvid.requests.request import Request
 from fastvid.sampling.schedulers import (
     _FLOW_SAYS,

@@ -94,7 +94,7 @@ def test_a_step_of_a_large_model_is_mostly_attention_and_linears() -> None:
 )
 @pytest.mark.slow
 def test_other_kinds_of_models_are_recorded(name: str) -> None:
-    from fastvid.models.wan.presets import PUBLISHED
+    from fastvid.models.wan.variants import PUBLISHED
 
     known = name if name in PUBLISHED else next(one for one in PUBLISHED if "forcing" in one)
     assert len(record(Subject(known), LoadOptions(device="cpu", dtype="bfloat16"))) > 40

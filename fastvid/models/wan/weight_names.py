@@ -18,6 +18,7 @@ from functools import cached_property, lru_cache
 from torch import Tensor, cat
 
 from fastvid.errors import CheckpointError
+from fastvid.models.wan import sibling_names
 
 DIFFUSERS, ORIGINAL = "diffusers", "original"
 LAYOUTS = (DIFFUSERS, ORIGINAL)
@@ -52,6 +53,7 @@ TRANSFORMER = {
     **{f"vace_blocks.#.{a}": f"vace_blocks.#.{b}" for a, b in _BLOCK.items()},
     "vace_blocks.#.before_proj": "vace_blocks.#.proj_in",
     "vace_blocks.#.after_proj": "vace_blocks.#.proj_out",
+    **sibling_names.TRANSFORMER,
 }
 TEXT_ENCODER = {
     "token_embedding": "shared",
