@@ -20,8 +20,8 @@ from fastvid.checks import MAX_PROMPT, nearest_name
 from fastvid.cli.command_parser import UsageError
 from fastvid.cli.flags import FLAGS, has_prompt, usage_of, words_of
 from fastvid.errors import FastvidWarning, InvalidRequest, MediaError
-from fastvid.requests.arguments import CHECKPOINT, CLIPS, VERBS
-from fastvid.requests.request import DATA, PROMPT_OF_CLIP, Request
+from fastvid.requests.arguments import CHECKPOINT, CLIPS, PROMPT_OF_CLIP, VERBS
+from fastvid.requests.request import DATA, Request
 
 LOAD_FLAGS = ("device", "dtype", "vae_dtype", "backend", "attention")
 MAX_SHOTS_FILE = 1 << 26  # bytes

@@ -13,8 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from fastvid import checks
-from fastvid.requests.arguments import ARGUMENTS, CHECKPOINT, CLIPS, VERBS, Argument, type_of
-from fastvid.requests.request import PROMPT_OF_CLIP
+from fastvid.requests.arguments import ARGUMENTS, CHECKPOINT, CLIPS, PROMPT_OF_CLIP, VERBS, Argument, type_of
 
 RESUME_INPUTS = ("image", "last_image", "video", "video_2", "mask", "reference_images")
 """The inputs that `resume` takes again."""

@@ -13,8 +13,7 @@ from fastvid.cli import flags as cli_flags
 from fastvid.cli import tool_parsers
 from fastvid.cli.command_parser import EPILOG, Parser, UsageError, add_files
 from fastvid.cli.flags import FLAGS, SAMPLING, flags_of, has_prompt, size_in_bytes, usage_of, words_of
-from fastvid.requests.arguments import CHECKPOINT, VERBS
-from fastvid.requests.request import PROMPT_OF_CLIP
+from fastvid.requests.arguments import CHECKPOINT, PROMPT_OF_CLIP, VERBS
 
 OTHERS = {
     "resume": "continue an interrupted request from its --checkpoint",

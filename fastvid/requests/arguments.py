@@ -216,6 +216,9 @@ CLIPS = {
 }
 """The clips that each verb requires."""
 
+PROMPT_OF_CLIP = ("extend", "loop", "blend", "finalize")
+"""Verbs whose prompt defaults to the one in the clip's recipe."""
+
 OPTIONS: Mapping[str, Any] = {
     "generate": options.GenerateOptions,
     "image": options.ImageOptions,

@@ -16,9 +16,9 @@ from fastvid.errors import InvalidRequest, MediaError, OutOfMemory
 from fastvid.media.arrays import as_array, in_order, is_signed, layout_of, to_uint8
 from fastvid.media.clip import Clip, center_crop, open_clip, open_picture
 from fastvid.media.metadata import read_recipe
-from fastvid.requests.arguments import ARGUMENTS, CLIPS
+from fastvid.requests.arguments import ARGUMENTS, CLIPS, PROMPT_OF_CLIP
 from fastvid.requests.recipe import prints_of, recordable
-from fastvid.requests.request import PROMPT_OF_CLIP, SIZE, Request, Resolved
+from fastvid.requests.request import SIZE, Request, Resolved
 from fastvid.requests.sizes import check_frames
 
 PICTURES = ("image", "last_image")

@@ -1,5 +1,5 @@
-"""Wan-Animate: the picture-to-video transformer, driven by a skeleton (pose) and a face. The pose is added to the tokens
-of the video; the tokens of the face are attended to after block 0, 5, 10, ... Parameter names are those of diffusers'
+"""Wan-Animate: the picture-to-video transformer, driven by a skeleton (pose) and a face. The pose is added to the
+video's tokens; those of the face are attended to after block 0, 5, 10, ... Parameter names are those of diffusers'
 WanAnimateTransformer3DModel.
 
 Shapes: as in `fastvid.models.wan.transformer`; latents have 1 + T frames, the first of which is the character's; M

@@ -104,5 +104,7 @@ def _channel_sizes(given: Any) -> tuple[tuple[int, int], ...]:
     if given is None:
         return tuple(CHANNELS.items())
     if not isinstance(given, Mapping) or not all(str(key).isdecimal() and len(str(key)) < 6 for key in given):
-        raise CheckpointError(f"transformer/config.json: {CHANNELS_KEY} is {given!r:.80}; sides and channels are needed")
+        raise CheckpointError(
+            f"transformer/config.json: {CHANNELS_KEY} is {given!r:.60}; sides and channels are expected"
+        )
     return tuple((int(side), _whole(CHANNELS_KEY, count)) for side, count in given.items())
