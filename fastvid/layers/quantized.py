@@ -114,6 +114,24 @@ def install(
     return left
 
 
+def logical_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight, a quantized one under its plain name."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for path, layer in module.named_modules():
+        if isinstance(layer, Quantized):
+            prefix = f"{path}." if path else ""
+            for role in layer.spec.data:
+                del shapes[f"{prefix}weight_{role}"]
+            shapes[f"{prefix}weight"] = layer.spec.shape
+    return shapes
+
+
+def layer_of(module: nn.Module, name: str) -> Quantized | None:
+    """The quantized layer that has a weight or a parameter of this name."""
+    layer = _find(module, name.rpartition(".")[0])
+    return layer if isinstance(layer, Quantized) and not name.endswith(".bias") else None
+
+
 def _find(module: nn.Module, path: str) -> nn.Module | None:
     try:
         return module.get_submodule(path)

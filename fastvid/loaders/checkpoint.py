@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvid import notices
 from fastvid.errors import CheckpointError
-from fastvid.loaders import layouts, lora, lora_fit, safetensors, weight_files
+from fastvid.loaders import layouts, lora, lora_fit, quantized, safetensors, weight_files
 from fastvid.loaders.find import (
     UNIDENTIFIED,
     FoundModel,
@@ -36,7 +36,7 @@ from fastvid.models.common.tokenizer import TextTokenizer
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.description import Checkpoint, Part, flat_config
 from fastvid.models.preset import Preset
-from fastvid.models.registry import CONTROLLED, EXPERTS, build_empty, kind_of, target_dtype
+from fastvid.models.registry import CONTROLLED, EXPERTS, build_empty, hold_quantized, kind_of, target_dtype
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.models.wan.variants import find_preset, find_variants, read_signature
@@ -115,6 +115,7 @@ def load_part(
     if part.problems or part.config is None:
         raise CheckpointError("; ".join(part.problems))
     module = build_empty(name, part.config, ops)
+    hold_quantized(module, part.quantized, dtype, ops)
     fill(module, part, device, dtype, loras)
     return module
 
@@ -178,6 +179,7 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
         stored or sum(file.stat().st_size for file in found.files),
         tuple(problems),
         origins,
+        quantized.specs_of(found.entries, origins, getattr(module, "ALIASES", {})) if module else {},
     )
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from fastvid import notices
 from fastvid.errors import CheckpointError, InvalidRequest
+from fastvid.layers.quantized import logical_shapes
 from fastvid.loaders import safetensors
 from fastvid.loaders.lora import Lora
 from fastvid.loaders.lora_terms import Shape
@@ -88,7 +89,7 @@ def _shapes_of(part: Part) -> dict[str, Shape]:
 
 
 def _shapes(module: nn.Module) -> dict[str, Shape]:
-    return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    return logical_shapes(module)
 
 
 # ---------------------------------------------------------------- which expert

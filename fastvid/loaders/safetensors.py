@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,18 @@ from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
 from fastvid.files import open_regular, reason
+from fastvid.layers.quantized import layer_of, logical_shapes
+from fastvid.loaders import gguf, marks, quantized
+from fastvid.loaders.entries import BITS, FLOATS, STORED, Entry, nbytes
 from fastvid.loaders.finite import Weight, check_finite
 from fastvid.models.common.config_reader import parse_json
 from fastvid.models.registry import target_dtype
 from fastvid.models.wan.weight_names import QUANTIZED, Origin, some
+from fastvid.ops.formats import Data
 
 SUFFIX = ".safetensors"
 SUFFIXES = (SUFFIX, ".sft")
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
-BITS |= {"U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 # A model has 1,095 tensors and a header of 0.2 MB; some LoRAs add a few MB about their training.
 MAX_HEADER, MAX_TENSORS, MAX_DIMS = 1 << 24, 20_000, 16
 VALUES = 12  # of a tensor in a header, about
@@ -40,18 +41,14 @@ LARGEST = 2**63 - 1  # bytes, or values of a tensor
 CHUNK = 2**22  # bytes per read, which are in the cache when they are checked
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor in a header. dtype: safetensors' name ("F32", "BF16", ...); offset: of its first byte in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int = field(default=0, compare=False)
-
-
 def read_header(path: Path) -> dict[str, Entry]:
-    """Name -> entry of every tensor in a safetensors file, read from its header and checked against the file's size.
+    """Name -> entry of every tensor in a safetensors file, as stored: see `read_stored`."""
+    return read_stored(path)[0]
+
+
+def read_stored(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(name -> entry of every tensor in a safetensors file, its metadata), read from its header and checked against the
+    file's size.
 
     Raises CheckpointError if the file is broken, or if its header is larger than any that is published.
     """
@@ -70,10 +67,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     if text is None:
         raise CheckpointError(f"{path} has a header of {length:,} bytes; at most {MAX_HEADER:,} are read")
     try:
-        entries, end = _parse_header(text, path)
+        entries, metadata, end = _parse_header(text, path)
         if size == end:
             with safe_open(path, "np"):  # dtypes, shapes, gaps and overlaps
-                return entries
+                return entries, metadata
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} has a broken safetensors header ({error}); download it again") from None
     except (SafetensorError, OSError) as error:
@@ -81,11 +78,11 @@ def read_header(path: Path) -> dict[str, Entry]:
     raise CheckpointError(f"{path} has {size} bytes where its header needs {end}; download it again")
 
 
-def _parse_header(text: bytes, path: Path) -> tuple[dict[str, Entry], int]:
-    """The entries of a header, and how long the file has to be. Raises ValueError, TypeError, KeyError or
+def _parse_header(text: bytes, path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
+    """The entries of a header, its metadata, and how long the file has to be. Raises ValueError, TypeError, KeyError or
     AttributeError."""
     header = parse_json(text, MAX_TENSORS * VALUES)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
     if len(header) > MAX_TENSORS:
         raise ValueError(f"{len(header):,} tensors; at most {MAX_TENSORS:,} are read")
     entries, start, last = {}, 8 + len(text), 0
@@ -97,7 +94,7 @@ def _parse_header(text: bytes, path: Path) -> tuple[dict[str, Entry], int]:
             raise ValueError(f"{name[:80]!r} has shape {shape!r:.80}, more than any file can hold")
         entries[name] = Entry(value["dtype"], tuple(shape), path, start + begin)
         last = max(last, end)
-    return entries, start + last
+    return entries, {key: value for key, value in metadata.items() if isinstance(value, str)}, start + last
 
 
 def _are_sizes(values: Any) -> bool:
@@ -105,24 +102,22 @@ def _are_sizes(values: Any) -> bool:
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
-    """The merged headers of several files. Raises CheckpointError if two files have a tensor of the same name."""
+    """The merged headers of several files, a quantized weight as one entry. Raises CheckpointError if two files have a
+    tensor of the same name, or for quantized weights that cannot be read."""
     entries: dict[str, Entry] = {}
+    metadata: dict[str, str] = {}
     for file in files:
-        header = read_header(file)
+        header, texts = gguf.read_header(file) if file.suffix == gguf.SUFFIX else read_stored(file)
         if twice := sorted(header.keys() & entries.keys()):
             raise CheckpointError(f"{some(twice)} in both {entries[twice[0]].file} and {file}; remove one of the two")
         entries |= header
-    return entries
+        metadata |= texts
+    return marks.logical(entries, metadata)
 
 
 def count_parameters(entries: Mapping[str, Entry]) -> int:
     """The total number of elements."""
     return sum(math.prod(entry.shape) for entry in entries.values())
-
-
-def nbytes(entry: Entry) -> int:
-    """Bytes of a tensor; 0 for a dtype of unknown size."""
-    return math.prod(entry.shape) * BITS.get(entry.dtype, 0) // 8
 
 
 def known_bytes(entry: Entry) -> int:
@@ -148,17 +143,21 @@ def in_module_names(module: nn.Module, entries: Mapping[str, Entry]) -> dict[str
 
 def mismatches(module: nn.Module, entries: Mapping[str, Entry]) -> tuple[str, ...]:
     """Why these tensors do not fit a module, one sentence per kind of problem; empty if they fit."""
-    expected = module.state_dict()
+    expected = logical_shapes(module)
     entries_by_name = in_module_names(module, entries)
     missing = sorted(expected.keys() - entries_by_name.keys())
     unknown = sorted(name for name in entries_by_name if name not in expected)
     shapes = [
-        f"{name} {list(entries_by_name[name].shape)} for {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in entries_by_name and entries_by_name[name].shape != tuple(tensor.shape)
+        f"{name} {list(entries_by_name[name].shape)} for {list(shape)}"
+        for name, shape in expected.items()
+        if name in entries_by_name and entries_by_name[name].shape != shape
     ]
     kinds = sorted(
-        {entry.dtype for name, entry in entries_by_name.items() if name in expected and entry.dtype not in FLOATS}
+        {
+            entry.dtype
+            for name, entry in entries_by_name.items()
+            if name in expected and entry.dtype not in FLOATS and entry.source is None
+        }
     )
     sentences = (
         (missing, "missing weights: "),
@@ -195,26 +194,27 @@ def load_into(
     """
     files = tuple(files)
     entries = read_matching_headers(module, files, origins)
-    aliases, scratch, device = getattr(module, "ALIASES", {}), ReusedMemory(), torch.device(device)
+    aliases, device = getattr(module, "ALIASES", {}), torch.device(device)
     with ExitStack() as stack:
-        opened = _open(stack, files)
+        reader = _Reader(entries, _open(stack, files))
         for stored in _in_file_order(entries, origins):
             name = aliases.get(stored, stored)
             if _unused(module, stored) or (only is not None and name not in only):
                 continue
             names = (stored,) if origins is None else origins[stored].names
+            layer, first = layer_of(module, name), entries[names[0]]
+            if layer is not None and first.source is not None:
+                layer.fill(reader.data(names[0]), device)
+                continue
             target = target_dtype(module, name, dtype)
             # Tensors that are copied to another device or dtype are read into memory shared with the next ones.
-            copied = device.type != "cpu" or FLOATS[entries[names[0]].dtype] != target
-            reused = scratch if copied and len(names) == 1 else None
-
-            def read(one: str, reused: ReusedMemory | None = reused, target: torch.dtype = target) -> Tensor:
-                entry = entries[one]
-                weight = Weight(entry.file, one, FLOATS[entry.dtype], target)
-                return _read(opened[entry.file], entry, reused, weight)
-
+            copied = device.type != "cpu" or layer is not None or FLOATS.get(first.dtype) != target
+            read = partial(reader.tensor, target=target, reuse=copied and len(names) == 1)
             tensor = read(stored) if origins is None else origins[stored].make(read)
             tensor = tensor if merge is None else merge(name, tensor)
+            if layer is not None:
+                quantized.fill_plain(layer, tensor, device)
+                continue
             tensor = tensor.to(device=device, dtype=target).contiguous()
             _assign(module, name, tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone())
     module.eval().requires_grad_(False)
@@ -246,7 +246,11 @@ def origin_entries(origins: Mapping[str, Origin], entries: Mapping[str, Entry]) 
     """The entries of weights that are built from other tensors."""
     shapes = {name: entry.shape for name, entry in entries.items()}
     first = {name: entries[origin.names[0]] for name, origin in origins.items()}
-    return {name: Entry(first[name].dtype, origin.shape(shapes), first[name].file) for name, origin in origins.items()}
+    return {name: _built(first[name], origin, shapes) for name, origin in origins.items()}
+
+
+def _built(first: Entry, origin: Origin, shapes: Mapping[str, tuple[int, ...]]) -> Entry:
+    return first if origin.is_copy else Entry(first.dtype, origin.shape(shapes), first.file, source=first.source)
 
 
 class ReusedMemory:
@@ -260,6 +264,25 @@ class ReusedMemory:
         if len(self._memory) < size:
             self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._memory[:size]
+
+
+class _Reader:
+    """Reads tensors from open files."""
+
+    def __init__(self, entries: Mapping[str, Entry], opened: Mapping[Path, Any]) -> None:
+        self.entries, self.opened, self.scratch = entries, opened, ReusedMemory()
+
+    def data(self, stored: str) -> Data:
+        """A quantized weight's data."""
+        return quantized.read_data(stored, self.entries[stored], lambda one: _read(self.opened[one.file], one))
+
+    def tensor(self, stored: str, target: torch.dtype, reuse: bool) -> Tensor:
+        """A weight that will be `target`, as stored, or dequantized. reuse: in memory shared with the next one."""
+        entry = self.entries[stored]
+        if entry.source is not None:
+            return quantized.as_tensor(entry, self.data(stored), target).dequantize()
+        weight = Weight(entry.file, stored, FLOATS[entry.dtype], target)
+        return _read(self.opened[entry.file], entry, self.scratch if reuse else None, weight)
 
 
 def _open(stack: ExitStack, files: Iterable[Path]) -> dict[Path, Any]:
@@ -278,9 +301,9 @@ def _open(stack: ExitStack, files: Iterable[Path]) -> dict[Path, Any]:
     return opened
 
 
-def _read(file: Any, entry: Entry, scratch: ReusedMemory | None, weight: Weight) -> Tensor:
-    """Read a tensor from its open file, into `scratch` or into new memory. All of it has to be finite."""
-    dtype = FLOATS[entry.dtype]
+def _read(file: Any, entry: Entry, scratch: ReusedMemory | None = None, weight: Weight | None = None) -> Tensor:
+    """Read a tensor from its open file, into `scratch` or into new memory. All of a weight has to be finite."""
+    dtype = STORED[entry.dtype]
     size, done, seen = math.prod(entry.shape) * dtype.itemsize, 0, 0
     memory = torch.empty(size, dtype=torch.uint8, device="cpu") if scratch is None else scratch.take(size)
     data = memory.numpy().data if size else memoryview(b"")
@@ -292,7 +315,8 @@ def _read(file: Any, entry: Entry, scratch: ReusedMemory | None, weight: Weight)
                 raise CheckpointError(f"{entry.file} ended while it was read; download it again")
             done += count
             whole = done - done % dtype.itemsize
-            check_finite(memory[seen:whole].view(dtype), weight)
+            if weight is not None:
+                check_finite(memory[seen:whole].view(dtype), weight)
             seen = whole
     except OSError as error:
         raise CheckpointError(f"{entry.file} cannot be read: {reason(error)}") from None

@@ -12,6 +12,7 @@ from fastvid.files import links_out
 from fastvid.models.preset import Preset
 from fastvid.models.registry import EXPERTS, Config, kind_of
 from fastvid.models.wan import weight_names
+from fastvid.ops.quantized import Spec
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Part:
     origins: Mapping[str, weight_names.Origin] | None = field(
         default=None, repr=False
     )  # where files name weights otherwise
+    quantized: Mapping[str, Spec] = field(default_factory=dict, repr=False)  # by the module's names of weights
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Checkpoint:
     @property
     def configs(self) -> dict[str, Any]:
         return {part.name: part.config for part in self.parts}
+
+    @property
+    def quantized(self) -> dict[str, Mapping[str, Spec]]:
+        """Of each part the weights that stay quantized."""
+        return {part.name: part.quantized for part in self.parts if part.quantized}
 
     @property
     def experts(self) -> tuple[str, ...]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastvid.device.offload import Weights, weigh
+from fastvid.layers.quantized import install, layer_of
 from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
@@ -18,6 +21,7 @@ from fastvid.models.wan.vace import WanVACETransformer
 from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.ops import reference
+from fastvid.ops.quantized import Spec
 
 Config = WanTransformerConfig | WanVACEConfig | WanVAEConfig | UMT5Config | CLIPVisionConfig
 
@@ -99,17 +103,37 @@ def build_empty(name: str, config: Config, ops: Any = reference) -> nn.Module:
         return kind_of(name).build(config, ops)
 
 
-def build_outline(name: str, config: Config, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The same with the dtypes that its weights have in a model that is loaded as dtype, its VAE as vae_dtype."""
+def hold_quantized(module: nn.Module, quantized: Mapping[str, Spec], dtype: torch.dtype, ops: Any = reference) -> None:
+    """Lets an empty module that will be loaded as dtype hold weights as they are quantized. quantized: name -> how."""
+    install(module, quantized, ops, partial(target_dtype, module, dtype=dtype))
+
+
+def build_outline(
+    name: str,
+    config: Config,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype = torch.float32,
+    quantized: Mapping[str, Spec] = MappingProxyType({}),
+) -> nn.Module:
+    """A part without weights, with the dtypes that they have in a model that is loaded as dtype, its VAE as vae_dtype.
+    quantized: the weights that stay quantized."""
     module, kind = build_empty(name, config), part_dtype(name, dtype, vae_dtype)
+    hold_quantized(module, quantized, kind)
     for weight, parameter in module.named_parameters():
-        parameter.data = parameter.data.to(target_dtype(module, weight, kind))
+        if parameter.dtype.is_floating_point and layer_of(module, weight) is None:
+            parameter.data = parameter.data.to(target_dtype(module, weight, kind))
     return module
 
 
-def weigh_part(name: str, config: Config, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32) -> Weights:
+def weigh_part(
+    name: str,
+    config: Config,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype = torch.float32,
+    quantized: Mapping[str, Spec] = MappingProxyType({}),
+) -> Weights:
     """Bytes of a part's weights in a model that is loaded as dtype, from its configuration."""
-    return weigh(build_outline(name, config, dtype, vae_dtype))
+    return weigh(build_outline(name, config, dtype, vae_dtype, quantized))
 
 
 def part_dtype(name: str, dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32) -> torch.dtype:

@@ -164,7 +164,7 @@ def choose_offload(
         return MODES[0], "host and device are one memory"
     capacity = available_bytes(device) if free is None else free
     request = default_request(checkpoint.require_preset())
-    mode = memory.choose_offload(checkpoint.configs, request, capacity, dtype, vae_dtype)
+    mode = memory.choose_offload(checkpoint.configs, request, capacity, dtype, vae_dtype, checkpoint.quantized)
     return mode, f"by the default video and the {_size(capacity)} that are free"
 
 
@@ -248,7 +248,8 @@ def read_part(
 def empty_modules(checkpoint: Checkpoint, placement: Placement) -> Modules:
     """All modules of a model, without weights."""
     kinds = placement.dtype, placement.vae_dtype
-    empty = {name: build_outline(name, config, *kinds) for name, config in checkpoint.configs.items()}
+    held = checkpoint.quantized
+    empty = {name: build_outline(name, one, *kinds, held.get(name, {})) for name, one in checkpoint.configs.items()}
     experts = Experts([empty[name] for name in checkpoint.experts], checkpoint.require_preset().boundary_ratio)
     encoders = Resident([empty[name] for name in ENCODERS if name in empty])
     assert checkpoint.text_length is not None

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +22,7 @@ from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.loaded import Model, Sizes
 from fastvid.models.registry import EXPERTS, weigh_part
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
+from fastvid.ops.quantized import Spec
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
 
@@ -39,6 +41,7 @@ STRIPE_SHARE = 0.25
 # tests/distributed/test_bands.py.
 BAND_SHARE = 0.1
 FP32_BYTES = 4
+Quantized = Mapping[str, Mapping[str, Spec]]
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,16 @@ class ModelFacts:
 
     @classmethod
     def of_configs(
-        cls, configs: Mapping[str, Any], dtype: torch.dtype, vae_dtype: torch.dtype = torch.float32
+        cls,
+        configs: Mapping[str, Any],
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype = torch.float32,
+        quantized: Quantized = MappingProxyType({}),
     ) -> ModelFacts:
-        """The facts of a model that is not loaded. configs: part name -> configuration."""
-        weights = {name: weigh_part(name, config, dtype, vae_dtype) for name, config in configs.items()}
+        """The facts of a model that is not loaded. configs: part name -> configuration; quantized: part name -> the
+        weights that stay quantized."""
+        kinds = dtype, vae_dtype
+        weights = {name: weigh_part(name, one, *kinds, quantized.get(name, {})) for name, one in configs.items()}
         image = weights["image_encoder"].total if "image_encoder" in weights else 0
         experts = tuple(weights[name] for name in EXPERTS if name in weights)
         sizes = Sizes(experts, weights["text_encoder"], weights["vae"].total, image)
@@ -211,13 +220,15 @@ def choose_offload(
     capacity: int,
     dtype: torch.dtype,
     vae_dtype: torch.dtype = torch.float32,
+    quantized: Quantized = MappingProxyType({}),
 ) -> str:
     """The mode with the least offloading in which a request's whole clip fits into `capacity` bytes of a device.
 
-    configs: part name -> configuration. Decoding in stripes is considered only if no mode fits without. If nothing
-    fits, returns the mode with the most offloading: smaller requests may fit, and planning refuses those that do not.
+    configs, quantized: see `ModelFacts.of_configs`. Decoding in stripes is considered only if no mode fits without. If
+    nothing fits, returns the mode with the most offloading: smaller requests may fit, and planning refuses those that
+    do not.
     """
-    model = ModelFacts.of_configs(configs, dtype, vae_dtype)
+    model = ModelFacts.of_configs(configs, dtype, vae_dtype, quantized)
     config = model.transformer
     pictures = 1 + bool(config.pos_embed_seq_len) if config.in_channels > config.out_channels else 0
     needs = Needs(model, whole_clip(request, model.vae), 1 + request.guided(len(model.sizes.experts)), pictures)
