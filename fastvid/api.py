@@ -24,6 +24,7 @@ from fastvid.errors import InvalidRequest
 from fastvid.loaders import lora_fit
 from fastvid.loaders.checkpoint import open_checkpoint
 from fastvid.loaders.lora import read_loras
+from fastvid.loaders.quantize import apply as apply_quantize
 from fastvid.models.loaded import LoadOptions, Model
 from fastvid.pipeline import load_arguments
 from fastvid.pipeline.load import load_model, outline
@@ -52,6 +53,7 @@ class OutlineOptions(TypedDict, total=False):
     parallel: Any
     link: str
     variant: str | None
+    quantize: str | Mapping[str, str | None] | None
 
 
 class Blueprint:
@@ -108,8 +110,8 @@ def blueprint(
         device_memory: memory in bytes of a GPU that this machine does not have; 1 GiB of it is reserved for CUDA.
         card: a GPU that this machine does not have, such as "RTX 4090" (see `fastvid.distributed.cards`): its memory,
             and its published rates for an estimate.
-        options: device, dtype, vae_dtype, backend, attention, loras, offload, parts, parallel, link, cuda_graphs and
-            variant, as `load` takes them.
+        options: device, dtype, vae_dtype, backend, attention, loras, offload, parts, parallel, link, cuda_graphs,
+            variant and quantize, as `load` takes them.
 
     Raises as `load` does.
     """
@@ -138,6 +140,7 @@ def load(
     vae_dtype: str | torch.dtype | None = None,
     link: str = "auto",
     variant: str | None = None,
+    quantize: str | Mapping[str, str | None] | None = None,
 ) -> Pipeline:
     """Load a model.
 
@@ -160,19 +163,19 @@ def load(
             tokenizer) to files, folders or hub files. "base" is a whole model folder that supplies everything else to
             a single file.
         max_running: how many requests may run at once; others wait, first come first served.
-        cuda_graphs: True captures the transformer's calls as CUDA graphs, one per shape, and replays them (see
-            `fastvid.device.cuda_graphs`). This is faster where calls are short; the graphs' memory is kept as long as
-            the pipeline. "auto" uses graphs where a committed benchmark shows a gain: nowhere so far.
+        cuda_graphs: True replays the transformer's calls as CUDA graphs, one per shape, whose memory they keep: faster
+            where calls are short. "auto": where a committed benchmark shows a gain, which is nowhere so far.
         parallel: the ranks that generate each video together (docs/gpus.md): a number, "auto" (one per GPU), or
             degrees such as "guidance=2,ulysses=4". This call starts a process for each rank; with 1, everything runs
             in this process. Under torchrun, torchrun's processes are the ranks: this call returns on rank 0 alone;
             the others serve rank 0 until it is done, and then end.
-        vae_dtype: the VAE's dtype, named as for dtype; default: bfloat16 on a GPU, float32, as published, on a CPU. In
-            16 bits the VAE takes half the memory and uses a GPU's tensor cores; sums and statistics stay in fp32.
+        vae_dtype: the VAE's dtype, named as for dtype; default: bfloat16 on a GPU, float32, as published, on a CPU.
         link: the interconnect between ranks, from which `parallel` chooses a layout: "nvlink", "pcie", "infiniband",
             "loopback", or two of them, within a host and between hosts ("nvlink,infiniband"). "auto" asks the driver;
             a plan shows the result.
         variant: the published model that these weights are, such as "wan2.1-i2v-14b-720p", where no name tells.
+        quantize: "fp8" or "int8" holds linear layers in 8 bits and multiplies the transformers' in 8 bits; for all
+            parts, or for each: {"transformer": "fp8", "text_encoder": "int8"}. See docs/quantized.md.
 
     Raises:
         CheckpointError: the model is missing, damaged or unsupported, or a LoRA does not fit it.
@@ -216,10 +219,12 @@ def inspect(
     loras: Sequence[Any] = (),
     parts: Mapping[str, str | Path] | None = None,
     variant: str | None = None,
+    quantize: str | Mapping[str, str | None] | None = None,
 ) -> dict[str, Any]:
     """Describe a checkpoint from its configurations and file headers, without loading it, and check whether LoRAs
     fit."""
-    given = load_arguments.checked({"model": model, "loras": loras, "parts": parts, "variant": variant})
+    given = load_arguments.checked(locals())
     checkpoint, loras = open_checkpoint(given["model"], given["parts"], variant=given["variant"]), given["loras"]
+    checkpoint = apply_quantize(checkpoint, given["quantize"])
     described = lora_fit.describe(read_loras(loras), checkpoint)
     return checkpoint.to_dict() | ({"loras": described} if described else {})

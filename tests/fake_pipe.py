@@ -76,7 +76,9 @@ class FakePipe:
         finally:
             self.closed += 1
 
-    def inspect(self, model: str, loras: Any = (), parts: Any = None, variant: Any = None) -> dict[str, Any]:
+    def inspect(
+        self, model: str, loras: Any = (), parts: Any = None, variant: Any = None, quantize: Any = None
+    ) -> dict[str, Any]:
         return {"model": model, "parts": {"vae": {"parameters": 3, "types": ["F32"]}}}
 
 

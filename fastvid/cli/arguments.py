@@ -180,5 +180,6 @@ def load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[st
     arguments["parallel"], arguments["link"] = flags.parallel, flags.link
     # The recipe's parts belong to its model, not to another one.
     arguments["parts"] = dict(flags.part) if flags.part else None if flags.model else settings.get("parts")
-    arguments["variant"] = flags.variant or (None if flags.model else settings.get("variant"))
+    for name in ("variant", "quantize"):
+        arguments[name] = getattr(flags, name) or (None if flags.model else settings.get(name))
     return {name: value for name, value in arguments.items() if value is not None}

@@ -104,6 +104,12 @@ def add_files(parser: Any) -> None:
         help="the published model that the weights are, such as wan2.1-i2v-14b-720p, where their names do not tell",
     )
     parser.add_argument(
+        "--quantize",
+        metavar="NAME",
+        help="hold the linear layers of transformers and text encoder in 8 bits: fp8, int8 or none, or for each part, "
+        "such as transformer=fp8,text_encoder=int8 (default: as the files are)",
+    )
+    parser.add_argument(
         "--lora",
         type=lora,
         action="append",

@@ -216,7 +216,7 @@ def _inspect(flags: argparse.Namespace) -> None:
         description = metadata.describe(flags.model)
     else:
         parts = dict(flags.part) if flags.part else None
-        description = api.inspect(flags.model, flags.lora or (), parts, flags.variant)
+        description = api.inspect(flags.model, flags.lora or (), parts, flags.variant, flags.quantize)
     print(json.dumps(description) if flags.json else "\n".join(_lines(description)))
 
 

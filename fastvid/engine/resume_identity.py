@@ -42,7 +42,7 @@ def fingerprint(model: Model) -> dict[str, Any]:
         "parallel": model.settings.get("parallel", "1"),
         "recipe of the model": hashlib.sha256(repr(model.preset).encode()).hexdigest(),
         "weights": dict(_weights(model)),
-    }
+    } | ({"quantize": model.options.quantize} if model.options.quantize else {})
 
 
 def _choices(model: Model) -> dict[str, str]:

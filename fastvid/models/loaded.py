@@ -46,6 +46,7 @@ class LoadOptions:
     link: str = "auto"
     layout: Layout | None = None
     variant: str | None = None
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ class Model:
         made |= {} if self.vae_dtype is torch.float32 else {"vae_dtype": str(self.vae_dtype).removeprefix("torch.")}
         made |= {"parts": self.sources} if self.sources else {}
         made |= {"variant": self.options.variant} if self.options.variant else {}
+        made |= {"quantize": self.options.quantize} if self.options.quantize else {}
         made |= {"parallel": str(self.layout or self.mesh.size)} if self.mesh.size > 1 else {}
         return made | ({"loras": [list(lora) for lora in self.loras]} if self.loras else {})
 

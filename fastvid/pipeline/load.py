@@ -22,6 +22,7 @@ from fastvid.distributed.layout import agree, parse_parallel
 from fastvid.distributed.links import device_of, find_links
 from fastvid.distributed.mesh import Mesh
 from fastvid.errors import CheckpointError
+from fastvid.loaders import quantize
 from fastvid.loaders.checkpoint import check_fill, fill, load_part, open_checkpoint
 from fastvid.loaders.find import EMBEDDED, read_tokenizer
 from fastvid.loaders.lora import Lora, as_tuples, changed_weights, read_loras
@@ -53,6 +54,7 @@ def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, m
     ops = bind(options.backend, options.attention, device)
     links = find_links(options.link, mesh, device)
     checkpoint = open_checkpoint(source, options.parts, download=True, variant=options.variant).check()
+    checkpoint = quantize.apply(checkpoint, options.quantize)
     loras = fit(loras, checkpoint)
     placement = choose_placement(checkpoint, options, mesh)
     modules = load_modules(checkpoint, ops, placement, loras, mesh.rank)
@@ -83,7 +85,7 @@ def outline(
     ops = bind(options.backend, options.attention, device) if free is None else Ops({}, {}, {})
     links = find_links(options.link, mesh, device, planned=True)
     links = replace(links, device=device_of(card)) if card else links
-    checkpoint = describe(source, options)
+    checkpoint = quantize.apply(describe(source, options), options.quantize)
     loras = fit(loras, checkpoint)
     placement = choose_placement(checkpoint, options, mesh, free)
     modules = empty_modules(checkpoint, placement)
@@ -135,6 +137,8 @@ def check_options(options: LoadOptions) -> torch.device:
     resolve_vae_dtype(options.vae_dtype, device)
     cuda_graphs.check("cuda_graphs", options.cuda_graphs)
     OFFLOAD("offload", options.offload)
+    if options.quantize is not None:
+        quantize.check("quantize", options.quantize)
     return device
 
 
@@ -225,7 +229,9 @@ def load_encoders(checkpoint: Checkpoint, ops: Ops, placement: Placement, rank: 
     # Some I2V models (A14B) have no image encoder: the picture reaches them through the latents alone.
     names = [name for name in ENCODERS if name in checkpoint.configs]
     if rank > 0:
-        return Resident([build_outline(name, checkpoint.configs[name], placement.dtype) for name in names])
+        held = checkpoint.quantized
+        empty = (build_outline(x, checkpoint.configs[x], placement.dtype, quantized=held.get(x, {})) for x in names)
+        return Resident(list(empty))
     stay = placement.offload == "none"
     at = placement.device if stay else CPU
     modules = [read_part(checkpoint, name, ops, at, placement) for name in names]

@@ -19,6 +19,7 @@ from fastvid.distributed.cards import check_card
 from fastvid.distributed.layout import AUTO, check_parallel
 from fastvid.distributed.links import check_link
 from fastvid.errors import InvalidRequest
+from fastvid.loaders import quantize
 from fastvid.loaders.find import EMBEDDED, PART_NAMES
 from fastvid.models.wan.variants import PUBLISHED
 
@@ -94,8 +95,10 @@ CHECKS: Mapping[str, Check] = {
     "device_memory": whole(0, 1 << 50, " bytes"),
     "card": check_card,
     "variant": variant,
+    "quantize": quantize.check,
 }
 OPTIONAL = ("device", "dtype", "vae_dtype", "loras", "parts", "parallel", "device_memory", "card", "variant")
+OPTIONAL += ("quantize",)
 """Arguments that may be None."""
 
 

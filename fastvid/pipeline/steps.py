@@ -90,6 +90,7 @@ def describe(model: Model) -> dict[str, Any]:
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
+        "quantize": model.options.quantize,
         "backends": dict(model.ops.bound),
         "reasons": dict(model.ops.reasons),
         "choices": {op: [one.to_dict() for one in found] for op, found in model.ops.choices.items()},

@@ -183,6 +183,7 @@ def of_pipeline(pipe: Any, blueprint: Any) -> dict[str, Call]:
         "inspect loras": lambda value: api.inspect("embedded", loras=value),
         "inspect parts": lambda value: api.inspect("embedded", parts=value),
         "inspect variant": lambda value: api.inspect("embedded", variant=value),
+        "inspect quantize": lambda value: api.inspect("embedded", quantize=value),
         "save": lambda value: fastvid.Video(CLIP[:1], 16, 1).save(value),
     }
 

@@ -110,7 +110,7 @@ def test_every_flag_reaches_the_request(capsys: pytest.CaptureFixture[str], pipe
         "--width 80 --height 72 --num-frames 3 --fps 24000/1001 --seed 5 --steps 2 --guidance-scale 1.5 --flow-shift 8"
     )
     flags += " --negative-prompt bad --solver euler --model folder --device cpu --dtype float16 --backend reference"
-    flags += " --vae-dtype bfloat16"
+    flags += " --vae-dtype bfloat16 --quantize transformer=fp8"
     status, out, err = run(
         capsys,
         "generate",
@@ -134,6 +134,7 @@ def test_every_flag_reaches_the_request(capsys: pytest.CaptureFixture[str], pipe
     assert status == 0 and err == "" and {name: made["recipe"][name] for name in expected} == expected
     loaded = {"device": "cpu", "dtype": "float16", "backend": "reference", "attention": "sdpa", "cuda_graphs": True}
     loaded |= {"parallel": "2", "vae_dtype": "bfloat16", "link": "pcie"}
+    loaded |= {"quantize": "transformer=fp8"}
     assert pipe.loaded == [("folder", loaded)]
 
 

@@ -1,0 +1,137 @@
+"""`quantize=` of `load`: which weights are held in 8 bits, made from 16-bit files while they are loaded.
+
+The rule: the linear layers of attention and feed-forward in the blocks of a transformer, and of the text encoder. A
+scale for each output channel. All else stays as it is: patch embedding, the embedders of time, text and pictures,
+modulation, the last layer, what a block has beside attention and feed-forward, norms, biases, token embeddings. In a
+transformer products are computed in 8 bits too, with a scale for each token; the text encoder, which runs once a
+prompt, computes with its weights dequantized. What each choice costs is measured by benchmarks/bench_quantize.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from fastvid import checks
+from fastvid.checks import entries, guarded, nearest_name, one_of, refuse
+from fastvid.errors import InvalidRequest
+from fastvid.layers.fused import FusedLayer
+from fastvid.models.description import Checkpoint, Part
+from fastvid.models.registry import EXPERTS, build_empty
+from fastvid.ops.formats_rows import E4M3, INT8
+from fastvid.ops.quantized import EIGHT_BIT, Spec
+
+log = logging.getLogger("fastvid.load")
+
+FORMATS: Mapping[str, str] = {"fp8": E4M3, "int8": INT8}
+"""Name for users -> format of weights."""
+NONE = "none"
+PARTS = (*EXPERTS, "text_encoder")
+ALLOWED = 'fp8, int8, none, or one of them for each part, such as {"transformer": "fp8", "text_encoder": "int8"}'
+_value, _part = one_of((*FORMATS, NONE)), one_of(PARTS)
+
+
+# ---------------------------------------------------------------- the argument
+
+
+@guarded(ALLOWED)
+def check(name: str, value: Any) -> str | None:
+    """`quantize=` in one form: "fp8", "transformer=fp8,text_encoder=int8", or None. Raises InvalidRequest."""
+    if isinstance(value, Mapping):
+        chosen = dict(entries(name, value, ALLOWED, len(PARTS)))
+    else:
+        plain = checks.text(name, value)
+        if "=" not in plain:
+            return None if plain == NONE else _word(name, plain)
+        words = [word.partition("=") for word in plain.split(",", len(PARTS))]
+        chosen = {part.strip(): choice.strip() for part, _, choice in words}
+    parts = {_part(name, part): NONE if one is None else _word(f"{name} {part}", one) for part, one in chosen.items()}
+    return ",".join(f"{part}={parts[part]}" for part in PARTS if part in parts)
+
+
+def _word(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        refuse(name, value, ALLOWED)
+    return _value(name, value) if value in (*FORMATS, NONE) else refuse(name, value, ALLOWED, _nearest(value))
+
+
+def _nearest(value: str) -> str:
+    return "fp8" if "8" in value and "f" in value.lower() else nearest_name(value, FORMATS)
+
+
+def choice_of(quantize: str | None, part: str) -> str:
+    """ "fp8", "int8" or "none" for a part. "transformer" says it of both experts if the second is not named."""
+    if quantize is None or part not in PARTS:
+        return NONE
+    if "=" not in quantize:
+        return quantize
+    named = dict(word.split("=") for word in quantize.split(","))
+    return named.get(part, named.get("transformer", NONE) if part in EXPERTS else NONE)
+
+
+# ---------------------------------------------------------------- the rule
+
+
+def weights_of(module: nn.Module) -> list[str]:
+    """Names of the weights that are quantized in a module: of the linear layers that are in attention or feed-forward
+    in its streamed blocks."""
+    found = []
+    for blocks in getattr(module, "STREAMED", ()):
+        for name, layer in module.get_submodule(blocks).named_modules(prefix=blocks):
+            inside = name.removeprefix(f"{blocks}.").count(".") >= 2  # such as 0.attn1.to_q, but not 0.proj_out
+            if inside and isinstance(layer, nn.Linear | FusedLayer):
+                found.append(f"{name}.weight")
+    return found
+
+
+def specs_of(part: Part, choice: str, eight_bit: bool = True) -> dict[str, Spec]:
+    """The weights of a part that are quantized, by the rule: name -> how. choice: "fp8" or "int8"."""
+    assert part.config is not None
+    module = build_empty(part.name, part.config)
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    made = {name: shapes[name] for name in weights_of(module)}
+    return {name: Spec.of(FORMATS[choice], (n, k), eight_bit=eight_bit) for name, (n, k) in made.items()}
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def apply(checkpoint: Checkpoint, quantize: str | None) -> Checkpoint:
+    """The checkpoint with its parts' weights quantized. quantize: as `check` returns it.
+
+    Raises InvalidRequest for a part that the model does not have, or that is quantized in another way already.
+    """
+    if quantize is None:
+        return checkpoint
+    names = {part.name for part in checkpoint.parts}
+    for word in quantize.split(",") if "=" in quantize else ():
+        if (part := word.partition("=")[0]) not in names:
+            near = nearest_name(part, [name for name in PARTS if name in names])
+            raise InvalidRequest(f"quantize: this model has no {part}; the nearest is {near}")
+    parts = (_quantized(part, choice_of(quantize, part.name), "=" in quantize) for part in checkpoint.parts)
+    return replace(checkpoint, parts=tuple(parts))
+
+
+def _quantized(part: Part, choice: str, named: bool) -> Part:
+    """named: the choice was made for this part alone."""
+    if choice == NONE or part.config is None:
+        return part
+    eight_bit = part.name in EXPERTS
+    if not part.quantized:
+        return replace(part, quantized=specs_of(part, choice, eight_bit))
+    formats = sorted({spec.format for spec in part.quantized.values()})
+    if FORMATS[choice] not in formats:
+        if not eight_bit and not named:
+            log.info("%s stays as its file has it: %s", part.name, ", ".join(formats))
+            return part
+        fits = next((name for name, format in FORMATS.items() if format in formats), NONE)
+        raise InvalidRequest(
+            f"quantize={choice!r}: {part.name} is quantized already ({', '.join(formats)}), and stays as its file has "
+            f"it; the nearest is quantize={fits!r}"
+        )
+    eight = {name for name, spec in part.quantized.items() if eight_bit and spec.format in EIGHT_BIT}
+    return replace(part, quantized={k: replace(v, eight_bit=k in eight) for k, v in part.quantized.items()})
