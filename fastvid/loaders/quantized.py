@@ -25,8 +25,9 @@ def specs_of(
     for name in entries if origins is None else origins:
         if origins is not None and not origins[name].is_copy:
             continue
-        source = entries[name if origins is None else origins[name].names[0]].source
-        if source is not None:
+        entry = entries[name if origins is None else origins[name].names[0]]
+        source = entry.source
+        if source is not None and entry.shape == source.shape:  # else it is no matrix, or its rows are no whole blocks
             specs[aliases.get(name, name)] = source.spec
     return specs
 

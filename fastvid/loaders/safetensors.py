@@ -280,7 +280,7 @@ class _Reader:
         """A weight that will be `target`, as stored, or dequantized. reuse: in memory shared with the next one."""
         entry = self.entries[stored]
         if entry.source is not None:
-            return quantized.as_tensor(entry, self.data(stored), target).dequantize()
+            return quantized.as_tensor(entry, self.data(stored), target).dequantize().reshape(entry.shape)
         weight = Weight(entry.file, stored, FLOATS[entry.dtype], target)
         return _read(self.opened[entry.file], entry, self.scratch if reuse else None, weight)
 
