@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvid import notices
 from fastvid.errors import CheckpointError
-from fastvid.loaders import layouts, lora, lora_fit, quantized, safetensors, weight_files
+from fastvid.loaders import layouts, lora, lora_fit, marks_refused, quantized, safetensors, weight_files
 from fastvid.loaders.find import (
     UNIDENTIFIED,
     FoundModel,
@@ -166,8 +166,7 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
     if module is not None and entries:
         problems += [f"{where}: {text}" for text in safetensors.mismatches(module, entries)]
         entries = safetensors.in_module_names(module, entries)
-    if not problems and (found.config or {}).get("quantization_config"):
-        notices.warn(f"{config_path}: quantization_config is not read: the weights beside it are not quantized")
+    _note_quantization(found, config_path, problems)
     stored = sum(map(safetensors.nbytes, found.entries.values())) if identified else 0
     return Part(
         found.name,
@@ -181,6 +180,18 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
         origins,
         quantized.specs_of(found.entries, origins, getattr(module, "ALIASES", {})) if module else {},
     )
+
+
+def _note_quantization(found: FoundPart, path: Path, problems: list[str]) -> None:
+    """Says what a config's quantization_config means, where the weights are not quantized in a way that is read."""
+    settings = (found.config or {}).get("quantization_config")
+    if not settings or any(entry.source for entry in found.entries.values()):
+        return
+    method = str(settings.get("quant_method")) if isinstance(settings, dict) else ""
+    if problems and method in marks_refused.METHODS:
+        problems.append(f"{path}: {found.name} {marks_refused.method_text(method)}")
+    elif not problems:
+        notices.warn(f"{path}: quantization_config is not read: the weights beside it are not quantized")
 
 
 def _check_tokenizer(tokenizer: TextTokenizer, text_encoder: Any, found: FoundModel) -> int:

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from fastvid.errors import CheckpointError
 from fastvid.files import open_regular, reason
 from fastvid.layers.quantized import layer_of, logical_shapes
-from fastvid.loaders import gguf, marks, quantized
+from fastvid.loaders import gguf, marks, marks_json, quantized
 from fastvid.loaders.entries import BITS, FLOATS, STORED, Entry, nbytes
 from fastvid.loaders.finite import Weight, check_finite
 from fastvid.models.common.config_reader import parse_json
 from fastvid.models.registry import target_dtype
-from fastvid.models.wan.weight_names import QUANTIZED, Origin, some
+from fastvid.models.wan.weight_names import Origin, some
 from fastvid.ops.formats import Data
 
 SUFFIX = ".safetensors"
@@ -111,7 +111,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
         if twice := sorted(header.keys() & entries.keys()):
             raise CheckpointError(f"{some(twice)} in both {entries[twice[0]].file} and {file}; remove one of the two")
         entries |= header
-        metadata |= texts
+        metadata = marks_json.joined(metadata, texts, file)
     return marks.logical(entries, metadata)
 
 
@@ -163,7 +163,7 @@ def mismatches(module: nn.Module, entries: Mapping[str, Entry]) -> tuple[str, ..
         (missing, "missing weights: "),
         (unknown, "weights that the model does not have: "),
         (shapes, "wrong shapes: "),
-        (kinds, f"a dtype other than {', '.join(FLOATS)} ({QUANTIZED} yet): "),
+        (kinds, f"a dtype other than {', '.join(FLOATS)}, without marks of a quantized format: "),
     )
     return tuple(text + some(names) for names, text in sentences if names)
 
@@ -280,7 +280,9 @@ class _Reader:
         """A weight that will be `target`, as stored, or dequantized. reuse: in memory shared with the next one."""
         entry = self.entries[stored]
         if entry.source is not None:
-            return quantized.as_tensor(entry, self.data(stored), target).dequantize().reshape(entry.shape)
+            made = quantized.as_tensor(entry, self.data(stored), torch.float32).dequantize().reshape(entry.shape)
+            check_finite(made, Weight(entry.file, stored, torch.float32, target))
+            return made
         weight = Weight(entry.file, stored, FLOATS[entry.dtype], target)
         return _read(self.opened[entry.file], entry, self.scratch if reuse else None, weight)
 

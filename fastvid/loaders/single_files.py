@@ -22,6 +22,7 @@ from typing import NamedTuple
 from fastvid import notices
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import layouts, safetensors
+from fastvid.loaders.entries import FLOATS
 from fastvid.loaders.find import (
     BASE,
     SPIECE_FILE,
@@ -40,7 +41,8 @@ from fastvid.loaders.layouts import TOKENIZER, WEIGHT_FILES
 from fastvid.loaders.weight_files import are_copies, weight_groups
 from fastvid.models.common.expert_names import OTHER, expert_of, is_pair
 from fastvid.models.wan.detect import CUSTOM, Identity
-from fastvid.models.wan.weight_names import QUANTIZED, some
+from fastvid.models.wan.weight_names import some
+from fastvid.ops.quantized import FORMATS
 
 Sources = Mapping[str, Path]
 
@@ -200,7 +202,7 @@ def _search(need: Need, file: Path) -> FoundPart:
         for group in _groups_below(folder, DEPTH if folder.name in PART_FOLDERS[need.name] else 0):
             part = _try_group(need, group, refused)
             fitting += [part] if part else []
-    best = min(map(_coarseness, fitting), default=0)
+    best = min(map(_coarseness, fitting), default=0.0)
     chosen = [part for part in fitting if _coarseness(part) == best]
     if chosen and (len(chosen) == 1 or are_copies([part.files[0] for part in chosen])):
         if others := [part.files[0].name for part in fitting if part is not chosen[0]]:
@@ -250,8 +252,8 @@ def _try_group(need: Need, files: tuple[Path, ...], refused: list[str]) -> Found
     except CheckpointError as error:
         refused.append(str(error))
         return None
-    if unknown := [kind for kind in _dtypes(part) if kind not in safetensors.FLOATS]:
-        refused.append(f"{name} is {some(unknown)} ({QUANTIZED} yet)")
+    if unknown := [kind for kind in _dtypes(part) if kind not in (*FLOATS, *FORMATS)]:
+        refused.append(f"{name} is {some(unknown)}, without marks of a quantized format")
     elif (value := (part.config or {}).get(need.key)) != need.value:
         refused.append(f"{name} has {need.key} {value}")
     else:
@@ -259,9 +261,10 @@ def _try_group(need: Need, files: tuple[Path, ...], refused: list[str]) -> Found
     return None
 
 
-def _coarseness(part: FoundPart) -> int:
-    """0 for the most exact type of weights."""
-    return list(safetensors.FLOATS).index(_dtypes(part)[0])
+def _coarseness(part: FoundPart) -> float:
+    """0 for the most exact type of weights. Quantized ones come last, those with most bits first."""
+    kind, floats = _dtypes(part)[0], list(FLOATS)
+    return floats.index(kind) if kind in floats else len(floats) + 64 - FORMATS[kind].bits
 
 
 def _dtypes(part: FoundPart) -> tuple[str, ...]:

@@ -316,17 +316,17 @@ def test_several_that_fit(published: Path, truth: np.ndarray, tmp_path: Path) ->
 def test_what_does_not_fit_is_named(published: Path, tmp_path: Path) -> None:
     file = comfy(published, tmp_path)
     text = tensors(published / "text_encoder", DIFFUSERS)
-    scaled = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in text.items()}
+    whole = {name: tensor.to(torch.int8) for name, tensor in text.items()}
     (tmp_path / "text_encoders" / "umt5_xxl_fp16.safetensors").unlink()
-    write(tmp_path / "text_encoders" / "fp8.safetensors", scaled)
+    write(tmp_path / "text_encoders" / "int8.safetensors", whole)
     layer = "encoder.block.0.layer.0.SelfAttention.q"
-    write(tmp_path / "text_encoders" / "scaled.safetensors", scaled | {f"{layer}.scale_weight": torch.ones(())})
+    write(tmp_path / "text_encoders" / "nunchaku.safetensors", text | {f"{layer}.wscales": torch.ones(2)})
     with pytest.raises(CheckpointError) as caught:
         fastvid.load(file)
-    assert "fp8.safetensors is F8_E4M3 (quantized weights are not supported yet)" in str(caught.value)
-    assert "scaled.safetensors: quantized weights are not supported" in str(caught.value)
-    with pytest.raises(CheckpointError, match="quantized weights"):
-        fastvid.load(file, parts={"text_encoder": tmp_path / "text_encoders" / "fp8.safetensors"})
+    assert "int8.safetensors is I8, without marks of a quantized format" in str(caught.value)
+    assert f"nunchaku.safetensors: {layer}.wscales: quantized as Nunchaku" in str(caught.value)
+    with pytest.raises(CheckpointError, match="without marks of a quantized format: I8"):
+        fastvid.load(file, parts={"text_encoder": tmp_path / "text_encoders" / "int8.safetensors"})
 
 
 def test_files_that_are_no_transformer(published: Path, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_quantization_config_beside_plain_weights(folder: Path) -> None:
     file = folder / "transformer/diffusion_pytorch_model.safetensors"
     state = load_file(file)
     save_file(state | {"proj_out.weight": state["proj_out.weight"].to(torch.int8)}, file)
-    with pytest.raises(CheckpointError, match="quantized weights"):
+    with pytest.raises(CheckpointError, match="without marks of a quantized format: I8"):
         open_checkpoint(folder).check()
 
 

@@ -414,7 +414,9 @@ def _canonical(name: str, found: Found, names: Container[str]) -> str:
 
 def _check_known(unknown: list[str], found: Found) -> None:
     if quantized := [name for name in unknown if _QUANTIZED.fullmatch(name.removeprefix(found.prefix))]:
-        raise CheckpointError(f"{QUANTIZED}: {some(quantized)}; take the fp16, bf16 or fp32 file of this model")
+        raise CheckpointError(
+            f"scales and marks of quantized weights that are not there: {some(quantized)}; take another copy"
+        )
     if unknown:
         raise CheckpointError(f"weights that a Wan {found.part} in {found.layout} names does not have: {some(unknown)}")
 

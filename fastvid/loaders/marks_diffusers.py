@@ -1,0 +1,164 @@
+"""Finds quantized weights as diffusers writes them with bitsandbytes and torchao, without those packages.
+
+bitsandbytes, 4 bits   X.weight (two codes in a byte), X.weight.absmax, X.weight.quant_map,
+                       X.weight.quant_state.bitsandbytes__nf4 (JSON); scales that are quantized themselves:
+                       X.weight.nested_absmax, X.weight.nested_quant_map
+bitsandbytes, 8 bits   X.weight int8, X.SCB [N], X.weight_format
+torchao                X._weight_qdata, X._weight_scale, and in the header what X.weight is, in JSON
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvid.errors import CheckpointError
+from fastvid.loaders.entries import FLOATS, Entry, Source, quantized_entry
+from fastvid.loaders.marks_json import parse_object, read_texts
+from fastvid.loaders.marks_refused import INSTEAD
+from fastvid.ops.formats import Data, Layout
+from fastvid.ops.formats_blocks import NESTED
+from fastvid.ops.formats_rows import E4M3, E5M2, INT8
+
+STATE = ".quant_state.bitsandbytes__"
+FOUR_BITS = ("nf4", "fp4")
+SCB, WEIGHT_FORMAT = ".SCB", ".weight_format"
+ROW_MAJOR = 0  # of weight_format
+SCB_SCALE = 7.874015718698502e-3  # 1 / 127, as bitsandbytes multiplies by it
+QDATA, TORCHAO = "._weight_qdata", {"I8": ("Int8Tensor", INT8), "F8_E4M3": ("Float8Tensor", E4M3)}
+TORCHAO |= {"F8_E5M2": ("Float8Tensor", E5M2)}
+
+
+def take(entries: dict[str, Entry], metadata: Mapping[str, str]) -> dict[str, Entry]:
+    """The quantized weights, each as one entry; their tensors are taken out of `entries`. Raises CheckpointError."""
+    made = {}
+    states = {name: entries.pop(name) for name in [name for name in entries if STATE in name]}
+    for name, text in read_texts(states).items():
+        weight, _, kind = name.partition(STATE)
+        made[weight] = _four_bits(weight, kind, text, states[name], entries)
+    formats = {name: entries.pop(name) for name in [name for name in entries if name.endswith(WEIGHT_FORMAT)]}
+    for name, text in read_texts(formats, 8).items():
+        if any(text):
+            raise CheckpointError(
+                f"{formats[name].file}: {name} is not {ROW_MAJOR}: weights in the order of a GPU's tiles are not read; "
+                f"save them again with a newer bitsandbytes, or {INSTEAD}"
+            )
+    for name in [name for name in entries if name.endswith(SCB)]:
+        weight = name.removesuffix(SCB) + ".weight"
+        made[weight] = _eight_bits(weight, entries.pop(name), entries)
+    for name in [name for name in entries if name.endswith(QDATA)]:
+        weight = name.removesuffix(QDATA) + ".weight"
+        made[weight] = _torchao(weight, name, entries, metadata)
+    return made
+
+
+def _pop(entries: dict[str, Entry], name: str, of: Entry) -> Entry:
+    if name not in entries:
+        raise CheckpointError(f"{of.file}: {name} is missing, without which a quantized weight cannot be read")
+    return entries.pop(name)
+
+
+def _fits(name: str, entry: Entry, dtypes: Any, size: int) -> Entry:
+    if entry.dtype not in dtypes or math.prod(entry.shape) != size:
+        raise CheckpointError(
+            f"{entry.file}: {name} is {entry.dtype} {list(entry.shape)}; {size:,} values in {' or '.join(dtypes)} are "
+            "expected"
+        )
+    return entry
+
+
+# ---------------------------------------------------------------- bitsandbytes
+
+
+def _four_bits(weight: str, kind: str, text: bytes, mark: Entry, entries: dict[str, Entry]) -> Entry:
+    state = parse_object(text, mark.file, f"{weight}{STATE}{kind}")
+    shape, block = state.get("shape"), state.get("blocksize")
+    sizes = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)
+    power = type(block) is int and 2 <= block <= 2**16 and block & (block - 1) == 0
+    if kind not in FOUR_BITS or not sizes or not power:
+        raise CheckpointError(
+            f"{mark.file}: {weight} is quantized by bitsandbytes as {kind:.40}, shape {shape!r:.60}, blocks of "
+            f"{block!r:.40}; matrices in {' or '.join(FOUR_BITS)} with blocks of a power of 2 are read; {INSTEAD}"
+        )
+    N, K = shape
+    half, blocks = -(-N * K // 2), -(-N * K // block)
+    codes, double = _pop(entries, weight, mark), f"{weight}.nested_absmax" in entries
+    width = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
+    _fits(weight, codes, width, half // width.get(codes.dtype, 1))
+    tensors = {"codes": codes}
+    layout: Layout = {"codes": (torch.uint8, (half,)), "map": (torch.float32, (16,))}
+    layout["scale"] = (torch.uint8 if double else torch.float32, (blocks,))
+    sources = {"map": ("quant_map", FLOATS, 16), "scale": ("absmax", ("U8",) if double else FLOATS, blocks)}
+    if double:
+        over = -(-blocks // NESTED)
+        if state.get("nested_blocksize") != NESTED or not isinstance(state.get("nested_offset"), float | int):
+            raise CheckpointError(f"{mark.file}: {weight}: scales in blocks of {NESTED} with an offset are expected")
+        sources |= {"nested_map": ("nested_quant_map", FLOATS, 256), "nested_scale": ("nested_absmax", FLOATS, over)}
+        layout |= {"nested_map": (torch.float32, (256,)), "nested_scale": (torch.float32, (over,))}
+        layout["nested_offset"] = (torch.float32, (1,))
+    for role, (leaf, dtypes, size) in sources.items():
+        tensors[role] = _fits(f"{weight}.{leaf}", _pop(entries, f"{weight}.{leaf}", mark), dtypes, size)
+    make = partial(_make_four_bits, offset=float(state["nested_offset"]) if double else None)
+    return quantized_entry(Source(f"{kind}_double" if double else kind, (N, K), tensors, make=make, layout=layout))
+
+
+def _make_four_bits(stored: dict[str, Tensor], offset: float | None) -> Data:
+    made = {role: tensor.float() if tensor.is_floating_point() else tensor for role, tensor in stored.items()}
+    made["codes"] = stored["codes"].flatten().view(torch.uint8)
+    if offset is not None:
+        made["nested_offset"] = torch.tensor([offset], dtype=torch.float32)
+    return made
+
+
+def _eight_bits(weight: str, scale: Entry, entries: dict[str, Entry]) -> Entry:
+    codes = _pop(entries, weight, scale)
+    if codes.dtype != "I8" or len(codes.shape) != 2:
+        raise CheckpointError(f"{codes.file}: {weight} is {codes.dtype} {list(codes.shape)}; int8 [N, K] is expected")
+    N, K = codes.shape
+    _fits(f"{weight} (SCB)", scale, FLOATS, N)
+    return quantized_entry(Source(INT8, (N, K), {"codes": codes, "scale": scale}, make=_make_eight_bits))
+
+
+def _make_eight_bits(stored: dict[str, Tensor]) -> Data:
+    return {"codes": stored["codes"], "scale": stored["scale"].float().flatten() * SCB_SCALE}
+
+
+# ---------------------------------------------------------------- torchao
+
+
+def _torchao(weight: str, name: str, entries: dict[str, Entry], metadata: Mapping[str, str]) -> Entry:
+    codes, stem = entries.pop(name), name.removesuffix("qdata")
+    told = parse_object(metadata.get(weight, "{}"), codes.file, f"the header's text for {weight}")
+    settings = told.get("_data") if isinstance(told.get("_data"), dict) else {}
+    expected, format = TORCHAO.get(codes.dtype, ("", ""))
+    roles = {leaf: entries.pop(stem + leaf) for leaf in ("scale", "zero_point") if stem + leaf in entries}
+    others = [other for other in entries if other.startswith(stem)]
+    if told.get("_type") != expected or others or len(codes.shape) != 2 or "scale" not in roles:
+        found = f"{told.get('_type', 'no type')!s:.60} of {codes.dtype} {list(codes.shape)}"
+        raise CheckpointError(
+            f"{codes.file}: {weight} is quantized by torchao as {found}{' with ' + others[0] if others else ''}; "
+            f"Int8Tensor and Float8Tensor matrices with their scales are read; {INSTEAD}"
+        )
+    N, K = codes.shape
+    count = math.prod(roles["scale"].shape)
+    block = settings.get("block_size")
+    if block not in ([1, K], [N, K]) or count != (N if block == [1, K] else 1) or roles["scale"].dtype not in FLOATS:
+        raise CheckpointError(
+            f"{codes.file}: {weight} is quantized by torchao in blocks of {block!r:.60} with {count:,} scales; one for "
+            f"each row, or one for the matrix, is read; {INSTEAD}"
+        )
+    layout: Layout = {"codes": (torch.int8 if format == INT8 else torch.uint8, (N, K))}
+    layout["scale"] = (torch.float32, (count,))
+    make = partial(_make_torchao, where=f"{codes.file}: {weight}")
+    return quantized_entry(Source(format, (N, K), {"codes": codes} | roles, make=make, layout=layout))
+
+
+def _make_torchao(stored: dict[str, Tensor], where: str) -> Data:
+    if "zero_point" in stored and bool((stored["zero_point"] != 0).any()):
+        raise CheckpointError(f"{where} is quantized by torchao with zero points, which are not read; {INSTEAD}")
+    return {"codes": stored["codes"], "scale": stored["scale"].float().flatten()}
