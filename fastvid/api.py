@@ -38,7 +38,18 @@ log = logging.getLogger(__name__)
 CUDA_RESERVE = 2**30  # bytes of device memory reserved for the CUDA context and libraries
 
 
-class OutlineOptions(TypedDict, total=False):
+class PartFiles(TypedDict, total=False):
+    """Sources of a model's parts, each as in `parts=` of `load`. transformer: two for the experts (high noise, low)."""
+
+    transformer: str | Path | Sequence[str | Path] | None
+    transformer_2: str | Path | None
+    vae: str | Path | None
+    text_encoder: str | Path | None
+    image_encoder: str | Path | None
+    tokenizer: str | Path | None
+
+
+class OutlineOptions(PartFiles, total=False):
     """The options of `load` that matter for planning."""
 
     device: str | torch.device | None
@@ -48,7 +59,7 @@ class OutlineOptions(TypedDict, total=False):
     attention: str
     loras: Sequence[Any]
     offload: str
-    parts: Mapping[str, str | Path] | None
+    parts: Mapping[str, Any] | None
     cuda_graphs: str | bool
     parallel: Any
     link: str
@@ -110,8 +121,8 @@ def blueprint(
         device_memory: memory in bytes of a GPU that this machine does not have; 1 GiB of it is reserved for CUDA.
         card: a GPU that this machine does not have, such as "RTX 4090" (see `fastvid.distributed.cards`): its memory,
             and its published rates for an estimate.
-        options: device, dtype, vae_dtype, backend, attention, loras, offload, parts, parallel, link, cuda_graphs,
-            variant and quantize, as `load` takes them.
+        options: device, dtype, vae_dtype, backend, attention, loras, offload, parts (or each by its name), parallel,
+            link, cuda_graphs, variant and quantize, as `load` takes them.
 
     Raises as `load` does.
     """
@@ -133,7 +144,7 @@ def load(
     attention: str = "auto",
     loras: Sequence[Any] = (),
     offload: str = "auto",
-    parts: Mapping[str, str | Path] | None = None,
+    parts: Mapping[str, Any] | None = None,
     max_running: int = RUNNING,
     cuda_graphs: str | bool = "auto",
     parallel: Any = 1,
@@ -141,6 +152,7 @@ def load(
     link: str = "auto",
     variant: str | None = None,
     quantize: str | Mapping[str, str | None] | None = None,
+    **files: Unpack[PartFiles],
 ) -> Pipeline:
     """Load a model.
 
@@ -161,7 +173,7 @@ def load(
             cost memory.
         parts: sources of missing or replaced parts: names (transformer_2, vae, text_encoder, image_encoder,
             tokenizer) to files, folders or hub files. "base" is a whole model folder that supplies everything else to
-            a single file.
+            a single file. "transformer" takes two files for two experts. Each also by its name: vae=FILE.
         max_running: how many requests may run at once; others wait, first come first served.
         cuda_graphs: True replays the transformer's calls as CUDA graphs, one per shape, whose memory they keep: faster
             where calls are short. "auto": where a committed benchmark shows a gain, which is nowhere so far.
@@ -183,7 +195,7 @@ def load(
         BackendUnavailable: an explicitly requested back end or device cannot run here.
         WorkerFailed: a rank's process ended while loading.
     """
-    return _start(**load_arguments.checked(locals()))
+    return _start(**load_arguments.checked({k: v for k, v in locals().items() if k != "files"} | files))
 
 
 @eager
@@ -217,13 +229,14 @@ def _log_loaded(description: Mapping[str, Any], seconds: float) -> None:
 def inspect(
     model: str,
     loras: Sequence[Any] = (),
-    parts: Mapping[str, str | Path] | None = None,
+    parts: Mapping[str, Any] | None = None,
     variant: str | None = None,
     quantize: str | Mapping[str, str | None] | None = None,
+    **files: Unpack[PartFiles],
 ) -> dict[str, Any]:
     """Describe a checkpoint from its configurations and file headers, without loading it, and check whether LoRAs
     fit."""
-    given = load_arguments.checked(locals())
+    given = load_arguments.checked({k: v for k, v in locals().items() if k != "files"} | files)
     checkpoint, loras = open_checkpoint(given["model"], given["parts"], variant=given["variant"]), given["loras"]
     checkpoint = apply_quantize(checkpoint, given["quantize"])
     described = lora_fit.describe(read_loras(loras), checkpoint)

@@ -13,7 +13,7 @@ import fastvid
 from fastvid.api import inspect
 from fastvid.benchmarks.quality.clips import Scene, draw
 from fastvid.benchmarks.quality.measure import measure
-from fastvid.loaders.find import find_folder
+from fastvid.loaders.names import find_folder
 
 FOLDER = find_folder("embedded")
 

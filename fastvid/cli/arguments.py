@@ -17,7 +17,7 @@ from typing import Any
 
 from fastvid import env
 from fastvid.checks import MAX_PROMPT, nearest_name
-from fastvid.cli.command_parser import UsageError
+from fastvid.cli.command_parser import UsageError, parts_of
 from fastvid.cli.flags import FLAGS, has_prompt, usage_of, words_of
 from fastvid.errors import FastvidWarning, InvalidRequest, MediaError
 from fastvid.requests.arguments import CHECKPOINT, CLIPS, PROMPT_OF_CLIP, VERBS
@@ -179,7 +179,7 @@ def load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[st
     arguments["offload"], arguments["cuda_graphs"] = flags.offload, flags.cuda_graphs
     arguments["parallel"], arguments["link"] = flags.parallel, flags.link
     # The recipe's parts belong to its model, not to another one.
-    arguments["parts"] = dict(flags.part) if flags.part else None if flags.model else settings.get("parts")
+    arguments["parts"] = parts_of(flags) or (None if flags.model else settings.get("parts"))
     for name in ("variant", "quantize"):
         arguments[name] = getattr(flags, name) or (None if flags.model else settings.get(name))
     return {name: value for name, value in arguments.items() if value is not None}

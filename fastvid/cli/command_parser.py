@@ -89,6 +89,16 @@ def _is_number(text: str) -> bool:
         return False
 
 
+def parts_of(flags: argparse.Namespace) -> dict[str, Any] | None:
+    """`parts=` of `load`, from --part and the flags of single parts; None without any. Raises UsageError."""
+    own = {"transformer": flags.transformer, "text_encoder": flags.text_encoder, "vae": flags.vae}
+    named = [*(flags.part or ()), *((name, value) for name, value in own.items() if value)]
+    names = [name for name, _ in named]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"the part {twice[0]} is given twice; leave one out")
+    return dict(named) or None
+
+
 def add_files(parser: Any) -> None:
     parser.add_argument(
         "--part",
@@ -98,6 +108,14 @@ def add_files(parser: Any) -> None:
         help="source of a part of the model: vae, text_encoder, image_encoder, tokenizer, transformer_2, or "
         "base (a whole folder, for everything that a single file lacks); may be repeated",
     )
+    parser.add_argument(
+        "--transformer",
+        action="append",
+        metavar="FILE",
+        help="the transformer's file; twice for two experts, high noise first",
+    )
+    parser.add_argument("--text-encoder", metavar="FILE", help="the text encoder's file")
+    parser.add_argument("--vae", metavar="FILE", help="the VAE's file")
     parser.add_argument(
         "--variant",
         metavar="NAME",

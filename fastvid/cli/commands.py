@@ -1,5 +1,5 @@
 """The command line: `fastvid generate | image | extend | loop | blend | edit | storyboard | finalize`, `resume`, and
-`plan`, `inspect`, `convert`, `tune`, `doctor`, `bench`.
+`plan`, `inspect`, `models`, `download`, `convert`, `tune`, `doctor`, `bench`.
 
 Everything that does not need the model (flags, request, output path) is checked before torch is imported.
 """
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvid import env
-from fastvid.checks import one_of
+from fastvid.checks import nearest_name, one_of
 from fastvid.cli import arguments, parser, render
+from fastvid.cli.command_parser import parts_of
 from fastvid.cli.flags import RESUME_INPUTS, with_flags
 from fastvid.cli.output import Output, output_of
 from fastvid.cli.progress import Progress, Stopwatch, duration
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             command, flags = parser.parse(sys.argv[1:] if argv is None else argv)
             verb = flags.verb
             run = {"": _version, "resume": _resume, "plan": _plan, "inspect": _inspect, "convert": _convert}
-            run |= {"download": _download, "doctor": _doctor, "bench": _bench, "tune": _tune}
+            run |= {"download": _download, "doctor": _doctor, "bench": _bench, "tune": _tune, "models": _models}
             with _logged(flags), _warnings_shown():
                 run.get(command, _run_verb)(flags)
             sys.stdout.flush()
@@ -215,17 +216,27 @@ def _inspect(flags: argparse.Namespace) -> None:
     if metadata.is_media(flags.model):
         description = metadata.describe(flags.model)
     else:
-        parts = dict(flags.part) if flags.part else None
-        description = api.inspect(flags.model, flags.lora or (), parts, flags.variant, flags.quantize)
+        description = api.inspect(flags.model, flags.lora or (), parts_of(flags), flags.variant, flags.quantize)
     print(json.dumps(description) if flags.json else "\n".join(_lines(description)))
+
+
+def _models(flags: argparse.Namespace) -> None:
+    from fastvid.cli import models
+
+    models.show(flags)
 
 
 def _download(flags: argparse.Namespace) -> None:
     from fastvid.loaders import hub
-    from fastvid.loaders.find import find_folder
+    from fastvid.loaders.names import find_folder
+    from fastvid.models.wan.published import PLACES
 
-    if not hub.is_hub_name(flags.model):
-        raise InvalidRequest(f"{flags.model!r:.80} is no hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    if flags.model.lower() not in PLACES and not hub.is_hub_name(flags.model):
+        near = nearest_name(flags.model.lower(), PLACES)
+        raise InvalidRequest(
+            f"{flags.model!r:.80} is no published model and no hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers; the "
+            f"nearest name is {near} (`fastvid models` lists them)"
+        )
     path = str(find_folder(flags.model, download=True))
     print(json.dumps({"model": flags.model, "path": path}) if flags.json else path)
 

@@ -1,4 +1,4 @@
-"""The parsers of the commands that make no video: inspect, download, convert, tune, doctor and bench."""
+"""The parsers of the commands that make no video: inspect, models, download, convert, tune, doctor and bench."""
 
 from __future__ import annotations
 
@@ -12,8 +12,21 @@ def inspect() -> Parser:
         "picture, with the recipe in it.",
         epilog=f"examples:\n  fastvid inspect embedded\n  fastvid inspect out.mp4\n\n{EPILOG}",
     )
-    parser.add_argument("model", help="embedded, a folder, a file, or a hub id; or a video or picture")
+    parser.add_argument(
+        "model", help="embedded, a name (`fastvid models`), a folder, a file, or a hub id; or a video or picture"
+    )
     add_files(parser)
+    parser.add_output_flags(quiet=False)
+    return parser
+
+
+def models() -> Parser:
+    parser = Parser(
+        prog="fastvid models",
+        description="List the models that are known by name: their size, the GPU memory that their default video "
+        "takes, their licence, and where they are published.\n\nA name is taken wherever a model is: --model NAME.",
+        epilog=f"examples:\n  fastvid models\n  fastvid models --json\n  fastvid download wan2.1-t2v-1.3b\n\n{EPILOG}",
+    )
     parser.add_output_flags(quiet=False)
     return parser
 
@@ -25,11 +38,16 @@ def download() -> Parser:
         "reads, each compared with the size and digest that the hub lists. Prints where it is.\n\nA damaged file of "
         "the cache is fetched again. HF_HOME names the folder of the cache, HF_TOKEN or `hf auth login` the login.",
         epilog="examples:\n"
+        "  fastvid download wan2.1-t2v-1.3b\n"
         "  fastvid download Wan-AI/Wan2.1-T2V-1.3B-Diffusers\n"
         "  fastvid download Comfy-Org/Wan_2.1_ComfyUI_repackaged/split_files/vae/wan_2.1_vae.safetensors\n\n"
         f"{EPILOG}",
     )
-    parser.add_argument("model", help="a hub id (org/name), or a file of a repository (org/name/FILE.safetensors)")
+    parser.add_argument(
+        "model",
+        help="a name (`fastvid models` lists them), a hub id (org/name), or a file of a repository "
+        "(org/name/FILE.safetensors)",
+    )
     parser.add_output_flags(quiet=False)
     return parser
 

@@ -20,15 +20,14 @@ from fastvid.loaders.find import (
     FoundModel,
     FoundPart,
     find_diffusers,
-    find_folder,
     find_original,
-    find_sources,
     note_problem,
     part_names,
     read_tokenizer,
 )
 from fastvid.loaders.layouts import CONFIG, INDEX
 from fastvid.loaders.lora import Lora
+from fastvid.loaders.names import find_folder, find_sources
 from fastvid.loaders.single_files import find_single_file
 from fastvid.models.common.clip import CLIPVisionConfig
 from fastvid.models.common.config_reader import read_json

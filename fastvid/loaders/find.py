@@ -1,23 +1,22 @@
-"""Finds a model and its parts from a name, a folder in diffusers' or the original layout, or a file. Reads only the
-headers of weights. single_files.py finds the parts that belong to a transformer's single file.
+"""Finds a model's parts in a folder in diffusers' or the original layout, or in a file. Reads only the headers of
+weights. names.py finds the folder; single_files.py the parts that belong to a transformer's single file.
 
 Tensor names and shapes identify a part (models/wan/detect.py); its file name does not matter.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastvid.checks import nearest_name
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.files import open_regular, read_bytes, reason
-from fastvid.loaders import hub, layouts, safetensors, weight_files
+from fastvid.loaders import layouts, safetensors, weight_files
 from fastvid.loaders.layouts import CONFIG, INDEX, TOKENIZER, Config
+from fastvid.loaders.names import BASE
 from fastvid.loaders.safetensors import Entry
 from fastvid.models.common.config_reader import read_json
 from fastvid.models.common.sentencepiece import MAX_SPIECE
@@ -26,9 +25,6 @@ from fastvid.models.registry import EXPERTS, KINDS, OPTIONAL, kind_of
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.detect import Identity, identify
 
-EMBEDDED = "embedded"
-BASE = "base"  # the model that supplies all other parts of a single-file transformer
-PART_NAMES = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", TOKENIZER, BASE)
 PIPELINES = (
     "WanPipeline",
     "WanVideoToVideoPipeline",
@@ -83,77 +79,6 @@ def note_problem(problems: list[str], read: Callable[[], T]) -> T | None:
     except CheckpointError as error:
         problems.append(str(error))
         return None
-
-
-# ---------------------------------------------------------------- by name
-
-
-def find_folder(model: str | Path, download: bool = False) -> Path:
-    """The folder or file of a model: the folder that ships with the package, a path, or a hub name.
-
-    What is on the hub is taken from the local cache; with `download`, what is missing there is fetched.
-    """
-    if not isinstance(model, str | Path) or not str(model) or "\0" in str(model):
-        raise InvalidRequest(
-            f"model={model!r:.80}: allowed is {EMBEDDED!r}, a folder, a file, or a hub id such as org/name"
-        )
-    if str(model) == EMBEDDED:
-        return Path(__file__).parents[1] / EMBEDDED
-    try:
-        exists = Path(model).expanduser().exists()
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"model={str(model):.80} cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    if exists or isinstance(model, Path):
-        return Path(model)
-    if hub.is_hub_name(model):
-        return _from_hub(model, download)
-    return Path(model) if "/" in model or "\\" in model else _refuse_unknown(model)
-
-
-def _from_hub(model: str, download: bool) -> Path:
-    folder = hub.find(model, repair=download)
-    if folder is None and not download:
-        raise CheckpointError(
-            f"model={model!r} is neither a folder or file nor (all) in the local hub cache; loading it downloads it, "
-            f"and so does `hf download {' '.join(hub.split(model)).strip()}`; or give {EMBEDDED!r}, a folder or a file"
-        )
-    return folder or hub.download(model)
-
-
-def _refuse_unknown(model: str) -> Path:
-    near = f" (did you mean {EMBEDDED!r}?)" if difflib.get_close_matches(model.lower(), [EMBEDDED]) else ""
-    raise CheckpointError(
-        f"model={model!r:.80} is not known{near}; allowed is {EMBEDDED!r}, a folder in diffusers' layout, or a hub id "
-        "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    )
-
-
-def find_sources(parts: Any, download: bool = False) -> dict[str, Path]:
-    """Validate `parts=` of `fastvid.load`: part name -> folder or file. Raises InvalidRequest."""
-    if parts is None:
-        return {}
-    if not isinstance(parts, Mapping):
-        raise InvalidRequest(
-            f'parts={parts!r:.60}: names and paths are expected, such as {{"vae": "wan_2.1_vae.safetensors"}}'
-        )
-    for name, path in parts.items():
-        if name not in PART_NAMES:
-            near = nearest_name(str(name), PART_NAMES)
-            allowed = ", ".join(PART_NAMES)
-            raise InvalidRequest(f"parts: {name!r:.40} is not known; allowed is {allowed}; nearest: {near}")
-        if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
-            raise InvalidRequest(f"parts: {name} is {path!r:.60}; a file or a folder is expected")
-    return {name: _find_source(name, Path(path).expanduser(), download) for name, path in parts.items()}
-
-
-def _find_source(name: str, path: Path, download: bool) -> Path:
-    if path.exists() or str(path) == EMBEDDED or hub.is_hub_name(str(path)):
-        return find_folder(path if path.exists() else str(path), download)
-    raise InvalidRequest(
-        f"parts: {name}: {path} does not exist; a file, a folder or a file of a hub repository is needed"
-    )
 
 
 # ---------------------------------------------------------------- model folders

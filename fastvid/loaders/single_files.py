@@ -24,7 +24,6 @@ from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import layouts, safetensors
 from fastvid.loaders.entries import FLOATS
 from fastvid.loaders.find import (
-    BASE,
     SPIECE_FILE,
     TOKENIZER_FOLDERS,
     FoundModel,
@@ -38,6 +37,7 @@ from fastvid.loaders.find import (
     read_part,
 )
 from fastvid.loaders.layouts import TOKENIZER, WEIGHT_FILES
+from fastvid.loaders.names import BASE
 from fastvid.loaders.weight_files import are_copies, weight_groups
 from fastvid.models.common.expert_names import OTHER, expert_of, is_pair
 from fastvid.models.wan.detect import CUSTOM, Identity

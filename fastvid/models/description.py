@@ -119,4 +119,5 @@ def _describe(part: Part, folder: Path) -> dict[str, Any]:
     config = flat_config(part.config) if part.config else part.stated and dict(part.stated)
     kind = {"class": (part.stated or {}).get("_class_name", kind_of(part.name).class_name), "config": config}
     size = {"parameters": part.parameters, "dtypes": list(part.dtypes), "bytes": part.bytes}
+    size |= {"bits_per_weight": round(8 * part.bytes / part.parameters, 2)} if part.parameters else {}
     return {**kind, **size, "files": files, "problems": list(part.problems)}

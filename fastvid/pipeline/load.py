@@ -24,9 +24,10 @@ from fastvid.distributed.mesh import Mesh
 from fastvid.errors import CheckpointError
 from fastvid.loaders import quantize
 from fastvid.loaders.checkpoint import check_fill, fill, load_part, open_checkpoint
-from fastvid.loaders.find import EMBEDDED, read_tokenizer
+from fastvid.loaders.find import read_tokenizer
 from fastvid.loaders.lora import Lora, as_tuples, changed_weights, read_loras
 from fastvid.loaders.lora_fit import fit, for_expert
+from fastvid.loaders.names import EMBEDDED
 from fastvid.models.common.experts import Experts
 from fastvid.models.description import Checkpoint, Part
 from fastvid.models.loaded import LoadOptions, Model, Modules, Placement, TextLength

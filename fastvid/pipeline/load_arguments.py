@@ -20,7 +20,8 @@ from fastvid.distributed.layout import AUTO, check_parallel
 from fastvid.distributed.links import check_link
 from fastvid.errors import InvalidRequest
 from fastvid.loaders import quantize
-from fastvid.loaders.find import EMBEDDED, PART_NAMES
+from fastvid.loaders.names import BASE, EMBEDDED, PART_NAMES
+from fastvid.models.registry import EXPERTS
 from fastvid.models.wan.variants import PUBLISHED
 
 MAX_BACKENDS = 1000  # characters
@@ -58,8 +59,22 @@ def _lora(name: str, value: Any) -> Any:
 def parts(name: str, value: Any) -> dict[str, str | Path]:
     if isinstance(value, Mapping) and len(value) == 0:
         return {}
-    part, given = one_of(PART_NAMES), checks.entries(name, value, _PARTS, len(PART_NAMES))
-    return {(key := part(name, one)): model(f"{name}: {key}", source) for one, source in given}
+    part, found = one_of(PART_NAMES), dict[str, str | Path]()
+    for one, source in checks.entries(name, value, _PARTS, len(PART_NAMES)):
+        key = part(name, one)
+        for own, path_of in _pair(f"{name}: {key}", key, source):
+            if own in found:
+                refuse(name, value, f"each part once; {own} is given twice")
+            found[own] = path_of
+    return found
+
+
+def _pair(name: str, part: str, source: Any) -> list[tuple[str, str | Path]]:
+    """A part's source; two of a transformer are those of its two experts, for high noise and for low."""
+    if part != EXPERTS[0] or not checks.is_list(source):
+        return [(part, model(name, source))]
+    files = items(name, source, "a file, or two for the experts (high noise, low noise)", 2, least=1)
+    return [(expert, model(name, one)) for expert, one in zip(EXPERTS, files, strict=False)]
 
 
 @guarded(_VARIANT)
@@ -97,18 +112,34 @@ CHECKS: Mapping[str, Check] = {
     "variant": variant,
     "quantize": quantize.check,
 }
+BY_NAME = tuple(name for name in PART_NAMES if name != BASE)
+"""Parts that have an argument of their own."""
 OPTIONAL = ("device", "dtype", "vae_dtype", "loras", "parts", "parallel", "device_memory", "card", "variant")
 OPTIONAL += ("quantize",)
 """Arguments that may be None."""
 
 
 def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `load` as plain values. Raises InvalidRequest."""
+    """The arguments of `load` as plain values, files of parts in `parts`. Raises InvalidRequest."""
+    arguments = _named_parts(arguments)
     for name in arguments:
         if name not in CHECKS:
-            near = checks.nearest_name(name, CHECKS)
+            near = checks.nearest_name(name, (*CHECKS, *BY_NAME))
             raise InvalidRequest(f"load: there is no argument {checks.shown(name)}; the nearest is {near}")
     left_out = [name for name in OPTIONAL if name in arguments and arguments[name] is None]
     return dict.fromkeys(left_out) | {
         name: CHECKS[name](name, value) for name, value in arguments.items() if name not in left_out
     }
+
+
+def _named_parts(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with parts that have an argument of their own (`vae=`) put into `parts`. Raises InvalidRequest."""
+    own = {name: arguments[name] for name in BY_NAME if arguments.get(name) is not None}
+    rest = {name: value for name, value in arguments.items() if name not in BY_NAME}
+    if not own:
+        return rest
+    given = rest.get("parts")
+    given = {} if given is None else dict(checks.entries("parts", given, _PARTS, len(PART_NAMES)))
+    if twice := [name for name in own if name in given]:
+        raise InvalidRequest(f"{twice[0]} is given twice: as {twice[0]}= and in parts; leave one out")
+    return rest | {"parts": given | own}

@@ -228,10 +228,7 @@ def choose_offload(
     nothing fits, returns the mode with the most offloading: smaller requests may fit, and planning refuses those that
     do not.
     """
-    model = ModelFacts.of_configs(configs, dtype, vae_dtype, quantized)
-    config = model.transformer
-    pictures = 1 + bool(config.pos_embed_seq_len) if config.in_channels > config.out_channels else 0
-    needs = Needs(model, whole_clip(request, model.vae), 1 + request.guided(len(model.sizes.experts)), pictures)
+    needs = whole_needs(ModelFacts.of_configs(configs, dtype, vae_dtype, quantized), request)
     for stripes in (1, STRIPES[-1]):
         for mode in MODES:
             taken = replace(needs, stripes=stripes).memory(mode).device
@@ -240,6 +237,13 @@ def choose_offload(
                 return mode
     log.info("offload=%s: the default request needs more than %s", MODES[-1], _gib(capacity))
     return MODES[-1]
+
+
+def whole_needs(model: ModelFacts, request: Resolved) -> Needs:
+    """What a request needs as a single segment, with the pictures that the model is made for."""
+    config = model.transformer
+    pictures = 1 + bool(config.pos_embed_seq_len) if config.in_channels > config.out_channels else 0
+    return Needs(model, whole_clip(request, model.vae), 1 + request.guided(len(model.sizes.experts)), pictures)
 
 
 def whole_clip(request: Resolved, vae: WanVAEConfig) -> Segment:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from fastvid import errors
 from fastvid.cli import arguments, commands, parser
+from fastvid.cli.command_parser import parts_of
 from fastvid.cli.progress import Progress, Stopwatch, duration
 from fastvid.engine.events import Finished, Frames, Started, Step
 from fastvid.media.metadata import read_recipe, read_video
@@ -551,3 +552,28 @@ def test_stopwatch() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+# ---------------------------------------------------------------- models by name
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "models", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    small, two = rows["wan2.1-t2v-1.3b"], rows["wan2.2-t2v-a14b"]
+    assert status == 0 and small["hub"] == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" and small["licence"] == "Apache-2.0"
+    assert 1.41e9 < small["parameters"] < 1.43e9 and two["transformers"] == 2
+    assert all(row["memory"]["blocks"] < row["memory"]["none"] > row["bytes"] for row in rows.values())
+
+
+def test_an_unknown_name_is_not_downloaded(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, said = run(capsys, "download", "wan2.1-t2v-13b")
+    assert status == 2 and "the nearest name is wan2.1-t2v-1.3b" in said
+
+
+def test_files_of_parts_by_flags_of_their_own() -> None:
+    words = ["generate", "p", "-o", "a.mp4", "--transformer", "high.gguf", "--transformer", "low.gguf", "--vae", "v"]
+    flags = parser.parse(words)[1]
+    assert parts_of(flags) == {"transformer": ["high.gguf", "low.gguf"], "vae": "v"}
+    with pytest.raises(errors.InvalidRequest, match="the part vae is given twice"):
+        parts_of(parser.parse([*words, "--part", "vae=w"])[1])

@@ -16,7 +16,9 @@ from hub_server import COMMIT, serve
 from fastvid.errors import CheckpointError
 from fastvid.loaders import hub
 from fastvid.loaders.convert import convert
-from fastvid.loaders.find import find_folder
+from fastvid.loaders.names import find_folder
+from fastvid.models.wan.published import PLACES
+from fastvid.models.wan.variants import PUBLISHED
 
 EMBEDDED = find_folder("embedded")
 LOAD = """
@@ -24,7 +26,7 @@ import sys
 from fastvid.loaders import hub
 from fastvid.errors import Error
 from fastvid.loaders.checkpoint import open_checkpoint
-from fastvid.loaders.find import find_folder
+from fastvid.loaders.names import find_folder
 before = hub.find(sys.argv[1])
 try:
     print(before, open_checkpoint(sys.argv[1], download=True).check().folder)
@@ -102,6 +104,25 @@ def test_what_the_hub_does_not_have(served: tuple[str, list[str]], tmp_path: Pat
     done = load(served[0], tmp_path / "home", "org/nmae")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("CheckpointError: model='org/nmae': the hub has no such model")
+
+
+def test_every_published_model_has_a_place() -> None:
+    assert set(PUBLISHED) == set(PLACES)
+    assert all(hub.is_hub_name(place.hub) and place.licence for place in PLACES.values())
+    assert all(hub.is_hub_name(place.base) for place in PLACES.values() if place.checkpoint)
+
+
+def test_a_published_name_is_its_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+    monkeypatch.setattr(hub, "find", lambda model, repair=False: asked.append(model) or tmp_path)
+    assert find_folder("Wan2.1-T2V-1.3B") == tmp_path and asked == ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
+    with pytest.raises(CheckpointError, match="training checkpoint.*fastvid convert CausVid/.*--base"):
+        find_folder("causvid-1.3b")
+    with pytest.raises(CheckpointError, match="did you mean 'wan2.1-t2v-1.3b'"):
+        find_folder("wan2.1-t2v-1.3")
+    (tmp_path / "wan2.1-t2v-14b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_folder("wan2.1-t2v-14b") == Path("wan2.1-t2v-14b"), "a folder of that name comes first"
 
 
 @pytest.mark.parametrize("environ", [{"HF_HUB_OFFLINE": "1"}, pytest.param({}, marks=pytest.mark.slow)])

@@ -20,7 +20,7 @@ from mutations import TEXTS, damaged, damaged_json, fuzz, peak, refuses, seeds, 
 from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, FastvidWarning
 from fastvid.loaders import hub, hub_cache, hub_http
-from fastvid.loaders.find import find_folder
+from fastvid.loaders.names import find_folder
 
 BIG = "vae/diffusion_pytorch_model.safetensors"
 INDEX = {"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"]}

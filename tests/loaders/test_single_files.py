@@ -126,6 +126,20 @@ def test_a_transformer_of_a_diffusers_folder(published: Path, truth: np.ndarray)
     assert (frames(published / "transformer" / "diffusion_pytorch_model.safetensors") == truth).all()
 
 
+def test_parts_by_an_argument_of_their_own(published: Path, truth: np.ndarray, tmp_path: Path) -> None:
+    vae = {"vae": published / "vae"}
+    pipe = fastvid.load(published, device="cpu", vae=published / "vae", transformer=(published / "transformer",))
+    assert (pipe.generate(**ASKED).frames == truth).all()
+    described = inspect(published, **vae)
+    assert described["parts"]["vae"]["files"] == inspect(published, parts=vae)["parts"]["vae"]["files"]
+    with pytest.raises(InvalidRequest, match="vae is given twice: as vae= and in parts"):
+        fastvid.load(published, parts=vae, **vae)
+    with pytest.raises(InvalidRequest, match="at most 2"):
+        fastvid.load(published, transformer=(published, published, published))
+    with pytest.raises(InvalidRequest, match="transformer_2 is given twice"):
+        fastvid.load(published, parts={"transformer": (published, published), "transformer_2": published})
+
+
 @pytest.mark.slow
 def test_two_experts(two: Path, tmp_path: Path) -> None:
     high = comfy(two, tmp_path, "wan2.2_t2v_high_noise_14B.safetensors")
@@ -134,6 +148,8 @@ def test_two_experts(two: Path, tmp_path: Path) -> None:
         fastvid.load(high)
     made = frames(two)
     assert (frames(high, {"transformer_2": low}) == made).all()
+    pair = fastvid.load(two, device="cpu", transformer=(high, low))
+    assert (pair.generate(**ASKED).frames == made).all()
     shutil.move(low, low.with_name("Wan2.2_t2v-low-noise_14B.safetensors"))
     low = low.with_name("Wan2.2_t2v-low-noise_14B.safetensors")
     assert (frames(high) == made).all() and (frames(low) == made).all()
