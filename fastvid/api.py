@@ -182,9 +182,8 @@ def load(
             in this process. Under torchrun, torchrun's processes are the ranks: this call returns on rank 0 alone;
             the others serve rank 0 until it is done, and then end.
         vae_dtype: the VAE's dtype, named as for dtype; default: bfloat16 on a GPU, float32, as published, on a CPU.
-        link: the interconnect between ranks, from which `parallel` chooses a layout: "nvlink", "pcie", "infiniband",
-            "loopback", or two of them, within a host and between hosts ("nvlink,infiniband"). "auto" asks the driver;
-            a plan shows the result.
+        link: the interconnect between ranks, which the layout depends on: "nvlink", "pcie", "infiniband", "loopback",
+            two of them for within and between hosts ("nvlink,infiniband"), or "auto", which asks the driver.
         variant: the published model that these weights are, such as "wan2.1-i2v-14b-720p", where no name tells.
         quantize: "fp8" or "int8" holds linear layers in 8 bits and multiplies the transformers' in 8 bits; for all
             parts, or for each: {"transformer": "fp8", "text_encoder": "int8"}. See docs/quantized.md.

@@ -134,7 +134,7 @@ def test_parts_by_an_argument_of_their_own(published: Path, truth: np.ndarray, t
     assert described["parts"]["vae"]["files"] == inspect(published, parts=vae)["parts"]["vae"]["files"]
     with pytest.raises(InvalidRequest, match="vae is given twice: as vae= and in parts"):
         fastvid.load(published, parts=vae, **vae)
-    with pytest.raises(InvalidRequest, match="at most 2"):
+    with pytest.raises(InvalidRequest, match="allowed is a file, or two for the experts"):
         fastvid.load(published, transformer=(published, published, published))
     with pytest.raises(InvalidRequest, match="transformer_2 is given twice"):
         fastvid.load(published, parts={"transformer": (published, published), "transformer_2": published})
