@@ -301,12 +301,10 @@ def _size_conflicts(parts: Mapping[str, Part]) -> list[str]:
 
 
 def _not_a_folder(path: Path) -> str:
-    if path.suffix == ".gguf":
-        return f"{path} is quantized (GGUF): {weight_names.QUANTIZED}; take the fp16 or bf16 {safetensors.SUFFIX} file"
     if path.exists():
         return f"{path} is a file; give the folder that holds {INDEX}" + _nearest_folder(path.parent)
     around = path.parent.iterdir() if path.parent.is_dir() else ()
-    siblings = [entry.name for entry in around if entry.is_dir() or path.suffix == entry.suffix == safetensors.SUFFIX]
+    siblings = [entry.name for entry in around if entry.is_dir() or path.suffix == entry.suffix in safetensors.READABLE]
     near = difflib.get_close_matches(path.name, siblings, n=1)
     hint = f"; did you mean {path.parent / near[0]}?" if near else f"; a folder that holds {INDEX} is expected"
     return f"{path} does not exist{hint}"

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.files import open_regular, read_bytes, reason
-from fastvid.loaders import layouts, safetensors, weight_files
+from fastvid.loaders import gguf, layouts, safetensors, weight_files
 from fastvid.loaders.layouts import CONFIG, INDEX, TOKENIZER, Config
 from fastvid.loaders.names import BASE
 from fastvid.loaders.safetensors import Entry
@@ -115,7 +115,11 @@ def _diffusers_part(folder: Path, name: str, index: Mapping[str, Any]) -> FoundP
     config = note_problem(problems, lambda: _read_config(name, folder / name / CONFIG))
     files = note_problem(problems, lambda: weight_files.find_files(folder / name)) or ()
     entries = note_problem(problems, lambda: safetensors.read_headers(files)) or {}
-    return FoundPart(name, files, entries, config, problems=tuple(problems))
+    found = FoundPart(name, files, entries, config, problems=tuple(problems))
+    if not problems and files[0].suffix == gguf.SUFFIX:  # its tensors have original names, or others
+        identified = note_problem(problems, lambda: identify_part(name, files, entries, config))
+        return identified or replace(found, problems=tuple(problems))
+    return found
 
 
 def find_original(
@@ -208,8 +212,7 @@ def find_part(name: str, path: Path) -> FoundPart:
             raise CheckpointError(f"{path} has no {name}; it holds {', '.join(parts)}")
         return parts[name]
     if path.is_file():
-        groups = weight_files.weight_groups(path.parent, layouts.WEIGHT_FILES)
-        return read_part(name, next((group for group in groups if path in group), (path,)))
+        return read_part(name, weight_files.group_of(path, layouts.WEIGHT_FILES))
     return read_part(name, weight_files.find_files(path / name if (path / INDEX).is_file() else path))
 
 
@@ -275,8 +278,8 @@ def _read_headers(files: tuple[Path, ...]) -> dict[str, Entry]:
                 f"{file} is a pickle, which fastvid does not open; turn it into safetensors with `fastvid convert "
                 f"{file} {file.with_suffix(safetensors.SUFFIX)} --to original`"
             )
-        if not file.name.endswith(safetensors.SUFFIXES):
-            raise CheckpointError(f"{file} is no {safetensors.SUFFIX} file, the only kind that is read")
+        if not file.name.endswith(safetensors.READABLE):
+            raise CheckpointError(f"{file} is no {safetensors.SUFFIX} or {gguf.SUFFIX} file, the kinds that are read")
     return safetensors.read_headers(files)
 
 
@@ -306,7 +309,7 @@ def find_tokenizer(path: Path) -> Path:
         return tokenizer
     raise CheckpointError(
         f"tokenizer: {path} holds none; a folder with tokenizer.json and tokenizer_config.json, a {SPIECE_FILE}, or a "
-        "text encoder's file with the tensor spiece_model is expected"
+        "text encoder's file with the tensor spiece_model, or a GGUF one with a vocabulary, is expected"
     )
 
 
@@ -316,6 +319,8 @@ def is_tokenizer(path: Path) -> bool:
         return any((path / name).is_file() for name in ("tokenizer.json", SPIECE_FILE))
     if path.name.endswith(safetensors.SUFFIXES):
         return path.is_file() and holds_spiece(safetensors.read_header(path))
+    if path.suffix == gguf.SUFFIX:
+        return path.is_file() and gguf.holds_vocabulary(path)
     return path.is_file() and path.suffix == ".model"
 
 
@@ -325,7 +330,8 @@ def holds_spiece(names: Iterable[str]) -> bool:
 
 
 def read_tokenizer(path: Path) -> TextTokenizer:
-    """Read a tokenizer folder, a spiece.model, or a safetensors file that holds one as `spiece_model`.
+    """Read a tokenizer folder, a spiece.model, a safetensors file that holds one as `spiece_model`, or a GGUF file's
+    vocabulary.
 
     A folder with spiece.model but no tokenizer.json is read as that file. Raises CheckpointError if the tokenizer is
     missing or broken.
@@ -334,6 +340,8 @@ def read_tokenizer(path: Path) -> TextTokenizer:
         path = path / SPIECE_FILE
     if not path.is_file():
         return TextTokenizer.from_folder(path)
+    if path.suffix == gguf.SUFFIX:
+        return TextTokenizer.from_vocabulary(gguf.read_vocabulary(path), str(path))
     return TextTokenizer.from_spiece(_read_spiece(path), str(path))
 
 

@@ -28,6 +28,7 @@ from fastvid.errors import CheckpointError
 from fastvid.files import open_regular, reason
 from fastvid.loaders.entries import Entry, Source, nbytes, quantized_entry
 from fastvid.models.common import ggml_names
+from fastvid.models.common.sentencepiece import Vocabulary
 from fastvid.models.wan.weight_names import find_parts
 from fastvid.ops.formats_gguf import BLOCKS
 
@@ -323,15 +324,6 @@ def _items(header: _Header, array: Array) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- the tokenizer
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A tokenizer of T5's kind: pieces as (text, score, type), the number of <unk>, the table of characters."""
-
-    pieces: list[tuple[str, float, int]]
-    unknown: int
-    table: bytes
 
 
 def holds_vocabulary(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Models from the Hugging Face hub: looked up in the local cache, or downloaded to it. Downloads only needed files.
 
     org/name                            a repository in diffusers' layout, or in the original one
-    org/name/path/to/file.safetensors   one file of a repository
+    org/name/path/to/file.safetensors   one file of a repository, or a .gguf
 
 The repository's list of files determines what to download, and says the size and digest of each. Whatever the hub
 answers is checked: nothing is written outside of huggingface_hub's cache, and a file that is not what the list says is
@@ -27,8 +27,8 @@ from fastvid.loaders.layouts import CONFIG, EXPERT_FOLDERS, EXTRAS, INDEX, ORIGI
 from fastvid.models.common.config_reader import read_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/((?:[\w .()+-]+/)*[\w .()+-]+\.safetensors)")
-SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/((?:[\w .()+-]+/)*[\w .()+-]+\.(?:safetensors|gguf))")
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|gguf)$")
 # Repositories may also hold other formats and dtypes of the weights, example videos and licenses.
 DIFFUSERS_FILES = (
     INDEX,
@@ -145,7 +145,7 @@ def select(model: str, names: Iterable[str]) -> list[str]:
     names = sorted(names)
     if INDEX in names:
         return [name for name in names if _matches(name, DIFFUSERS_FILES) and not _matches(name, OTHER_TYPES)]
-    files = [name for name in names if name.endswith(".safetensors")]
+    files = [name for name in names if name.endswith(safetensors.READABLE)]
     if not any(_is_at(name, TRANSFORMERS) for name in names):
         raise CheckpointError(
             f"model={model!r} has neither a {INDEX} nor {WEIGHTS}, so it is no whole model; "
@@ -256,7 +256,7 @@ def _with_shards(model: str, file: str, names: Iterable[str]) -> list[str]:
     """A file, its other shards and, if it has a standard name, the config.json beside it."""
     names = sorted(names)
     if file not in names:
-        available = _some([name for name in names if name.endswith(".safetensors")]) or "no weights"
+        available = _some([name for name in names if name.endswith(safetensors.READABLE)]) or "no weights"
         raise CheckpointError(f"model={model!r}: the repository has no such file; it has {available}")
     return _shards(file, names)
 

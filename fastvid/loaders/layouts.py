@@ -46,7 +46,7 @@ ORIGINAL_NAMES = {
     "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors",
 }
 ORIGINAL_PATTERNS = {"vae": "*_VAE", "text_encoder": "models_t5*", "image_encoder": "models_clip*"}
-WEIGHT_FILES = (*safetensors.SUFFIXES, *safetensors.PICKLES)
+WEIGHT_FILES = (*safetensors.READABLE, *safetensors.PICKLES)
 
 # key in an original transformer's config.json -> diffusers' key
 _CONFIG_KEYS = {
@@ -98,7 +98,7 @@ def original_transformers(folder: Path) -> dict[str, tuple[Path, ...]]:
         raise CheckpointError(f"{folder / missing} is missing; models with two experts need both")
     if inner:
         return {name: weight_files.find_files(path) for name, path in inner.items()}
-    patterns = [pattern + suffix for pattern in ORIGINAL_PATTERNS.values() for suffix in safetensors.SUFFIXES]
+    patterns = [pattern + suffix for pattern in ORIGINAL_PATTERNS.values() for suffix in safetensors.READABLE]
     others = {file for pattern in patterns for file in folder.glob(pattern)}
     return {"transformer": weight_files.find_files(folder, others)}
 

@@ -33,6 +33,7 @@ from fastvid.ops.formats import Data
 
 SUFFIX = ".safetensors"
 SUFFIXES = (SUFFIX, ".sft")
+READABLE = (*SUFFIXES, gguf.SUFFIX)  # kinds of files that weights are read from
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 # A model has 1,095 tensors and a header of 0.2 MB; some LoRAs add a few MB about their training.
 MAX_HEADER, MAX_TENSORS, MAX_DIMS = 1 << 24, 20_000, 16
@@ -107,7 +108,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        header, texts = gguf.read_header(file) if file.suffix == gguf.SUFFIX else read_stored(file)
+        header, texts = (gguf.read_header if file.suffix == gguf.SUFFIX else read_stored)(file)
         if twice := sorted(header.keys() & entries.keys()):
             raise CheckpointError(f"{some(twice)} in both {entries[twice[0]].file} and {file}; remove one of the two")
         entries |= header

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from fastvid import notices
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.loaders import layouts, safetensors
+from fastvid.loaders import gguf, layouts, safetensors
 from fastvid.loaders.entries import FLOATS
 from fastvid.loaders.find import (
     SPIECE_FILE,
@@ -292,15 +292,17 @@ def _try_tokenizer(folder: Path) -> Path | None:
 
 def _search_tokenizer(text_files: tuple[Path, ...], file: Path) -> Path:
     """The tokenizer inside the text encoder's file, or in the folders around it or around the transformer."""
-    inside = [one for one in (*text_files, file) if holds_spiece(safetensors.read_header(one))]
+    read = [one for one in (*text_files, file) if one.suffix != gguf.SUFFIX]
+    inside = [one for one in read if holds_spiece(safetensors.read_header(one))]
     folders = [place for one in (*text_files[:1], file) for place in (one.parent, _root_of(one), one.parent.parent)]
     folders = list(dict.fromkeys(folders))
     candidates = [place / inner for place in folders for inner in TOKENIZER_FOLDERS]
     candidates += [place / SPIECE_FILE for place in folders]
-    if tokenizer := next(filter(is_tokenizer, (*inside, *candidates)), None):
+    vocabularies = [one for one in text_files if one.suffix == gguf.SUFFIX]
+    if tokenizer := next(filter(is_tokenizer, (*inside, *candidates, *vocabularies)), None):
         return tokenizer
     raise CheckpointError(
-        "tokenizer is missing: the text encoder's file has no tensor spiece_model, and there is no folder "
-        f"{' or '.join(TOKENIZER_FOLDERS)} in {', '.join(map(str, folders))}; "
+        "tokenizer is missing: the text encoder's file has no tensor spiece_model or vocabulary, and there is no "
+        f"folder {' or '.join(TOKENIZER_FOLDERS)} in {', '.join(map(str, folders))}; "
         'give parts={"tokenizer": PATH}, --part tokenizer=PATH'
     )

@@ -3,6 +3,7 @@ variants of both.
 
     model.safetensors       model-00001-of-00002.safetensors       model.safetensors.index.json
     model.fp16.safetensors  model.fp16-00001-of-00002.safetensors  model.safetensors.index.fp16.json
+    model-Q4_K_M.gguf       model-Q4_K_M-00001-of-00002.gguf       (without an index)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from fastvid import notices
 from fastvid.errors import CheckpointError
 from fastvid.files import open_regular, reason
-from fastvid.loaders.safetensors import PICKLES, SUFFIX, SUFFIXES
+from fastvid.loaders.safetensors import PICKLES, READABLE, SUFFIX, SUFFIXES
 from fastvid.models.common.config_reader import read_json
 from fastvid.models.wan.weight_names import some
 
@@ -25,6 +26,7 @@ VARIANTS = ("fp32", "fp16", "bf16")  # the most exact first
 SHARDED, STANDARD, VARIANT, OTHER = range(4)  # what is taken first
 _INDEX = re.compile(r"(?P<stem>.+)\.(safetensors|sft)\.index(\.(?P<variant>[\w-]+))?\.json")
 _WHOLE = re.compile(rf"(?P<stem>{'|'.join(STEMS)})(\.(?P<variant>[\w-]+))?\.(safetensors|sft)")
+_SPLIT = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 SAMPLES, SAMPLE = 64, 4096  # places that are compared of two files, and bytes of each
 
 
@@ -38,8 +40,8 @@ class Weights:
 
 
 def find_files(folder: Path, others: Iterable[Path] = ()) -> tuple[Path, ...]:
-    """The safetensors files that hold a part's weights: the shards of an index, or one file. others: files to ignore
-    because they hold something else.
+    """The files that hold a part's weights: the shards of an index, or one file. others: files to ignore because they
+    hold something else.
 
     Copies in other precisions, and an index whose shards are gone, are left out with a warning. Raises CheckpointError
     if there is nothing to read, if several files qualify, or if shards are missing.
@@ -47,7 +49,7 @@ def find_files(folder: Path, others: Iterable[Path] = ()) -> tuple[Path, ...]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing; it should hold config.json and {STANDARD_NAMES[0]}")
     rest = frozenset(others)
-    present = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and path not in rest)
+    present = sorted(path for path in folder.iterdir() if path.name.endswith(READABLE) and path not in rest)
     found, stale = _sharded(folder, present)
     inside = {file for one in found for file in one.files}
     found += [Weights(path.name, (path,), _rank(_WHOLE, path.name)) for path in present if path not in inside]
@@ -71,6 +73,16 @@ def weight_groups(folder: Path, suffixes: Iterable[str]) -> Iterator[tuple[Path,
     yield from ((file,) for file in files if file not in inside)
 
 
+def group_of(file: Path, suffixes: Iterable[str]) -> tuple[Path, ...]:
+    """The files that belong with one, and itself. Raises CheckpointError if it is one of several GGUF files that are
+    not all there."""
+    group = next((group for group in weight_groups(file.parent, suffixes) if file in group), (file,))
+    if len(group) == 1 and (match := _SPLIT.fullmatch(file.name)) and int(match["count"]) > 1:
+        _, stale, _ = _split(file.parent, sorted(file.parent.glob("*.gguf")))
+        raise next(error for error in stale if match["stem"] in str(error))
+    return group
+
+
 def _sharded(folder: Path, present: list[Path]) -> tuple[list[Weights], list[CheckpointError]]:
     """The sets of shards that are all there, and what is missing of the others, whose files are taken out of
     `present`. Raises CheckpointError for an index that is broken."""
@@ -85,8 +97,25 @@ def _sharded(folder: Path, present: list[Path]) -> tuple[list[Weights], list[Che
         lacks = f"{folder} lacks {some(missing)}, of {len(names)} files that {index.name} names; download them again"
         stale.append(CheckpointError(lacks))
     partial -= {file for one in found for file in one.files}
-    present[:] = [path for path in present if path not in partial]
-    return found, stale
+    split, unsplit, pieces = _split(folder, present)
+    present[:] = [path for path in present if path not in partial | pieces]
+    return found + split, stale + unsplit
+
+
+def _split(folder: Path, present: list[Path]) -> tuple[list[Weights], list[CheckpointError], set[Path]]:
+    """The same of GGUF files, which are split without an index: what is whole, what is missing, the files of the
+    latter."""
+    found, stale, partial = list[Weights](), list[CheckpointError](), set[Path]()
+    matches = {path: match for path in present if (match := _SPLIT.fullmatch(path.name))}
+    for stem, count in sorted({(match["stem"], match["count"]) for match in matches.values()}):
+        files = [path for path, match in matches.items() if (match["stem"], match["count"]) == (stem, count)]
+        if len(files) == int(count):
+            found.append(Weights(files[0].name, tuple(files), (OTHER, 0)))
+            continue
+        partial.update(files)
+        lacks = f"{folder} has {len(files)} of the {int(count)} files {stem}-*.gguf; download the others too"
+        stale.append(CheckpointError(lacks))
+    return found, stale, partial
 
 
 def _names_in(index: Path) -> list[str]:

@@ -21,7 +21,7 @@ from fastvid.models.common.tokenizer import TextTokenizer
 from fastvid.models.common.tokenizer_checks import check_charsmap, is_bounded, library_errors
 
 SPIECE = (Path(__file__).parents[1] / "data" / "tiny_spiece.model").read_bytes()
-TABLE = _parse(SPIECE)[3]
+TABLE = _parse(SPIECE).table
 TEXTS = ["a red circle", "ﬁ ½ Ⅷ ｱ ㍿ é e\u0301 \u200b\u3000x", "".join(map(chr, range(1, 0x3000, 7))), "日本語 😀"]
 
 

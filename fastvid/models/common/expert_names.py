@@ -43,11 +43,15 @@ _OTHER_SENSE = re.compile(
 # Words that are told of files rather than of pictures: wan22_high_lora, low-rank64.
 _TECHNICAL = re.compile(
     r"adapter|alpha|beta|bf|checkpoint|ckpt|comfy|comfyui|copy|diffusers|diffusion|distill|distilled|"
-    r"dit|dmd|epoch|epochs|expert|final|fp|gguf|hps|image|kijai|latest|lcm|lightning|lightx|lora|"
+    r"dit|dmd|epoch|epochs|expert|final|fp|gguf|hps|image|iq|kijai|latest|lcm|lightning|lightx|lora|"
     r"kj|loras|merged|model|models|moe|mps|network|new|old|only|pruned|pytorch|rank|resized|rslora|"
-    r"safetensors|scaled|seko|self|step|steps|style|test|text|transformer|turbo|unet|ver|version|"
+    r"safetensors|scaled|seko|self|step|steps|style|test|text|transformer|turbo|ud|unet|ver|version|"
     r"video|wan|weights"
 )
+# Types of GGUF files, of which Q3_K_L is not low.
+_QUANTIZED = re.compile(
+    r"(?<![A-Za-z])(I?Q\d)_(K|[01]|NL|XS|XXS|S|M)(?:_(?:XL|[SML]))?(?![A-Za-z])"
+)  # Q3_K_L is not low
 _INTENSIFIERS = re.compile(r"aim|ankle|extra|fly|flying|jump|kick|knee|mid|sky|so|super|thigh|too|ultra|very|waist")
 
 
@@ -148,7 +152,7 @@ def _replace(words: Sequence[str], marks: dict[str, str]) -> tuple[str, set[str]
 
 
 def _words(name: str) -> list[str]:
-    name = name.removesuffix(".safetensors")
+    name = _QUANTIZED.sub(r" \1\2", name.removesuffix(".safetensors").removesuffix(".gguf"))
     for pattern in _GLUED:
         name = pattern.sub(r"\1 \2", name)
     return _WORD.findall(name)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
@@ -25,8 +26,17 @@ MAX_PIECES = 1 << 19
 MAX_FIELDS = 1 << 16  # of the TrainerSpec and the NormalizerSpec
 BYTES = 2  # the kind of a field that holds text, bytes or fields
 PAD, EOS = "<pad>", "</s>"
-UNIGRAM, CONTROL, USER_DEFINED = 1, 3, 4
+UNIGRAM, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 SPACE = "▁"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a unigram model holds: pieces as (text, score, type), the number of <unk>, the table of characters."""
+
+    pieces: list[tuple[str, float, int]]
+    unknown: int
+    table: bytes
 
 
 def read_spiece(data: bytes, source: str) -> Tokenizer:
@@ -36,15 +46,25 @@ def read_spiece(data: bytes, source: str) -> Tokenizer:
     the tokens that T5 needs. Ids are those of the file: the 300 <extra_id_*> behind them are not made.
     """
     with library_errors(f"{source} is no sentencepiece model that can be used"):
-        return _build(*_parse(data))
+        return _build(_parse(data))
 
 
-def _build(pieces: list[tuple[str, float, int]], model_type: int, unknown: int, table: bytes) -> Tokenizer:
+def build(vocabulary: Vocabulary, source: str) -> Tokenizer:
+    """The tokenizer of a vocabulary that was read from elsewhere; unused pieces at its end are left out."""
+    pieces = list(vocabulary.pieces)
+    while pieces and pieces[-1][2] == UNUSED:
+        pieces.pop()
+    with library_errors(f"{source} holds no vocabulary that can be used"):
+        if not all(math.isfinite(score) for _, score, _ in pieces):
+            raise ValueError("a piece with a score that is not finite")
+        return _build(replace(vocabulary, pieces=pieces))
+
+
+def _build(vocabulary: Vocabulary) -> Tokenizer:
+    pieces, unknown, table = vocabulary.pieces, vocabulary.unknown, vocabulary.table
     ids = {text: i for i, (text, _, _) in enumerate(pieces)}
     if not 0 <= unknown < len(pieces):
         raise ValueError(f"its <unk> is number {unknown} of {len(pieces)} pieces")
-    if model_type != UNIGRAM:
-        raise ValueError(f"its type is {model_type}; only unigram ({UNIGRAM}) is supported")
     if missing := [token for token in (PAD, EOS) if token not in ids]:
         raise ValueError(f"it has no piece {' and no '.join(missing)}")
     if table:
@@ -60,8 +80,7 @@ def _build(pieces: list[tuple[str, float, int]], model_type: int, unknown: int, 
     return tokenizer
 
 
-def _parse(data: bytes) -> tuple[list[tuple[str, float, int]], int, int, bytes]:
-    """(pieces as (text, score, type), the model's type, the id of <unk>, the table of characters)."""
+def _parse(data: bytes) -> Vocabulary:
     pieces, model_type, unknown, table = [], UNIGRAM, 0, b""
     if len(data) > MAX_SPIECE:
         raise ValueError(f"{len(data):,} bytes; at most {MAX_SPIECE:,} are read")
@@ -77,7 +96,9 @@ def _parse(data: bytes) -> tuple[list[tuple[str, float, int]], int, int, bytes]:
             table = {inner: one for inner, _, one in _fields(value, MAX_FIELDS)}.get(2, b"")
     if not pieces:
         raise ValueError("it has no pieces")
-    return pieces, model_type, unknown, table
+    if model_type != UNIGRAM:
+        raise ValueError(f"its type is {model_type}; only unigram ({UNIGRAM}) is supported")
+    return Vocabulary(pieces, unknown, table)
 
 
 def _piece(data: bytes) -> tuple[str, float, int]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastvid.errors import CheckpointError
 from fastvid.files import read_bytes, reason
 from fastvid.models.common.config_reader import read_json
-from fastvid.models.common.sentencepiece import PAD, read_spiece
+from fastvid.models.common.sentencepiece import PAD, Vocabulary, build, read_spiece
 from fastvid.models.common.tokenizer_checks import check_bytes, check_parts, library_errors
 
 MAX_TEXT_LENGTH = 512  # rows of text that Wan was trained with
@@ -47,10 +47,18 @@ class TextTokenizer:
 
         Raises CheckpointError, with `source` in front, for bytes that are none.
         """
-        inner = read_spiece(data, source)
+        return cls._of_pieces(read_spiece(data, source), source)
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: Vocabulary, source: str) -> TextTokenizer:
+        """Of what such a model holds. Raises CheckpointError as `from_spiece` does."""
+        return cls._of_pieces(build(vocabulary, source), source)
+
+    @classmethod
+    def _of_pieces(cls, inner: Tokenizer, source: str) -> TextTokenizer:
         inner.enable_truncation(MAX_TEXT_LENGTH)
         pad_id = inner.token_to_id(PAD)
-        assert pad_id is not None, source  # read_spiece refuses a model without it
+        assert pad_id is not None, source  # a model without it is refused
         return cls(inner, MAX_TEXT_LENGTH, pad_id, source)
 
     @classmethod
