@@ -27,7 +27,7 @@ from fastvid.loaders.lora import read_loras
 from fastvid.loaders.quantize import apply as apply_quantize
 from fastvid.models.loaded import LoadOptions, Model
 from fastvid.pipeline import load_arguments
-from fastvid.pipeline.load import load_model, outline
+from fastvid.pipeline.load import load_model, outline, runs_with
 from fastvid.pipeline.pipeline import Pipeline
 from fastvid.pipeline.prepare import AGAIN, estimate_of, plan_of
 from fastvid.requests.arguments import documented
@@ -239,4 +239,4 @@ def inspect(
     checkpoint, loras = open_checkpoint(given["model"], given["parts"], variant=given["variant"]), given["loras"]
     checkpoint = apply_quantize(checkpoint, given["quantize"])
     described = lora_fit.describe(read_loras(loras), checkpoint)
-    return checkpoint.to_dict() | ({"loras": described} if described else {})
+    return checkpoint.to_dict() | runs_with(checkpoint) | ({"loras": described} if described else {})

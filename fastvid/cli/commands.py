@@ -286,10 +286,14 @@ def _lines(value: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{name}"
             yield from _lines(inner, indent + "  ")
         else:
-            text = ", ".join(map(str, inner)) if isinstance(inner, (list, tuple)) else str(inner)
+            text = ", ".join(map(_word, inner)) if isinstance(inner, (list, tuple)) else str(inner)
             # What a stranger's file says must not steer the terminal.
             text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:LONGEST_LINE])
             yield f"{indent}{name:<{max(1, 26 - len(indent))}} {text}"
+
+
+def _word(value: Any) -> str:
+    return " ".join(f"{name}={one}" for name, one in value.items()) if isinstance(value, dict) else str(value)
 
 
 # ---------------------------------------------------------------- errors and signals

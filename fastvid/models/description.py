@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -107,6 +108,17 @@ def flat_config(config: Config) -> dict[str, Any]:
     return values.pop("transformer", {}) | values
 
 
+def quantized_layers(part: Part) -> list[dict[str, Any]]:
+    """How many of a part's weights stay quantized, by format, and how products with them are computed: in 8 bits, or
+    exactly with the dequantized weight."""
+    kinds = Counter((spec.format, spec.rotation, spec.eight_bit) for spec in part.quantized.values())
+    return [
+        {"format": name, "weights": count, "products": "8-bit" if eight else "exact"}
+        | ({"rotated": rotation} if rotation else {})
+        for (name, rotation, eight), count in kinds.most_common()
+    ]
+
+
 def _short(file: Path, folder: Path) -> str:
     """A path as it is shown: within the model's folder from there on; nothing for one that is missing."""
     if file == Path():
@@ -119,5 +131,6 @@ def _describe(part: Part, folder: Path) -> dict[str, Any]:
     config = flat_config(part.config) if part.config else part.stated and dict(part.stated)
     kind = {"class": (part.stated or {}).get("_class_name", kind_of(part.name).class_name), "config": config}
     size = {"parameters": part.parameters, "dtypes": list(part.dtypes), "bytes": part.bytes}
+    size |= {"quantized": layers} if (layers := quantized_layers(part)) else {}
     size |= {"bits_per_weight": round(8 * part.bytes / part.parameters, 2)} if part.parameters else {}
     return {**kind, **size, "files": files, "problems": list(part.problems)}

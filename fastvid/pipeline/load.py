@@ -193,6 +193,16 @@ def describe(source: str | Path, options: LoadOptions) -> Checkpoint:
         raise CheckpointError(f"{error}; published models are planned by name, the nearest is {near}") from None
 
 
+def runs_with(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What would compute a checkpoint's quantized layers here: operation, back end and reason; empty without any."""
+    if not checkpoint.quantized:
+        return {}
+    device = find_device(None)
+    ops = bind(device=device)
+    names = ("linear", "linear_quantized")
+    return {"runs": {name: f"{ops.bound[name]} ({ops.reasons[name]})" for name in names} | {"device": str(device)}}
+
+
 # ---------------------------------------------------------------- modules
 
 
