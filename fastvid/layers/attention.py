@@ -37,7 +37,7 @@ def self_attention(
     """Attention of every token to every token: q, k, v [B, n, H, D] -> [B, n, H * D].
 
     cache: earlier frames' keys and values, which are attended to as well; k and v are added to it. Each rank's cache
-    holds its own share. Or the blocks of frames that do not see those behind them, on ranks that share no tokens.
+    holds its own share. Or the blocks of frames that do not see later ones.
     blocks: which tiles of all N tokens attend to which. With `parallel`, every ring group's tokens must end where a
     tile ends.
     """

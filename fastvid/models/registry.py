@@ -73,7 +73,9 @@ def build_vae(config: WanVAEConfig, ops: Any = reference) -> WanVAE:
 
 
 KINDS: Mapping[str, PartKind] = {
-    "transformer": PartKind("WanTransformer3DModel", read_transformer, build_transformer, (CONTROLLED, CAUSAL, SKYREELS)),
+    "transformer": PartKind(
+        "WanTransformer3DModel", read_transformer, build_transformer, (CONTROLLED, CAUSAL, SKYREELS)
+    ),
     "vae": PartKind("AutoencoderKLWan", WanVAEConfig.from_dict, build_vae),
     "text_encoder": PartKind(
         "UMT5EncoderModel",

@@ -1,5 +1,5 @@
-"""SkyReels V2: the Wan transformer, in its diffusion forcing model of 1.3B told the frame rate too. Its other models are
-Wan's networks as they are. Parameter names are those of diffusers' SkyReelsV2Transformer3DModel.
+"""SkyReels V2: the Wan transformer; the diffusion forcing model of 1.3B is told the frame rate too. Its other models are
+Wan's networks. Parameter names are those of diffusers' SkyReelsV2Transformer3DModel.
 
 Shapes: as in `fastvid.models.wan.transformer`.
 Maths: SkyReels-V2 `skyreels_v2_infer/modules/transformer.py`.

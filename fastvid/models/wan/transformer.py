@@ -316,7 +316,7 @@ class WanTransformer(nn.Module):
         known: of models that take more channels, those behind the latents', if latents does not have them.
         rope_offset: the time of the first latent frame, for windows of a longer video; or that of every one.
         cache: of a causal model. The frames attend to themselves and to those in it, and are put into it in place of
-        what it holds of them; `cache.begin` was told of them. Or the blocks of frames that do not see those behind them.
+        what it holds of them; `cache.begin` was told of them. Or the blocks of frames that do not see later ones.
         view: this rank's among those that share the tokens; all of them call with the same arguments, each gets the
         whole result, and a cache holds this rank's share.
         """
