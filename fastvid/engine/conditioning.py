@@ -157,14 +157,15 @@ def known_latents(model: Model, segment: Segment, known: KnownFrames) -> Iterato
         yield segment.columns - segment.right_columns, latents[:, :, LEAD_IN:]
     by_column: dict[int, list[tuple[int, np.ndarray]]] = {}
     for frame, picture in sorted(known.pictures.items()):
-        by_column.setdefault(segment.column_of(segment.skip + frame), []).append((segment.skip + frame, picture))
+        by_column.setdefault(segment.picture_column(frame), []).append((segment.skip + frame, picture))
     for column, pictures in by_column.items():
         yield column, _still(model, segment, column, pictures)
 
 
 def _still(model: Model, segment: Segment, column: int, pictures: list[tuple[int, np.ndarray]]) -> Tensor:
-    """The latent of a column with some known frames; its other frames repeat the nearest known one."""
-    if column == segment.lead:
+    """The latent of a column with some known frames; its other frames repeat the nearest known one. The first column,
+    and that of a picture behind the video, are one frame each."""
+    if column == segment.lead or (segment.tail and column == segment.columns - 1):
         return pixels.encode_stream(model, pixels.fit(pictures[0][1][None], segment), segment)
     first = (column - segment.lead - 1) * segment.temporal + 1
     frames = [_nearest(pictures, frame) for frame in range(first, first + segment.temporal)]

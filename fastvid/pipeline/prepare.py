@@ -79,7 +79,7 @@ def prepare(
     inputs.warn_of_shapes(resolved)
     resolved = replace(resolved, seed=agree(model.mesh, resolved.seed, first))
     verbs.check_control(model, resolved)
-    timeline = verbs.lay_out(resolved, verbs.rules_of(model))
+    timeline = verbs.lay_out(resolved, verbs.rules_of(model, resolved))
     verbs.check(model, resolved, timeline)
     resolved = _with_tensors(model, resolved, timeline)
     sigmas = sigmas_of(resolved)

@@ -8,25 +8,30 @@ from dataclasses import replace
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import CHANNELS, Model, way_of
 from fastvid.models.preset import REFUSED
-from fastvid.requests import timeline
+from fastvid.requests import forcing, timeline
 from fastvid.requests.arguments import VERBS
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Rules, Segment, Stretch, Timeline
 
 
-def rules_of(model: Model) -> Rules:
-    """The sizes and lengths that a model can generate."""
-    preset, vae = model.preset, model.vae.config
+def rules_of(model: Model, request: Resolved) -> Rules:
+    """The sizes and lengths that a model can generate. A model of diffusion forcing takes its windows from the
+    request."""
+    preset, vae, window, context = model.preset, model.vae.config, model.preset.window, model.preset.context
+    if request.base_num_frames is not None and request.overlap_history is not None:
+        counts = request.base_num_frames, request.overlap_history
+        window, context = (forcing.columns(count, preset.temporal) for count in counts)
     return Rules(
         spatial=vae.spatial_scale,
         temporal=preset.temporal,
         multiple=preset.spatial_multiple,
-        window=preset.window,
+        window=window,
         overlap=preset.overlap,
-        context=preset.context,
+        context=context,
         block=preset.rollout.frames_per_block if preset.rollout else 1,
         picture_in_block=preset.rollout is not None and preset.rollout.picture_in_block,
         carries=preset.carries,
+        picture_behind=preset.forcing is not None,
     )
 
 

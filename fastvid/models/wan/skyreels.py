@@ -1,4 +1,4 @@
-"""SkyReels V2: the Wan transformer; the diffusion forcing model of 1.3B is told the frame rate too. Its other models are
+"""SkyReels V2's diffusion forcing transformer of 1.3B: Wan's, and it is told the frame rate. SkyReels' other models are
 Wan's networks. Parameter names are those of diffusers' SkyReelsV2Transformer3DModel.
 
 Shapes: as in `fastvid.models.wan.transformer`.
