@@ -16,6 +16,9 @@ from fastvid.models.wan import weight_names
 from fastvid.ops.quantized import Spec
 
 
+SIBLINGS_KEYS = ("inject_sample_info",)
+
+
 @dataclass(frozen=True)
 class Part:
     """One module of a checkpoint. config is None where no module can be made of it; problems say why. stated: what its
@@ -103,9 +106,11 @@ class Checkpoint:
 
 
 def flat_config(config: Config) -> dict[str, Any]:
-    """A config as its file has it: VACE's transformer without a level of its own."""
+    """A config as its file has it: VACE's transformer without a level of its own, and Wan's without what only siblings
+    have."""
     values = asdict(config)
-    return values.pop("transformer", {}) | values
+    values = values.pop("transformer", {}) | values
+    return {key: value for key, value in values.items() if value or key not in SIBLINGS_KEYS}
 
 
 def quantized_layers(part: Part) -> list[dict[str, Any]]:

@@ -34,6 +34,8 @@ CONTROLLED = "WanVACETransformer3DModel"
 CAUSAL = "CausalWanTransformer3DModel"  # FastVideo's name of the same network, for rollouts
 SKYREELS = "SkyReelsV2Transformer3DModel"  # the same network; its config.json says whether it is told the frame rate
 
+SKYREELS_DEFAULTS = {"num_attention_heads": 16, "ffn_dim": 8192, "num_layers": 32}  # where they are not Wan's
+
 
 @dataclass(frozen=True)
 class PartKind:
@@ -57,7 +59,10 @@ class PartKind:
 
 
 def read_transformer(config: Mapping[str, Any]) -> WanTransformerConfig | WanVACEConfig:
-    """With a control branch if the file says where it hints, or names its class."""
+    """With a control branch if the file says where it hints, or names its class. Of a class with other defaults these
+    count."""
+    if config.get("_class_name") == SKYREELS:
+        config = {**SKYREELS_DEFAULTS, **config}
     plain = config.get("vace_layers") is None and config.get("_class_name") != CONTROLLED
     return (WanTransformerConfig if plain else WanVACEConfig).from_dict(config)
 

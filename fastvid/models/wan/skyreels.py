@@ -18,7 +18,7 @@ from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.transformer import AnyContext, WanTransformer
 from fastvid.ops import reference
 
-SLOW_FPS, FAST_FPS = 16, 24  # the two frame rates of its training; others count as the second
+FPS = (16, 24)  # the frame rates of its training; others count as the second
 
 
 class RateContext(NamedTuple):
@@ -55,11 +55,11 @@ class SkyReelsTransformer(WanTransformer):
         self.fps_projection = RateProjection(config.dim)
 
     def prepare_context(
-        self, text_embeds: Tensor, image_embeds: Tensor | None = None, *, fps: float = FAST_FPS
+        self, text_embeds: Tensor, image_embeds: Tensor | None = None, *, fps: float = FPS[1]
     ) -> RateContext:
         """Everything that depends on text, pictures and frame rate alone, once a request. fps: frames a second."""
         layers = super().prepare_context(text_embeds, image_embeds).layers
-        number = torch.tensor(int(fps != SLOW_FPS), dtype=torch.int64, device=text_embeds.device)
+        number = torch.tensor(int(fps != FPS[0]), dtype=torch.int64, device=text_embeds.device)
         rate = self.fps_projection(self.fps_embedding(number))
         return RateContext(layers, rate.float().unflatten(-1, (6, -1)))
 
