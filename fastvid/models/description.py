@@ -15,7 +15,6 @@ from fastvid.models.registry import EXPERTS, Config, kind_of
 from fastvid.models.wan import weight_names
 from fastvid.ops.quantized import Spec
 
-
 SIBLINGS_KEYS = ("inject_sample_info",)
 
 
