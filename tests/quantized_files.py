@@ -163,3 +163,14 @@ def linear_layers(state: Tensors) -> list[str]:
     """The layers with matrices: not the embeddings of UMT5."""
     names = [name.removesuffix(".weight") for name, one in state.items() if name.endswith(".weight") and one.ndim == 2]
     return [name for name in names if not name.endswith(("shared", "embed_tokens", "relative_attention_bias"))]
+
+
+# ---------------------------------------------------------------- diffusers
+
+
+def bitsandbytes() -> Any:
+    """bitsandbytes' functions on a CPU."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is needed")
+    import bitsandbytes.functional as functional
+
+    return functional
