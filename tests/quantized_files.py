@@ -174,3 +174,16 @@ def bitsandbytes() -> Any:
     import bitsandbytes.functional as functional
 
     return functional
+
+
+def plain_bitsandbytes(codes: Tensor, state: Any) -> Tensor:
+    """bitsandbytes' own back end for any device. Its kernel for CPUs (0.50) takes another block's scale where rows are
+    not whole blocks, and gives back other weights than were quantized."""
+    from bitsandbytes.backends.default import ops
+
+    scale = state.absmax
+    if state.nested:
+        over = (scale, state.state2.absmax, state.state2.code, 256, torch.float32)
+        scale = ops._dequantize_blockwise_compute.__wrapped__(scale.flatten(), *over[1:]) + state.offset
+    whole = (codes.reshape(-1), scale, state.code, state.blocksize, state.shape, torch.float32)
+    return ops._dequantize_4bit_compute.__wrapped__(*whole)

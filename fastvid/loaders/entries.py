@@ -32,7 +32,7 @@ class Source:
 
     format: a key of `FORMATS`. shape: (N, K). tensors: role -> entry, as they stand in the files. make: turns what was
     read into the format's own data (role -> tensor); None: it is that already. layout: role -> dtype and shape after
-    `make`; empty: the format's own.
+    `make`; empty: the format's own. exact: see `Spec`.
     """
 
     format: str
@@ -42,11 +42,12 @@ class Source:
     eight_bit: bool = False
     make: Callable[[dict[str, Tensor]], Data] | None = field(default=None, compare=False, repr=False)
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
+    exact: bool = False
 
     @property
     def spec(self) -> Spec:
         layout = self.layout or FORMATS[self.format].layout(self.shape)
-        return Spec(self.format, self.shape, layout, self.rotation, self.eight_bit)
+        return Spec(self.format, self.shape, layout, self.rotation, self.eight_bit, self.exact)
 
 
 @dataclass(frozen=True)

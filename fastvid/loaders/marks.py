@@ -178,7 +178,8 @@ def _rows(layer: Layer, format: str) -> Source:
         _check_one(layer, inputs, "input scale")
         tensors["input_scale"], layout["input_scale"] = inputs, (torch.float32, (1,))
     rotation = _rotation(layer, shape[1])
-    return Source(format, shape, tensors, rotation, make=_make_rows, layout=layout)
+    exact = bool((layer.mark or {}).get("full_precision_matrix_mult"))
+    return Source(format, shape, tensors, rotation, make=_make_rows, layout=layout, exact=exact)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -63,13 +63,15 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class Spec:
-    """A QuantizedTensor without its memory, to build and to plan with. data: role -> dtype and shape."""
+    """A QuantizedTensor without its memory, to build and to plan with. data: role -> dtype and shape. exact: the
+    file says that products in 8 bits are not good enough for this weight."""
 
     format: str
     shape: Shape
     data: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     rotation: int = 0
     eight_bit: bool = False
+    exact: bool = False
 
     @classmethod
     def of(cls, format: str, shape: Shape, **rest: Any) -> Spec:

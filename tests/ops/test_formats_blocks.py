@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_files import bitsandbytes, kitchen
+from quantized_files import bitsandbytes, kitchen, plain_bitsandbytes
 from torch import Tensor
 
 from fastvid.ops import formats_blocks, formats_rows
@@ -43,7 +43,7 @@ def by_kitchen(name: str, weight: Tensor) -> tuple[Data, Tensor]:
 def by_bitsandbytes(name: str, weight: Tensor) -> tuple[Data, Tensor]:
     kind, _, double = name.partition("_")
     codes, state = bitsandbytes().quantize_4bit(weight, quant_type=kind, compress_statistics=bool(double))
-    truth = plain_bitsandbytes(codes, state, double=bool(double))
+    truth = plain_bitsandbytes(codes, state)
     if weight.shape[1] % 64 == 0:
         assert torch.equal(truth, bitsandbytes().dequantize_4bit(codes, state))
     data = {"codes": codes.flatten(), "map": state.code, "scale": state.absmax}
@@ -51,19 +51,6 @@ def by_bitsandbytes(name: str, weight: Tensor) -> tuple[Data, Tensor]:
         data |= {"nested_map": state.state2.code, "nested_scale": state.state2.absmax}
         data["nested_offset"] = state.offset.reshape(1)
     return data, truth
-
-
-def plain_bitsandbytes(codes: Tensor, state: Any, double: bool = False) -> Tensor:
-    """bitsandbytes' own back end for any device. Its kernel for CPUs (0.50) takes another block's scale where rows are
-    not whole blocks, and gives back other weights than were quantized."""
-    from bitsandbytes.backends.default import ops
-
-    scale = state.absmax
-    if double:
-        over = (scale, state.state2.absmax, state.state2.code, 256, torch.float32)
-        scale = ops._dequantize_blockwise_compute.__wrapped__(scale.flatten(), *over[1:]) + state.offset
-    whole = (codes.reshape(-1), scale, state.code, state.blocksize, state.shape, torch.float32)
-    return ops._dequantize_4bit_compute.__wrapped__(*whole)
 
 
 def made(name: str, shape: tuple[int, int]) -> tuple[QuantizedTensor, Tensor]:
