@@ -149,8 +149,8 @@ def lines(path: Path) -> int:
     return path.read_text().count("\n")
 
 
-# `load`, `blueprint` and `tune` are the product, registered operators have flat schemas.
-FLAT = {"load", "blueprint", "tune"}
+# `load`, `blueprint`, `tune` and `convert` are the product, registered operators have flat schemas.
+FLAT = {"load", "blueprint", "tune", "convert"}
 # What an operator or a launch of a kernel takes, handed on one by one. To be made fewer; nothing is to be added.
 WIDE = {
     "fastvid.ops.reference": {"head"},

@@ -246,8 +246,8 @@ def _convert(flags: argparse.Namespace) -> None:
 
     progress = Progress(quiet=flags.quiet)
     try:
-        options = {"key": flags.key, "base": flags.base, "say": progress.say}
-        result = convert(flags.source, flags.destination, flags.to, **options)
+        options = {"key": flags.key, "base": flags.base, "dtype": flags.dtype, "quantize": flags.quantize}
+        result = convert(flags.source, flags.destination, flags.to, say=progress.say, **options)
     finally:
         progress.close()
     if flags.json:

@@ -55,13 +55,16 @@ def download() -> Parser:
 def convert() -> Parser:
     parser = Parser(
         prog="fastvid convert",
-        description="Convert a model, or one part of it, between diffusers' and the original layout, bit for bit.\n\n"
+        description="Convert a model, or one part of it, between diffusers' and the original layout, bit for bit; "
+        "or to another dtype, or 8 bits.\n\n"
         "Pickles (.pth, .pt, .bin, .ckpt) are opened in a child process that accepts nothing but tensors.",
         epilog="examples:\n"
         "  fastvid convert Wan2.1-T2V-1.3B wan-diffusers                (a whole folder)\n"
         "  fastvid convert wan-diffusers wan-original --to original\n"
         "  fastvid convert wan2.1_t2v_1.3B_bf16.safetensors transformer  (ComfyUI's single file)\n"
         "  fastvid convert Wan2.1_VAE.pth vae\n"
+        "  fastvid convert wan2.1-t2v-14b-Q8_0.gguf transformer --dtype bf16\n"
+        "  fastvid convert wan-diffusers wan-fp8 --quantize fp8\n"
         "  fastvid convert self_forcing_dmd.pt self-forcing --base Wan2.1-T2V-1.3B-Diffusers  (a whole folder)\n"
         f"  fastvid convert longlive_lora.pt longlive_lora.safetensors\n\n{EPILOG}",
     )
@@ -77,6 +80,15 @@ def convert() -> Parser:
         "--key",
         metavar="NAME",
         help="which entry of a training checkpoint holds the weights (default: generator_ema, then generator, ...)",
+    )
+    parser.add_argument(
+        "--dtype", metavar="NAME", help="fp32, bf16 or fp16; also of quantized weights (default: as is)"
+    )
+    parser.add_argument(
+        "--quantize",
+        metavar="NAME",
+        help="write linear layers in 8 bits, in ComfyUI's format: fp8 or int8, or for each part, such as "
+        "transformer=fp8,text_encoder=int8 (default: as is)",
     )
     parser.add_output_flags(" about what was written")
     return parser

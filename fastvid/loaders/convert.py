@@ -1,40 +1,42 @@
-"""`fastvid convert`: converts weights between layouts, and pickles to safetensors.
+"""`fastvid convert`: converts weights between layouts, pickles to safetensors, and to other dtypes and 8 bits.
 
-Conversion only moves bytes, so a round trip is bit-identical. Memory holds one chunk, or one tensor to transpose.
+Without `dtype` and `quantize` conversion only moves bytes, so a round trip is bit-identical. Memory holds one chunk, or
+one tensor to transpose or to change.
 Whole models: the original folder <-> the diffusers folder (see layouts.py). Single parts: a file or folder with the
 weights of a transformer, VAE, text or image encoder, in either layout, with ComfyUI's prefixes or none.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from huggingface_hub import split_state_dict_into_shards_factory
+import torch
 
 from fastvid.checks import nearest_name
+from fastvid.device.devices import check_dtype
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.files import copy_files, open_regular, reason
+from fastvid.files import copy_files, reason
 from fastvid.loaders import layouts, safetensors, weight_files
+from fastvid.loaders.convert_files import TensorReader, Tensors, moved, write_json, write_weights
+from fastvid.loaders.convert_quantized import QUANTIZATION, Change, check_source
 from fastvid.loaders.find import FoundPart, find_original, identify_part, kind_name
 from fastvid.loaders.layouts import CONFIG, EXPERT_FOLDERS, EXTRAS, INDEX, ORIGINAL_TOKENIZER, SCHEDULER, TOKENIZER
 from fastvid.loaders.lora_names import is_lora_weight
-from fastvid.loaders.pickles import PickleReader, read_exactly
-from fastvid.loaders.safetensors import BITS, Entry
+from fastvid.loaders.quantize import check as check_quantize
+from fastvid.loaders.quantize import check_parts, choice_of
 from fastvid.models.common.config_reader import read_json
 from fastvid.models.common.tokenizer import MAX_TOKENIZER
 from fastvid.models.registry import EXPERTS
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.detect import Identity
-from fastvid.models.wan.weight_names import DIFFUSERS, LAYOUTS, ORIGINAL, Origin, some
+from fastvid.models.wan.weight_names import DIFFUSERS, LAYOUTS, ORIGINAL, Origin
 
 SHARD_BYTES = 5 * 10**9
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # model for the encoders
@@ -44,17 +46,21 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class WeightsOutput:
-    """One set of weights to write. target: path (*.safetensors) in the destination; config: its config.json."""
+    """One set of weights to write. target: path (*.safetensors) in the destination; config: its config.json; change:
+    None moves the bytes."""
 
     part: FoundPart
     target: Path
     origins: Mapping[str, Origin]
     config: Mapping[str, Any] | None
+    change: Change | None = None
 
-    @property
-    def entries(self) -> dict[str, Entry]:
+    def tensors(self, reader: TensorReader) -> Tensors:
         """The tensors to write."""
-        return describe(self.origins, self.part.entries, self.target)
+        if self.change is not None:
+            return self.change.tensors(self.part, self.origins, reader, self.target)
+        check_source(self.part)
+        return moved(self.origins, reader, self.part.entries, self.target)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     key: str | None = None,
     base: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    quantize: str | Mapping[str, str | None] | None = None,
     say: Report = lambda text: None,
 ) -> dict[str, Any]:
     """Convert a model or one of its parts into a new file or folder. Returns a JSON summary of what was written.
@@ -88,6 +96,9 @@ def convert(
             generator_ema, ema, params_ema, generator, generator_lora, state_dict, model_state_dict, model, module.
         base: a model folder that supplies every other part when the source is only a transformer. The destination is
             then a complete model.
+        dtype: of the weights, as for `fastvid.load`; what is stored and computed in fp32 stays so. Needed to make
+            16-bit weights of quantized ones. Default: as they are.
+        quantize: as for `fastvid.load`: writes 8-bit weights of those that it names, in ComfyUI's format.
         say: called with a line of text for every set of weights.
 
     Raises:
@@ -96,13 +107,18 @@ def convert(
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     _check(source, destination, to, shard_bytes)
+    wanted = _Wanted(
+        None if quantize is None else check_quantize("quantize", quantize),
+        None if dtype is None else check_dtype("dtype", dtype),
+    )
     single = destination.name.endswith(safetensors.SUFFIXES)
     with TensorReader({source: key} if key else {}) as reader:
         if base is None:
             output = _plan(source, to, reader, single)
         else:
             output = _plan_onto(Path(base), source, to, reader, single)
-        _check_space(destination.absolute().parent, output)
+        output = wanted.applied(output)
+        _check_space(destination.absolute().parent, output, reader)
         with _temporary_folder(destination) as folder:
             _write_output(output, folder, reader, None if single else shard_bytes, say)
             written = folder / output.weights[0].target if single else folder
@@ -129,8 +145,33 @@ def _check(source: Path, destination: Path, to: Any, shard_bytes: Any) -> None:
         raise InvalidRequest(f"destination {destination}: there is no folder {destination.absolute().parent}")
 
 
-def _check_space(folder: Path, output: Output) -> None:
-    needed = sum(safetensors.known_bytes(entry) for weights in output.weights for entry in weights.entries.values())
+@dataclass(frozen=True)
+class _Wanted:
+    """quantize: as `quantize.check` returns it."""
+
+    quantize: str | None
+    dtype: torch.dtype | None
+
+    def applied(self, output: Output) -> Output:
+        """The output with its weights changed. Raises InvalidRequest for what it does not have."""
+        if self.quantize is None and self.dtype is None:
+            return output
+        if (first := output.weights[0]).part.name == "lora":
+            raise InvalidRequest(
+                f"{first.part.files[0]} is a LoRA, which is kept as it is; leave out dtype and quantize"
+            )
+        if self.quantize is not None:
+            check_parts(self.quantize, {weights.part.name for weights in output.weights})
+        return replace(output, weights=tuple(map(self._changed, output.weights)))
+
+    def _changed(self, weights: WeightsOutput) -> WeightsOutput:
+        config = None if weights.config is None else {k: v for k, v in weights.config.items() if k != QUANTIZATION}
+        return replace(weights, config=config, change=Change(choice_of(self.quantize, weights.part.name), self.dtype))
+
+
+def _check_space(folder: Path, output: Output, reader: TensorReader) -> None:
+    every = (entry for weights in output.weights for entry in weights.tensors(reader).entries.values())
+    needed = sum(map(safetensors.known_bytes, every))
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InvalidRequest(
@@ -278,149 +319,20 @@ def _weights_output(part: FoundPart, to: str, alone: bool = False, experts: bool
     return WeightsOutput(part, folder / (STEMS[kind] + safetensors.SUFFIX), origins, config)
 
 
-# ---------------------------------------------------------------- reading
-
-
-class TensorReader:
-    """Reads the bytes of tensors. Use it as a context manager: it owns the child processes that hold pickles open.
-
-    keys: pickle -> the key of the state dict to read."""
-
-    def __init__(self, keys: Mapping[Path, str] | None = None) -> None:
-        self._keys = keys or {}
-        self._stack = ExitStack()
-        self._pickles: dict[Path, PickleReader] = {}
-
-    def __enter__(self) -> TensorReader:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def entries(self, files: Iterable[Path]) -> dict[str, Entry]:
-        """All tensors in the files, name -> entry. Raises CheckpointError."""
-        files = tuple(files)
-        entries = safetensors.read_headers(file for file in files if file.suffix not in safetensors.PICKLES)
-        for file in (file for file in files if file.suffix in safetensors.PICKLES):
-            if file not in self._pickles:
-                self._pickles[file] = self._stack.enter_context(PickleReader(file, self._keys.get(file, "")))
-            # No offset: the child process sends the bytes.
-            header = {name: Entry(kind, shape, file) for name, (kind, shape, _) in self._pickles[file].tensors.items()}
-            if twice := entries.keys() & header.keys():
-                raise CheckpointError(f"{some(twice)} in {file} and in another file beside it")
-            entries |= header
-        return entries
-
-    def chunks(self, name: str, entry: Entry, begin: int, end: int) -> Iterator[bytes]:
-        """Yield bytes [begin, end) of a tensor in chunks. Raises CheckpointError if they can't be read."""
-        if entry.file in self._pickles:
-            yield from self._pickles[entry.file].chunks(name, begin, end)
-            return
-        if entry.file.suffix in safetensors.PICKLES:
-            raise ValueError(f"{entry.file} is a pickle that was not opened")  # entry.offset is meaningless
-        try:
-            with open_regular(entry.file) as file:
-                file.seek(entry.offset + begin)
-                yield from read_exactly(file, end - begin, f"{entry.file} ended within {name}")
-        except OSError as error:
-            raise CheckpointError(f"{entry.file} cannot be read: {reason(error)}") from None
-
-
-def describe(origins: Mapping[str, Origin], entries: Mapping[str, Entry], file: Path) -> dict[str, Entry]:
-    """Entries of the output tensors. Raises CheckpointError if one would be joined from tensors of different dtypes."""
-    for origin in origins.values():
-        dtypes = {entries[name].dtype for name in origin.names}
-        if len(dtypes) > 1:
-            raise CheckpointError(f"{', '.join(origin.names)} have to be of one dtype; they are {', '.join(dtypes)}")
-    return {name: replace(entry, file=file) for name, entry in safetensors.origin_entries(origins, entries).items()}
-
-
-def _origin_bytes(origin: Origin, reader: TensorReader, entries: Mapping[str, Entry]) -> Iterator[bytes]:
-    """The bytes of an output tensor. Rows are contiguous, so splitting and joining them, or adding leading dimensions
-    of 1, only selects which bytes to read. Only a transpose needs the whole tensor in memory.
-    """
-    for name in origin.names:
-        entry, size = entries[name], safetensors.known_bytes(entries[name]) // origin.parts
-        chunks = reader.chunks(name, entry, origin.part * size, (origin.part + 1) * size)
-        if origin.transpose:
-            item = np.dtype(f"V{BITS[entry.dtype] // 8}")
-            yield np.frombuffer(b"".join(chunks), item).reshape(entry.shape).T.tobytes()
-        else:
-            yield from chunks
-
-
 # ---------------------------------------------------------------- writing
-
-
-def write_weights(
-    target: Path,
-    origins: Mapping[str, Origin],
-    reader: TensorReader,
-    entries: Mapping[str, Entry],
-    shard_bytes: int = SHARD_BYTES,
-) -> list[Path]:
-    """Write tensors to `target` (*.safetensors), or to shards and an index above shard_bytes. Returns the files."""
-    described = describe(origins, entries, target)
-    shards = split_state_dict_into_shards_factory(
-        {name: described[name] for name in sorted(described)},
-        get_storage_size=safetensors.known_bytes,
-        filename_pattern=target.name.removesuffix(safetensors.SUFFIX) + "{suffix}" + safetensors.SUFFIX,
-        max_shard_size=shard_bytes,
-    )
-    for file, names in shards.filename_to_tensors.items():
-        _write_file(target.with_name(file), {name: described[name] for name in names}, origins, reader, entries)
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": dict(sorted(shards.tensor_to_filename.items()))}
-        write_json(target.with_name(target.name + ".index.json"), index)
-    return [target.with_name(file) for file in shards.filename_to_tensors]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON with the same formatting as diffusers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_file(
-    path: Path,
-    shard: Mapping[str, Entry],
-    origins: Mapping[str, Origin],
-    reader: TensorReader,
-    entries: Mapping[str, Entry],
-) -> None:
-    # Widest dtypes first, like the safetensors library, so that every tensor is aligned.
-    order = sorted(shard, key=lambda name: (-BITS[shard[name].dtype], name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in order:
-        entry, end = shard[name], offset + safetensors.known_bytes(shard[name])
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            for chunk in _origin_bytes(origins[name], reader, entries):
-                file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.stat().st_size != 8 + len(text) + offset:
-        raise CheckpointError(
-            f"{path.name} came out with {path.stat().st_size} bytes instead of {8 + len(text) + offset}"
-        )
 
 
 def _write_output(output: Output, folder: Path, reader: TensorReader, shard_bytes: int | None, say: Report) -> None:
     """Write everything into a folder. shard_bytes: None writes each set of weights to one file."""
     for weights in output.weights:
-        size = sum(map(safetensors.known_bytes, weights.entries.values()))
+        tensors = weights.tensors(reader)
+        size = sum(map(safetensors.known_bytes, tensors.entries.values()))
         say(f"{weights.part.name}: {weights.part.identity.name}, {len(weights.origins)} tensors, {size / 1e9:.2f} GB")
         target = folder / weights.target
         target.parent.mkdir(parents=True, exist_ok=True)
         # The original layout stores each encoder in a single file.
         limit = 2**63 if shard_bytes is None or weights.config is None else shard_bytes
-        write_weights(target, weights.origins, reader, weights.part.entries, limit)
+        write_weights(target, tensors, limit)
         if weights.config is not None:
             write_json(target.with_name(CONFIG), weights.config)
     for name, value in output.texts.items():

@@ -10,7 +10,7 @@ prompt, computes with its weights dequantized. What each choice costs is measure
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -81,11 +81,16 @@ def weights_of(module: nn.Module) -> list[str]:
     in its streamed blocks."""
     found = []
     for blocks in getattr(module, "STREAMED", ()):
-        for name, layer in module.get_submodule(blocks).named_modules(prefix=blocks):
-            inside = name.removeprefix(f"{blocks}.").count(".") >= 2  # such as 0.attn1.to_q, but not 0.proj_out
-            if inside and isinstance(layer, nn.Linear | FusedLayer):
-                found.append(f"{name}.weight")
+        for name in linear_weights(module.get_submodule(blocks)):
+            if name.count(".") > 2:  # 0.attn1.to_q.weight, but not 0.proj_out.weight
+                found.append(f"{blocks}.{name}")
     return found
+
+
+def linear_weights(module: nn.Module) -> list[str]:
+    """Names of the weights of all linear layers."""
+    layers = module.named_modules()
+    return [f"{name}.weight" for name, layer in layers if isinstance(layer, nn.Linear | FusedLayer)]
 
 
 def specs_of(part: Part, choice: str, eight_bit: bool = True) -> dict[str, Spec]:
@@ -107,13 +112,19 @@ def apply(checkpoint: Checkpoint, quantize: str | None) -> Checkpoint:
     """
     if quantize is None:
         return checkpoint
-    names = {part.name for part in checkpoint.parts}
-    for word in quantize.split(",") if "=" in quantize else ():
-        if (part := word.partition("=")[0]) not in names:
-            near = nearest_name(part, [name for name in PARTS if name in names])
-            raise InvalidRequest(f"quantize: this model has no {part}; the nearest is {near}")
+    check_parts(quantize, {part.name for part in checkpoint.parts})
     parts = (_quantized(part, choice_of(quantize, part.name), "=" in quantize) for part in checkpoint.parts)
     return replace(checkpoint, parts=tuple(parts))
+
+
+def check_parts(quantize: str, names: Container[str]) -> None:
+    """Raises InvalidRequest if `quantize` names a part that is not there. names: of those that are."""
+    there = [name for name in PARTS if name in names]
+    if not there:
+        raise InvalidRequest(f"quantize={quantize!r}: of {', '.join(PARTS)} none is here; leave it out")
+    for word in quantize.split(",") if "=" in quantize else ():
+        if (part := word.partition("=")[0]) not in there:
+            raise InvalidRequest(f"quantize: this model has no {part}; the nearest is {nearest_name(part, there)}")
 
 
 def _quantized(part: Part, choice: str, named: bool) -> Part:

@@ -15,8 +15,6 @@ from fastvid.models.registry import EXPERTS, Config, kind_of
 from fastvid.models.wan import weight_names
 from fastvid.ops.quantized import Spec
 
-SIBLINGS_KEYS = ("inject_sample_info",)
-
 
 @dataclass(frozen=True)
 class Part:
@@ -105,11 +103,9 @@ class Checkpoint:
 
 
 def flat_config(config: Config) -> dict[str, Any]:
-    """A config as its file has it: VACE's transformer without a level of its own, and Wan's without what only siblings
-    have."""
+    """A config as its file has it: VACE's transformer without a level of its own."""
     values = asdict(config)
-    values = values.pop("transformer", {}) | values
-    return {key: value for key, value in values.items() if value or key not in SIBLINGS_KEYS}
+    return values.pop("transformer", {}) | values
 
 
 def quantized_layers(part: Part) -> list[dict[str, Any]]:

@@ -21,7 +21,8 @@ from fastvid.cli.commands import main
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import pickles, safetensors, weight_files
 from fastvid.loaders.checkpoint import open_checkpoint
-from fastvid.loaders.convert import TensorReader, convert, write_weights
+from fastvid.loaders.convert import convert
+from fastvid.loaders.convert_files import TensorReader, moved, write_weights
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.models.wan.weight_names import DIFFUSERS, ORIGINAL, origins
@@ -368,7 +369,7 @@ def test_bytes_come_back(
 def rewrite(files: list[Path], target: Path, to: str, shard: int) -> list[Path]:
     with TensorReader() as tensors:
         entries = tensors.entries(files)
-        return write_weights(target, origins(entries, to), tensors, entries, shard)
+        return write_weights(target, moved(origins(entries, to), tensors, entries, target), shard)
 
 
 def test_shards(published: Path, tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ def plain(value: Any) -> Any:
     [
         ("transformer", {}, "WanTransformer3DModel"),
         ("transformer", VACE, "WanVACETransformer3DModel"),
-        ("transformer", {"_class_name": "SkyReelsV2Transformer3DModel"}, "SkyReelsV2Transformer3DModel"),
         ("vae", {}, "AutoencoderKLWan"),
     ],
 )
