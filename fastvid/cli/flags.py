@@ -14,6 +14,7 @@ from typing import Any
 
 from fastvid import checks
 from fastvid.requests.arguments import ARGUMENTS, CHECKPOINT, CLIPS, PROMPT_OF_CLIP, VERBS, Argument, type_of
+from fastvid.requests.forcing import FORCING
 
 RESUME_INPUTS = ("image", "last_image", "video", "video_2", "mask", "reference_images")
 """The inputs that `resume` takes again."""
@@ -130,6 +131,7 @@ SAMPLING: tuple[str, ...] = (
     "solver",
 )
 SAMPLING += ("schedule", "known_guidance_scale")
+SAMPLING += FORCING
 
 
 # ---------------------------------------------------------------- the verbs

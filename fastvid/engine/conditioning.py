@@ -17,7 +17,7 @@ F pixel frames, H/W height and width, V control channels, R reference pictures.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from fastvid.distributed.mesh import RankView
-from fastvid.engine import pixels, windows
+from fastvid.engine import forcing, pixels, windows
 from fastvid.engine.pixels import KnownFrames
 from fastvid.engine.source_clip import SourceClip
+from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.kv_cache import KVCache
 from fastvid.models.loaded import CACHE, CHANNELS, CONTROL, REIMPOSED, TIMESTEPS, Model, way_of
 from fastvid.models.wan import conditioning
@@ -64,7 +65,8 @@ class Conditions:
 
     way: how they reach the model (CHANNELS, TIMESTEPS, ...). columns: bool [T], the fully known columns. clean: their
     latents [1, C, T, h, w]. channels: extra input channels [1, M, T, h, w]. embeds: CLIP tokens [1, L, d]. control: the
-    control branch's input [1, V, T, h, w]. scales: the control branch's weight, one number or one per layer.
+    control branch's input [1, V, T, h, w]. scales: the control branch's weight, one number or one per layer. fps: the
+    frame rate, for a model that is told it.
     """
 
     way: str
@@ -74,12 +76,13 @@ class Conditions:
     embeds: Tensor | None = None
     control: Tensor | None = None
     scales: float | tuple[float, ...] = 1.0
+    fps: float | None = None
 
     def context(self, transformer: Any, text: Tensor) -> Any:
         """The transformer's context for a text [1, L, text_dim] and these conditions; computed once per segment."""
-        if self.control is None:
-            return transformer.prepare_context(text, self.embeds)
-        return transformer.prepare_context(text, self.embeds, control=self.control, scales=self.scales)
+        more = {} if self.control is None else {"control": self.control, "scales": self.scales}
+        more |= {} if self.fps is None else {"fps": self.fps}
+        return transformer.prepare_context(text, self.embeds, **more)
 
     def input(
         self, x: Tensor, row: TableRow, noise: Callable[[int, int], Tensor], region: Region | None
@@ -157,14 +160,15 @@ def known_latents(model: Model, segment: Segment, known: KnownFrames) -> Iterato
         yield segment.columns - segment.right_columns, latents[:, :, LEAD_IN:]
     by_column: dict[int, list[tuple[int, np.ndarray]]] = {}
     for frame, picture in sorted(known.pictures.items()):
-        by_column.setdefault(segment.column_of(segment.skip + frame), []).append((segment.skip + frame, picture))
+        by_column.setdefault(segment.picture_column(frame), []).append((segment.skip + frame, picture))
     for column, pictures in by_column.items():
         yield column, _still(model, segment, column, pictures)
 
 
 def _still(model: Model, segment: Segment, column: int, pictures: list[tuple[int, np.ndarray]]) -> Tensor:
-    """The latent of a column with some known frames; its other frames repeat the nearest known one."""
-    if column == segment.lead:
+    """The latent of a column with some known frames; its other frames repeat the nearest known one. The first column,
+    and that of a picture behind the video, are one frame each."""
+    if column == segment.lead or (segment.tail and column == segment.columns - 1):
         return pixels.encode_stream(model, pixels.fit(pictures[0][1][None], segment), segment)
     first = (column - segment.lead - 1) * segment.temporal + 1
     frames = [_nearest(pictures, frame) for frame in range(first, first + segment.temporal)]
@@ -284,7 +288,10 @@ class SegmentDenoiser:
         shape = channels, height, width
         self.noise = StreamNoise(request.seed, shape, segment.origin, model.device, request.latents)
         self.clip = None if segment.source is None else SourceClip(model, segment, known, request.mask)
-        self.conditions = prepare(model, request, segment, known, self.clip)
+        fps = request.fps if model.transformer.config.inject_sample_info else None
+        self.conditions = replace(prepare(model, request, segment, known, self.clip), fps=fps)
+        known_noise = windows.known_columns(segment), request.addnoise_condition or 0.0, torch.from_numpy(sigmas)
+        self._known_noise = forcing.KnownNoise(*known_noise, self.noise.fresh)
         self.caches: dict[int, KVCache] = {}
         self.first: Tensor | None = None
         self._contexts: dict[tuple[int, int], Any] = {}  # by (expert, prompt)
@@ -370,6 +377,7 @@ class SegmentDenoiser:
         if (anchor := self._anchor(row, prompt)) is not None:
             latents, levels = anchored(latents, levels, anchor)
         times, offset, cache = self._times(row, levels), self._offset(row, anchor is not None), self._cache(row, prompt)
+        latents, times = self._known_noise.add(row, latents, times)
         with model.experts.use(expert) as transformer:
             if key not in self._contexts:
                 self._contexts[key] = self.conditions.context(transformer, text)
@@ -404,11 +412,11 @@ class SegmentDenoiser:
         assert self.clip is not None
         return self.clip.first
 
-    def _cache(self, row: TableRow, prompt: int) -> KVCache | None:
-        """A causal model's KV cache for a prompt, positioned at the row's columns."""
+    def _cache(self, row: TableRow, prompt: int) -> KVCache | CausalBlocks | None:
+        """A causal model's KV cache for a prompt, positioned at the row's columns; or which of those see which."""
         rollout = self.model.preset.rollout
         if rollout is None:
-            return None
+            return forcing.causal_blocks(self.request, len(row.sigma))
         number = min(prompt, 0)
         if number not in self.caches:
             self.caches[number] = self.new_cache()

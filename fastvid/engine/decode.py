@@ -218,7 +218,8 @@ def frames_to_blend(
     left, after: the frames just before and just after the output. pictures: by output frame number. The stream's first
     frame is left out: it is output as decoded.
     """
-    known = {segment.skip + frame: picture for frame, picture in pictures.items() if segment.skip + frame > 0}
+    inside = {frame: picture for frame, picture in pictures.items() if not segment.is_behind(frame)}
+    known = {segment.skip + frame: picture for frame, picture in inside.items() if segment.skip + frame > 0}
     if left is not None:
         known[segment.skip - 1] = left
     if after is not None:

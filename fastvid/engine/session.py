@@ -147,16 +147,17 @@ class Session:
     refills: int = 0  # rows beyond the plan, for prompts that the caller changed
 
     def __post_init__(self) -> None:
-        preset = self.model.preset
+        preset, segments = self.model.preset, self.job.timeline.segments
+        context = max([preset.context, *(1 + max(s.left, s.right) // s.temporal for s in segments)])
         self.prompts = Prompts(self.model, self.job.request, self.changes)
-        self.ends = SegmentEnds(2 * preset.context * preset.temporal + 1)
+        self.ends = SegmentEnds(2 * context * preset.temporal + 1)
         self._output = Output()
         self._step = 0 if self.resume is None else self.resume.rows
 
     @property
     def total_steps(self) -> int:
-        steps, schedule = len(self.job.sigmas), self.job.request.schedule
-        return sum(windows.count_rows(self.model, s, steps, schedule) for s in self.job.timeline.segments)
+        steps, request = len(self.job.sigmas), self.job.request
+        return sum(windows.count_rows(self.model, s, steps, request) for s in self.job.timeline.segments)
 
     def run(self) -> Iterator[Event]:
         """Yields Step and Frames events, frames in order. Raises Cancelled."""
@@ -298,7 +299,7 @@ class SegmentRun:
 
     def _table(self, changes: Callable[[int], bool]) -> Iterator[TableRow]:
         model, job, columns = self._session.model, self._session.job, self._denoising.conditions.columns
-        return windows.table_of(model, self._segment, job.sigmas, columns, job.request.schedule, changes)
+        return windows.table_of(model, self._segment, job.sigmas, columns, job.request, changes)
 
     def _plan(self) -> SegmentPlan:
         """What the segment's checkpoint has to agree with. A request with one keeps its prompts."""

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastvid.errors import InvalidRequest
@@ -32,16 +33,18 @@ def table_of(
     segment: Segment,
     sigmas: np.ndarray,
     known: Tensor,
-    schedule: str | None,
+    request: Resolved,
     changes: Callable[[int], bool],
 ) -> Iterator[TableRow]:
     """The noise table of a segment. known: bool [columns], for windows. changes: for a rollout: called with the first
     column of each block just before it is generated; whether the caller changes the prompt there."""
     blocks = spans(model, segment)
     if (rollout := model.preset.rollout) is None:
-        if schedule == "staggered":
+        if request.schedule == "staggered":
             size, stride = _stagger(model, segment, len(sigmas))
             return noise_table.staggered(sigmas, segment.columns, size, stride, known_columns(segment))
+        if request.ar_step and request.causal_block_size:
+            return noise_table.forced(sigmas, known, request.causal_block_size, request.ar_step)
         return noise_table.windows(sigmas, blocks, known)
     cache, planned = new_cache(rollout, segment, 0), _refills(model, segment)
 
@@ -96,6 +99,15 @@ def known_columns(segment: Segment) -> int:
     return segment.left_columns or int(0 in segment.pictures)
 
 
+def _known(segment: Segment) -> Tensor:
+    """bool [columns]: which are known as a whole where known frames reach the model as latents."""
+    known = torch.zeros(segment.columns, dtype=torch.bool)
+    known[: known_columns(segment)] = True
+    known[segment.columns - segment.right_columns :] = True
+    known[[segment.picture_column(frame) for frame in segment.pictures]] = True
+    return known
+
+
 def new_cache(rollout: Rollout, segment: Segment, layers: int) -> KVCache:
     """An empty KV cache, no larger than the segment needs."""
     capacity = min(rollout.window or segment.columns, segment.columns)
@@ -133,9 +145,13 @@ def _stagger(model: Model, segment: Segment, steps: int) -> tuple[int, int]:
 # ---------------------------------------------------------------- counts for plans
 
 
-def count_rows(model: Model, segment: Segment, steps: int, schedule: str | None = None) -> int:
+def count_rows(model: Model, segment: Segment, steps: int, request: Resolved) -> int:
     """The number of rows in a segment's noise table."""
-    if schedule == "staggered":
+    if request.ar_step and request.causal_block_size:
+        known = _known(segment)
+        begins = noise_table.block_begins(known, request.causal_block_size, min(request.ar_step, steps))
+        return int(begins.max()) + steps
+    if request.schedule == "staggered":
         (size, stride), known = _stagger(model, segment, steps), known_columns(segment)
         return -(-max(0, known + 1 - size) // size) + stride * (segment.columns - known - 1) + steps
     if model.preset.rollout is None:
@@ -154,8 +170,8 @@ def window_columns(model: Model, segment: Segment) -> int:
 def count_calls(model: Model, segment: Segment, sigmas: np.ndarray, request: Resolved) -> int:
     """The number of model calls for a segment."""
     all_free, some_known = (_calls(model, sigmas, request, known) for known in (False, True))
-    if request.schedule == "staggered":
-        return count_rows(model, segment, len(sigmas), request.schedule) * max(all_free + some_known)
+    if request.schedule == "staggered" or request.ar_step:
+        return count_rows(model, segment, len(sigmas), request) * max(all_free + some_known)
     if model.preset.rollout is None:
         windows = spans(model, segment)
         return sum(sum(some_known if _sees_known(model, segment, *span) else all_free) for span in windows)
@@ -183,5 +199,5 @@ def _sees_known(model: Model, segment: Segment, start: int, stop: int) -> bool:
         return True
     if way_of(model) in (CHANNELS, CONTROL):
         return False
-    pictures = any(segment.column_of(segment.skip + frame) < stop for frame in segment.pictures)
+    pictures = any(segment.picture_column(frame) < stop for frame in segment.pictures)
     return bool(segment.left) or pictures or stop > segment.columns - segment.right_columns

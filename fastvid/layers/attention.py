@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastvid.distributed.mesh import shares, starts
+from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.kv_cache import LayerCache
 from fastvid.layers.sequence_parallel import HeadExchange, SequenceParallel
 from fastvid.ops.attention import merge
@@ -29,17 +30,20 @@ def self_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cache: LayerCache | None = None,
+    cache: LayerCache | CausalBlocks | None = None,
     parallel: SequenceParallel | None = None,
     blocks: Blocks | None = None,
 ) -> Tensor:
     """Attention of every token to every token: q, k, v [B, n, H, D] -> [B, n, H * D].
 
     cache: earlier frames' keys and values, which are attended to as well; k and v are added to it. Each rank's cache
-    holds its own share.
+    holds its own share. Or the blocks of frames that do not see later ones.
     blocks: which tiles of all N tokens attend to which. With `parallel`, every ring group's tokens must end where a
     tile ends.
     """
+    if isinstance(cache, CausalBlocks):
+        assert parallel is None and blocks is None, "refused when a request is planned"
+        return cache.attend(ops, q, k, v).flatten(2)
     if parallel is not None and parallel.view.layout.sequence > 1:
         return _Parallel(ops, parallel, cache, blocks, q.shape[2]).attend((q, k, v)).flatten(2)
     k, v = (k, v) if cache is None else cache.update(k, v)

@@ -32,6 +32,11 @@ PIPELINES = (
     "WanVACEPipeline",
     "WanDMDPipeline",  # FastVideo's distilled models
     "WanCausalDMDPipeline",
+    "SkyReelsV2Pipeline",
+    "SkyReelsV2ImageToVideoPipeline",
+    "SkyReelsV2DiffusionForcingPipeline",
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
 )
 SPIECE_FILE, SPIECE_TENSOR = "spiece.model", "spiece_model"
 TOKENIZER_FOLDERS = (TOKENIZER, layouts.ORIGINAL_TOKENIZER, "umt5-xxl")

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastvid.errors import CheckpointError
 from fastvid.loaders import safetensors, weight_files
-from fastvid.models.wan import presets, variants
+from fastvid.models.wan import presets, skyreels_presets, variants
 from fastvid.models.wan.detect import Identity
 
 Config = dict[str, Any]
@@ -54,14 +54,16 @@ _CONFIG_KEYS = {
     "in_dim": "in_channels",
     "out_dim": "out_channels",
     "vace_in_dim": "vace_in_channels",
-    **{key: key for key in ("eps", "ffn_dim", "freq_dim", "num_layers", "vace_layers")},
+    **{key: key for key in ("eps", "ffn_dim", "freq_dim", "inject_sample_info", "num_layers", "vace_layers")},
 }
 _PIPELINES = {"t2v": "WanPipeline", "ti2v": "WanPipeline", "vace": "WanVACEPipeline"}  # by task
+_PIPELINES |= {"df": "SkyReelsV2DiffusionForcingPipeline"}
 # Flow shift by (task, has two experts); 5 for all others.
 _FLOW_SHIFT = {
     ("flf2v", False): presets.WAN_FLF2V.flow_shift,
     ("vace", False): presets.WAN_VACE_14B.flow_shift,
     ("t2v", True): presets.WAN_T2V_A14B.flow_shift,
+    ("df", False): skyreels_presets.DF_1_3B.flow_shift,
 }
 _BOUNDARY = {"t2v": presets.WAN_T2V_A14B.boundary_ratio, "i2v": presets.WAN_I2V_A14B.boundary_ratio}
 
@@ -127,7 +129,8 @@ def to_diffusers_keys(config: Mapping[str, Any]) -> Config:
 def to_original_keys(config: Mapping[str, Any], task: str | None) -> Config:
     """Translate a diffusers transformer's config to the original repositories' keys."""
     translated = {theirs: config[ours] for theirs, ours in _CONFIG_KEYS.items() if config.get(ours) is not None}
-    names = {"_class_name": "VaceWanModel" if task == "vace" else "WanModel", "model_type": task or "t2v"}
+    kind = "t2v" if task in (None, "df") else task
+    names = {"_class_name": "VaceWanModel" if task == "vace" else "WanModel", "model_type": kind}
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     return dict(sorted({**names, "dim": dim, "text_len": 512, **translated}.items()))
 

@@ -147,7 +147,8 @@ def _find_low_noise(file: Path, other: Path | None, noise: str) -> FoundPart:
 def _noise_of(file: Path, identity: Identity) -> str:
     """ "high" or "low" for one of two experts, by its name and its neighbors'; "" for a whole model; DOUBTFUL for
     weights of the size that models with two experts have, with a name that may say either."""
-    if identity.family == "wan2.1" and identity.task != "vace" and identity.size != CUSTOM or identity.task == "ti2v":
+    alone = identity.family == "wan2.1" and identity.task != "vace" and identity.size != CUSTOM
+    if alone or identity.task in ("ti2v", "df"):
         return ""  # published with one transformer alone
     mark = expert_of(file, [one for group in _neighbors(file) for one in group])
     if mark.sure and mark.expert:

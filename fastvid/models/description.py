@@ -15,6 +15,8 @@ from fastvid.models.registry import EXPERTS, Config, kind_of
 from fastvid.models.wan import weight_names
 from fastvid.ops.quantized import Spec
 
+SIBLINGS_KEYS = ("inject_sample_info",)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -103,9 +105,11 @@ class Checkpoint:
 
 
 def flat_config(config: Config) -> dict[str, Any]:
-    """A config as its file has it: VACE's transformer without a level of its own."""
+    """A config as its file has it: VACE's transformer without a level of its own, and Wan's without what only siblings
+    have."""
     values = asdict(config)
-    return values.pop("transformer", {}) | values
+    values = values.pop("transformer", {}) | values
+    return {key: value for key, value in values.items() if value or key not in SIBLINGS_KEYS}
 
 
 def quantized_layers(part: Part) -> list[dict[str, Any]]:

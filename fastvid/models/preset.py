@@ -70,6 +70,21 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Forcing:
+    """How a model that was trained by diffusion forcing goes through a video, unless a request says otherwise. Counts
+    are in frames of the video, but for blocks, which are in latent frames.
+
+    See the arguments of the same names (`fastvid.requests.arguments`).
+    """
+
+    ar_step: int = 0
+    causal_block_size: int = 1
+    base_num_frames: int = 97
+    overlap_history: int = 17
+    addnoise_condition: float = 20.0
+
+
+@dataclass(frozen=True)
 class Preset:
     """A model's defaults, and what the engine has to know of its training."""
 
@@ -95,6 +110,7 @@ class Preset:
     spatial_multiple: int = 16  # height and width are multiples of it
     temporal: int = 4  # frames a latent frame: the model makes temporal * k + 1 frames
     rollout: Rollout | None = None  # of a causal model
+    forcing: Forcing | None = None  # of a model that was trained by diffusion forcing
     window: int = 21  # latent frames that are made at once
     overlap: int = 2  # latent frames that a window has in common with the one before
     context: int = 2  # latent frames of a clip that its continuation sees

@@ -16,6 +16,7 @@ from fastvid.layers.quantized import install, layer_of
 from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
+from fastvid.models.wan.skyreels import SkyReelsTransformer
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.models.wan.vace import WanVACETransformer
 from fastvid.models.wan.vae import WanVAE
@@ -31,6 +32,9 @@ OPTIONAL = ("image_encoder",)  # parts that not every model has
 FP32 = ("vae", "image_encoder")  # parts that stay in fp32, as published, if nothing else is asked for
 CONTROLLED = "WanVACETransformer3DModel"
 CAUSAL = "CausalWanTransformer3DModel"  # FastVideo's name of the same network, for rollouts
+SKYREELS = "SkyReelsV2Transformer3DModel"  # the same network; its config.json says whether it is told the frame rate
+
+SKYREELS_DEFAULTS = {"num_attention_heads": 16, "ffn_dim": 8192, "num_layers": 32}  # where they are not Wan's
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,18 @@ class PartKind:
 
 
 def read_transformer(config: Mapping[str, Any]) -> WanTransformerConfig | WanVACEConfig:
-    """With a control branch if the file says where it hints, or names its class."""
+    """With a control branch if the file says where it hints, or names its class. Of a class with other defaults these
+    count."""
+    if config.get("_class_name") == SKYREELS:
+        config = {**SKYREELS_DEFAULTS, **config}
     plain = config.get("vace_layers") is None and config.get("_class_name") != CONTROLLED
     return (WanTransformerConfig if plain else WanVACEConfig).from_dict(config)
 
 
 def build_transformer(config: WanTransformerConfig | WanVACEConfig, ops: Any = reference) -> WanTransformer:
-    return WanVACETransformer(config, ops) if isinstance(config, WanVACEConfig) else WanTransformer(config, ops)
+    if isinstance(config, WanVACEConfig):
+        return WanVACETransformer(config, ops)
+    return SkyReelsTransformer(config, ops) if config.inject_sample_info else WanTransformer(config, ops)
 
 
 def build_vae(config: WanVAEConfig, ops: Any = reference) -> WanVAE:
@@ -69,7 +78,9 @@ def build_vae(config: WanVAEConfig, ops: Any = reference) -> WanVAE:
 
 
 KINDS: Mapping[str, PartKind] = {
-    "transformer": PartKind("WanTransformer3DModel", read_transformer, build_transformer, (CONTROLLED, CAUSAL)),
+    "transformer": PartKind(
+        "WanTransformer3DModel", read_transformer, build_transformer, (CONTROLLED, CAUSAL, SKYREELS)
+    ),
     "vae": PartKind("AutoencoderKLWan", WanVAEConfig.from_dict, build_vae),
     "text_encoder": PartKind(
         "UMT5EncoderModel",

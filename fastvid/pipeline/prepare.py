@@ -22,7 +22,7 @@ from fastvid.media.sound import Track
 from fastvid.media.targets import paths_in
 from fastvid.models.loaded import Model
 from fastvid.pipeline import tensors, verbs
-from fastvid.pipeline.request_warnings import warn_of_size
+from fastvid.pipeline.request_warnings import warn_of_forcing, warn_of_size
 from fastvid.planning.plan import plan_request
 from fastvid.planning.speed import Rates, assumed, find_rates
 from fastvid.requests import inputs, prompts
@@ -79,12 +79,13 @@ def prepare(
     inputs.warn_of_shapes(resolved)
     resolved = replace(resolved, seed=agree(model.mesh, resolved.seed, first))
     verbs.check_control(model, resolved)
-    timeline = verbs.lay_out(resolved, verbs.rules_of(model))
+    timeline = verbs.lay_out(resolved, verbs.rules_of(model, resolved))
     verbs.check(model, resolved, timeline)
     resolved = _with_tensors(model, resolved, timeline)
     sigmas = sigmas_of(resolved)
     recipe = resolved.to_recipe(model=model.name, version=__version__, **model.settings)
     warn_of_size(model, resolved)
+    warn_of_forcing(model, resolved)
     plan, layout = plan_request(model, resolved, timeline, sigmas, keep_frames, free, rates, layout)
     log.info("plan: %s", _summary(plan))
     job = Job(resolved, timeline, sigmas, plan.decode_chunk, plan.decode_stripes, plan.decode_beside, layout)

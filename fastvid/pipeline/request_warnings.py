@@ -8,12 +8,16 @@ from fastvid import notices
 from fastvid.checks import shown
 from fastvid.models.common.tokenizer import TextTokenizer
 from fastvid.models.loaded import Model
+from fastvid.models.wan.skyreels import FPS
 from fastvid.requests.request import Request, Resolved
 
 BEYOND = 1.2
 """A frame's area over the largest that the model was trained at: above this, things repeat or fall apart."""
 BELOW = 0.2
 """The same under the smallest. A draft, which has a quarter of the area, gets no warning."""
+
+MOST_NOISE = 60
+"""Above this, SkyReels-V2's own script warns too (`generate_video_df.py`)."""
 
 
 def warn_of_prompts(model: Model, request: Request, resolved: Resolved) -> None:
@@ -43,6 +47,20 @@ def _warn_of_second_scale(request: Request, resolved: Resolved) -> None:
         notices.warn(
             f"guidance_scale_2={second:g}: below 1 the second expert follows the negative prompt more than the prompt, "
             "as in diffusers; 1 turns its guidance off"
+        )
+
+
+def warn_of_forcing(model: Model, request: Resolved) -> None:
+    """Warns of much noise on known frames, and of a frame rate that a model takes for another."""
+    if (request.addnoise_condition or 0) > MOST_NOISE:
+        notices.warn(
+            f"addnoise_condition={request.addnoise_condition:g}: so much noise lets parts of a video differ; its "
+            "authors recommend 20, and at most 50"
+        )
+    if model.transformer.config.inject_sample_info and request.fps not in FPS:
+        notices.warn(
+            f"fps={request.fps:g}: {model.preset.name} knows {FPS[0]} and {FPS[1]} frames a second; it takes this for "
+            f"{FPS[1]}"
         )
 
 

@@ -8,25 +8,30 @@ from dataclasses import replace
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import CHANNELS, Model, way_of
 from fastvid.models.preset import REFUSED
-from fastvid.requests import timeline
+from fastvid.requests import forcing, timeline
 from fastvid.requests.arguments import VERBS
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Rules, Segment, Stretch, Timeline
 
 
-def rules_of(model: Model) -> Rules:
-    """The sizes and lengths that a model can generate."""
-    preset, vae = model.preset, model.vae.config
+def rules_of(model: Model, request: Resolved | None = None) -> Rules:
+    """The sizes and lengths that a model can generate. A model of diffusion forcing takes its windows from the
+    request."""
+    preset, vae, window, context = model.preset, model.vae.config, model.preset.window, model.preset.context
+    if request is not None and request.base_num_frames is not None and request.overlap_history is not None:
+        counts = request.base_num_frames, request.overlap_history
+        window, context = (forcing.columns(count, preset.temporal) for count in counts)
     return Rules(
         spatial=vae.spatial_scale,
         temporal=preset.temporal,
         multiple=preset.spatial_multiple,
-        window=preset.window,
+        window=window,
         overlap=preset.overlap,
-        context=preset.context,
+        context=context,
         block=preset.rollout.frames_per_block if preset.rollout else 1,
         picture_in_block=preset.rollout is not None and preset.rollout.picture_in_block,
         carries=preset.carries,
+        picture_behind=preset.forcing is not None,
     )
 
 
@@ -122,6 +127,7 @@ def check(model: Model, request: Resolved, layout: Timeline) -> None:
                 )
     if request.schedule == "staggered":
         _check_staggered(model, request, layout)
+    _check_forcing(request, layout)
     if request.known_guidance_scale is not None and model.preset.rollout is not None:
         raise InvalidRequest(
             f"known_guidance_scale: {name} has known frames in its cache, beside every block; use guidance_scale"
@@ -150,6 +156,23 @@ def _check_staggered(model: Model, request: Resolved, layout: Timeline) -> None:
     ):
         raise InvalidRequest(
             "schedule='staggered': only a first picture or a clip to go on from may be known; leave it out"
+        )
+
+
+def _check_forcing(request: Resolved, layout: Timeline) -> None:
+    """Raises InvalidRequest for blocks that do not go with the rest of a request."""
+    lag, block, causal = request.ar_step or 0, request.causal_block_size, bool(request.causal_attention)
+    if request.schedule == "staggered" and (lag or causal):
+        raise InvalidRequest(
+            f"schedule='staggered' shifts single frames, ar_step={lag} and causal_block_size={block} blocks: leave one "
+            "of them out"
+        )
+    if lag and any(segment.source is not None for segment in layout.segments):
+        raise InvalidRequest(f"ar_step={lag}: {request.verb} starts all frames at one noise level; leave it out")
+    if causal and any(segment.right or set(segment.pictures) - {0} for segment in layout.segments):
+        raise InvalidRequest(
+            f"causal_block_size={block}: causal blocks do not see what comes later, a last picture or a clip to lead "
+            "up to; give causal_attention=False"
         )
 
 

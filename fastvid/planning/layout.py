@@ -14,6 +14,7 @@ from fastvid.distributed import cost_model
 from fastvid.distributed.cost_model import Prediction, Work
 from fastvid.distributed.layout import agree, first, layouts_for
 from fastvid.distributed.mesh import Layout
+from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.requests.request import Resolved
@@ -89,6 +90,11 @@ def layouts_of(model: Model, request: Resolved, timeline: Timeline, asked: Layou
     shapes = [segment.latent_shape(1)[2:] for segment in timeline.segments]
     tokens = min((h // ph * (w // pw) for h, w in shapes), default=mesh.size)
     heads, guided = config.num_attention_heads, request.guided(len(model.experts))
+    if request.causal_attention and (mesh.size if asked is None else asked.sequence) > 1 + guided * (asked is None):
+        raise InvalidRequest(
+            "causal_attention: ranks cannot share the frames of causal blocks; the nearest is parallel="
+            + ("'guidance=2'" if guided else "1")
+        )
     return layouts_for(asked, mesh.size, heads, tokens, guided, model.links.per_host)
 
 

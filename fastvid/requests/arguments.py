@@ -185,6 +185,36 @@ ARGUMENTS: Mapping[str, Argument] = {
         "(default: {0})".format(*checks.SCHEDULES),
         "--schedule NAME",
     ),
+    "ar_step": Argument(
+        whole(0, checks.MAX_STEPS),
+        "steps that each block of latent frames lags behind the one before it; 0: all at once (SkyReels V2 DF; "
+        "default: 0)",
+        "--ar-step N",
+    ),
+    "causal_block_size": Argument(
+        whole(1, checks.MAX_FRAMES), "latent frames in a block (SkyReels V2 DF; default: 1)", "--causal-block-size N"
+    ),
+    "causal_attention": Argument(
+        checks.flag,
+        "blocks do not see later ones (SkyReels V2 DF; default: if they have more than one frame)",
+        "--no-causal-attention",
+    ),
+    "base_num_frames": Argument(
+        whole(5, checks.MAX_FRAMES),
+        "frames that are generated at once; longer videos follow in parts (SkyReels V2 DF; default: 97 at 540p, 121 at "
+        "720p)",
+        "--base-num-frames N",
+    ),
+    "overlap_history": Argument(
+        whole(1, checks.MAX_FRAMES),
+        "last frames of a clip or part that the next part sees (SkyReels V2 DF; default: 17)",
+        "--overlap-history N",
+    ),
+    "addnoise_condition": Argument(
+        number(0.0, 1000.0),
+        "noise on the known frames at the start, in thousandths (SkyReels V2 DF; default: 20)",
+        "--addnoise-condition X",
+    ),
     "latents": Argument(checks.tensor, "initial noise [1, C, T, h, w]; T is one larger for each reference picture"),
     "prompt_embeds": Argument(
         checks.tensor, "embeddings instead of the prompt: [1, L, text_dim], as `Pipeline.embed` returns"

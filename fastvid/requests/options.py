@@ -44,6 +44,12 @@ class SamplingOptions(TypedDict, total=False):
     solver: Solver | None
     schedule: Schedule | None
     conditioning_scale: float | Sequence[float] | None
+    ar_step: int | None
+    causal_block_size: int | None
+    causal_attention: bool | None
+    base_num_frames: int | None
+    overlap_history: int | None
+    addnoise_condition: float | None
     latents: Array | None
     prompt_embeds: Array | None
     negative_prompt_embeds: Array | None

@@ -15,6 +15,7 @@ from typing import Any
 from fastvid import checks
 from fastvid.checks import shown
 from fastvid.errors import InvalidRequest
+from fastvid.requests import forcing
 from fastvid.requests import recipe as recipes
 from fastvid.requests.arguments import ARGUMENTS, CHECKPOINT, RUN, STRENGTH, VERBS, random_seed
 from fastvid.requests.request_checks import check_name, check_pictures, check_together, split_size
@@ -69,6 +70,12 @@ class Request:
     mask: Any = _data()
     reference_images: Any = _data()
     conditioning_scale: float | tuple[float, ...] | None = None
+    ar_step: int | None = None
+    causal_block_size: int | None = None
+    causal_attention: bool | None = None
+    base_num_frames: int | None = None
+    overlap_history: int | None = None
+    addnoise_condition: float | None = None
     direction: str | None = None
     strength: float | None = None
     source_prompt: str | None = None
@@ -134,7 +141,7 @@ class Request:
 
         preset: the model's. It has num_inference_steps, flow_shift, guidance_scale, fps, num_frames, height, width,
         negative_prompt, solver, spatial_multiple and temporal, and may have guidance_scale_2 (models with two experts),
-        known_guidance_scale, sigmas (few-step models), scheduler (its folder's) and edit_strength.
+        known_guidance_scale, sigmas (few-step models), scheduler (its folder's), edit_strength and forcing.
         """
         fps = float(self.fps if self.fps is not None else preset.fps)
         num_frames = self._count_frames(fps, preset.num_frames)
@@ -161,6 +168,7 @@ class Request:
         """Values that depend on several arguments: seed, guidance, noise levels, solver, strength."""
         values: dict[str, Any] = {"seed": random_seed() if self.seed is None else self.seed}
         values |= self._guidance(preset)
+        values |= forcing.resolve({name: getattr(self, name) for name in forcing.FORCING}, preset)
         values["boundary_ratio"] = self._boundary(preset)
         sigmas = self._or_preset("sigmas", preset)
         if self.num_inference_steps is not None or self.flow_shift is not None:
@@ -281,6 +289,12 @@ class Resolved:
     mask: Any = field(compare=False, repr=False)
     reference_images: Any = field(compare=False, repr=False)
     conditioning_scale: float | tuple[float, ...] | None
+    ar_step: int | None
+    causal_block_size: int | None
+    causal_attention: bool | None
+    base_num_frames: int | None
+    overlap_history: int | None
+    addnoise_condition: float | None
     latents: Any = field(compare=False, repr=False)
     prompt_embeds: Any = field(compare=False, repr=False)
     negative_prompt_embeds: Any = field(compare=False, repr=False)

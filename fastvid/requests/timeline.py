@@ -27,7 +27,8 @@ class Rules:
     windows. context: columns of a neighboring clip or segment that the model sees. block: columns after the known ones
     are generated in multiples of it. picture_in_block: whether a first picture counts as part of a block. carries:
     whether latents are carried from one window to the next; otherwise a new segment starts from the decoded frames.
-    pixels: whether known frames reach the model as pixels (channels, control) instead of latents.
+    pixels: whether known frames reach the model as pixels (channels, control) instead of latents. picture_behind:
+    whether a last picture follows the video as one more latent frame, instead of being its last frame.
     """
 
     spatial: int = 8
@@ -40,6 +41,7 @@ class Rules:
     picture_in_block: bool = False
     carries: bool = False
     pixels: bool = False
+    picture_behind: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Segment:
     right: number of known frames at its ends; before, after: their sources. skip: the stream's first output frame.
     pictures: known frames by output frame number. source: a clip to edit, from its frame source_start on. prompts:
     (output frame, number of the prompt from there on). origin: index of its first column in the noise stream. lead:
-    extra columns generated in front and dropped (for reference pictures).
+    extra columns generated in front and dropped (for reference pictures). tail: the same behind (for a last picture
+    that follows the video).
     """
 
     num_frames: int
@@ -95,11 +98,12 @@ class Segment:
     prompts: tuple[tuple[int, int], ...] = ((0, 0),)
     origin: int = 0
     lead: int = 0
+    tail: int = 0
 
     @property
     def columns(self) -> int:
         """The number of latent frames, which are the columns of the noise table."""
-        return self.lead + (self.model_frames - 1) // self.temporal + 1
+        return self.lead + (self.model_frames - 1) // self.temporal + 1 + self.tail
 
     @property
     def over(self) -> int:
@@ -123,6 +127,14 @@ class Segment:
     def column_of(self, frame: int) -> int:
         """The column that holds a frame of the stream."""
         return self.lead + (frame + self.temporal - 1) // self.temporal
+
+    def picture_column(self, frame: int) -> int:
+        """The column of the picture of an output frame."""
+        return self.columns - 1 if self.is_behind(frame) else self.column_of(self.skip + frame)
+
+    def is_behind(self, frame: int) -> bool:
+        """Whether the picture of an output frame follows the video."""
+        return self.tail > 0 and frame == self.num_frames - 1
 
     def turn_column(self, frame: int) -> int:
         """The column at which a prompt starts that is meant to start at this output frame: the nearest one."""
@@ -204,7 +216,7 @@ def lay(stretch: Stretch, rules: Rules, number: int = 0, origin: int = 0) -> lis
     """
     whole, backward = _segment(stretch, rules, origin), stretch.before is None and stretch.after is not None
     least = whole.left_columns + whole.right_columns + 1
-    if (rules.carries and not backward) or whole.columns - whole.lead <= max(rules.window, least):
+    if (rules.carries and not backward) or whole.columns - whole.lead - whole.tail <= max(rules.window, least):
         return [whole]
     cuts = _backward(stretch, rules) if backward else _forward(stretch, rules)
     return _chain(stretch, cuts, rules, number, origin)
@@ -272,7 +284,7 @@ def _chain(stretch: Stretch, counts: Sequence[int], rules: Rules, number: int, o
         )
         segment = _segment(part, rules, origin)
         segments.append(replace(segment, source_start=start))
-        origin += segment.columns - segment.left_columns - segment.lead
+        origin += segment.columns - segment.left_columns - segment.lead - segment.tail
         start += count
     return segments
 
@@ -321,6 +333,7 @@ def _segment(stretch: Stretch, rules: Rules, origin: int) -> Segment:
         prompts=stretch.prompts,
         origin=origin - (math.ceil(left / t) if left else 0) - stretch.lead,
         lead=stretch.lead,
+        tail=int(rules.picture_behind and 0 < stretch.num_frames - 1 in stretch.pictures),
     )
 
 
@@ -379,5 +392,5 @@ def _bridge(a: Any, b: Any, num_frames: int, stretch: Stretch, rules: Rules) -> 
 
 def window_of(segment: Segment, columns: int) -> Segment:
     """A segment shortened to the columns that the model sees at once; memory is planned for this."""
-    made = (min(columns, segment.columns) - segment.lead - 1) * segment.temporal + 1
+    made = (min(columns, segment.columns) - segment.lead - segment.tail - 1) * segment.temporal + 1
     return replace(segment, model_frames=made, num_frames=made)

@@ -5,6 +5,7 @@
     rollout      block after block of a causal model; each finished block once more, to fill the KV cache, and for a new
                  prompt the cache's columns once more
     staggered    levels rise from left to right: every few rows one column is finished and one begins
+    forced       every column at once, in blocks that begin one after another
 
 Known columns are at level 0 from the first row on. All levels are float64; sigmas [N] come without the final zero.
 """
@@ -138,3 +139,24 @@ def staggered(sigmas: np.ndarray, columns: int, size: int, stride: int, known: i
         stop = min(columns, int((after < levels[0]).nonzero().max()) + 1)
         start = max(start, min(clean, max(0, stop - size)))
         yield TableRow(now[start:stop], after[start:stop], start)
+
+
+def forced(sigmas: np.ndarray, known: Tensor, block: int, lag: int) -> Iterator[TableRow]:
+    """Diffusion forcing of a whole clip in blocks of columns, the last of which may be shorter: each begins `lag` rows
+    after the one before it, and waits at the first level (SkyReels-V2, arXiv 2504.13074).
+
+    known: bool [columns]. A block that is all known takes no turn. Every row shows all columns.
+    """
+    levels = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
+    begins, steps = block_begins(known, block, min(lag, len(sigmas))), len(sigmas)
+    for row in range(int(begins[~known].max()) + steps) if not bool(known.all()) else ():
+        now, after = (levels[(at - begins).clamp(0, steps)].masked_fill(known, 0.0) for at in (row, row + 1))
+        yield TableRow(now, after)
+    if bool(known.all()):
+        yield _clean(0, len(known))
+
+
+def block_begins(known: Tensor, block: int, lag: int) -> Tensor:
+    """The row at which each column's block begins: int64 [columns]. See `forced`."""
+    free = torch.tensor([not bool(part.all()) for part in known.split(block)])
+    return (lag * (free.long().cumsum(0) - 1).clamp(min=0)).repeat_interleave(block)[: len(known)]

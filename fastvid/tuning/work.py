@@ -92,7 +92,7 @@ def record(subject: Subject, options: LoadOptions) -> list[Call]:
     with computing():
         model = outline(subject.model, options)
         request = request_of(model, subject)
-        segment = lay_out(request, rules_of(model)).segments[0]
+        segment = lay_out(request, rules_of(model, request)).segments[0]
         window = window_of(segment, window_columns(model, segment))
         recorder = Recorder()
         _record_transformer(recorder, model, request, window)

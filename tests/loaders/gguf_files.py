@@ -61,7 +61,9 @@ def write(
             if kind in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1"):
                 codes = torch.from_numpy(gguf.quants.quantize(matrix.numpy(), Kind[kind.upper()]))
             else:
-                codes = draw(kind, tuple(matrix.shape), number, 0.001)
+                codes = draw(kind, tuple(matrix.shape), number)
+                spread = dequantized(kind, codes).std() * matrix.shape[1] ** 0.5
+                codes = draw(kind, tuple(matrix.shape), number, 0.01 * float(0.5 / spread))
             writer.add_tensor(name, codes.view(*flat.shape[:-1], -1).numpy(), raw_dtype=Kind[kind.upper()])
             worth[name] = dequantized(kind, codes).view(tensor.shape)
         elif kind == "bf16":

@@ -36,6 +36,7 @@ def plain(value: Any) -> Any:
     [
         ("transformer", {}, "WanTransformer3DModel"),
         ("transformer", VACE, "WanVACETransformer3DModel"),
+        ("transformer", {"_class_name": "SkyReelsV2Transformer3DModel"}, "SkyReelsV2Transformer3DModel"),
         ("vae", {}, "AutoencoderKLWan"),
     ],
 )

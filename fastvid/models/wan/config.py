@@ -45,7 +45,7 @@ MAX_LEVELS, MAX_BLOCKS = 8, 128  # published VAEs have 4 levels of 2 blocks
 SMALLEST_STD = 1e-30  # of which fp32 can take the reciprocal
 QK_NORM = "rms_norm_across_heads"
 UNSET_VAE = ("decoder_base_dim", "patch_size", "is_residual", "latents_mean", "latents_std")  # null: the default
-OPTIONAL = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+OPTIONAL = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "inject_sample_info")
 # What trainers and other programs write into any config, and what is not read of a VAE's: of training, or it follows
 # from the network.
 HARMLESS = {
@@ -60,7 +60,7 @@ INERT_VAE = {
 # Keys of the original repositories and of no effect, with the values that they may have; (): any.
 BESIDE: Mapping[str, tuple[Any, ...]] = {
     **{"qk_norm": (QK_NORM, True), "rope_max_seq_len": (), "text_len": (512, None), "window_size": ([-1, -1], None)},
-    **{"local_attn_size": (-1, None), "sink_size": (0, None), "inject_sample_info": (False, None)},
+    **{"local_attn_size": (-1, None), "sink_size": (0, None), "num_frame_per_block": (1, None)},
 }
 
 
@@ -70,6 +70,7 @@ class WanTransformerConfig:
 
     image_dim, added_kv_proj_dim: width of a picture's tokens before and after the image embedder; 0 in models that see
     no CLIP tokens. pos_embed_seq_len: how many tokens first and last picture have together; 0 if they get no positions.
+    inject_sample_info: it is told the frame rate (SkyReels V2).
     """
 
     num_attention_heads: int = 40
@@ -86,6 +87,7 @@ class WanTransformerConfig:
     image_dim: int = 0
     added_kv_proj_dim: int = 0
     pos_embed_seq_len: int = 0
+    inject_sample_info: bool = False
 
     @property
     def dim(self) -> int:

@@ -17,7 +17,7 @@ from fastvid.models.wan.config import HEAD_DIM, LATENT_STATISTICS
 from fastvid.models.wan.weight_names import DIFFUSERS, Shape
 
 CLIP_HEADS = {1280: 16}
-TASKS = ("t2v", "i2v", "flf2v", "vace", "ti2v")
+TASKS = ("t2v", "i2v", "flf2v", "vace", "ti2v", "df")
 SIZES = {(1536, 30): "1.3B", (3072, 30): "5B", (5120, 40): "14B"}  # (width, layers)
 CUSTOM, STANDARD = "custom", "standard"
 UNCHECKED = ("_class_name", "architectures", "model_type")  # names of classes, which differ between libraries
@@ -30,7 +30,8 @@ class Identity:
     """What a set of weights is.
 
     part: transformer, vae, text_encoder or image_encoder. layout, prefix: how its names are written. family: "wan2.1",
-    "wan2.2", or "wan" where both generations published these very shapes (T2V-14B and each T2V-A14B expert).
+    "wan2.2", or "wan" where both generations published these very shapes (T2V-14B and each T2V-A14B expert);
+    "skyreels-v2" where its own layers tell.
     size: "1.3B", "5B", "14B", "xxl", "huge", "standard" (a VAE), or "custom". task: one of TASKS, None for encoders
     and VAEs. shapes: in diffusers' names.
     """
@@ -92,6 +93,8 @@ def _transformer_variant(shapes: Shapes) -> tuple[str, str, str]:
             f"a Wan transformer of {channels} channels in, {out} out, {extra} picture embedding is no known variant; "
             "known are 16/16 (t2v, vace), 36/16 (i2v, flf2v) and 48/48 (ti2v)"
         )
+    if "fps_embedding.weight" in shapes:
+        return "skyreels-v2", size, "df"
     if out == 48:
         return "wan2.2", size, "ti2v"
     return ("wan2.1" if size == "1.3B" else "wan"), size, "t2v"
@@ -139,6 +142,8 @@ def _transformer_config(shapes: Shapes, given: Config) -> Config:
     }
     if position := shapes.get("condition_embedder.image_embedder.pos_embed"):
         config["pos_embed_seq_len"] = position[1]
+    if "fps_embedding.weight" in shapes:
+        config |= {"_class_name": "SkyReelsV2Transformer3DModel", "inject_sample_info": True}
     if "vace_patch_embedding.weight" in shapes:
         config |= {"_class_name": "WanVACETransformer3DModel", "vace_layers": _vace_layers(shapes, given)}
         config["vace_in_channels"] = _shape(shapes, "vace_patch_embedding.weight", 5)[1]

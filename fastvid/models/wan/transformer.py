@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastvid.distributed.mesh import RankView
 from fastvid.errors import InvalidRequest
 from fastvid.layers.attention import cross_attention, self_attention
+from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.embeddings import RotaryTables, group_timesteps, timestep_sinusoid
 from fastvid.layers.fused import FusedLinear
 from fastvid.layers.kv_cache import KVCache, LayerCache
@@ -82,7 +83,7 @@ class SelfAttention(nn.Module):
         self,
         tokens: Stream,
         rotary: tuple[Tensor, Tensor],
-        cache: LayerCache | None = None,
+        cache: LayerCache | CausalBlocks | None = None,
         parallel: SequenceParallel | None = None,
     ) -> Tensor:
         """[B, N, d], which is freed on the way, -> [B, N, d]; with a cache, attention goes to what is in it too, and
@@ -151,7 +152,7 @@ class Block(nn.Module):
         modulation: Modulation,
         context: tuple[Tensor, ...],
         rotary: tuple[Tensor, Tensor],
-        cache: LayerCache | None = None,
+        cache: LayerCache | CausalBlocks | None = None,
         parallel: SequenceParallel | None = None,
     ) -> Stream:
         rows, index = self.scale_shift_table + modulation.rows, modulation.groups
@@ -304,7 +305,7 @@ class WanTransformer(nn.Module):
         *,
         known: Tensor | None = None,
         rope_offset: int | Sequence[int] = 0,
-        cache: KVCache | None = None,
+        cache: KVCache | CausalBlocks | None = None,
         view: RankView | None = None,
     ) -> Tensor:
         """Predict the velocity of latents [B, C, T, H, W]; same shape (with out_channels) and dtype.
@@ -315,7 +316,7 @@ class WanTransformer(nn.Module):
         known: of models that take more channels, those behind the latents', if latents does not have them.
         rope_offset: the time of the first latent frame, for windows of a longer video; or that of every one.
         cache: of a causal model. The frames attend to themselves and to those in it, and are put into it in place of
-        what it holds of them; `cache.begin` was told of them.
+        what it holds of them; `cache.begin` was told of them. Or the blocks of frames that do not see later ones.
         view: this rank's among those that share the tokens; all of them call with the same arguments, each gets the
         whole result, and a cache holds this rank's share.
         """
@@ -330,7 +331,7 @@ class WanTransformer(nn.Module):
             return parallel.gather(own, self.config.patch_size, latents.shape[3])
         return self.run(self._velocity, inputs) if cache is None else self._velocity(inputs, cache)
 
-    def _check_context(self, context: AnyContext, latents: Tensor, cache: KVCache | None) -> None:
+    def _check_context(self, context: AnyContext, latents: Tensor, cache: KVCache | CausalBlocks | None) -> None:
         """Raises InvalidRequest for a context that does not fit the latents."""
 
     def _sequence_parallel(self, view: RankView, grid: tuple[int, int, int]) -> SequenceParallel:
@@ -354,11 +355,14 @@ class WanTransformer(nn.Module):
         return Inputs(latents, known, values, index, rotary, context)
 
     def _velocity(
-        self, inputs: Inputs, cache: KVCache | None = None, parallel: SequenceParallel | None = None
+        self,
+        inputs: Inputs,
+        cache: KVCache | CausalBlocks | None = None,
+        parallel: SequenceParallel | None = None,
     ) -> Tensor:
         """The part of a call that is work for the device alone."""
         latents, known, values, index, rotary, context = inputs
-        embedding, rows = self.condition_embedder.embed_time(values)
+        embedding, rows = self._embed_time(values, context)
         embed = self.patch_embedding.weight, self.patch_embedding.bias
         stream = Stream(self.ops.patch_embed(latents, *embed, known))
         x = self._run_blocks(stream, Modulation(rows, index), context, rotary, cache, parallel)
@@ -367,16 +371,20 @@ class WanTransformer(nn.Module):
         grid = [n // p for n, p in zip(latents.shape[2:], patch, strict=True)]
         return self.ops.head(x, shift, scale, index, *out, grid, patch, self.config.eps, latents.dtype)
 
+    def _embed_time(self, timesteps: Tensor, context: AnyContext) -> tuple[Tensor, Tensor]:
+        """See `ConditionEmbedder.embed_time`."""
+        return self.condition_embedder.embed_time(timesteps)
+
     def _run_blocks(
         self,
         stream: Stream,
         modulation: Modulation,
         context: AnyContext,
         rotary: tuple[Tensor, Tensor],
-        cache: KVCache | None = None,
+        cache: KVCache | CausalBlocks | None = None,
         parallel: SequenceParallel | None = None,
     ) -> Tensor:
-        caches = (None,) * len(self.blocks) if cache is None else cache.layers
+        caches = cache.layers if isinstance(cache, KVCache) else (cache,) * len(self.blocks)
         for block, layer, kept in zip(self.walk(self.blocks), context.layers, caches, strict=True):
             stream = block(stream, modulation, layer, rotary, kept, parallel)
         return self._added(stream, modulation)

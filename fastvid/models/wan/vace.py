@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.errors import InvalidRequest
+from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.kv_cache import KVCache
 from fastvid.layers.linear import Linear, linear
 from fastvid.layers.residual import Stream
@@ -84,7 +85,7 @@ class WanVACETransformer(WanTransformer):
         )
         return VACEContext(main, vace, control, scales)
 
-    def _check_context(self, context: AnyContext, latents: Tensor, cache: KVCache | None) -> None:
+    def _check_context(self, context: AnyContext, latents: Tensor, cache: KVCache | CausalBlocks | None) -> None:
         """The control has the latents' height and width, and may end before them."""
         if cache is not None:
             raise InvalidRequest("models with a control branch keep no KV cache")

@@ -16,13 +16,15 @@ from fastvid.models import preset as patterns
 from fastvid.models.common.clip import CLIP_HUGE
 from fastvid.models.common.umt5 import UMT5_XXL
 from fastvid.models.preset import Preset, Signature, Variant
-from fastvid.models.wan import presets
+from fastvid.models.wan import presets, skyreels_presets
 from fastvid.models.wan.config import HEAD_DIM, WAN22_VAE, WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.sampling.schedulers import SOURCE, Scheduler, read_scheduler
 
-VARIANTS: tuple[Variant, ...] = presets.VARIANTS
-EXTRAS: Mapping[str, str] = {}
+VARIANTS: tuple[Variant, ...] = (*presets.VARIANTS, *skyreels_presets.VARIANTS)
+EXTRAS: Mapping[str, str] = {"fps": "inject_sample_info"}
 """Layers that only some siblings have (`Signature.extra`), and the key of a transformer's config.json that says so."""
+
+LONG_WORD = 6  # letters of a word that is not part of others by chance
 
 # ---------------------------------------------------------------- which one a folder holds
 
@@ -51,11 +53,20 @@ def find_variants(signature: Signature, name: str = "", chosen: str | None = Non
         if _alike(variant.signature) != _alike(signature):
             raise CheckpointError(_not_alike(variant, signature))
         return [variant, *(other for other in found if other is not variant)]
-    meant = [variant for variant in found if is_called(variant, name)] or [v for v in found if not v.by_name]
+    meant = [variant for variant in found if is_called(variant, name)] or _unnamed(found, name)
     if found and not meant:
         names = " or ".join(variant.preset.name for variant in found)
         raise CheckpointError(f"these weights may be {names}, which have the same tensors: say which by variant=NAME")
     return sorted(found, key=lambda variant: variant not in meant[:1])
+
+
+def _unnamed(found: list[Variant], name: str) -> list[Variant]:
+    """The variants that need no name. None if the name has the first word of another one's hint, such as "SkyReels",
+    but not all: then it is doubtful which is meant."""
+    first_words = {hint.split()[0] for variant in found if variant.by_name for hint in variant.hints if " " in hint}
+    if any(_plain(word) in _plain(name) for word in first_words if len(word) >= LONG_WORD):
+        return []
+    return [variant for variant in found if not variant.by_name]
 
 
 def _alike(signature: Signature) -> Signature:
@@ -236,5 +247,6 @@ def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACECo
         image_dim=CLIP_HUGE.hidden_size if signature.image else 0,
         added_kv_proj_dim=dim if signature.image else 0,
         pos_embed_seq_len=TWO_PICTURES if signature.positions else 0,
+        inject_sample_info=signature.extra == "fps",
     )
     return WanVACEConfig(made, tuple(range(0, signature.num_layers, VACE_STEP[dim]))) if signature.control else made
