@@ -85,6 +85,7 @@ class Graphs:
         self._lock = threading.Lock()
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._seen: deque[Hashable] = deque(maxlen=REMEMBERED)
+        self._scope: Hashable = None
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -92,7 +93,7 @@ class Graphs:
     def __call__(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """function(*args). The result is a new tensor, not a graph's buffer."""
         tensors: list[Tensor] = []
-        key = (function, _shape(args, tensors))
+        key = (function, _shape(args, tensors), self._scope)
         with self._lock:
             if key in self._graphs or key in self._seen:
                 with self.backend.alone():
@@ -108,13 +109,22 @@ class Graphs:
             self._graphs.clear()
             self._seen.clear()
 
-    def _find(self, key: tuple[Callable[..., Tensor], Any], tensors: list[Tensor]) -> _Graph:
+    @contextmanager
+    def within(self, scope: Hashable) -> Iterator[None]:
+        """Calls inside the block have graphs of their own for this scope: they read other memory than those without."""
+        before, self._scope = self._scope, scope
+        try:
+            yield
+        finally:
+            self._scope = before
+
+    def _find(self, key: tuple[Callable[..., Tensor], Any, Hashable], tensors: list[Tensor]) -> _Graph:
         """The graph of a shape. Captures it if there is none."""
         if key not in self._graphs:
             if len(self._graphs) >= self.limit:
                 self.backend.release()  # the evicted graph may still be running
                 self._graphs.popitem(last=False)
-            self._graphs[key] = _Graph(self.backend, *key, tensors)
+            self._graphs[key] = _Graph(self.backend, *key[:2], tensors)
         self._graphs.move_to_end(key)
         return self._graphs[key]
 

@@ -191,7 +191,8 @@ class Prefetcher:
         """Start copying a module's weights into a buffer. Returns (parameters with their views of it, the end mark)."""
         views, start = [], 0
         for parameter in module.parameters():
-            home = self.homes[parameter]
+            if (home := self.homes.get(parameter)) is None:
+                continue  # a value that replaces a weight for this request, on the device already
             views.append((parameter, _view(self._buffers[slot], start, home)))
             start += _aligned(home.nbytes)
         arrived = self.lane.copy([(view, self.homes[p]) for p, view in views], self._buffer_free[slot])

@@ -378,7 +378,7 @@ class SegmentDenoiser:
             latents, levels = anchored(latents, levels, anchor)
         times, offset, cache = self._times(row, levels), self._offset(row, anchor is not None), self._cache(row, prompt)
         latents, times = self._known_noise.add(row, latents, times)
-        with model.experts.use(expert) as transformer:
+        with model.use_expert(expert) as transformer:
             if key not in self._contexts:
                 self._contexts[key] = self.conditions.context(transformer, text)
             channels = self.conditions.window_channels(row)

@@ -61,7 +61,7 @@ def not_finite(model: Model, what: str) -> Error:
         cause = (
             f"numbers beyond float16's largest, 65504, are the likely cause: load with {option}='bfloat16' or 'float32'"
         )
-    elif model.loras and not of_vae:
+    elif (model.loras or model.asked) and not of_vae:
         cause = "a LoRA that is damaged or whose scale is too large is the likely cause: load without it"
     else:
         cause = f"damaged weights are the likely cause, in {str(dtype).removeprefix('torch.')}; fetch the model again"

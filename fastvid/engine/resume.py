@@ -98,7 +98,7 @@ def begin(
         "recipe": recipe,
         "model": identity.fingerprint(model),
         "layout": str(layout or Layout()),
-    }
+    } | ({"loras": identity.loras(model)} if model.asked else {})
     if (size := len(json.dumps(about))) > files.MAX_JSON - 1000:
         raise InvalidRequest(
             f"checkpoint: the texts and file names of this request take {size:,} bytes, and a checkpoint holds at most "
@@ -168,9 +168,10 @@ def layout_of(saved: Saved, model: Model) -> Layout | None:
         raise CheckpointError(f"{saved.folder} is damaged: {error}") from error
 
 
-def check_request(saved: Saved, recipe: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest if the checkpoint is of another request than this recipe."""
+def check_request(saved: Saved, recipe: Mapping[str, Any], model: Model) -> None:
+    """Raises InvalidRequest if the checkpoint is of another request than this recipe. model: with its LoRAs."""
     identity.check_request(saved.about["recipe"], recipe)
+    identity.check_loras(saved.about.get("loras", []), identity.loras(model))
 
 
 def options(saved: Saved, inputs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

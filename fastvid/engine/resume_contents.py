@@ -18,7 +18,7 @@ from fastvid.layers.kv_cache import CacheState
 from fastvid.requests.arguments import RUN, VERBS
 from fastvid.requests.request import DATA
 
-ENTRIES = {"format", "verb", "arguments", "recipe", "model", "layout"}  # of request.json
+ENTRIES = {"format", "verb", "arguments", "recipe", "model", "layout", "loras"}  # of request.json
 MOST = 2**31  # of counts: rows, segments, files
 MAX_DEPTH, MAX_LAYERS = 12, 1000
 
@@ -72,6 +72,8 @@ def _check_about(about: dict[str, Any]) -> None:
     for name in ("arguments", "recipe", "model"):
         _check(isinstance(about.get(name), dict), name, about.get(name))
     _check(isinstance(about.get("layout"), str | None), "layout", about.get("layout"))
+    loras = about.get("loras", [])
+    _check(isinstance(loras, list) and all(isinstance(one, list) and one for one in loras), "loras", loras)
     for name, value in about["arguments"].items():
         _check(name in VERBS[about["verb"]] and name not in RUN, f"arguments: {name!r:.40}", value)
         if name in DATA:

@@ -20,6 +20,7 @@ from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
 from fastvid.requests import recipe as recipes
 from fastvid.requests.arguments import VERBS
+from fastvid.requests.loras import absolute
 from fastvid.requests.request import DATA, SIZE
 from fastvid.version import __version__
 
@@ -84,6 +85,22 @@ def _digest(files: Any) -> str:
     return digest.hexdigest()
 
 
+def loras(model: Model) -> list[list[Any]]:
+    """The LoRAs of the request itself: file name, scale, perhaps expert, and digest of each."""
+    return [[Path(file).name, *how, _digest([Path(file)])] for file, *how in model.asked]
+
+
+def check_loras(saved: list[list[Any]], here: list[list[Any]]) -> None:
+    """Raises InvalidRequest unless the request's LoRAs are those of the checkpoint."""
+    if saved == here:
+        return
+    changed = [str(one[0]) for one in (*saved, *here) if (one in saved) is not (one in here)]
+    raise InvalidRequest(
+        f"this checkpoint was made with other LoRAs ({', '.join(dict.fromkeys(changed)):.200}): the frames would not "
+        "be the same; put their files back as they were, or start the request anew"
+    )
+
+
 def check_model(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raises InvalidRequest, which names all differences, if the model or its settings are not those of the
     checkpoint."""
@@ -110,6 +127,7 @@ def check_model(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 def arguments(verb: str, options: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A request's arguments as JSON, with the drawn seed and what was read from a clip's recipe filled in."""
     saved = {name: _reference(value) if name in DATA else _plain(value) for name, value in options.items()}
+    saved |= {"loras": _plain(absolute(options["loras"]))} if "loras" in options else {}
     filled = ("seed", *(("prompt",) if "prompt_embeds" not in options and "prompt" in VERBS[verb] else ()))
     if verb == "finalize" and not any(name in options for name in SIZE):
         filled = (*filled, "width", "height")
@@ -176,7 +194,8 @@ def check_request(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 
 def _comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's arguments as they come back from JSON."""
-    arguments = {name: value for name, value in recipe.items() if name not in recipes.CONTEXT}
+    left_out = (*recipes.CONTEXT, "loras")  # which `check_loras` compares: files may be named by other paths
+    arguments = {name: value for name, value in recipe.items() if name not in left_out}
     return dict(json.loads(json.dumps(arguments)))
 
 

@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvid.layers.branches import Branch
+
 
 class FusedLinear(nn.Module):
     """`count` linear layers as one: weight [count * outputs, inputs] and bias [count * outputs], layer after layer.
 
     It saves and loads nothing itself. Each of `layers()` saves and loads its own rows, under the name that it is
-    registered by.
+    registered by. branch: what LoRAs add to it at the moment.
     """
+
+    branch: Branch | None = None
 
     def __init__(self, inputs: int, outputs: int, count: int) -> None:
         super().__init__()

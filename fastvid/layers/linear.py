@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvid.layers.branches import Branch, with_branch
 from fastvid.layers.quantized import JoinedLinear, QuantizedLinear
 from fastvid.ops import reference
 
@@ -31,6 +32,9 @@ class Affine(Protocol):
     @property
     def bias(self) -> Tensor | None: ...
 
+    @property
+    def branch(self) -> Branch | None: ...
+
 
 class Embedding(nn.Embedding):
     """nn.Embedding, but nothing is drawn on the meta device; see `normal_parameter`."""
@@ -41,25 +45,29 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
-    """nn.Linear: the same parameters and the same result."""
+    """nn.Linear: the same parameters and the same result. branch: what LoRAs add to it at the moment."""
+
+    branch: Branch | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.linear(x, self.weight, self.bias)
+        return linear(reference, self, x)
 
 
 def linear(ops: Any, layer: nn.Module, x: Tensor) -> Tensor:
-    """ops.linear of a layer."""
+    """ops.linear of a layer, and what its branch adds."""
     if isinstance(layer, QuantizedLinear | JoinedLinear):
         return cast(Tensor, layer(x))
     affine = cast(Affine, layer)  # torch's lists of modules do not tell which kind they hold
-    return ops.linear(x, affine.weight, affine.bias)
+    return with_branch(layer, x, ops.linear(x, affine.weight, affine.bias))
 
 
 def linear_gelu_tanh(ops: Any, layer: nn.Module, x: Tensor) -> Tensor:
-    """ops.linear_gelu_tanh of a layer."""
+    """ops.linear_gelu_tanh of a layer; in two steps if it has a branch."""
+    affine = cast(Affine, layer)
+    if affine.branch is not None:
+        return F.gelu(linear(ops, layer, x), approximate="tanh")
     if isinstance(layer, QuantizedLinear):
         return layer.gelu_tanh(x)
-    affine = cast(Affine, layer)
     return ops.linear_gelu_tanh(x, affine.weight, affine.bias)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvid.layers.branches import Branch, with_branch
 from fastvid.layers.fused import FusedLayer
 from fastvid.ops.formats import Data
 from fastvid.ops.quantized import FORMATS, QuantizedTensor, Spec
@@ -41,7 +42,14 @@ class Quantized(nn.Module):
 
 
 class QuantizedLinear(Quantized):
-    """A linear layer: [..., K] -> [..., N]. ops: what computes it (`ops.linear_quantized`)."""
+    """A linear layer: [..., K] -> [..., N]. ops: what computes it (`ops.linear_quantized`).
+
+    branch: what LoRAs add to it at the moment; replacement: the weight as they change it, where an operation takes that
+    itself.
+    """
+
+    branch: Branch | None = None
+    replacement: Tensor | None = None
 
     def __init__(self, spec: Spec, bias: bool, ops: Any, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
@@ -49,10 +57,10 @@ class QuantizedLinear(Quantized):
         self.bias = nn.Parameter(torch.empty(spec.shape[0], dtype=dtype, device="meta")) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.linear_quantized(x, self.weight, self.bias)
+        return with_branch(self, x, self.ops.linear_quantized(x, self.weight, self.bias))
 
     def gelu_tanh(self, x: Tensor) -> Tensor:
-        """The layer, then GELU in its tanh form."""
+        """The layer without a branch, then GELU in its tanh form."""
         return self.ops.linear_quantized(x, self.weight, self.bias, gelu=True)
 
 
@@ -68,7 +76,7 @@ class QuantizedEmbedding(Quantized):
 
 
 class JoinedLinear(nn.Module):
-    """Layers of a module with the same input, whose results stand one after the other."""
+    """Layers of a module with the same input, whose results stand one after the other. Branches are beside each."""
 
     def __init__(self, holder: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -165,7 +173,12 @@ def _separate(module: nn.Module, path: str, dtype_of: Callable[[str], torch.dtyp
 
 
 class PlainLinear(nn.Linear):
-    """nn.Linear, but nothing is drawn: a checkpoint fills it."""
+    """nn.Linear, but nothing is drawn: a checkpoint fills it. branch: what LoRAs add to it at the moment."""
+
+    branch: Branch | None = None
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return with_branch(self, x, super().forward(x))

@@ -127,8 +127,10 @@ def fill(
     loras: Sequence[Lora] = (),
     only: Container[str] | None = None,
 ) -> None:
-    """Stream a part's weights into its module, with LoRAs merged in. only: the weights to reload; None: all."""
+    """Stream a part's weights into its module, with LoRAs merged in but for their changes of quantized weights (see
+    `fastvid.pipeline.loras`). only: the weights to reload; None: all."""
     lora_fit.check_part(loras, module, part)
+    loras = lora_fit.of_quantized(loras, [module], wanted=False)
 
     def merge(key: str, tensor: Tensor) -> Tensor:
         return lora.merge(key, tensor, loras, target_dtype(module, key, dtype))

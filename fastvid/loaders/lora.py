@@ -71,8 +71,12 @@ def read_loras(loras: Sequence[Any], download: bool = False) -> tuple[Lora, ...]
     """Read checked `loras=` of `fastvid.load`: files, folders or hub names, each alone or as (file, scale) or (file,
     scale, expert). download: fetch what is on the hub and not in the local cache. Raises InvalidRequest,
     CheckpointError."""
-    entries = [(entry,) if isinstance(entry, str | os.PathLike) else entry for entry in loras or ()]
-    return tuple(lora for entry in entries for lora in read_lora(*entry, download=download))
+    return tuple(lora for entry in as_entries(loras) for lora in read_lora(*entry, download=download))
+
+
+def as_entries(loras: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """LoRAs as (file,), (file, scale) or (file, scale, expert)."""
+    return [(entry,) if isinstance(entry, str | os.PathLike) else tuple(entry) for entry in loras or ()]
 
 
 def as_tuples(loras: Sequence[Lora]) -> tuple[tuple[Any, ...], ...]:
@@ -93,13 +97,22 @@ def read_lora(
     Raises InvalidRequest for an unknown expert, CheckpointError for a file that is missing, broken, of an unknown kind,
     or has unknown tensor names.
     """
+    check_expert(given, expert)
+    return read_source(find_file(given, download), scale, expert)
+
+
+def check_expert(given: str | os.PathLike[str], expert: str) -> None:
+    """Raises InvalidRequest for an unknown expert."""
     if expert and expert not in NOISE_LEVELS:
         near = nearest_name(str(expert), NOISE_LEVELS)
         raise InvalidRequest(
             f"lora {Path(given).name}: expert is {expert!r:.40}; allowed is {' or '.join(NOISE_LEVELS)}; the nearest "
             f"is {near}"
         )
-    source = find_file(given, download)
+
+
+def read_source(source: Source, scale: float = 1.0, expert: str = "") -> tuple[Lora, ...]:
+    """Read a LoRA that was found; see `read_lora`."""
     tensors, metadata = read_file(source.file)
     try:
         groups = group_tensors(tensors)

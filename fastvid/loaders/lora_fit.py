@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from torch import nn
 
 from fastvid import notices
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.layers.quantized import logical_shapes
+from fastvid.layers.quantized import layer_of, logical_shapes
 from fastvid.loaders import safetensors
 from fastvid.loaders.lora import Lora
 from fastvid.loaders.lora_terms import Shape
 from fastvid.models.common.expert_names import NOISE_LEVELS, expert_of, read_mark
 from fastvid.models.description import Checkpoint, Part
-from fastvid.models.registry import build_empty
+from fastvid.models.registry import Config, build_empty
 from fastvid.models.wan.weight_names import some
 
 # What only some Wan models have. A LoRA of one of them is used on the others too, without these.
@@ -85,7 +86,12 @@ def _describe(lora: Lora, loras: Sequence[Lora], checkpoint: Checkpoint) -> dict
 def _shapes_of(part: Part) -> dict[str, Shape]:
     if part.config is None:
         raise CheckpointError(f"the {part.name} cannot be read: {'; '.join(part.problems)}")
-    return _shapes(build_empty(part.name, part.config))
+    return _shapes_from(part.name, part.config)
+
+
+@lru_cache(maxsize=4)
+def _shapes_from(name: str, config: Config) -> dict[str, Shape]:
+    return _shapes(build_empty(name, config))
 
 
 def _shapes(module: nn.Module) -> dict[str, Shape]:
@@ -194,6 +200,25 @@ def experts_of(lora: Lora, count: int) -> Sequence[int]:
 def for_expert(loras: Sequence[Lora], number: int, count: int) -> tuple[Lora, ...]:
     """The LoRAs that change transformer `number` of `count`."""
     return tuple(lora for lora in loras if number in experts_of(lora, count))
+
+
+# ---------------------------------------------------------------- quantized weights
+
+
+def is_quantized(module: nn.Module, name: str) -> bool:
+    """Whether a module holds the weight of this name quantized."""
+    return layer_of(module, name) is not None
+
+
+def of_quantized(loras: Iterable[Lora], modules: Sequence[nn.Module], wanted: bool = True) -> tuple[Lora, ...]:
+    """The LoRAs with their changes of weights that one of the modules holds quantized; without `wanted`, with all their
+    other changes. Those without any are left out."""
+    made = []
+    for lora in loras:
+        held = {name for name in lora.terms if any(is_quantized(module, name) for module in modules)}
+        if kept := {name: terms for name, terms in lora.terms.items() if (name in held) is wanted}:
+            made.append(lora if len(kept) == len(lora.terms) else replace(lora, terms=kept))
+    return tuple(made)
 
 
 # ---------------------------------------------------------------- what the model has

@@ -181,19 +181,19 @@ class Decomposed:
         return self.change.shape
 
     def fits(self, shape: Shape) -> bool:
-        return self.change.fits(shape) and self._axis(shape) is not None
+        return self.change.fits(shape) and self.axis(shape) is not None
 
     def delta(self, weight: Tensor, scale: float) -> Tensor:
         inner, outer = (scale, 1.0) if self.scales_change else (1.0, scale)
         changed = weight + self.change.delta(weight, inner)
-        axis = self._axis(weight.shape)
+        axis = self.axis(weight.shape)
         assert axis is not None
         along = [dim for dim in range(weight.ndim) if dim != axis]
         norm = torch.linalg.vector_norm(changed, dim=along, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         magnitude = self.magnitude.to(weight.dtype).reshape(norm.shape)
         return outer * (changed * (magnitude / norm) - weight)
 
-    def _axis(self, shape: Sequence[int]) -> int | None:
+    def axis(self, shape: Sequence[int]) -> int | None:
         """Whose lengths they are: 0 rows, 1 columns, None neither."""
         given = tuple(self.magnitude.shape)
         others = math.prod(given) == max(given, default=1)  # only one dimension is more than 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import starmap
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from fastvid.device.offload import Resident, Swapped, Weights, weigh
 from fastvid.distributed.links import Links
 from fastvid.distributed.mesh import Layout, Mesh
+from fastvid.layers.branches import Branches
 from fastvid.models.common.clip import CLIPVisionEncoder
 from fastvid.models.common.experts import Experts
 from fastvid.models.common.tokenizer import TextTokenizer, encode_prompt
@@ -101,8 +104,12 @@ class Modules:
 class Model:
     """A loaded model, or one without weights to plan with.
 
-    name: what it was loaded by. loras: (file, scale) or (file, scale, expert) of those that are merged now; merged: the
-    weights that they changed. mesh: the ranks that run it together; links: what joins them.
+    name: what it was loaded by. loras: (file, scale) or (file, scale, expert) of those that it has for all requests;
+    merged: the weights that they change. mesh: the ranks that run it together; links: what joins them.
+
+    What LoRAs change without being merged: beside: of `loras` the changes of quantized weights. asked: the LoRAs of one
+    request, as `loras`. branches: of each expert what both add while it is in use. lora_cache: files that were read
+    (`fastvid.loaders.lora_cache`).
     """
 
     name: str
@@ -116,6 +123,10 @@ class Model:
     merged: frozenset[str] = frozenset()
     mesh: Mesh = field(default_factory=Mesh)
     links: Links = field(default_factory=Links)
+    beside: tuple[Any, ...] = field(default=(), repr=False)
+    asked: tuple[tuple[Any, ...], ...] = ()
+    branches: tuple[Branches, ...] = field(default=(), repr=False)
+    lora_cache: Any = field(default=None, repr=False)
 
     # ------------------------------------------------------------ modules
 
@@ -154,13 +165,27 @@ class Model:
         """Bytes of all weights, on the device or not."""
         image = 0 if self.image_encoder is None else weigh(self.image_encoder).total
         experts = tuple(map(weigh, self.experts.modules))
+        if self.branches:
+            pairs = zip(self.experts.modules, experts, self.branches, strict=True)
+            experts = tuple(starmap(with_branches, pairs))
         return Sizes(experts, weigh(self.text_encoder), weigh(self.vae).total, image)
 
     @property
     def bytes_held(self) -> int:
         """Bytes of weights that are on the device now."""
         modules: list[nn.Module] = [*self.experts.modules, *self.modules.encoders.modules, self.vae]
-        return sum(p.nbytes for module in modules for p in module.parameters() if p.device.type == self.device.type)
+        held = sum(p.nbytes for module in modules for p in module.parameters() if p.device.type == self.device.type)
+        return held + sum(branches.held(self.device) for branches in self.branches)
+
+    @contextmanager
+    def use_expert(self, number: int) -> Iterator[nn.Module]:
+        """One of the transformers, on the device and with the branches of LoRAs until the block ends."""
+        with self.experts.use(number) as module:
+            if self.branches:
+                with self.branches[number].attached(module, self.device):
+                    yield module
+            else:
+                yield module
 
     # ------------------------------------------------------------ how it runs
 
@@ -225,6 +250,18 @@ class Model:
             with self.modules.encoders.use(1) as encoder:
                 made = encoder(pixels)
         return self.mesh.broadcast(made)
+
+
+def with_branches(module: nn.Module, weights: Weights, branches: Branches) -> Weights:
+    """The bytes of a module's weights with its branches. Of streamed blocks, a branch is on the device while its layer
+    computes."""
+    sizes = {name: branch.nbytes for name, branch in branches.layers.items()}
+    lists = [name for name in getattr(module, "STREAMED", ())]
+    blocks = [f"{name}.{i}." for name in lists for i in range(len(cast(nn.ModuleList, module.get_submodule(name))))]
+    inside = [sum(size for name, size in sizes.items() if name.startswith(block)) for block in blocks]
+    rest = sum(sizes.values()) - sum(inside) + branches.value_bytes
+    added = tuple(map(sum, zip(weights.blocks, inside, strict=True)))
+    return Weights(weights.rest + rest, added, weights.buffer + max(sizes.values(), default=0))
 
 
 def way_of(model: Model) -> str:

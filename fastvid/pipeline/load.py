@@ -23,9 +23,10 @@ from fastvid.distributed.links import device_of, find_links
 from fastvid.distributed.mesh import Mesh
 from fastvid.errors import CheckpointError
 from fastvid.loaders import quantize
-from fastvid.loaders.checkpoint import check_fill, fill, load_part, open_checkpoint
+from fastvid.loaders.checkpoint import load_part, open_checkpoint
 from fastvid.loaders.find import read_tokenizer
-from fastvid.loaders.lora import Lora, as_tuples, changed_weights, read_loras
+from fastvid.loaders.lora import Lora, read_loras
+from fastvid.loaders.lora_cache import LoraCache
 from fastvid.loaders.lora_fit import fit, for_expert
 from fastvid.loaders.names import EMBEDDED
 from fastvid.models.common.experts import Experts
@@ -35,6 +36,7 @@ from fastvid.models.registry import ENCODERS, build_outline, part_dtype
 from fastvid.models.wan import variants
 from fastvid.ops import vae_gpu
 from fastvid.ops.dispatch import Ops, bind
+from fastvid.pipeline.loras import with_loras
 from fastvid.planning import memory
 from fastvid.requests.request import default_request
 
@@ -59,10 +61,8 @@ def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, m
     loras = fit(loras, checkpoint)
     placement = choose_placement(checkpoint, options, mesh)
     modules = load_modules(checkpoint, ops, placement, loras, mesh.rank)
-    lists = as_tuples(loras), changed_weights(loras)
-    return Model(
-        str(source), checkpoint, checkpoint.require_preset(), modules, ops, options, placement, *lists, mesh, links
-    )
+    parts = str(source), checkpoint, checkpoint.require_preset(), modules, ops, options, placement
+    return with_loras(Model(*parts, mesh=mesh, links=links, lora_cache=LoraCache()), loras)
 
 
 def outline(
@@ -90,42 +90,8 @@ def outline(
     loras = fit(loras, checkpoint)
     placement = choose_placement(checkpoint, options, mesh, free)
     modules = empty_modules(checkpoint, placement)
-    lists = as_tuples(loras), changed_weights(loras)
-    return Model(
-        str(source), checkpoint, checkpoint.require_preset(), modules, ops, options, placement, *lists, mesh, links
-    )
-
-
-def change_loras(model: Model, loras: Any) -> Model:
-    """The model with its LoRAs replaced by these. Every weight that an old or a new LoRA changes is read from the
-    model's files again, in every expert that has it. Everything is checked before the first weight is read.
-    """
-    merging = fit(read_loras(loras, download=True), model.checkpoint)
-    stale = model.merged | changed_weights(merging)
-    for module, part, own in _with_loras(model, merging):
-        check_fill(module, part, own)
-    with model.experts.residency.change():
-        for module in model.experts.modules:
-            if isinstance(module.run, cuda_graphs.Graphs):
-                module.run.free()  # graphs know weights by their addresses
-        try:
-            _refill(model, merging, stale)
-        except CheckpointError:  # values that are not finite show only while merging
-            _refill(model, fit(read_loras(model.loras), model.checkpoint), stale)
-            raise
-    return replace(model, loras=as_tuples(merging), merged=changed_weights(merging))
-
-
-def _with_loras(model: Model, loras: Sequence[Lora]) -> list[tuple[nn.Module, Part, Sequence[Lora]]]:
-    """Each expert's module and files, and the LoRAs that change it."""
-    names = model.checkpoint.experts
-    mine = [for_expert(loras, number, len(names)) for number in range(len(names))]
-    return list(zip(model.experts.modules, map(model.checkpoint.part, names), mine, strict=True))
-
-
-def _refill(model: Model, loras: Sequence[Lora], stale: frozenset[str]) -> None:
-    for module, part, own in _with_loras(model, loras):
-        fill(module, part, next(module.parameters()).device, model.dtype, own, only=stale)
+    parts = str(source), checkpoint, checkpoint.require_preset(), modules, ops, options, placement
+    return with_loras(Model(*parts, mesh=mesh, links=links, lora_cache=LoraCache()), loras)
 
 
 # ---------------------------------------------------------------- options and placement
@@ -219,7 +185,7 @@ def load_modules(
 
 
 def load_experts(checkpoint: Checkpoint, ops: Ops, placement: Placement, loras: Sequence[Lora] = ()) -> Experts:
-    """The transformers, with LoRAs merged into them."""
+    """The transformers, with LoRAs merged into their plain weights."""
     names, device = checkpoint.experts, placement.device
     stay = experts_stay(checkpoint, placement.offload)
     mine = [for_expert(loras, number, len(names)) for number in range(len(names))]

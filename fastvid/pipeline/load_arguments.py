@@ -23,13 +23,12 @@ from fastvid.loaders import quantize
 from fastvid.loaders.names import BASE, EMBEDDED, PART_NAMES
 from fastvid.models.registry import EXPERTS
 from fastvid.models.wan.variants import PUBLISHED
+from fastvid.requests import loras
 
 MAX_BACKENDS = 1000  # characters
-_LORAS = 'a list of files, or of (file, scale) such as ("a.safetensors", 0.8), or of (file, scale, "high" or "low")'
 _PARTS = 'names and paths, such as {"vae": "wan_2.1_vae.safetensors"}'
 _MODEL = f"{EMBEDDED!r}, a folder, a file, or a hub id such as org/name"
 _VARIANT = "the name of a published model, such as wan2.1-i2v-14b-480p"
-_scale = checks.number(-100.0, 100.0)
 
 
 @guarded(_MODEL)
@@ -39,20 +38,6 @@ def model(name: str, value: Any) -> str | Path:
         refuse(name, value, _MODEL)
     plain = path(name, value)
     return plain if isinstance(value, str) else Path(plain)
-
-
-@guarded(_LORAS)
-def loras(name: str, value: Any) -> tuple[Any, ...]:
-    """Each LoRA as its path, or as (path, scale) or (path, scale, expert)."""
-    given = () if value is None else [value] if checks.is_path(value) else items(name, value, _LORAS, 1000, least=0)
-    return tuple(_lora(f"{name}[{i}]", one) for i, one in enumerate(given))
-
-
-def _lora(name: str, value: Any) -> Any:
-    if checks.is_path(value):
-        return path(name, value)
-    file, scale, *expert = items(name, value, _LORAS, 3, least=2)
-    return path(name, file), _scale(f"{name} scale", scale), *(checks.text(f"{name} expert", one) for one in expert)
 
 
 @guarded(_PARTS)
@@ -100,7 +85,7 @@ CHECKS: Mapping[str, Check] = {
     "vae_dtype": _dtype,
     "backend": _backend,
     "attention": _backend,
-    "loras": loras,
+    "loras": loras.check,
     "offload": one_of((AUTO, *MODES)),
     "parts": parts,
     "max_running": whole(1, 1000),

@@ -29,7 +29,7 @@ from fastvid.engine.session import PromptChanges, Session
 from fastvid.media.video import Video
 from fastvid.models.loaded import Model
 from fastvid.pipeline import asynchronous, load_arguments, steps
-from fastvid.pipeline.load import change_loras
+from fastvid.pipeline.loras import change_loras
 from fastvid.pipeline.prepare import (
     Prepared,
     estimate_of,
@@ -330,7 +330,7 @@ class Pipeline:
         prepared = prepare(self._model, request, keep_frames)
         warn_of_prompts(self._model, request, prepared.job.request)
         arguments, settings = request.video_arguments(), request.checkpoint_options()
-        saving = resume.begin(self._model, request.verb, arguments, prepared.recipe, settings, prepared.job.layout)
+        saving = resume.begin(prepared.model, request.verb, arguments, prepared.recipe, settings, prepared.job.layout)
         return self._stream(prepared, keep_latents, saving)
 
     def resume(
@@ -370,7 +370,7 @@ class Pipeline:
         verb, options = resume.options(saved, given)
         request = make_request(verb, options, lambda: self._variant)
         prepared = prepare(self._model, request, layout=resume.layout_of(saved, self._model))
-        resume.check_request(saved, prepared.recipe)
+        resume.check_request(saved, prepared.recipe, prepared.model)
         resume.check_files(saved, self._model, prepared.job.timeline)
         prepared = replace(prepared, recipe=saved.about["recipe"])
         return self._stream(prepared, keep_latents, resume.open_saved(saved, self._model, settings))
@@ -381,7 +381,7 @@ class Pipeline:
         Changed weights are read again from the model's files, so nothing of earlier LoRAs is left. Finish running
         streams first: they would continue with the new weights. Raises as `fastvid.load` does; then nothing changes.
         """
-        self._set_loras(load_arguments.loras("loras", loras))
+        self._set_loras(load_arguments.CHECKS["loras"]("loras", loras))
 
     @computes
     def _set_loras(self, loras: tuple[Any, ...]) -> None:
@@ -393,7 +393,7 @@ class Pipeline:
     def _stream(self, prepared: Prepared, keep_latents: bool, saving: Resume | None) -> Stream:
         ticket = self._ticket or self.new_ticket()
         changes = PromptChanges(functools.partial(warn_of_prompt, self._model))
-        session = Session(self._model, prepared.job, ticket, keep_latents, saving, changes)
+        session = Session(prepared.model, prepared.job, ticket, keep_latents, saving, changes)
         events = Computed(_events(prepared, session, saving), self._model.device)
         return Stream(events, ticket, changes if saving is None else None, prepared.job.request.verb)
 

@@ -22,6 +22,7 @@ from fastvid.media.sound import Track
 from fastvid.media.targets import paths_in
 from fastvid.models.loaded import Model
 from fastvid.pipeline import tensors, verbs
+from fastvid.pipeline.loras import for_request
 from fastvid.pipeline.request_warnings import warn_of_forcing, warn_of_size
 from fastvid.planning.plan import plan_request
 from fastvid.planning.speed import Rates, assumed, find_rates
@@ -45,8 +46,9 @@ def files_in(options: dict[str, Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked and planned request, with its recipe."""
+    """A checked and planned request, with its recipe. model: as it runs it, with the request's LoRAs."""
 
+    model: Model
     job: Job
     plan: Plan
     recipe: dict[str, Any]
@@ -75,6 +77,7 @@ def prepare(
     rates: this machine's speed, for a time estimate. layout: the layout of a resumed request. Raises InvalidRequest,
     MediaError, OutOfMemory.
     """
+    model = for_request(model, request.loras or ())
     resolved = inputs.read(request).resolve(model.preset)
     inputs.warn_of_shapes(resolved)
     resolved = replace(resolved, seed=agree(model.mesh, resolved.seed, first))
@@ -89,7 +92,7 @@ def prepare(
     plan, layout = plan_request(model, resolved, timeline, sigmas, keep_frames, free, rates, layout)
     log.info("plan: %s", _summary(plan))
     job = Job(resolved, timeline, sigmas, plan.decode_chunk, plan.decode_stripes, plan.decode_beside, layout)
-    return Prepared(job, plan, recipe, soundtrack(resolved, timeline))
+    return Prepared(model, job, plan, recipe, soundtrack(resolved, timeline))
 
 
 def _summary(plan: Plan) -> str:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 from fastvid import checks
 from fastvid.checks import Check, number, one_of, text, whole
-from fastvid.requests import options
+from fastvid.requests import loras, options
 
 RANDOM = -1  # the seed that asks for a random one
 DIRECTIONS = ("after", "before", "both")
@@ -220,6 +220,11 @@ ARGUMENTS: Mapping[str, Argument] = {
         checks.tensor, "embeddings instead of the prompt: [1, L, text_dim], as `Pipeline.embed` returns"
     ),
     "negative_prompt_embeds": Argument(checks.tensor, "embeddings instead of the negative prompt"),
+    "loras": Argument(
+        loras.check_of_request,
+        "LoRAs of this request alone, beside those that the model was loaded with: files, folders or hub names, each "
+        "alone, as (file, scale), or as (file, scale, expert) with expert high or low",
+    ),
     "checkpoint": Argument(checks.path, "save progress in FOLDER, for `fastvid resume FOLDER`", "--checkpoint FOLDER"),
     "checkpoint_every": Argument(
         number(0.0, 86400.0, " seconds"),

@@ -24,6 +24,7 @@ Path: TypeAlias = "str | os.PathLike[str]"
 Picture: TypeAlias = "Path | Array | Image"
 Clip: TypeAlias = "Picture | Video | OpenClip | Sequence[Picture]"
 Shots: TypeAlias = "Sequence[tuple[str, float]]"
+Loras: TypeAlias = "Sequence[Path | tuple[Path, float] | tuple[Path, float, str]]"
 Solver = Literal["unipc", "euler", "dpm++", "redraw"]
 Schedule = Literal["windows", "staggered"]
 Direction = Literal["after", "before", "both"]
@@ -54,6 +55,7 @@ class SamplingOptions(TypedDict, total=False):
     prompt_embeds: Array | None
     negative_prompt_embeds: Array | None
     original_prompt: str | None
+    loras: Loras | None
     checkpoint: Path | None
     checkpoint_every: float | None
     keep_checkpoint: bool | None

@@ -85,6 +85,7 @@ class Request:
     latents: Any = _data()
     prompt_embeds: Any = _data()
     negative_prompt_embeds: Any = _data()
+    loras: tuple[Any, ...] | None = None
     expand_prompt: bool | None = None
     prompt_endpoint: str | None = None
     prompt_model: str | None = None
@@ -298,6 +299,7 @@ class Resolved:
     latents: Any = field(compare=False, repr=False)
     prompt_embeds: Any = field(compare=False, repr=False)
     negative_prompt_embeds: Any = field(compare=False, repr=False)
+    loras: tuple[Any, ...] | None
     model_height: int
     model_width: int
     model_frames: int

@@ -38,6 +38,7 @@ from fastvid.errors import BackendUnavailable, Cancelled, CheckpointError, Error
 from fastvid.media.video import Video
 from fastvid.pipeline import load_arguments
 from fastvid.requests.arguments import documented, random_seed
+from fastvid.requests.loras import absolute
 from fastvid.requests.options import AnyOptions
 from fastvid.requests.request import DATA, Request
 from fastvid.workers.channel import Message
@@ -287,6 +288,7 @@ class Pool:
         if request.checkpoint is not None:
             raise InvalidRequest("checkpoint: a pool keeps one for every job; leave it out")
         arguments = {"seed": random_seed(), **request.arguments()}  # the same seed for every attempt
+        arguments |= {"loras": absolute(request.loras)} if request.loras else {}
         job = Job(self, request.verb, arguments)
         with self._change:
             self._change.wait_for(lambda: self._closed or len(self._queue) < self.waiting, timeout if wait else 0)

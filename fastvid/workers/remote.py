@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -24,6 +23,7 @@ from fastvid.engine.session import PromptChanges
 from fastvid.errors import Error, InvalidRequest
 from fastvid.loaders.checkpoint import open_checkpoint
 from fastvid.pipeline.pipeline import Pipeline, Stream
+from fastvid.requests.loras import absolute
 from fastvid.requests.request import Request
 from fastvid.workers import torchrun
 from fastvid.workers.group import WorkerGroup
@@ -138,14 +138,7 @@ class RemotePipeline(Pipeline):
     def _set_loras(self, loras: tuple[Any, ...]) -> None:
         """Workers that are started later have them too."""
         self._call("set_loras", list(loras))
-        self._team.options["loras"] = [_absolute(lora) for lora in loras]
-
-
-def _absolute(lora: Any) -> Any:
-    """A LoRA by a path that does not depend on the current folder; hub ids stay."""
-    if isinstance(lora, tuple | list):
-        return (_absolute(lora[0]), *lora[1:]) if lora else lora
-    return os.path.abspath(lora) if isinstance(lora, str | os.PathLike) and os.path.exists(lora) else lora
+        self._team.options["loras"] = absolute(loras)
 
 
 class RemoteEvents:

@@ -18,7 +18,6 @@ from fastvid.errors import InvalidRequest
 from fastvid.layers.quantized import Quantized, QuantizedLinear
 from fastvid.loaders import quantize
 from fastvid.loaders.checkpoint import load_part, open_checkpoint
-from fastvid.loaders.lora import merge, read_lora
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.registry import Config, build_empty
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig
@@ -120,26 +119,21 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * math.log10(255**2 / float(np.square(a.astype(float) - b).mean()))
 
 
-def test_loras_are_merged_before(tmp_path: Path) -> None:
+def test_loras_stay_beside(tmp_path: Path) -> None:
     name = "blocks.1.attn1.to_k"
     checkpoint = open_checkpoint("embedded")
     width = checkpoint.configs["transformer"].dim
-    generator = torch.Generator().manual_seed(0)
-    up, down = (torch.randn(shape, generator=generator) * 0.1 for shape in ((width, 4), (4, width)))
     file = tmp_path / "lora.safetensors"
-    save_file({f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}, file)
-    pipe = fastvid.load("embedded", device="cpu", quantize="int8", loras=[file])
-    layer = pipe._model.transformer.get_submodule(name)
+    save_file({f"transformer.{name}.lora_{x}.weight": torch.ones(4, width) for x in "A"}
+              | {f"transformer.{name}.lora_B.weight": torch.ones(width, 4)}, file)  # fmt: skip
     plain = load_part(checkpoint, "transformer").state_dict()[f"{name}.weight"]
-    assert isinstance(layer, QuantizedLinear)
-
-    def codes(weight: torch.Tensor) -> torch.Tensor:
-        return quantize_weight(weight, INT8)["codes"]
-
-    assert torch.equal(layer.weight.data["codes"], codes(merge(f"{name}.weight", plain, read_lora(file))))
-    pipe.set_loras([])
-    layer = pipe._model.transformer.get_submodule(name)
-    assert isinstance(layer, QuantizedLinear) and torch.equal(layer.weight.data["codes"], codes(plain))
+    pipe = fastvid.load("embedded", device="cpu", quantize="int8", loras=[file])
+    for loras in ([file], []):
+        layer = pipe._model.transformer.get_submodule(name)
+        assert isinstance(layer, QuantizedLinear)
+        assert torch.equal(layer.weight.data["codes"], quantize_weight(plain, INT8)["codes"])
+        assert [set(one.layers) for one in pipe._model.branches] == ([{name}] if loras else [])
+        pipe.set_loras([])
 
 
 def test_a_quantized_file_keeps_its_weights() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastvid.distributed.mesh import RankView
 from fastvid.errors import InvalidRequest
 from fastvid.layers.attention import cross_attention, self_attention
+from fastvid.layers.branches import plain_weight
 from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.embeddings import RotaryTables, group_timesteps, timestep_sinusoid
 from fastvid.layers.fused import FusedLinear
@@ -29,7 +30,6 @@ from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.ops import reference
-from fastvid.ops.quantized import dense
 from fastvid.ops.upload import upload
 
 IMAGE_NORM_EPS = 1e-5  # of the norms around the image embedder, whatever the config's eps
@@ -239,6 +239,8 @@ class WanTransformer(nn.Module):
     UNUSED = ("norm_added_q",)
     # Lists of blocks that need not be on the device all at once: `walk` iterates over them (`fastvid.device.offload`).
     STREAMED: tuple[str, ...] = ("blocks",)
+    # Linear layers whose weight an operation takes itself, so that no branch can be beside it.
+    DIRECT = ("proj_out",)
 
     def __init__(self, config: WanTransformerConfig, ops: Any = reference) -> None:
         super().__init__()
@@ -367,7 +369,7 @@ class WanTransformer(nn.Module):
         stream = Stream(self.ops.patch_embed(latents, *embed, known))
         x = self._run_blocks(stream, Modulation(rows, index), context, rotary, cache, parallel)
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)
-        out, patch = (dense(self.proj_out.weight), self.proj_out.bias), self.config.patch_size
+        out, patch = (plain_weight(self.proj_out), self.proj_out.bias), self.config.patch_size
         grid = [n // p for n, p in zip(latents.shape[2:], patch, strict=True)]
         return self.ops.head(x, shift, scale, index, *out, grid, patch, self.config.eps, latents.dtype)
 
