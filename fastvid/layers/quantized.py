@@ -32,7 +32,10 @@ class Quantized(nn.Module):
     def weight(self) -> QuantizedTensor:
         spec = self.spec
         data = {role: getattr(self, f"weight_{role}") for role in spec.data}
-        return QuantizedTensor(spec.format, spec.shape, data, self.dtype, spec.rotation, spec.eight_bit)
+        return QuantizedTensor(spec.format, spec.shape, data, self.dtype, spec.rotation, spec.eight_bit, self._keep)
+
+    def _keep(self, role: str, tensor: Tensor) -> None:
+        setattr(self, f"weight_{role}", nn.Parameter(tensor, requires_grad=False))
 
     def fill(self, data: Data, device: torch.device) -> None:
         """Takes the weight's tensors as its own, moved to a device."""

@@ -20,12 +20,20 @@ SMALLEST = 1e-12  # of a scale: rows of zeros stay zeros
 
 def values(format: str, codes: Tensor) -> Tensor:
     """The codes as fp32 numbers."""
-    return (codes.view(FLOATS[format]) if format in FLOATS else codes).float()
+    if format not in FLOATS or codes.device.type != "cpu":
+        return (codes.view(FLOATS[format]) if format in FLOATS else codes).float()
+    # Bits moved to where fp16 has them: PyTorch's own conversion takes 5 times as long on a CPU.
+    bits = codes.view(torch.int8).to(torch.int16)
+    if format == E5M2:
+        return bits.bitwise_left_shift_(8).view(torch.float16).float()
+    nan = (bits & 0x7F).add_(1).bitwise_and_(0x80).mul_(0xF8)  # the exponent of NaN where all seven bits are set
+    bits.bitwise_left_shift_(7).bitwise_and_(~0x4000).bitwise_or_(nan)
+    return bits.view(torch.float16).float().mul_(2.0**8)  # e4m3's exponent starts at -7, fp16's at -15
 
 
 def _dequantize(format: str, data: Data, start: int, stop: int) -> Tensor:
     scale = data["scale"]
-    return values(format, data["codes"][start:stop]) * (scale if len(scale) == 1 else scale[start:stop, None])
+    return values(format, data["codes"][start:stop]).mul_(scale if len(scale) == 1 else scale[start:stop, None])
 
 
 def _layout(format: str, shape: Shape) -> Layout:

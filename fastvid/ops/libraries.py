@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastvid.ops import attention_library, compiled, compiling, vae_gpu
+from fastvid.ops import attention_library, compiled, compiling, quantized_library, vae_gpu
 
 
 def default(op: str, device: torch.device) -> tuple[str, str]:
@@ -18,9 +18,13 @@ def default(op: str, device: torch.device) -> tuple[str, str]:
         chains of passes over     "compiled": torch.compile, where Triton is installed
         memory
         the rest                  "reference", which is a library's product: patch_embed, linear
+
+    Products with quantized weights are "library" everywhere (quantized_library.py).
     """
     if op == "attention":
         return _attention(device)
+    if op == "linear_quantized":
+        return "library", quantized_library.described(device)
     if device.type != "cuda":
         return "reference", device.type
     if "channels_last" in vae_gpu.BACKENDS.get(op, ()):

@@ -1,7 +1,7 @@
 """Calls of operations as data: which operation, with tensors of which shapes, strides and dtypes, and how often.
 
 A call goes to a child process as JSON. In it a tensor is {"tensor": shape, "stride", "dtype", "host"}, a function of
-`ops` is {"function": its operation} and a dtype {"dtype": its name}.
+`ops` is {"function": its operation}, a dtype {"dtype": its name} and a quantized weight {"weight": its fields}.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from fastvid.ops import dispatch, reference
+from fastvid.ops.quantized import QuantizedTensor
+from fastvid.tuning import weights
+from fastvid.tuning.weights import WeightLike
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "attention": ("attention",),
-    "linears": ("linear", "linear_gelu_tanh"),
+    "linears": ("linear", "linear_gelu_tanh", "linear_quantized"),
     "norms": (
         *("modulated_layer_norm", "gated_residual", "gated_residual_norm", "gated_residual_layer_norm"),
         *("residual_norm", "layer_norm", "rms_norm", "rms_norm_rope", "qkv_norm_rope"),
@@ -104,6 +107,8 @@ def split(op: str, given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str,
 
 def like(value: Any) -> Any:
     """A recorded argument without values: tensors become TensorLike, functions Function."""
+    if isinstance(value, QuantizedTensor):
+        return weights.like(value)
     if isinstance(value, Tensor):
         return TensorLike(tuple(value.shape), value.stride(), value.dtype, value.device.type == "cpu")
     if isinstance(value, list | tuple):
@@ -115,12 +120,12 @@ def cost(op: str, given: Mapping[str, Any], out: Any) -> tuple[float, float]:
     """(floating point operations, bytes read and written) of a call."""
     made = [one for one in (out if isinstance(out, list | tuple) else [out]) if isinstance(one, Tensor)]
     tensors = [one for value in given.values() for one in (value if isinstance(value, tuple) else (value,))]
-    moved = sum(one.bytes for one in tensors if isinstance(one, TensorLike))
+    moved = sum(one.bytes for one in tensors if isinstance(one, TensorLike | WeightLike))
     moved += sum(one.numel() * one.element_size() for one in made)
     if op == "attention":
         return 4.0 * math.prod(given["q"].shape) * given["k"].shape[1], moved
     weight = given.get("weight")
-    if isinstance(weight, TensorLike) and len(weight.shape) > 1:
+    if isinstance(weight, TensorLike | WeightLike) and len(weight.shape) > 1:
         return 2.0 * made[0].numel() * math.prod(weight.shape[1:]), moved
     return 10.0 * sum(one.numel() for one in made), moved
 
@@ -166,6 +171,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, TensorLike):
         dtype = str(value.dtype).removeprefix("torch.")
         return {"tensor": value.shape, "stride": value.stride, "dtype": dtype, "host": value.host}
+    if isinstance(value, WeightLike):
+        return weights.to_json(value)
     if isinstance(value, Function):
         return {"function": value.op}
     if isinstance(value, torch.dtype):
@@ -181,4 +188,6 @@ def _parsed(value: Any) -> Any:
     if "tensor" in value:
         dtype = getattr(torch, value["dtype"])
         return TensorLike(tuple(value["tensor"]), tuple(value["stride"]), dtype, value["host"])
+    if "weight" in value:
+        return weights.from_json(value["weight"])
     return Function(value["function"]) if "function" in value else getattr(torch, value["dtype"])

@@ -29,6 +29,7 @@ from fastvid.tuning.calls import MAY_WRITE, Call, split
 from fastvid.tuning.inputs import Given
 from fastvid.tuning.pieces import Outputs, Piece
 from fastvid.tuning.truth import outputs, truth
+from fastvid.tuning.weights import tensors
 
 TIMES = 2.0  # the reference's error
 FLOOR = {torch.float32: 1e-5, torch.float16: 2.5e-4, torch.bfloat16: 2e-3, torch.uint8: 5e-3}
@@ -273,8 +274,7 @@ def check_other_values(op: str, function: Callable[..., Any], made: Case) -> Non
     first = run(op, function, given)
     kept = [one.clone() for one in first]
     inputs.change(given)
-    every = [one for value in given.values() for one in (value if isinstance(value, tuple) else (value,))]
-    overwritten = {one.untyped_storage().data_ptr() for one in every if isinstance(one, Tensor)}
+    overwritten = {one.untyped_storage().data_ptr() for value in given.values() for one in tensors(value)}
     expected = run(op, getattr(reference, op), fresh(op, given))
     outs = run(op, function, given)
     check_form(outs, expected)
@@ -300,12 +300,11 @@ def checksums(op: str, given: Given) -> dict[str, int]:
     for name, value in given.items():
         if name in MAY_WRITE.get(op, ()):
             continue
-        for number, one in enumerate(value if isinstance(value, tuple) else (value,)):
-            if isinstance(one, Tensor) and one.numel():
+        several = tensors(value)
+        for number, one in enumerate(several):
+            if one.numel():
                 kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-                found[f"{name} {number}" if isinstance(value, tuple) else name] = int(
-                    one.view(kind).sum(dtype=torch.int64)
-                )
+                found[f"{name} {number}" if len(several) > 1 else name] = int(one.view(kind).sum(dtype=torch.int64))
     return found
 
 

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from fastvid.ops import rgb
+from fastvid.ops.quantized import QuantizedTensor
+from fastvid.tuning import weights
 from fastvid.tuning.calls import Call, Function, TensorLike
+from fastvid.tuning.weights import WeightLike
 
 Given = dict[str, Any]
 """Argument name -> value."""
@@ -36,6 +39,8 @@ def _value(name: str, value: Any, call: Call, device: torch.device, seed: int) -
         place = torch.device("cpu") if value.host and _stays(call.op, name) else device
         generator = torch.Generator(place).manual_seed(seed + zlib.crc32(_stream(name).encode()))
         return _strided(_draw(name, value, call, generator), value, call.op.startswith("vae_"))
+    if isinstance(value, WeightLike):
+        return weights.make(value, torch.Generator(device).manual_seed(seed))
     if isinstance(value, Function):
         return rgb.reference
     if isinstance(value, tuple) and any(isinstance(one, TensorLike) for one in value):
@@ -127,6 +132,8 @@ def copied(given: Given) -> Given:
     def copy(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(copy, value))
+        if isinstance(value, QuantizedTensor):
+            return weights.copied(value)
         return value.clone() if isinstance(value, Tensor) else value
 
     return {name: copy(value) for name, value in given.items()}
@@ -136,6 +143,9 @@ def change(given: Given) -> None:
     """Puts other values into the same memory, but for angles, indices and what says how a step goes."""
     for name, value in given.items():
         if name in ("cos", "sin", "sigma", "weights"):
+            continue
+        if isinstance(value, QuantizedTensor):
+            weights.change(value)
             continue
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, Tensor) and one.is_floating_point():

@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.ops import reference, vae
+from fastvid.ops.formats_rows import values
+from fastvid.ops.quantized import QuantizedTensor, quantized_rows
 from fastvid.tuning.calls import split
 from fastvid.tuning.inputs import Given, to_float64
 
@@ -127,6 +130,20 @@ def _conv_rgb(dtype: torch.dtype, to_rgb: Any = None, **given: Any) -> Outputs:
     return _bytes(out), kept
 
 
+def _linear_quantized(
+    dtype: torch.dtype, x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu: bool = False
+) -> Tensor:
+    """The weight is rounded to the dtype, or with 8-bit products activations to codes, with scales in fp32."""
+    if weight.eight_bit:
+        codes, scale = quantized_rows(x.to(dtype), weight)
+        own = values(weight.format, weight.data["codes"]).double() * weight.data["scale"].double().view(-1, 1)
+        y = (codes.double() * scale.double()) @ own.T
+    else:
+        y = x @ weight.dequantize(dtype).double().T
+    y = y if bias is None else y + bias
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
 DEFINITIONS: Mapping[str, Callable[..., Any]] = {
     "modulated_layer_norm": _modulated,
     "gated_residual": _gated,
@@ -137,6 +154,7 @@ DEFINITIONS: Mapping[str, Callable[..., Any]] = {
     "rms_norm_rope": _norm_rope,
     "qkv_norm_rope": _qkv_norm_rope,
     "head": _head,
+    "linear_quantized": _linear_quantized,
     "to_rgb": _to_rgb,
     "vae_norm_silu_conv3d_rgb": _conv_rgb,
 }

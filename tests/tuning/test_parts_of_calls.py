@@ -22,7 +22,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture(scope="module")
 def found() -> dict[str, Call]:
     """The smallest class of each operation."""
-    calls = record(Subject("embedded", (64, 64), 9), LoadOptions(device="cpu"))
+    options = LoadOptions(device="cpu"), LoadOptions(device="cpu", quantize="int8")
+    calls = [call for one in options for call in record(Subject("embedded", (64, 64), 9), one)]
     return {call.op: call for call in sorted(calls, key=lambda call: work(call, CPU), reverse=True)}
 
 
