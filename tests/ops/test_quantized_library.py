@@ -44,7 +44,7 @@ def given(of: QuantizedTensor, rows: int, dtype: torch.dtype, bias: bool = True)
 
 
 def check(run: object, call: dict[str, object]) -> None:
-    """At most twice as far from double precision as the reference, or two roundings; oneDNN adds fp32 in other orders."""
+    """At most twice as far from double precision as the reference, or two roundings. (oneDNN adds in other orders.)"""
     (exact,), eager, made = truth("linear_quantized", call), reference.linear_quantized(**call), run(**call)
     assert made.shape == eager.shape and made.dtype == eager.dtype
     limit = max(2 * error(eager, exact)[0], torch.finfo(made.dtype).eps * 0.6, 2e-6)
