@@ -66,7 +66,8 @@ def _check_words(flags: argparse.Namespace, values: dict[str, Any]) -> None:
             raise UsageError(f"no {words_of(verb)[name]} given: {usage_of(verb)} -o PATH, {see}")
     if not has_prompt(verb) and "shots" not in values:
         raise UsageError(f"no shots given; give --shot PROMPT:SECONDS for each, --shots FILE, {see}")
-    if has_prompt(verb) and verb not in PROMPT_OF_CLIP and "prompt" not in values:
+    optional = verb in PROMPT_OF_CLIP or "pose_video" in values
+    if has_prompt(verb) and not optional and "prompt" not in values:
         if not flags.planned:
             raise UsageError(f"no prompt given; give one in quotes, {see}")
         values["prompt"] = ""

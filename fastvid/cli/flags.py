@@ -13,10 +13,10 @@ from fractions import Fraction
 from typing import Any
 
 from fastvid import checks
-from fastvid.requests.arguments import ARGUMENTS, CHECKPOINT, CLIPS, PROMPT_OF_CLIP, VERBS, Argument, type_of
+from fastvid.requests.arguments import ARGUMENTS, CHECKPOINT, CLIPS, DRIVING, PROMPT_OF_CLIP, VERBS, Argument, type_of
 from fastvid.requests.forcing import FORCING
 
-RESUME_INPUTS = ("image", "last_image", "video", "video_2", "mask", "reference_images")
+RESUME_INPUTS = ("image", "last_image", "video", "video_2", "mask", "reference_images", *DRIVING)
 """The inputs that `resume` takes again."""
 
 

@@ -12,7 +12,7 @@ from fastvid.checks import near_name
 from fastvid.cli import flags as cli_flags
 from fastvid.cli import tool_parsers
 from fastvid.cli.command_parser import EPILOG, Parser, UsageError, add_files
-from fastvid.cli.flags import FLAGS, SAMPLING, flags_of, has_prompt, size_in_bytes, usage_of, words_of
+from fastvid.cli.flags import FLAGS, RESUME_INPUTS, SAMPLING, flags_of, has_prompt, size_in_bytes, usage_of, words_of
 from fastvid.requests.arguments import CHECKPOINT, PROMPT_OF_CLIP, VERBS
 
 OTHERS = {
@@ -105,8 +105,8 @@ def _resume() -> Parser:
     for name in CHECKPOINT[1:]:
         FLAGS[name].add_to(parser, name)
     group = parser.add_argument_group("input files that have moved")
-    for name in ("image", "last-image", "video", "video-2", "mask"):
-        group.add_argument(f"--{name}", metavar="FILE", help="new path of the same file")
+    for name in (name for name in RESUME_INPUTS if name != "reference_images"):
+        group.add_argument(f"--{name.replace('_', '-')}", metavar="FILE", help="new path of the same file")
     group.add_argument(
         "--reference-image", action="append", dest="reference_images", metavar="FILE", help="new path; may be repeated"
     )

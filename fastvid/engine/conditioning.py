@@ -1,10 +1,11 @@
 """Conditions a segment on its known frames, and builds its denoiser.
 
-Known frames reach a model in one of five ways (see `fastvid.models.wan.conditioning`):
+Known frames reach a model in one of six ways (see `fastvid.models.wan.conditioning`):
 
     CHANNELS    a mask and clean latents in extra input channels, mostly with CLIP tokens (I2V, FLF2V, I2V-A14B)
     TIMESTEPS   clean latents among the noisy ones, at timestep 0 (models with a timestep per token: TI2V-5B, embedded)
     CONTROL     the video that the control branch sees (VACE)
+    DRIVEN      as CHANNELS, behind a character that a pose and a face drive (Animate)
     CACHE       the KV cache (causal models)
     REIMPOSED   latents noised to the level of the others, and put back before every call (all other models)
 
@@ -26,12 +27,13 @@ import torch
 from torch import Tensor
 
 from fastvid.distributed.mesh import RankView
+from fastvid.engine import driving as driven
 from fastvid.engine import forcing, pixels, windows
 from fastvid.engine.pixels import KnownFrames
 from fastvid.engine.source_clip import SourceClip
 from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.kv_cache import KVCache
-from fastvid.models.loaded import CACHE, CHANNELS, CONTROL, REIMPOSED, TIMESTEPS, Model, way_of
+from fastvid.models.loaded import CACHE, CHANNELS, CONTROL, DRIVEN, REIMPOSED, TIMESTEPS, Model, way_of
 from fastvid.models.wan import conditioning
 from fastvid.ops.upload import upload
 from fastvid.requests.request import Resolved
@@ -66,7 +68,7 @@ class Conditions:
     way: how they reach the model (CHANNELS, TIMESTEPS, ...). columns: bool [T], the fully known columns. clean: their
     latents [1, C, T, h, w]. channels: extra input channels [1, M, T, h, w]. embeds: CLIP tokens [1, L, d]. control: the
     control branch's input [1, V, T, h, w]. scales: the control branch's weight, one number or one per layer. fps: the
-    frame rate, for a model that is told it.
+    frame rate, for a model that is told it. driving: of a character.
     """
 
     way: str
@@ -77,11 +79,13 @@ class Conditions:
     control: Tensor | None = None
     scales: float | tuple[float, ...] = 1.0
     fps: float | None = None
+    driving: driven.Driving | None = None
 
-    def context(self, transformer: Any, text: Tensor) -> Any:
-        """The transformer's context for a text [1, L, text_dim] and these conditions; computed once per segment."""
-        more = {} if self.control is None else {"control": self.control, "scales": self.scales}
+    def context(self, transformer: Any, text: Tensor, negative: bool = False) -> Any:
+        """The transformer's context for a (negative) text [1, L, text_dim] and these conditions, once per segment."""
+        more: dict[str, Any] = {} if self.control is None else {"control": self.control, "scales": self.scales}
         more |= {} if self.fps is None else {"fps": self.fps}
+        more |= {} if self.driving is None else self.driving.arguments(negative)
         return transformer.prepare_context(text, self.embeds, **more)
 
     def input(
@@ -136,6 +140,10 @@ def prepare(
     if way == CONTROL:
         scale = 1.0 if request.conditioning_scale is None else request.conditioning_scale
         return Conditions(way, no_columns, control=_control(model, request, segment, known, clip), scales=scale)
+    if way == DRIVEN:
+        driving = driven.prepare(model, request, segment, known)
+        embeds = _clip_tokens(model, [request.image]) if model.transformer.config.image_dim else None
+        return Conditions(way, no_columns, None, driving.channels, embeds, driving=driving)
     if not known:
         return Conditions(way, no_columns)
     if way == CHANNELS:
@@ -380,7 +388,7 @@ class SegmentDenoiser:
         latents, times = self._known_noise.add(row, latents, times)
         with model.use_expert(expert) as transformer:
             if key not in self._contexts:
-                self._contexts[key] = self.conditions.context(transformer, text)
+                self._contexts[key] = self.conditions.context(transformer, text, prompt == NEGATIVE)
             channels = self.conditions.window_channels(row)
             options = {"known": channels, "rope_offset": offset, "cache": cache, "view": self._ranks}
             velocity = transformer(latents, times[None], self._contexts[key], **options)

@@ -25,7 +25,7 @@ from fastvid.engine.pixels import SegmentEnds
 from fastvid.engine.queue import Ticket
 from fastvid.engine.resume import Resume
 from fastvid.engine.resume_checks import SegmentPlan
-from fastvid.models.loaded import Model
+from fastvid.models.loaded import DRIVEN, Model, way_of
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Kept, Segment, Timeline
 from fastvid.sampling.guidance import Denoise
@@ -231,7 +231,8 @@ class SegmentRun:
         self._denoising = SegmentDenoiser(model, job.request, job.sigmas, segment, known, session.prompts.embeds, ranks)
         # A picture passed as a latent spans a group of frames, and decoding does not reproduce it exactly.
         pictures = pixels.stretched(known.pictures, segment) if self._denoising.takes_latents else {}
-        left = None if known.left is None else known.left[-1]
+        # A driven segment starts from the pixels of the one before as its model makes them again, as published.
+        left = None if known.left is None or way_of(model) == DRIVEN else known.left[-1]
         self._blend = KnownFrameBlend(segment, decode.frames_to_blend(segment, left, known.after, pictures))
         self._decoder = Decoder(model, segment, session.ticket, job.beside, job.decode_stripes)
         self._window: tuple[int, int] | None = None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastvid.errors import InvalidRequest
 from fastvid.layers.kv_cache import KVCache
-from fastvid.models.loaded import CHANNELS, CONTROL, Model, way_of
+from fastvid.models.loaded import CHANNELS, CONTROL, DRIVEN, Model, way_of
 from fastvid.models.preset import Rollout
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
@@ -197,7 +197,7 @@ def _sees_known(model: Model, segment: Segment, start: int, stop: int) -> bool:
     """Whether a window has known columns that reach the model as latents, or starts from a clip."""
     if start > 0 or segment.source is not None:
         return True
-    if way_of(model) in (CHANNELS, CONTROL):
+    if way_of(model) in (CHANNELS, CONTROL, DRIVEN):
         return False
     pictures = any(segment.picture_column(frame) < stop for frame in segment.pictures)
     return bool(segment.left) or pictures or stop > segment.columns - segment.right_columns

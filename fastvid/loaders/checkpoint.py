@@ -35,7 +35,7 @@ from fastvid.models.common.tokenizer import TextTokenizer
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.description import Checkpoint, Part, flat_config
 from fastvid.models.preset import Preset
-from fastvid.models.registry import CONTROLLED, EXPERTS, build_empty, hold_quantized, kind_of, target_dtype
+from fastvid.models.registry import CONTROLLED, DRIVEN, EXPERTS, build_empty, hold_quantized, kind_of, target_dtype
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.models.wan.variants import find_preset, find_variants, read_signature
@@ -158,7 +158,7 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
         built = note_problem(problems, lambda: _read_config(found.name, raw_config, config_path))
         config, module = built or (None, None)
         config_class = raw_config.get("_class_name", class_name)
-        if config is not None and class_name == CONTROLLED != config_class:
+        if config is not None and class_name in (CONTROLLED, DRIVEN) and class_name != config_class:
             problems.append(f"{INDEX}: {found.name} is a {class_name}, but {config_path} is of a {config_class!s:.80}")
     entries, origins = found.entries, None
     if identified:
@@ -265,9 +265,7 @@ def _model_name(path: Path) -> str:
 def _size_conflicts(parts: Mapping[str, Part]) -> list[str]:
     """Messages for sizes that differ between parts but must be equal."""
     transformer_config, vae, text_encoder = (parts[name].config for name in ("transformer", "vae", "text_encoder"))
-    transformer = (
-        transformer_config.transformer if isinstance(transformer_config, WanVACEConfig) else transformer_config
-    )
+    transformer = getattr(transformer_config, "transformer", transformer_config)
     if not isinstance(transformer, WanTransformerConfig) or not isinstance(vae, WanVAEConfig):
         return []
     pairs: list[tuple[str, Any, str, Any]] = [

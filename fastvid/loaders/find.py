@@ -30,6 +30,7 @@ PIPELINES = (
     "WanVideoToVideoPipeline",
     "WanImageToVideoPipeline",
     "WanVACEPipeline",
+    "WanAnimatePipeline",
     "WanDMDPipeline",  # FastVideo's distilled models
     "WanCausalDMDPipeline",
     "SkyReelsV2Pipeline",
@@ -144,7 +145,7 @@ def find_original(
         if (actual := parts[name].identity.part) != kind_name(name):
             raise CheckpointError(f"{part_files[0]} should hold a {kind_name(name)}, but it is a {actual}")
     identity, experts = parts["transformer"].identity, "transformer_2" in parts
-    if identity.task in ("i2v", "flf2v") and identity.family == "wan2.1" and "image_encoder" not in parts:
+    if (parts["transformer"].config or {}).get("image_dim") and "image_encoder" not in parts:
         wanted = layouts.ORIGINAL_NAMES["image_encoder"]
         raise CheckpointError(f"{folder} lacks {wanted} (or .pth), which {identity.name} needs")
     tokenizer = folder / layouts.ORIGINAL_TOKENIZER

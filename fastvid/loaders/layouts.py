@@ -36,7 +36,7 @@ CLASSES = {
     "image_encoder": ["transformers", "CLIPVisionModel"],
 }
 
-ORIGINAL_CLASSES = ("WanModel", "VaceWanModel", "CausalWanModel")
+ORIGINAL_CLASSES = ("WanModel", "VaceWanModel", "CausalWanModel", "WanAnimateModel")
 EXTRAS = "diffusers_extras.json"
 EXPERT_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
@@ -54,10 +54,12 @@ _CONFIG_KEYS = {
     "in_dim": "in_channels",
     "out_dim": "out_channels",
     "vace_in_dim": "vace_in_channels",
+    "motion_encoder_dim": "motion_encoder_dim",
     **{key: key for key in ("eps", "ffn_dim", "freq_dim", "inject_sample_info", "num_layers", "vace_layers")},
 }
 _PIPELINES = {"t2v": "WanPipeline", "ti2v": "WanPipeline", "vace": "WanVACEPipeline"}  # by task
-_PIPELINES |= {"df": "SkyReelsV2DiffusionForcingPipeline"}
+_PIPELINES |= {"df": "SkyReelsV2DiffusionForcingPipeline", "animate": "WanAnimatePipeline"}
+_ORIGINAL_CLASS = {"vace": "VaceWanModel", "animate": "WanAnimateModel"}
 # Flow shift by (task, has two experts); 5 for all others.
 _FLOW_SHIFT = {
     ("flf2v", False): presets.WAN_FLF2V.flow_shift,
@@ -130,7 +132,7 @@ def to_original_keys(config: Mapping[str, Any], task: str | None) -> Config:
     """Translate a diffusers transformer's config to the original repositories' keys."""
     translated = {theirs: config[ours] for theirs, ours in _CONFIG_KEYS.items() if config.get(ours) is not None}
     kind = "t2v" if task in (None, "df") else task
-    names = {"_class_name": "VaceWanModel" if task == "vace" else "WanModel", "model_type": kind}
+    names = {"_class_name": _ORIGINAL_CLASS.get(task or "", "WanModel"), "model_type": kind}
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     return dict(sorted({**names, "dim": dim, "text_len": 512, **translated}.items()))
 
@@ -156,7 +158,7 @@ def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool)
         "boundary_ratio": _BOUNDARY.get(task, 0.9) if experts else None,
         "vae": CLASSES["vae"],
     }
-    if pipeline == "WanImageToVideoPipeline":
+    if pipeline in ("WanImageToVideoPipeline", "WanAnimatePipeline"):
         image = configs.get("image_encoder")
         index["image_encoder"] = ["transformers", image["architectures"][0]] if image else [None, None]
         index["image_processor"] = ["transformers", "CLIPImageProcessor"] if image else [None, None]

@@ -20,7 +20,7 @@ MAX_FILE = 1 << 28  # bytes of a picture's file
 MAX_EXTRA = 1 << 25  # bytes of a WebP beside its pixels, such as profiles
 ORIENTATION = 0x0112  # of EXIF
 BAND = 1 << 20  # pixels that are converted at a time
-FILTERS = ("bicubic", "lanczos")
+FILTERS = ("bicubic", "bilinear", "lanczos")
 # ITU-T H.273 matrix code -> swscale's code
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 BT709, BT601 = 1, 5
@@ -132,7 +132,7 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 
 def resize(pictures: np.ndarray, height: int, width: int, method: str = "lanczos") -> np.ndarray:
     """Pictures uint8 [..., H, W, C] -> uint8 [..., height, width, C] with Pillow, C 1 or 3; method: "lanczos",
-    "bicubic".
+    "bicubic", "bilinear".
 
     Resizes horizontally, then vertically, in two calls. In a single call Pillow 13 swaps the order if the height
     shrinks much more than the width; the models were trained with the order of earlier versions.

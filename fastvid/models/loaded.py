@@ -31,6 +31,7 @@ from fastvid.ops.dispatch import Ops
 # How a model is told of known frames: mask and latents as more channels, a control branch, timestep 0, its KV cache, or
 # not at all (they are put back before every call).
 CHANNELS, CONTROL, TIMESTEPS, CACHE, REIMPOSED = "channels", "control", "timesteps", "cache", "reimposed"
+DRIVEN = "driven"  # by a pose and a face; what is known reaches it as channels
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,16 @@ class Model:
         """Layers of the transformer's control branch (VACE), 0 if it has none."""
         return len(getattr(self.transformer, "vace_blocks", ()))
 
+    @property
+    def face_layers(self) -> int:
+        """Blocks of the transformer that look at a face, 0 if a face does not drive it."""
+        return len(getattr(self.transformer, "face_adapter", ()))
+
+    @property
+    def face_side(self) -> int:
+        """Height and width of the pictures of a face that a driven model sees."""
+        return int(cast(Any, self.transformer).animate_config.motion_encoder_size)
+
     @cached_property
     def sizes(self) -> Sizes:
         """Bytes of all weights, on the device or not."""
@@ -269,6 +280,8 @@ def way_of(model: Model) -> str:
     config = model.transformer.config
     if model.control_layers:
         return CONTROL
+    if model.face_layers:
+        return DRIVEN
     if config.in_channels > config.out_channels:
         return CHANNELS
     if model.preset.per_token_timesteps:

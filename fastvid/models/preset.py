@@ -118,6 +118,11 @@ class Preset:
     # Trained with the video's first latent frame known in every window, as if it stood so many before its first.
     anchor: int | None = None
     patterns: Patterns = TEXT_ONLY
+    prompt: str | None = None  # of models that need none
+    # Of models that are driven by a pose: what they do, frames of a segment, and those that it sees of the one before.
+    mode: str | None = None
+    segment_frame_length: int | None = None
+    prev_segment_conditioning_frames: int | None = None
 
 
 class Signature(NamedTuple):

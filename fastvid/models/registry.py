@@ -15,6 +15,9 @@ from fastvid.device.offload import Weights, weigh
 from fastvid.layers.quantized import install, layer_of
 from fastvid.models.common.clip import CLIPVisionConfig, CLIPVisionEncoder
 from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
+from fastvid.models.wan.animate import WanAnimateTransformer
+from fastvid.models.wan.animate_config import CLASS_NAME as DRIVEN
+from fastvid.models.wan.animate_config import MARK, WanAnimateConfig
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.models.wan.skyreels import SkyReelsTransformer
 from fastvid.models.wan.transformer import WanTransformer
@@ -24,7 +27,8 @@ from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.ops import reference
 from fastvid.ops.quantized import Spec
 
-Config = WanTransformerConfig | WanVACEConfig | WanVAEConfig | UMT5Config | CLIPVisionConfig
+TransformerConfig = WanTransformerConfig | WanVACEConfig | WanAnimateConfig
+Config = TransformerConfig | WanVAEConfig | UMT5Config | CLIPVisionConfig
 
 EXPERTS = ("transformer", "transformer_2")  # high noise, low noise; most models have the first alone
 ENCODERS = ("text_encoder", "image_encoder")
@@ -58,16 +62,20 @@ class PartKind:
         return (self.class_name, *self.also, *self.holders)
 
 
-def read_transformer(config: Mapping[str, Any]) -> WanTransformerConfig | WanVACEConfig:
-    """With a control branch if the file says where it hints, or names its class. Of a class with other defaults these
-    count."""
+def read_transformer(config: Mapping[str, Any]) -> TransformerConfig:
+    """With a control branch if the file says where it hints, or names its class; likewise with face blocks. Of a class
+    with other defaults these count."""
+    if config.get(MARK) is not None or config.get("_class_name") == DRIVEN:
+        return WanAnimateConfig.from_dict(config)
     if config.get("_class_name") == SKYREELS:
         config = {**SKYREELS_DEFAULTS, **config}
     plain = config.get("vace_layers") is None and config.get("_class_name") != CONTROLLED
     return (WanTransformerConfig if plain else WanVACEConfig).from_dict(config)
 
 
-def build_transformer(config: WanTransformerConfig | WanVACEConfig, ops: Any = reference) -> WanTransformer:
+def build_transformer(config: TransformerConfig, ops: Any = reference) -> WanTransformer:
+    if isinstance(config, WanAnimateConfig):
+        return WanAnimateTransformer(config, ops)
     if isinstance(config, WanVACEConfig):
         return WanVACETransformer(config, ops)
     return SkyReelsTransformer(config, ops) if config.inject_sample_info else WanTransformer(config, ops)
@@ -79,7 +87,7 @@ def build_vae(config: WanVAEConfig, ops: Any = reference) -> WanVAE:
 
 KINDS: Mapping[str, PartKind] = {
     "transformer": PartKind(
-        "WanTransformer3DModel", read_transformer, build_transformer, (CONTROLLED, CAUSAL, SKYREELS)
+        "WanTransformer3DModel", read_transformer, build_transformer, (CONTROLLED, DRIVEN, CAUSAL, SKYREELS)
     ),
     "vae": PartKind("AutoencoderKLWan", WanVAEConfig.from_dict, build_vae),
     "text_encoder": PartKind(

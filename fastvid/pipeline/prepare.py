@@ -70,16 +70,20 @@ def prepare(
     free: int | None = None,
     rates: Rates | None = None,
     layout: Layout | None = None,
+    complete: bool = True,
 ) -> Prepared:
     """Reads a request's inputs, checks it against the model, lays it out and plans it.
 
     keep_frames: whether all frames stay in memory. free: available bytes on the device; default: what is free now.
-    rates: this machine's speed, for a time estimate. layout: the layout of a resumed request. Raises InvalidRequest,
-    MediaError, OutOfMemory.
+    rates: this machine's speed, for a time estimate. layout: the layout of a resumed request. complete: False if clips
+    that drive a character may be missing. Raises InvalidRequest, MediaError, OutOfMemory.
     """
     model = for_request(model, request.loras or ())
     resolved = inputs.read(request).resolve(model.preset)
+    verbs.check_driving(model, request, resolved, complete)
     inputs.warn_of_shapes(resolved)
+    if model.face_layers:
+        inputs.warn_of_driving(resolved, model.face_side)
     resolved = replace(resolved, seed=agree(model.mesh, resolved.seed, first))
     verbs.check_control(model, resolved)
     timeline = verbs.lay_out(resolved, verbs.rules_of(model, resolved))
@@ -121,7 +125,7 @@ def plan_of(
         rates = assumed(card, model.dtype, model.vae_dtype)
     elif estimate:
         rates = find_rates(model.ops, model.device, model.dtype, again=estimate == AGAIN)
-    return prepare(model, request, keep_frames, free=free, rates=rates).plan
+    return prepare(model, request, keep_frames, free=free, rates=rates, complete=False).plan
 
 
 @checks.guarded(f"True, False or {AGAIN!r}")

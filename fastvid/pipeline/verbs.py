@@ -10,7 +10,7 @@ from fastvid.models.loaded import CHANNELS, Model, way_of
 from fastvid.models.preset import REFUSED
 from fastvid.requests import forcing, timeline
 from fastvid.requests.arguments import VERBS
-from fastvid.requests.request import Resolved
+from fastvid.requests.request import Request, Resolved
 from fastvid.requests.timeline import Rules, Segment, Stretch, Timeline
 
 
@@ -60,7 +60,17 @@ def _prompts(request: Resolved) -> tuple[tuple[int, int], ...]:
 
 
 def _generate(request: Resolved, stretch: Stretch, rules: Rules) -> Timeline:
+    if request.is_animated:
+        return timeline.generate(replace(stretch, lead=1), _segment_rules(request, rules))  # the character's column
     return timeline.generate(stretch, rules)
+
+
+def _segment_rules(request: Resolved, rules: Rules) -> Rules:
+    """The rules of a driven model for the segments that a request asks for."""
+    length, seen = request.segment_frame_length, request.prev_segment_conditioning_frames
+    assert length is not None and seen is not None
+    columns, context = ((frames - 1) // rules.temporal + 1 for frames in (length, seen))
+    return replace(rules, window=columns, context=context, whole=True)
 
 
 def _extend(request: Resolved, stretch: Stretch, rules: Rules) -> Timeline:
@@ -242,3 +252,55 @@ def _check_reference(number: int, shape: tuple[int, ...], request: Resolved, spa
         raise InvalidRequest(
             f"{what}, too narrow to be seen on a frame of {request.model_width}x{request.model_height}; crop it"
         )
+
+
+# ---------------------------------------------------------------- driven models
+
+NEEDED = ("image", "pose_video", "face_video")
+REPLACING = ("background_video", "mask_video")
+DRIVING_OPTIONS = (*NEEDED[1:], "mode", *REPLACING, "segment_frame_length", "prev_segment_conditioning_frames")
+
+
+def check_driving(model: Model, given: Request, request: Resolved, complete: bool = True) -> None:
+    """Raises InvalidRequest for options of driven models that do not fit the model, or that it needs and does not get.
+    given: without defaults. complete: False for a plan, whose cost does not depend on the clips."""
+    name = model.preset.name
+    if not model.face_layers:
+        if options := [option for option in DRIVING_OPTIONS if getattr(given, option) is not None]:
+            raise InvalidRequest(f"{name} has no face blocks; leave {options[0]} out (Wan-Animate models take it)")
+        return
+    if request.verb != "generate":
+        raise InvalidRequest(f"{name} moves a character as a video shows it; {request.verb} needs another model")
+    if pictures := [option for option in ("last_image", "keyframes") if getattr(given, option) is not None]:
+        raise InvalidRequest(f"{name} takes one picture, that of the character (image=); leave {pictures[0]} out")
+    _check_mode(request, complete)
+    length = request.segment_frame_length
+    assert length is not None
+    if length % model.preset.temporal != 1:
+        near = max(5, round((length - 1) / model.preset.temporal) * model.preset.temporal + 1)
+        raise InvalidRequest(f"segment_frame_length={length}: it is 4k + 1; the nearest is {near}")
+    if (seen := request.prev_segment_conditioning_frames or 1) >= length:
+        raise InvalidRequest(
+            f"prev_segment_conditioning_frames={seen}: a segment has {length} frames; the nearest is 1"
+        )
+    if request.pose_video is not None and len(request.pose_video) < request.num_frames:
+        count = len(request.pose_video)
+        raise InvalidRequest(f"num_frames={request.num_frames}: pose_video has {count} frames; the nearest is {count}")
+
+
+def _check_mode(request: Resolved, complete: bool) -> None:
+    replaces = request.mode == "replace"
+    missing = [name for name in (*NEEDED, *(REPLACING if replaces else ())) if getattr(request, name) is None]
+    if missing and complete:
+        raise InvalidRequest(f"{missing[0]} is missing: {_NEEDS[missing[0]]}")
+    if not replaces and (options := [name for name in REPLACING if getattr(request, name) is not None]):
+        raise InvalidRequest(f"{options[0]} is for mode='replace'; give that, or leave {options[0]} out")
+
+
+_NEEDS = {
+    "image": "this model needs a picture of the character",
+    "pose_video": "this model needs the skeletons of a video's person, which a pose detector draws",
+    "face_video": "this model needs that person's face, cut out of the video",
+    "background_video": "mode='replace' needs the video without its person",
+    "mask_video": "mode='replace' needs where that person is in the video, white",
+}

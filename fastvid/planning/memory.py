@@ -21,8 +21,10 @@ from fastvid.errors import OutOfMemory
 from fastvid.models.common.umt5 import UMT5Config
 from fastvid.models.loaded import Model, Sizes
 from fastvid.models.registry import EXPERTS, weigh_part
+from fastvid.models.wan.animate_config import WanAnimateConfig
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.ops.quantized import Spec
+from fastvid.planning import face_memory
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
 
@@ -51,7 +53,7 @@ class Cost:
     activations: of one call of the transformer. decoder, encoder: of the VAE; encoder includes its input frames, and is
     0 without any. latents: with the solver's history. frames: the result, in host memory. context: keys and values of
     the text for every layer, guidance branch and expert. text: of the text encoder. graphs: held by CUDA graphs in all
-    phases: a call's activations and copies of its inputs.
+    phases: a call's activations and copies of its inputs. face: of the encoders of a face.
     """
 
     activations: int
@@ -62,6 +64,7 @@ class Cost:
     context: int = 0
     text: int = 0
     graphs: int = 0
+    face: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class ModelFacts:
     """The properties of a model that determine its memory.
 
     sizes: bytes of its weights. itemsize, vae_itemsize: bytes per element in the transformer and in the VAE. text_rows:
-    text tokens. control_layers: layers of the control branch. graphs: calls are replayed as CUDA graphs.
+    text tokens. control_layers: layers of the control branch. graphs: calls are replayed as CUDA graphs. animate: of
+    a model that a face drives.
     """
 
     transformer: WanTransformerConfig
@@ -101,6 +105,7 @@ class ModelFacts:
     text_rows: int = 512
     control_layers: int = 0
     graphs: bool = False
+    animate: WanAnimateConfig | None = None
 
     @classmethod
     def of(cls, model: Model) -> ModelFacts:
@@ -115,6 +120,7 @@ class ModelFacts:
             model.tokenizer.text_length,
             model.control_layers,
             model.placement.graphs,
+            getattr(model.transformer, "animate_config", None),
         )
 
     @classmethod
@@ -134,9 +140,10 @@ class ModelFacts:
         sizes = Sizes(experts, weights["text_encoder"], weights["vae"].total, image)
         transformer = configs["transformer"]
         control = len(transformer.vace_layers) if isinstance(transformer, WanVACEConfig) else 0
-        transformer = transformer.transformer if isinstance(transformer, WanVACEConfig) else transformer
-        vae, text = configs["vae"], configs["text_encoder"]
-        return cls(transformer, vae, text, sizes, dtype.itemsize, vae_dtype.itemsize, control_layers=control)
+        animate = transformer if isinstance(transformer, WanAnimateConfig) else None
+        own = getattr(transformer, "transformer", transformer), configs["vae"], configs["text_encoder"]
+        beside = {"control_layers": control, "animate": animate}
+        return cls(*own, sizes, dtype.itemsize, vae_dtype.itemsize, **beside)
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,7 @@ class Needs:
         tokens = share_of(count_tokens(segment, config), segment.columns // config.patch_size[0], self.sharers)
         activations = activation_bytes(tokens, config, model.itemsize, model.control_layers)
         control = 2 * vae.z_dim + segment.spatial**2 if model.control_layers else 0  # channels of the branch's input
+        control += face_memory.channels(model.animate)
         return Cost(
             activations=activations,
             decoder=self._decoder_bytes(),
@@ -178,9 +186,11 @@ class Needs:
             frames=self.frames * segment.height * segment.width * 3,
             encoder=self._encoder_bytes(),
             context=self._context_bytes(self.texts, len(model.sizes.experts))
-            + context_bytes(-(-self.cached // self.sharers), self.texts, 1, config, model.itemsize),
+            + context_bytes(-(-self.cached // self.sharers), self.texts, 1, config, model.itemsize)
+            + face_memory.token_bytes(model.animate, segment.columns, self.texts, model.itemsize),
             text=text_bytes(model.text_rows, model.text, model.itemsize),
             graphs=activations + self._graph_inputs(control) * len(model.sizes.experts) if model.graphs else 0,
+            face=face_memory.encoder_bytes(model.animate, segment.model_frames, model.itemsize),
         )
 
     def _decoder_bytes(self) -> int:
@@ -257,7 +267,7 @@ def whole_clip(request: Resolved, vae: WanVAEConfig) -> Segment:
         model_width=request.model_width,
         spatial=vae.spatial_scale,
         temporal=vae.temporal_scale,
-        lead=len(request.reference_images or ()),
+        lead=len(request.reference_images or ()) + request.is_animated,
     )
 
 
@@ -390,6 +400,8 @@ def memory_of(sizes: Sizes, cost: Cost, mode: str) -> Memory:
     phases = {"text": resident + text + cost.text}
     if cost.encoder:
         phases["pictures"] = common + max(image, cost.encoder)
+    if cost.face:
+        phases["the face"] = common + cost.context + cost.face
     phases["denoising"] = common + cost.context + cost.activations
     phases["decoding"] = common + cost.context + cost.decoder
     return Memory(mode, phases, host, _choices(sizes, mode))

@@ -22,7 +22,7 @@ from fastvid.engine import decode
 from fastvid.engine.conditioning import lead_in
 from fastvid.engine.events import Plan
 from fastvid.engine.windows import spans, window_columns
-from fastvid.models.loaded import CHANNELS, CONTROL, Model, way_of
+from fastvid.models.loaded import CHANNELS, CONTROL, DRIVEN, Model, way_of
 from fastvid.planning import speed
 from fastvid.planning.layout import Choice, choose_layout, layouts_of, step_work
 from fastvid.planning.memory import STRIPES, ModelFacts, Needs, count_tokens, refuse
@@ -112,6 +112,8 @@ def largest_segment(model: Model, timeline: Timeline) -> Segment:
 
 def _pictures(model: Model, timeline: Timeline) -> int:
     """The number of pictures that condition the model, limited to what it supports."""
+    if way_of(model) == DRIVEN:
+        return 1  # the character
     pictures = max(len(segment.pictures) + bool(segment.left) + bool(segment.right) for segment in timeline.segments)
     return min(pictures, 2 if way_of(model) in (CHANNELS, CONTROL) else 1)
 
@@ -172,10 +174,13 @@ def check_fits(model: Model, request: Resolved, needs: Needs, frames: int, capac
     """
     if (needed := bytes_taken(model, needs, frames)) > capacity:
         temporal = needs.segment.temporal
-        most = most_frames(frames, temporal, lambda count: bytes_taken(model, needs, count) <= capacity)
+        length = request.segment_frame_length or frames
+        most = most_frames(length, temporal, lambda count: bytes_taken(model, needs, count) <= capacity)
         adds = request.verb in ("extend", "loop", "blend")
         new = request.num_frames - (frames - most) if adds else most
-        if most and new > 0:
+        if request.is_animated and most > temporal:  # fewer frames would still be made in whole segments
+            hint = f"the nearest that fits is segment_frame_length={most}"
+        elif most and new > 0 and not request.is_animated:
             hint = f"the nearest that fits is num_frames={new}"
         elif size := largest_size(model, needs, frames, capacity):
             hint = f"the nearest size that fits is {size[0]}x{size[1]}" + ("; scale the clip to it" if adds else "")
@@ -234,12 +239,12 @@ def _sizes(model: Model, request: Resolved, timeline: Timeline, window: Segment)
 
 
 def _arithmetic(model: Model, calls: Sequence[Calls], steps: int) -> dict[str, Any]:
-    config, control = model.transformer.config, model.control_layers
+    config, layers = model.transformer.config, (model.control_layers, model.face_layers)
     return {
         "steps": steps,
         "model_calls": sum(each.count for each in calls),
-        "flops_denoise": sum(each.count * speed.denoise_flops(each, config, control) for each in calls),
-        "flops_attention": sum(each.count * speed.attention_flops(each, config, control) for each in calls),
+        "flops_denoise": sum(each.count * speed.denoise_flops(each, config, *layers) for each in calls),
+        "flops_attention": sum(each.count * speed.attention_flops(each, config, layers[0]) for each in calls),
     }
 
 

@@ -38,7 +38,7 @@ from fastvid.engine.windows import count_calls, window_columns
 from fastvid.files import cache_folder
 from fastvid.layers.attention import self_attention
 from fastvid.layers.linear import Linear
-from fastvid.models.loaded import CHANNELS, CONTROL, Model, way_of
+from fastvid.models.loaded import CHANNELS, CONTROL, DRIVEN, Model, way_of
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.vae import WanVAE
 from fastvid.ops.dispatch import Ops
@@ -115,8 +115,9 @@ def cached_tokens(model: Model, segment: Segment) -> int:
     return count_tokens(window_of(segment, columns), model.transformer.config)
 
 
-def denoise_flops(call: Calls, config: WanTransformerConfig, control_layers: int = 0) -> float:
-    """Floating point operations of one call. control_layers: layers of the control branch.
+def denoise_flops(call: Calls, config: WanTransformerConfig, control_layers: int = 0, face_layers: int = 0) -> float:
+    """Floating point operations of one call. control_layers: layers of the control branch. face_layers: blocks that
+    look at the few tokens of a face, by two projections.
 
     A layer with N tokens, K keys, width d, feed-forward f and L rows of text takes 2N(6d^2 + 2df) in linear layers,
     4NKd in self-attention and 4NLd in cross-attention.
@@ -125,7 +126,7 @@ def denoise_flops(call: Calls, config: WanTransformerConfig, control_layers: int
     layer = 2 * n * (6 * d * d + 2 * d * f) + 4 * n * call.keys * d + 4 * n * call.rows * d
     # The input of the control branch is projected once, its output in every layer.
     control = control_layers * layer + (control_layers + 1) * 2 * n * d * d if control_layers else 0
-    return float(config.num_layers * layer + control)
+    return float(config.num_layers * layer + control + face_layers * 4 * n * d * d)
 
 
 def attention_flops(call: Calls, config: WanTransformerConfig, control_layers: int = 0) -> float:
@@ -165,6 +166,8 @@ def frames_encoded(model: Model, segment: Segment) -> int:
     """Frames that are encoded for a segment. With a control branch: the kept and the changed frames, and the source."""
     if way_of(model) == CONTROL:
         return (2 + (segment.source is not None)) * segment.model_frames + segment.lead
+    if way_of(model) == DRIVEN:
+        return 2 * segment.model_frames + segment.lead  # what is known, and the pose
     if segment.source is not None or way_of(model) == CHANNELS:
         return segment.model_frames
     return segment.left + segment.right + len(segment.pictures)
@@ -184,7 +187,7 @@ def estimate(
 ) -> dict[str, Any]:
     """A plan's seconds, seconds_parts and efficiency. On several ranks the estimate covers only denoising."""
     config, control = model.transformer.config, model.control_layers
-    parts = {"denoise": sum(denoise_seconds(each, config, control, rates) for each in calls)}
+    parts = {"denoise": sum(denoise_seconds(each, config, control, rates, model.face_layers) for each in calls)}
     share = None
     if layout.size > 1:
         share = efficiency(model, work, layout, max(calls, key=lambda each: each.tokens), rates)
@@ -198,14 +201,17 @@ def estimate(
     return {"seconds": sum(parts.values()), "seconds_parts": parts, "efficiency": share, "rates": rates.source}
 
 
-def denoise_seconds(calls: Calls, config: WanTransformerConfig, control_layers: int, rates: Rates) -> float:
+def denoise_seconds(
+    calls: Calls, config: WanTransformerConfig, control_layers: int, rates: Rates, face_layers: int = 0
+) -> float:
     """Seconds of all calls."""
     d, n, layers = config.dim, calls.tokens, config.num_layers + control_layers
     linear = rates.seconds("linear", 2.0 * n * d * d, 6) + rates.seconds("linear", 2.0 * n * d * config.ffn_dim, 2)
     attention = rates.seconds("attention", 4.0 * n * calls.keys * d)
     attention += rates.seconds("attention", 4.0 * n * calls.rows * d)
     hints = rates.seconds("linear", 2.0 * n * d * d, control_layers + 1) if control_layers else 0.0
-    return calls.count * (layers * (linear + attention) + hints)
+    faces = rates.seconds("linear", 2.0 * n * d * d, 2 * face_layers) if face_layers else 0.0
+    return calls.count * (layers * (linear + attention) + hints + faces)
 
 
 def vae_seconds(vae: WanVAE, window: Segment, frames: int, chunk: int, rates: Rates, decode: bool) -> float:

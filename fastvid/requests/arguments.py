@@ -20,6 +20,7 @@ from fastvid.requests import loras, options
 
 RANDOM = -1  # the seed that asks for a random one
 DIRECTIONS = ("after", "before", "both")
+MODES = ("animate", "replace")
 STRENGTH = {"edit": 0.6, "finalize": 0.6}
 """Default strengths: the share of the denoising steps that are run, unless the request or the model's preset sets
 it."""
@@ -42,6 +43,12 @@ class Argument:
 def random_seed() -> int:
     """A seed for a request that leaves it to chance."""
     return secrets.randbelow(2**32)
+
+
+def _one_or_five(name: str, value: Any) -> int:
+    if (count := whole(1, 5)(name, value)) not in (1, 5):
+        checks.refuse(name, count, "1 or 5", 1 if count < 3 else 5)
+    return count
 
 
 _side = whole(checks.MIN_SIDE, checks.MAX_SIDE, " pixels")
@@ -120,7 +127,9 @@ ARGUMENTS: Mapping[str, Argument] = {
         text, "what the clip shows now; preserves motion and layout better (FlowEdit)", "--source-prompt TEXT"
     ),
     "image": Argument(
-        checks.picture, "a picture to use as the first frame (I2V, TI2V, VACE, embedded)", "--image FILE"
+        checks.picture,
+        "a picture to use as the first frame (I2V, TI2V, VACE, embedded), or of the character (Animate)",
+        "--image FILE",
     ),
     "last_image": Argument(
         checks.picture, "a picture to use as the last frame (FLF2V, I2V-A14B, VACE, embedded)", "--last-image FILE"
@@ -145,6 +154,34 @@ ARGUMENTS: Mapping[str, Argument] = {
         checks.scale,
         "weight of control video and reference pictures (default: 1); A,B,...: one for each control layer",
         "--conditioning-scale X",
+    ),
+    "pose_video": Argument(
+        checks.clip,
+        "the skeletons of a video's person, frame by frame (Animate); gives the size, and the length",
+        "--pose-video FILE",
+    ),
+    "face_video": Argument(checks.clip, "that person's face, cut out, frame by frame (Animate)", "--face-video FILE"),
+    "mode": Argument(
+        one_of(MODES),
+        "{0} the character, or {1} the video's person by it (Animate; default: {0})".format(*MODES),
+        "--mode NAME",
+    ),
+    "background_video": Argument(
+        checks.clip, "the video without its person (Animate, mode replace)", "--background-video FILE"
+    ),
+    "mask_video": Argument(
+        checks.clip,
+        "where that person was: white is generated, black is kept (Animate, mode replace); a picture applies to all "
+        "frames",
+        "--mask-video FILE",
+    ),
+    "segment_frame_length": Argument(
+        whole(5, 1025), "frames that are made at once (Animate), 4k + 1 (default: 77)", "--segment-frame-length N"
+    ),
+    "prev_segment_conditioning_frames": Argument(
+        _one_or_five,
+        "frames of the segment before that a segment sees (Animate): 1 or 5 (default: 1)",
+        "--prev-segment-conditioning-frames N",
     ),
     "audio": Argument(
         checks.flag,
@@ -237,6 +274,8 @@ ARGUMENTS: Mapping[str, Argument] = {
 }
 """In the order of the help texts."""
 
+DRIVING = ("pose_video", "face_video", "background_video", "mask_video")
+"""The clips that drive a character."""
 EXPANSION = ("expand_prompt", "prompt_endpoint", "prompt_model", "prompt_key")
 CHECKPOINT = ("checkpoint", "checkpoint_every", "keep_checkpoint")
 RUN = (*EXPANSION, *CHECKPOINT)

@@ -16,14 +16,14 @@ from fastvid.errors import InvalidRequest, MediaError, OutOfMemory
 from fastvid.media.arrays import as_array, in_order, is_signed, layout_of, to_uint8
 from fastvid.media.clip import Clip, center_crop, open_clip, open_picture
 from fastvid.media.metadata import read_recipe
-from fastvid.requests.arguments import ARGUMENTS, CLIPS, PROMPT_OF_CLIP
+from fastvid.requests.arguments import ARGUMENTS, CLIPS, DRIVING, PROMPT_OF_CLIP
 from fastvid.requests.recipe import prints_of, recordable
 from fastvid.requests.request import SIZE, Request, Resolved
 from fastvid.requests.sizes import check_frames
 
 PICTURES = ("image", "last_image")
 STRETCH = 1.25  # how far the aspect ratios of a picture and its video may differ without a warning
-FILES = (*PICTURES, "keyframes", "video", "video_2", "mask", "reference_images")
+FILES = (*PICTURES, "keyframes", "video", "video_2", "mask", "reference_images", *DRIVING)
 
 
 def read(request: Request) -> Request:
@@ -49,7 +49,9 @@ def _read(request: Request) -> Request:
             values[name] = open_picture(value, name)
     if request.keyframes:
         values["keyframes"] = {f: open_picture(p, f"keyframes[{f}]") for f, p in request.keyframes.items()}
-    shapes = [values[name].shape[-3:-1] for name in ("video", *PICTURES) if name in values]
+    values |= _read_driving(request)
+    shapes = [(values["pose_video"].height, values["pose_video"].width)] if "pose_video" in values else []
+    shapes += [values[name].shape[-3:-1] for name in ("video", *PICTURES) if name in values]
     shapes += [picture.shape[:2] for picture in values.get("keyframes", {}).values()]
     if shapes and (request.height or request.width or request.aspect or request.budget) is None:
         height, width = shapes[0]
@@ -71,7 +73,7 @@ def check_files(arguments: Mapping[str, Any]) -> None:
 def warn_of_shapes(request: Resolved) -> None:
     """Warns of pictures and control videos whose shape is clearly not the video's, which are stretched, and of control
     videos that are longer."""
-    named = {"image": request.image, "last_image": request.last_image}
+    named = {} if request.is_animated else {"image": request.image, "last_image": request.last_image}
     named |= {f"keyframes[{frame}]": picture for frame, picture in (request.keyframes or {}).items()}
     if request.verb == "generate" and request.video is not None:
         named["video"] = request.video[0]
@@ -82,11 +84,29 @@ def warn_of_shapes(request: Resolved) -> None:
             _warn_of_shape(name, picture.shape[:2], (request.height, request.width), "stretched")
 
 
-def _warn_of_shape(name: str, size: tuple[int, int], to: tuple[int, int], done: str) -> None:
-    """Warns if (height, width) is clearly of another shape than what it becomes."""
+def warn_of_driving(request: Resolved, face_side: int) -> None:
+    """Warns of driving clips whose shape is clearly not the video's, or a face's, and of those that are shorter or
+    longer than the video."""
+    count, video = request.num_frames, (request.height, request.width)
+    for name in DRIVING:
+        clip = getattr(request, name)
+        if clip is None:
+            continue
+        size = clip.shape[1:] if name == "mask_video" else (clip.height, clip.width)
+        to = (face_side, face_side) if name == "face_video" else video
+        _warn_of_shape(name, size, to, "stretched", "the face encoder's pictures" if name == "face_video" else None)
+        if len(clip) > count:
+            notices.warn(f"{name} has {len(clip)} frames, of which the first {count} are used")
+        elif 1 < len(clip) < count:
+            notices.warn(f"{name} has {len(clip)} frames and the video {count}: from its end on it runs back and forth")
+
+
+def _warn_of_shape(name: str, size: tuple[int, int], to: tuple[int, int], done: str, other: str | None = None) -> None:
+    """Warns if (height, width) is clearly of another shape than what it becomes: the video, or something else."""
     (height, width), (new_height, new_width) = size, to
     if not 1 / STRETCH <= width * new_height / (height * new_width) <= STRETCH:
-        notices.warn(f"{name} is {width}x{height} and the video {new_width}x{new_height}, so that it is {done}")
+        what = f"{other} are" if other else "the video"
+        notices.warn(f"{name} is {width}x{height} and {what} {new_width}x{new_height}, so that it is {done}")
 
 
 def check_same(recipe: dict[str, Any], arguments: dict[str, Any]) -> None:
@@ -338,3 +358,17 @@ def _read_control(request: Request) -> dict[str, Any]:
         pictures = enumerate(request.reference_images)
         values["reference_images"] = tuple(open_picture(value, f"reference_images[{i}]") for i, value in pictures)
     return values
+
+
+def _read_driving(request: Request) -> dict[str, Any]:
+    """The clips that drive a character, opened: only what a segment needs of them is read; its mask uint8 [F or 1, H,
+    W]. The pose video also gives length and rate, if the request says nothing of them. Raises as `open_clip` does."""
+    given = {name: value for name in DRIVING if (value := getattr(request, name)) is not None}
+    values = {n: read_mask(n, one) if n == "mask_video" else open_clip(one, name=n) for n, one in given.items()}
+    pose = values.get("pose_video")
+    if pose is None:
+        return values
+    if request.num_frames is None and request.seconds is None:
+        check_frames(len(pose), "pose_video")
+        values["num_frames"] = len(pose)
+    return values | ({"fps": pose.fps} if request.fps is None and pose.fps else {})

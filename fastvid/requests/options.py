@@ -28,6 +28,7 @@ Loras: TypeAlias = "Sequence[Path | tuple[Path, float] | tuple[Path, float, str]
 Solver = Literal["unipc", "euler", "dpm++", "redraw"]
 Schedule = Literal["windows", "staggered"]
 Direction = Literal["after", "before", "both"]
+Mode = Literal["animate", "replace"]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -87,7 +88,19 @@ class LengthOptions(TypedDict, total=False):
     seconds: float | None
 
 
-class GenerateOptions(SamplingOptions, PromptOptions, SizeOptions, LengthOptions, total=False):
+class AnimateOptions(TypedDict, total=False):
+    """Of `generate`, for models that are driven by a pose and a face."""
+
+    pose_video: Clip | None
+    face_video: Clip | None
+    mode: Mode | None
+    background_video: Clip | None
+    mask_video: Clip | None
+    segment_frame_length: int | None
+    prev_segment_conditioning_frames: int | None
+
+
+class GenerateOptions(SamplingOptions, PromptOptions, SizeOptions, LengthOptions, AnimateOptions, total=False):
     """Of `generate`."""
 
     fps: float | None
@@ -161,6 +174,10 @@ class GivenAgain(TypedDict, total=False):
     video_2: Clip | None
     mask: Clip | None
     reference_images: Picture | Sequence[Picture] | None
+    pose_video: Clip | None
+    face_video: Clip | None
+    background_video: Clip | None
+    mask_video: Clip | None
     latents: Array | None
     prompt_embeds: Array | None
     negative_prompt_embeds: Array | None

@@ -76,6 +76,13 @@ class Request:
     base_num_frames: int | None = None
     overlap_history: int | None = None
     addnoise_condition: float | None = None
+    pose_video: Any = _data()
+    face_video: Any = _data()
+    mode: str | None = None
+    background_video: Any = _data()
+    mask_video: Any = _data()
+    segment_frame_length: int | None = None
+    prev_segment_conditioning_frames: int | None = None
     direction: str | None = None
     strength: float | None = None
     source_prompt: str | None = None
@@ -153,6 +160,8 @@ class Request:
         computed = {"width": width, "height": height, "num_frames": num_frames, "fps": fps, "verb": self.verb}
         names = {f.name for f in fields(Request)}
         filled = {f.name: self._or_preset(f.name, preset) for f in fields(Resolved) if f.name in names}
+        if self.prompt_embeds is not None:
+            filled["prompt"] = self.prompt
         return Resolved(
             **{**filled, **computed, **self._sampling(preset)},
             full_size=full if self.draft else None,
@@ -296,6 +305,13 @@ class Resolved:
     base_num_frames: int | None
     overlap_history: int | None
     addnoise_condition: float | None
+    pose_video: Any = field(compare=False, repr=False)
+    face_video: Any = field(compare=False, repr=False)
+    mode: str | None
+    background_video: Any = field(compare=False, repr=False)
+    mask_video: Any = field(compare=False, repr=False)
+    segment_frame_length: int | None
+    prev_segment_conditioning_frames: int | None
     latents: Any = field(compare=False, repr=False)
     prompt_embeds: Any = field(compare=False, repr=False)
     negative_prompt_embeds: Any = field(compare=False, repr=False)
@@ -327,8 +343,15 @@ class Resolved:
         return tuple(prompt for prompt, _ in self.shots) if self.shots else (self.prompt,)
 
     @property
+    def is_animated(self) -> bool:
+        """Whether a pose and a face drive the video: of a model whose preset has segments."""
+        return self.segment_frame_length is not None
+
+    @property
     def known_pictures(self) -> dict[int, Any]:
-        """The first, last and keyframe pictures, by frame number."""
+        """The first, last and keyframe pictures, by frame number. What drives a character has none."""
+        if self.is_animated:
+            return {}
         ends = ((0, self.image), (self.num_frames - 1, self.last_image))
         return {frame: picture for frame, picture in ends if picture is not None} | (self.keyframes or {})
 

@@ -61,7 +61,8 @@ def check_together(request: Any) -> None:
         return
     if request.mask is not None and request.video is None:
         raise InvalidRequest("mask says what of a video stays; give video too, or leave mask out")
-    if request.prompt is None and request.prompt_embeds is None and request.verb not in PROMPT_OF_CLIP:
+    optional = request.verb in PROMPT_OF_CLIP or request.pose_video is not None
+    if request.prompt is None and request.prompt_embeds is None and not optional:
         raise InvalidRequest("prompt is missing: give one string (an empty one is allowed)")
     _check_counts(request)
 

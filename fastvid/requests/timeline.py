@@ -28,7 +28,8 @@ class Rules:
     are generated in multiples of it. picture_in_block: whether a first picture counts as part of a block. carries:
     whether latents are carried from one window to the next; otherwise a new segment starts from the decoded frames.
     pixels: whether known frames reach the model as pixels (channels, control) instead of latents. picture_behind:
-    whether a last picture follows the video as one more latent frame, instead of being its last frame.
+    whether a last picture follows the video as one more latent frame, instead of being its last frame. whole: whether
+    every segment fills the window, whose surplus frames are dropped.
     """
 
     spatial: int = 8
@@ -42,6 +43,7 @@ class Rules:
     carries: bool = False
     pixels: bool = False
     picture_behind: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -303,6 +305,7 @@ def _segment(stretch: Stretch, rules: Rules, origin: int) -> Segment:
     free = math.ceil(stretch.num_frames / t) if left else 1 + math.ceil((stretch.num_frames - 1) / t)
     first = int(not left and 0 in stretch.pictures and not rules.picture_in_block)
     free = first + math.ceil((free - first) / rules.block) * rules.block
+    free = max(free, rules.window - math.ceil(left / t)) if rules.whole else free
     made = left + free * t if left else 1 + (free - 1) * t
     surplus = made - left - stretch.num_frames
     right = 0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastvid.device.precision import computing
 from fastvid.engine.decode import decode_chunk
 from fastvid.engine.windows import window_columns
-from fastvid.models.loaded import CHANNELS, CONTROL, LoadOptions, Model, way_of
+from fastvid.models.loaded import CHANNELS, CONTROL, DRIVEN, LoadOptions, Model, way_of
 from fastvid.models.wan.vae import CPU_CHUNK
 from fastvid.ops import dispatch, reference, shapes, vae_gpu
 from fastvid.ops.dispatch import Ops
@@ -114,7 +114,7 @@ def _record_transformer(recorder: Recorder, model: Model, request: Resolved, win
     rollout, way = model.preset.rollout, way_of(model)
     C, T, h, w = window.latent_shape(config.out_channels)
     columns = T if rollout is None else min(T, rollout.frames_per_block)
-    known = _empty(1, config.in_channels - C, columns, h, w) if way == CHANNELS else None
+    known = _empty(1, config.in_channels - C, columns, h, w) if way in (CHANNELS, DRIVEN) else None
     _rebind(transformer, recorder.ops)
     text, pictures, control = _empty(1, model.tokenizer.text_length, config.text_dim, dtype=model.dtype), None, {}
     if config.image_dim:
@@ -123,6 +123,9 @@ def _record_transformer(recorder: Recorder, model: Model, request: Resolved, win
         control = {
             "control": _empty(1, cast(Any, transformer).vace_config.vace_in_channels, columns, h, w, dtype=model.dtype)
         }
+    if way == DRIVEN:
+        face = _empty(1, 3, 1, model.face_side, model.face_side, dtype=model.dtype)
+        control = {"pose": _empty(1, C, columns - 1, h, w, dtype=model.dtype), "face": face}
     recorder.times = guided
     context = transformer.prepare_context(text, pictures, **control)
     recorder.times = guided * steps_of(request) * math.ceil(T / columns)
@@ -166,7 +169,7 @@ def _record_vae(recorder: Recorder, model: Model, segment: Segment) -> None:
     chunk = decode_chunk(segment)
     if model.device.type == "cpu":
         chunk = min(chunk, max(1, CPU_CHUNK // (h * w * space**2 * config.widest * time)))
-    size, encodes, cache = (h * space, w * space), way_of(model) in (CHANNELS, CONTROL), None
+    size, encodes, cache = (h * space, w * space), way_of(model) in (CHANNELS, CONTROL, DRIVEN), None
     for count, recorder.times in _chunks(segment.columns, chunk):
         _, cache = vae.decode_rgb(_empty(1, config.z_dim, count, h, w), cache)
     cache, kind = None, model.placement.vae_dtype

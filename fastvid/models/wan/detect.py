@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastvid.errors import CheckpointError
-from fastvid.models.wan import weight_names
+from fastvid.models.wan import animate_detect, weight_names
 from fastvid.models.wan.config import HEAD_DIM, LATENT_STATISTICS
 from fastvid.models.wan.weight_names import DIFFUSERS, Shape
 
 CLIP_HEADS = {1280: 16}
-TASKS = ("t2v", "i2v", "flf2v", "vace", "ti2v", "df")
+TASKS = ("t2v", "i2v", "flf2v", "vace", "ti2v", "df", "animate")
 SIZES = {(1536, 30): "1.3B", (3072, 30): "5B", (5120, 40): "14B"}  # (width, layers)
 CUSTOM, STANDARD = "custom", "standard"
 UNCHECKED = ("_class_name", "architectures", "model_type")  # names of classes, which differ between libraries
@@ -85,6 +85,8 @@ def _transformer_variant(shapes: Shapes) -> tuple[str, str, str]:
         return "wan2.1", size, "flf2v"
     if "vace_patch_embedding.weight" in shapes:
         return "wan2.1", size, "vace"
+    if animate_detect.MARK in shapes:
+        return "wan2.2", size, "animate"
     if channels == 2 * out + 4:  # noise, four mask channels, the picture's latents
         return ("wan2.1" if image else "wan2.2"), size, "i2v"
     if channels != out or image:
@@ -147,7 +149,7 @@ def _transformer_config(shapes: Shapes, given: Config) -> Config:
     if "vace_patch_embedding.weight" in shapes:
         config |= {"_class_name": "WanVACETransformer3DModel", "vace_layers": _vace_layers(shapes, given)}
         config["vace_in_channels"] = _shape(shapes, "vace_patch_embedding.weight", 5)[1]
-    return config
+    return config | (animate_detect.config_of(shapes, given) if animate_detect.MARK in shapes else {})
 
 
 def _heads(dim: int, given: Config) -> Config:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fastvid.models.wan import animate_names
+
 FUN = {"ref_conv": "ref_conv"}  # VideoX-Fun's Control models from V1.1 on; diffusers has none of them
 
 # SkyReels V2's diffusion forcing model of 1.3B.
@@ -11,4 +13,4 @@ SKYREELS = {
     "fps_projection.2": "fps_projection.net.2",
 }
 
-TRANSFORMER = {**FUN, **SKYREELS}
+TRANSFORMER = {**FUN, **SKYREELS, **animate_names.TRANSFORMER}

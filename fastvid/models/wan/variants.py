@@ -16,12 +16,13 @@ from fastvid.models import preset as patterns
 from fastvid.models.common.clip import CLIP_HUGE
 from fastvid.models.common.umt5 import UMT5_XXL
 from fastvid.models.preset import Preset, Signature, Variant
-from fastvid.models.wan import presets, skyreels_presets
+from fastvid.models.wan import animate_presets, presets, skyreels_presets
+from fastvid.models.wan.animate_config import MARK, WanAnimateConfig
 from fastvid.models.wan.config import HEAD_DIM, WAN22_VAE, WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.sampling.schedulers import SOURCE, Scheduler, read_scheduler
 
-VARIANTS: tuple[Variant, ...] = (*presets.VARIANTS, *skyreels_presets.VARIANTS)
-EXTRAS: Mapping[str, str] = {"fps": "inject_sample_info"}
+VARIANTS: tuple[Variant, ...] = (*presets.VARIANTS, *skyreels_presets.VARIANTS, *animate_presets.VARIANTS)
+EXTRAS: Mapping[str, str] = {"fps": "inject_sample_info", animate_presets.EXTRA: MARK}
 """Layers that only some siblings have (`Signature.extra`), and the key of a transformer's config.json that says so."""
 
 LONG_WORD = 6  # letters of a word that is not part of others by chance
@@ -152,7 +153,9 @@ def _scheduler_class(index: Mapping[str, Any]) -> str | None:
 
 def _custom(signature: Signature) -> Preset:
     preset = Preset("wan-custom")
-    if signature.control:
+    if signature.extra == animate_presets.EXTRA:
+        preset = replace(animate_presets.WAN_ANIMATE_14B, name=preset.name, sizes=())
+    elif signature.control:
         preset = replace(preset, patterns=patterns.CONTROL)
     elif signature.image or signature.in_channels > signature.out_channels:
         picture = patterns.TWO_PICTURES if signature.positions else patterns.PICTURE
@@ -234,7 +237,7 @@ def published_configs(name: str) -> tuple[Preset, dict[str, Any]]:
     return variant.preset, configs | ({"image_encoder": CLIP_HUGE} if signature.image else {})
 
 
-def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACEConfig:
+def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACEConfig | WanAnimateConfig:
     dim = signature.dim
     made = WanTransformerConfig(
         num_attention_heads=dim // HEAD_DIM,
@@ -249,4 +252,6 @@ def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACECo
         pos_embed_seq_len=TWO_PICTURES if signature.positions else 0,
         inject_sample_info=signature.extra == "fps",
     )
+    if signature.extra == animate_presets.EXTRA:
+        return WanAnimateConfig(made)
     return WanVACEConfig(made, tuple(range(0, signature.num_layers, VACE_STEP[dim]))) if signature.control else made

@@ -11,16 +11,17 @@ Facts: Wan2.1 and Wan2.2 `wan/modules/{model,vace_model,vae,vae2_2,t5,clip}.py`,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from torch import Tensor, cat
-
 from fastvid.errors import CheckpointError
-from fastvid.models.wan import sibling_names
+from fastvid.models.wan import animate_names, sibling_names
+from fastvid.models.wan.weight_origin import DIFFUSERS as DIFFUSERS
+from fastvid.models.wan.weight_origin import ORIGINAL as ORIGINAL
+from fastvid.models.wan.weight_origin import Origin as Origin
+from fastvid.models.wan.weight_origin import Shape as Shape
 
-DIFFUSERS, ORIGINAL = "diffusers", "original"
 LAYOUTS = (DIFFUSERS, ORIGINAL)
 
 # original -> diffusers
@@ -210,7 +211,6 @@ def _numbers(names: Iterable[str], pattern: str) -> set[int]:
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
 SHOWN = 10  # names in a message
 QUANTIZED = "quantized weights are not supported"
-Shape = tuple[int, ...]
 
 # The tensors of CLIP that are more than renamed: (original, diffusers, leading ones dropped, transposed).
 _CLIP_SHAPED = (
@@ -225,7 +225,9 @@ _CLIP_Q = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_
 
 # What files hold besides the weights that the model uses, and no layout needs.
 IGNORED: Mapping[str, re.Pattern[str]] = {
-    "transformer": re.compile(r"(vace_)?blocks\.\d+\.(attn2\.norm_added_q|cross_attn\.norm_q_img)\.weight"),
+    "transformer": re.compile(
+        rf"(vace_)?blocks\.\d+\.(attn2\.norm_added_q|cross_attn\.norm_q_img)\.weight|{animate_names.IGNORED}"
+    ),
     "vae": re.compile(r"(?!)"),
     "text_encoder": re.compile(r"encoder\.embed_tokens\.weight|spiece_model"),  # a copy of shared.weight; ComfyUI's
     "image_encoder": re.compile(r"textual\..*|log_scale|logit_scale|vision_model\.embeddings\.position_ids"),
@@ -250,47 +252,6 @@ PREFIXES = (
 _QUANTIZED = re.compile(
     r"scaled_fp8|.*\.(scale_weight|weight_scale|scale_input|input_scale|qweight|absmax|quant_state.*)"
 )
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What one tensor is made of: `names` joined along dimension 0, of that part number `part` of `parts`, transposed
-    or with leading ones added (`lead` > 0) or dropped (`lead` < 0). Never arithmetic: values stay as they are.
-    """
-
-    names: tuple[str, ...]
-    part: int = 0
-    parts: int = 1
-    lead: int = 0
-    transpose: bool = False
-
-    @property
-    def is_copy(self) -> bool:
-        return len(self.names) == 1 and self.parts == 1 and self.lead == 0 and not self.transpose
-
-    def shape(self, shapes: Mapping[str, Sequence[int]]) -> Shape:
-        """Shape of the tensor, given the shapes of what it is made of. Raises CheckpointError if they do not fit."""
-        first, *rest = (tuple(shapes[name]) for name in self.names)
-        if self.is_copy:
-            return first
-        if not first or any(other[1:] != first[1:] for other in rest):
-            given = ", ".join(f"{name} {list(shapes[name])}" for name in self.names)
-            raise CheckpointError(f"shapes that do not fit together: {given}")
-        rows = sum(int(shapes[name][0]) for name in self.names)
-        dropped = first[: max(0, -self.lead)]
-        if rows % self.parts or any(n != 1 for n in dropped) or len(first) < len(dropped) + self.transpose:
-            raise CheckpointError(f"{self.names[0]} has shape {list(first)}, which this layout does not know")
-        whole = (1,) * max(0, self.lead) + (rows // self.parts, *first[1:])[len(dropped) :]
-        return whole[::-1] if self.transpose else whole
-
-    def make(self, read: Callable[[str], Tensor]) -> Tensor:
-        """The tensor, from a function that gives the tensors it is made of."""
-        tensors = [read(name) for name in self.names]
-        shape = self.shape({name: tensor.shape for name, tensor in zip(self.names, tensors, strict=True)})
-        joined = cat(tensors) if len(tensors) > 1 else tensors[0]
-        rows = joined.shape[0] // self.parts
-        piece = joined[self.part * rows : (self.part + 1) * rows] if self.parts > 1 else joined
-        return piece.T if self.transpose else piece.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -363,7 +324,7 @@ def origins(names: Iterable[str], to: str, found: Found | None = None) -> dict[s
 def _originate(name: str, stored: str, found: Found, to: str, table: Rules) -> dict[str, Origin]:
     """The tensors in layout `to` that one tensor becomes, or a part of; none if it is unknown."""
     other = ORIGINAL if found.layout == DIFFUSERS else DIFFUSERS
-    special = _clip(name, stored, found.layout, to) if found.part == "image_encoder" else None
+    special = _SPECIAL[found.part](name, stored, found.layout, to) if found.part in _SPECIAL else None
     if special is not None:
         return special
     translated = table.translate(name, other)
@@ -391,9 +352,13 @@ def _clip(name: str, stored: str, layout: str, to: str) -> dict[str, Origin] | N
     return {f"visual.transformer.{match[1]}.attn.to_qkv.{match[3]}": Origin(tuple(joined))}
 
 
+# What is more than renamed, by part.
+_SPECIAL = {"image_encoder": _clip, "transformer": animate_names.originate}
+
+
 def _join(a: Origin, b: Origin, target: str) -> Origin:
-    """Two thirds of a joined tensor; anything else that meets here is there twice."""
-    if len(a.names) == len(b.names) == 3 and not any(x and y for x, y in zip(a.names, b.names, strict=True)):
+    """Two parts of a joined tensor; anything else that meets here is there twice."""
+    if len(a.names) == len(b.names) > 1 and not any(x and y for x, y in zip(a.names, b.names, strict=True)):
         return replace(a, names=tuple(x or y for x, y in zip(a.names, b.names, strict=True)))
     raise CheckpointError(f"weights that stand for the same {target}: {', '.join(filter(None, (*a.names, *b.names)))}")
 
@@ -401,7 +366,8 @@ def _join(a: Origin, b: Origin, target: str) -> Origin:
 def _check_joined(made: dict[str, Origin]) -> dict[str, Origin]:
     for target, origin in made.items():
         if not all(origin.names):
-            raise CheckpointError(f"{target} needs q, k and v; only {', '.join(filter(None, origin.names))} is there")
+            parts = "q, k and v" if len(origin.names) == 3 else "k and v"
+            raise CheckpointError(f"{target} needs {parts}; only {', '.join(filter(None, origin.names))} is there")
     return made
 
 
