@@ -50,9 +50,8 @@ def make(kind: str = PIPELINE, folder: Path | None = None, **changes: Any) -> An
 def image_parts() -> dict[str, Any]:
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    clip = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    clip = CLIPVisionConfig(**sizes, image_size=28, patch_size=14, hidden_act="gelu")
     processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     return {"image_encoder": CLIPVisionModelWithProjection(clip).eval(), "image_processor": processor}
 

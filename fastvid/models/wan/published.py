@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 APACHE, BY_NC_SA, UNCLEAR = "Apache-2.0", "CC-BY-NC-SA-4.0", "see its page"
+SKYWORK = "Skywork"  # a community licence with terms of its own
 
 
 @dataclass(frozen=True)
@@ -52,4 +53,12 @@ PLACES: Mapping[str, Published] = {
     "causvid-1.3b": Published("tianweiy/CausVid", BY_NC_SA, "autoregressive_checkpoint/model.pt", _SMALL),
     "longlive-1.3b": Published("Efficient-Large-Model/LongLive-1.3B", UNCLEAR, "models/longlive_base.pt", _SMALL),
     "longlive2-5b": Published("Efficient-Large-Model/LongLive-2.0-5B", UNCLEAR, "model_bf16.pt", _FIVE),
+    "skyreels-v2-df-1.3b-540p": Published("Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers", SKYWORK),
+    "skyreels-v2-df-14b-540p": Published("Skywork/SkyReels-V2-DF-14B-540P-Diffusers", SKYWORK),
+    "skyreels-v2-df-14b-720p": Published("Skywork/SkyReels-V2-DF-14B-720P-Diffusers", SKYWORK),
+    "skyreels-v2-t2v-14b-540p": Published("Skywork/SkyReels-V2-T2V-14B-540P-Diffusers", SKYWORK),
+    "skyreels-v2-t2v-14b-720p": Published("Skywork/SkyReels-V2-T2V-14B-720P-Diffusers", SKYWORK),
+    "skyreels-v2-i2v-1.3b-540p": Published("Skywork/SkyReels-V2-I2V-1.3B-540P-Diffusers", SKYWORK),
+    "skyreels-v2-i2v-14b-540p": Published("Skywork/SkyReels-V2-I2V-14B-540P-Diffusers", SKYWORK),
+    "skyreels-v2-i2v-14b-720p": Published("Skywork/SkyReels-V2-I2V-14B-720P-Diffusers", SKYWORK),
 }

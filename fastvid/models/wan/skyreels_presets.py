@@ -74,11 +74,11 @@ I2V_14B_720P = sized(I2V_1_3B, SIZES_720P, name="skyreels-v2-i2v-14b-720p", num_
 
 VARIANTS: tuple[Variant, ...] = (
     Variant(DF_1_3B, SMALL._replace(extra="fps")),
-    Variant(DF_14B_720P, LARGE, ("SkyReels DF 720P", "SkyReelsV2DiffusionForcing 720P"), by_name=True),
-    Variant(DF_14B_540P, LARGE, ("SkyReels DF", "SkyReelsV2DiffusionForcing"), by_name=True),
-    Variant(T2V_14B_720P, LARGE, ("SkyReels T2V 720P", "SkyReelsV2Pipeline 720P"), by_name=True),
-    Variant(T2V_14B_540P, LARGE, ("SkyReels T2V", "SkyReelsV2Pipeline"), by_name=True),
-    Variant(I2V_1_3B, SMALL._replace(in_channels=36, image=True), ("SkyReels",), by_name=True),
-    Variant(I2V_14B_720P, PICTURE, ("SkyReels 720P",), by_name=True),
-    Variant(I2V_14B_540P, PICTURE, ("SkyReels",), by_name=True),
+    Variant(DF_14B_720P, LARGE, ("SkyReels V2 DF 720P", "SkyReelsV2DiffusionForcing 720P"), by_name=True),
+    Variant(DF_14B_540P, LARGE, ("SkyReels V2 DF", "SkyReelsV2DiffusionForcing"), by_name=True),
+    Variant(T2V_14B_720P, LARGE, ("SkyReels V2 T2V 720P", "SkyReelsV2Pipeline 720P"), by_name=True),
+    Variant(T2V_14B_540P, LARGE, ("SkyReels V2 T2V", "SkyReelsV2Pipeline"), by_name=True),
+    Variant(I2V_1_3B, SMALL._replace(in_channels=36, image=True), ("SkyReels V2",), by_name=True),
+    Variant(I2V_14B_720P, PICTURE, ("SkyReels V2 720P",), by_name=True),
+    Variant(I2V_14B_540P, PICTURE, ("SkyReels V2",), by_name=True),
 )

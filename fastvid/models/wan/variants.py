@@ -54,11 +54,19 @@ def find_variants(signature: Signature, name: str = "", chosen: str | None = Non
         if _alike(variant.signature) != _alike(signature):
             raise CheckpointError(_not_alike(variant, signature))
         return [variant, *(other for other in found if other is not variant)]
-    meant = [variant for variant in found if is_called(variant, name)] or _unnamed(found, name)
+    found = found or _of_other_size(signature, name)
+    called = sorted((v for v in found if is_called(v, name)), key=lambda v: not v.by_name)  # siblings' names say more
+    meant = called or _unnamed(found, name)
     if found and not meant:
         names = " or ".join(variant.preset.name for variant in found)
         raise CheckpointError(f"these weights may be {names}, which have the same tensors: say which by variant=NAME")
     return sorted(found, key=lambda variant: variant not in meant[:1])
+
+
+def _of_other_size(signature: Signature, name: str) -> list[Variant]:
+    """The siblings that a name or layers of their own tell, of a width or depth that was not published."""
+    alike = [variant for variant in VARIANTS if _alike(variant.signature) == _alike(signature)]
+    return [v for v in alike if signature.extra or (v.by_name and is_called(v, name))]
 
 
 def _unnamed(found: list[Variant], name: str) -> list[Variant]:
