@@ -29,6 +29,7 @@ from fastvid.files import open_regular, reason
 from fastvid.loaders.entries import Entry, Source, nbytes, quantized_entry
 from fastvid.models.common import ggml_names
 from fastvid.models.common.sentencepiece import Vocabulary
+from fastvid.models.wan import ggml_shapes
 from fastvid.models.wan.weight_names import find_parts
 from fastvid.ops.formats_gguf import BLOCKS
 
@@ -109,11 +110,10 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     except ValueError as error:
         raise _broken(path, error) from None
     texts = {key: value for key, value in header.values.items() if isinstance(value, str)}
+    entries = _reshaped(entries, header)
     renamed = ggml_names.to_transformers(entries)
     if renamed is None and (kind := texts.get(ARCHITECTURE, "wan")) != "wan" and not find_parts(entries):
         raise CheckpointError(f"{path} is of the architecture {kind!r:.60}; a Wan transformer or umT5 is needed")
-    if renamed is not None and not ggml_names.has_bias_everywhere(renamed):
-        raise CheckpointError(f"{path} is a T5 encoder, not umT5, which Wan's models read their prompts with")
     return (entries if renamed is None else renamed), texts
 
 
@@ -316,6 +316,15 @@ def _true_shape(name: str, shape: tuple[int, ...], header: _Header) -> tuple[int
     if any(size < 0 for size in true) or math.prod(true) != math.prod(shape):
         raise ValueError(f"{name[:80]} has shape {list(shape)!s:.80}, which should be {list(true)!s:.80}")
     return true
+
+
+def _reshaped(entries: dict[str, Entry], header: _Header) -> dict[str, Entry]:
+    """With the shapes that ggml cannot keep, if the file does not say them."""
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    return {
+        name: entry if SHAPE + name in header.values else replace(entry, shape=ggml_shapes.true_shape(name, shapes))
+        for name, entry in entries.items()
+    }
 
 
 def _items(header: _Header, array: Array) -> np.ndarray:

@@ -203,11 +203,19 @@ def test_two_experts_by_their_names(tmp_path: Path) -> None:
     assert not is_pair("wan-high-Q4_K_M.gguf", "wan-low-Q5_K_M.gguf")
 
 
-def test_a_t5_encoder_is_not_umt5(comfy: tuple[Path, Path], tmp_path: Path) -> None:
-    state = {"enc.blk.0.attn_q.weight": torch.zeros(2, 2), "enc.blk.0.attn_rel_b.weight": torch.zeros(32, 2)}
-    path = tmp_path / "t5-v1_1-xxl-encoder-Q8_0.gguf"
-    gguf_files.write(path, state | {"enc.blk.1.attn_q.weight": torch.zeros(2, 2)}, arch="t5encoder")
-    assert "is a T5 encoder, not umT5" in inspect(comfy[0], parts={"text_encoder": path})["problems"][0]
+def test_a_t5_encoder_beside_umt5_is_left_out(comfy: tuple[Path, Path], tmp_path: Path) -> None:
+    """Both are in ComfyUI's folder of whoever also runs Flux; T5 has one table of distances."""
+    shutil.copytree(comfy[0].parents[1], tmp_path, dirs_exist_ok=True)
+    umt5 = next((tmp_path / "text_encoders").iterdir())
+    state = load_file(next(comfy[1].parents[1].glob("text_encoders/*.safetensors")))
+    t5 = {name: tensor for name, tensor in state.items() if "relative" not in name or ".0.layer.0" in name}
+    save_file(t5, tmp_path / "text_encoders" / "t5xxl_fp16.safetensors")
+    gguf_files.write(tmp_path / "text_encoders" / "t5-v1_1-xxl-encoder-Q8_0.gguf", ggml(t5), arch="t5encoder")
+    found = inspect(tmp_path / "unet" / comfy[0].name)
+    assert found["problems"] == [] and found["parts"]["text_encoder"]["files"] == [str(umt5)]
+    for other in ("t5xxl_fp16.safetensors", "t5-v1_1-xxl-encoder-Q8_0.gguf"):
+        parts = {"text_encoder": tmp_path / "text_encoders" / other}
+        assert "T5's encoder, not umT5's" in inspect(comfy[0], parts=parts)["problems"][0]
 
 
 def test_names_on_the_hub() -> None:

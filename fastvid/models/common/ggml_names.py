@@ -6,16 +6,15 @@ Facts: llama.cpp `gguf-py/gguf/{constants,tensor_mapping}.py`, `convert_hf_to_gg
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
 
-BIAS = "layer.0.SelfAttention.relative_attention_bias"
 OUTSIDE = {"token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm"}
 BLOCK = {
     **{f"attn_{x}": f"layer.0.SelfAttention.{x}" for x in "qkvo"},
-    "attn_rel_b": BIAS,
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
     "attn_norm": "layer.0.layer_norm",
     "ffn_gate": "layer.1.DenseReluDense.wi_0",  # the side of the GELU
     "ffn_up": "layer.1.DenseReluDense.wi_1",
@@ -32,13 +31,6 @@ def to_transformers(named: Mapping[str, T]) -> dict[str, T] | None:
     if "enc.blk.0.attn_q.weight" not in named:
         return None
     return {_translate(name): value for name, value in named.items() if not _DECODER.fullmatch(name)}
-
-
-def has_bias_everywhere(names: Iterable[str]) -> bool:
-    """Whether every block has a table of distances, as umT5's do; T5 has one in its first block."""
-    names = set(names)
-    blocks = {name.split(".")[2] for name in names if name.startswith("encoder.block.")}
-    return all(f"encoder.block.{block}.{BIAS}.weight" in names for block in blocks)
 
 
 def _translate(name: str) -> str:

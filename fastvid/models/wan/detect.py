@@ -111,6 +111,11 @@ def _vae_variant(shapes: Shapes) -> tuple[str, str, None]:
 
 
 def _text_variant(shapes: Shapes) -> tuple[str, str, None]:
+    bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+    if not all(bias.format(block) in shapes for block in range(_count(shapes, r"encoder\.block\.(\d+)\."))):
+        raise CheckpointError(
+            "these weights are T5's encoder, not umT5's, which has a table of distances in every block"
+        )
     return "umt5", ("xxl" if _shape(shapes, weight_names.SHARED, 2) == (256384, 4096) else CUSTOM), None
 
 
