@@ -17,24 +17,25 @@ F pixel frames, H/W height and width, V control channels, R reference pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.distributed.mesh import RankView
+from fastvid.engine import controls, forcing, pixels, windows
 from fastvid.engine import driving as driven
-from fastvid.engine import forcing, pixels, windows
+from fastvid.engine.controls import Seen
 from fastvid.engine.pixels import KnownFrames
 from fastvid.engine.source_clip import SourceClip
 from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.kv_cache import KVCache
 from fastvid.models.loaded import CACHE, CHANNELS, CONTROL, DRIVEN, REIMPOSED, TIMESTEPS, Model, way_of
-from fastvid.models.wan import conditioning
 from fastvid.ops.upload import upload
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
@@ -66,9 +67,10 @@ class Conditions:
     """A segment's known frames in the form that its model takes.
 
     way: how they reach the model (CHANNELS, TIMESTEPS, ...). columns: bool [T], the fully known columns. clean: their
-    latents [1, C, T, h, w]. channels: extra input channels [1, M, T, h, w]. embeds: CLIP tokens [1, L, d]. control: the
-    control branch's input [1, V, T, h, w]. scales: the control branch's weight, one number or one per layer. fps: the
-    frame rate, for a model that is told it. driving: of a character.
+    latents [1, C, T, h, w]. channels: extra input channels [1, M, T, h, w]. embeds: CLIP tokens [1, L, d]. levels: see
+    `Seen`. given: what the transformer's `prepare_context` takes beside: the control branch's input [1, V, T, h, w] and
+    weights, a reference's latent [1, C, h, w]. fps: the frame rate, for a model that is told it. driving: of a
+    character.
     """
 
     way: str
@@ -76,17 +78,16 @@ class Conditions:
     clean: Tensor | None = None
     channels: Tensor | None = None
     embeds: Tensor | None = None
-    control: Tensor | None = None
-    scales: float | tuple[float, ...] = 1.0
+    levels: Tensor | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
     fps: float | None = None
     driving: driven.Driving | None = None
 
     def context(self, transformer: Any, text: Tensor, negative: bool = False) -> Any:
         """The transformer's context for a (negative) text [1, L, text_dim] and these conditions, once per segment."""
-        more: dict[str, Any] = {} if self.control is None else {"control": self.control, "scales": self.scales}
-        more |= {} if self.fps is None else {"fps": self.fps}
+        more: dict[str, Any] = {} if self.fps is None else {"fps": self.fps}
         more |= {} if self.driving is None else self.driving.arguments(negative)
-        return transformer.prepare_context(text, self.embeds, **more)
+        return transformer.prepare_context(text, self.embeds, **self.given, **more)
 
     def input(
         self, x: Tensor, row: TableRow, noise: Callable[[int, int], Tensor], region: Region | None
@@ -99,7 +100,9 @@ class Conditions:
         sigma, level = row.sigma, row.sigma.max()
         if region is not None:
             x = torch.where(region.mask, region.clean.to(x), x)
-        if self.way == TIMESTEPS:
+        if self.levels is not None:
+            levels = (sigma.view(-1, 1, 1) * self.levels[row.start : row.stop]).flatten()
+        elif self.way in (TIMESTEPS, CHANNELS):
             levels = sigma if region is None else region.levels(sigma)
         else:
             levels = sigma if row.write_cache else level.expand(len(sigma))
@@ -139,15 +142,16 @@ def prepare(
     way, no_columns = way_of(model), torch.zeros(segment.columns, dtype=torch.bool)
     if way == CONTROL:
         scale = 1.0 if request.conditioning_scale is None else request.conditioning_scale
-        return Conditions(way, no_columns, control=_control(model, request, segment, known, clip), scales=scale)
+        control = controls.control_branch(model, request, segment, known, clip)
+        return Conditions(way, no_columns, given={"control": control, "scales": scale})
     if way == DRIVEN:
         driving = driven.prepare(model, request, segment, known)
-        embeds = _clip_tokens(model, [request.image]) if model.transformer.config.image_dim else None
+        embeds = controls.clip_tokens(model, [request.image]) if model.transformer.config.image_dim else None
         return Conditions(way, no_columns, None, driving.channels, embeds, driving=driving)
+    if way == CHANNELS and (known or model.preset.pictures_optional):
+        return _with_channels(segment, controls.channels(model, request, segment, known, clip))
     if not known:
         return Conditions(way, no_columns)
-    if way == CHANNELS:
-        return _channels(model, segment, known, no_columns)
     shape = segment.latent_shape(model.vae.config.z_dim)
     clean = torch.zeros(1, *shape, dtype=torch.float32, device=model.device)
     columns = no_columns.clone()
@@ -155,6 +159,15 @@ def prepare(
         clean[:, :, start : start + latents.shape[2]] = latents
         columns[start : start + latents.shape[2]] = True
     return Conditions(way, columns, clean)
+
+
+def _with_channels(segment: Segment, seen: Seen) -> Conditions:
+    """What a model of more channels sees; a first column that is imposed is known to the noise table."""
+    columns, clean = torch.zeros(segment.columns, dtype=torch.bool), None
+    if seen.first is not None:
+        columns[0], clean = True, F.pad(seen.first, (0, 0, 0, 0, 0, segment.columns - 1))
+    given = {} if seen.reference is None else {"reference": seen.reference}
+    return Conditions(CHANNELS, columns, clean, seen.channels, seen.embeds, seen.levels, given)
 
 
 def known_latents(model: Model, segment: Segment, known: KnownFrames) -> Iterator[tuple[int, Tensor]]:
@@ -186,87 +199,6 @@ def _still(model: Model, segment: Segment, column: int, pictures: list[tuple[int
 
 def _nearest(pictures: list[tuple[int, np.ndarray]], frame: int) -> np.ndarray:
     return min(pictures, key=lambda one: abs(one[0] - frame))[1]
-
-
-def _channels(model: Model, segment: Segment, known: KnownFrames, no_columns: Tensor) -> Conditions:
-    """Mask and latents as extra channels, and the CLIP tokens of the first known frame, or of the first and the
-    last."""
-    config, ends = model.transformer.config, known.clip_candidates()
-    first_and_last = bool(config.pos_embed_seq_len)
-    frames = {
-        frame: picture.to(model.device, model.vae_dtype)[None]
-        for frame, picture in pixels.place(known, segment, last_only=first_and_last).items()
-    }
-    channels = conditioning.image_condition(
-        partial(pixels.encode, model, segment=segment), frames, segment.model_frames, temporal=segment.temporal
-    )
-    pictures = [ends[0], ends[-1]] if first_and_last else ends[:1]
-    embeds = _clip_tokens(model, pictures) if config.image_dim else None
-    return Conditions(CHANNELS, no_columns, None, channels, embeds)
-
-
-def _clip_tokens(model: Model, pictures: list[np.ndarray]) -> Tensor:
-    """The CLIP tokens of all pictures, concatenated: [1, L, d]."""
-    assert model.image_encoder is not None
-    size = model.image_encoder.config.image_size
-    inputs = [pixels.clip_pixels(torch.from_numpy(picture)[None], size).to(model.device) for picture in pictures]
-    return model.look(torch.cat(inputs)).flatten(0, 1)[None]
-
-
-# ---------------------------------------------------------------- the control branch
-
-
-def _control(model: Model, request: Resolved, segment: Segment, known: KnownFrames, clip: SourceClip | None) -> Tensor:
-    """The control branch's input for a segment: [1, V, R + T, h, w] on the model's device, as in diffusers'
-    WanVACEPipeline. Reference pictures come first in time: the model generates one extra latent frame for each
-    (`Segment.lead`), which is dropped."""
-    frames, mask = control_video(request, segment, known, clip)
-    size = segment.model_height, segment.model_width
-    references = [
-        pixels.fit_reference(torch.from_numpy(picture), *size, spatial=segment.spatial)[None]
-        for picture in request.reference_images or ()
-    ]
-    return conditioning.vace_condition(
-        partial(pixels.encode, model, segment=segment),
-        frames.movedim(0, 1)[None].to(model.device),
-        mask.movedim(0, 1)[None].to(model.device),
-        references,
-        spatial=segment.spatial,
-        temporal=segment.temporal,
-    )
-
-
-def control_video(
-    request: Resolved, segment: Segment, known: KnownFrames, clip: SourceClip | None = None
-) -> tuple[Tensor, Tensor]:
-    """The control video [F, 3, H, W] in [-1, 1] of all frames of the stream, and its mask [F, 1, H, W] in 0..1.
-
-    The video is the request's (depth, pose, lines, or frames to keep), or the unmasked part of an edited clip. The mask
-    is 1 where the model generates pixels: everywhere without a video, whose frames are then gray. Known frames stay.
-    The last frame is repeated up to the stream's 4k + 1 frames; those are cropped from the result.
-    """
-    count, size = segment.model_frames, (segment.model_height, segment.model_width)
-    kind = torch.float32
-    frames, mask = torch.zeros(count, 3, *size, dtype=kind), torch.ones(count, 1, *size, dtype=kind)
-    if request.video is not None and request.verb == "generate":
-        # Maps each frame of the stream to one of the video; context frames before the video take its first.
-        indices = (np.arange(count) + segment.source_start - segment.skip).clip(0, len(request.video) - 1)
-        frames = pixels.fit(request.video[indices], segment)
-        if request.mask is not None:
-            # Resized like a picture, as diffusers' pipeline does, so that soft edges match it bit for bit.
-            indices = indices.clip(0, len(request.mask) - 1)
-            mask = _unsigned(pixels.fit(request.mask[indices][..., None], segment))
-    elif clip is not None and clip.mask is not None:
-        mask = _unsigned(pixels.pad(clip.masks(0, count)[..., None], segment))
-        frames = pixels.pad(clip.frames(0, count), segment).masked_fill(mask > 0.5, 0)
-    for frame, picture in pixels.place(known, segment).items():
-        frames[frame], mask[frame] = picture, 0
-    return frames, mask
-
-
-def _unsigned(masks: Tensor) -> Tensor:
-    """Maps masks from [-1, 1] to 0..1."""
-    return ((masks + 1) / 2).clamp(0, 1)
 
 
 # ---------------------------------------------------------------- the denoiser

@@ -164,7 +164,7 @@ def window_columns(model: Model, segment: Segment) -> int:
     """The most columns that one model call sees."""
     anchored = model.preset.anchor is not None
     at_once = [stop - start + (anchored and start > 0) for start, stop in spans(model, segment)]
-    return max(most_refilled(model, segment), *at_once)
+    return max(most_refilled(model, segment), *at_once) + model.takes_reference
 
 
 def count_calls(model: Model, segment: Segment, sigmas: np.ndarray, request: Resolved) -> int:
@@ -197,7 +197,8 @@ def _sees_known(model: Model, segment: Segment, start: int, stop: int) -> bool:
     """Whether a window has known columns that reach the model as latents, or starts from a clip."""
     if start > 0 or segment.source is not None:
         return True
-    if way_of(model) in (CHANNELS, CONTROL, DRIVEN):
+    way = way_of(model)
+    if way in (CONTROL, DRIVEN) or (way == CHANNELS and not model.preset.per_token_timesteps):
         return False
     pictures = any(segment.picture_column(frame) < stop for frame in segment.pictures)
     return bool(segment.left) or pictures or stop > segment.columns - segment.right_columns

@@ -271,8 +271,9 @@ def _size_conflicts(parts: Mapping[str, Part]) -> list[str]:
     pairs: list[tuple[str, Any, str, Any]] = [
         ("transformer out_channels", transformer.out_channels, "vae z_dim", vae.z_dim)
     ]
-    # Image-to-video transformers also take a mask and the image's latents as input channels.
-    if transformer.in_channels != 2 * transformer.out_channels + vae.temporal_scale:
+    # Image-to-video transformers also take a mask and the image's latents as input channels, others a control.
+    out, temporal = transformer.out_channels, vae.temporal_scale
+    if transformer.in_channels not in (2 * out + temporal, 3 * out, 3 * out + temporal):
         pairs.append(("transformer in_channels", transformer.in_channels, "vae z_dim", vae.z_dim))
     if isinstance(text_encoder, UMT5Config):
         pairs.append(("transformer text_dim", transformer.text_dim, "text_encoder d_model", text_encoder.d_model))

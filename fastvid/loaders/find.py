@@ -31,6 +31,8 @@ PIPELINES = (
     "WanImageToVideoPipeline",
     "WanVACEPipeline",
     "WanAnimatePipeline",
+    "WanFunInpaintPipeline",  # VideoX-Fun's, in folders that `fastvid convert` has written
+    "WanFunControlPipeline",
     "WanDMDPipeline",  # FastVideo's distilled models
     "WanCausalDMDPipeline",
     "SkyReelsV2Pipeline",

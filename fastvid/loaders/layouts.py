@@ -18,7 +18,7 @@ from typing import Any
 
 from fastvid.errors import CheckpointError
 from fastvid.loaders import safetensors, weight_files
-from fastvid.models.wan import presets, skyreels_presets, variants
+from fastvid.models.wan import fun_presets, presets, skyreels_presets, variants
 from fastvid.models.wan.detect import Identity
 
 Config = dict[str, Any]
@@ -37,6 +37,7 @@ CLASSES = {
 }
 
 ORIGINAL_CLASSES = ("WanModel", "VaceWanModel", "CausalWanModel", "WanAnimateModel")
+ORIGINAL_CLASSES += ("WanTransformer3DModel", "Wan2_2Transformer3DModel", "VaceWanTransformer3DModel")  # VideoX-Fun's
 EXTRAS = "diffusers_extras.json"
 EXPERT_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
@@ -59,6 +60,9 @@ _CONFIG_KEYS = {
 }
 _PIPELINES = {"t2v": "WanPipeline", "ti2v": "WanPipeline", "vace": "WanVACEPipeline"}  # by task
 _PIPELINES |= {"df": "SkyReelsV2DiffusionForcingPipeline", "animate": "WanAnimatePipeline"}
+_PIPELINES |= {"fun-inp": "WanFunInpaintPipeline", "fun-control": "WanFunControlPipeline"}
+# May have an image encoder.
+_PICTURES = ("WanImageToVideoPipeline", "WanAnimatePipeline", "WanFunInpaintPipeline", "WanFunControlPipeline")
 _ORIGINAL_CLASS = {"vace": "VaceWanModel", "animate": "WanAnimateModel"}
 # Flow shift by (task, has two experts); 5 for all others.
 _FLOW_SHIFT = {
@@ -66,8 +70,10 @@ _FLOW_SHIFT = {
     ("vace", False): presets.WAN_VACE_14B.flow_shift,
     ("t2v", True): presets.WAN_T2V_A14B.flow_shift,
     ("df", False): skyreels_presets.DF_1_3B.flow_shift,
+    ("vace", True): fun_presets.VACE_A14B.flow_shift,
 }
 _BOUNDARY = {"t2v": presets.WAN_T2V_A14B.boundary_ratio, "i2v": presets.WAN_I2V_A14B.boundary_ratio}
+_BOUNDARY |= {"vace": fun_presets.VACE_A14B.boundary_ratio}
 
 
 # ---------------------------------------------------------------- files
@@ -158,7 +164,7 @@ def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool)
         "boundary_ratio": _BOUNDARY.get(task, 0.9) if experts else None,
         "vae": CLASSES["vae"],
     }
-    if pipeline in ("WanImageToVideoPipeline", "WanAnimatePipeline"):
+    if pipeline in _PICTURES:
         image = configs.get("image_encoder")
         index["image_encoder"] = ["transformers", image["architectures"][0]] if image else [None, None]
         index["image_processor"] = ["transformers", "CLIPImageProcessor"] if image else [None, None]

@@ -127,7 +127,7 @@ def _find_experts(file: Path, sources: Sources) -> dict[str, FoundPart]:
     if other and noise == "low" and _noise_of(other, own.identity) == "high":
         raise InvalidRequest(f"parts: {file} is for low noise by its name, {other} for high: give them the other way")
     parts = {"transformer": own}
-    if other or noise or (own.identity.family, own.identity.task) == ("wan2.2", "i2v"):
+    if other or noise or own.identity.is_expert:
         parts["transformer_2"] = _or_missing("transformer_2", lambda: _find_low_noise(file, other, noise))
     return parts
 
@@ -148,7 +148,7 @@ def _noise_of(file: Path, identity: Identity) -> str:
     """ "high" or "low" for one of two experts, by its name and its neighbors'; "" for a whole model; DOUBTFUL for
     weights of the size that models with two experts have, with a name that may say either."""
     alone = identity.family == "wan2.1" and identity.task != "vace" and identity.size != CUSTOM
-    if alone or identity.task in ("ti2v", "df"):
+    if alone or identity.task == "df" or (identity.family == "wan2.2" and not identity.is_expert):
         return ""  # published with one transformer alone
     mark = expert_of(file, [one for group in _neighbors(file) for one in group])
     if mark.sure and mark.expert:

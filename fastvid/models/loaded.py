@@ -171,6 +171,11 @@ class Model:
         """Height and width of the pictures of a face that a driven model sees."""
         return int(cast(Any, self.transformer).animate_config.motion_encoder_size)
 
+    @property
+    def takes_reference(self) -> bool:
+        """Whether a reference picture stands in front of the video (Fun-Control)."""
+        return hasattr(self.transformer, "ref_conv")
+
     @cached_property
     def sizes(self) -> Sizes:
         """Bytes of all weights, on the device or not."""

@@ -114,6 +114,7 @@ class Preset:
     window: int = 21  # latent frames that are made at once
     overlap: int = 2  # latent frames that a window has in common with the one before
     context: int = 2  # latent frames of a clip that its continuation sees
+    pictures_optional: bool = False  # of models with more channels: any frames may be known, or none
     carries: bool = False  # long videos are made in windows, whose latents go on to the next as they are
     # Trained with the video's first latent frame known in every window, as if it stood so many before its first.
     anchor: int | None = None

@@ -18,7 +18,8 @@ from fastvid.models.common.umt5 import UMT5Config, UMT5Encoder
 from fastvid.models.wan.animate import WanAnimateTransformer
 from fastvid.models.wan.animate_config import CLASS_NAME as DRIVEN
 from fastvid.models.wan.animate_config import MARK, WanAnimateConfig
-from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
+from fastvid.models.wan.config import WanFunConfig, WanTransformerConfig, WanVACEConfig, WanVAEConfig
+from fastvid.models.wan.fun import WanFunTransformer
 from fastvid.models.wan.skyreels import SkyReelsTransformer
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.models.wan.vace import WanVACETransformer
@@ -27,7 +28,7 @@ from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.ops import reference
 from fastvid.ops.quantized import Spec
 
-TransformerConfig = WanTransformerConfig | WanVACEConfig | WanAnimateConfig
+TransformerConfig = WanTransformerConfig | WanVACEConfig | WanFunConfig | WanAnimateConfig
 Config = TransformerConfig | WanVAEConfig | UMT5Config | CLIPVisionConfig
 
 EXPERTS = ("transformer", "transformer_2")  # high noise, low noise; most models have the first alone
@@ -63,8 +64,10 @@ class PartKind:
 
 
 def read_transformer(config: Mapping[str, Any]) -> TransformerConfig:
-    """With a control branch if the file says where it hints, or names its class; likewise with face blocks. Of a class
-    with other defaults these count."""
+    """With a control branch if the file says where it hints, or names its class; as a sibling if it has its layers. Of
+    a class with other defaults these count."""
+    if config.get("add_ref_conv"):
+        return WanFunConfig.from_dict(config)
     if config.get(MARK) is not None or config.get("_class_name") == DRIVEN:
         return WanAnimateConfig.from_dict(config)
     if config.get("_class_name") == SKYREELS:
@@ -73,12 +76,18 @@ def read_transformer(config: Mapping[str, Any]) -> TransformerConfig:
     return (WanTransformerConfig if plain else WanVACEConfig).from_dict(config)
 
 
+TRANSFORMERS: Mapping[type, Callable[[Any, Any], WanTransformer]] = {
+    WanTransformerConfig: lambda config, ops: (
+        SkyReelsTransformer(config, ops) if config.inject_sample_info else WanTransformer(config, ops)
+    ),
+    WanVACEConfig: WanVACETransformer,
+    WanFunConfig: WanFunTransformer,
+    WanAnimateConfig: WanAnimateTransformer,
+}
+
+
 def build_transformer(config: TransformerConfig, ops: Any = reference) -> WanTransformer:
-    if isinstance(config, WanAnimateConfig):
-        return WanAnimateTransformer(config, ops)
-    if isinstance(config, WanVACEConfig):
-        return WanVACETransformer(config, ops)
-    return SkyReelsTransformer(config, ops) if config.inject_sample_info else WanTransformer(config, ops)
+    return TRANSFORMERS[type(config)](config, ops)
 
 
 def build_vae(config: WanVAEConfig, ops: Any = reference) -> WanVAE:

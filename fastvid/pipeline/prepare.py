@@ -21,7 +21,7 @@ from fastvid.errors import InvalidRequest
 from fastvid.media.sound import Track
 from fastvid.media.targets import paths_in
 from fastvid.models.loaded import Model
-from fastvid.pipeline import tensors, verbs
+from fastvid.pipeline import control_checks, tensors, verbs
 from fastvid.pipeline.loras import for_request
 from fastvid.pipeline.request_warnings import warn_of_forcing, warn_of_size
 from fastvid.planning.plan import plan_request
@@ -85,7 +85,7 @@ def prepare(
     if model.face_layers:
         inputs.warn_of_driving(resolved, model.face_side)
     resolved = replace(resolved, seed=agree(model.mesh, resolved.seed, first))
-    verbs.check_control(model, resolved)
+    control_checks.check_control(model, resolved)
     timeline = verbs.lay_out(resolved, verbs.rules_of(model, resolved))
     verbs.check(model, resolved, timeline)
     resolved = _with_tensors(model, resolved, timeline)

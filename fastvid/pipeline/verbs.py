@@ -32,6 +32,7 @@ def rules_of(model: Model, request: Resolved | None = None) -> Rules:
         picture_in_block=preset.rollout is not None and preset.rollout.picture_in_block,
         carries=preset.carries,
         picture_behind=preset.forcing is not None,
+        references_lead=not model.takes_reference,
     )
 
 
@@ -43,7 +44,7 @@ def lay_out(request: Resolved, rules: Rules) -> Timeline:
         width=request.width,
         pictures=request.known_pictures,
         prompts=_prompts(request),
-        lead=len(request.reference_images or ()),
+        lead=len(request.reference_images or ()) if rules.references_lead else 0,
     )
     return _LAYOUTS[request.verb](request, stretch, rules)
 
@@ -142,7 +143,7 @@ def check(model: Model, request: Resolved, layout: Timeline) -> None:
         raise InvalidRequest(
             f"known_guidance_scale: {name} has known frames in its cache, beside every block; use guidance_scale"
         )
-    if way_of(model) == CHANNELS:
+    if way_of(model) == CHANNELS and not model.preset.pictures_optional:
         _check_channels(model, request, layout.segments[0])
 
 
@@ -202,55 +203,6 @@ def _check_channels(model: Model, request: Resolved, first: Segment) -> None:
         raise InvalidRequest(
             f"num_frames={request.num_frames}: with last_image it must be one that the model makes as it is; the "
             f"nearest is {request.model_frames}"
-        )
-
-
-CONTROL_OPTIONS = ("video", "mask", "reference_images", "conditioning_scale")
-
-
-def check_control(model: Model, request: Resolved) -> None:
-    """Raises InvalidRequest for control options that do not fit the model, or if it has no control branch."""
-    # In other verbs, video and mask are not control options.
-    names = CONTROL_OPTIONS if request.verb == "generate" else CONTROL_OPTIONS[2:]
-    options = [name for name in names if getattr(request, name) is not None]
-    if not model.control_layers:
-        if options:
-            raise InvalidRequest(
-                f"{model.preset.name} has no control branch; leave {options[0]} out (VACE models take it)"
-            )
-        return
-    _check_video(request)
-    scale = request.conditioning_scale
-    if isinstance(scale, tuple) and len(scale) != model.control_layers:
-        raise InvalidRequest(
-            f"conditioning_scale has {len(scale)} values; give one number, or {model.control_layers}, one for each "
-            "control layer"
-        )
-    for i, picture in enumerate(request.reference_images or ()):
-        _check_reference(i, picture.shape, request, model.vae.config.spatial_scale)
-
-
-def _check_video(request: Resolved) -> None:
-    if request.video is None or request.verb != "generate":
-        return
-    count = len(request.video)
-    if count < request.num_frames:
-        raise InvalidRequest(f"num_frames={request.num_frames}: video has {count} frames; the nearest is {count}")
-    if request.mask is not None and len(request.mask) not in (1, count):
-        raise InvalidRequest(f"mask has {len(request.mask)} frames; allowed is 1, or {count} as video has")
-
-
-def _check_reference(number: int, shape: tuple[int, ...], request: Resolved, spatial: int) -> None:
-    """Raises InvalidRequest if a side becomes zero when rounded down to a multiple of `spatial`, or scaled to a
-    frame."""
-    what = f"reference_images[{number}] is {shape[1]}x{shape[0]}"
-    height, width = (side // spatial * spatial for side in shape[:2])
-    if not height or not width:
-        raise InvalidRequest(f"{what}; at least {spatial}x{spatial} is needed")
-    scale = min(request.model_height / height, request.model_width / width)
-    if min(int(height * scale), int(width * scale)) < 1:
-        raise InvalidRequest(
-            f"{what}, too narrow to be seen on a frame of {request.model_width}x{request.model_height}; crop it"
         )
 
 

@@ -168,7 +168,10 @@ def frames_encoded(model: Model, segment: Segment) -> int:
         return (2 + (segment.source is not None)) * segment.model_frames + segment.lead
     if way_of(model) == DRIVEN:
         return 2 * segment.model_frames + segment.lead  # what is known, and the pose
-    if segment.source is not None or way_of(model) == CHANNELS:
+    config = model.transformer.config
+    if way_of(model) == CHANNELS:  # a control's frames, and the known ones
+        return segment.model_frames * ((config.in_channels - config.out_channels) // config.out_channels)
+    if segment.source is not None:
         return segment.model_frames
     return segment.left + segment.right + len(segment.pictures)
 

@@ -128,18 +128,24 @@ ARGUMENTS: Mapping[str, Argument] = {
     ),
     "image": Argument(
         checks.picture,
-        "a picture to use as the first frame (I2V, TI2V, VACE, embedded), or of the character (Animate)",
+        "a picture to use as the first frame (I2V, TI2V, VACE, Fun, embedded), or of the character (Animate)",
         "--image FILE",
     ),
     "last_image": Argument(
-        checks.picture, "a picture to use as the last frame (FLF2V, I2V-A14B, VACE, embedded)", "--last-image FILE"
+        checks.picture,
+        "a picture to use as the last frame (FLF2V, I2V-A14B, VACE, Fun-InP, embedded)",
+        "--last-image FILE",
     ),
     "keyframes": Argument(
         checks.keyframes,
         "a picture to use as frame FRAME, counted from 0 (VACE, embedded); may be repeated",
         "--keyframe FRAME=FILE",
     ),
-    "video": Argument(checks.clip, "a control video: depth, pose, or frames to keep (VACE)", "--video FILE"),
+    "video": Argument(
+        checks.clip,
+        "a control video: depth, pose (VACE, Fun-Control), or frames to keep (VACE, Fun-InP)",
+        "--video FILE",
+    ),
     "video_2": Argument(checks.clip, "the second clip of a blend"),
     "mask": Argument(
         checks.clip,
@@ -148,7 +154,9 @@ ARGUMENTS: Mapping[str, Argument] = {
         {"edit": "white may change, black is kept; a picture applies to all frames"},
     ),
     "reference_images": Argument(
-        checks.pictures, "a picture of a subject of the video (VACE); may be repeated", "--reference-image FILE"
+        checks.pictures,
+        "a picture of a subject of the video (VACE, Fun-Control); for VACE may be repeated",
+        "--reference-image FILE",
     ),
     "conditioning_scale": Argument(
         checks.scale,
@@ -322,7 +330,12 @@ ALIASES = {
     "frames": "num_frames",
     "generator": "seed",
     "length": "num_frames",
+    "end_image": "last_image",
+    "mask_video": "mask",
+    "ref_image": "reference_images",
+    "ref_images": "reference_images",
     "reference_image": "reference_images",
+    "start_image": "image",
     "resolution": "size",
     "sampler": "solver",
     "scheduler": "solver",

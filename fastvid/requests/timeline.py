@@ -29,7 +29,8 @@ class Rules:
     whether latents are carried from one window to the next; otherwise a new segment starts from the decoded frames.
     pixels: whether known frames reach the model as pixels (channels, control) instead of latents. picture_behind:
     whether a last picture follows the video as one more latent frame, instead of being its last frame. whole: whether
-    every segment fills the window, whose surplus frames are dropped.
+    every segment fills the window, whose surplus frames are dropped. references_lead: whether a reference picture is
+    one more column in front.
     """
 
     spatial: int = 8
@@ -44,6 +45,7 @@ class Rules:
     pixels: bool = False
     picture_behind: bool = False
     whole: bool = False
+    references_lead: bool = True
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from streams import run, same, snapshots
 
 import fastvid
 from fastvid.cli.commands import main
-from fastvid.engine import conditioning
+from fastvid.engine import controls
 from fastvid.engine.pixels import KnownFrames
 from fastvid.engine.source_clip import SourceClip
 from fastvid.media.metadata import read_recipe
@@ -55,9 +55,9 @@ def seen(
     pipe: fastvid.Pipeline, monkeypatch: pytest.MonkeyPatch, verb: str, **options: Any
 ) -> tuple[fastvid.Video, list[tuple[torch.Tensor, torch.Tensor]]]:
     """What a verb makes, and the frames and masks that its control branch was shown, by segment."""
-    shown, control_video = [], conditioning.control_video
+    shown, control_video = [], controls.control_video
     with monkeypatch.context() as patch:
-        patch.setattr(conditioning, "control_video", lambda *given: shown.append(control_video(*given)) or shown[-1])
+        patch.setattr(controls, "control_video", lambda *given: shown.append(control_video(*given)) or shown[-1])
         return getattr(pipe, verb)(**{"prompt": "a red circle", **options}), shown
 
 
@@ -210,7 +210,7 @@ def test_segments_are_shown_their_part(
     assert found.segments == len(segments) == len(shown) == (3 if frames == 21 else 2)
     one = replace(segments[0], num_frames=frames, model_frames=frames + 3)
     source = SourceClip(short._model, one, KnownFrames(), job.request.mask)
-    whole, masks = conditioning.control_video(job.request, one, KnownFrames(), source)
+    whole, masks = controls.control_video(job.request, one, KnownFrames(), source)
     for segment, (frames_of, masks_of) in zip(segments, shown, strict=True):
         start, count = segment.source_start, segment.num_frames
         assert torch.equal(frames_of[segment.left :][:count], whole[start : start + count])

@@ -28,14 +28,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvid
 from fastvid.cli.commands import main
-from fastvid.engine import conditioning, pixels
+from fastvid.engine import controls, pixels
 from fastvid.engine.decode import decode_chunk
 from fastvid.loaders.convert import convert
 from fastvid.media.metadata import read_recipe
 from fastvid.media.writer import FrameSink
 from fastvid.models.wan.config import WanVACEConfig
 from fastvid.models.wan.vace import WanVACETransformer
-from fastvid.pipeline.verbs import CONTROL_OPTIONS
+from fastvid.pipeline.control_checks import CONTROL_OPTIONS
 from fastvid.planning.speed import Calls, denoise_flops
 from fastvid.requests.recipe import fingerprint
 from fastvid.sampling.noise import latent_noise
@@ -159,7 +159,7 @@ def lay_out(pipe: fastvid.Pipeline, **options: Any) -> tuple[torch.Tensor, torch
     options = {"prompt": "a", "num_inference_steps": 1, "size": f"{WIDTH}x{HEIGHT}", **options}
     job = prepared(pipe, **options).job
     segment = job.timeline.segments[0]
-    return conditioning.control_video(job.request, segment, pixels.KnownFrames(pictures=segment.pictures))
+    return controls.control_video(job.request, segment, pixels.KnownFrames(pictures=segment.pictures))
 
 
 class TestWhatTheModelSees:

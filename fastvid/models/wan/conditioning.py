@@ -1,6 +1,7 @@
 """What models get of known pictures beside the text: latents and masks as more channels, or a control.
 
 - I2V and FLF2V (Wan 2.1), I2V-A14B (Wan 2.2): `image_condition`, to be put behind the noisy latents as more channels.
+- Fun-InP, and Fun-Control of Wan 2.2: `inpaint_condition`.
 - VACE: `vace_condition`, the input of the control branch.
 
 Pure functions. `encode` stands for the VAE: frames [B, 3, F, H, W] in [-1, 1], F = temporal * k + 1, to normalised
@@ -64,6 +65,51 @@ def mask_channels(known: Tensor, temporal: int = 4) -> Tensor:
     if known.ndim != 1 or (len(known) - 1) % temporal:
         raise InvalidRequest(f"{temporal}k+1 pixel frames are needed, not {list(known.shape)}")
     return torch.cat((known[:1].expand(temporal), known[1:])).unflatten(0, (-1, temporal)).T
+
+
+# ---------------------------------------------------------------- Fun-InP: what is known, anywhere
+
+
+def inpaint_condition(
+    encode: Encode,
+    frames: Tensor,
+    mask: Tensor,
+    shape: tuple[int, int, int, int],
+    *,
+    device: torch.device | str = "cpu",
+    temporal: int = 4,
+) -> Tensor:
+    """Channels behind the noisy latents of a Fun-InP model: [1, temporal + C, T, h, w] on the device, mask first.
+
+    frames: [F, 3, H, W] in [-1, 1], F = temporal * k + 1. mask: [F, 1, H, W], from 0.5 on what the model shall make.
+    shape: (C, T, h, w) of the latents. Where nothing is known, mask and latents are zeros; of frames that are known as
+    a whole this is `image_condition`.
+    Source: aigc-apps/VideoX-Fun `videox_fun/pipeline/pipeline_wan2_2_fun_inpaint.py` (Apache-2.0).
+    """
+    free, (channels, T, h, w) = (mask >= 0.5).to(frames), shape
+    if bool(free.all()):
+        return torch.zeros(1, temporal + channels, T, h, w, dtype=torch.float32, device=device)
+    latents = encode((frames * (1 - free)).movedim(0, 1)[None].to(device))
+    known = 1 - _fold(free, temporal)
+    parts = [(known[:, :, :1], 1), (known[:, :, 1:], T - 1)]
+    resized = [F.interpolate(part, (count, h, w), mode="trilinear") for part, count in parts if count]
+    return torch.cat((torch.cat(resized, 2).to(latents), latents), dim=1)
+
+
+def latent_levels(mask: Tensor, size: tuple[int, ...], temporal: int = 4) -> Tensor | None:
+    """The share of the noise level that a Fun model of timesteps per token is told: [T, h, w], 0 where pixels are
+    known; None where nothing is. mask: [F, 1, H, W], from 0.5 on what the model shall make; size: (T, h, w)."""
+    free = (mask >= 0.5).float()
+    if bool(free.all()):
+        return None
+    return F.interpolate(_fold(free, temporal)[:, :1], size, mode="trilinear", align_corners=True)[0, 0]
+
+
+def _fold(mask: Tensor, temporal: int) -> Tensor:
+    """A mask [F, 1, H, W] with a channel for each frame of a latent: [1, temporal, T, H, W]; the first frame, which has
+    a latent of its own, in all of them."""
+    frames = torch.cat((mask[:1].expand(temporal, -1, -1, -1), mask[1:]))[:, 0]
+    return frames.unflatten(0, (-1, temporal)).transpose(0, 1)[None]
 
 
 # ---------------------------------------------------------------- VACE: the control branch

@@ -61,6 +61,8 @@ INERT_VAE = {
 BESIDE: Mapping[str, tuple[Any, ...]] = {
     **{"qk_norm": (QK_NORM, True), "rope_max_seq_len": (), "text_len": (512, None), "window_size": ([-1, -1], None)},
     **{"local_attn_size": (-1, None), "sink_size": (0, None), "num_frame_per_block": (1, None)},
+    **{"add_ref_conv": (False, None), "in_dim_ref_conv": (), "add_control_adapter": (False, None)},
+    **{"in_dim_control_adapter": (), "downscale_factor_control_adapter": ()},
 }
 
 
@@ -152,6 +154,28 @@ class WanVACEConfig:
                 f"transformer/config.json: vace_in_channels is {channels!r:.80}; a positive number is needed"
             )
         return cls(transformer, tuple(layers), channels)
+
+
+@dataclass(frozen=True)
+class WanFunConfig:
+    """What `transformer/config.json` says of a Control model with a reference picture (VideoX-Fun, `add_ref_conv`): the
+    transformer, and how many channels the picture's latent has."""
+
+    transformer: WanTransformerConfig
+    in_dim_ref_conv: int = 16
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> WanFunConfig:
+        """Read a config; CheckpointError for values that this model does not implement."""
+        rest = {key: value for key, value in config.items() if key not in ("add_ref_conv", "in_dim_ref_conv")}
+        transformer = WanTransformerConfig.from_dict(rest)
+        channels = config.get("in_dim_ref_conv") or transformer.out_channels
+        if channels != transformer.out_channels:
+            raise CheckpointError(
+                f"transformer/config.json: in_dim_ref_conv is {channels!r:.80}; as many as out_channels, "
+                f"{transformer.out_channels}, are needed"
+            )
+        return cls(transformer, channels)
 
 
 @dataclass(frozen=True)

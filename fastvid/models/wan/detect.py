@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastvid.errors import CheckpointError
-from fastvid.models.wan import animate_detect, weight_names
+from fastvid.models.wan import animate_detect, siblings, weight_names
 from fastvid.models.wan.config import HEAD_DIM, LATENT_STATISTICS
 from fastvid.models.wan.weight_names import DIFFUSERS, Shape
 
 CLIP_HEADS = {1280: 16}
-TASKS = ("t2v", "i2v", "flf2v", "vace", "ti2v", "df", "animate")
+TASKS = ("t2v", "i2v", "flf2v", "vace", "ti2v", "animate", *siblings.TASKS)
 SIZES = {(1536, 30): "1.3B", (3072, 30): "5B", (5120, 40): "14B"}  # (width, layers)
 CUSTOM, STANDARD = "custom", "standard"
 UNCHECKED = ("_class_name", "architectures", "model_type")  # names of classes, which differ between libraries
@@ -45,6 +45,13 @@ class Identity:
     shapes: Shapes
 
     @property
+    def is_expert(self) -> bool:
+        """Whether models of this kind were published as two experts."""
+        out = self.shapes.get("proj_out.weight", (0,))[0]
+        small = out < 48 * math.prod(self.shapes.get("patch_embedding.weight", (0,))[2:])
+        return small and self.family == "wan2.2" and self.task in ("i2v", "fun-control")
+
+    @property
     def name(self) -> str:
         """Such as wan2.1-i2v-14B, wan2.2-vae."""
         return "-".join(filter(None, (self.family, self.task or self.part, self.task and self.size)))
@@ -66,6 +73,7 @@ def identify(shapes: Mapping[str, Sequence[int]]) -> Identity:
 
     Raises CheckpointError for what is none of them, listing the names that are unknown.
     """
+    siblings.check_tensors(shapes)
     found = weight_names.find_part(shapes)
     made = weight_names.origins(shapes, DIFFUSERS, found)
     known = {name: origin.shape(shapes) for name, origin in made.items()}
@@ -87,16 +95,17 @@ def _transformer_variant(shapes: Shapes) -> tuple[str, str, str]:
         return "wan2.1", size, "vace"
     if animate_detect.MARK in shapes:
         return "wan2.2", size, "animate"
-    if channels == 2 * out + 4:  # noise, four mask channels, the picture's latents
-        return ("wan2.1" if image else "wan2.2"), size, "i2v"
+    known = siblings.Channels(channels, out, image)
+    if sibling := siblings.find(shapes, known):
+        return sibling[0], size, sibling[1]
+    if known.is_picture:
+        return ("wan2.1" if image else "wan" if size == "1.3B" else "wan2.2"), size, "i2v"
     if channels != out or image:
         extra = "with" if image else "without"
         raise CheckpointError(
             f"a Wan transformer of {channels} channels in, {out} out, {extra} picture embedding is no known variant; "
-            "known are 16/16 (t2v, vace), 36/16 (i2v, flf2v) and 48/48 (ti2v)"
+            "known are 16/16 (t2v, vace), 36/16 (i2v, flf2v), 48/48 (ti2v), and of Fun 48/16, 52/16, 100/48 and 148/48"
         )
-    if "fps_embedding.weight" in shapes:
-        return "skyreels-v2", size, "df"
     if out == 48:
         return "wan2.2", size, "ti2v"
     return ("wan2.1" if size == "1.3B" else "wan"), size, "t2v"
@@ -149,8 +158,7 @@ def _transformer_config(shapes: Shapes, given: Config) -> Config:
     }
     if position := shapes.get("condition_embedder.image_embedder.pos_embed"):
         config["pos_embed_seq_len"] = position[1]
-    if "fps_embedding.weight" in shapes:
-        config |= {"_class_name": "SkyReelsV2Transformer3DModel", "inject_sample_info": True}
+    config |= siblings.config(shapes)
     if "vace_patch_embedding.weight" in shapes:
         config |= {"_class_name": "WanVACETransformer3DModel", "vace_layers": _vace_layers(shapes, given)}
         config["vace_in_channels"] = _shape(shapes, "vace_patch_embedding.weight", 5)[1]

@@ -326,12 +326,18 @@ class WanTransformer(nn.Module):
         context = self.prepare_context(text) if isinstance(text, Tensor) else text
         self._check_context(context, latents, cache)
         values, index = (upload(one, latents.device) for one in group_timesteps(timestep, latents.shape[0], grid))
-        inputs = Inputs(latents, known, values, index, self.rotary(grid, rope_offset, latents.device), context)
+        inputs = Inputs(latents, known, values, index, self._rotary(grid, rope_offset, latents.device), context)
         if view is not None and view.layout.sequence > 1:
             parallel = self._sequence_parallel(view, grid)
             own = self._velocity(self._shard(inputs, parallel), cache, parallel)
             return parallel.gather(own, self.config.patch_size, latents.shape[3])
         return self.run(self._velocity, inputs) if cache is None else self._velocity(inputs, cache)
+
+    def _rotary(
+        self, grid: tuple[int, int, int], offset: int | Sequence[int], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the angles of every token that the blocks see."""
+        return self.rotary(grid, offset, device)
 
     def _check_context(self, context: AnyContext, latents: Tensor, cache: KVCache | CausalBlocks | None) -> None:
         """Raises InvalidRequest for a context that does not fit the latents."""

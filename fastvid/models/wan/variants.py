@@ -16,13 +16,25 @@ from fastvid.models import preset as patterns
 from fastvid.models.common.clip import CLIP_HUGE
 from fastvid.models.common.umt5 import UMT5_XXL
 from fastvid.models.preset import Preset, Signature, Variant
-from fastvid.models.wan import animate_presets, presets, skyreels_presets
+from fastvid.models.wan import animate_presets, fun_presets, presets, siblings, skyreels_presets
 from fastvid.models.wan.animate_config import MARK, WanAnimateConfig
-from fastvid.models.wan.config import HEAD_DIM, WAN22_VAE, WanTransformerConfig, WanVACEConfig, WanVAEConfig
+from fastvid.models.wan.config import (
+    HEAD_DIM,
+    WAN22_VAE,
+    WanFunConfig,
+    WanTransformerConfig,
+    WanVACEConfig,
+    WanVAEConfig,
+)
 from fastvid.sampling.schedulers import SOURCE, Scheduler, read_scheduler
 
-VARIANTS: tuple[Variant, ...] = (*presets.VARIANTS, *skyreels_presets.VARIANTS, *animate_presets.VARIANTS)
-EXTRAS: Mapping[str, str] = {"fps": "inject_sample_info", animate_presets.EXTRA: MARK}
+VARIANTS: tuple[Variant, ...] = (
+    *presets.VARIANTS,
+    *fun_presets.VARIANTS,
+    *skyreels_presets.VARIANTS,
+    *animate_presets.VARIANTS,
+)
+EXTRAS: Mapping[str, str] = {"reference": "add_ref_conv", "fps": "inject_sample_info", animate_presets.EXTRA: MARK}
 """Layers that only some siblings have (`Signature.extra`), and the key of a transformer's config.json that says so."""
 
 LONG_WORD = 6  # letters of a word that is not part of others by chance
@@ -49,7 +61,9 @@ def find_variants(signature: Signature, name: str = "", chosen: str | None = Non
     Raises CheckpointError if the chosen one does not fit, and if only a name can tell, which is missing.
     """
     found = [variant for variant in VARIANTS if variant.signature == signature]
-    if chosen:
+    if chosen is None:
+        siblings.check_name(name)
+    else:
         variant = next(variant for variant in VARIANTS if variant.preset.name == chosen)
         if _alike(variant.signature) != _alike(signature):
             raise CheckpointError(_not_alike(variant, signature))
@@ -165,6 +179,9 @@ def _custom(signature: Signature) -> Preset:
         preset = replace(animate_presets.WAN_ANIMATE_14B, name=preset.name, sizes=())
     elif signature.control:
         preset = replace(preset, patterns=patterns.CONTROL)
+    elif siblings.Channels(signature.in_channels, signature.out_channels, signature.image).is_control:
+        known = fun_presets.START if signature.image else fun_presets.MASKED
+        preset = replace(fun_presets.FUN, name=preset.name, patterns=known)
     elif signature.image or signature.in_channels > signature.out_channels:
         picture = patterns.TWO_PICTURES if signature.positions else patterns.PICTURE
         preset = replace(preset, patterns=picture, context=1)
@@ -245,7 +262,9 @@ def published_configs(name: str) -> tuple[Preset, dict[str, Any]]:
     return variant.preset, configs | ({"image_encoder": CLIP_HUGE} if signature.image else {})
 
 
-def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACEConfig | WanAnimateConfig:
+def transformer_config(
+    signature: Signature,
+) -> WanTransformerConfig | WanVACEConfig | WanFunConfig | WanAnimateConfig:
     dim = signature.dim
     made = WanTransformerConfig(
         num_attention_heads=dim // HEAD_DIM,
@@ -262,4 +281,6 @@ def transformer_config(signature: Signature) -> WanTransformerConfig | WanVACECo
     )
     if signature.extra == animate_presets.EXTRA:
         return WanAnimateConfig(made)
+    if signature.extra == "reference":
+        return WanFunConfig(made, signature.out_channels)
     return WanVACEConfig(made, tuple(range(0, signature.num_layers, VACE_STEP[dim]))) if signature.control else made
