@@ -32,6 +32,7 @@ PARAMETERS = {
     "wan2.1-t2v-14b": 14.2885,
     "wan2.1-vace-1.3b": 2.154,
     "wan2.1-vace-14b": 17.3376,
+    "wan2.2-animate-14b": 17.2748,
 }
 
 

@@ -91,7 +91,11 @@ def test_a_step_of_a_large_model_is_mostly_attention_and_linears() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["wan2.1-i2v-14b-720p", "wan2.1-vace-1.3b", "wan2.2-ti2v-5b", "self-forcing-wan2.1-t2v-1.3b"]
+    "name",
+    [
+        *("wan2.1-i2v-14b-720p", "wan2.1-vace-1.3b", "wan2.2-ti2v-5b", "wan2.2-animate-14b"),
+        "self-forcing-wan2.1-t2v-1.3b",
+    ],
 )
 @pytest.mark.slow
 def test_other_kinds_of_models_are_recorded(name: str) -> None:

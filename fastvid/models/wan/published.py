@@ -44,6 +44,7 @@ PLACES: Mapping[str, Published] = {
     "wan2.2-t2v-a14b": Published("Wan-AI/Wan2.2-T2V-A14B-Diffusers", APACHE),
     "wan2.2-i2v-a14b": Published("Wan-AI/Wan2.2-I2V-A14B-Diffusers", APACHE),
     "wan2.2-ti2v-5b": Published(_FIVE, APACHE),
+    "wan2.2-animate-14b": Published("Wan-AI/Wan2.2-Animate-14B-Diffusers", APACHE),
     "fastwan2.1-t2v-1.3b": Published("FastVideo/FastWan2.1-T2V-1.3B-Diffusers", APACHE),
     "fastwan2.1-t2v-14b": Published("FastVideo/FastWan2.1-T2V-14B-Diffusers", APACHE),
     "fastwan2.2-ti2v-5b": Published("FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", UNCLEAR),

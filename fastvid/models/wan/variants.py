@@ -175,9 +175,7 @@ def _scheduler_class(index: Mapping[str, Any]) -> str | None:
 
 def _custom(signature: Signature) -> Preset:
     preset = Preset("wan-custom")
-    if signature.extra == animate_presets.EXTRA:
-        preset = replace(animate_presets.WAN_ANIMATE_14B, name=preset.name, sizes=())
-    elif signature.control:
+    if signature.control:
         preset = replace(preset, patterns=patterns.CONTROL)
     elif siblings.Channels(signature.in_channels, signature.out_channels, signature.image).is_control:
         known = fun_presets.START if signature.image else fun_presets.MASKED
