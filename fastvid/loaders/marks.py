@@ -43,6 +43,7 @@ LOW_NIBBLE = ("weight_global_scale", "input_global_scale", "input_absmax", "alph
 BESIDE = (*SCALES, *INPUT_SCALES, *LOW_NIBBLE, "weight_scale_2")
 SCALED_FP8, TORCHAO_NVFP4 = "scaled_fp8", "torchao_nvfp4"
 LARGEST_NVFP4 = 2688.0  # 6 * 448: the largest value over its global scale
+LARGEST_ROTATION = 1024  # published is 256; the matrix takes 4 MiB
 KNOWN_KEYS = {"format", "params", "full_precision_matrix_mult", "convrot", "convrot_groupsize", "orig_dtype"}
 
 
@@ -51,9 +52,6 @@ def logical(entries: dict[str, Entry], metadata: Mapping[str, str]) -> dict[str,
 
     Raises CheckpointError for formats that are not read, and for marks that are broken or contradict the tensors.
     """
-    if not any(entry.dtype not in FLOATS and entry.source is None for entry in entries.values()):
-        marks_refused.check(entries)
-        return entries
     rest = dict(entries)
     made = marks_diffusers.take(rest, metadata)
     marks_refused.check(rest)
@@ -94,7 +92,7 @@ class Layer:
         return found[0] if found else None
 
     def refuse(self, why: str) -> NoReturn:
-        raise CheckpointError(f"{self.weight.file}: {self.name} {why}")
+        raise CheckpointError(f"{self.weight.file}: {self.name:.200} {why}")
 
 
 def _layer(name: str, entries: dict[str, Entry], marks: Mapping[str, Mark]) -> Layer:
@@ -192,11 +190,13 @@ def _rotation(layer: Layer, inputs: int) -> int:
     if not mark.get("convrot"):
         return 0
     group = mark.get("convrot_groupsize", 256)
-    power = type(group) is int and 4 <= group <= 4**8 and group & (group - 1) == 0 and group.bit_length() % 2
+    power = (
+        type(group) is int and 4 <= group <= LARGEST_ROTATION and group & (group - 1) == 0 and group.bit_length() % 2
+    )
     if mark["format"] != "int8_tensorwise" or not power or inputs % group:
         layer.refuse(
             f"is marked as {mark['format']} with ConvRot in groups of {group!r:.40} for {inputs} inputs; int8 with "
-            "groups of a power of 4 (as published, 256) that divide the inputs is read"
+            "groups of a power of 4 up to 1024 that divide the inputs is read"
         )
     return int(group)
 

@@ -45,8 +45,8 @@ def take(entries: dict[str, Entry], metadata: Mapping[str, str]) -> dict[str, En
     for name, text in read_texts(formats, 8).items():
         if any(text):
             raise CheckpointError(
-                f"{formats[name].file}: {name} is not {ROW_MAJOR}: weights in the order of a GPU's tiles are not read; "
-                f"save them again with a newer bitsandbytes, or {INSTEAD}"
+                f"{formats[name].file}: {name:.200} is not {ROW_MAJOR}: weights in the order of a GPU's tiles are not "
+                f"read; save them again with a newer bitsandbytes, or {INSTEAD}"
             )
     for name in [name for name in entries if name.endswith(SCB)]:
         weight = name.removesuffix(SCB) + ".weight"
@@ -59,15 +59,15 @@ def take(entries: dict[str, Entry], metadata: Mapping[str, str]) -> dict[str, En
 
 def _pop(entries: dict[str, Entry], name: str, of: Entry) -> Entry:
     if name not in entries:
-        raise CheckpointError(f"{of.file}: {name} is missing, without which a quantized weight cannot be read")
+        raise CheckpointError(f"{of.file}: {name:.200} is missing, without which a quantized weight cannot be read")
     return entries.pop(name)
 
 
 def _fits(name: str, entry: Entry, dtypes: Any, size: int) -> Entry:
     if entry.dtype not in dtypes or math.prod(entry.shape) != size:
         raise CheckpointError(
-            f"{entry.file}: {name} is {entry.dtype} {list(entry.shape)}; {size:,} values in {' or '.join(dtypes)} are "
-            "expected"
+            f"{entry.file}: {name:.200} is {entry.dtype} {list(entry.shape)}; {size:,} values in {' or '.join(dtypes)} "
+            "are expected"
         )
     return entry
 
@@ -76,13 +76,13 @@ def _fits(name: str, entry: Entry, dtypes: Any, size: int) -> Entry:
 
 
 def _four_bits(weight: str, kind: str, text: bytes, mark: Entry, entries: dict[str, Entry]) -> Entry:
-    state = parse_object(text, mark.file, f"{weight}{STATE}{kind}")
+    state = parse_object(text, mark.file, f"{weight:.200}{STATE}{kind:.40}")
     shape, block = state.get("shape"), state.get("blocksize")
     sizes = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)
     power = type(block) is int and 2 <= block <= 2**16 and block & (block - 1) == 0
     if kind not in FOUR_BITS or not sizes or not power:
         raise CheckpointError(
-            f"{mark.file}: {weight} is quantized by bitsandbytes as {kind:.40}, shape {shape!r:.60}, blocks of "
+            f"{mark.file}: {weight:.200} is quantized by bitsandbytes as {kind:.40}, shape {shape!r:.60}, blocks of "
             f"{block!r:.40}; matrices in {' or '.join(FOUR_BITS)} with blocks of a power of 2 are read; {INSTEAD}"
         )
     N, K = shape
@@ -97,7 +97,7 @@ def _four_bits(weight: str, kind: str, text: bytes, mark: Entry, entries: dict[s
     if double:
         over = -(-blocks // NESTED)
         if state.get("nested_blocksize") != NESTED or not isinstance(state.get("nested_offset"), float | int):
-            raise CheckpointError(f"{mark.file}: {weight}: scales in blocks of {NESTED} with an offset are expected")
+            raise CheckpointError(f"{mark.file}: {weight:.200}: scales for {NESTED} scales and an offset are expected")
         sources |= {"nested_map": ("nested_quant_map", FLOATS, 256), "nested_scale": ("nested_absmax", FLOATS, over)}
         layout |= {"nested_map": (torch.float32, (256,)), "nested_scale": (torch.float32, (over,))}
         layout["nested_offset"] = (torch.float32, (1,))
@@ -118,7 +118,9 @@ def _make_four_bits(stored: dict[str, Tensor], offset: float | None) -> Data:
 def _eight_bits(weight: str, scale: Entry, entries: dict[str, Entry]) -> Entry:
     codes = _pop(entries, weight, scale)
     if codes.dtype != "I8" or len(codes.shape) != 2:
-        raise CheckpointError(f"{codes.file}: {weight} is {codes.dtype} {list(codes.shape)}; int8 [N, K] is expected")
+        raise CheckpointError(
+            f"{codes.file}: {weight:.200} is {codes.dtype} {list(codes.shape)}; int8 [N, K] is expected"
+        )
     N, K = codes.shape
     _fits(f"{weight} (SCB)", scale, FLOATS, N)
     return quantized_entry(Source(INT8, (N, K), {"codes": codes, "scale": scale}, make=_make_eight_bits))
@@ -133,28 +135,29 @@ def _make_eight_bits(stored: dict[str, Tensor]) -> Data:
 
 def _torchao(weight: str, name: str, entries: dict[str, Entry], metadata: Mapping[str, str]) -> Entry:
     codes, stem = entries.pop(name), name.removesuffix("qdata")
-    told = parse_object(metadata.get(weight, "{}"), codes.file, f"the header's text for {weight}")
+    told = parse_object(metadata.get(weight, "{}"), codes.file, f"the header's text for {weight:.200}")
     settings = told.get("_data") if isinstance(told.get("_data"), dict) else {}
     expected, format = TORCHAO.get(codes.dtype, ("", ""))
     roles = {leaf: entries.pop(stem + leaf) for leaf in ("scale", "zero_point") if stem + leaf in entries}
     others = [other for other in entries if other.startswith(stem)]
     if told.get("_type") != expected or others or len(codes.shape) != 2 or "scale" not in roles:
-        found = f"{told.get('_type', 'no type')!s:.60} of {codes.dtype} {list(codes.shape)}"
+        beside = f" with {others[0]:.200}" if others else ""
+        found = f"{told.get('_type', 'no type')!s:.60} of {codes.dtype} {list(codes.shape)}{beside}"
         raise CheckpointError(
-            f"{codes.file}: {weight} is quantized by torchao as {found}{' with ' + others[0] if others else ''}; "
+            f"{codes.file}: {weight:.200} is quantized by torchao as {found}; "
             f"Int8Tensor and Float8Tensor matrices with their scales are read; {INSTEAD}"
         )
-    N, K = codes.shape
+    (N, K), where = codes.shape, f"{codes.file}: {weight:.200}"
     count = math.prod(roles["scale"].shape)
     block = settings.get("block_size")
     if block not in ([1, K], [N, K]) or count != (N if block == [1, K] else 1) or roles["scale"].dtype not in FLOATS:
         raise CheckpointError(
-            f"{codes.file}: {weight} is quantized by torchao in blocks of {block!r:.60} with {count:,} scales; one for "
-            f"each row, or one for the matrix, is read; {INSTEAD}"
+            f"{where} is quantized by torchao in blocks of {block!r:.60} with {count:,} scales; one "
+            f"for each row, or one for the matrix, is read; {INSTEAD}"
         )
     layout: Layout = {"codes": (torch.int8 if format == INT8 else torch.uint8, (N, K))}
     layout["scale"] = (torch.float32, (count,))
-    make = partial(_make_torchao, where=f"{codes.file}: {weight}")
+    make = partial(_make_torchao, where=where)
     return quantized_entry(Source(format, (N, K), {"codes": codes} | roles, make=make, layout=layout))
 
 

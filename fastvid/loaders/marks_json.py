@@ -36,7 +36,7 @@ def read_marks(entries: dict[str, Entry], metadata: Mapping[str, str]) -> dict[s
         where = next(iter(entries.values())).file if entries else Path()
         for layer, mark in _placed(_parse_header(metadata[HEADER], where), entries, where).items():
             if _format(marks.setdefault(layer, mark)) != _format(mark):
-                raise CheckpointError(f"{where}: {layer} has two marks that differ, in a tensor and in the header")
+                raise CheckpointError(f"{where}: {layer:.200} has two marks that differ, in a tensor and in the header")
     return marks
 
 
@@ -49,7 +49,8 @@ def read_texts(stored: Mapping[str, Entry], most: int = MAX_MARK) -> dict[str, b
             size = math.prod(entry.shape)
             if entry.dtype not in ("U8", "I8") or size > most:
                 raise CheckpointError(
-                    f"{entry.file}: {name} is {entry.dtype} {list(entry.shape)}; at most {most:,} bytes (U8) are read"
+                    f"{entry.file}: {name:.200} is {entry.dtype} {list(entry.shape)}; "
+                    f"at most {most:,} bytes (U8) are read"
                 )
             try:
                 if entry.file not in opened:
@@ -75,9 +76,9 @@ def parse_object(text: bytes | str, file: Path, name: str, most: int = 1000) -> 
     try:
         value = parse_json(text.rstrip(b"\0 ") if isinstance(text, bytes) else text, most)
     except ValueError as error:
-        raise CheckpointError(f"{file}: {name} is no JSON: {str(error):.200}") from None
+        raise CheckpointError(f"{file}: {name:.200} is no JSON: {str(error):.200}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: {name} holds a JSON {type(value).__name__}; an object {{...}} is expected")
+        raise CheckpointError(f"{file}: {name:.200} holds a JSON {type(value).__name__}; an object {{...}} is expected")
     return value
 
 
@@ -98,8 +99,8 @@ def _check(mark: dict[str, Any], file: Path, name: str) -> Mark:
     made = {**(inner if isinstance(inner, dict) else {}), **mark}
     if not isinstance(made.get("format"), str):
         raise CheckpointError(
-            f"{file}: {name} names no format (as INT8-Fast writes it), so the weights cannot be read; take ComfyUI's "
-            "own int8 or fp8 file, or a 16-bit one"
+            f"{file}: {name:.200} names no format (as INT8-Fast writes it), so the weights cannot be read; take "
+            "ComfyUI's own int8 or fp8 file, or a 16-bit one"
         )
     return made
 

@@ -37,7 +37,8 @@ def read_data(name: str, entry: Entry, read: Callable[[Entry], Tensor]) -> Data:
     source = entry.source
     assert source is not None
     stored = {role: read(one) for role, one in source.tensors.items()}
-    data = stored if source.make is None else source.make(stored)
+    given = stored if source.make is None else source.make(stored)
+    data = {role: given[role].reshape(shape) for role, (_, shape) in source.spec.data.items()}
     if not FORMATS[source.format].finite(data):
         raise CheckpointError(
             f"{entry.file}: {name} holds NaN or infinity: the weights are damaged; download them again, or take "
