@@ -20,7 +20,7 @@ from fastvid.ops.formats import Data, Format, Layout, Shape
 STRIP = 2**20  # weights that are taken apart at once on a CPU: less is lost between calls than in a smaller cache
 TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of IQ4
 EXPONENT = 0x7C00  # bits of an fp16 number, all set where it is not finite
-SIXES, NIBBLES, CRUMBS, BITS = 0x3F3F, 0x0F0F, 0x0303, 0x0101  # the lowest 6, 4, 2, 1 bits of both bytes of a word
+NIBBLES, CRUMBS, BITS = 0x0F0F, 0x0303, 0x0101  # the lowest 4, 2 and 1 bits of both bytes of a word
 
 
 @dataclass(frozen=True)
@@ -40,28 +40,33 @@ def _half(blocks: Tensor, word: int) -> Tensor:
 
 
 def _words(blocks: Tensor, start: int, stop: int) -> Tensor:
-    """Bytes start to stop - 1 as int16 [n, words]."""
+    """Bytes start to stop - 1 as int16 [n, words]. Rows of few words are slow to compute on: `contiguous` them."""
     return blocks.view(torch.int16)[:, start // 2 : stop // 2]
+
+
+def _columns(blocks: Tensor, start: int, stop: int) -> Tensor:
+    """Bytes start to stop - 1 as uint8 [bytes, n]: numbers of which a block has few."""
+    return blocks[:, start:stop].t().contiguous()
+
+
+def _rows(columns: Tensor) -> Tensor:
+    """Back to [n, numbers], in fp32."""
+    return columns.t().float().contiguous()
 
 
 def _bits(words: Tensor, place: int, mask: int) -> Tensor:
     """Bits from `place` on of every byte, moved to those of the mask, which says them for a word of two bytes."""
     move = place - ((mask & -mask).bit_length() - 1)
-    moved = words >> move if move > 0 else words << -move if move else words
-    return torch.bitwise_and(moved, mask) if moved is words else moved.bitwise_and_(mask)
-
-
-def _halves(blocks: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The low and the high four bits of bytes, as words."""
-    words = _words(blocks, start, stop)
-    return _bits(words, 0, NIBBLES), _bits(words, 4, NIBBLES)
+    if move == 0:
+        return words & mask
+    return (words >> move if move > 0 else words << -move).bitwise_and_(mask)
 
 
 def _joined(low: Tensor, high: Tensor) -> Tensor:
     """Runs of 16 bytes of two tensors in turn, uint8 [n, 32]. As numbers of 16 bytes they are copied fastest."""
-    made = torch.empty((len(low), 2), dtype=torch.complex128, device=low.device)
-    made[:, 0] = low.view(torch.complex128)[:, 0]
-    made[:, 1] = high.view(torch.complex128)[:, 0]
+    made = torch.empty((low.numel() // 8, 2), dtype=torch.complex128, device=low.device)
+    made[:, 0] = low.view(torch.complex128).view(-1)
+    made[:, 1] = high.view(torch.complex128).view(-1)
     return made.view(torch.uint8)
 
 
@@ -76,35 +81,41 @@ def _scale(out: Tensor, scale: Tensor, less: Tensor | None = None) -> None:
 # ---------------------------------------------------------------- blocks of 32
 
 
+def _nibbles(blocks: Tensor, start: int) -> Tensor:
+    """4-bit codes, uint8 [n, 32]."""
+    words = _words(blocks, start, start + 16).contiguous()
+    return _joined(_bits(words, 0, NIBBLES), _bits(words, 4, NIBBLES))
+
+
+@cache
+def _fifth_bits(device: torch.device) -> Tensor:
+    """complex128 [65536]: bit i of a number as bit 4 of byte i."""
+    places = torch.arange(16, dtype=torch.int32)
+    made = (torch.arange(2**16, dtype=torch.int32)[:, None] >> places & 1) << 4
+    return made.to(torch.uint8).view(torch.complex128)[:, 0].to(device)
+
+
+def _fives(blocks: Tensor, start: int) -> Tensor:
+    """5-bit codes, uint8 [n, 32]; the bytes of their fifth bits, then the others."""
+    index = _words(blocks, start, start + 4).contiguous().view(-1).int().bitwise_and_(0xFFFF)
+    made = _nibbles(blocks, start + 4).view(torch.int64)
+    made.bitwise_or_(_fifth_bits(blocks.device).index_select(0, index).view(torch.int64).view(made.shape))
+    return made.view(torch.uint8)
+
+
 def _q8_0(blocks: Tensor, out: Tensor) -> None:
     out.copy_(blocks.view(torch.int8)[:, 2:])
     out.mul_(_half(blocks, 0))
 
 
 def _q4_0(blocks: Tensor, out: Tensor) -> None:
-    out.copy_(_joined(*_halves(blocks, 2, 18)).view(torch.int8).sub_(8))
+    out.copy_(_nibbles(blocks, 2).view(torch.int8).sub_(8))
     out.mul_(_half(blocks, 0))
 
 
 def _q4_1(blocks: Tensor, out: Tensor) -> None:
-    out.copy_(_joined(*_halves(blocks, 4, 20)))
+    out.copy_(_nibbles(blocks, 4))
     out.mul_(_half(blocks, 0)).add_(_half(blocks, 1))
-
-
-@cache
-def _fifth_bits(device: torch.device) -> Tensor:
-    """int64 [256]: bit i of a byte as bit 4 of byte i."""
-    made = (torch.arange(256, dtype=torch.int64)[:, None] >> torch.arange(8, dtype=torch.int64)) & 1
-    return (made << 4).to(torch.uint8).view(torch.int64)[:, 0].to(device)
-
-
-def _fives(blocks: Tensor, high: int) -> Tensor:
-    """5-bit codes, uint8 [n, 32]; the bytes of their fifth bits, then the others."""
-    index = blocks[:, high : high + 4].int().view(-1)
-    top = _fifth_bits(blocks.device).index_select(0, index)
-    made = _joined(*_halves(blocks, high + 4, high + 20))
-    made.view(torch.int64).view(-1).bitwise_or_(top)
-    return made
 
 
 def _q5_0(blocks: Tensor, out: Tensor) -> None:
@@ -127,8 +138,8 @@ def _pairs(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _looked_up(blocks: Tensor, start: int, stop: int) -> Tensor:
     """Values of IQ4's table, int8 [runs, 32], of 4-bit codes in runs of 16 bytes."""
-    index = _words(blocks, start, stop).int().bitwise_and_(0xFFFF).view(-1)
-    low, high = (pairs.index_select(0, index).view(-1, 8) for pairs in _pairs(blocks.device))
+    index = _words(blocks, start, stop).int().view(-1).bitwise_and_(0xFFFF)
+    low, high = (pairs.index_select(0, index) for pairs in _pairs(blocks.device))
     return _joined(low, high).view(torch.int8)
 
 
@@ -149,62 +160,59 @@ def _q2_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q3_k(blocks: Tensor, out: Tensor) -> None:
-    words, codes = _words(blocks, 32, 96).unflatten(1, (2, 16)), out.view(-1, 2, 4, 32)
-    high = _words(blocks, 0, 32)
+    words, high, codes = _words(blocks, 32, 96), _words(blocks, 0, 32).contiguous(), out.view(-1, 2, 4, 32)
     for part in range(4):
-        made = _bits(words, 2 * part, CRUMBS)
-        made[:, 0].bitwise_or_(_bits(high, part, 4 * BITS))
-        made[:, 1].bitwise_or_(_bits(high, part + 4, 4 * BITS))
+        made = _bits(words, 2 * part, CRUMBS).view(-1, 2, 16)
+        for half in range(2):
+            made[:, half].bitwise_or_(_bits(high, 4 * half + part, 4 * BITS))
         codes[:, :, part] = made.view(torch.int8).sub_(4)
-    packed = _words(blocks, 96, 108)
-    low = torch.cat([_bits(packed[:, :4], place, NIBBLES) for place in (0, 4)], 1)
-    top = torch.cat([_bits(packed[:, 4:], place, 16 * CRUMBS) for place in (0, 2, 4, 6)], 1)
-    scales = low.bitwise_or_(top).view(torch.int8).sub_(32)
-    _scale(out, scales.float().mul_(_half(blocks, 54)))
+    low, top = _columns(blocks, 96, 104), _columns(blocks, 104, 108)
+    scales = torch.cat([top & 3, top >> 2 & 3, top >> 4 & 3, top >> 6]) << 4 | torch.cat([low & 15, low >> 4])
+    _scale(out, _rows(scales.view(torch.int8).sub_(32)).mul_(_half(blocks, 54)))
 
 
-def _six_bit_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales and minima of eight sub-blocks, fp32 [n, 8], of Q4_K and Q5_K: six bits each, in bytes 4 to 15."""
-    scale, least, rest = (_words(blocks, start, start + 4) for start in (4, 8, 12))
-    scales = torch.cat([scale & SIXES, _bits(scale, 6, 16 * CRUMBS).bitwise_or_(rest & NIBBLES)], 1)
-    minima = torch.cat([least & SIXES, _bits(least, 6, 16 * CRUMBS).bitwise_or_(_bits(rest, 4, NIBBLES))], 1)
-    scales, minima = scales.view(torch.uint8).float(), minima.view(torch.uint8).float()
-    return scales.mul_(_half(blocks, 0)), minima.mul_(_half(blocks, 1))
+def _scale_by_six_bits(blocks: Tensor, out: Tensor) -> None:
+    """With the scales and minima of eight sub-blocks of Q4_K and Q5_K: six bits each, in bytes 4 to 15."""
+    scale, least, rest = _columns(blocks, 4, 16).view(3, 4, -1)
+    scales = torch.cat([scale & 63, scale >> 6 << 4 | rest & 15])
+    minima = torch.cat([least & 63, least >> 6 << 4 | rest >> 4])
+    _scale(out, _rows(scales).mul_(_half(blocks, 0)), _rows(minima).mul_(_half(blocks, 1)))
 
 
 def _q4_k(blocks: Tensor, out: Tensor) -> None:
-    codes = out.view(-1, 4, 2, 32)
-    for part, half in enumerate(_halves(blocks, 16, 144)):
-        codes[:, :, part] = half.view(torch.uint8).view(-1, 4, 32)
-    _scale(out, *_six_bit_scales(blocks))
+    words, codes = _words(blocks, 16, 144), out.view(-1, 4, 2, 32)
+    for part in range(2):
+        codes[:, :, part] = _bits(words, 4 * part, NIBBLES).view(torch.uint8).view(-1, 4, 32)
+    _scale_by_six_bits(blocks, out)
 
 
 def _q5_k(blocks: Tensor, out: Tensor) -> None:
-    codes, high = out.view(-1, 4, 2, 32), _words(blocks, 16, 48)
-    for part, half in enumerate(_halves(blocks, 48, 176)):
+    words, high, codes = _words(blocks, 48, 176), _words(blocks, 16, 48).contiguous(), out.view(-1, 4, 2, 32)
+    for part in range(2):
+        made = _bits(words, 4 * part, NIBBLES).view(-1, 4, 16)
         for group in range(4):
-            half[:, 16 * group : 16 * group + 16].bitwise_or_(_bits(high, 2 * group + part, 16 * BITS))
-        codes[:, :, part] = half.view(torch.uint8).view(-1, 4, 32)
-    _scale(out, *_six_bit_scales(blocks))
+            made[:, group].bitwise_or_(_bits(high, 2 * group + part, 16 * BITS))
+        codes[:, :, part] = made.view(torch.uint8)
+    _scale_by_six_bits(blocks, out)
 
 
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
-    codes, high = out.view(-1, 2, 2, 64), _words(blocks, 128, 192).unflatten(1, (2, 16))
-    for part, half in enumerate(_halves(blocks, 0, 128)):
-        parts = half.view(-1, 2, 2, 16)
-        for quarter in range(2):
-            parts[:, :, quarter].bitwise_or_(_bits(high, 4 * part + 2 * quarter, 16 * CRUMBS))
-        codes[:, :, part] = half.view(torch.int8).sub_(32).view(-1, 2, 64)
+    words, codes = _words(blocks, 0, 128), out.view(-1, 2, 2, 64)
+    high = _words(blocks, 128, 192).contiguous().view(-1, 2, 16)
+    for part in range(2):
+        made = _bits(words, 4 * part, NIBBLES).view(-1, 2, 2, 16)
+        for run in range(2):
+            made[:, :, run].bitwise_or_(_bits(high, 4 * part + 2 * run, 16 * CRUMBS))
+        codes[:, :, part] = made.view(torch.int8).sub_(32).view(-1, 2, 64)
     _scale(out, blocks.view(torch.int8)[:, 192:208].float().mul_(_half(blocks, 104)))
 
 
 def _iq4_xs(blocks: Tensor, out: Tensor) -> None:
-    shift = torch.arange(0, 16, 2, dtype=torch.int32, device=blocks.device)
-    high = (_words(blocks, 2, 4).int() >> shift) & 3
-    low = blocks[:, 4:8]
-    low = torch.stack([low & 15, low >> 4], 2).flatten(1)
     out.copy_(_looked_up(blocks, 8, 136).view(out.shape))
-    _scale(out, (low | (high << 4)).sub_(32).float().mul_(_half(blocks, 0)))
+    low, top = _columns(blocks, 4, 8), _columns(blocks, 2, 4)
+    low = torch.stack([low & 15, low >> 4], 1).flatten(0, 1)
+    top = torch.stack([top << 4 & 48, top << 2 & 48, top & 48, top >> 2 & 48], 1).flatten(0, 1)
+    _scale(out, _rows((low | top).view(torch.int8).sub_(32)).mul_(_half(blocks, 0)))
 
 
 # ---------------------------------------------------------------- the table
