@@ -111,6 +111,7 @@ def blueprint(
     *,
     device_memory: int | None = None,
     card: str | None = None,
+    format: str | None = None,
     **options: Unpack[OutlineOptions],
 ) -> Blueprint:
     """A model for planning. Reads only configurations and file headers.
@@ -121,18 +122,22 @@ def blueprint(
         device_memory: memory in bytes of a GPU that this machine does not have; 1 GiB of it is reserved for CUDA.
         card: a GPU that this machine does not have, such as "RTX 4090" (see `fastvid.distributed.cards`): its memory,
             and its published rates for an estimate.
+        format: of a published model, the quantized format of its files, such as "q4_k_m", "fp8_e4m3" or, for each
+            part, "transformer=q4_k,text_encoder=q8_0". Default: 16 bits.
         options: device, dtype, vae_dtype, backend, attention, loras, offload, parts (or each by its name), parallel,
             link, cuda_graphs, variant and quantize, as `load` takes them.
 
     Raises as `load` does.
     """
-    given = load_arguments.checked({"model": model, "device_memory": device_memory, "card": card, **options})
+    own = {"model": model, "device_memory": device_memory, "card": card, "format": format}
+    given = load_arguments.checked(own | options)
     model, memory, parallel = given.pop("model"), given.pop("device_memory"), given.pop("parallel", None)
     named: Card | None = given.pop("card")
+    planned: dict[str, Any] = {"parallel": parallel, "card": named, "format": given.pop("format")}
     memory = named.memory_bytes if memory is None and named else memory
     free = None if memory is None else max(0, memory - CUDA_RESERVE)
     with computing():
-        return Blueprint(outline(model, LoadOptions(**given), parallel=parallel, free=free, card=named), free, named)
+        return Blueprint(outline(model, LoadOptions(**given), free=free, **planned), free, named)
 
 
 def load(

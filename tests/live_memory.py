@@ -20,12 +20,17 @@ class LiveMemory(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {self._key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {self._key(t) for t in tree_leaves((args, kwargs)) if self._is_known(t)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and self._key(tensor) not in given | self._known:
+            if self._is_known(tensor) and self._key(tensor) not in given | self._known:
                 self._note(tensor.untyped_storage())
         return out
+
+    @staticmethod
+    def _is_known(value: Any) -> bool:
+        """Not so of oneDNN's packed weights, which have no storage."""
+        return isinstance(value, torch.Tensor) and not value.is_mkldnn
 
     @staticmethod
     def _key(tensor: torch.Tensor) -> int:

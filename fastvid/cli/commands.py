@@ -203,7 +203,7 @@ def _plan(flags: argparse.Namespace) -> None:
 
     load_options = arguments.load_arguments(flags, recipe or {})
     model, memory = arguments.model_of(flags, recipe or {}), flags.device_memory
-    blueprint = api.blueprint(model, **load_options, device_memory=memory, card=flags.card)
+    blueprint = api.blueprint(model, **load_options, device_memory=memory, card=flags.card, format=flags.format)
     estimate = "again" if flags.measure else memory is None or flags.card is not None
     plan = blueprint.plan(**request.arguments(), verb=request.verb, estimate=estimate, keep_frames=False)
     print(json.dumps(plan.to_dict()) if flags.json else "\n".join(render.lines(plan, model)))

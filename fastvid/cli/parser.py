@@ -32,6 +32,7 @@ PLAN = """examples:
   fastvid plan "a red circle moving right" --seconds 5
   fastvid plan extend clip.mp4 --seconds 2
   fastvid plan --model wan2.1-t2v-14b --size 832x480 --card "RTX 4090"     (no files, no GPU needed)
+  fastvid plan --model wan2.1-t2v-14b --format q4_k_m --device-memory 16GB
   fastvid plan storyboard --shots shots.json --model FOLDER --json"""
 
 
@@ -134,6 +135,12 @@ def _plan(verb: str) -> Parser:
     )
     group.add_argument(
         "--card", metavar="NAME", help='plan for another GPU by name, such as "RTX 4090", and its published rates'
+    )
+    group.add_argument(
+        "--format",
+        metavar="NAME",
+        help="plan for a published model in quantized files: q4_k_m, q8_0, fp8_e4m3, ..., or for each part, such as "
+        "transformer=q4_k,text_encoder=q8_0 (default: 16 bits)",
     )
     group.add_argument("--measure", action="store_true", help="measure this machine's speed again (about 2 s)")
     _add_request(parser, verb)

@@ -49,6 +49,8 @@ def lines(plan: Any, model: str) -> Iterator[str]:
             yield _line(f"  {name}", size(count))
     if plan.bytes_host:
         yield _line("host memory", f"{size(plan.bytes_host)} of weights, of {size(plan.bytes_weights)} in all")
+    for name, held in plan.quantized.items():
+        yield _line(name.replace("_", " "), held)
     yield _line("offload", "; ".join((plan.offload, *plan.choices)))
     if plan.decode_stripes > 1:
         yield _line("decoding", f"in {plan.decode_stripes} stripes of rows")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Container, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -21,9 +22,11 @@ from fastvid.checks import entries, guarded, nearest_name, one_of, refuse
 from fastvid.errors import InvalidRequest
 from fastvid.layers.fused import FusedLayer
 from fastvid.models.description import Checkpoint, Part
-from fastvid.models.registry import EXPERTS, build_empty
+from fastvid.models.registry import EXPERTS, Config, build_empty
+from fastvid.ops.formats_gguf import BLOCKS
 from fastvid.ops.formats_rows import E4M3, INT8
 from fastvid.ops.quantized import EIGHT_BIT, Spec
+from fastvid.ops.quantized import FORMATS as HELD
 
 log = logging.getLogger("fastvid.load")
 
@@ -32,7 +35,10 @@ FORMATS: Mapping[str, str] = {"fp8": E4M3, "int8": INT8}
 NONE = "none"
 PARTS = (*EXPERTS, "text_encoder")
 ALLOWED = 'fp8, int8, none, or one of them for each part, such as {"transformer": "fp8", "text_encoder": "int8"}'
-_value, _part = one_of((*FORMATS, NONE)), one_of(PARTS)
+MIXES: Mapping[str, tuple[str, str]] = {"q4_k_m": ("q4_k", "q6_k"), "q5_k_m": ("q5_k", "q6_k")}
+"""Mixture of GGUF files -> its formats: of most weights, and of values and the last layer of feed-forward."""
+FINER = (".to_v", ".ffn.net.2")
+_value, _part, _format = one_of((*FORMATS, NONE)), one_of(PARTS), one_of((*HELD, *MIXES))
 
 
 # ---------------------------------------------------------------- the argument
@@ -73,6 +79,36 @@ def choice_of(quantize: str | None, part: str) -> str:
     return named.get(part, named.get("transformer", NONE) if part in EXPERTS else NONE)
 
 
+# ---------------------------------------------------------------- formats of files that are not there
+
+
+def check_format(name: str, value: Any) -> str:
+    """`format=` of a plan in one form: "q4_k", or "transformer=q4_k_m,text_encoder=q8_0"."""
+    plain = checks.text(name, value).lower()
+    if "=" not in plain:
+        return _format(name, plain)
+    words = [word.partition("=") for word in plain.split(",", len(PARTS))]
+    parts = {_part(name, part.strip()): _format(name, one.strip()) for part, _, one in words}
+    return ",".join(f"{part}={parts[part]}" for part in PARTS if part in parts)
+
+
+def in_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
+    """A model that is only planned with, as a file in that format would hold it: by the rule, and in 16 bits where a
+    row is no multiple of the format's blocks. format: as `check_format` returns it."""
+    check_parts(format, {part.name for part in checkpoint.parts})
+    return replace(checkpoint, parts=tuple(_held(part, choice_of(format, part.name)) for part in checkpoint.parts))
+
+
+def _held(part: Part, format: str) -> Part:
+    if format == NONE or part.config is None:
+        return part
+    plain, finer = MIXES.get(format, (format, format))
+    shapes = _shapes(part)
+    made = {name: finer if name.removesuffix(".weight").endswith(FINER) else plain for name in shapes}
+    fits = {name: one for name, one in made.items() if one not in BLOCKS or not shapes[name][1] % BLOCKS[one].weights}
+    return replace(part, quantized={name: Spec.of(one, shapes[name]) for name, one in fits.items()})
+
+
 # ---------------------------------------------------------------- the rule
 
 
@@ -95,11 +131,20 @@ def linear_weights(module: nn.Module) -> list[str]:
 
 def specs_of(part: Part, choice: str, eight_bit: bool = True) -> dict[str, Spec]:
     """The weights of a part that are quantized, by the rule: name -> how. choice: "fp8" or "int8"."""
+    return {name: Spec.of(FORMATS[choice], shape, eight_bit=eight_bit) for name, shape in _shapes(part).items()}
+
+
+def _shapes(part: Part) -> dict[str, tuple[int, int]]:
+    """Of the weights that the rule names."""
     assert part.config is not None
-    module = build_empty(part.name, part.config)
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    made = {name: shapes[name] for name in weights_of(module)}
-    return {name: Spec.of(FORMATS[choice], (n, k), eight_bit=eight_bit) for name, (n, k) in made.items()}
+    return _rule("transformer" if part.name in EXPERTS else part.name, part.config)
+
+
+@cache
+def _rule(name: str, config: Config) -> dict[str, tuple[int, int]]:
+    module = build_empty(name, config)
+    state = module.state_dict()
+    return {name: (state[name].shape[0], state[name].shape[1]) for name in weights_of(module)}
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -123,6 +123,14 @@ def quantized_layers(part: Part) -> list[dict[str, Any]]:
     ]
 
 
+def quantized_text(part: Part) -> str:
+    """The same in words."""
+    return "; ".join(
+        f"{one['weights']} weights in {'rotated ' * ('rotated' in one)}{one['format']}, {one['products']} products"
+        for one in quantized_layers(part)
+    )
+
+
 def _short(file: Path, folder: Path) -> str:
     """A path as it is shown: within the model's folder from there on; nothing for one that is missing."""
     if file == Path():

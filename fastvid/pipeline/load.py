@@ -21,7 +21,7 @@ from fastvid.distributed.cards import Card
 from fastvid.distributed.layout import agree, parse_parallel
 from fastvid.distributed.links import device_of, find_links
 from fastvid.distributed.mesh import Mesh
-from fastvid.errors import CheckpointError
+from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import quantize
 from fastvid.loaders.checkpoint import load_part, open_checkpoint
 from fastvid.loaders.find import read_tokenizer
@@ -72,12 +72,13 @@ def outline(
     parallel: Any = None,
     free: int | None = None,
     card: Card | None = None,
+    format: str | None = None,
 ) -> Model:
     """The model that `load_model` would return, with modules without weights; only for planning.
 
     source: also the name of a published model (`fastvid.models.wan.variants.PUBLISHED`). parallel: the ranks to plan
     for, see `fastvid.load`; default: one. free: available bytes of a device that this machine does not have; it is
-    "cuda" by default, and its back ends are unknown. card: what it is.
+    "cuda" by default, and its back ends are unknown. card: what it is. format: of a published model's files.
     """
     ranks = parse_parallel(parallel)
     planned_device = "cuda" if free is not None and options.device is None else options.device
@@ -86,7 +87,7 @@ def outline(
     ops = bind(options.backend, options.attention, device) if free is None else Ops({}, {}, {})
     links = find_links(options.link, mesh, device, planned=True)
     links = replace(links, device=device_of(card)) if card else links
-    checkpoint = quantize.apply(describe(source, options), options.quantize)
+    checkpoint = quantize.apply(describe(source, options, format), options.quantize)
     loras = fit(loras, checkpoint)
     placement = choose_placement(checkpoint, options, mesh, free)
     modules = empty_modules(checkpoint, placement)
@@ -144,12 +145,16 @@ def experts_stay(checkpoint: Checkpoint, offload: str) -> bool:
     return offload == "none" or (offload == "text" and len(checkpoint.experts) == 1)
 
 
-def describe(source: str | Path, options: LoadOptions) -> Checkpoint:
-    """The description of a local checkpoint, or of a published model by name, without any files."""
+def describe(source: str | Path, options: LoadOptions, format: str | None = None) -> Checkpoint:
+    """The description of a local checkpoint, or of a published model by name, without any files, which would be in
+    this format."""
     if (name := str(source).lower()) in variants.PUBLISHED and not Path(source).exists():
         preset, configs = variants.published_configs(name)
         parts = tuple(Part(part, config) for part, config in configs.items())
-        return Checkpoint(Path(name), "", parts, preset, (), variants.TEXT_LENGTH, ())
+        made = Checkpoint(Path(name), "", parts, preset, (), variants.TEXT_LENGTH, ())
+        return quantize.in_format(made, format) if format else made
+    if format:
+        raise InvalidRequest(f"format={format!r}: the files of {source!s:.80} say how they are stored; leave it out")
     try:
         return open_checkpoint(source, options.parts, variant=options.variant).check()
     except CheckpointError as error:

@@ -96,11 +96,12 @@ CHECKS: Mapping[str, Check] = {
     "card": check_card,
     "variant": variant,
     "quantize": quantize.check,
+    "format": quantize.check_format,
 }
 BY_NAME = tuple(name for name in PART_NAMES if name != BASE)
 """Parts that have an argument of their own."""
 OPTIONAL = ("device", "dtype", "vae_dtype", "loras", "parts", "parallel", "device_memory", "card", "variant")
-OPTIONAL += ("quantize",)
+OPTIONAL += ("quantize", "format")
 """Arguments that may be None."""
 
 

@@ -25,6 +25,7 @@ from fastvid.models.wan.animate_config import WanAnimateConfig
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.ops.quantized import Spec
 from fastvid.planning import face_memory
+from fastvid.planning.quantized import Workspace, workspaces
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
 
@@ -93,7 +94,7 @@ class ModelFacts:
 
     sizes: bytes of its weights. itemsize, vae_itemsize: bytes per element in the transformer and in the VAE. text_rows:
     text tokens. control_layers: layers of the control branch. graphs: calls are replayed as CUDA graphs. animate: of
-    a model that a face drives.
+    a model that a face drives. workspaces: see `planning.quantized`.
     """
 
     transformer: WanTransformerConfig
@@ -106,6 +107,7 @@ class ModelFacts:
     control_layers: int = 0
     graphs: bool = False
     animate: WanAnimateConfig | None = None
+    workspaces: tuple[Workspace, Workspace] = (Workspace(), Workspace())
 
     @classmethod
     def of(cls, model: Model) -> ModelFacts:
@@ -121,6 +123,7 @@ class ModelFacts:
             model.control_layers,
             model.placement.graphs,
             getattr(model.transformer, "animate_config", None),
+            workspaces(model.checkpoint.quantized, model.dtype.itemsize),
         )
 
     @classmethod
@@ -142,7 +145,8 @@ class ModelFacts:
         control = len(transformer.vace_layers) if isinstance(transformer, WanVACEConfig) else 0
         animate = transformer if isinstance(transformer, WanAnimateConfig) else None
         own = getattr(transformer, "transformer", transformer), configs["vae"], configs["text_encoder"]
-        beside = {"control_layers": control, "animate": animate}
+        beside: dict[str, Any] = {"control_layers": control, "animate": animate}
+        beside["workspaces"] = workspaces(quantized, dtype.itemsize)
         return cls(*own, sizes, dtype.itemsize, vae_dtype.itemsize, **beside)
 
 
@@ -177,6 +181,7 @@ class Needs:
         model, segment, config, vae = self.model, self.segment, self.model.transformer, self.model.vae
         tokens = share_of(count_tokens(segment, config), segment.columns // config.patch_size[0], self.sharers)
         activations = activation_bytes(tokens, config, model.itemsize, model.control_layers)
+        activations += model.workspaces[0].bytes(tokens)
         control = 2 * vae.z_dim + segment.spatial**2 if model.control_layers else 0  # channels of the branch's input
         control += face_memory.channels(model.animate)
         return Cost(
@@ -188,7 +193,7 @@ class Needs:
             context=self._context_bytes(self.texts, len(model.sizes.experts))
             + context_bytes(-(-self.cached // self.sharers), self.texts, 1, config, model.itemsize)
             + face_memory.token_bytes(model.animate, segment.columns, self.texts, model.itemsize),
-            text=text_bytes(model.text_rows, model.text, model.itemsize),
+            text=text_bytes(model.text_rows, model.text, model.itemsize) + model.workspaces[1].bytes(model.text_rows),
             graphs=activations + self._graph_inputs(control) * len(model.sizes.experts) if model.graphs else 0,
             face=face_memory.encoder_bytes(model.animate, segment.model_frames, model.itemsize),
         )

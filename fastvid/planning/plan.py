@@ -22,6 +22,7 @@ from fastvid.engine import decode
 from fastvid.engine.conditioning import lead_in
 from fastvid.engine.events import Plan
 from fastvid.engine.windows import spans, window_columns
+from fastvid.models.description import quantized_text
 from fastvid.models.loaded import CHANNELS, CONTROL, DRIVEN, Model, way_of
 from fastvid.planning import speed
 from fastvid.planning.layout import Choice, choose_layout, layouts_of, step_work
@@ -80,6 +81,7 @@ def plan_request(
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         backends=model.ops.bound,
+        quantized={part.name: quantized_text(part) for part in model.checkpoint.parts if part.quantized},
     )
     log.info("offload=%s, decoded in %d stripe(s): %s", plan.offload, plan.decode_stripes, "; ".join(plan.choices))
     if plan.parallel:

@@ -1,0 +1,40 @@
+"""What products with quantized weights hold beside the weights and their results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fastvid.models.registry import EXPERTS
+from fastvid.ops.quantized import STRIP, Spec
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes that the products of a part hold at most at once: `fixed`, and for each row of activations `row`."""
+
+    fixed: int = 0
+    row: int = 0
+
+    @classmethod
+    def of(cls, specs: Iterable[Spec], itemsize: int) -> Workspace:
+        """itemsize: of activations. A strip of dequantized weights in fp32, taken apart and as the product takes it,
+        and its part of the result; or a row's codes and its factor."""
+        specs = tuple(specs)
+        exact = [spec for spec in specs if not spec.eight_bit]
+        coded = [spec for spec in specs if spec.eight_bit]
+        fixed = STRIP * (2 * FP32 + itemsize) if specs else 0
+        row = max((min(STRIP // spec.shape[1], spec.shape[0]) * itemsize for spec in exact), default=0)
+        return cls(fixed, max(row, max((spec.shape[1] + FP32 for spec in coded), default=0)))
+
+    def bytes(self, rows: int) -> int:
+        return self.fixed + rows * self.row
+
+
+def workspaces(quantized: Mapping[str, Mapping[str, Spec]], itemsize: int) -> tuple[Workspace, Workspace]:
+    """Those of the transformers and of the text encoder. quantized: part -> name of a weight -> how it is held."""
+    experts = [spec for part in EXPERTS for spec in quantized.get(part, {}).values()]
+    text = quantized.get("text_encoder", {}).values()
+    return Workspace.of(experts, itemsize), Workspace.of(text, itemsize)
