@@ -41,11 +41,10 @@ def self_attention(
     blocks: which tiles of all N tokens attend to which. With `parallel`, every ring group's tokens must end where a
     tile ends.
     """
-    if isinstance(cache, CausalBlocks):
-        assert parallel is None and blocks is None, "refused when a request is planned"
-        return cache.attend(ops, q, k, v).flatten(2)
     if parallel is not None and parallel.view.layout.sequence > 1:
         return _Parallel(ops, parallel, cache, blocks, q.shape[2]).attend((q, k, v)).flatten(2)
+    if isinstance(cache, CausalBlocks):
+        return cache.attend(ops, q, k, v).flatten(2)
     k, v = (k, v) if cache is None else cache.update(k, v)
     return ops.attention(q, k, v, blocks=blocks).flatten(2)
 
@@ -61,7 +60,7 @@ class _Parallel:
 
     ops: Any
     parallel: SequenceParallel
-    cache: LayerCache | None
+    cache: LayerCache | CausalBlocks | None
     blocks: Blocks | None
     heads: int
 
@@ -96,6 +95,11 @@ class _Parallel:
         for heads first to last of this rank's."""
         parallel, frames = self.parallel, self.parallel.frames
         kept = self._ring_blocks(first, last)
+        if isinstance(self.cache, CausalBlocks):
+            assert parallel.view.layout.ring == 1, "see `planning.layout`"
+            sizes = parallel.ring_sizes(0)
+            made = self.cache.attend(self.ops, *(_by_frames(x, frames, sizes) for x in (q, k, v)))
+            return _by_ranks(made, frames, sizes)
         if self.cache is not None:
             sizes = parallel.ring_sizes(parallel.view.ring)
             k, v = self.cache.update(*(_by_frames(x, frames, sizes) for x in (k, v)))
@@ -161,3 +165,8 @@ def _by_frames(x: Tensor, frames: int, sizes: tuple[int, ...]) -> Tensor:
         return x
     parts = x.split([frames * size for size in sizes], dim=1)
     return torch.cat([part.unflatten(1, (frames, -1)) for part in parts], dim=2).flatten(1, 2)
+
+
+def _by_ranks(x: Tensor, frames: int, sizes: tuple[int, ...]) -> Tensor:
+    """Tokens [B, N, H, D] that lie frame by frame, as `_by_frames` takes them."""
+    return torch.cat([part.flatten(1, 2) for part in x.unflatten(1, (frames, -1)).split(sizes, dim=2)], dim=1)

@@ -90,12 +90,15 @@ def layouts_of(model: Model, request: Resolved, timeline: Timeline, asked: Layou
     shapes = [segment.latent_shape(1)[2:] for segment in timeline.segments]
     tokens = min((h // ph * (w // pw) for h, w in shapes), default=mesh.size)
     heads, guided = config.num_attention_heads, request.guided(len(model.experts))
-    if request.causal_attention and (mesh.size if asked is None else asked.sequence) > 1 + guided * (asked is None):
-        raise InvalidRequest(
-            "causal_attention: ranks cannot share the frames of causal blocks; the nearest is parallel="
-            + ("'guidance=2'" if guided else "1")
-        )
-    return layouts_for(asked, mesh.size, heads, tokens, guided, model.links.per_host)
+    found = layouts_for(asked, mesh.size, heads, tokens, guided, model.links.per_host)
+    if not request.causal_attention:
+        return found
+    if whole := [layout for layout in found if layout.ring == 1]:
+        return whole
+    raise InvalidRequest(
+        "causal_attention: a ring of ranks cannot attend in causal blocks; take ranks that divide the "
+        f"{heads} heads (parallel='ulysses=...'), or give causal_attention=False"
+    )
 
 
 def choose_layout(

@@ -160,6 +160,31 @@ class TestRequests:
         with pytest.raises(InvalidRequest, match="ar_step=2: edit starts"):
             mine.plan("", verb="edit", video=CLIP, ar_step=2)
 
+    def test_a_ring_of_ranks_is_refused_for_causal_blocks(self):
+        causal = {"causal_block_size": 5, "height": 544, "width": 960}
+        options = {"device_memory": 80 * 2**30}
+        with pytest.raises(InvalidRequest, match="take ranks that divide the 12 heads"):
+            fastvid.blueprint(DF, parallel="ring=2", **options).plan("", **causal)
+        assert "ring=1" in fastvid.blueprint(DF, parallel=8, **options).plan("", **causal).parallel
+
+    def test_a_stopped_request_goes_on(self, mine, tmp_path):
+        options = {"ar_step": 2, "causal_block_size": 2, "image": picture(1), "num_frames": 33, **IN_PARTS}
+        options |= {"num_inference_steps": 4, "height": 64, "width": 96, "seed": 3}
+        whole = mine.generate("a red circle", **options)
+        file = tmp_path / "first.png"
+        Image.fromarray(picture(1)).save(file)
+        saved = {**options, "image": str(file), "checkpoint": str(tmp_path / "job.ckpt"), "checkpoint_every": 0}
+        steps = 0
+        with pytest.raises(InterruptedError):
+            for event in mine.stream("a red circle", **saved):
+                steps += isinstance(event, fastvid.Step)
+                if steps == 11:
+                    raise InterruptedError
+        events = list(mine.resume(str(tmp_path / "job.ckpt")))
+        made = np.concatenate([event.frames for event in events if isinstance(event, fastvid.Frames)])
+        assert np.array_equal(made, whole.frames)
+        assert sum(isinstance(event, fastvid.Step) for event in events) < events[0].total_steps
+
     def test_other_models_refuse_each_argument(self):
         pipe = fastvid.blueprint("embedded")
         for name, value in {"ar_step": 5, "causal_attention": False, "overlap_history": 17}.items():
