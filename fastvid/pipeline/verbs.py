@@ -183,7 +183,7 @@ def _check_forcing(request: Resolved, layout: Timeline) -> None:
     if causal and any(segment.right or set(segment.pictures) - {0} for segment in layout.segments):
         raise InvalidRequest(
             f"causal_block_size={block}: causal blocks do not see what comes later, a last picture or a clip to lead "
-            "up to; give causal_attention=False"
+            "up to; turn that off (causal_attention=False, --no-causal-attention)"
         )
 
 

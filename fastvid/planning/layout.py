@@ -97,7 +97,7 @@ def layouts_of(model: Model, request: Resolved, timeline: Timeline, asked: Layou
         return whole
     raise InvalidRequest(
         "causal_attention: a ring of ranks cannot attend in causal blocks; take ranks that divide the "
-        f"{heads} heads (parallel='ulysses=...'), or give causal_attention=False"
+        f"{heads} heads (parallel='ulysses=...'), or turn them off (causal_attention=False, --no-causal-attention)"
     )
 
 

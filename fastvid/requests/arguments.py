@@ -241,7 +241,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     ),
     "causal_attention": Argument(
         checks.flag,
-        "blocks do not see later ones (SkyReels V2 DF; default: if they have more than one frame)",
+        "causal attention: blocks do not see later ones (SkyReels V2 DF; default: if they have several frames)",
         "--no-causal-attention",
     ),
     "base_num_frames": Argument(

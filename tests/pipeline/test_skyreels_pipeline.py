@@ -148,7 +148,7 @@ class TestRequests:
         [
             ({"overlap_history": 97}, "overlap_history=97 .* the nearest is 93"),
             ({"ar_step": 2, "schedule": "staggered"}, "leave one of them out"),
-            ({"causal_block_size": 5, "last_image": picture(1)}, "causal_attention=False"),
+            ({"causal_block_size": 5, "last_image": picture(1)}, r"causal_attention=False, --no-causal-attention"),
             ({"ar_step": -1}, "ar_step=-1"),
             ({"causal_block_size": 0}, "causal_block_size=0"),
             ({"base_num_frames": 4}, "base_num_frames=4"),
