@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastvid.errors import CheckpointError
 from fastvid.loaders.lora import Lora, as_entries, check_expert, read_source
 from fastvid.loaders.lora_branches import Builder
 from fastvid.loaders.lora_files import find_file
@@ -39,6 +38,8 @@ class LoraCache:
     def _read_one(self, given: Any, scale: float = 1.0, expert: str = "", *, download: bool) -> tuple[Lora, ...]:
         check_expert(given, expert)
         source = find_file(given, download)
+        if not source.file.is_file():
+            return read_source(source, scale, expert)  # which raises
         with self._lock:
             key, size = _key(source.file)
             if key not in self._read:
@@ -52,11 +53,7 @@ class LoraCache:
 
 def _key(file: Path) -> tuple[Key, int]:
     """What tells whether a LoRA is the one that was read, and its size. peft's settings count as well."""
-    try:
-        states = [os.stat(file)]
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
     beside = file.with_name(SETTINGS_FILE)
-    states += [os.stat(beside)] if beside.is_file() else []
+    states = [os.stat(one) for one in (file, beside) if one.is_file()]
     times = tuple((state.st_mtime_ns, state.st_size, state.st_ino) for state in states)
     return (str(file.absolute()), times), states[0].st_size

@@ -27,7 +27,7 @@ from fastvid.loaders.lora_terms import Kronecker as LoKr
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops import formats_rows, reference
-from fastvid.ops.quantized import Spec
+from fastvid.ops.quantized import Spec, rotate
 
 CONFIG = WanTransformerConfig(2, 32, text_dim=24, freq_dim=16, ffn_dim=96, num_layers=2)
 DIM = 64
@@ -39,6 +39,7 @@ LAYERS = (
     "condition_embedder.time_proj",
 )
 CPU = torch.device("cpu")
+ROTATED = "int8, rotated"
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -94,15 +95,26 @@ def quantized(format: str, dtype: torch.dtype = torch.float32) -> WanTransformer
         made = WanTransformer(CONFIG).eval()
     names = [f"{name}.weight" for name, one in plain.named_modules() if isinstance(one, torch.nn.Linear)]
     names = [*names, *(f"blocks.{i}.attn1.to_q.weight" for i in range(2))]
-    specs = {name: Spec.of(format, tuple(state[name].shape)) for name in names}
+    rotation, format = (16, formats_rows.INT8) if format == ROTATED else (0, format)
+    names = [name for name in names if state[name].shape[1] % 32 == 0]
+    specs = {name: Spec.of(format, tuple(state[name].shape), rotation=rotation) for name in names}
     install(made, specs, reference, lambda name: dtype)
     for name, tensor in state.items():
         if is_quantized(made, name):
             layer = cast(QuantizedLinear, made.get_submodule(name.rpartition(".")[0]))
-            layer.fill(formats_rows.quantize_weight(tensor, format), CPU)
+            stored = rotate(tensor, rotation) if rotation else tensor
+            layer.fill(q8_0(stored) if format == "q8_0" else formats_rows.quantize_weight(stored, format), CPU)
         else:
             made.load_state_dict({name: tensor.to(dtype)}, strict=False, assign=True)
     return made.requires_grad_(False)
+
+
+def q8_0(weight: Tensor) -> dict[str, Tensor]:
+    """Blocks of a scale and 32 whole numbers."""
+    blocks = weight.view(-1, 32)
+    scale = (blocks.abs().amax(1, keepdim=True) / 127).half()
+    codes = (blocks / scale).round().to(torch.int8)
+    return {"codes": torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], 1).view(len(weight), -1)}
 
 
 def weight_of(module: WanTransformer, name: str) -> Tensor:
@@ -154,7 +166,7 @@ def error(made: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("format", ["plain", formats_rows.INT8, formats_rows.E4M3])
+@pytest.mark.parametrize("format", ["plain", formats_rows.INT8, formats_rows.E4M3, ROTATED, "q8_0"])
 def test_every_kind_is_the_formula(kind: str, format: str, recwarn: Any) -> None:
     module = model() if format == "plain" else quantized(format)
     lora, x = lora_of(module, kind, 0.8), drawn(2, 5, DIM, seed=9)
