@@ -228,6 +228,9 @@ class Offloaded:
         self.module, self.device, self.prefetcher = module, device, prefetcher
         self._homes: dict[str, Tensor] = {}
         self._on_device = False
+        for layer in module.modules():
+            if hasattr(layer, "keeps"):
+                cast(Any, layer).keeps = False
         self.settle()
         if prefetcher is not None:
             cast(Walker, module).walk = prefetcher  # modules that list blocks in STREAMED have it

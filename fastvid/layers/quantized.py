@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from fastvid.ops.quantized import FORMATS, QuantizedTensor, Spec
 
 
 class Quantized(nn.Module):
-    """A layer with a quantized weight."""
+    """A layer with a quantized weight. keeps: whether a back end may give it another form of its data; not while they
+    have a copy in host memory."""
+
+    keeps = True
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__()
@@ -32,7 +35,8 @@ class Quantized(nn.Module):
     def weight(self) -> QuantizedTensor:
         spec = self.spec
         data = {role: getattr(self, f"weight_{role}") for role in spec.data}
-        return QuantizedTensor(spec.format, spec.shape, data, self.dtype, spec.rotation, spec.eight_bit, self._keep)
+        keep = self._keep if self.keeps else None
+        return QuantizedTensor(spec.format, spec.shape, data, self.dtype, spec.rotation, spec.eight_bit, keep)
 
     def _keep(self, role: str, tensor: Tensor) -> None:
         setattr(self, f"weight_{role}", nn.Parameter(tensor, requires_grad=False))
@@ -165,7 +169,7 @@ def _separate(module: nn.Module, path: str, dtype_of: Callable[[str], torch.dtyp
     """Makes a layer of its own of each of some fused layers; returns the one at `path`."""
     parent, _, wanted = path.rpartition(".")
     holder = module.get_submodule(parent)
-    whole = holder.get_submodule(wanted).whole
+    whole = cast(FusedLayer, holder.get_submodule(wanted)).whole
     parts = [name for name, one in holder.named_children() if isinstance(one, FusedLayer) and one.whole is whole]
     for name in parts:
         made = PlainLinear(whole.weight.shape[1], len(whole.weight) // whole.count, device="meta")
