@@ -89,11 +89,11 @@ def clip_frames(clip: Any, first: int, count: int) -> np.ndarray:
 def letterboxed(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """A picture uint8 [H, W, 3] scaled (bilinear) to fit into height x width, with black around it."""
     tall, wide = picture.shape[:2]
-    inner = (height, wide * height // tall) if wide * height <= width * tall else (tall * width // wide, width)
-    inner = max(1, inner[0]), max(1, inner[1])
+    narrow = wide * height <= width * tall
+    h, w = height if narrow else max(1, tall * width // wide), max(1, wide * height // tall) if narrow else width
     canvas = np.zeros((height, width, 3), np.uint8)
-    top, left = height // 2 - inner[0] // 2, width // 2 - inner[1] // 2
-    canvas[top : top + inner[0], left : left + inner[1]] = resize(picture, *inner, "bilinear")
+    top, left = height // 2 - h // 2, width // 2 - w // 2
+    canvas[top : top + h, left : left + w] = resize(picture, h, w, "bilinear")
     return canvas
 
 

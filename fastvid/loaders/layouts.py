@@ -36,7 +36,7 @@ CLASSES = {
     "image_encoder": ["transformers", "CLIPVisionModel"],
 }
 
-ORIGINAL_CLASSES = ("WanModel", "VaceWanModel", "CausalWanModel", "WanAnimateModel")
+ORIGINAL_CLASSES: tuple[str, ...] = ("WanModel", "VaceWanModel", "CausalWanModel", "WanAnimateModel")
 ORIGINAL_CLASSES += ("WanTransformer3DModel", "Wan2_2Transformer3DModel", "VaceWanTransformer3DModel")  # VideoX-Fun's
 EXTRAS = "diffusers_extras.json"
 EXPERT_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}

@@ -364,7 +364,8 @@ def _read_driving(request: Request) -> dict[str, Any]:
     """The clips that drive a character, opened: only what a segment needs of them is read; its mask uint8 [F or 1, H,
     W]. The pose video also gives length and rate, if the request says nothing of them. Raises as `open_clip` does."""
     given = {name: value for name in DRIVING if (value := getattr(request, name)) is not None}
-    values = {n: read_mask(n, one) if n == "mask_video" else open_clip(one, name=n) for n, one in given.items()}
+    values: dict[str, Any] = {name: open_clip(one, name=name) for name, one in given.items() if name != "mask_video"}
+    values |= {"mask_video": read_mask("mask_video", given["mask_video"])} if "mask_video" in given else {}
     pose = values.get("pose_video")
     if pose is None:
         return values

@@ -189,6 +189,15 @@ def test_from_the_command_line_and_by_its_recipe(pipe: fastvid.Pipeline, folder:
     assert np.array_equal(np.load(tmp_path / "two.npy"), made(pipe, mode="replace"))
 
 
+def test_faces_are_encoded_once_a_segment_and_branch(pipe: fastvid.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in every step: 5 faces in batches of 4, and one that is blank for the negative prompt, in two segments."""
+    seen, encoder = [], pipe._model.transformer.motion_encoder
+    forward = encoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda pictures: seen.append(len(pictures)) or forward(pictures))
+    made(pipe, num_inference_steps=3, guidance_scale=2.0)
+    assert sorted(seen) == [1, 1, 1, 1, 4, 4]
+
+
 def test_frames_leave_as_segments_are_done(pipe: fastvid.Pipeline) -> None:
     events = list(pipe.stream(PROMPT, **driving(7), **{**SHORT, "num_inference_steps": 2}))
     kinds = [type(event) for event in events if isinstance(event, Step | Frames)]

@@ -10,13 +10,14 @@ Maths: Wan2.2 `wan/modules/animate/` (Apache-2.0).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastvid.errors import InvalidRequest
 from fastvid.layers.attention import cross_attention
+from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.kv_cache import KVCache
 from fastvid.layers.linear import Linear, linear
 from fastvid.layers.residual import Stream
@@ -120,7 +121,7 @@ class WanAnimateTransformer(WanTransformer):
         tokens = self.face_encoder(motion.expand(-1, TEMPORAL * latent_frames - 3, -1))
         return torch.cat((torch.zeros_like(tokens[:, :1]), tokens), dim=1)
 
-    def _check_context(self, context: AnyContext, latents: Tensor, cache: KVCache | None) -> None:
+    def _check_context(self, context: AnyContext, latents: Tensor, cache: KVCache | CausalBlocks | None) -> None:
         """The pose has the latents' height and width, and a frame less."""
         if cache is not None:
             raise InvalidRequest("models that are driven by a pose keep no KV cache")
@@ -189,4 +190,4 @@ class WanAnimateTransformer(WanTransformer):
         if face is None or tuple(face.shape) not in shapes:
             given = None if face is None else list(face.shape)
             raise InvalidRequest(f"a face {list(shapes[0])}, or of 1 frame, is needed for this pose, not {given}")
-        return cast(Tensor, face)
+        return face

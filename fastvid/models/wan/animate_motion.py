@@ -37,23 +37,25 @@ class Bias(nn.Module):
 
 
 class ScaledConv(nn.Module):
-    """A convolution whose weights are scaled by 1 / sqrt(fan in) when it runs; half: of the blurred picture, at half
-    its size."""
+    """A convolution whose weights are scaled by 1 / sqrt(fan in) when it runs. halves: it reads the blurred picture and
+    makes one of half its height and width."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, *, half: bool = False, activation: bool = True) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, *, halves: bool = False, activation: bool = True
+    ) -> None:
         super().__init__()
         self.weight = normal_parameter(outputs, inputs, kernel, kernel, std=1.0)
-        self.scale, self.half = 1 / math.sqrt(inputs * kernel**2), half
-        self.padding = 0 if half or not activation else kernel // 2
+        self.scale, self.halves = 1 / math.sqrt(inputs * kernel**2), halves
+        self.padding = 0 if halves or not activation else kernel // 2
         self.act_fn = Bias(outputs) if activation else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H', W']."""
         kernel = self.weight.shape[-1]
-        stride = 2 if self.half else 1
-        if self.half and kernel == 1:  # only every second blurred pixel is read
+        stride = 2 if self.halves else 1
+        if self.halves and kernel == 1:  # only every second blurred pixel is read
             x, stride = blur(x, kernel, stride=2), 1
-        elif self.half:
+        elif self.halves:
             x = blur(x, kernel)
         x = F.conv2d(x, self.weight * self.scale, stride=stride, padding=self.padding)
         return x if self.act_fn is None else self.act_fn(x)
@@ -77,8 +79,8 @@ class MotionBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.conv1 = ScaledConv(inputs, inputs, 3)
-        self.conv2 = ScaledConv(inputs, outputs, 3, half=True)
-        self.conv_skip = ScaledConv(inputs, outputs, 1, half=True, activation=False)
+        self.conv2 = ScaledConv(inputs, outputs, 3, halves=True)
+        self.conv_skip = ScaledConv(inputs, outputs, 1, halves=True, activation=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.conv2(self.conv1(x)) + self.conv_skip(x)) / math.sqrt(2)

@@ -234,7 +234,7 @@ class WanTransformer(nn.Module):
     """
 
     # What the published code computes in fp32 whatever the dtype of the rest (diffusers: _keep_in_fp32_modules).
-    FP32_PARTS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+    FP32_PARTS: tuple[str, ...] = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     # Some files of models that see pictures have a norm that nothing uses.
     UNUSED = ("norm_added_q",)
     # Lists of blocks that need not be on the device all at once: `walk` iterates over them (`fastvid.device.offload`).
