@@ -43,6 +43,8 @@ class PartFiles(TypedDict, total=False):
 
     transformer: str | Path | Sequence[str | Path] | None
     transformer_2: str | Path | None
+    vace: str | Path | Sequence[str | Path] | None
+    vace_2: str | Path | None
     vae: str | Path | None
     text_encoder: str | Path | None
     image_encoder: str | Path | None
@@ -177,8 +179,8 @@ def load(
             offloading with which the preset's default video fits. On a CPU "auto" is "none"; the other modes only
             cost memory.
         parts: sources of missing or replaced parts: names (transformer_2, vae, text_encoder, image_encoder,
-            tokenizer) to files, folders or hub files. "base" is a whole model folder that supplies everything else to
-            a single file. "transformer" takes two files for two experts. Each also by its name: vae=FILE.
+            tokenizer, vace) to files, folders or hub files. "base" is a whole model folder that supplies everything
+            else to a single file. "transformer", "vace" take two files for two experts. Each also by its name: vae=FILE
         max_running: how many requests may run at once; others wait, first come first served.
         cuda_graphs: True replays the transformer's calls as CUDA graphs, one per shape, whose memory they keep: faster
             where calls are short. "auto": where a committed benchmark shows a gain, which is nowhere so far.

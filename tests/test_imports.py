@@ -50,7 +50,7 @@ LIMITS = {"file": 450, "function": 60, "median": 12, "parameters": 8, "init": 46
 # Added since: formats of LoRAs and checkpoints, schedulers, sound and HDR of clips, verified downloads, and the
 # checks of files, arguments and resume folders that others made; tuning on the user's machine; paths through libraries;
 # steps that do not wait for the host; checks of kernels that keep weights, share results or change settings.
-# Quantized weights and their files, siblings of Wan (their families count), LoRAs beside weights, names and downloads.
+# Quantized weights and their files, siblings of Wan (their presets count), LoRAs beside weights, names and downloads.
 # A feature that raises a number says so in its commit.
 LIMITS |= {"core": 19_000, "package": 46_000}
 

@@ -91,7 +91,7 @@ def _is_number(text: str) -> bool:
 
 def parts_of(flags: argparse.Namespace) -> dict[str, Any] | None:
     """`parts=` of `load`, from --part and the flags of single parts; None without any. Raises UsageError."""
-    own = {"transformer": flags.transformer, "text_encoder": flags.text_encoder, "vae": flags.vae}
+    own = {name: getattr(flags, name) for name in ("transformer", "text_encoder", "vae", "vace")}
     named = [*(flags.part or ()), *((name, value) for name, value in own.items() if value)]
     names = [name for name, _ in named]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -105,8 +105,8 @@ def add_files(parser: Any) -> None:
         type=part,
         action="append",
         metavar="NAME=PATH",
-        help="source of a part of the model: vae, text_encoder, image_encoder, tokenizer, transformer_2, or "
-        "base (a whole folder, for everything that a single file lacks); may be repeated",
+        help="source of a part of the model: vae, text_encoder, image_encoder, tokenizer, transformer_2, vace, vace_2, "
+        "or base (a whole folder, for everything that a single file lacks); may be repeated",
     )
     parser.add_argument(
         "--transformer",
@@ -116,6 +116,12 @@ def add_files(parser: Any) -> None:
     )
     parser.add_argument("--text-encoder", metavar="FILE", help="the text encoder's file")
     parser.add_argument("--vae", metavar="FILE", help="the VAE's file")
+    parser.add_argument(
+        "--vace",
+        action="append",
+        metavar="FILE",
+        help="a VACE module, onto a text-to-video model; twice for two experts, high noise first",
+    )
     parser.add_argument(
         "--variant",
         metavar="NAME",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvid import notices
 from fastvid.errors import CheckpointError
-from fastvid.loaders import layouts, lora, lora_fit, marks_refused, quantized, safetensors, weight_files
+from fastvid.loaders import layouts, lora, lora_fit, marks_refused, quantized, safetensors, vace_modules, weight_files
 from fastvid.loaders.find import (
     UNIDENTIFIED,
     FoundModel,
@@ -55,9 +55,9 @@ def open_checkpoint(
     Missing or broken parts are listed in `problems`. Raises CheckpointError if the path is not a supported model,
     InvalidRequest if `parts` names a path that does not exist.
     """
-    sources = find_sources(parts, download)
+    modules, sources = vace_modules.split(find_sources(parts, download))
     folder = find_folder(model, download).expanduser()
-    found = _find_model(folder, sources)
+    found = vace_modules.add(_find_model(folder, sources), modules)
     by_name = {part.name: part for part in found.parts}
     opened = {}
     for name in part_names(found.index):

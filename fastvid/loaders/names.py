@@ -15,7 +15,8 @@ from fastvid.models.wan.published import PLACES, Published
 
 EMBEDDED = "embedded"
 BASE = "base"  # the model that supplies all other parts of a single-file transformer
-PART_NAMES = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", TOKENIZER, BASE)
+VACE = ("vace", "vace_2")  # VACE modules of both transformers
+PART_NAMES = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", TOKENIZER, BASE, *VACE)
 
 
 def find_folder(model: str | Path, download: bool = False) -> Path:

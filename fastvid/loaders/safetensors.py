@@ -28,7 +28,7 @@ from fastvid.loaders.entries import BITS, FLOATS, STORED, Entry, nbytes
 from fastvid.loaders.finite import Weight, check_finite
 from fastvid.models.common.config_reader import parse_json
 from fastvid.models.registry import target_dtype
-from fastvid.models.wan.weight_names import Origin, some
+from fastvid.models.wan.weight_names import Origin, is_module, some
 from fastvid.ops.formats import Data
 
 SUFFIX = ".safetensors"
@@ -103,17 +103,24 @@ def _are_sizes(values: Any) -> bool:
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
-    """The merged headers of several files, a quantized weight as one entry. Raises CheckpointError if two files have a
-    tensor of the same name, or for quantized weights that cannot be read."""
-    entries: dict[str, Entry] = {}
-    metadata: dict[str, str] = {}
+    """The merged headers of several files, a quantized weight as one entry. A VACE module in a file of its own has its
+    own marks. Raises CheckpointError if two files have a tensor of the same name, or for quantized weights that cannot
+    be read."""
+    groups: dict[bool, tuple[dict[str, Entry], dict[str, str]]] = {False: ({}, {}), True: ({}, {})}
     for file in files:
         header, texts = (gguf.read_header if file.suffix == gguf.SUFFIX else read_stored)(file)
-        if twice := sorted(header.keys() & entries.keys()):
-            raise CheckpointError(f"{some(twice)} in both {entries[twice[0]].file} and {file}; remove one of the two")
-        entries |= header
-        metadata = marks_json.joined(metadata, texts, file)
-    return marks.logical(entries, metadata)
+        apart = is_module(header)
+        entries, metadata = groups[apart]
+        _check_apart(header, entries, file)
+        groups[apart] = {**entries, **header}, marks_json.joined(metadata, texts, file)
+    own, module = (marks.logical(*group) for group in groups.values())
+    _check_apart(module, own, next((entry.file for entry in module.values()), Path()))
+    return own | module
+
+
+def _check_apart(new: Mapping[str, Entry], entries: Mapping[str, Entry], file: Path) -> None:
+    if twice := sorted(new.keys() & entries.keys()):
+        raise CheckpointError(f"{some(twice)} in both {entries[twice[0]].file} and {file}; remove one of the two")
 
 
 def count_parameters(entries: Mapping[str, Entry]) -> int:

@@ -20,7 +20,7 @@ from fastvid.distributed.layout import AUTO, check_parallel
 from fastvid.distributed.links import check_link
 from fastvid.errors import InvalidRequest
 from fastvid.loaders import quantize
-from fastvid.loaders.names import BASE, EMBEDDED, PART_NAMES
+from fastvid.loaders.names import BASE, EMBEDDED, PART_NAMES, VACE
 from fastvid.models.registry import EXPERTS
 from fastvid.models.wan.variants import PUBLISHED
 from fastvid.requests import loras
@@ -55,11 +55,12 @@ def parts(name: str, value: Any) -> dict[str, str | Path]:
 
 
 def _pair(name: str, part: str, source: Any) -> list[tuple[str, str | Path]]:
-    """A part's source; two of a transformer are those of its two experts, for high noise and for low."""
-    if part != EXPERTS[0] or not checks.is_list(source):
+    """A part's source; two of a transformer or a VACE module are those of the two experts, for high noise and low."""
+    pair = next((names for names in (EXPERTS, VACE) if names[0] == part), None)
+    if pair is None or not checks.is_list(source):
         return [(part, model(name, source))]
     files = items(name, source, "a file, or two for the experts (high noise, low noise)", 2, least=1)
-    return [(expert, model(name, one)) for expert, one in zip(EXPERTS, files, strict=False)]
+    return [(expert, model(name, one)) for expert, one in zip(pair, files, strict=False)]
 
 
 @guarded(_VARIANT)

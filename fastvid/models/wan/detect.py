@@ -75,7 +75,7 @@ def identify(shapes: Mapping[str, Sequence[int]]) -> Identity:
     """
     siblings.check_tensors(shapes)
     found = weight_names.find_part(shapes)
-    made = weight_names.origins(shapes, DIFFUSERS, found)
+    made = weight_names.origins(shapes, DIFFUSERS)
     known = {name: origin.shape(shapes) for name, origin in made.items()}
     family, size, task = _PARTS[found.part][0](known)
     return Identity(found.part, found.layout, found.prefix, family, size, task, known)

@@ -226,7 +226,7 @@ _CLIP_Q = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_
 # What files hold besides the weights that the model uses, and no layout needs.
 IGNORED: Mapping[str, re.Pattern[str]] = {
     "transformer": re.compile(
-        rf"(vace_)?blocks\.\d+\.(attn2\.norm_added_q|cross_attn\.norm_q_img)\.weight|{animate_names.IGNORED}"
+        rf"(vace_)?blocks\.\d+\.(attn2\.norm_added_q|cross_attn\.norm_q_img)\.weight|model_type\..*|{animate_names.IGNORED}"
     ),
     "vae": re.compile(r"(?!)"),
     "text_encoder": re.compile(r"encoder\.embed_tokens\.weight|spiece_model"),  # a copy of shared.weight; ComfyUI's
@@ -288,12 +288,30 @@ def find_part(names: Iterable[str]) -> Found:
     if any(re.search(r"(^|\.)vace_(blocks\.\d|patch_embedding)", name) for name in names):
         raise CheckpointError(
             "these weights are a VACE module alone: control blocks without the text-to-video transformer that they "
-            "belong to; give a file or folder that holds both, such as Wan-AI/Wan2.1-VACE-14B-diffusers, or put the "
-            "tensors of this file and of that transformer into one file"
+            'belong to; give that transformer as the model, and this as parts={"vace": PATH}, --part vace=PATH'
         )
     raise CheckpointError(
         f"these weights are no part of a Wan model (transformer, VAE, UMT5, CLIP) in either layout: {some(names)}"
     )
+
+
+_MODULE = re.compile(r"(?P<prefix>.*?)vace_(blocks\.\d+|patch_embedding)\.")
+_BESIDE_MODULE = re.compile(r"(.*\.)?scaled_fp8|model_type\..*")
+
+
+def is_module(names: Iterable[str]) -> bool:
+    """Whether these are the tensors of a VACE module alone."""
+    kinds = {bool(_MODULE.match(name)) for name in names if not _BESIDE_MODULE.fullmatch(name)}
+    return kinds == {True}
+
+
+def find_module(names: Iterable[str]) -> Found | None:
+    """A VACE module among these names, which may have a prefix and a layout of its own; None if there is none."""
+    inside = [found for name in names if (found := _MODULE.match(name))]
+    if not inside:
+        return None
+    original = any(".self_attn." in found.string or "before_proj" in found.string for found in inside)
+    return Found("transformer", ORIGINAL if original else DIFFUSERS, inside[0]["prefix"])
 
 
 def origins(names: Iterable[str], to: str, found: Found | None = None) -> dict[str, Origin]:
@@ -303,7 +321,12 @@ def origins(names: Iterable[str], to: str, found: Found | None = None) -> dict[s
     Raises CheckpointError that lists the names that no layout knows, or that are there twice.
     """
     names = list(names)
+    module = find_module(names) if found is None else None
     found = found or find_part(names)
+    if module and (module.layout, module.prefix) != (found.layout, found.prefix):  # from a file of its own
+        inside = [name for name in names if _MODULE.match(name)]
+        rest = [name for name in names if not _MODULE.match(name)]
+        return origins(rest, to, found) | origins(inside, to, module)
     bare = {name.removeprefix(found.prefix): name for name in names}
     if len(bare) != len(names):
         raise CheckpointError(f"weights that are there with and without the prefix {found.prefix!r}")
