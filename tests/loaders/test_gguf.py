@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from mutations import fuzz, peak, refuses, seeds, untouched
+from mutations import damaged, fuzz, peak, refuses, seeds, untouched
 from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
 from fastvid.loaders import gguf, safetensors
+from fastvid.loaders.find import read_tokenizer
+from fastvid.models.common.sentencepiece import _parse
 from fastvid.ops.formats_gguf import BLOCKS
 
 oracle = pytest.importorskip("gguf")
@@ -92,7 +94,7 @@ def test_a_linear_layer_whose_rows_are_no_blocks_is_widened(tmp_path: Path) -> N
 
 
 def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
+    return struct.pack("<Q", len(value.encode())) + value.encode()
 
 
 def header(
@@ -194,3 +196,31 @@ def test_damaged_headers(tmp_path: Path, count: int) -> None:
             path.write_bytes(mutated(random))
             refused += refuses(lambda: safetensors.read_headers([path]))
     assert 0.3 * count < refused < count
+
+
+def vocabulary() -> bytes:
+    """A header with the tiny sentencepiece model's words."""
+    words = _parse((Path(__file__).parents[1] / "data" / "tiny_spiece.model").read_bytes())
+    texts, scores, types = zip(*words.pieces, strict=True)
+    count = len(texts)
+    keys = [
+        key("tokenizer.ggml.model", 8, text("t5")),
+        key("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, count) + b"".join(map(text, texts))),
+        key("tokenizer.ggml.scores", 9, struct.pack(f"<IQ{count}f", 6, count, *scores)),
+        key("tokenizer.ggml.token_type", 9, struct.pack(f"<IQ{count}i", 5, count, *types)),
+        key("tokenizer.ggml.unknown_token_id", 4, struct.pack("<I", words.unknown)),
+        key("tokenizer.ggml.precompiled_charsmap", 9, struct.pack("<IQ", 0, len(words.table)) + words.table),
+    ]
+    return header([], b"".join(keys), len(keys))
+
+
+@fuzz(2_000, fast=100)
+def test_damaged_vocabularies(tmp_path: Path, count: int) -> None:
+    path, whole, refused = tmp_path / "x.gguf", vocabulary(), 0
+    path.write_bytes(whole)
+    assert read_tokenizer(path)(["a red circle"])[0].shape[0] == 1
+    with peak(64), untouched(tmp_path, path):
+        for random in seeds("vocabulary", count):
+            path.write_bytes(damaged(whole, random))
+            refused += refuses(lambda: read_tokenizer(path)(["a red circle"]))
+    assert 0.2 * count < refused < count
