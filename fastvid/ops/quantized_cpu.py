@@ -138,8 +138,8 @@ def multiply(codes: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """codes [M, K] (int8; they are overwritten) x a packed weight -> fp32 [M, N], columns times scale [N]."""
     shifted = codes.view(torch.uint8).bitwise_xor_(ZERO)  # + 128
     zeros = torch.zeros(len(scale), dtype=torch.int32)
-    rest = None, 1.0, 0, torch.float32, "none", [], ""
-    return torch.ops.onednn.qlinear_pointwise(shifted, 1.0, ZERO, packed, scale, zeros, *rest)
+    form = (None, 1.0, 0, torch.float32, "none", list[float](), "")
+    return torch.ops.onednn.qlinear_pointwise(shifted, 1.0, ZERO, packed, scale, zeros, *form)
 
 
 def finish(sums: Tensor, bias: Tensor | None, gelu: bool, out: Tensor) -> None:
@@ -189,7 +189,7 @@ def _values(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, gelu: bool,
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     weight = weight.plain
     values = QuantizedTensor(
-        weight.format, weight.shape, weight.data | {"scale": torch.ones(1, dtype=torch.float32)}, dtype
+        weight.format, weight.shape, {**weight.data, "scale": torch.ones(1, dtype=torch.float32)}, dtype
     )
     scale, added = weight.data["scale"].expand(weight.shape[0]), None if bias is None else bias.float()
     size = min(ROWS, len(x))

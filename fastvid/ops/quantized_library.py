@@ -12,21 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid.ops import quantized_cpu, reference
+from fastvid.ops import quantized_cpu, quantized_gpu, reference
 from fastvid.ops.quantized import QuantizedTensor
 
 
 def library(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """reference.linear_quantized."""
-    if x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad):
-        return quantized_cpu.linear(x, weight, bias, gelu)
-    return reference.linear_quantized(x, weight, bias, gelu)
+    run = LINEARS.get(x.device.type, reference.linear_quantized)
+    if torch.is_grad_enabled() and x.requires_grad:
+        run = reference.linear_quantized
+    return run(x, weight, bias, gelu)
+
+
+LINEARS: Mapping[str, Callable[..., Tensor]] = {"cpu": quantized_cpu.linear, "cuda": quantized_gpu.linear}
+"""Kind of device -> what runs there."""
 
 
 def described(device: torch.device) -> str:
     """What `library` runs on a device, in words."""
-    if device.type != "cpu":
-        return "PyTorch's libraries"
+    if device.type == "cuda":
+        return "cuBLAS; 8-bit products of PyTorch where they prove right"
     why = quantized_cpu.why_not_bytes()
     return "oneDNN" if why is None else f"oneDNN; 8-bit products by values: {why}"
 
