@@ -134,15 +134,17 @@ def run_animate(theirs: Any, ours: Any, seed: int, guidance: float, given: dict[
 
 def original_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A transformer's weights as the original repository keeps them, by hand: Wan2.2 `wan/modules/animate/`."""
-    made = dict(pair for name, tensor in state.items() for pair in _original(name, tensor))
+    levels = len([name for name in state if name.endswith("conv_skip.weight")])
+    made = dict(pair for name, tensor in state.items() for pair in _original(name, tensor, levels))
     for name in [name for name in made if name.endswith("linear1_k.weight") or name.endswith("linear1_k.bias")]:
         other = name.replace("linear1_k", "linear1_v")
         made[name.replace("linear1_k", "linear1_kv")] = torch.cat((made.pop(name), made.pop(other)))
     return made
 
 
-def _original(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """One tensor by its original name; with that of the blur's kernel beside a convolution that has one."""
+def _original(name: str, tensor: torch.Tensor, levels: int) -> list[tuple[str, torch.Tensor]]:
+    """One tensor by its original name; with that of the blur's kernel beside a convolution that has one. levels: of the
+    motion encoder."""
     parts = name.split(".")
     if parts[0] == "face_adapter":
         inner = {"to_q": "linear1_q", "to_k": "linear1_k", "to_v": "linear1_v", "to_out": "linear2"}
@@ -158,7 +160,7 @@ def _original(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]
     if parts[1] == "motion_network":
         return [(f"motion_encoder.enc.fc.{parts[2]}.{parts[3]}", tensor)]
     if parts[1] == "conv_out":
-        return [(f"{convs}.4.weight", tensor)]
+        return [(f"{convs}.{levels + 1}.weight", tensor)]
     if parts[1] == "conv_in":
         return [(f"{convs}.0.{'0.weight' if parts[2] == 'weight' else '1.bias'}", _as_bias(tensor))]
     level, conv, blurred = int(parts[2]) + 1, {"conv_skip": "skip"}.get(parts[3], parts[3]), parts[3] != "conv1"

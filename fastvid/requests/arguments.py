@@ -260,7 +260,9 @@ ARGUMENTS: Mapping[str, Argument] = {
         "noise on the known frames at the start, in thousandths (SkyReels V2 DF; default: 20)",
         "--addnoise-condition X",
     ),
-    "latents": Argument(checks.tensor, "initial noise [1, C, T, h, w]; T is one larger for each reference picture"),
+    "latents": Argument(
+        checks.tensor, "initial noise [1, C, T, h, w]; T is one larger for each reference picture, and for Animate"
+    ),
     "prompt_embeds": Argument(
         checks.tensor, "embeddings instead of the prompt: [1, L, text_dim], as `Pipeline.embed` returns"
     ),

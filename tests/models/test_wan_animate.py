@@ -172,3 +172,15 @@ def test_files_are_told_by_their_tensors(theirs: Any) -> None:
     assert WanAnimateConfig.from_dict(config | {"motion_encoder_batch_size": 4}) == WanAnimateConfig.from_dict(
         dict(theirs.config)
     )
+
+
+def test_published_files_are_told_without_a_config() -> None:
+    """As the original repository and ComfyUI have them."""
+    with torch.device("meta"):
+        names = original_names(WanAnimateTransformer3DModel(added_kv_proj_dim=5120).state_dict())
+    assert len(names) == 1441
+    identity = detect.identify({f"model.diffusion_model.{name}": tuple(one.shape) for name, one in names.items()})
+    config, published = identity.config(), variants.published_configs("wan2.2-animate-14b")[1]["transformer"]
+    made = WanAnimateConfig.from_dict(config | {"motion_encoder_channel_sizes": None})
+    assert (identity.name, made) == ("wan2.2-animate-14B", published)
+    assert WanAnimateConfig.from_dict(config).widths == published.widths == (32, 64, 128, 256, 512, 512, 512, 512)
