@@ -98,6 +98,13 @@ def lightx2v(weight: Tensor, dtype: torch.dtype = torch.int8) -> Any:
     return {"weight": codes, "weight_scale": scale}, codes.float() * scale.float(), None
 
 
+def lightx2v_comfyui(weight: Tensor) -> Any:
+    """Its form for ComfyUI: a scale for the matrix, under the older name, for int8 too."""
+    scale = weight.abs().amax().float() / 127
+    codes = (weight.float() / scale).round().to(torch.int8)
+    return {"weight": codes, "scale_weight": scale.reshape(1)}, codes.float() * scale, None
+
+
 def lightx2v_mxfp8(weight: Tensor) -> Any:
     tensors, made, _ = comfy_mxfp8(weight)
     return {name: tensor.view(torch.uint8) for name, tensor in tensors.items()}, made, None
@@ -119,6 +126,14 @@ def lightx2v_nvfp4(weight: Tensor) -> Any:
         exact,
         None,
     )
+
+
+def torchao_nvfp4(weight: Tensor) -> Any:
+    """As torchao's are repacked: the first of two weights in the low half, scales in rows of whole tiles."""
+    tensors, made, _ = comfy_nvfp4(weight)
+    codes, scale = tensors["weight"], tensors["weight_scale"]
+    tensors |= {"weight": codes >> 4 | codes << 4, "weight_scale": scale.reshape(len(scale) // 4, -1)}
+    return {**tensors, "torchao_nvfp4": torch.zeros(2, dtype=torch.uint8)}, made, None
 
 
 # ---------------------------------------------------------------- whole files

@@ -50,6 +50,8 @@ FORMS = {
     "lightx2v_int8": (forms.lightx2v, "int8"),
     "lightx2v_fp8": (partial(forms.lightx2v, dtype=torch.float8_e4m3fn), "fp8_e4m3"),
     "lightx2v_mxfp8": (forms.lightx2v_mxfp8, "mxfp8"),
+    "lightx2v_comfyui": (forms.lightx2v_comfyui, "int8"),
+    "torchao_nvfp4": (forms.torchao_nvfp4, "nvfp4_low"),
     "lightx2v_nvfp4": (forms.lightx2v_nvfp4, "nvfp4_low"),
 }
 
@@ -209,6 +211,36 @@ def test_marks_in_the_header(published: Path, tmp_path: Path, in_file: str, in_h
         several = {**listed["layers"], "vae.decoder.x": {"format": "int8_tensorwise"}}
         write(file, made.tensors, {"_quantization_metadata": json.dumps({"layers": several})})
         assert safetensors.read_headers([file]) == entries, "a mark of a layer that is not there means nothing"
+
+
+@pytest.mark.slow
+def test_two_experts(tmp_path: Path) -> None:
+    """Each in a form of its own, and the frames are those of the weights that they mean."""
+    two = tmp_path / "published"
+    tiny.write_checkpoint(two, 1, boundary_ratio=0.875, **SIZES)
+    names = {"transformer": "wan2.2_t2v_high_noise_14B", "transformer_2": "wan2.2_t2v_low_noise_14B"}
+    shapes = {"transformer": forms.comfy_convrot, "transformer_2": forms.fp8_scaled}
+    made = {name: quantized(tensors(two / name, ORIGINAL), form) for name, form in shapes.items()}
+    for folder, field in (("quantized", "tensors"), ("plain", "means")):
+        comfy(two, tmp_path / folder).unlink()
+        for name, one in made.items():
+            write(tmp_path / folder / "diffusion_models" / f"{names[name]}.safetensors", getattr(one, field))
+    high = f"diffusion_models/{names['transformer']}.safetensors"
+    pipe = load(tmp_path / "quantized" / high)
+    for module, name in zip(pipe._model.experts.modules, made, strict=True):
+        assert same_weights(module, made[name].means, {"int8", "fp8_e4m3"}) > 10
+    close(pipe.generate(**ASKED).frames, load(tmp_path / "plain" / high).generate(**ASKED).frames)
+
+
+def test_rows_that_fill_up_a_block(tmp_path: Path) -> None:
+    """nvfp4 of 40 outputs is stored as 48, and only the bias tells."""
+    made, means, mark = forms.comfy_nvfp4(torch.randn(40, 80))
+    state = {f"a.{end}": tensor for end, tensor in made.items()} | {"a.comfy_quant": forms.mark_tensor(mark)}
+    assert state["a.weight"].shape == (48, 40)
+    file = write(tmp_path / "x.safetensors", state)
+    assert safetensors.read_headers([file])["a.weight"].shape == (48, 80)
+    file = write(file, state | {"a.bias": torch.zeros(40)})
+    assert safetensors.read_headers([file])["a.weight"].shape == (40, 80)
 
 
 def test_marks_that_find_no_layer(tmp_path: Path) -> None:

@@ -210,7 +210,6 @@ def _numbers(names: Iterable[str], pattern: str) -> set[int]:
 
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
 SHOWN = 10  # names in a message
-QUANTIZED = "quantized weights are not supported"
 
 # The tensors of CLIP that are more than renamed: (original, diffusers, leading ones dropped, transposed).
 _CLIP_SHAPED = (
