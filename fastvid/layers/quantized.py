@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -78,8 +79,8 @@ class QuantizedEmbedding(Quantized):
         """ids [...] int64 -> [..., d]."""
         whole, flat = self.weight, ids.reshape(-1)
         rows = {role: tensor if len(tensor) != whole.shape[0] else tensor[flat] for role, tensor in whole.data.items()}
-        made = FORMATS[whole.format].dequantize(rows, (len(flat), whole.shape[1]), 0, len(flat))
-        return made.to(self.dtype).unflatten(0, ids.shape)
+        found = replace(whole, shape=(len(flat), whole.shape[1]), data=rows)
+        return found.dequantize().unflatten(0, ids.shape)
 
 
 class JoinedLinear(nn.Module):

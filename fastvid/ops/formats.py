@@ -20,6 +20,8 @@ Shape = tuple[int, int]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Role -> dtype and shape."""
 
+PIECE = 2**19  # codes
+
 
 @dataclass(frozen=True)
 class Format:
@@ -37,3 +39,15 @@ class Format:
     dequantize: Callable[[Data, Shape, int, int], Tensor]
     finite: Callable[[Data], bool]
     by_rows: bool = True
+
+
+def largest_code(codes: Tensor) -> int:
+    """The largest code of 8-bit floats without their signs. In pieces that stay in the cache, and by a maximum: whether
+    all of a tensor's values are true is found over ten times slower (torch 2.13, a CPU)."""
+    pieces = codes.flatten().split(PIECE)
+    return max((int((piece << 1).max()) >> 1 for piece in pieces if piece.numel()), default=0)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return not values.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))

@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastvid.ops.formats import Data, Format, Layout, Shape
+from fastvid.ops.formats import Data, Format, Layout, Shape, all_finite, largest_code
 
 MXFP8, NVFP4, NVFP4_LOW = "mxfp8", "nvfp4", "nvfp4_low"
 NESTED = 256  # scales that share a scale of their own
@@ -54,10 +54,6 @@ def _float8(codes: Tensor) -> Tensor:
     return codes.view(torch.float8_e4m3fn).float()
 
 
-def _no_nan(codes: Tensor) -> bool:
-    return bool((codes & 0x7F < 0x7F).all())
-
-
 # ---------------------------------------------------------------- mxfp8
 
 
@@ -82,7 +78,7 @@ def _powers(device: torch.device) -> Tensor:
 
 
 def _mx_finite(data: Data) -> bool:
-    return _no_nan(data["codes"]) and bool((data["scale"] != 0xFF).all())
+    return largest_code(data["codes"]) < 0x7F and bool(data["scale"].max() < 0xFF)
 
 
 # ---------------------------------------------------------------- nvfp4
@@ -105,7 +101,7 @@ def _nv_dequantize(data: Data, shape: Shape, start: int, stop: int, first_is_low
 
 
 def _nv_finite(data: Data) -> bool:
-    return _no_nan(data["scale"]) and bool(torch.isfinite(data["scale_2"]).all())
+    return largest_code(data["scale"]) < 0x7F and all_finite(data["scale_2"])
 
 
 @cache
@@ -161,7 +157,7 @@ def _bnb_scales(data: Data, start: int, stop: int) -> Tensor:
 
 
 def _bnb_finite(data: Data) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in data.values() if tensor.is_floating_point())
+    return all(all_finite(tensor) for tensor in data.values() if tensor.is_floating_point())
 
 
 # ---------------------------------------------------------------- the table

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastvid.ops.formats import Data, Format, Layout, Shape
+from fastvid.ops.formats import Data, Format, Layout, Shape, all_finite, largest_code
 
 E4M3, E5M2, INT8 = "fp8_e4m3", "fp8_e5m2", "int8"
 FLOATS = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
@@ -42,11 +42,11 @@ def _layout(format: str, shape: Shape) -> Layout:
 
 
 def _finite(format: str, data: Data) -> bool:
-    if not bool(torch.isfinite(data["scale"]).all()):
+    if not all_finite(data["scale"]):
         return False
     if format == INT8:
         return True
-    return bool((data["codes"] & 0x7F < (0x7F if format == E4M3 else 0x7C)).all())
+    return largest_code(data["codes"]) < (0x7F if format == E4M3 else 0x7C)
 
 
 def _format(name: str) -> Format:

@@ -133,6 +133,16 @@ def test_frames(form: str, published: Path, tmp_path: Path) -> None:
     close(load(file).generate(**ASKED).frames, load(plain).generate(**ASKED).frames)
 
 
+@pytest.mark.parametrize("form", [forms.comfy_int8_rows, partial(forms.comfy_convrot, group=16)])
+def test_tables(form: Any, published: Path, tmp_path: Path) -> None:
+    """The text encoder's table of words: rows are looked up, then dequantized."""
+    made = quantized(tensors(published / "text_encoder", DIFFUSERS), form, ["shared"])
+    encoder = load(comfy(published, tmp_path, text=made))._model.text_encoder
+    ids = torch.tensor([[3, 0, 7], [1, 1, 2]])
+    assert "shared" in dict(held(encoder))
+    torch.testing.assert_close(encoder.shared(ids), made.means["shared.weight"][ids], atol=1e-6, rtol=1e-6)
+
+
 # ---------------------------------------------------------------- forms of files
 
 
