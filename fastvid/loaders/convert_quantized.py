@@ -19,11 +19,11 @@ from torch import Tensor
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import quantize
 from fastvid.loaders.convert_files import TensorReader, Tensors, origin_bytes
-from fastvid.loaders.entries import FLOATS, STORED, Entry, Source, nbytes
+from fastvid.loaders.entries import FLOATS, STORED, Entry, nbytes
 from fastvid.loaders.find import FoundPart
 from fastvid.loaders.finite import Weight, check_finite
 from fastvid.loaders.quantized import as_tensor, read_data
-from fastvid.models.registry import build_empty, kind_of, target_dtype
+from fastvid.models.registry import EXPERTS, build_empty, kind_of, target_dtype
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.weight_names import DIFFUSERS, Origin
 from fastvid.ops.formats import Data
@@ -126,14 +126,14 @@ class _Made:
         whole = source is not None and source.format == format and source.spec.data["scale"][1] == (1,)
         self.entries[name] = Entry(MARKS[format][0], (n, k), self.file)
         self.entries[f"{layer}.weight_scale"] = Entry("F32", () if whole else (n, 1), self.file)
-        self.entries[f"{layer}.comfy_quant"] = Entry("U8", (len(_mark(format, source)),), self.file)
+        self.entries[f"{layer}.comfy_quant"] = Entry("U8", (len(self._mark(stored)),), self.file)
         self.weights |= dict.fromkeys((name, f"{layer}.weight_scale", f"{layer}.comfy_quant"), stored)
 
     def _quantized(self, name: str) -> bytes:
         stored = self.weights[name]
         entry, format = self.part.entries[stored], self.quantized[stored]
         if name.endswith(".comfy_quant"):
-            return _mark(format, entry.source)
+            return self._mark(stored)
         if self.last[0] != stored:
             kept = entry.source is not None and entry.source.format == format
             plain = torch.float32
@@ -141,13 +141,16 @@ class _Made:
         data = self.last[1]
         return _bytes(data["scale" if name.endswith("_scale") else "codes"])
 
-
-def _mark(format: str, source: Source | None) -> bytes:
-    """ComfyUI's description of a layer."""
-    mark: dict[str, object] = {"format": MARKS[format][1]}
-    if source is not None and source.format == format and source.rotation:
-        mark |= {"convrot": True, "convrot_groupsize": source.rotation}
-    return json.dumps(mark).encode()
+    def _mark(self, stored: str) -> bytes:
+        """ComfyUI's description of a layer."""
+        format, source = self.quantized[stored], self.part.entries[stored].source
+        mark: dict[str, object] = {"format": MARKS[format][1]}
+        kept = source is not None and source.format == format
+        if self.part.identity.part not in EXPERTS or (kept and source.exact):
+            mark["full_precision_matrix_mult"] = True  # products of dequantized weights
+        if kept and source.rotation:
+            mark |= {"convrot": True, "convrot_groupsize": source.rotation}
+        return json.dumps(mark).encode()
 
 
 def _choose(choice: str, part: FoundPart) -> tuple[dict[str, str], frozenset[str]]:

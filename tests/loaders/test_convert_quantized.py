@@ -51,6 +51,8 @@ def test_a_converted_model_is_the_model_quantized_on_load(choice: str, to: str, 
         assert not any(spec.eight_bit for spec in checkpoint.part(part).quantized.values()), "as files are: exact"
         assert_equal(load_part(quantize.apply(checkpoint, choice), part), load_part(plain, part))
     sizes = [one.part("transformer").bytes for one in (checkpoint, plain)]
+    held = {part: {spec.exact for spec in checkpoint.part(part).quantized.values()} for part in checkpoint.quantized}
+    assert held == {"transformer": {False}, "text_encoder": {True}}, "exact for other programs too"
     assert sizes[0] < 0.6 * sizes[1]
 
 
@@ -84,7 +86,7 @@ def test_a_quantized_file_becomes_16_bit(dtype: torch.dtype, tmp_path: Path) -> 
         convert(tmp_path / "fp8.safetensors", tmp_path / "no")
     convert(tmp_path / "fp8.safetensors", tmp_path / "made", dtype=dtype)
     made, source = load_file(tmp_path / "made" / STEM), load_file(EMBEDDED / "transformer" / STEM)
-    rule = quantize.weights_of(build_empty("transformer", open_checkpoint(EMBEDDED).part("transformer").config))  # type: ignore[arg-type]
+    rule = rule_of("transformer")
     assert made.keys() == source.keys()
     for name, tensor in source.items():
         fp32 = any(part in name for part in ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"))
@@ -154,3 +156,30 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="NaN or infinity"):
         convert(tmp_path / "given", tmp_path / "made", quantize="int8")
     assert not (tmp_path / "made").exists()
+
+
+def test_gguf_files(tmp_path: Path) -> None:
+    """To 16 bits: what the file is worth, rounded once. To 8 bits: what that quantizes to."""
+    pytest.importorskip("gguf")
+    import gguf_files
+
+    source = load_file(EMBEDDED / "transformer" / STEM)
+    rule = rule_of("transformer")
+    kinds = {name: "q4_k" if ".ffn." in name else "q8_0" for name in rule} | {"proj_out.weight": "bf16"}
+    worth = gguf_files.write(tmp_path / "given.gguf", source, kinds)
+    convert(tmp_path / "given.gguf", tmp_path / "made.safetensors", dtype="bf16")
+    made = load_file(tmp_path / "made.safetensors")
+    assert made.keys() == worth.keys()
+    assert all(torch.equal(made[name], worth[name].to(made[name].dtype)) for name in worth)
+    assert {made[name].dtype for name in rule} == {torch.bfloat16} and made["proj_out.weight"].dtype == torch.bfloat16
+    assert made["scale_shift_table"].dtype == torch.float32, "is computed in fp32, and stored so"
+    convert(tmp_path / "given.gguf", tmp_path / "int8.safetensors", quantize="int8")
+    eight = load_file(tmp_path / "int8.safetensors")
+    assert all(torch.equal(eight[name], quantize_weight(worth[name], INT8)["codes"]) for name in rule)
+    assert eight["condition_embedder.time_proj.weight"].dtype == torch.float32, "as the file has it"
+
+
+def rule_of(part: str) -> list[str]:
+    config = open_checkpoint(EMBEDDED).part(part).config
+    assert config is not None
+    return quantize.weights_of(build_empty(part, config))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from live_memory import LiveMemory
 from safetensors.torch import save_file
 
 import fastvid
@@ -17,9 +18,9 @@ from fastvid import api
 from fastvid.errors import InvalidRequest
 from fastvid.layers.quantized import Quantized, QuantizedLinear
 from fastvid.loaders import quantize
-from fastvid.loaders.checkpoint import load_part, open_checkpoint
+from fastvid.loaders.checkpoint import fill, load_part, open_checkpoint
 from fastvid.models.common.umt5 import UMT5Config
-from fastvid.models.registry import Config, build_empty
+from fastvid.models.registry import Config, build_empty, hold_quantized
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig
 from fastvid.ops.formats_rows import E4M3, E5M2, INT8, quantize_weight
 from fastvid.ops.quantized import Spec
@@ -157,3 +158,17 @@ def test_a_quantized_file_keeps_its_weights() -> None:
     assert quantize.apply(holding("text_encoder", text), "fp8").part("text_encoder").quantized == text
     with pytest.raises(InvalidRequest, match="text_encoder is quantized already"):
         quantize.apply(holding("text_encoder", text), "text_encoder=fp8")
+
+
+@pytest.mark.parametrize("choice", ["fp8", "int8"])
+def test_one_tensor_is_held_beside_the_model(choice: str) -> None:
+    """As stored, in fp32 and scaled, and its codes."""
+    part = quantize.apply(open_checkpoint("embedded"), choice).part("transformer")
+    assert part.config is not None
+    module = build_empty("transformer", part.config)
+    hold_quantized(module, part.quantized, torch.bfloat16)
+    largest = max(math.prod(spec.shape) for spec in part.quantized.values())
+    with LiveMemory() as live:
+        fill(module, part, "cpu", torch.bfloat16)
+    held = sum(parameter.nbytes for parameter in module.parameters())
+    assert held <= live.peak <= held + (4 + 4 + 4 + 1) * largest
