@@ -13,6 +13,7 @@ A change of what is no weight of a linear layer (bias, norm, table, convolution)
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -67,6 +68,7 @@ class Builder:
 
     def __init__(self) -> None:
         self._made: weakref.WeakValueDictionary[tuple[Any, ...], Operator] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()  # requests are prepared in threads of their own
 
     def build(self, module: nn.Module, loras: Sequence[Lora], stays: bool = True) -> Branches:
         """The branches of one module. loras: fitted, of its expert. stays: see `Branches`. Raises CheckpointError for
@@ -103,13 +105,16 @@ class Builder:
 
     def _operator(self, lora: Lora, name: str, term: Plain, dtype: torch.dtype, shape: tuple[int, int]) -> Operator:
         key = id(term), dtype, shape
-        if (operator := self._made.get(key)) is None:
-            self._made[key] = operator = make_operator(term, dtype, shape)
+        with self._lock:
+            if (operator := self._made.get(key)) is not None:
+                return operator
+            operator = make_operator(term, dtype, shape)
             if not all(map(is_finite, operator.factors)):
                 raise CheckpointError(
                     f"{lora.path.name}: its values of {name} are not finite in {str(dtype)[6:]}; load the model with "
                     "dtype='bfloat16'"
                 )
+            self._made[key] = operator
         return operator
 
 

@@ -37,6 +37,11 @@ class Whole:
     def shape(self) -> Shape:
         return tuple(self.tensor.shape)
 
+    @property
+    def size(self) -> int:
+        """The number of values that it is made of."""
+        return self.tensor.numel()
+
     def fits(self, shape: Shape) -> bool:
         return self.shape == shape
 
@@ -78,6 +83,10 @@ class Pair:
         columns = self.down.shape[1:] if self.middle is None else (self.down.shape[1], *self.middle.shape[2:])
         return (self.up.shape[0], *columns)
 
+    @property
+    def size(self) -> int:
+        return self.up.numel() + self.down.numel() + (0 if self.middle is None else self.middle.numel())
+
     def fits(self, shape: Shape) -> bool:
         return _same_matrix(self.shape, shape)
 
@@ -111,6 +120,10 @@ class Hadamard:
     def shape(self) -> Shape:
         return self.first.shape
 
+    @property
+    def size(self) -> int:
+        return self.first.size + self.second.size
+
     def fits(self, shape: Shape) -> bool:
         return _same_matrix(self.shape, shape)
 
@@ -143,6 +156,10 @@ class Kronecker:
     def shape(self) -> Shape:
         left, right = self.left.shape, self.right.shape
         return (left[0] * right[0], left[1] * right[1], *right[2:])
+
+    @property
+    def size(self) -> int:
+        return self.left.size + self.right.size
 
     def fits(self, shape: Shape) -> bool:
         return _same_matrix(self.shape, shape)
@@ -179,6 +196,10 @@ class Decomposed:
     @property
     def shape(self) -> Shape:
         return self.change.shape
+
+    @property
+    def size(self) -> int:
+        return self.change.size + self.magnitude.numel()
 
     def fits(self, shape: Shape) -> bool:
         return self.change.fits(shape) and self.axis(shape) is not None

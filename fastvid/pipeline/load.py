@@ -36,7 +36,7 @@ from fastvid.models.registry import ENCODERS, build_outline, part_dtype
 from fastvid.models.wan import variants
 from fastvid.ops import vae_gpu
 from fastvid.ops.dispatch import Ops, bind
-from fastvid.pipeline.loras import with_loras
+from fastvid.pipeline.loras import values_beside, with_loras
 from fastvid.planning import memory
 from fastvid.requests.request import default_request
 
@@ -59,7 +59,7 @@ def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, m
     checkpoint = open_checkpoint(source, options.parts, download=True, variant=options.variant).check()
     checkpoint = quantize.apply(checkpoint, options.quantize)
     loras = fit(loras, checkpoint)
-    placement = choose_placement(checkpoint, options, mesh)
+    placement = choose_placement(checkpoint, options, mesh, values=values_beside(loras, checkpoint))
     modules = load_modules(checkpoint, ops, placement, loras, mesh.rank)
     parts = str(source), checkpoint, checkpoint.require_preset(), modules, ops, options, placement
     return with_loras(Model(*parts, mesh=mesh, links=links, lora_cache=LoraCache()), loras)
@@ -89,7 +89,7 @@ def outline(
     links = replace(links, device=device_of(card)) if card else links
     checkpoint = quantize.apply(describe(source, options, format), options.quantize)
     loras = fit(loras, checkpoint)
-    placement = choose_placement(checkpoint, options, mesh, free)
+    placement = choose_placement(checkpoint, options, mesh, free, values_beside(loras, checkpoint))
     modules = empty_modules(checkpoint, placement)
     parts = str(source), checkpoint, checkpoint.require_preset(), modules, ops, options, placement
     return with_loras(Model(*parts, mesh=mesh, links=links, lora_cache=LoraCache()), loras)
@@ -110,9 +110,11 @@ def check_options(options: LoadOptions) -> torch.device:
     return device
 
 
-def choose_placement(checkpoint: Checkpoint, options: LoadOptions, mesh: Mesh, free: int | None = None) -> Placement:
+def choose_placement(
+    checkpoint: Checkpoint, options: LoadOptions, mesh: Mesh, free: int | None = None, values: int = 0
+) -> Placement:
     """A model's device, dtypes, offload mode and CUDA graphs. free: available bytes of a device that this machine does
-    not have.
+    not have. values: of LoRAs beside quantized weights.
 
     Raises BackendUnavailable or InvalidRequest if CUDA graphs are requested but impossible.
     """
@@ -120,6 +122,8 @@ def choose_placement(checkpoint: Checkpoint, options: LoadOptions, mesh: Mesh, f
     dtype, vae_dtype = resolve_dtype(options.dtype, device), resolve_vae_dtype(options.vae_dtype, device)
     offload, why = options.offload, "asked for"
     if offload == AUTO:
+        free = available_bytes(device) if free is None else free
+        free = max(0, free - values * dtype.itemsize)
         offload, why = choose_offload(checkpoint, device, dtype, vae_dtype, free)
     offload = MODES[agree(mesh, MODES.index(offload), max)]
     stays, caches = experts_stay(checkpoint, offload), checkpoint.require_preset().rollout is not None
@@ -128,16 +132,14 @@ def choose_placement(checkpoint: Checkpoint, options: LoadOptions, mesh: Mesh, f
 
 
 def choose_offload(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype, free: int | None = None
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype, free: int
 ) -> tuple[str, str]:
-    """(mode, reason): the least offloading with which the preset's default video fits into the device's free memory.
-    free: available bytes of a device that this machine does not have."""
+    """(mode, reason): the least offloading with which the preset's default video fits into a device's free bytes."""
     if device.type == "cpu":
         return MODES[0], "host and device are one memory"
-    capacity = available_bytes(device) if free is None else free
     request = default_request(checkpoint.require_preset())
-    mode = memory.choose_offload(checkpoint.configs, request, capacity, dtype, vae_dtype, checkpoint.quantized)
-    return mode, f"by the default video and the {_size(capacity)} that are free"
+    mode = memory.choose_offload(checkpoint.configs, request, free, dtype, vae_dtype, checkpoint.quantized)
+    return mode, f"by the default video and the {_size(free)} that are free"
 
 
 def experts_stay(checkpoint: Checkpoint, offload: str) -> bool:

@@ -19,7 +19,7 @@ from fastvid.layers.branches import Branches
 from fastvid.loaders.checkpoint import check_fill, fill
 from fastvid.loaders.lora import Lora, as_tuples, changed_weights
 from fastvid.loaders.lora_fit import fit, for_expert, is_quantized, of_quantized
-from fastvid.models.description import Part
+from fastvid.models.description import Checkpoint, Part
 from fastvid.models.loaded import Model, TextLength
 
 
@@ -28,6 +28,13 @@ def with_loras(model: Model, loras: Sequence[Lora]) -> Model:
     beside = of_quantized(loras, model.experts.modules)
     model = replace(model, loras=as_tuples(loras), merged=changed_weights(loras), beside=beside)
     return replace(model, branches=_branches(model, ()))
+
+
+def values_beside(loras: Sequence[Lora], checkpoint: Checkpoint) -> int:
+    """How many values of LoRAs will be kept beside the quantized weights of a model that is not loaded yet."""
+    held = {name for part in checkpoint.experts for name in checkpoint.part(part).quantized}
+    terms = [term for lora in loras for name, terms in lora.terms.items() if name in held for term in terms]
+    return sum(term.size for term in terms)
 
 
 def for_request(model: Model, loras: Sequence[Any]) -> Model:

@@ -20,6 +20,7 @@ from fastvid.engine.events import Finished, Step
 from fastvid.errors import CheckpointError, Error, InvalidRequest
 from fastvid.loaders import lora_cache, safetensors
 from fastvid.loaders.lora_cache import LoraCache
+from fastvid.planning import memory
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 4, "seed": 3}
 BOUNDARY = 0.9
@@ -223,6 +224,19 @@ def test_a_plan_counts_them(folder: Path, pipe: fastvid.Pipeline, lora: Path) ->
     assert 2 * (one.bytes_weights - plain.bytes_weights) == own.bytes_weights - plain.bytes_weights
     planned = fastvid.blueprint(str(folder), device="cpu").plan(**SMALL, loras=[lora])
     assert planned.bytes_weights == own.bytes_weights
+
+
+def test_offloading_is_chosen_with_those_beside_quantized_weights(
+    folder: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capacities = list[int]()
+    choose = memory.choose_offload
+    monkeypatch.setattr(memory, "choose_offload", lambda *args: capacities.append(args[2]) or choose(*args))
+    for quantize in (None, "int8"):
+        options: dict[str, Any] = {"device": "cuda", "device_memory": 1 << 34, "quantize": quantize}
+        fastvid.blueprint(str(folder), **options, loras=[lora])
+    inside = [one for name, one in safetensors_of(lora).items() if "blocks" in name and "lora_" in name]
+    assert capacities[0] - capacities[1] == 2 * sum(one.numel() for one in inside) > 0, "in bf16"
 
 
 def safetensors_of(path: Path) -> dict[str, torch.Tensor]:
