@@ -15,6 +15,7 @@
 #include "attention_call.h"
 #include "attention_eight_call.h"
 #include "conv_call.h"
+#include "dequantize.h"
 #include "fastvid.h"
 #include "vae_norm.h"
 
@@ -245,6 +246,53 @@ void attention_eight(const std::array<uintptr_t, 3>& tensors, const std::array<u
           device);
 }
 
+// Quantized weights
+
+fastvid::weights::Matrix matrix_of(const py::dict& given) {
+    const auto size = [&given](const char* key) { return given[key].cast<int64_t>(); };
+    const auto at = [&given](const char* key) { return reinterpret_cast<const void*>(given[key].cast<uintptr_t>()); };
+    const auto numbers = [&at](const char* key) { return static_cast<const float*>(at(key)); };
+    return {size("start"),
+            size("rows"),
+            size("columns"),
+            size("row_bytes"),
+            size("scales"),
+            static_cast<const uint8_t*>(at("codes")),
+            at("scale"),
+            numbers("values"),
+            numbers("nested_map"),
+            numbers("nested_scale"),
+            numbers("nested_offset")};
+}
+
+void dequantize(int format, const py::dict& given, uintptr_t out, const std::string& dtype, int device,
+                uintptr_t stream) {
+    const auto type = dtype_of(dtype);
+    const auto matrix = matrix_of(given);
+    const auto at = reinterpret_cast<void*>(out);
+    refuse(fastvid::weights::refuse(static_cast<fastvid::weights::Format>(format), matrix, at));
+    check_device(device);
+    py::gil_scoped_release release;
+    check(fastvid::dequantize(format, matrix, at, type, device, reinterpret_cast<void*>(stream)), device);
+}
+
+void dequantize_host(int format, const py::dict& given, uintptr_t out, const std::string& dtype) {
+    const auto type = dtype_of(dtype);
+    const auto matrix = matrix_of(given);
+    const auto at = reinterpret_cast<void*>(out);
+    refuse(fastvid::weights::refuse(static_cast<fastvid::weights::Format>(format), matrix, at));
+    py::gil_scoped_release release;
+    fastvid::dequantize_host(format, matrix, at, type);
+}
+
+void add_weights(py::module_& m) {
+    m.def("dequantize", &dequantize, py::arg("format"), py::arg("matrix"), py::arg("out"), py::arg("dtype"),
+          py::arg("device"), py::arg("stream"),
+          "Rows of a quantized weight -> numbers on a CUDA device; `matrix` as quantized_cuda.matrix_of makes it.");
+    m.def("dequantize_host", &dequantize_host, py::arg("format"), py::arg("matrix"), py::arg("out"), py::arg("dtype"),
+          "The same arithmetic on host memory.");
+}
+
 void add_attention(py::module_& m) {
     m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
           py::arg("dtype"), py::arg("call"), py::arg("lists"), py::arg("scale"), py::arg("device"), py::arg("stream"),
@@ -282,4 +330,5 @@ PYBIND11_MODULE(_C, m) {
           py::arg("strides"), "The same arithmetic and index maths on host memory.");
     add_vae(m);
     add_attention(m);
+    add_weights(m);
 }

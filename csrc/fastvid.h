@@ -17,6 +17,9 @@ struct Call;
 struct Lists;
 struct Eights;
 }  // namespace attention
+namespace weights {
+struct Matrix;
+}
 namespace quantize {
 struct Call;
 enum class Part : int { kQueries, kKeys, kValues };
@@ -50,6 +53,10 @@ int quantize_part(quantize::Part part, const quantize::Call& call, bool int8, co
                   void* out, float* scales, float* shift, DType dtype, int device, void* stream);
 int attend_eight(const attention::Call& call, const attention::Lists& lists, const attention::Eights& at, float scale,
                  bool int8, void* out, float* lse, DType dtype, int device, void* stream);
+
+// dequantize.cu: rows of a quantized weight to numbers; dequantize.h says what it takes, and numbers the formats.
+int dequantize(int format, const weights::Matrix& matrix, void* out, DType dtype, int device, void* stream);
+void dequantize_host(int format, const weights::Matrix& matrix, void* out, DType dtype);
 
 // device.cu: what this machine has; none of these fails where there is no driver.
 const char* error_string(int error);
