@@ -15,7 +15,7 @@
 #include "attention_call.h"
 #include "attention_eight_call.h"
 #include "conv_call.h"
-#include "dequantize.h"
+#include "dequantize_call.h"
 #include "fastvid.h"
 #include "vae_norm.h"
 

@@ -8,9 +8,8 @@
 #include <cuda_fp8.h>
 
 #include <cstdint>
-#include <string>
 
-#include "fastvid.h"
+#include "dequantize_call.h"
 
 #define FASTVID_HD __host__ __device__ __forceinline__
 
@@ -18,43 +17,6 @@ namespace fastvid {
 namespace weights {
 
 constexpr int kRun = 8;  // neighbouring weights of a row that a thread makes
-
-enum class Format : int {
-    kFp8E4M3,
-    kFp8E5M2,
-    kInt8,
-    kQ8_0,
-    kQ4_0,
-    kQ4_1,
-    kQ5_0,
-    kQ5_1,
-    kIQ4_NL,
-    kQ2_K,
-    kQ3_K,
-    kQ4_K,
-    kQ5_K,
-    kQ6_K,
-    kIQ4_XS,
-    kMxFp8,
-    kNvFp4,
-    kNvFp4Low,
-    kNf4,
-    kNf4Double,
-    kCount,
-};
-
-// Rows start to start + rows - 1 of a matrix, written one after the other to [rows, columns].
-// row_bytes: of the codes of a row (nf4 has no rows: its codes go on over their ends). scales: 1, or one a row
-// (fp8, int8); scales of a row (mxfp8, nvfp4); weights that share a scale (nf4).
-// codes, scale, and: scale_2 (nvfp4) or the 16 values of codes (nf4); nested_map, nested_scale, nested_offset (nf4
-// whose scales are codes too). What a format does not have is null.
-struct Matrix {
-    int64_t start, rows, columns, row_bytes, scales;
-    const uint8_t* codes;
-    const void* scale;
-    const float* values;
-    const float *nested_map, *nested_scale, *nested_offset;
-};
 
 // Products and sums that are rounded each: a fused multiply-add would give other bits.
 FASTVID_HD float times(float a, float b) {
@@ -109,11 +71,11 @@ FASTVID_HD int64_t tiled(int64_t r, int64_t c, int64_t blocks) {
 
 // The block of a format: weights and bytes; 1 and 0 for those without blocks.
 template <Format F>
-constexpr int block_weights() {
+FASTVID_HD constexpr int block_weights() {
     return F >= Format::kQ2_K && F <= Format::kIQ4_XS ? 256 : F >= Format::kQ8_0 && F <= Format::kIQ4_NL ? 32 : 1;
 }
 template <Format F>
-constexpr int block_bytes() {
+FASTVID_HD constexpr int block_bytes() {
     switch (F) {
         case Format::kQ8_0:
             return 34;
@@ -225,7 +187,7 @@ FASTVID_HD float value(const Matrix& m, int64_t r, int64_t k) {
         const float scale = e4m3(static_cast<const uint8_t*>(m.scale)[tiled(r, k / 16, m.scales)]);
         return times(e2m1(code), times(m.values[0], scale));
     } else if constexpr (F == Format::kNf4 || F == Format::kNf4Double) {
-        const int64_t at = r * m.columns + k, block = at / m.scales;
+        const int64_t at = r * m.columns + k, block = at >> m.scales;
         const int byte = m.codes[at / 2], code = at % 2 == 0 ? byte >> 4 : byte & 15;
         float scale;
         if constexpr (F == Format::kNf4) {
@@ -254,6 +216,24 @@ FASTVID_HD void put(__nv_bfloat16* at, float x) {
     *at = __float2bfloat16_rn(x);
 }
 
+FASTVID_HD uint16_t bits_of(__half, float x) {
+    return __half_raw(__float2half_rn(x)).x;
+}
+FASTVID_HD uint16_t bits_of(__nv_bfloat16, float x) {
+    return __nv_bfloat16_raw(__float2bfloat16_rn(x)).x;
+}
+
+// 16 bytes at once: at is a multiple of 16.
+FASTVID_HD void store16(void* at, const uint32_t (&words)[4]) {
+#ifdef __CUDA_ARCH__
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+#else
+    for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(at)[i] = words[i];
+#endif
+}
+
 template <typename T>
 struct alignas(sizeof(T) * kRun <= 16 ? sizeof(T) * kRun : 16) Run {
     T lane[kRun];
@@ -264,31 +244,23 @@ template <Format F, typename T>
 FASTVID_HD void run(const Matrix& m, T* out, int64_t row, int64_t k, bool whole) {
     T* at = out + row * m.columns + k;
     if (whole) {
-        Run<T> made;
+        if constexpr (sizeof(T) == 2) {  // one store of 16 bytes, where the compiler would make four of lanes
+            uint32_t words[kRun / 2];
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) put(&made.lane[i], value<F>(m, m.start + row, k + i));
-        *reinterpret_cast<Run<T>*>(at) = made;
+            for (int i = 0; i < kRun; i += 2) {
+                const uint32_t low = bits_of(T(), value<F>(m, m.start + row, k + i));
+                words[i / 2] = low | static_cast<uint32_t>(bits_of(T(), value<F>(m, m.start + row, k + i + 1))) << 16;
+            }
+            store16(at, words);
+        } else {
+            Run<T> made;
+#pragma unroll
+            for (int i = 0; i < kRun; ++i) put(&made.lane[i], value<F>(m, m.start + row, k + i));
+            *reinterpret_cast<Run<T>*>(at) = made;
+        }
         return;
     }
     for (int i = 0; i < kRun && k + i < m.columns; ++i) put(at + i, value<F>(m, m.start + row, k + i));
-}
-
-// What is wrong with a call; "" for nothing.
-inline std::string refuse(Format format, const Matrix& m, const void* out) {
-    if (format < Format::kFp8E4M3 || format >= Format::kCount) return "no such format";
-    if (m.start < 0 || m.rows < 0 || m.columns < 1 || m.scales < 1) return "rows, columns and scales are needed";
-    const bool nf4 = format == Format::kNf4 || format == Format::kNf4Double, gguf = format >= Format::kQ8_0;
-    if (m.codes == nullptr || out == nullptr) return "codes and out are needed";
-    if (!(gguf && format <= Format::kIQ4_XS) && m.scale == nullptr) return "a scale is needed";
-    if ((nf4 || format == Format::kNvFp4 || format == Format::kNvFp4Low) && m.values == nullptr) {
-        return "values are needed";
-    }
-    if (format == Format::kNf4Double && !(m.nested_map && m.nested_scale && m.nested_offset)) {
-        return "nested scales are needed";
-    }
-    const int64_t multiple = format >= Format::kQ2_K && format <= Format::kIQ4_XS ? 256 : 32;
-    if (gguf && format <= Format::kIQ4_XS && m.columns % multiple) return "columns have to be whole blocks";
-    return "";
 }
 
 }  // namespace weights

@@ -54,7 +54,7 @@ int quantize_part(quantize::Part part, const quantize::Call& call, bool int8, co
 int attend_eight(const attention::Call& call, const attention::Lists& lists, const attention::Eights& at, float scale,
                  bool int8, void* out, float* lse, DType dtype, int device, void* stream);
 
-// dequantize.cu: rows of a quantized weight to numbers; dequantize.h says what it takes, and numbers the formats.
+// dequantize.cu: rows of a quantized weight to numbers; dequantize_call.h says what it takes, and numbers the formats.
 int dequantize(int format, const weights::Matrix& matrix, void* out, DType dtype, int device, void* stream);
 void dequantize_host(int format, const weights::Matrix& matrix, void* out, DType dtype);
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.ops import formats_blocks
-from fastvid.ops.quantized import QuantizedTensor, linear_by_strips
+from fastvid.ops.quantized import QuantizedTensor, rotate
 
-# As csrc/dequantize.h numbers them.
+# As csrc/dequantize_call.h numbers them.
 NUMBERS: Mapping[str, int] = {
     name: number
     for number, name in enumerate(
@@ -40,7 +40,7 @@ def matrix_of(weight: QuantizedTensor, start: int, stop: int) -> dict[str, int]:
         group = 32 if weight.format == "mxfp8" else 16
         scales = -(-columns // group)
     elif "map" in data:
-        scales = formats_blocks.block_of(data, weight.shape)
+        scales = formats_blocks.block_of(data, weight.shape).bit_length() - 1
     elif scale is not None:
         scales = scale.numel()
     values = data.get("map", data.get("scale_2"))
@@ -81,4 +81,16 @@ def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu:
     """`linear_quantized` with exact products. A rotated weight is rotated in fp32, as the reference does."""
     if weight.eight_bit:
         raise ValueError("csrc/ has no products in 8 bits; ask for library")
-    return linear_by_strips(x, weight, bias, gelu, dequantize, STRIP)
+    N, K = weight.shape
+    y, strip = x.new_empty((*x.shape[:-1], N)), max(1, STRIP // K)
+    for start in range(0, N, strip):
+        stop = min(start + strip, N)
+        part = F.linear(x, _rows(weight, start, stop, x.dtype), None if bias is None else bias[start:stop])
+        y[..., start:stop] = F.gelu(part, approximate="tanh") if gelu else part
+    return y
+
+
+def _rows(weight: QuantizedTensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    if not weight.rotation:
+        return dequantize(weight, start, stop, dtype)
+    return rotate(dequantize(weight, start, stop, torch.float32), weight.rotation).to(dtype)

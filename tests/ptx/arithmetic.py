@@ -288,11 +288,14 @@ def comparison(opcode: tuple[str, ...]) -> Meaning:
 
 TO_HALF = {"bf16": formats.bf16_of, "f16": formats.f16_of, "e4m3": formats.e4m3_of}
 FROM_HALF = {"bf16": formats.from_bf16, "f16": formats.from_f16}
+FROM_EIGHT = {"e4m3x2": formats.from_e4m3, "e5m2x2": formats.from_e5m2}
 TO_WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 def conversion(opcode: tuple[str, ...]) -> Meaning:
     to, source = opcode[-2], opcode[-1]
+    if source in FROM_EIGHT:
+        return (np.uint16,), np.uint32, lambda pair: halves_of(pair, FROM_EIGHT[source])
     if to.endswith("x2"):
         make, bits = TO_HALF[to[:-2]], 8 if to.startswith("e") else 16
         word = np.uint16 if bits == 8 else np.uint32
@@ -315,6 +318,12 @@ def conversion(opcode: tuple[str, ...]) -> Meaning:
     if "sat" in opcode:
         raise Fault(f"not interpreted: {'.'.join(opcode)}")
     return (given,), made, lambda a: a.astype(made)
+
+
+def halves_of(pair: NDArray, values: Function) -> NDArray:
+    """Two 8-bit floats of 16 bits as two fp16 numbers of 32."""
+    low, high = (formats.f16_of(values((pair >> 8 * i & 0xFF).astype(np.uint8))).astype(np.uint32) for i in (0, 1))
+    return high << 16 | low
 
 
 def clamped(whole: Function, made: type) -> Function:

@@ -54,6 +54,11 @@ def from_e4m3(codes: NDArray[np.uint8]) -> F32:
     return E4M3[codes]
 
 
+def from_e5m2(codes: NDArray[np.uint8]) -> F32:
+    """The upper byte of fp16."""
+    return from_f16(codes.astype(np.uint16) << 8)
+
+
 def from_s8(codes: NDArray[np.uint8]) -> F32:
     return codes.view(np.int8).astype(np.float32)
 

@@ -9,7 +9,9 @@ from typing import Any
 from ptx.from_csrc import extension, interpret
 from torch import Tensor
 
+from fastvid.ops import quantized_cuda
 from fastvid.ops.attention_gpu import KEYS, exact_steps, padded_steps, prepare, quantized, source_of
+from fastvid.ops.quantized import QuantizedTensor
 from fastvid.ops.sparse import Blocks
 from fastvid.ops.vae_kernels import call_of
 
@@ -127,3 +129,10 @@ def rgb(frames: Tensor, out: Tensor, how: How = PLAIN) -> None:
     """frames [3, T, H, W] into out, uint8 [T, H, W, 3]."""
     given = (*addresses([frames, out]), dtype_of(frames), tuple(frames.shape[1:]), frames.stride(), *WHERE)
     run(lambda c: c.to_rgb(*given), [frames, out], how)
+
+
+def dequantize(weight: QuantizedTensor, start: int, stop: int, out: Tensor, how: How = PLAIN) -> None:
+    """Rows start to stop - 1 of a weight into out [stop - start, K]."""
+    matrix = quantized_cuda.matrix_of(weight, start, stop)
+    given = (quantized_cuda.NUMBERS[weight.format], matrix, out.data_ptr(), dtype_of(out), *WHERE)
+    run(lambda c: c.dequantize(*given), [*weight.data.values(), out], how)

@@ -16,6 +16,7 @@ import torch
 from attention_cases import check, make
 from attention_eight_host import eights
 from compiled_host import CXX
+from dequantize_cases import CASES, same_bits, weight_of
 from exact_vae import exact_norm
 from ptx import runs
 from ptx.cases import attend, conv_is_right, eight_is_right
@@ -55,6 +56,17 @@ def test_vae_norm(channels: int, dtype: torch.dtype, silu: bool) -> None:
     runs.norm(x, gamma, out, silu)
     exact = exact_norm(x, gamma.view(-1, 1, 1, 1), silu)
     assert (out.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize(("format", "shape"), CASES)
+def test_dequantize(format: str, shape: tuple[int, int]) -> None:
+    """Bit for bit what the format says, and nothing beside it."""
+    weight, last = weight_of(format, shape, seed=2), shape[0]
+    for dtype in (torch.float32, HALF, BF16):
+        edge = torch.full((shape[0] + 1, shape[1]), torch.nan, dtype=dtype)
+        runs.dequantize(weight, 1, last, edge[1:last])
+        assert same_bits(edge[1:last], weight.rows(1, last, dtype)), dtype
+        assert edge[0].isnan().all() and edge[last:].isnan().all()
 
 
 @on_host
