@@ -38,6 +38,7 @@ COVERS = {
     "tests/kernels/test_vae_kernels.py": ("vae_conv.py", "vae_norm.py"),
     "tests/kernels/test_norms_kernels.py": ("qk_norm_rope.py", "row_norms.py"),
     "tests/kernels/test_rgb.py": ("rgb.cu", "rgb.py"),
+    "tests/kernels/test_dequantize.py": ("dequantize.cu",),
     "tests/kernels/test_step_kernels.py": ("solver_step.py",),
     "tests/ops/test_attention_library.py": (),
     "tests/ops/test_compiled.py": (),

@@ -17,7 +17,9 @@ CASES = [
 ]
 
 
-def weight_of(format: str, shape: tuple[int, int], seed: int = 0, scales: int = 0, device: str = "cpu") -> QuantizedTensor:
+def weight_of(
+    format: str, shape: tuple[int, int], seed: int = 0, scales: int = 0, device: str = "cpu"
+) -> QuantizedTensor:
     """A weight whose codes are random bytes. scales: 1 for one scale for the whole matrix."""
     generator = torch.Generator().manual_seed(seed)
     data = {}
@@ -50,5 +52,3 @@ def _without_nan(codes: Tensor, format: str) -> Tensor:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     kind = {2: torch.int16, 4: torch.int32}[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
-
-

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvid.errors import BackendUnavailable
 from fastvid.ops import formats_blocks
 from fastvid.ops.quantized import QuantizedTensor, rotate
 
@@ -80,7 +80,7 @@ def _run(function: Dequantize, weight: QuantizedTensor, start: int, out: Tensor,
 def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """`linear_quantized` with exact products. A rotated weight is rotated in fp32, as the reference does."""
     if weight.eight_bit:
-        raise ValueError("csrc/ has no products in 8 bits; ask for library")
+        raise BackendUnavailable("linear_quantized=cuda computes no products in 8 bits; ask for library")
     N, K = weight.shape
     y, strip = x.new_empty((*x.shape[:-1], N)), max(1, STRIP // K)
     for start in range(0, N, strip):

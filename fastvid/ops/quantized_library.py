@@ -1,4 +1,5 @@
-"""Back ends of `linear_quantized`: "library", PyTorch's libraries, for what they have here.
+"""Back ends of `linear_quantized`: "library", PyTorch's libraries, for what they have here, and csrc/'s
+dequantization before them ("cuda").
 
 CPUs    quantized_cpu.py: oneDNN
 CUDA    quantized_gpu.py: cuBLAS and what PyTorch has beside it
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid.ops import quantized_cpu, quantized_gpu, reference
+from fastvid.ops import quantized_cpu, quantized_cuda, quantized_gpu, reference
 from fastvid.ops.quantized import QuantizedTensor
 
 
@@ -37,5 +38,5 @@ def described(device: torch.device) -> str:
 
 
 BACKENDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
-    "linear_quantized": {"reference": reference.linear_quantized, "library": library},
+    "linear_quantized": {"reference": reference.linear_quantized, "library": library, "cuda": quantized_cuda.linear},
 }

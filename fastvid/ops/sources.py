@@ -38,6 +38,7 @@ FILES: Mapping[str, Mapping[str, str]] = {
     "patch_embed": {"triton": "patch_embed.py"},
     "head": {"triton": "head.py"},
     "linear": {"triton": "linear_gelu.py"},
+    "linear_quantized": {"cuda": "dequantize.cu"},
     "linear_gelu_tanh": {"triton": "linear_gelu.py"},
     "rms_norm_rope": {"triton": HEADS},
     "qkv_norm_rope": {"triton": HEADS},
