@@ -40,6 +40,8 @@ PROMPTS = (
 )
 LEVELS = (0.95, 0.7, 0.4, 0.1)
 PRODUCTS = {"exact": False, "8-bit": True}
+EXACT = ("rule", "rule, one scale a matrix", "rule but the last block", "every linear layer")
+"""What is measured with exact products too."""
 Choices = Mapping[str, Sequence[str]]
 
 
@@ -48,8 +50,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     made = {"embedded": of_embedded(PROMPTS[: args.prompts], args.steps), "blocks of the 1.3B": of_random_blocks()}
-    print(save("quantize", [], "cpu", **made))
+    print(save("quantize", [], "cpu", prompts=args.prompts, steps=args.steps, **made))
 
 
 # ---------------------------------------------------------------- the trained model
@@ -119,6 +122,7 @@ def cases(sets: Choices) -> list[tuple[str, Sequence[str], str, bool, bool]]:
         for format in quantize.FORMATS.values()
         for eight_bit in PRODUCTS.values()
         for name, layers in sets.items()
+        if eight_bit or name in EXACT
     ]
 
 

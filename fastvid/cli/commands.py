@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvid import env
-from fastvid.checks import nearest_name, one_of
+from fastvid.checks import one_of
 from fastvid.cli import arguments, parser, render
 from fastvid.cli.command_parser import parts_of
 from fastvid.cli.flags import RESUME_INPUTS, with_flags
@@ -227,18 +227,9 @@ def _models(flags: argparse.Namespace) -> None:
 
 
 def _download(flags: argparse.Namespace) -> None:
-    from fastvid.loaders import hub
-    from fastvid.loaders.names import find_folder
-    from fastvid.models.wan.published import PLACES
+    from fastvid.cli import download
 
-    if flags.model.lower() not in PLACES and not hub.is_hub_name(flags.model):
-        near = nearest_name(flags.model.lower(), PLACES)
-        raise InvalidRequest(
-            f"{flags.model!r:.80} is no published model and no hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers; the "
-            f"nearest name is {near} (`fastvid models` lists them)"
-        )
-    path = str(find_folder(flags.model, download=True))
-    print(json.dumps({"model": flags.model, "path": path}) if flags.json else path)
+    download.run(flags)
 
 
 def _convert(flags: argparse.Namespace) -> None:

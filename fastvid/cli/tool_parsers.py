@@ -40,6 +40,7 @@ def download() -> Parser:
         epilog="examples:\n"
         "  fastvid download wan2.1-t2v-1.3b\n"
         "  fastvid download Wan-AI/Wan2.1-T2V-1.3B-Diffusers\n"
+        "  fastvid download wan2.1-t2v-1.3b --quantize fp8\n"
         "  fastvid download Comfy-Org/Wan_2.1_ComfyUI_repackaged/split_files/vae/wan_2.1_vae.safetensors\n\n"
         f"{EPILOG}",
     )
@@ -48,7 +49,16 @@ def download() -> Parser:
         help="a name (`fastvid models` lists them), a hub id (org/name), or a file of a repository "
         "(org/name/FILE.safetensors)",
     )
-    parser.add_output_flags(quiet=False)
+    parser.add_argument(
+        "--quantize", metavar="NAME", help="also write a copy in 8 bits, as convert does: fp8 or int8, or for each part"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="where that copy goes (default: the model's name and the format, such as wan2.1-t2v-1.3b-fp8, here)",
+    )
+    parser.add_output_flags()
     return parser
 
 

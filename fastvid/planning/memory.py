@@ -25,7 +25,7 @@ from fastvid.models.wan.animate_config import WanAnimateConfig
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig, WanVAEConfig
 from fastvid.ops.quantized import Spec
 from fastvid.planning import face_memory
-from fastvid.planning.quantized import Workspace, workspaces
+from fastvid.planning.quantized import Workspace, with_packed, workspaces
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
 
@@ -116,7 +116,7 @@ class ModelFacts:
             model.transformer.config,
             model.vae.config,
             model.text_encoder.config,
-            _with_packed(model.sizes, model.ops.bound),
+            with_packed(model),
             model.dtype.itemsize,
             model.vae_dtype.itemsize,
             model.tokenizer.text_length,
@@ -387,14 +387,6 @@ def cache_bytes(config: WanVAEConfig, height: int, width: int, itemsize: int = F
 
 
 # ---------------------------------------------------------------- offload modes
-
-
-def _with_packed(sizes: Sizes, bound: Mapping[str, str]) -> Sizes:
-    """Where linear layers are packed for oneDNN, the packed ones lie beside the experts' own, nearly all of which they
-    are."""
-    if not any("packed" in bound.get(op, "") for op in ("linear", "linear_gelu_tanh")):
-        return sizes
-    return replace(sizes, experts=tuple(one._replace(rest=one.rest + one.total) for one in sizes.experts))
 
 
 def memory_of(sizes: Sizes, cost: Cost, mode: str) -> Memory:

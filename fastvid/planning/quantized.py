@@ -1,10 +1,12 @@
-"""What products with quantized weights hold beside the weights and their results."""
+"""What products with weights hold beside the weights and their results: packed and dequantized ones, and codes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fastvid.models.loaded import Model, Sizes
 from fastvid.models.registry import EXPERTS
 from fastvid.ops.quantized import STRIP, Spec
 
@@ -38,3 +40,18 @@ def workspaces(quantized: Mapping[str, Mapping[str, Spec]], itemsize: int) -> tu
     experts = [spec for part in EXPERTS for spec in quantized.get(part, {}).values()]
     text = quantized.get("text_encoder", {}).values()
     return Workspace.of(experts, itemsize), Workspace.of(text, itemsize)
+
+
+def with_packed(model: Model) -> Sizes:
+    """A model's sizes. Where plain linear layers are packed for oneDNN, the packed ones lie beside the experts' own,
+    nearly all of which they are; quantized ones lie nowhere twice."""
+    sizes, held = model.sizes, model.checkpoint.quantized
+    if not any("packed" in model.ops.bound.get(op, "") for op in ("linear", "linear_gelu_tanh")):
+        return sizes
+    own = [sum(map(_bytes_of, held.get(name, {}).values())) for name in model.checkpoint.experts]
+    pairs = zip(sizes.experts, own, strict=True)
+    return replace(sizes, experts=tuple(one._replace(rest=one.rest + one.total - own) for one, own in pairs))
+
+
+def _bytes_of(spec: Spec) -> int:
+    return sum(kind.itemsize * math.prod(shape) for kind, shape in spec.data.values())
