@@ -171,9 +171,10 @@ def load(
         dtype: "float32", "bfloat16" or "float16" (or "fp32", "bf16", "fp16"), for the transformer and the text encoder;
             default: bfloat16 on a GPU, float32 on a CPU.
         backend, attention: the back ends of the operations and of attention (see `fastvid doctor`).
-        loras: LoRAs to merge into the transformer: files, folders or hub names, each alone, as (file, scale), or as
-            (file, scale, "high") or (file, scale, "low") for one of two experts. Without that its names and its header
-            say the expert; none: both; doubtful: refused. See `Pipeline.set_loras`.
+        loras: LoRAs of the transformer for all requests: files, folders or hub names, each alone, as (file, scale), or
+            as (file, scale, "high") or (file, scale, "low") for one of two experts. Without that its names and its
+            header say the expert; none: both; doubtful: refused. They are merged into weights of 16 and 32 bits, and
+            stay beside quantized ones. See `Pipeline.set_loras`; a request may have more of its own.
         offload: which weights stay in host memory while unused. "none"; "text": the encoders and the inactive expert;
             "blocks": also the blocks of transformer and text encoder, but for two at a time; "auto": the least
             offloading with which the preset's default video fits. On a CPU "auto" is "none"; the other modes only

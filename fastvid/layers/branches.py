@@ -199,6 +199,7 @@ class Branch:
 
     def add(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """y [..., N] = W x + b, changed in place, for x [..., K]."""
+        y = y.contiguous()
         flat, inputs = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         self._scale_rows(layer, flat)
         for piece in self.pieces:

@@ -123,6 +123,8 @@ def make_operator(term: Plain, dtype: torch.dtype, shape: tuple[int, int]) -> Op
     if isinstance(term, Kronecker):
         factors = [side.product(torch.float32).flatten(1) for side in (term.left, term.right)]
         return branches.Kronecker(*(factor.to(dtype) for factor in factors), source=term)
+    if isinstance(term, Pair) and term.middle is None:  # in the file's own memory, if it has the dtype
+        return LowRank(*(one.flatten(1).to(dtype).contiguous() for one in (term.up, term.down)), source=term)
     if (pair := _as_pair(term, shape)) is not None:
         return LowRank(*(factor.to(dtype).contiguous() for factor in pair), source=term)
     return Dense(term.product(torch.float32).reshape(shape).to(dtype), source=term)

@@ -378,8 +378,9 @@ class Pipeline:
     def set_loras(self, loras: Sequence[Any] = ()) -> None:
         """Replace the LoRAs by these, given as for `fastvid.load`. An empty list removes all.
 
-        Changed weights are read again from the model's files, so nothing of earlier LoRAs is left. Finish running
-        streams first: they would continue with the new weights. Raises as `fastvid.load` does; then nothing changes.
+        Changed weights of 16 and 32 bits are read again from the model's files, so nothing of earlier LoRAs is left.
+        Quantized weights stay as they are, and LoRAs beside them. Finish running streams first: they would continue
+        with the new weights. Raises as `fastvid.load` does; then nothing changes. LoRAs of one request: its `loras`.
         """
         self._set_loras(load_arguments.CHECKS["loras"]("loras", loras))
 

@@ -175,6 +175,21 @@ def made_after(pipe: fastvid.Pipeline, loras: list[Any]) -> torch.Tensor:
     return made(pipe)
 
 
+@pytest.mark.slow
+def test_ranks_have_them(lora: Path, other: Path, folder: Path) -> None:
+    """Bytes of one rank: tokens are shared, weights and branches are not."""
+    asked: list[list[Any] | None] = [[lora], None, [(lora, SCALE), (other, 0.3, "low")]]
+    options: dict[str, Any] = {"device": "cpu", "quantize": "int8", "loras": [(other, 0.2)]}
+    one = fastvid.load(str(folder), **options)
+    with fastvid.load(str(folder), **options, parallel=2) as two:
+        for loras in asked:
+            assert far(made(two, loras=loras), made(one, loras=loras)) < 1e-5
+        two.set_loras([lora])
+        assert far(made(two), made_after(one, [lora])) < 1e-5
+        with pytest.raises(CheckpointError, match=r"nowhere.safetensors"):
+            made(two, loras=["nowhere.safetensors"])
+
+
 # ---------------------------------------------------------------- recipes, checkpoints, plans
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 ray = pytest.importorskip("ray")
 
@@ -51,6 +53,18 @@ def test_jobs_are_handed_out(pool) -> None:
     longer = pool.submit("extend", video=videos[0], prompt=PROMPT, seconds=0.5, num_inference_steps=2).result(120)
     assert len(longer.frames) == 17 and np.array_equal(longer.frames[:9], videos[0].frames)
     assert not any(pool._folder.iterdir())
+
+
+def test_a_job_has_loras_of_its_own(pool, tmp_path, monkeypatch) -> None:
+    """By a path of the program's own folder."""
+    monkeypatch.chdir(tmp_path)
+    stem = "transformer.blocks.0.ffn.net.2"
+    shape = fastvid.load("embedded", device="cpu")._model.transformer.state_dict()["blocks.0.ffn.net.2.weight"].shape
+    inner, outer = torch.randn(2, shape[1]), torch.randn(shape[0], 2)
+    save_file({f"{stem}.lora_A.weight": inner, f"{stem}.lora_B.weight": outer}, "a.safetensors")
+    with_it, without = (pool.submit(**SHORT, seed=3, loras=loras).result(120) for loras in (["a.safetensors"], None))
+    assert not np.array_equal(with_it.frames, without.frames)
+    assert with_it.recipe["loras"] == [str(tmp_path / "a.safetensors")] and "loras" not in without.recipe
 
 
 def test_the_line_has_an_end(pool) -> None:
