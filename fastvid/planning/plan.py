@@ -131,7 +131,7 @@ def with_frames(needs: Needs, frames: int) -> Needs:
     """The needs of the same request with at most `frames` frames."""
     window = needs.segment
     if frames < window.model_frames:
-        window = window_of(window, -(-(frames - 1) // window.temporal) + 1)
+        window = window_of(window, -(-(frames - 1) // window.temporal) + 1 + window.lead)
     return replace(needs, segment=window, frames=min(needs.frames, frames))
 
 
@@ -180,7 +180,7 @@ def check_fits(model: Model, request: Resolved, needs: Needs, frames: int, capac
         most = most_frames(length, temporal, lambda count: bytes_taken(model, needs, count) <= capacity)
         adds = request.verb in ("extend", "loop", "blend")
         new = request.num_frames - (frames - most) if adds else most
-        if request.is_animated and most > temporal:  # fewer frames would still be made in whole segments
+        if request.is_animated and 2 * most > length:  # fewer frames would still be made in whole segments
             hint = f"the nearest that fits is segment_frame_length={most}"
         elif most and new > 0 and not request.is_animated:
             hint = f"the nearest that fits is num_frames={new}"

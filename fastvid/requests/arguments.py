@@ -325,15 +325,21 @@ VERBS: Mapping[str, tuple[str, ...]] = {verb: tuple(_arguments_of(verb)) for ver
 """The arguments that each verb takes."""
 
 ALIASES = {
+    "bg_images": "background_video",
     "cfg": "guidance_scale",
+    "clip_len": "segment_frame_length",
     "control_video": "video",
     "duration": "seconds",
+    "face_images": "face_video",
+    "frame_window_size": "segment_frame_length",
     "end_image": "last_image",
     "frame_rate": "fps",
     "frames": "num_frames",
     "generator": "seed",
     "length": "num_frames",
-    "mask_video": "mask",
+    "pose_images": "pose_video",
+    "refert_num": "prev_segment_conditioning_frames",
+    "replace_flag": "mode",
     "ref_image": "reference_images",
     "ref_images": "reference_images",
     "num_frame_per_block": "causal_block_size",
