@@ -189,7 +189,11 @@ def _note_quantization(found: FoundPart, path: Path, problems: list[str]) -> Non
     if not settings or any(entry.source for entry in found.entries.values()):
         return
     method = str(settings.get("quant_method")) if isinstance(settings, dict) else ""
-    if problems and method in marks_refused.METHODS:
+    if method == "torchao" and not found.files:
+        problems.append(
+            f"{path}: {found.name} is quantized by torchao; save it again with torchao 0.16 or later, as safetensors"
+        )
+    elif problems and method in marks_refused.METHODS:
         problems.append(f"{path}: {found.name} {marks_refused.method_text(method)}")
     elif not problems:
         notices.warn(f"{path}: quantization_config is not read: the weights beside it are not quantized")

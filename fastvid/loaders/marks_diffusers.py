@@ -21,12 +21,16 @@ from fastvid.errors import CheckpointError
 from fastvid.loaders.entries import FLOATS, Entry, Source, quantized_entry
 from fastvid.loaders.marks_json import parse_object, read_texts
 from fastvid.loaders.marks_refused import INSTEAD
-from fastvid.ops.formats import Data, Layout
-from fastvid.ops.formats_blocks import NESTED
+from fastvid.ops.formats import Data, Layout, Shape
+from fastvid.ops.formats_blocks import NESTED, bitsandbytes_layout
 from fastvid.ops.formats_rows import E4M3, E5M2, INT8
 
 STATE = ".quant_state.bitsandbytes__"
 FOUR_BITS = ("nf4", "fp4")
+FOUR_BIT_LEAVES = {"map": "quant_map", "scale": "absmax"}
+FOUR_BIT_LEAVES |= {"nested_map": "nested_quant_map", "nested_scale": "nested_absmax"}
+PACKED = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
+"""Types that codes are stored in, and their bytes."""
 SCB, WEIGHT_FORMAT = ".SCB", ".weight_format"
 ROW_MAJOR = 0  # of weight_format
 SCB_SCALE = 7.874015718698502e-3  # 1 / 127, as bitsandbytes multiplies by it
@@ -76,35 +80,38 @@ def _fits(name: str, entry: Entry, dtypes: Any, size: int) -> Entry:
 
 
 def _four_bits(weight: str, kind: str, text: bytes, mark: Entry, entries: dict[str, Entry]) -> Entry:
+    shape, block, offset = _state(weight, kind, text, mark)
+    layout = bitsandbytes_layout(shape, offset is not None, block)
+    codes = _pop(entries, weight, mark)
+    half = layout["codes"][1][0]
+    _fits(weight, codes, PACKED, half // PACKED.get(codes.dtype, 1))
+    tensors = {"codes": codes}
+    for role, leaf in FOUR_BIT_LEAVES.items():
+        if role in layout:
+            name, (dtype, (size,)) = f"{weight}.{leaf}", layout[role]
+            tensors[role] = _fits(name, _pop(entries, name, mark), ("U8",) if dtype == torch.uint8 else FLOATS, size)
+    make, name = partial(_make_four_bits, offset=offset), kind if offset is None else f"{kind}_double"
+    return quantized_entry(Source(name, shape, tensors, make=make, layout=layout))
+
+
+def _state(weight: str, kind: str, text: bytes, mark: Entry) -> tuple[Shape, int, float | None]:
+    """The shape, the weights that share a scale, and what is added to scales that are quantized themselves."""
     state = parse_object(text, mark.file, f"{weight:.200}{STATE}{kind:.40}")
-    shape, block = state.get("shape"), state.get("blocksize")
-    sizes = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)
+    shape, block, offset = state.get("shape"), state.get("blocksize"), state.get("nested_offset")
     power = type(block) is int and 2 <= block <= 2**16 and block & (block - 1) == 0
-    if kind not in FOUR_BITS or not sizes or not power:
+    if kind not in FOUR_BITS or not _is_matrix(shape) or not power:
         raise CheckpointError(
             f"{mark.file}: {weight:.200} is quantized by bitsandbytes as {kind:.40}, shape {shape!r:.60}, blocks of "
             f"{block!r:.40}; matrices in {' or '.join(FOUR_BITS)} with blocks of a power of 2 are read; {INSTEAD}"
         )
-    N, K = shape
-    half, blocks = -(-N * K // 2), -(-N * K // block)
-    codes, double = _pop(entries, weight, mark), f"{weight}.nested_absmax" in entries
-    width = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
-    _fits(weight, codes, width, half // width.get(codes.dtype, 1))
-    tensors = {"codes": codes}
-    layout: Layout = {"codes": (torch.uint8, (half,)), "map": (torch.float32, (16,))}
-    layout["scale"] = (torch.uint8 if double else torch.float32, (blocks,))
-    sources = {"map": ("quant_map", FLOATS, 16), "scale": ("absmax", ("U8",) if double else FLOATS, blocks)}
-    if double:
-        over = -(-blocks // NESTED)
-        if state.get("nested_blocksize") != NESTED or not isinstance(state.get("nested_offset"), float | int):
-            raise CheckpointError(f"{mark.file}: {weight:.200}: scales for {NESTED} scales and an offset are expected")
-        sources |= {"nested_map": ("nested_quant_map", FLOATS, 256), "nested_scale": ("nested_absmax", FLOATS, over)}
-        layout |= {"nested_map": (torch.float32, (256,)), "nested_scale": (torch.float32, (over,))}
-        layout["nested_offset"] = (torch.float32, (1,))
-    for role, (leaf, dtypes, size) in sources.items():
-        tensors[role] = _fits(f"{weight}.{leaf}", _pop(entries, f"{weight}.{leaf}", mark), dtypes, size)
-    make = partial(_make_four_bits, offset=float(state["nested_offset"]) if double else None)
-    return quantized_entry(Source(f"{kind}_double" if double else kind, (N, K), tensors, make=make, layout=layout))
+    double = "nested_offset" in state or "nested_blocksize" in state
+    if double and (state.get("nested_blocksize") != NESTED or type(offset) not in (int, float)):
+        raise CheckpointError(f"{mark.file}: {weight:.200}: scales for {NESTED} scales and an offset are expected")
+    return (shape[0], shape[1]), block, float(offset) if double else None
+
+
+def _is_matrix(shape: Any) -> bool:
+    return isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)
 
 
 def _make_four_bits(stored: dict[str, Tensor], offset: float | None) -> Data:
@@ -136,7 +143,8 @@ def _make_eight_bits(stored: dict[str, Tensor]) -> Data:
 def _torchao(weight: str, name: str, entries: dict[str, Entry], metadata: Mapping[str, str]) -> Entry:
     codes, stem = entries.pop(name), name.removesuffix("qdata")
     told = parse_object(metadata.get(weight, "{}"), codes.file, f"the header's text for {weight:.200}")
-    settings = told.get("_data") if isinstance(told.get("_data"), dict) else {}
+    settings = told.get("_data")
+    block = settings.get("block_size") if isinstance(settings, dict) else None
     expected, format = TORCHAO.get(codes.dtype, ("", ""))
     roles = {leaf: entries.pop(stem + leaf) for leaf in ("scale", "zero_point") if stem + leaf in entries}
     others = [other for other in entries if other.startswith(stem)]
@@ -149,7 +157,6 @@ def _torchao(weight: str, name: str, entries: dict[str, Entry], metadata: Mappin
         )
     (N, K), where = codes.shape, f"{codes.file}: {weight:.200}"
     count = math.prod(roles["scale"].shape)
-    block = settings.get("block_size")
     if block not in ([1, K], [N, K]) or count != (N if block == [1, K] else 1) or roles["scale"].dtype not in FLOATS:
         raise CheckpointError(
             f"{where} is quantized by torchao in blocks of {block!r:.60} with {count:,} scales; one "

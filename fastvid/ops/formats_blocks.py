@@ -120,8 +120,9 @@ def halves(codes: Tensor, values: Tensor, first_is_low: bool = False) -> Tensor:
 # ---------------------------------------------------------------- bitsandbytes
 
 
-def _bnb_layout(shape: Shape, double: bool) -> Layout:
-    blocks = -(-math.prod(shape) // BLOCK)
+def bitsandbytes_layout(shape: Shape, double: bool, block: int = BLOCK) -> Layout:
+    """double: scales are quantized themselves. block: weights that share a scale."""
+    blocks = -(-math.prod(shape) // block)
     layout: Layout = {
         "codes": (torch.uint8, (-(-math.prod(shape) // 2),)),
         "map": (torch.float32, (16,)),
@@ -171,7 +172,7 @@ def _nvfp4(name: str, first_is_low: bool) -> Format:
 
 
 def _bitsandbytes(name: str, double: bool) -> Format:
-    layout: Callable[[Shape], Layout] = lambda shape: _bnb_layout(shape, double)  # noqa: E731
+    layout: Callable[[Shape], Layout] = lambda shape: bitsandbytes_layout(shape, double)  # noqa: E731
     return Format(name, 4.127 if double else 4.5, BLOCK, layout, _bnb_dequantize, _bnb_finite, by_rows=False)
 
 
