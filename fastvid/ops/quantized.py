@@ -64,7 +64,7 @@ class QuantizedTensor:
     def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         """Rows start to stop - 1 of the matrix: computed in fp32, rounded once to dtype (by default its own)."""
         made = FORMATS[self.format].dequantize(self.plain.data, self.shape, start, stop)
-        return (rotate(made, self.rotation) if self.rotation else made).to(dtype or self.dtype)
+        return (rotate_whole(made, self.rotation) if self.rotation else made).to(dtype or self.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix [N, K]."""
@@ -116,11 +116,16 @@ def hadamard(group: int) -> Tensor:
 def rotate(x: Tensor, group: int) -> Tensor:
     """Each group along the last dimension times `hadamard(group)`; in x's dtype."""
     if group < 256 or x.device.type != "cpu":
-        return (x.unflatten(-1, (-1, group)) @ _hadamard_of(group, x)).flatten(-2)
+        return rotate_whole(x, group)
     # The matrix is the Kronecker product of two small ones: a quarter of the time on a CPU.
     small = _hadamard_of(16, x)
     rows = (x.reshape(-1, 16) @ small).view(-1, group // 16, 16)
     return (_hadamard_of(group // 16, x) @ rows).view(x.shape)
+
+
+def rotate_whole(x: Tensor, group: int) -> Tensor:
+    """The same as one product, whose sums have the bits of comfy-kitchen's."""
+    return (x.unflatten(-1, (-1, group)) @ _hadamard_of(group, x)).flatten(-2)
 
 
 def _hadamard_of(group: int, x: Tensor) -> Tensor:

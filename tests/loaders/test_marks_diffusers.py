@@ -166,3 +166,12 @@ def test_other_methods_are_named(published: Path, tmp_path: Path, method: str) -
     state = load_file(published / WEIGHTS)
     save_file(state | {"proj_out.weight": state["proj_out.weight"].to(torch.int8)}, folder / WEIGHTS)
     refused(folder, f"(?i)is quantized by .*{method.replace('-', '')}.*bitsandbytes or torchao's")
+
+
+def test_pickled_torchao(published: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(published, tmp_path / "model"))
+    config = json.loads((folder / "transformer/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "torchao"}
+    (folder / "transformer/config.json").write_text(json.dumps(config))
+    (folder / WEIGHTS).rename((folder / WEIGHTS).with_suffix(".bin"))
+    refused(folder, "is quantized by torchao; save it again with torchao 0.16 or later")
