@@ -381,6 +381,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_argument_of_a_request_has_a_flag(verb: str) -> None:
     found = {action.dest for action in parser.build()[verb]._actions}
     only_in_python = {"latents", "prompt_embeds", "negative_prompt_embeds", "original_prompt", "prompt_key"}
+    only_in_python |= {"loras"}  # --lora is of the model, which a command loads for itself
     missing = set(VERBS[verb]) - only_in_python - found
     assert missing == ({"prompt"} if verb == "storyboard" else set()), "a storyboard's prompts are those of its shots"
     assert set(arguments.LOAD_FLAGS) <= found and {"recipe", "output", "quiet", "json", "loras", "model"} - found == {
