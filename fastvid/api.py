@@ -176,9 +176,8 @@ def load(
             header say the expert; none: both; doubtful: refused. They are merged into weights of 16 and 32 bits, and
             stay beside quantized ones. See `Pipeline.set_loras`; a request may have more of its own.
         offload: which weights stay in host memory while unused. "none"; "text": the encoders and the inactive expert;
-            "blocks": also the blocks of transformer and text encoder, but for two at a time; "auto": the least
-            offloading with which the preset's default video fits. On a CPU "auto" is "none"; the other modes only
-            cost memory.
+            "blocks": also the blocks of transformer and text encoder, but for two at a time; "auto": the least with
+            which the preset's default video fits; on a CPU "none", where the other modes only cost memory.
         parts: sources of missing or replaced parts: names (transformer_2, vae, text_encoder, image_encoder,
             tokenizer, vace) to files, folders or hub files. "base" is a whole model folder that supplies everything
             else to a single file. "transformer", "vace" take two files for two experts. Each also by its name: vae=FILE

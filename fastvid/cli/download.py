@@ -1,19 +1,26 @@
-"""`fastvid download`: a model from the hub into the local cache and, with --quantize, an 8-bit copy beside it."""
+"""`fastvid download`: a model from the hub into the local cache and, with --quantize, an 8-bit copy of it: in fastvid's
+own cache, where `load` finds it, or where -o says."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from fastvid.checks import nearest_name
 from fastvid.cli.progress import Progress
 from fastvid.errors import InvalidRequest
 
+T = TypeVar("T")
+
 
 def run(flags: argparse.Namespace) -> None:
     """Prints where the model is: in the cache, or the 8-bit copy."""
-    from fastvid.loaders import hub, quantize
+    from fastvid.loaders import copies, hub, quantize
+    from fastvid.loaders.convert import convert
     from fastvid.loaders.names import find_folder
     from fastvid.models.wan.published import PLACES
 
@@ -28,28 +35,30 @@ def run(flags: argparse.Namespace) -> None:
         raise InvalidRequest(
             f"-o {flags.output}: the cache has a place of its own; give --quantize too, or leave it out"
         )
+    if choice is not None and not flags.output and not hub.split(flags.model)[1]:
+        return _say(flags, _shown(flags.quiet, partial(copies.make, flags.model, choice)))
     target = None if choice is None else Path(flags.output or _name(flags.model, choice))
     if target is not None and target.exists():
         raise InvalidRequest(f"{target} exists already; give a new name by -o, or remove it first")
     path = find_folder(flags.model, download=True)
     if target is not None:
-        _convert(path, target, choice, flags.quiet)
-    made = str(target or path)
-    print(json.dumps({"model": flags.model, "path": made}) if flags.json else made)
+        _shown(flags.quiet, partial(convert, path, target, quantize=choice))
+    _say(flags, target or path)
+
+
+def _say(flags: argparse.Namespace, path: Path) -> None:
+    print(json.dumps({"model": flags.model, "path": str(path)}) if flags.json else path)
 
 
 def _name(model: str, choice: str) -> str:
-    """Such as wan2.1-t2v-1.3b-fp8, in the current folder; of a file, a file."""
-    last, ending = Path(model).name, choice.replace("=", "-").replace(",", "-")
-    suffix = Path(last).suffix if Path(last).suffix in (".safetensors", ".sft", ".gguf") else ""
-    return f"{last.removesuffix(suffix)}-{ending}{'.safetensors' if suffix else ''}"
+    """Of a file's copy, in the current folder."""
+    return f"{Path(model).stem}-{choice.replace('=', '-').replace(',', '-')}.safetensors"
 
 
-def _convert(source: Path, target: Path, choice: str | None, quiet: bool) -> None:
-    from fastvid.loaders.convert import convert
-
+def _shown(quiet: bool, make: Callable[..., T]) -> T:
+    """What `make` makes, with its progress."""
     progress = Progress(quiet=quiet)
     try:
-        convert(source, target, quantize=choice, say=progress.say)
+        return make(say=progress.say)
     finally:
         progress.close()

@@ -50,13 +50,16 @@ def download() -> Parser:
         "(org/name/FILE.safetensors)",
     )
     parser.add_argument(
-        "--quantize", metavar="NAME", help="also write a copy in 8 bits, as convert does: fp8 or int8, or for each part"
+        "--quantize",
+        metavar="NAME",
+        help="also make a copy in 8 bits, as convert does: fp8 or int8, or for each part; --model NAME --quantize NAME "
+        "takes it from then on",
     )
     parser.add_argument(
         "-o",
         "--output",
         metavar="PATH",
-        help="where that copy goes (default: the model's name and the format, such as wan2.1-t2v-1.3b-fp8, here)",
+        help="where that copy goes (default: fastvid's folder of the user's cache; of a file, a file here)",
     )
     parser.add_output_flags()
     return parser

@@ -31,7 +31,8 @@ PIPELINES = (
     "WanImageToVideoPipeline",
     "WanVACEPipeline",
     "WanAnimatePipeline",
-    *layouts.FUN_PIPELINES,  # in folders that `fastvid convert` has written
+    "WanFunInpaintPipeline",  # VideoX-Fun's, in folders that `fastvid convert` has written
+    "WanFunControlPipeline",
     "WanDMDPipeline",  # FastVideo's distilled models
     "WanCausalDMDPipeline",
     "SkyReelsV2Pipeline",
@@ -153,9 +154,8 @@ def find_original(
     if not (tokenizer / "tokenizer.json").is_file():
         raise CheckpointError(f"{tokenizer} has no tokenizer.json; it comes with the original model")
     index = extras.get("model_index")
-    name, given = folder.resolve().name, {name: part.config or {} for name, part in parts.items()}
-    index = index or layouts.make_index(identity, given, experts, name)
-    derived = layouts.make_scheduler(identity, experts, name)
+    index = index or layouts.make_index(identity, {name: part.config or {} for name, part in parts.items()}, experts)
+    derived = layouts.make_scheduler(identity, experts, folder.resolve().name)
     scheduler = extras.get("scheduler") or derived
     processor = extras.get("image_processor") or layouts.make_image_processor()
     processor = processor if "image_encoder" in parts else None

@@ -93,7 +93,8 @@ def find_sources(parts: Any, download: bool = False) -> dict[str, Path]:
 
 
 def _find_source(name: str, path: Path, download: bool) -> Path:
-    if path.exists() or str(path) == EMBEDDED or hub.is_hub_name(str(path)):
+    known = str(path) == EMBEDDED or str(path).lower() in PLACES or hub.is_hub_name(str(path))
+    if path.exists() or known:
         return find_folder(path if path.exists() else str(path), download)
     raise InvalidRequest(
         f"parts: {name}: {path} does not exist; a file, a folder or a file of a hub repository is needed"

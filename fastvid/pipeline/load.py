@@ -22,7 +22,7 @@ from fastvid.distributed.layout import agree, parse_parallel
 from fastvid.distributed.links import device_of, find_links
 from fastvid.distributed.mesh import Mesh
 from fastvid.errors import CheckpointError, InvalidRequest
-from fastvid.loaders import quantize
+from fastvid.loaders import copies, quantize
 from fastvid.loaders.checkpoint import load_part, open_checkpoint
 from fastvid.loaders.find import read_tokenizer
 from fastvid.loaders.lora import Lora, read_loras
@@ -56,7 +56,8 @@ def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, m
     device, loras, mesh = check_options(options), read_loras(options.loras, download=True), mesh or Mesh()
     ops = bind(options.backend, options.attention, device)
     links = find_links(options.link, mesh, device)
-    checkpoint = open_checkpoint(source, options.parts, download=True, variant=options.variant).check()
+    place = copies.find(source, options.quantize) or source
+    checkpoint = open_checkpoint(place, options.parts, download=True, variant=options.variant).check()
     checkpoint = quantize.apply(checkpoint, options.quantize)
     loras = fit(loras, checkpoint)
     placement = choose_placement(checkpoint, options, mesh, values=values_beside(loras, checkpoint))
@@ -158,7 +159,8 @@ def describe(source: str | Path, options: LoadOptions, format: str | None = None
     if format:
         raise InvalidRequest(f"format={format!r}: the files of {source!s:.80} say how they are stored; leave it out")
     try:
-        return open_checkpoint(source, options.parts, variant=options.variant).check()
+        place = copies.find(source, options.quantize) or source
+        return open_checkpoint(place, options.parts, variant=options.variant).check()
     except CheckpointError as error:
         if "/" in str(source) or os.path.exists(source):  # False for a name that is too long
             raise

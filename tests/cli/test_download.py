@@ -23,12 +23,15 @@ def test_a_quantized_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(names, "find_folder", find_folder)
     monkeypatch.chdir(tmp_path)
     words = ["download", "wan2.1-t2v-1.3b", "--quiet"]
-    assert main([*words, "--quantize", "int8", "--json"]) == 0
+    assert main([*words, "--quantize", "int8", "--json", "-o", "wan2.1-t2v-1.3b-int8"]) == 0
     assert json.loads(capsys.readouterr().out) == {"model": words[1], "path": "wan2.1-t2v-1.3b-int8"}
     part = open_checkpoint(tmp_path / "wan2.1-t2v-1.3b-int8").check().part("transformer")
     assert {spec.format for spec in part.quantized.values()} == {"int8"} and asked == [words[1]]
     for wrong, message in (
-        (["--quantize", "int8"], "wan2.1-t2v-1.3b-int8 exists already; give a new name by -o"),
+        (
+            ["--quantize", "int8", "-o", "wan2.1-t2v-1.3b-int8"],
+            "exists already; give a new name by -o",
+        ),
         (["-o", "other"], "give --quantize too"),
         (["--quantize", "int7"], "the nearest is int8"),
     ):
