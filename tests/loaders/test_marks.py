@@ -223,6 +223,16 @@ def test_marks_in_the_header(published: Path, tmp_path: Path, in_file: str, in_h
         assert safetensors.read_headers([file]) == entries, "a mark of a layer that is not there means nothing"
 
 
+def test_a_layer_among_plain_ones(published: Path, tmp_path: Path) -> None:
+    """q alone is quantized, beside k and v, which a plain model computes in one product."""
+    chosen = ["blocks.0.self_attn.q", "blocks.0.cross_attn.v", "text_embedding.2"]
+    made = quantized(tensors(published / "transformer", ORIGINAL), forms.comfy_int8_rows, chosen)
+    pipe = load(comfy(published, tmp_path / "mixed", made))
+    assert same_weights(pipe._model.experts.modules[0], made.means, {"int8"}) == 3
+    plain = comfy(published, tmp_path / "plain", forms.File(made.means, {}))
+    close(pipe.generate(**ASKED).frames, load(plain).generate(**ASKED).frames)
+
+
 @pytest.mark.slow
 def test_two_experts(tmp_path: Path) -> None:
     """Each in a form of its own, and the frames are those of the weights that they mean."""
