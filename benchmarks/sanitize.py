@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fastvid.ops import dispatch, sparse
+from fastvid.ops.quantized import QuantizedTensor, Spec
+from fastvid.tuning.weights import draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -52,6 +54,10 @@ def inputs(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     yield "attention", own, {"blocks": blocks, "return_lse": True}
     yield "linear", (x, random(130, d), random(130))
     yield "linear_gelu_tanh", (x, random(130, d), random(130))
+    for format, eight_bit in (("int8", False), ("nf4", False), ("int8", True), ("fp8_e4m3", True)):
+        spec = Spec.of(format, (130, d), eight_bit=eight_bit)
+        data = draw(spec, torch.Generator(DEVICE).manual_seed(0))
+        yield "linear_quantized", (x, QuantizedTensor(format, (130, d), data, dtype, 0, eight_bit), random(130))
     latents = random(B, 16, t, 2 * h, 2 * w, kind=fp32)
     yield "patch_embed", (latents, random(d, 16, 1, 2, 2), bias)
     yield "head", (x, shift, scale, index, random(64, d) / 8, random(64), (t, h, w), (1, 2, 2), 1e-6)

@@ -44,7 +44,8 @@ def table_of(
             size, stride = _stagger(model, segment, len(sigmas))
             return noise_table.staggered(sigmas, segment.columns, size, stride, known_columns(segment))
         if request.ar_step and request.causal_block_size:
-            return noise_table.forced(sigmas, known, request.causal_block_size, request.ar_step)
+            blocks = request.causal_block_size, request.ar_step, bool(request.causal_attention)
+            return noise_table.forced(sigmas, known, *blocks)
         return noise_table.windows(sigmas, blocks, known)
     cache, planned = new_cache(rollout, segment, 0), _refills(model, segment)
 
@@ -148,9 +149,8 @@ def _stagger(model: Model, segment: Segment, steps: int) -> tuple[int, int]:
 def count_rows(model: Model, segment: Segment, steps: int, request: Resolved) -> int:
     """The number of rows in a segment's noise table."""
     if request.ar_step and request.causal_block_size:
-        known = _known(segment)
-        begins = noise_table.block_begins(known, request.causal_block_size, min(request.ar_step, steps))
-        return int(begins.max()) + steps
+        lag = min(request.ar_step, steps)
+        return int(noise_table.block_begins(_known(segment), request.causal_block_size, lag).max()) + steps
     if request.schedule == "staggered":
         (size, stride), known = _stagger(model, segment, steps), known_columns(segment)
         return -(-max(0, known + 1 - size) // size) + stride * (segment.columns - known - 1) + steps

@@ -31,8 +31,7 @@ PIPELINES = (
     "WanImageToVideoPipeline",
     "WanVACEPipeline",
     "WanAnimatePipeline",
-    "WanFunInpaintPipeline",  # VideoX-Fun's, in folders that `fastvid convert` has written
-    "WanFunControlPipeline",
+    *layouts.FUN_PIPELINES,  # in folders that `fastvid convert` has written
     "WanDMDPipeline",  # FastVideo's distilled models
     "WanCausalDMDPipeline",
     "SkyReelsV2Pipeline",
@@ -154,8 +153,9 @@ def find_original(
     if not (tokenizer / "tokenizer.json").is_file():
         raise CheckpointError(f"{tokenizer} has no tokenizer.json; it comes with the original model")
     index = extras.get("model_index")
-    index = index or layouts.make_index(identity, {name: part.config or {} for name, part in parts.items()}, experts)
-    derived = layouts.make_scheduler(identity, experts, folder.resolve().name)
+    name, given = folder.resolve().name, {name: part.config or {} for name, part in parts.items()}
+    index = index or layouts.make_index(identity, given, experts, name)
+    derived = layouts.make_scheduler(identity, experts, name)
     scheduler = extras.get("scheduler") or derived
     processor = extras.get("image_processor") or layouts.make_image_processor()
     processor = processor if "image_encoder" in parts else None

@@ -60,9 +60,10 @@ _CONFIG_KEYS = {
 }
 _PIPELINES = {"t2v": "WanPipeline", "ti2v": "WanPipeline", "vace": "WanVACEPipeline"}  # by task
 _PIPELINES |= {"df": "SkyReelsV2DiffusionForcingPipeline", "animate": "WanAnimatePipeline"}
-_PIPELINES |= {"fun-inp": "WanFunInpaintPipeline", "fun-control": "WanFunControlPipeline"}
-# May have an image encoder.
-_PICTURES = ("WanImageToVideoPipeline", "WanAnimatePipeline", "WanFunInpaintPipeline", "WanFunControlPipeline")
+FUN_PIPELINES = ("WanFunInpaintPipeline", "WanFunControlPipeline")  # VideoX-Fun's
+_PIPELINES |= {"fun-inp": FUN_PIPELINES[0], "fun-control": FUN_PIPELINES[1]}
+_PICTURES = ("WanImageToVideoPipeline", "WanAnimatePipeline", *FUN_PIPELINES)  # may have an image encoder
+EULER = "FlowMatchEulerDiscreteScheduler"
 _ORIGINAL_CLASS = {"vace": "VaceWanModel", "animate": "WanAnimateModel"}
 # Flow shift by (task, has two experts); 5 for all others.
 _FLOW_SHIFT = {
@@ -143,20 +144,23 @@ def to_original_keys(config: Mapping[str, Any], task: str | None) -> Config:
     return dict(sorted({**names, "dim": dim, "text_len": 512, **translated}.items()))
 
 
-def pipeline_of(identity: Identity) -> str:
-    """diffusers' pipeline class for a transformer."""
+def pipeline_of(identity: Identity, name: str = "") -> str:
+    """diffusers' pipeline class for a transformer, or VideoX-Fun's. name: what the model is called, which tells Fun-InP
+    from I2V."""
+    if identity.task == "i2v" and any(v.by_name and variants.is_called(v, name) for v in fun_presets.VARIANTS):
+        return FUN_PIPELINES[0]
     return _PIPELINES.get(identity.task or "t2v", "WanImageToVideoPipeline")
 
 
-def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool) -> Config:
+def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool, name: str = "") -> Config:
     """Build model_index.json. identity: the transformer's; configs: of the parts; experts: there are two
-    transformers."""
-    task, pipeline = identity.task or "t2v", pipeline_of(identity)
+    transformers; name: what the model is called."""
+    task, pipeline = identity.task or "t2v", pipeline_of(identity, name)
     transformer = ["diffusers", configs["transformer"]["_class_name"]]
     index: Config = {
         "_class_name": pipeline,
         "_diffusers_version": "0.35.0",
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "scheduler": ["diffusers", EULER if pipeline in FUN_PIPELINES else "UniPCMultistepScheduler"],
         "text_encoder": CLASSES["text_encoder"],
         "tokenizer": ["transformers", "T5TokenizerFast"],
         "transformer": transformer,
@@ -173,6 +177,8 @@ def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool)
 
 def make_scheduler(identity: Identity, experts: bool, name: str = "") -> Config:
     """Build scheduler_config.json with the original code's default shift. name: what the model is called."""
+    if pipeline_of(identity, name) in FUN_PIPELINES:
+        return {"_class_name": EULER, "_diffusers_version": "0.35.0", "num_train_timesteps": 1000, "shift": 5.0}
     hinted = [variant for variant in variants.VARIANTS if variants.is_called(variant, name)]
     shifts = [variant.preset.flow_shift for variant in hinted if variant.preset.name.startswith(identity.name.lower())]
     return {

@@ -171,6 +171,8 @@ def _rows(layer: Layer, format: str) -> Source:
                 "one for each row, is read; take an fp8 or int8 file with such scales, or a 16-bit one"
             )
         tensors["scale"] = scale
+    elif layer.mark is not None:
+        layer.refuse(f"is marked as {layer.mark['format']}, but has no weight_scale; take another copy")
     layout["scale"] = (torch.float32, (count,))
     if inputs is not None:
         _check_one(layer, inputs, "input scale")

@@ -1,8 +1,8 @@
-"""Back ends of `linear_quantized`: "library", PyTorch's libraries, for what they have here, and csrc/'s
-dequantization before them ("cuda").
+"""Back ends of `linear_quantized`.
 
-CPUs    quantized_cpu.py: oneDNN
-CUDA    quantized_gpu.py: cuBLAS and what PyTorch has beside it
+library   PyTorch's libraries: oneDNN on CPUs (quantized_cpu.py), cuBLAS and 8-bit products on GPUs (quantized_gpu.py)
+triton    kernels/linear_quantized.py, which reads weights as their files have them, and linear_eight.py
+cuda      csrc/dequantize.cu before a library's product (quantized_cuda.py)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvid.errors import BackendUnavailable
 from fastvid.ops import quantized_cpu, quantized_cuda, quantized_gpu, reference
 from fastvid.ops.quantized import QuantizedTensor
 
@@ -23,6 +24,29 @@ def library(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu
     if torch.is_grad_enabled() and x.requires_grad:
         run = reference.linear_quantized
     return run(x, weight, bias, gelu)
+
+
+def triton(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """The Triton kernels. Raises BackendUnavailable for formats that have none."""
+    from fastvid.kernels import linear_eight, linear_quantized
+
+    if torch.is_grad_enabled() and x.requires_grad:
+        return reference.linear_quantized(x, weight, bias, gelu)
+    N, K = weight.shape
+    out, data = x.new_empty((*x.shape[:-1], N)), weight.plain.data
+    rows = x.reshape(-1, K).contiguous()
+    given = bias, out.view(-1, N), gelu
+    if weight.eight_bit:
+        linear_eight.linear_eight(rows, weight.format, data, weight.rotation, *given)
+    elif weight.rotation or weight.format not in linear_quantized.FORMATS:
+        what = f"rotated {weight.format}" if weight.rotation else weight.format
+        raise BackendUnavailable(
+            f"Triton has no kernel for {what} weights, only for {', '.join(linear_quantized.FORMATS)}: ask for "
+            "linear_quantized=library"
+        )
+    else:
+        linear_quantized.linear(rows, weight.format, data, *given)
+    return out
 
 
 LINEARS: Mapping[str, Callable[..., Tensor]] = {"cpu": quantized_cpu.linear, "cuda": quantized_gpu.linear}
@@ -38,5 +62,10 @@ def described(device: torch.device) -> str:
 
 
 BACKENDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
-    "linear_quantized": {"reference": reference.linear_quantized, "library": library, "cuda": quantized_cuda.linear},
+    "linear_quantized": {
+        "reference": reference.linear_quantized,
+        "library": library,
+        "triton": triton,
+        "cuda": quantized_cuda.linear,
+    },
 }

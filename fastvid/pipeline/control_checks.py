@@ -51,6 +51,8 @@ def _check_channels(model: Model, request: Resolved, options: list[str]) -> None
         raise InvalidRequest(
             f"reference_images: {name} takes none; leave them out (Fun-Control from V1.1 on and VACE models take them)"
         )
+    if has_control and config.image_dim and request.image is not None and request.model_frames == 1:
+        raise InvalidRequest(f"image: {name} makes what follows a first picture; ask for more than one frame")
     if len(pictures) > 1:
         raise InvalidRequest(f"reference_images has {len(pictures)} pictures; {name} takes one")
     _check_video(request)

@@ -36,14 +36,14 @@ def resolve(given: Mapping[str, Any], preset: Any) -> dict[str, Any]:
         return {}
     values = {key: asked.get(key, getattr(forcing, key, None)) for key in given}
     if values["causal_attention"] is None:
-        values["causal_attention"] = values["causal_block_size"] > 1
+        values["causal_attention"] = (values["causal_block_size"] or 1) > 1
     _check_overlap(values, preset.temporal)
     return values
 
 
 def _check_overlap(values: Mapping[str, Any], temporal: int) -> None:
     """Raises InvalidRequest if a part would see nothing but known frames."""
-    base, overlap = values["base_num_frames"], values["overlap_history"]
+    base, overlap = int(values["base_num_frames"]), int(values["overlap_history"])
     if columns(overlap, temporal) >= columns(base, temporal):
         most = (columns(base, temporal) - 2) * temporal + 1
         raise InvalidRequest(

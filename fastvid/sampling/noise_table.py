@@ -141,17 +141,19 @@ def staggered(sigmas: np.ndarray, columns: int, size: int, stride: int, known: i
         yield TableRow(now[start:stop], after[start:stop], start)
 
 
-def forced(sigmas: np.ndarray, known: Tensor, block: int, lag: int) -> Iterator[TableRow]:
+def forced(sigmas: np.ndarray, known: Tensor, block: int, lag: int, causal: bool = False) -> Iterator[TableRow]:
     """Diffusion forcing of a whole clip in blocks of columns, the last of which may be shorter: each begins `lag` rows
     after the one before it, and waits at the first level (SkyReels-V2, arXiv 2504.13074).
 
-    known: bool [columns]. A block that is all known takes no turn. Every row shows all columns.
+    known: bool [columns]. A block that is all known takes no turn. causal: blocks do not see later ones, so rows show
+    those alone that have begun; else every row shows all columns.
     """
     levels = torch.tensor([*sigmas, 0.0], dtype=torch.float64)
     begins, steps = block_begins(known, block, min(lag, len(sigmas))), len(sigmas)
     for row in range(int(begins[~known].max()) + steps) if not bool(known.all()) else ():
         now, after = (levels[(at - begins).clamp(0, steps)].masked_fill(known, 0.0) for at in (row, row + 1))
-        yield TableRow(now, after)
+        stop = int((begins <= row).sum()) if causal else len(known)
+        yield TableRow(now[:stop], after[:stop])
     if bool(known.all()):
         yield _clean(0, len(known))
 

@@ -113,6 +113,7 @@ def _record_transformer(recorder: Recorder, model: Model, request: Resolved, win
     transformer, config, guided = model.transformer, model.transformer.config, 1 + (request.guidance_scale != 1)
     rollout, way = model.preset.rollout, way_of(model)
     C, T, h, w = window.latent_shape(config.out_channels)
+    T -= model.takes_reference  # whose tokens stand in front
     columns = T if rollout is None else min(T, rollout.frames_per_block)
     known = _empty(1, config.in_channels - C, columns, h, w) if way in (CHANNELS, DRIVEN) else None
     _rebind(transformer, recorder.ops)
@@ -123,6 +124,8 @@ def _record_transformer(recorder: Recorder, model: Model, request: Resolved, win
         control = {
             "control": _empty(1, cast(Any, transformer).vace_config.vace_in_channels, columns, h, w, dtype=model.dtype)
         }
+    if model.takes_reference:
+        control = {"reference": _empty(1, C, h, w, dtype=model.dtype)}
     if way == DRIVEN:
         face = _empty(1, 3, 1, model.face_side, model.face_side, dtype=model.dtype)
         control = {"pose": _empty(1, C, columns - 1, h, w, dtype=model.dtype), "face": face}

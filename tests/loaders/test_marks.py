@@ -367,6 +367,10 @@ UNREAD = {
         INT8 | {"a.comfy_quant": forms.mark_tensor({"format": "nvfp4"})},
         "as nvfp4, but its weights are I8",
     ),
+    "no scale": (
+        {"a.weight": INT8["a.weight"], "a.comfy_quant": forms.mark_tensor({"format": "int8_tensorwise"})},
+        "a is marked as int8_tensorwise, but has no weight_scale",
+    ),
     "ConvRot": (
         INT8 | {"a.comfy_quant": forms.mark_tensor({"format": "int8_tensorwise", "convrot": True})},
         "a is marked as int8_tensorwise with ConvRot in groups of 256 for 64 inputs",

@@ -202,3 +202,37 @@ def test_staggered_columns_are_solved_as_each_alone(solver: str) -> None:
             loop.walk(noise_table.whole_clip(sigmas, 1), noise[:, :, column : column + 1], find_solver(solver), denoise)
         )[-1].clean
         torch.testing.assert_close(torch.cat(made, dim=2)[:, :, column : column + 1], alone, rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+@pytest.mark.parametrize("lag", [0, 1, 4, 9])  # 9: more than there are steps
+@pytest.mark.parametrize("known", [0, 1])
+def test_blocks_begin_as_diffusers_has_it(block: int, lag: int, known: int) -> None:
+    """known: blocks. Their matrix has whole timesteps, 999 for columns that wait; a mask says which step."""
+    from diffusers import SkyReelsV2DiffusionForcingPipeline
+
+    times, columns = torch.tensor([999, 900, 700, 500, 200]), 12
+    matrix, _, stepped, _ = SkyReelsV2DiffusionForcingPipeline.generate_timestep_matrix(
+        None, columns, times, columns, lag, known * block, block
+    )
+    ready = torch.arange(columns) < known * block
+    made = list(noise_table.forced(times.numpy() / 1000, ready, block, lag))
+    assert torch.equal((torch.stack([row.sigma for row in made]) * 1000).round().long(), matrix)
+    assert torch.equal(torch.stack([row.sigma != row.sigma_next for row in made]), stepped)
+    begun = list(noise_table.forced(times.numpy() / 1000, ready, block, lag, causal=True))
+    for row, part in zip(made, begun, strict=True):
+        stop = len(part.sigma)
+        assert torch.equal(part.sigma, row.sigma[:stop]) and torch.equal(part.sigma_next, row.sigma_next[:stop])
+        assert bool((row.sigma[stop:] == row.sigma_next[stop:]).all())
+    assert lag == 0 or len(begun[0].sigma) == (known + 1) * block
+
+
+def test_a_last_block_may_be_shorter_and_known_columns_in_a_block_stay() -> None:
+    known = torch.tensor([True, False, False, False, False])
+    rows = list(noise_table.forced(np.array([0.9, 0.5]), known, 2, 1))
+    levels = [row.sigma.tolist() for row in rows]
+    assert levels == [[0, 0.9, 0.9, 0.9, 0.9], [0, 0.5, 0.9, 0.9, 0.9], [0, 0, 0.5, 0.5, 0.9], [0, 0, 0, 0, 0.5]]
+    assert rows[-1].sigma_next.tolist() == [0.0] * 5
