@@ -186,16 +186,18 @@ def _open_part(found: FoundPart, class_name: str | None, folder: Path) -> Part:
 def _note_quantization(found: FoundPart, path: Path, problems: list[str]) -> None:
     """Says what a config's quantization_config means, where the weights are not quantized in a way that is read."""
     settings = (found.config or {}).get("quantization_config")
-    if not settings or any(entry.source for entry in found.entries.values()):
+    if not settings:
         return
-    method = str(settings.get("quant_method")) if isinstance(settings, dict) else ""
+    method, quantized = "", any(entry.source for entry in found.entries.values())
+    if isinstance(settings, dict):
+        method = str(settings.get("quant_method"))
     if method == "torchao" and not found.files:
         problems.append(
             f"{path}: {found.name} is quantized by torchao; save it again with torchao 0.16 or later, as safetensors"
         )
-    elif problems and method in marks_refused.METHODS:
+    elif (problems or quantized) and method in marks_refused.METHODS:
         problems.append(f"{path}: {found.name} {marks_refused.method_text(method)}")
-    elif not problems:
+    elif not problems and not quantized:
         notices.warn(f"{path}: quantization_config is not read: the weights beside it are not quantized")
 
 

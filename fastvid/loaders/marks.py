@@ -135,9 +135,22 @@ def _kind(layer: Layer) -> str | None:
     if scale is None or scale.dtype in FLOATS:
         known = EIGHT_BITS.get(stored)
         return None if scale is None and known == INT8 else known
-    if scale.dtype == "F8_E4M3" and stored == "U8":
-        return NVFP4
-    return MXFP8 if stored in ("U8", "F8_E4M3") and scale.dtype in ("F8_E8M0", "U8") else None
+    if stored in ("U8", "F8_E4M3") and scale.dtype in ("F8_E4M3", "F8_E8M0", "U8"):
+        return _of_blocks(layer, scale)
+    return None
+
+
+def _of_blocks(layer: Layer, scale: Entry) -> str:
+    """The format of blocks without a mark: LightX2V's, or nvfp4 of torchao's. Others have the same tensors in another
+    order, such as ModelOpt's, and would be read as noise."""
+    if layer.weight.dtype == "U8" and scale.dtype != "F8_E4M3":
+        return MXFP8
+    if layer.weight.dtype == "F8_E4M3" or not (layer.low or "weight_global_scale" in layer.beside):
+        layer.refuse(
+            "has scales for blocks and no mark, so their order is not known (NVIDIA ModelOpt's is none that is read); "
+            "take ComfyUI's file, whose layers have comfy_quant or are listed in its header"
+        )
+    return NVFP4
 
 
 def _marked(layer: Layer, format: str) -> str:
@@ -164,8 +177,8 @@ def _rows(layer: Layer, format: str) -> Source:
     scale, inputs = layer.one(SCALES), layer.one(INPUT_SCALES)
     count = 1 if scale is None else math.prod(scale.shape)
     if scale is not None:
-        whole = count in (1, shape[0]) and max(scale.shape, default=1) == count
-        if scale.dtype not in FLOATS or not whole:
+        rows = bool(scale.shape) and scale.shape[0] == count == shape[0]
+        if scale.dtype not in FLOATS or not (count == 1 or rows):
             layer.refuse(
                 f"has a scale {scale.dtype} {list(scale.shape)} for weights {list(layer.weight.shape)}; one number, or "
                 "one for each row, is read; take an fp8 or int8 file with such scales, or a 16-bit one"

@@ -383,6 +383,22 @@ UNREAD = {
         {"a.weight": torch.ones(64, 1152, dtype=torch.uint8), "a.weight_scale": torch.ones(128, 48, dtype=torch.uint8)},
         "a is quantized as mxfp6, which is not read",
     ),
+    "nvfp4 of ModelOpt": (
+        {
+            "a.weight": torch.ones(128, 64, dtype=torch.uint8),
+            "a.weight_scale": torch.ones(128, 8).to(torch.float8_e4m3fn),
+            "a.weight_scale_2": torch.ones(()),
+        },
+        "a has scales for blocks and no mark, so their order is not known",
+    ),
+    "mxfp8 of ModelOpt": (
+        {
+            "a.weight": torch.ones(128, 128).to(torch.float8_e4m3fn),
+            "a.weight_scale": torch.ones(128, 4, dtype=torch.uint8),
+        },
+        "a has scales for blocks and no mark, so their order is not known",
+    ),
+    "scales of inputs": (INT8 | {"a.weight_scale": torch.ones(1, 64)}, r"a has a scale F32 \[1, 64\] for weights"),
     "quanto": ({"a.weight._data": torch.ones(4, dtype=torch.int8), "a.weight._scale": torch.ones(1)}, "as quanto"),
     "ModelOpt": ({"a.weight_quantizer._amax": torch.ones(1)}, "quantized as NVIDIA ModelOpt"),
     "Nunchaku": ({"a.qweight": torch.ones(4, dtype=torch.int8), "a.wscales": torch.ones(1)}, "Nunchaku"),

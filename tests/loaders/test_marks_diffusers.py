@@ -165,7 +165,12 @@ def test_other_methods_are_named(published: Path, tmp_path: Path, method: str) -
     (folder / "transformer/config.json").write_text(json.dumps(config))
     state = load_file(published / WEIGHTS)
     save_file(state | {"proj_out.weight": state["proj_out.weight"].to(torch.int8)}, folder / WEIGHTS)
-    refused(folder, f"(?i)is quantized by .*{method.replace('-', '')}.*bitsandbytes or torchao's")
+    match = f"(?i)is quantized by .*{method.replace('-', '')}.*bitsandbytes or torchao's"
+    refused(folder, match)
+    N = len(state["proj_out.weight"])
+    codes = {"proj_out.weight": torch.ones_like(state["proj_out.weight"], dtype=torch.int8)}
+    save_file(state | codes | {"proj_out.weight_scale": torch.ones(N, 1)}, folder / WEIGHTS)
+    refused(folder, match)  # tensors that look like a form that is read
 
 
 def test_pickled_torchao(published: Path, tmp_path: Path) -> None:

@@ -48,7 +48,10 @@ def whole() -> tuple[Stored, dict[str, str]]:
             mark={"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 64}},
         ),
         layer("mx", ("weight", "F8_E4M3", [n, k]), ("weight_scale", "F8_E8M0", tiled), mark={"format": "mxfp8"}),
-        layer("nv", ("weight", "U8", [n, k // 2]), ("weight_scale", "F8_E4M3", tiled), ("weight_scale_2", "F32", [])),
+        layer(
+            *("nv", ("weight", "U8", [n, k // 2]), ("weight_scale", "F8_E4M3", tiled), ("weight_scale_2", "F32", [])),
+            mark={"format": "nvfp4"},
+        ),
         layer(
             *("low", ("weight", "U8", [n, k // 2]), ("weight_scale", "F8_E4M3", tiled)),
             *(("weight_global_scale", "F32", []), ("input_absmax", "F32", [1])),
