@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvid import notices
 from fastvid.errors import CheckpointError
-from fastvid.loaders import layouts, lora, lora_fit, marks_refused, quantized, safetensors, vace_modules, weight_files
+from fastvid.loaders import layouts, lora, lora_fit, marks_refused, quantized, safetensors, vace_modules
 from fastvid.loaders.find import (
     UNIDENTIFIED,
     FoundModel,
@@ -250,22 +250,10 @@ def _detect_preset(
         return None
     scheduler = found.scheduler or read_json(folder / layouts.SCHEDULER)
     experts = sum(part in EXPERTS for part in parts)
-    name = f"{_model_name(folder)} {found.index['_class_name']} {raw_config.get('_class_name')!s:.80}"
+    name = f"{layouts.name_of(folder)} {found.index['_class_name']} {raw_config.get('_class_name')!s:.80}"
     preset = find_preset(raw_config, vae, scheduler, found.index, name, experts, found.own_scheduler, chosen)
     variants = find_variants(read_signature(raw_config, experts), name, chosen)
     return preset, tuple(other.preset.name for other in variants if other.preset.name != preset.name)
-
-
-def _model_name(path: Path) -> str:
-    """The name of a folder or file; of a file that is called as in any model, also its folder's. In the hub's cache
-    (models--org--name/snapshots/revision) it includes the repository's name. Files there are links to blobs without a
-    name, so they are not resolved."""
-    resolved = path.absolute() if path.is_file() else path.resolve()
-    snapshots = next((parent for parent in resolved.parents if parent.name == "snapshots"), None)
-    names = [snapshots.parent.name] if snapshots else []
-    if path.is_file() and path.name.startswith(weight_files.STEMS):
-        names.append(resolved.parent.name)
-    return " ".join(names + ([resolved.name] if path.is_file() or not snapshots else []))
 
 
 def _size_conflicts(parts: Mapping[str, Part]) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from fastvid.errors import CheckpointError
 from fastvid.loaders import safetensors, weight_files
+from fastvid.models.preset import Variant
 from fastvid.models.wan import fun_presets, presets, skyreels_presets, variants
 from fastvid.models.wan.detect import Identity
 
@@ -114,6 +115,18 @@ def original_transformers(folder: Path) -> dict[str, tuple[Path, ...]]:
     return {"transformer": weight_files.find_files(folder, others)}
 
 
+def name_of(path: Path) -> str:
+    """The name of a folder or file; of a file that is called as in any model, also its folder's. In the hub's cache
+    (models--org--name/snapshots/revision) it includes the repository's name. Files there are links to blobs without a
+    name, so they are not resolved."""
+    resolved = path.absolute() if path.is_file() else path.resolve()
+    snapshots = next((parent for parent in resolved.parents if parent.name == "snapshots"), None)
+    names = [snapshots.parent.name] if snapshots else []
+    if path.is_file() and path.name.startswith(weight_files.STEMS):
+        names.append(resolved.parent.name)
+    return " ".join(names + ([resolved.name] if path.is_file() or not snapshots else []))
+
+
 def original_name(part: str, identity: Identity) -> str:
     """The file name of an encoder or VAE in the original layout."""
     return ORIGINAL_NAMES[part].format(version="2.2" if identity.family == "wan2.2" else "2.1")
@@ -173,6 +186,11 @@ def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool,
         index["image_encoder"] = ["transformers", image["architectures"][0]] if image else [None, None]
         index["image_processor"] = ["transformers", "CLIPImageProcessor"] if image else [None, None]
     return dict(sorted((index | ({"expand_timesteps": True} if task == "ti2v" else {})).items()))
+
+
+def sibling_of(transformer: Mapping[str, Any], experts: bool, folder: Path) -> Variant | None:
+    """The sibling that a folder's name tells, with the tensors of another model; None if it tells none."""
+    return variants.named(variants.read_signature(transformer, 1 + experts), name_of(folder))
 
 
 def make_scheduler(identity: Identity, experts: bool, name: str = "") -> Config:

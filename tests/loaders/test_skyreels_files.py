@@ -119,6 +119,23 @@ def test_the_original_folder(published: Path, truth: np.ndarray, tmp_path: Path,
 
 
 @pytest.mark.filterwarnings("ignore::fastvid.FastvidWarning")
+@pytest.mark.parametrize(("name", "expected"), [("DF-14B-540P", "df-14b-540p"), ("T2V-14B-540P", "t2v-14b-540p")])
+def test_a_converted_folder_tells_itself_by_its_classes(tmp_path: Path, name: str, expected: str) -> None:
+    """Published original folders have to be converted: their encoders are pickles."""
+    folder = tmp_path / f"SkyReels-V2-{name}"
+    cases.make("SkyReelsV2Pipeline", folder=tmp_path / "theirs", inject_sample_info=False, **HEADS)
+    convert(tmp_path / "theirs", folder, "original")
+    (folder / "diffusers_extras.json").unlink()
+    convert(folder, tmp_path / "mine")
+    found = inspect(str(tmp_path / "mine"))
+    assert (found["recipe"]["name"], found["recipe"]["flow_shift"]) == (f"skyreels-v2-{expected}", 8)
+    classes = {"df": "SkyReelsV2DiffusionForcingPipeline", "t2v": "SkyReelsV2Pipeline"}
+    assert found["pipeline"] == classes[expected.split("-")[0]] and found["problems"] == []
+    assert found["parts"]["transformer"]["class"] == "SkyReelsV2Transformer3DModel"
+    assert inspect(str(folder))["recipe"]["name"] == f"skyreels-v2-{expected}"
+
+
+@pytest.mark.filterwarnings("ignore::fastvid.FastvidWarning")
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_single_file(published: Path, truth: np.ndarray, tmp_path: Path, prefix: str) -> None:
     file = comfy(published, tmp_path, "Skyreels/Wan2_1-SkyReels-V2-DF-1_3B-540P_fp32.safetensors", prefix)

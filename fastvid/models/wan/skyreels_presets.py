@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastvid.models import preset as patterns
-from fastvid.models.preset import Forcing, Variant
+from fastvid.models.preset import Forcing, Preset, Signature, Variant
 from fastvid.models.wan.presets import LARGE, PICTURE, SMALL, WAN_1_3B, sized
 
 SIZES_540P, SIZES_720P = ("960x544", "544x960"), ("1280x720", "720x1280")
@@ -72,13 +72,24 @@ I2V_1_3B = replace(
 I2V_14B_540P = replace(I2V_1_3B, name="skyreels-v2-i2v-14b-540p")
 I2V_14B_720P = sized(I2V_1_3B, SIZES_720P, name="skyreels-v2-i2v-14b-720p", num_frames=121, window=31)
 
+_CLASSES = {
+    kind: (f"SkyReelsV2{words}Pipeline", "SkyReelsV2Transformer3DModel")
+    for kind, words in (("df", "DiffusionForcing"), ("t2v", ""), ("i2v", "ImageToVideo"))
+}
+
+
+def _named(preset: Preset, signature: Signature, *hints: str) -> Variant:
+    """A variant with the tensors of another model."""
+    return Variant(preset, signature, hints, by_name=True, classes=_CLASSES[preset.name.split("-")[2]])
+
+
 VARIANTS: tuple[Variant, ...] = (
     Variant(DF_1_3B, SMALL._replace(extra="fps")),
-    Variant(DF_14B_720P, LARGE, ("SkyReels V2 DF 720P", "SkyReelsV2DiffusionForcing 720P"), by_name=True),
-    Variant(DF_14B_540P, LARGE, ("SkyReels V2 DF", "SkyReelsV2DiffusionForcing"), by_name=True),
-    Variant(T2V_14B_720P, LARGE, ("SkyReels V2 T2V 720P", "SkyReelsV2Pipeline 720P"), by_name=True),
-    Variant(T2V_14B_540P, LARGE, ("SkyReels V2 T2V", "SkyReelsV2Pipeline"), by_name=True),
-    Variant(I2V_1_3B, SMALL._replace(in_channels=36, image=True), ("SkyReels V2",), by_name=True),
-    Variant(I2V_14B_720P, PICTURE, ("SkyReels V2 720P",), by_name=True),
-    Variant(I2V_14B_540P, PICTURE, ("SkyReels V2",), by_name=True),
+    _named(DF_14B_720P, LARGE, "SkyReels V2 DF 720P", "SkyReelsV2DiffusionForcing 720P"),
+    _named(DF_14B_540P, LARGE, "SkyReels V2 DF", "SkyReelsV2DiffusionForcing"),
+    _named(T2V_14B_720P, LARGE, "SkyReels V2 T2V 720P", "SkyReelsV2Pipeline 720P"),
+    _named(T2V_14B_540P, LARGE, "SkyReels V2 T2V", "SkyReelsV2Pipeline"),
+    _named(I2V_1_3B, SMALL._replace(in_channels=36, image=True), "SkyReels V2"),
+    _named(I2V_14B_720P, PICTURE, "SkyReels V2 720P"),
+    _named(I2V_14B_540P, PICTURE, "SkyReels V2"),
 )
