@@ -21,8 +21,7 @@ from fastvid.loaders.safetensors import Entry
 from fastvid.models.common.config_reader import read_json
 from fastvid.models.common.sentencepiece import MAX_SPIECE
 from fastvid.models.common.tokenizer import TextTokenizer
-from fastvid.models.preset import Variant
-from fastvid.models.registry import EXPERTS, KINDS, OPTIONAL, kind_of
+from fastvid.models.registry import EXPERTS, KINDS, OPTIONAL, SKYREELS, kind_of
 from fastvid.models.wan import weight_names
 from fastvid.models.wan.detect import Identity, identify
 
@@ -153,31 +152,18 @@ def find_original(
     tokenizer = folder / layouts.ORIGINAL_TOKENIZER
     if not (tokenizer / "tokenizer.json").is_file():
         raise CheckpointError(f"{tokenizer} has no tokenizer.json; it comes with the original model")
-    name, index = folder.resolve().name, extras.get("model_index")
-    derived = layouts.make_scheduler(identity, experts, name)
-    if sibling := layouts.sibling_of(parts["transformer"].config or {}, experts, folder):
-        derived, parts = _as_sibling(sibling, derived, parts)
+    name, index = layouts.name_of(folder), extras.get("model_index")
+    if layouts.skyreels_of(identity, name):
+        config = {**(parts["transformer"].config or {}), "_class_name": SKYREELS}
+        parts["transformer"] = replace(parts["transformer"], config=config)
     given = {name: part.config or {} for name, part in parts.items()}
     index = index or layouts.make_index(identity, given, experts, name)
-    if sibling and sibling.classes and "model_index" not in extras:
-        index["_class_name"] = sibling.classes[0]
+    derived = layouts.make_scheduler(identity, experts, name)
     scheduler = extras.get("scheduler") or derived
     processor = extras.get("image_processor") or layouts.make_image_processor()
     processor = processor if "image_encoder" in parts else None
     own, index = scheduler is not derived, _check_index(index, folder)
     return FoundModel(tuple(parts.values()), index, tokenizer, scheduler, processor, own)
-
-
-def _as_sibling(
-    sibling: Variant, scheduler: Config, parts: Mapping[str, FoundPart]
-) -> tuple[Config, dict[str, FoundPart]]:
-    """The scheduler and the parts of a model with the tensors of another, such that a copy tells itself."""
-    made = dict(parts)
-    for name in EXPERTS:
-        if name in made and sibling.classes:
-            config = {**(made[name].config or {}), "_class_name": sibling.classes[1]}
-            made[name] = replace(made[name], config=config)
-    return {**scheduler, "flow_shift": sibling.preset.flow_shift}, made
 
 
 def _original_files(folder: Path) -> dict[str, tuple[Path, ...]]:

@@ -159,10 +159,22 @@ def to_original_keys(config: Mapping[str, Any], task: str | None) -> Config:
 
 def pipeline_of(identity: Identity, name: str = "") -> str:
     """diffusers' pipeline class for a transformer, or VideoX-Fun's. name: what the model is called, which tells Fun-InP
-    from I2V."""
+    and SkyReels' models from Wan's."""
+    if sibling := skyreels_of(identity, name):
+        return sibling.pipeline
     if identity.task == "i2v" and any(v.by_name and variants.is_called(v, name) for v in fun_presets.VARIANTS):
         return FUN_PIPELINES[0]
     return _PIPELINES.get(identity.task or "t2v", "WanImageToVideoPipeline")
+
+
+def skyreels_of(identity: Identity, name: str) -> Variant | None:
+    """The model of SkyReels V2 that has the tensors of another and is meant by a name; None for all others."""
+    if identity.task not in ("t2v", "i2v"):
+        return None
+    alike = [
+        v for v in skyreels_presets.VARIANTS if v.by_name and ("-i2v-" in v.preset.name) == (identity.task == "i2v")
+    ]
+    return next((variant for variant in alike if variants.is_called(variant, name)), None)
 
 
 def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool, name: str = "") -> Config:
@@ -188,17 +200,14 @@ def make_index(identity: Identity, configs: Mapping[str, Config], experts: bool,
     return dict(sorted((index | ({"expand_timesteps": True} if task == "ti2v" else {})).items()))
 
 
-def sibling_of(transformer: Mapping[str, Any], experts: bool, folder: Path) -> Variant | None:
-    """The sibling that a folder's name tells, with the tensors of another model; None if it tells none."""
-    return variants.named(variants.read_signature(transformer, 1 + experts), name_of(folder))
-
-
 def make_scheduler(identity: Identity, experts: bool, name: str = "") -> Config:
     """Build scheduler_config.json with the original code's default shift. name: what the model is called."""
     if pipeline_of(identity, name) in FUN_PIPELINES:
         return {"_class_name": EULER, "_diffusers_version": "0.35.0", "num_train_timesteps": 1000, "shift": 5.0}
     hinted = [variant for variant in variants.VARIANTS if variants.is_called(variant, name)]
     shifts = [variant.preset.flow_shift for variant in hinted if variant.preset.name.startswith(identity.name.lower())]
+    if sibling := skyreels_of(identity, name):
+        shifts = [sibling.preset.flow_shift]
     return {
         "_class_name": "UniPCMultistepScheduler",
         "_diffusers_version": "0.35.0",

@@ -144,11 +144,11 @@ class Signature(NamedTuple):
 @dataclass(frozen=True)
 class Variant:
     """A named model. Of those with one signature the first is taken, unless the folder's name or the pipeline's class
-    has a hint of another: all words of one of its hints. by_name: it is never taken without that. classes: diffusers'
-    of its pipeline and transformer, where they tell it."""
+    has a hint of another: all words of one of its hints. by_name: it is never taken without that. pipeline: diffusers'
+    class, where it tells."""
 
     preset: Preset
     signature: Signature
     hints: tuple[str, ...] = ()
     by_name: bool = False
-    classes: tuple[str, str] | None = None
+    pipeline: str = ""

@@ -72,15 +72,13 @@ I2V_1_3B = replace(
 I2V_14B_540P = replace(I2V_1_3B, name="skyreels-v2-i2v-14b-540p")
 I2V_14B_720P = sized(I2V_1_3B, SIZES_720P, name="skyreels-v2-i2v-14b-720p", num_frames=121, window=31)
 
-_CLASSES = {
-    kind: (f"SkyReelsV2{words}Pipeline", "SkyReelsV2Transformer3DModel")
-    for kind, words in (("df", "DiffusionForcing"), ("t2v", ""), ("i2v", "ImageToVideo"))
-}
+_PIPELINES = {"df": "DiffusionForcing", "t2v": "", "i2v": "ImageToVideo"}
 
 
 def _named(preset: Preset, signature: Signature, *hints: str) -> Variant:
     """A variant with the tensors of another model."""
-    return Variant(preset, signature, hints, by_name=True, classes=_CLASSES[preset.name.split("-")[2]])
+    kind = _PIPELINES[preset.name.split("-")[2]]
+    return Variant(preset, signature, hints, by_name=True, pipeline=f"SkyReelsV2{kind}Pipeline")
 
 
 VARIANTS: tuple[Variant, ...] = (

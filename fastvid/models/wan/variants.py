@@ -77,12 +77,6 @@ def find_variants(signature: Signature, name: str = "", chosen: str | None = Non
     return sorted(found, key=lambda variant: variant not in meant[:1])
 
 
-def named(signature: Signature, name: str) -> Variant | None:
-    """The sibling that a name tells, with the tensors of another model; None if it tells none."""
-    found = [v for v in VARIANTS if v.signature == signature] or _of_other_size(signature, name)
-    return next((v for v in found if v.by_name and is_called(v, name)), None)
-
-
 def _of_other_size(signature: Signature, name: str) -> list[Variant]:
     """The siblings that a name or layers of their own tell, of a width or depth that was not published."""
     alike = [variant for variant in VARIANTS if _alike(variant.signature) == _alike(signature)]
