@@ -56,17 +56,19 @@ class Fun:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def write_fun(folder: Path, kind: str) -> Fun:
+def write_fun(folder: Path, kind: str, heads: tuple[int, int] = (2, 24)) -> Fun:
+    """A tiny model in VideoX-Fun's layout, with encoders in safetensors. heads: their number and width."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
 
     given, out, image, reference, count = KINDS[kind]
     torch.manual_seed(3)
+    dim = heads[0] * heads[1]
     sizes: dict[str, Any] = {
-        **{"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": given, "out_channels": out},
+        **{"num_attention_heads": heads[0], "attention_head_dim": heads[1], "in_channels": given, "out_channels": out},
         **{"text_dim": 32, "freq_dim": 256, "ffn_dim": 80, "num_layers": 2},
     }
-    sizes |= {"image_dim": CLIP["hidden_size"], "added_kv_proj_dim": 48} if image else {}
+    sizes |= {"image_dim": CLIP["hidden_size"], "added_kv_proj_dim": dim} if image else {}
     experts = [WanTransformer3DModel(**sizes).eval() for _ in range(count)]
     mean, std = LATENT_STATISTICS[48]
     large = VAE22 | {"latents_mean": list(mean), "latents_std": list(std)}
@@ -74,12 +76,18 @@ def write_fun(folder: Path, kind: str) -> Fun:
     for module in (*experts, vae):
         for parameter in module.parameters():
             parameter.data.add_(0.05 * torch.randn_like(parameter))
-    refs = [nn.Conv2d(out, 48, 2, 2) for _ in range(count if reference else 0)]
+    refs = [nn.Conv2d(out, dim, 2, 2) for _ in range(count if reference else 0)]
     for i, expert in enumerate(experts):
         state = expert.state_dict() | ({f"ref_conv.{k}": v for k, v in refs[i].state_dict().items()} if refs else {})
         inner = folder / ["high_noise_model", "low_noise_model"][i] if count == 2 else folder
         write_original(inner / "diffusion_pytorch_model.safetensors", state)
-        config = {"_class_name": "WanTransformer3DModel", "dim": 48, "num_heads": 2, "in_dim": given, "out_dim": out}
+        config = {
+            "_class_name": "WanTransformer3DModel",
+            "dim": dim,
+            "num_heads": heads[0],
+            "in_dim": given,
+            "out_dim": out,
+        }
         config |= {"ffn_dim": 80, "freq_dim": 256, "num_layers": 2, "eps": 1e-6, "text_len": 512}
         config |= {"add_ref_conv": reference, "in_dim_ref_conv": out, "add_control_adapter": False}
         (inner / "config.json").write_text(json.dumps(config))

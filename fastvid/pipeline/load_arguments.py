@@ -56,7 +56,7 @@ def parts(name: str, value: Any) -> dict[str, str | Path]:
 
 def _pair(name: str, part: str, source: Any) -> list[tuple[str, str | Path]]:
     """A part's source; two of a transformer or a VACE module are those of the two experts, for high noise and low."""
-    pair = next((names for names in (EXPERTS, VACE) if names[0] == part), None)
+    pair: tuple[str, str] | None = next((names for names in (EXPERTS, VACE) if names[0] == part), None)
     if pair is None or not checks.is_list(source):
         return [(part, model(name, source))]
     files = items(name, source, "a file, or two for the experts (high noise, low noise)", 2, least=1)
@@ -101,7 +101,17 @@ CHECKS: Mapping[str, Check] = {
 }
 BY_NAME = tuple(name for name in PART_NAMES if name != BASE)
 """Parts that have an argument of their own."""
-OPTIONAL = ("device", "dtype", "vae_dtype", "loras", "parts", "parallel", "device_memory", "card", "variant")
+OPTIONAL: tuple[str, ...] = (
+    "device",
+    "dtype",
+    "vae_dtype",
+    "loras",
+    "parts",
+    "parallel",
+    "device_memory",
+    "card",
+    "variant",
+)
 OPTIONAL += ("quantize", "format")
 """Arguments that may be None."""
 

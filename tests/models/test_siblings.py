@@ -81,6 +81,15 @@ def test_recipes_are_as_published() -> None:
         assert f"{p.width}x{p.height}" == p.sizes[0]
 
 
+def test_levels_are_those_of_the_scheduler_that_the_authors_run() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    theirs.set_timesteps(50)
+    scheduler = fun_presets.FUN.scheduler
+    assert scheduler is not None and scheduler.sigmas(50, 5.0) == pytest.approx(theirs.sigmas[:-1].tolist(), rel=1e-5)
+
+
 # ---------------------------------------------------------------- the same tensors
 
 SMALL_PICTURE = PICTURE._replace(dim=SMALL.dim, num_layers=SMALL.num_layers)

@@ -12,6 +12,7 @@ from fastvid.models import preset as patterns
 from fastvid.models.preset import EXPERIMENTAL, NATIVE, REFUSED, Patterns, Preset, Variant
 from fastvid.models.wan import presets
 from fastvid.models.wan.presets import LARGE, MIDDLE, PICTURE, SIZES_5B, SIZES_14B, SIZES_480P, SMALL, sized
+from fastvid.sampling.schedulers import read_scheduler
 
 # Masks over whole frames and over regions were part of the training; the authors show first and last pictures.
 INPAINT = Patterns(NATIVE, EXPERIMENTAL, EXPERIMENTAL, NATIVE, EXPERIMENTAL, NATIVE, REFUSED)
@@ -25,6 +26,7 @@ FUN = replace(
     guidance_scale=6.0,
     flow_shift=5.0,
     solver="euler",
+    scheduler=read_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5.0}),
     context=1,
     pictures_optional=True,
 )
@@ -52,7 +54,7 @@ VACE_A14B = replace(
 
 _SMALL_PICTURE = PICTURE._replace(dim=SMALL.dim, num_layers=SMALL.num_layers)
 _CONTROL, _SMALL_CONTROL = (signature._replace(in_channels=48) for signature in (PICTURE, _SMALL_PICTURE))
-_INP, _WITH_REFERENCE = ("Fun InP",), {"extra": "reference"}
+_INP, _REFERENCE = ("Fun InP",), "reference"
 
 VARIANTS: tuple[Variant, ...] = (
     Variant(INP_1_3B, _SMALL_PICTURE, _INP, by_name=True),
@@ -68,13 +70,13 @@ VARIANTS: tuple[Variant, ...] = (
     Variant(_large(CONTROL_1_3B, "wan2.1-fun-control-14b"), _CONTROL),
     Variant(
         replace(CONTROL_1_3B, name="wan2.1-fun-v1.1-control-1.3b"),
-        _SMALL_CONTROL._replace(**_WITH_REFERENCE),
+        _SMALL_CONTROL._replace(extra=_REFERENCE),
     ),
-    Variant(_large(CONTROL_1_3B, "wan2.1-fun-v1.1-control-14b"), _CONTROL._replace(**_WITH_REFERENCE)),
+    Variant(_large(CONTROL_1_3B, "wan2.1-fun-v1.1-control-14b"), _CONTROL._replace(extra=_REFERENCE)),
     Variant(
         replace(_A14B, name="wan2.2-fun-control-a14b", patterns=MASKED),
-        LARGE._replace(in_channels=52, experts=2, **_WITH_REFERENCE),
+        LARGE._replace(in_channels=52, experts=2, extra=_REFERENCE),
     ),
-    Variant(CONTROL_5B, MIDDLE._replace(in_channels=148, **_WITH_REFERENCE)),
+    Variant(CONTROL_5B, MIDDLE._replace(in_channels=148, extra=_REFERENCE)),
     Variant(VACE_A14B, LARGE._replace(control=True, experts=2)),
 )
