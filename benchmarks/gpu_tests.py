@@ -43,7 +43,6 @@ COVERS = {
     "tests/kernels/test_step_kernels.py": ("solver_step.py",),
     "tests/ops/test_attention_library.py": (),
     "tests/ops/test_compiled.py": (),
-    "tests/ops/test_quantized_gpu.py": (),
     "tests/device/test_graphs.py": (),
     "tests/kernels/test_sparse_attention.py": ("sparse_attention.py",),
     "tests/kernels/test_attention_eight.py": ("attention_eight.cu", "quantize.cu"),

@@ -11,7 +11,8 @@ from fastvid.layers.quantized import QuantizedLinear, logical_shapes
 from fastvid.ops import dispatch, formats_rows, onednn, quantized_cpu, reference
 from fastvid.ops.quantized import FORMATS, QuantizedTensor, Spec, hadamard, rotate
 from fastvid.ops.quantized_library import library
-from fastvid.tuning import weights
+from fastvid.tuning import calls, weights
+from fastvid.tuning import check as tuning_check
 from fastvid.tuning.check import error
 from fastvid.tuning.truth import truth
 
@@ -179,6 +180,27 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "available", lambda: False)
     for dtype in DTYPES:
         check(library, given(weight("q8_0", dtype=dtype), 20, dtype) | {"gelu": True})
+
+
+@pytest.mark.parametrize(("format", "options"), [("int8", {"eight_bit": True, "rotation": 256}), ("q4_k", {})])
+def test_tuning_finds_it_right(format: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning_check, "REPEATS", 3)
+    made = given(weight(format, dtype=torch.bfloat16, **options), 150, torch.bfloat16)
+    args, kwargs = tuple(made.values()), {"gelu": True}
+    likes = {name: calls.like(value) for name, value in calls.named("linear_quantized", args, kwargs).items()}
+    call = calls.Call("linear_quantized", "bfloat16", "some", likes, 1, 1.0, 1.0)
+    cases = [*tuning_check.small_cases(call, torch.device("cpu")), tuning_check.whole_case(call, torch.device("cpu"))]
+    for case in cases:
+        tuning_check.check(call.op, library, case)
+    tuning_check.check_other_values(call.op, library, cases[0])
+
+    def stale(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor, gelu: bool) -> torch.Tensor:
+        kept.setdefault("weight", weights.copied(weight))
+        return library(x, kept["weight"], bias, gelu)
+
+    kept: dict[str, QuantizedTensor] = {}
+    with pytest.raises(tuning_check.Wrong, match="other values in the same memory are not seen"):
+        tuning_check.check_other_values(call.op, stale, cases[0])
 
 
 def test_nothing() -> None:
