@@ -97,7 +97,8 @@ def _four_bits(weight: str, kind: str, text: bytes, mark: Entry, entries: dict[s
 def _state(weight: str, kind: str, text: bytes, mark: Entry) -> tuple[Shape, int, float | None]:
     """The shape, the weights that share a scale, and what is added to scales that are quantized themselves."""
     state = parse_object(text, mark.file, f"{weight:.200}{STATE}{kind:.40}")
-    shape, block, offset = state.get("shape"), state.get("blocksize"), state.get("nested_offset")
+    told: Any = [state.get(key) for key in ("shape", "blocksize", "nested_offset")]
+    shape, block, offset = told
     power = type(block) is int and 2 <= block <= 2**16 and block & (block - 1) == 0
     if kind not in FOUR_BITS or not _is_matrix(shape) or not power:
         raise CheckpointError(

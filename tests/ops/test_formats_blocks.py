@@ -150,9 +150,9 @@ def test_rotated_weights(group: int, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("group", [0, 256])
 def test_eight_bit_products(group: int) -> None:
     """As comfy-kitchen's, of which the sums are whole numbers too; it rounds products of scales to fp32."""
+    weight, layout = weight_of((96, 512)), kitchen().TensorWiseINT8Layout
     import comfy_kitchen as ck
 
-    weight, layout = weight_of((96, 512)), kitchen().TensorWiseINT8Layout
     turned = {"convrot": True, "convrot_groupsize": group} if group else {}
     codes, params = layout.quantize(weight, per_channel=True, **turned)
     x, bias = torch.randn(7, 512, generator=torch.Generator().manual_seed(1)), torch.randn(96)
