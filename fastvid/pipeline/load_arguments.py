@@ -101,18 +101,8 @@ CHECKS: Mapping[str, Check] = {
 }
 BY_NAME = tuple(name for name in PART_NAMES if name != BASE)
 """Parts that have an argument of their own."""
-OPTIONAL: tuple[str, ...] = (
-    "device",
-    "dtype",
-    "vae_dtype",
-    "loras",
-    "parts",
-    "parallel",
-    "device_memory",
-    "card",
-    "variant",
-)
-OPTIONAL += ("quantize", "format")
+OPTIONAL: tuple[str, ...] = ("device", "dtype", "vae_dtype", "loras", "parts", "parallel", "device_memory", "card")
+OPTIONAL += ("variant", "quantize", "format")
 """Arguments that may be None."""
 
 

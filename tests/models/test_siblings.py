@@ -162,7 +162,7 @@ def test_models_refused_by_their_name(name: str) -> None:
     assert find_variants(LARGE, name, "wan2.1-t2v-14b")[0].preset.name == "wan2.1-t2v-14b"
 
 
-@pytest.mark.parametrize("name", ["my_t2v_of_cameras", "functional", "wan2.1_t2v_14B"])
+@pytest.mark.parametrize("name", ["my_t2v_of_cameras", "functional", "wan2.1_t2v_14B", "animate_20260101", "ts2v"])
 def test_other_names_are_not(name: str) -> None:
     assert find_variants(LARGE, name)[0].preset.name == "wan2.1-t2v-14b"
 

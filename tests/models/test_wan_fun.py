@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 
+from fastvid.distributed.mesh import Layout, Mesh, RankView
 from fastvid.errors import InvalidRequest
 from fastvid.models.wan.config import WanFunConfig
 from fastvid.models.wan.fun import WanFunTransformer
@@ -87,3 +89,22 @@ def test_a_reference_of_another_size_than_the_video_is_refused() -> None:
     context = ours.prepare_context(torch.randn(1, 9, 32), reference=torch.randn(1, 16, 4, 8))
     with pytest.raises(InvalidRequest, match="the reference has 8 tokens; one of latents of this size has 6"):
         ours(torch.randn(1, 52, 2, 4, 6), torch.tensor([500.0]), context)
+
+
+@torch.no_grad()
+def shared_by_ranks(mesh: Mesh) -> None:
+    """Two ranks that share the tokens, the reference's too, make what one does."""
+    torch.manual_seed(0)
+    ours = WanFunTransformer(WanFunConfig.from_dict({**SIZES, "add_ref_conv": True})).eval()
+    latents, text, reference = torch.randn(1, 52, 3, 4, 6), torch.randn(1, 9, 32), torch.randn(1, 16, 4, 6)
+    context = ours.prepare_context(text, reference=reference)
+    for layout in (Layout(ulysses=2), Layout(ring=2)):
+        for times in (torch.tensor([500.0]), torch.tensor([[0.0, 300.0, 900.0]]), 900 * torch.rand(1, 18)):
+            true = ours(latents, times, context)
+            made = ours(latents, times, context, view=RankView(mesh, layout))
+            torch.testing.assert_close(made, true, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_ranks_share_the_reference() -> None:
+    run_ranks(2, shared_by_ranks)

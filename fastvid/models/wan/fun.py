@@ -23,10 +23,12 @@ from fastvid.ops import reference
 
 
 class FunContext(NamedTuple):
-    """What the blocks look at (see `wan.Context`), and the tokens of the reference picture."""
+    """What the blocks look at (see `wan.Context`), and the tokens of the reference picture. last: on several ranks, the
+    timestep of the video's last token, which another rank may have."""
 
     layers: tuple[tuple[Tensor, ...], ...]
     tokens: Tensor  # [B, M, d]
+    last: Tensor | None = None  # row of the distinct timesteps [B, 1]
 
 
 class WanFunTransformer(WanTransformer):
@@ -80,7 +82,7 @@ class WanFunTransformer(WanTransformer):
         assert isinstance(inputs.context, FunContext)
         tokens, (cos, sin) = inputs.context.tokens, inputs.rotary
         one, more = replace(parallel, frames=1), replace(parallel, frames=parallel.frames + 1)
-        context = inputs.context._replace(tokens=one.shard_rows(tokens, 1))
+        context = inputs.context._replace(tokens=one.shard_rows(tokens, 1), last=inputs.groups[:, -1:])
         rotary = more.shard_rows(cos, 0), more.shard_rows(sin, 0)
         video = inputs._replace(rotary=(cos[tokens.shape[1] :], sin[tokens.shape[1] :]))
         return super()._shard(video, parallel)._replace(context=context, rotary=rotary)
@@ -102,7 +104,8 @@ class WanFunTransformer(WanTransformer):
         count = tokens.shape[1]
         if groups.shape[1] > 1:
             each = max(1, count * groups.shape[1] // video.shape[1])
-            groups = torch.cat((groups[:, -1:].expand(-1, each), groups), 1)
+            last = groups[:, -1:] if context.last is None else context.last
+            groups = torch.cat((last.expand(-1, each), groups), 1)
         stream = Stream(torch.cat((tokens, video), 1))
         del video
         parallel = None if parallel is None else replace(parallel, frames=parallel.frames + 1)

@@ -67,8 +67,8 @@ _BY_TENSORS = (
 _BY_NAME = (
     (r"phantom", "Phantom (reference pictures behind the video)"),
     (r"fun.*camera", "Fun-Camera (camera paths as an input)"),
-    (r"animate.?2", "Wan-Animate 2 (a driving video's keys and values in every block)"),
-    (r"s2v", "Wan2.2-S2V (speech to video)"),
+    (r"animate[-_ ]?2(?!\d)", "Wan-Animate 2 (a driving video's keys and values in every block)"),
+    (r"(?<![a-z0-9])s2v(?![a-z0-9])", "Wan2.2-S2V (speech to video)"),
     (r"scail", "SCAIL (a pose by masks or tokens)"),
 )
 
