@@ -180,7 +180,8 @@ def load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[st
     arguments["offload"], arguments["cuda_graphs"] = flags.offload, flags.cuda_graphs
     arguments["parallel"], arguments["link"] = flags.parallel, flags.link
     # The recipe's parts belong to its model, not to another one.
-    arguments["parts"] = parts_of(flags) or (None if flags.model else settings.get("parts"))
-    for name in ("variant", "quantize"):
-        arguments[name] = getattr(flags, name) or (None if flags.model else settings.get(name))
+    own = settings if flags.model in (None, "", recipe.get("model")) else {}
+    arguments["parts"] = parts_of(flags) or own.get("parts")
+    arguments["variant"] = flags.variant or own.get("variant")
+    arguments["quantize"] = flags.quantize or settings.get("quantize")
     return {name: value for name, value in arguments.items() if value is not None}

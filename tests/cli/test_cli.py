@@ -572,6 +572,17 @@ def test_an_unknown_name_is_not_downloaded(capsys: pytest.CaptureFixture[str]) -
     assert status == 2 and "the nearest name is wan2.1-t2v-1.3b" in said
 
 
+@pytest.mark.parametrize(("model", "keeps"), [(None, True), ("m", True), ("another", False)])
+def test_what_a_recipe_says_of_loading(model: str | None, keeps: bool) -> None:
+    """Naming the recipe's own model again changes nothing; parts go with their model, quantize= and LoRAs do not."""
+    settings = {"quantize": "int8", "loras": [["a.safetensors", 1.0]], "parts": {"vae": "v"}, "variant": "x"}
+    flags = parser.parse(["generate", "--recipe", "r", "-o", "o.mp4", *(["--model", model] if model else [])])[1]
+    made = arguments.load_arguments(flags, {"model": "m", "settings": settings})
+    assert {name: made[name] for name in settings if name in made} == {
+        name: value for name, value in settings.items() if keeps or name in ("quantize", "loras")
+    }
+
+
 def test_files_of_parts_by_flags_of_their_own() -> None:
     words = ["generate", "p", "-o", "a.mp4", "--transformer", "high.gguf", "--transformer", "low.gguf", "--vae", "v"]
     flags = parser.parse(words)[1]
