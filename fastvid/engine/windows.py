@@ -44,8 +44,8 @@ def table_of(
             size, stride = _stagger(model, segment, len(sigmas))
             return noise_table.staggered(sigmas, segment.columns, size, stride, known_columns(segment))
         if request.ar_step and request.causal_block_size:
-            blocks = request.causal_block_size, request.ar_step, bool(request.causal_attention)
-            return noise_table.forced(sigmas, known, *blocks)
+            block, causal = request.causal_block_size, bool(request.causal_attention)
+            return noise_table.forced(sigmas, known, block, request.ar_step, causal)
         return noise_table.windows(sigmas, blocks, known)
     cache, planned = new_cache(rollout, segment, 0), _refills(model, segment)
 
