@@ -3,10 +3,9 @@
     python benchmarks/bench_quantized.py linears [--threads 1] [--rounds 5]
     python benchmarks/bench_quantized.py step --models FOLDER [--sd-cli FILE] [--threads 1] [--rounds 3] [--flags ...]
 
-linears: the layers of a 1.3B block at 416x240, 17 frames (1,950 tokens), in turn. step: FOLDER has `bf16` (a diffusers
-folder) and `wan-1.3b-Q8_0.gguf` with the same random weights, and `Wan2.1_VAE.safetensors`; every program runs in a
-process of its own, in turn. Seconds are those of the processor (user and system), which other work on the machine
-changes less than those of the clock; both are kept.
+linears: the layers of a 1.3B block at 416x240, 17 frames (1,950 tokens), in turn. step: FOLDER is what
+quantized_models.py writes; every program runs in a process of its own, in turn. Seconds are those of the processor
+(user and system), which other work on the machine changes less than those of the clock; both are kept.
 """
 
 from __future__ import annotations
