@@ -145,11 +145,11 @@ class _Made:
         """ComfyUI's description of a layer."""
         format, source = self.quantized[stored], self.part.entries[stored].source
         mark: dict[str, object] = {"format": MARKS[format][1]}
-        kept = source is not None and source.format == format
-        if self.part.identity.part not in EXPERTS or (kept and source.exact):
+        kept = source if source is not None and source.format == format else None
+        if self.part.identity.part not in EXPERTS or (kept and kept.exact):
             mark["full_precision_matrix_mult"] = True  # products of dequantized weights
-        if kept and source.rotation:
-            mark |= {"convrot": True, "convrot_groupsize": source.rotation}
+        if kept and kept.rotation:
+            mark |= {"convrot": True, "convrot_groupsize": kept.rotation}
         return json.dumps(mark).encode()
 
 
