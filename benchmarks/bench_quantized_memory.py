@@ -87,8 +87,9 @@ def measure_all(work: Path, ways: list[str], frames: int, layers: int) -> dict[s
         allowed = SHARE * file + activations
         row |= {"held / file": row["held"] / file, "allowed peak": allowed, "activations of bf16": activations}
         row["fits"] = row["held"] <= SHARE * file and max(row["peak of a step"], row["peak of load"]) <= allowed
-        mib = {name: f"{value / 2**20:.0f} MiB" for name, value in row.items() if isinstance(value, int | float)}
-        print(f"{way}: {mib}, held / file {row['held / file']:.3f}, fits: {row['fits']}", flush=True)
+        shown = ("file", "held", "peak of load", "peak of a step", "allowed peak")
+        text = ", ".join(f"{name} {row[name] / 2**20:.0f} MiB" for name in shown)
+        print(f"{way}: {text}, fits: {row['fits']}", flush=True)
     return rows
 
 
