@@ -44,15 +44,18 @@ DIRECT: dict[str, set[str]] = {
 BASE = {"errors", "notices", "files", "env", "version", "checks"}
 ROOT_FILES = {"__init__", "__main__", "api", *BASE}
 CORE = ("requests", "checks", "sampling", "engine", "layers", "models", "pipeline", "api")
+# Files that only siblings of a model need are no part of the core: a model that is added makes the package longer, but
+# not what every model goes through. What siblings brought to shared files counts.
+SIBLINGS = re.compile(r"fastvid\.models\.wan\.(animate|fun|skyreels)(_\w+)?")
 FAMILY_AWARE = {"models", "loaders", "planning"}  # and engine/conditioning.py, until a second family is there
 LIMITS = {"file": 450, "function": 60, "median": 12, "parameters": 8, "init": 46}
 # Lines that may be there. Wanted were 10,000 and 21,000; 11,923 and 25,486 came of the new layout.
 # Added since: formats of LoRAs and checkpoints, schedulers, sound and HDR of clips, verified downloads, and the
 # checks of files, arguments and resume folders that others made; tuning on the user's machine; paths through libraries;
 # steps that do not wait for the host; checks of kernels that keep weights, share results or change settings.
-# Quantized weights and their files, siblings of Wan (their presets count), LoRAs beside weights, names and downloads.
+# Quantized weights and their files, siblings of Wan, LoRAs beside weights, names and downloads.
 # A feature that raises a number says so in its commit.
-LIMITS |= {"core": 19_000, "package": 46_000}
+LIMITS |= {"core": 17_000, "package": 45_500}
 
 
 @cache
@@ -178,7 +181,9 @@ def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def core_lines() -> int:
-    return sum(lines(path) for module, path in modules().items() if package_of(module) in CORE)
+    """Lines of the packages in CORE, without files of siblings alone."""
+    core = {module: path for module, path in modules().items() if package_of(module) in CORE}
+    return sum(lines(path) for module, path in core.items() if not SIBLINGS.fullmatch(module))
 
 
 def package_lines() -> int:
