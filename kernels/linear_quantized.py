@@ -261,9 +261,9 @@ def _weight_variant(arch: Arch, format: str, config: Config, dtype: str, archs: 
     pointers = {"scale_ptr": format not in BLOCKS, "map_ptr": format in FLAT}
     types |= {name: "*fp32" for name, there in pointers.items() if there}
     constants |= {name: None for name, there in pointers.items() if not there}
-    aligned = ("x_ptr", "codes_ptr", "bias_ptr", "out_ptr", "N", "K", "stride_xm", "stride_om", "row_bytes")
-    if format in BLOCKS:
-        aligned = aligned[:-1]  # rows of blocks are of any even size
+    aligned: tuple[str, ...] = ("x_ptr", "codes_ptr", "bias_ptr", "out_ptr", "N", "K", "stride_xm", "stride_om")
+    if format not in BLOCKS:  # rows of blocks are of any even size
+        aligned += ("row_bytes",)
     name = f"weight {format} {dtype} sm_{arch}"
     return Variant(name, linear_weight_kernel, types, constants | blocks_of(config), aligned, options_of(config), archs)
 
