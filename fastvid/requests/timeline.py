@@ -396,6 +396,8 @@ def _bridge(a: Any, b: Any, num_frames: int, stretch: Stretch, rules: Rules) -> 
 
 
 def window_of(segment: Segment, columns: int) -> Segment:
-    """A segment shortened to the columns that the model sees at once; memory is planned for this."""
+    """A segment shortened to the columns that the model sees at once; memory is planned for this. What it sees beyond
+    the segment stands in front."""
     made = (min(columns, segment.columns) - segment.lead - segment.tail - 1) * segment.temporal + 1
-    return replace(segment, model_frames=made, num_frames=made)
+    beyond = max(0, columns - segment.columns)
+    return replace(segment, model_frames=made, num_frames=made, lead=segment.lead + beyond)

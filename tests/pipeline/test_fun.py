@@ -191,6 +191,15 @@ def test_a_region_is_no_part_of_the_first_control_models(models: Any) -> None:
         models("control-1.1")[1].edit(clip(5), "a red circle", mask=WHITE)
 
 
+def test_a_plan_counts_the_reference() -> None:
+    """As one more latent frame, with a picture or without."""
+    tokens = [
+        fastvid.blueprint(name, card="RTX 4090").plan("a", size="832x480").tokens
+        for name in ("wan2.1-fun-control-1.3b", "wan2.1-fun-v1.1-control-1.3b")
+    ]
+    assert tokens == [21 * 1560, 22 * 1560]
+
+
 def test_a_wrong_variant(models: Any) -> None:
     with pytest.raises(CheckpointError, match="variant=wan2.1-fun-inp-14b: the weights are of another kind"):
         fastvid.load(str(models("control-1.1")[0].folder), device="cpu", variant="wan2.1-fun-inp-14b")
