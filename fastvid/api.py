@@ -132,7 +132,7 @@ def blueprint(
     Raises as `load` does.
     """
     own = {"model": model, "device_memory": device_memory, "card": card, "format": format}
-    given = load_arguments.checked(own | options)
+    given = load_arguments.checked(own | options, "blueprint")
     model, memory, parallel = given.pop("model"), given.pop("device_memory"), given.pop("parallel", None)
     named: Card | None = given.pop("card")
     planned: dict[str, Any] = {"parallel": parallel, "card": named, "format": given.pop("format")}
@@ -242,7 +242,7 @@ def inspect(
 ) -> dict[str, Any]:
     """Describe a checkpoint from its configurations and file headers, without loading it, and check whether LoRAs
     fit."""
-    given = load_arguments.checked({k: v for k, v in locals().items() if k != "files"} | files)
+    given = load_arguments.checked({k: v for k, v in locals().items() if k != "files"} | files, "inspect")
     checkpoint, loras = open_checkpoint(given["model"], given["parts"], variant=given["variant"]), given["loras"]
     checkpoint = apply_quantize(checkpoint, given["quantize"])
     described = lora_fit.describe(read_loras(loras), checkpoint)

@@ -104,15 +104,24 @@ BY_NAME = tuple(name for name in PART_NAMES if name != BASE)
 OPTIONAL: tuple[str, ...] = ("device", "dtype", "vae_dtype", "loras", "parts", "parallel", "device_memory", "card")
 OPTIONAL += ("variant", "quantize", "format")
 """Arguments that may be None."""
+TAKEN: Mapping[str, tuple[str, ...]] = {
+    "load": tuple(name for name in CHECKS if name not in ("device_memory", "card", "format")),
+    "blueprint": tuple(name for name in CHECKS if name != "max_running"),
+    "inspect": ("model", "loras", "parts", "variant", "quantize"),
+}
+"""The arguments of each function, beside parts by their names."""
 
 
-def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `load` as plain values, files of parts in `parts`. Raises InvalidRequest."""
+def checked(arguments: Mapping[str, Any], function: str = "load") -> dict[str, Any]:
+    """The arguments of a function of TAKEN as plain values, files of parts in `parts`. Raises InvalidRequest."""
     arguments = _named_parts(arguments)
     for name in arguments:
         if name not in CHECKS:
-            near = checks.nearest_name(name, (*CHECKS, *BY_NAME))
-            raise InvalidRequest(f"load: there is no argument {checks.shown(name)}; the nearest is {near}")
+            near = checks.nearest_name(name, (*TAKEN[function], *BY_NAME))
+            raise InvalidRequest(f"{function}: there is no argument {checks.shown(name)}; the nearest is {near}")
+        if name not in TAKEN[function]:
+            others = " and ".join(other for other, names in TAKEN.items() if name in names)
+            raise InvalidRequest(f"{name}: {function} does not take it ({others} does); leave it out")
     left_out = [name for name in OPTIONAL if name in arguments and arguments[name] is None]
     return dict.fromkeys(left_out) | {
         name: CHECKS[name](name, value) for name, value in arguments.items() if name not in left_out

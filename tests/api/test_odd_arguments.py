@@ -27,7 +27,7 @@ from odd_values import ODD, Drawn, values
 import fastvid
 from fastvid import api
 from fastvid.pipeline import prepare
-from fastvid.pipeline.load_arguments import CHECKS
+from fastvid.pipeline.load_arguments import TAKEN
 from fastvid.requests.arguments import VERBS
 from fastvid.requests.options import GivenAgain
 from fastvid.serve import pool as pools
@@ -83,16 +83,12 @@ CLIPS: dict[str, Call] = {
     "Request.make verb": lambda value: fastvid.Request.make(value, prompt="a"),
     "Request.from_recipe recipe": fastvid.Request.from_recipe,
 }
-PLANNED = ("device_memory", "card")  # what only blueprints take
 LOAD: dict[str, Call] = {
-    f"load {name}": lambda value, name=name: fastvid.load(**{"device": "cpu", name: value})
-    for name in CHECKS
-    if name not in PLANNED
+    f"load {name}": lambda value, name=name: fastvid.load(**{"device": "cpu", name: value}) for name in TAKEN["load"]
 }
 BLUEPRINT: dict[str, Call] = {
     f"blueprint {name}": lambda value, name=name: fastvid.blueprint(**{"device": "cpu", name: value})
-    for name in CHECKS
-    if name != "max_running"
+    for name in TAKEN["blueprint"]
 }
 
 
@@ -112,8 +108,7 @@ def job() -> Any:
 POOL: dict[str, Call] = {
     **{
         f"Pool {name}": lambda value, name=name: fastvid.Pool(**{name: value})
-        for name in (*CHECKS, "groups", "waiting", "retries", "folder", "cpus", "gpus")
-        if name not in PLANNED
+        for name in (*TAKEN["load"], "groups", "waiting", "retries", "folder", "cpus", "gpus")
     },
     "submit verb": lambda value: NoPool().submit(value, prompt="a", wait=False),
     "submit prompt": lambda value: NoPool().submit(prompt=value, wait=False),
@@ -265,6 +260,16 @@ def test_every_argument_of_every_verb_takes_or_refuses(name: str) -> None:
 def test_every_argument_of_clips_load_and_pools_takes_or_refuses(call: str) -> None:
     by_name = {**CLIPS, **LOAD, **POOL}
     assert any([attempt(by_name[call], make()) for make in ODD.values()])
+
+
+def test_arguments_of_another_function_are_refused() -> None:
+    for act, names in (
+        (lambda: fastvid.load(device="cpu", card="RTX 4090"), "card: load"),
+        (lambda: fastvid.blueprint(max_running=2), "max_running: blueprint"),
+        (lambda: api.inspect("embedded", format="q4_k"), "format: inspect"),
+    ):
+        with pytest.raises(fastvid.InvalidRequest, match=names + r" does not take it \(.* does\); leave it out"):
+            act()
 
 
 @pytest.mark.slow
