@@ -23,7 +23,7 @@ from fastvid.checks import nearest_name
 from fastvid.device.devices import check_dtype
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.files import copy_files, reason
-from fastvid.loaders import layouts, safetensors, weight_files
+from fastvid.loaders import gguf, layouts, safetensors, weight_files
 from fastvid.loaders.convert_files import TensorReader, Tensors, moved, write_json, write_weights
 from fastvid.loaders.convert_quantized import QUANTIZATION, Change, check_source
 from fastvid.loaders.find import FoundPart, find_original, identify_part, kind_name
@@ -138,6 +138,11 @@ def _check(source: Path, destination: Path, to: Any, shard_bytes: Any) -> None:
     if not source.exists():
         raise InvalidRequest(
             f"source {source} does not exist; give a folder, or a file ({', '.join(layouts.WEIGHT_FILES)})"
+        )
+    if destination.suffix in (gguf.SUFFIX, *safetensors.PICKLES):
+        raise InvalidRequest(
+            f"destination {destination}: {destination.suffix} files are not written; the nearest is "
+            f"{destination.with_suffix(safetensors.SUFFIX).name}"
         )
     if destination.exists() or destination.is_symlink():
         raise InvalidRequest(f"destination {destination} exists already; give a new name, or remove it first")

@@ -53,10 +53,18 @@ def check(name: str, value: Any) -> str | None:
         plain = checks.text(name, value)
         if "=" not in plain:
             return None if plain == NONE else _word(name, plain)
-        words = [word.partition("=") for word in plain.split(",", len(PARTS))]
-        chosen = {part.strip(): choice.strip() for part, _, choice in words}
+        chosen = _by_part(name, plain)
     parts = {_part(name, part): NONE if one is None else _word(f"{name} {part}", one) for part, one in chosen.items()}
     return ",".join(f"{part}={parts[part]}" for part in PARTS if part in parts)
+
+
+def _by_part(name: str, text: str) -> dict[str, str]:
+    """The choices in "transformer=fp8,text_encoder=int8"."""
+    words = [word.partition("=") for word in text.split(",", len(PARTS))]
+    chosen = {part.strip(): choice.strip() for part, _, choice in words}
+    if len(chosen) < len(words):
+        refuse(name, text, "each part once")
+    return chosen
 
 
 def _word(name: str, value: Any) -> str:
@@ -87,8 +95,7 @@ def check_format(name: str, value: Any) -> str:
     plain = checks.text(name, value).lower()
     if "=" not in plain:
         return _format(name, plain)
-    words = [word.partition("=") for word in plain.split(",", len(PARTS))]
-    parts = {_part(name, part.strip()): _format(name, one.strip()) for part, _, one in words}
+    parts = {_part(name, part): _format(name, one) for part, one in _by_part(name, plain).items()}
     return ",".join(f"{part}={parts[part]}" for part in PARTS if part in parts)
 
 

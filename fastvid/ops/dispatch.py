@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastvid.checks import one_of, shown
+from fastvid.checks import one_of, refuse, shown
 from fastvid.device.devices import architecture, driver_too_old, on_rocm
 from fastvid.errors import BackendUnavailable, InvalidRequest
 from fastvid.ops import attention as attentions
@@ -190,6 +190,8 @@ def _asked(backend: str, attention: str, table: Mapping[str, Mapping[str, Functi
     if isinstance(backend, str) and "=" in backend:
         pairs = [part.strip().partition("=") for part in backend.split(",")]
         by_operation = {_known(op, table, "operation"): name for op, _, name in pairs}
+        if len(by_operation) < len(pairs):
+            refuse("backend", backend, "each operation once")
     else:
         by_operation = dict.fromkeys(table, _known(backend, ("auto", *NAMES), "backend"))
     asked = {op: by_operation.get(op, "auto") for op in table}

@@ -454,6 +454,7 @@ def test_wrong_requests(published: Path, original: Path, tmp_path: Path, monkeyp
         ),
         ((published, tmp_path / "there"), {}, "there exists already; give a new name"),
         ((published, tmp_path / "no" / "x"), {}, "there is no folder"),
+        ((published, tmp_path / "x.gguf"), {}, r"x.gguf: .gguf files are not written; the nearest is x.safetensors"),
         ((published, tmp_path / "x", "orignal"), {}, "to='orignal': allowed is diffusers or original; .* original"),
         ((published, tmp_path / "x"), {"shard_bytes": 0}, "a positive number of bytes"),
         ((published, tmp_path / "x.safetensors"), {}, "is a whole model .*, which needs a folder"),

@@ -72,6 +72,7 @@ def test_the_argument(given: Any, made: str | None) -> None:
         ({"vae": "fp8"}, "quantize='vae': .* the nearest is transformer"),
         ({"transformer": 8}, "quantize transformer=8: allowed is fp8, int8"),
         ({}, "allowed is fp8"),
+        ("transformer=fp8,transformer=int8", "allowed is each part once"),
         ({"transformer_2": "fp8"}, "this model has no transformer_2; the nearest is transformer"),
     ],
 )

@@ -59,6 +59,7 @@ def test_ops_is_a_frozen_value() -> None:
         ({"backend": "to_rbg=triton"}, "the nearest is to_rgb"),
         ({"backend": "to_rgb=sdpa"}, "the nearest is (cuda|reference|triton)"),
         ({"backend": ""}, "nearest"),
+        ({"backend": "to_rgb=triton,to_rgb=reference"}, "each operation once"),
         ({"backend": 3}, "backend=3: allowed is one of auto"),
         ({"backend": None}, "backend=None: allowed is one of auto"),
         ({"device": "gpu"}, "'cpu', 'cuda'"),
