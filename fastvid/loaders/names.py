@@ -11,6 +11,7 @@ from fastvid.checks import nearest_name
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.loaders import hub
 from fastvid.loaders.layouts import TOKENIZER
+from fastvid.models.common.expert_names import are_exchanged
 from fastvid.models.wan.published import PLACES, Published
 
 EMBEDDED = "embedded"
@@ -89,7 +90,18 @@ def find_sources(parts: Any, download: bool = False) -> dict[str, Path]:
             raise InvalidRequest(f"parts: {name!r:.40} is not known; allowed is {allowed}; nearest: {near}")
         if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
             raise InvalidRequest(f"parts: {name} is {path!r:.60}; a file or a folder is expected")
+    _check_order(parts)
     return {name: _find_source(name, Path(path).expanduser(), download) for name, path in parts.items()}
+
+
+def _check_order(parts: Mapping[str, str | Path]) -> None:
+    """Raises InvalidRequest if the files of two experts are exchanged, by their names."""
+    for first, second in (PART_NAMES[:2], VACE):
+        if first in parts and second in parts and are_exchanged(parts[first], parts[second]):
+            raise InvalidRequest(
+                f"parts: {first} is the high noise expert's, but its file is named low ({parts[first]}) and that of "
+                f"{second} high; exchange the two, or rename the files"
+            )
 
 
 def _find_source(name: str, path: Path, download: bool) -> Path:

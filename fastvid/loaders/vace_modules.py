@@ -13,7 +13,7 @@ from fastvid.loaders import layouts, safetensors, weight_files
 from fastvid.loaders.entries import Entry
 from fastvid.loaders.find import FoundModel, FoundPart, identify_part
 from fastvid.loaders.names import VACE
-from fastvid.models.common.expert_names import is_pair
+from fastvid.models.common.expert_names import are_exchanged, is_pair
 from fastvid.models.registry import CONTROLLED, EXPERTS
 from fastvid.models.wan import weight_names
 
@@ -43,7 +43,7 @@ def add(found: FoundModel, modules: Mapping[str, Path]) -> FoundModel:
 
 
 def _paths(modules: Mapping[str, Path], experts: int) -> list[Path]:
-    """The module of each transformer. Of two, the second is found by the first's name if it is not given."""
+    """The module of each transformer. Of two, one is found by the other's name if it is not given."""
     first, second = (modules.get(name) for name in VACE)
     if first is None:
         raise InvalidRequest(f"parts: {VACE[1]} is given without {VACE[0]}, the module of the first transformer")
@@ -54,6 +54,8 @@ def _paths(modules: Mapping[str, Path], experts: int) -> list[Path]:
     if second is None and first.is_file():
         pairs = [file for file in sorted(first.parent.iterdir()) if file.is_file() and is_pair(first, file)]
         second = pairs[0] if len(pairs) == 1 else None
+        if second and are_exchanged(first, second):
+            first, second = second, first
     if second is None:
         raise InvalidRequest(
             f"parts: the model has two transformers, and the second one's VACE module is not known; give "

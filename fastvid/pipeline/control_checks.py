@@ -20,7 +20,7 @@ def check_control(model: Model, request: Resolved) -> None:
     if not model.control_layers:
         if options:
             raise InvalidRequest(
-                f"{model.preset.name} has no control branch; leave {options[0]} out (VACE models take it)"
+                f"{model.preset.name} has no control branch; leave {options[0]} out ({_takers(options[0])} take it)"
             )
         return
     _check_video(request)
@@ -32,6 +32,11 @@ def check_control(model: Model, request: Resolved) -> None:
         )
     for i, picture in enumerate(request.reference_images or ()):
         _check_reference(i, picture.shape, request, model.vae.config.spatial_scale)
+
+
+def _takers(option: str) -> str:
+    """The models that take a control option."""
+    return "VACE models" if option in ("mask", "conditioning_scale") else "VACE and Fun-Control models"
 
 
 def _check_channels(model: Model, request: Resolved, options: list[str]) -> None:

@@ -82,6 +82,7 @@ def prepare(
     resolved = inputs.read(request).resolve(model.preset)
     verbs.check_driving(model, request, resolved, complete)
     inputs.warn_of_shapes(resolved)
+    inputs.warn_of_control(request, resolved)
     if model.face_layers:
         inputs.warn_of_driving(resolved, model.face_side)
     resolved = replace(resolved, seed=agree(model.mesh, resolved.seed, first))

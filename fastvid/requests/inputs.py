@@ -23,6 +23,8 @@ from fastvid.requests.sizes import check_frames
 
 PICTURES = ("image", "last_image")
 STRETCH = 1.25  # how far the aspect ratios of a picture and its video may differ without a warning
+WHITE = 128  # of a mask: from here on a pixel is generated
+SAME_RATE = 0.01  # by how much of itself a rate may differ from another that counts as the same (30 and 29.97)
 FILES = (*PICTURES, "keyframes", "video", "video_2", "mask", "reference_images", *DRIVING)
 
 
@@ -82,6 +84,25 @@ def warn_of_shapes(request: Resolved) -> None:
     for name, picture in named.items():
         if picture is not None:
             _warn_of_shape(name, picture.shape[:2], (request.height, request.width), "stretched")
+
+
+def warn_of_control(request: Request, resolved: Resolved) -> None:
+    """Warns of a control video of another rate than the result's, and of masks that leave nothing to generate.
+
+    request: as it was given; frames that were read have no rate."""
+    for name, clip in (("mask", "video"), ("mask_video", "background_video")):
+        mask = getattr(resolved, name)
+        if mask is not None and not (mask >= WHITE).any():
+            notices.warn(f"{name} is black everywhere: black keeps {clip} as it is, white is generated")
+    if resolved.verb != "generate" or resolved.video is None:
+        return
+    with open_clip(request.video, name="video") as control:
+        rate = control.fps
+    if rate and abs(rate - resolved.fps) > SAME_RATE * rate:
+        notices.warn(
+            f"video has {rate:g} frames a second and the result {resolved.fps:g}: its frames are taken one for one, so "
+            f"that its motion has {resolved.fps / rate:.2g} times its speed; fps={rate:g} keeps it"
+        )
 
 
 def warn_of_driving(request: Resolved, face_side: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from fastvid import checks
 from fastvid.checks import near_name, shown
 from fastvid.errors import InvalidRequest
-from fastvid.requests.arguments import ALIASES, ARGUMENTS, CHECKPOINT, CLIPS, PROMPT_OF_CLIP, VERBS
+from fastvid.requests.arguments import ALIASES, ARGUMENTS, CHECKPOINT, CLIPS, DRIVING, PROMPT_OF_CLIP, VERBS
 from fastvid.requests.sizes import check_frames, check_size
 
 EXCLUSIVE = (
@@ -61,7 +61,8 @@ def check_together(request: Any) -> None:
         return
     if request.mask is not None and request.video is None:
         raise InvalidRequest("mask says what of a video stays; give video too, or leave mask out")
-    optional = request.verb in PROMPT_OF_CLIP or request.pose_video is not None
+    driven = any(getattr(request, name) is not None for name in DRIVING)  # what is missing of these is told later
+    optional = request.verb in PROMPT_OF_CLIP or driven
     if request.prompt is None and request.prompt_embeds is None and not optional:
         raise InvalidRequest("prompt is missing: give one string (an empty one is allowed)")
     _check_counts(request)

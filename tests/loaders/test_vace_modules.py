@@ -175,7 +175,9 @@ def test_two_experts(whole: Path, tmp_path: Path) -> None:
     low = module_of(whole, tmp_path / "Wan2_2_Fun_VACE_module_LOW_bf16.safetensors")
     state = load_file(low)
     save_file({name: 0.5 * tensor for name, tensor in state.items()}, low)
-    for parts in ({"vace": high}, {"vace": high, "vace_2": low}):
+    with pytest.raises(InvalidRequest, match="vace is the high noise expert's, but its file is named low .* exchange"):
+        inspect(str(root), parts={"vace": low, "vace_2": high})
+    for parts in ({"vace": high}, {"vace": low}, {"vace": high, "vace_2": low}):
         found = inspect(str(root), parts=parts)
         assert found["problems"] == [] and found["recipe"]["boundary_ratio"] == 0.875
         files = [found["parts"][name]["files"][-1] for name in ("transformer", "transformer_2")]

@@ -141,6 +141,11 @@ class TestRequests:
         with pytest.raises(fastvid.InvalidRequest, match=message):
             prepared(pipe, prompt="", **{**driving(7), **SHORT, **changes})
 
+    def test_a_missing_pose_is_named_where_the_prompt_is_missing_too(self, pipe: fastvid.Pipeline) -> None:
+        given = {name: value for name, value in driving(7).items() if name != "pose_video"}
+        with pytest.raises(fastvid.InvalidRequest, match="pose_video is missing"):
+            prepared(pipe, **given, **SHORT)
+
     def test_other_verbs_and_other_models_are_refused(self, pipe: fastvid.Pipeline) -> None:
         with pytest.raises(fastvid.InvalidRequest, match="extend needs another model"):
             prepared(pipe, "extend", video=clip(9), prompt="a")
@@ -153,6 +158,8 @@ class TestRequests:
         words = " ".join(str(one.message) for one in told)
         assert "face_video is 64x32 and the face encoder's pictures are 32x32" in words
         assert "face_video has 5 frames and the video 7: from its end on it runs back and forth" in words
+        with pytest.warns(fastvid.FastvidWarning, match="mask_video is black everywhere: black keeps background_video"):
+            prepared(pipe, prompt="", **driving(7, "replace", mask_video=0 * region(7)), **SHORT)
         with pytest.warns(fastvid.FastvidWarning, match="mask_video has 9 frames, of which the first 7 are used"):
             prepared(pipe, prompt="", **driving(7, "replace", mask_video=region(9)), **SHORT)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -358,3 +359,19 @@ def test_from_the_command_line(
         assert main([*again, *left]) == 2
         said = capsys.readouterr().err
         assert f"give {flag}= again" in said and "sha256" in said
+
+
+def test_another_rate_and_a_mask_without_white_are_told(pipe: fastvid.Pipeline) -> None:
+    control = fastvid.Video(clip(9), fps=30.0, seed=1)
+    size = {"height": HEIGHT, "width": WIDTH}
+    with pytest.warns(fastvid.FastvidWarning) as told:
+        prepared(pipe, prompt="a", video=control, mask=0 * region(9), **size)
+    words = " ".join(str(one.message) for one in told)
+    assert (
+        "video has 30 frames a second and the result 16" in words and "0.53 times its speed; fps=30 keeps it" in words
+    )
+    assert "mask is black everywhere: black keeps video as it is, white is generated" in words
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        prepared(pipe, prompt="a", video=control, mask=region(9), fps=29.97, **size)
+    assert not any("frames a second" in str(one.message) or "black" in str(one.message) for one in told)

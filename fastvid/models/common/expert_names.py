@@ -83,6 +83,12 @@ def is_pair(path: str | Path, other: str | Path) -> bool:
     return bool(_side(_readings(Path(path)), _readings(Path(other))))
 
 
+def are_exchanged(high: str | Path, low: str | Path) -> bool:
+    """Whether the names of a first and a second expert's files say that it is the other way round."""
+    marks = expert_of(high, [low]), expert_of(low, [high])
+    return all(mark.sure for mark in marks) and tuple(mark.expert for mark in marks) == ("low", "high")
+
+
 def read_mark(name: str) -> Mark:
     """What one name says, of a file or a folder or in metadata."""
     words = _words(name)
