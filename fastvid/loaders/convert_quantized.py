@@ -102,8 +102,9 @@ class _Made:
         """A stored tensor, dequantized or converted."""
         entry = self.part.entries[name]
         if entry.source is not None:
-            return as_tensor(entry, self._read(name), target).dequantize().reshape(entry.shape)
-        tensor = self._tensor(name, entry)
+            tensor = as_tensor(entry, self._read(name), torch.float32).dequantize().reshape(entry.shape)
+        else:
+            tensor = self._tensor(name, entry)
         check_finite(tensor.flatten(), Weight(entry.file, name, tensor.dtype, target))
         return tensor.to(target)
 

@@ -158,6 +158,16 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+def test_quantized_weights_that_a_dtype_does_not_hold(tmp_path: Path) -> None:
+    convert(EMBEDDED / "transformer", tmp_path / "given.safetensors", quantize="fp8")
+    state = load_file(tmp_path / "given.safetensors")
+    state["blocks.2.ffn.net.2.weight_scale"] *= 1e9
+    save_file(state, tmp_path / "given.safetensors")
+    with pytest.raises(CheckpointError, match="blocks.2.ffn.net.2.weight holds .*, which overflows in float16"):
+        convert(tmp_path / "given.safetensors", tmp_path / "made.safetensors", dtype="float16")
+    assert not (tmp_path / "made.safetensors").exists()
+
+
 def test_gguf_files(tmp_path: Path) -> None:
     """To 16 bits: what the file is worth, rounded once. To 8 bits: what that quantizes to."""
     pytest.importorskip("gguf")
