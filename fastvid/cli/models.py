@@ -44,7 +44,8 @@ def describe(name: str) -> dict[str, Any]:
         "licence": place.licence if place else None,
         "hub": place.hub if place else None,
         "checkpoint": place.checkpoint if place else "",
-        "local": place is not None and not place.checkpoint and hub.find(place.hub) is not None,
+        "pickled": place is not None and place.pickled,
+        "local": place is not None and not place.converted and hub.find(place.hub) is not None,
     }
 
 
@@ -57,7 +58,7 @@ def _lines(rows: list[dict[str, Any]]) -> list[str]:
         *lines,
         "",
         "weights: in bf16, all parts. GPU memory: for the default video; offloaded: with --offload blocks.",
-        "*: a training checkpoint, which `fastvid convert` turns into a folder. +: in the local cache.",
+        "*: has pickles, to be converted once; loading it by its name shows the commands. +: in the local cache.",
     ]
 
 
@@ -71,5 +72,5 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['memory']['none'] / GIB:.1f} GiB",
         f"{row['memory']['blocks'] / GIB:.1f} GiB",
         row["licence"] or "",
-        f"{row['hub'] or ''}{' *' if row['checkpoint'] else ''}{' +' if row['local'] else ''}",
+        f"{row['hub'] or ''}{' *' if row['checkpoint'] or row['pickled'] else ''}{' +' if row['local'] else ''}",
     )

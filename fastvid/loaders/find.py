@@ -19,6 +19,7 @@ from fastvid.loaders.layouts import CONFIG, INDEX, TOKENIZER, Config
 from fastvid.loaders.names import BASE
 from fastvid.loaders.safetensors import Entry
 from fastvid.models.common.config_reader import read_json
+from fastvid.models.common.expert_names import OTHER, Mark, expert_of
 from fastvid.models.common.sentencepiece import MAX_SPIECE
 from fastvid.models.common.tokenizer import TextTokenizer
 from fastvid.models.registry import EXPERTS, KINDS, OPTIONAL, SKYREELS, kind_of
@@ -96,6 +97,8 @@ def find_diffusers(folder: Path, sources: Mapping[str, Path]) -> FoundModel:
     if BASE in sources:
         raise InvalidRequest(f"parts: {BASE} is for a model that is a single file; {folder} is a whole folder")
     index = _check_index(read_json(folder / INDEX), folder)
+    if layouts.class_of(index, EXPERTS[1]):
+        _check_experts(sources)
     replaced = {name: find_part(name, path) for name, path in sources.items() if name != TOKENIZER}
     for name, part in replaced.items():
         library, class_name = layouts.CLASSES[name]
@@ -105,6 +108,17 @@ def find_diffusers(folder: Path, sources: Mapping[str, Path]) -> FoundModel:
     parts = tuple(replaced.get(name) or _diffusers_part(folder, name, index) for name in part_names(index))
     tokenizer = find_tokenizer(sources[TOKENIZER]) if TOKENIZER in sources else folder / TOKENIZER
     return FoundModel(parts, index, tokenizer)
+
+
+def _check_experts(sources: Mapping[str, Path]) -> None:
+    """Raises InvalidRequest if the file for an expert has the other one's name."""
+    for name, other, wrong in zip(EXPERTS, EXPERTS[::-1], ("low", "high"), strict=True):
+        path = sources.get(name)
+        if path is not None and expert_of(path) == Mark(wrong):
+            raise InvalidRequest(
+                f"parts: {name} is the {OTHER[wrong]} noise expert, and {path} is named {wrong}; give it as {other}, "
+                "or rename it"
+            )
 
 
 def part_names(index: Mapping[str, Any]) -> list[str]:

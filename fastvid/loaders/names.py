@@ -48,10 +48,10 @@ def find_folder(model: str | Path, download: bool = False) -> Path:
 
 
 def _published(name: str, place: Published, download: bool) -> Path:
-    if place.checkpoint:
+    if place.converted:
+        what = "a training checkpoint, a pickle" if place.checkpoint else "a folder with pickles in it"
         raise CheckpointError(
-            f"model={name!r} is published as a training checkpoint, a pickle, which fastvid does not open; make a "
-            f"folder of it: {place.how}"
+            f"model={name!r} is published as {what}, which fastvid does not open; convert it: {place.how}"
         )
     return _from_hub(place.hub, download)
 

@@ -118,6 +118,11 @@ def test_a_published_name_is_its_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert find_folder("Wan2.1-T2V-1.3B") == tmp_path and asked == ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
     with pytest.raises(CheckpointError, match="training checkpoint.*fastvid convert CausVid/.*--base"):
         find_folder("causvid-1.3b")
+    folder = "Wan2.2-Fun-A14B-InP"
+    with pytest.raises(
+        CheckpointError, match=rf"`hf download alibaba-pai/{folder} .*`fastvid convert {folder} .*-Diff"
+    ):
+        find_folder("wan2.2-fun-inp-a14b")
     with pytest.raises(CheckpointError, match="did you mean 'wan2.1-t2v-1.3b'"):
         find_folder("wan2.1-t2v-1.3")
     (tmp_path / "wan2.1-t2v-14b").mkdir()

@@ -177,6 +177,9 @@ def test_two_experts(whole: Path, tmp_path: Path) -> None:
     save_file({name: 0.5 * tensor for name, tensor in state.items()}, low)
     with pytest.raises(InvalidRequest, match="vace is the high noise expert's, but its file is named low .* exchange"):
         inspect(str(root), parts={"vace": low, "vace_2": high})
+    lone = shutil.copy(root / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path / "low_noise.safetensors")
+    with pytest.raises(InvalidRequest, match="transformer is the high noise expert, and .* is named low; give it as"):
+        inspect(str(root), parts={"transformer": lone})
     for parts in ({"vace": high}, {"vace": low}, {"vace": high, "vace_2": low}):
         found = inspect(str(root), parts=parts)
         assert found["problems"] == [] and found["recipe"]["boundary_ratio"] == 0.875

@@ -15,17 +15,26 @@ SKYWORK = "Skywork"  # a community licence with terms of its own
 @dataclass(frozen=True)
 class Published:
     """hub: a repository on the Hugging Face hub. checkpoint: the training checkpoint (a pickle) in it that has to be
-    converted; base: the repository that supplies its other parts."""
+    converted; base: the repository that supplies its other parts. pickled: whether encoders or VAE are pickles, so that
+    all of it has to be converted."""
 
     hub: str
     licence: str
     checkpoint: str = ""
     base: str = ""
+    pickled: bool = False
+
+    @property
+    def converted(self) -> bool:
+        """Whether it has to be converted."""
+        return bool(self.checkpoint) or self.pickled
 
     @property
     def how(self) -> str:
-        """The commands that make a folder of a training checkpoint."""
+        """The commands that make a folder of what has to be converted."""
         folder = self.hub.rpartition("/")[2]
+        if self.pickled:  # its name stays in the new folder's, where it tells what the weights are
+            return f"`hf download {self.hub} --local-dir {folder}`, `fastvid convert {folder} {folder}-Diffusers`"
         return (
             f"`hf download {self.hub} {self.checkpoint} --local-dir {folder}`, `fastvid download {self.base}`, which "
             f"prints a folder, and `fastvid convert {folder}/{self.checkpoint} NEW-FOLDER --base THAT-FOLDER`"
@@ -33,7 +42,21 @@ class Published:
 
 
 _SMALL, _FIVE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+FUN = {  # VideoX-Fun's, in the original layout
+    "wan2.1-fun-inp-1.3b": "Wan2.1-Fun-V1.1-1.3B-InP",
+    "wan2.1-fun-inp-14b": "Wan2.1-Fun-V1.1-14B-InP",
+    "wan2.1-fun-control-1.3b": "Wan2.1-Fun-1.3B-Control",
+    "wan2.1-fun-control-14b": "Wan2.1-Fun-14B-Control",
+    "wan2.1-fun-v1.1-control-1.3b": "Wan2.1-Fun-V1.1-1.3B-Control",
+    "wan2.1-fun-v1.1-control-14b": "Wan2.1-Fun-V1.1-14B-Control",
+    "wan2.2-fun-inp-a14b": "Wan2.2-Fun-A14B-InP",
+    "wan2.2-fun-inp-5b": "Wan2.2-Fun-5B-InP",
+    "wan2.2-fun-control-a14b": "Wan2.2-Fun-A14B-Control",
+    "wan2.2-fun-control-5b": "Wan2.2-Fun-5B-Control",
+    "wan2.2-vace-fun-a14b": "Wan2.2-VACE-Fun-A14B",
+}
 PLACES: Mapping[str, Published] = {
+    **{name: Published(f"alibaba-pai/{repo}", APACHE, pickled=True) for name, repo in FUN.items()},
     "wan2.1-t2v-1.3b": Published(_SMALL, APACHE),
     "wan2.1-t2v-14b": Published("Wan-AI/Wan2.1-T2V-14B-Diffusers", APACHE),
     "wan2.1-i2v-14b-480p": Published("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", APACHE),
