@@ -160,13 +160,12 @@ def mismatches(module: nn.Module, entries: Mapping[str, Entry]) -> tuple[str, ..
         for name, shape in expected.items()
         if name in entries_by_name and entries_by_name[name].shape != shape
     ]
-    kinds = sorted(
-        {
-            entry.dtype
-            for name, entry in entries_by_name.items()
-            if name in expected and entry.dtype not in FLOATS and entry.source is None
-        }
-    )
+    others = {
+        entry.dtype: name
+        for name, entry in entries_by_name.items()
+        if name in expected and entry.dtype not in FLOATS and entry.source is None
+    }
+    kinds = sorted(f"{dtype} ({name})" for dtype, name in others.items())
     sentences = (
         (missing, "missing weights: "),
         (unknown, "weights that the model does not have: "),

@@ -122,7 +122,7 @@ def broken(change: Callable[[dict[str, Tensor]], Any]) -> dict[str, Tensor]:
         (lambda t: t.pop("table"), "missing weights: table"),
         (lambda t: t.update(extra=torch.zeros(1)), "weights that the model does not have: extra"),
         (lambda t: t.update(table=torch.zeros(1, 5, 6)), r"wrong shapes: table \[1, 5, 6\] for \[1, 6, 5\]"),
-        (lambda t: t.update(table=torch.zeros(1, 6, 5, dtype=torch.int8)), "a dtype other than .*: I8"),
+        (lambda t: t.update(table=torch.zeros(1, 6, 5, dtype=torch.int8)), r"a dtype other than .*: I8 \(table\)"),
         (lambda t: t.update({f"x{i:02}": torch.zeros(1) for i in range(13)}), "x00, .*, x09 and 3 more$"),
         (lambda t: (t.pop("table"), t.update(tabel=torch.zeros(1))), "missing weights: table; weights .*: tabel"),
         (lambda t: t.clear(), "missing weights: first.bias, first.weight, .*, table"),
