@@ -22,7 +22,7 @@ from fastvid import notices
 from fastvid.errors import CheckpointError
 from fastvid.loaders import hub_cache, layouts, safetensors, weight_files
 from fastvid.loaders.hub_cache import COMMIT, DIGEST, Remote, Repository
-from fastvid.loaders.hub_http import HubError, fetch, run
+from fastvid.loaders.hub_http import HubError, fetch, first_line, run
 from fastvid.loaders.layouts import CONFIG, EXPERT_FOLDERS, EXTRAS, INDEX, ORIGINAL_PATTERNS, ORIGINAL_TOKENIZER
 from fastvid.models.common.config_reader import read_json
 
@@ -65,7 +65,7 @@ def find(model: str, repair: bool = False) -> Path | None:
     folder = hub_cache.snapshot(repo)
     if folder is None:
         return None
-    names = _cached(folder)
+    names = names_below(folder)
     names = [name for name in _shards(file, names) if name in names] if file else _read_by_pipelines(names)
     if bad := hub_cache.damaged(folder, names):
         told = f"model={model!r}: damaged in the local cache: {_some(bad)}"
@@ -111,7 +111,7 @@ def get(model: str, choose: Callable[[list[str]], list[str]]) -> tuple[Path, lis
         raise _as_checkpoint_error(model, error) from None
     except OSError as error:
         place = hub_cache.folder_of(repo)
-        raise CheckpointError(f"model={model!r} could not be stored in {place}: {_first_line(error)}") from None
+        raise CheckpointError(f"model={model!r} could not be stored in {place}: {first_line(error)}") from None
 
 
 def _cached_instead(model: str, choose: Callable[[list[str]], list[str]], error: HubError) -> tuple[Path, list[str]]:
@@ -121,7 +121,7 @@ def _cached_instead(model: str, choose: Callable[[list[str]], list[str]], error:
     folder = None if error.status in range(400, 429) else hub_cache.snapshot(repo)
     if folder is None or file and not _has_file(folder, file):
         raise missing from None
-    chosen = choose(_cached(folder))  # may say more than "no network" does
+    chosen = choose(names_below(folder))  # may say more than "no network" does
     if not chosen or (not file and (folder / INDEX).exists() and not complete(folder)):
         raise missing from None
     if bad := hub_cache.damaged(folder, chosen):
@@ -129,8 +129,8 @@ def _cached_instead(model: str, choose: Callable[[list[str]], list[str]], error:
     return folder, chosen
 
 
-def _cached(folder: Path) -> list[str]:
-    """The names of the files in a snapshot."""
+def names_below(folder: Path) -> list[str]:
+    """The names of the files in a folder and below."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
@@ -194,7 +194,7 @@ def _list_files(repo: str) -> Repository:
             raise ValueError(f"commit {commit[:80]!r}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"model={repo!r}: the hub's list of files is not one ({type(error).__name__}: {_first_line(error)})"
+            f"model={repo!r}: the hub's list of files is not one ({type(error).__name__}: {first_line(error)})"
         ) from None
     return Repository(repo, commit, {file.name: file for file in files})
 
@@ -334,7 +334,3 @@ def _progress_bar(total: int) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=total, unit="B", unit_scale=True, desc="Downloading", disable=None)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -126,16 +126,16 @@ def _send(url: str, headers: dict[str, str]) -> Any:
             return session.send(request, stream=True, follow_redirects=False)
         return session.get(url, headers=headers, timeout=timeout, stream=True, allow_redirects=False)
     except OfflineModeIsEnabled as error:
-        raise HubError(_first_line(error)) from None
+        raise HubError(first_line(error)) from None
     except Exception as error:  # which types mean "no network" depends on the session's library
-        raise HubError(_first_line(error), again=True) from None
+        raise HubError(first_line(error), again=True) from None
 
 
 def _chunks(response: Any) -> Iterator[bytes]:
     try:
         yield from response.iter_raw() if hasattr(response, "iter_raw") else response.iter_content(PIECE)
     except Exception as error:  # see `_send`
-        raise HubError(_first_line(error), again=True) from None
+        raise HubError(first_line(error), again=True) from None
 
 
 def _check_status(status: int, headers: Mapping[str, str]) -> None:
@@ -168,7 +168,7 @@ def _check_redirect(url: str, target: str) -> None:
         raise HubError(f"a redirect to {target:.200}, which is not followed")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 

@@ -125,7 +125,7 @@ def _from_hub(name: str, download: bool) -> Source:
 
     try:
         folder = hub_cache.snapshot(repo)
-        cached = with_settings(_names_below(folder)) if folder and _holds(folder, file) else []
+        cached = with_settings(hub.names_below(folder)) if folder and _holds(folder, file) else []
         usable = folder and cached and not hub_cache.damaged(folder, cached)
         if folder and usable and (_is_settled(file, cached) or not download):
             return Source(folder / cached[0], Path(repo, cached[0]))
@@ -150,10 +150,6 @@ def _is_settled(file: str, cached: list[str]) -> bool:
 def _holds(folder: Path, file: str) -> bool:
     """Whether a snapshot has a file, or any LoRA."""
     return (folder / file).is_file() if file else any(name.endswith(safetensors.SUFFIXES) for name in _names_in(folder))
-
-
-def _names_below(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _names_in(folder: Path) -> list[str]:
