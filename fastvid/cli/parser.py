@@ -35,6 +35,8 @@ PLAN = """examples:
   fastvid plan --model wan2.1-t2v-14b --format q4_k_m --device-memory 16GB
   fastvid plan storyboard --shots shots.json --model FOLDER --json"""
 
+MODELS = "embedded, a name (`fastvid models`), a folder, a file, or a hub id"
+
 
 def build() -> dict[str, Parser]:
     """A parser for each command; the main one is under ""."""
@@ -192,7 +194,11 @@ def _add_request(parser: Parser, verb: str) -> None:
 
 def _add_model(parser: Parser, also: str = "") -> None:
     add = parser.add_argument_group("the model and where it runs").add_argument
-    add("--model", metavar="MODEL", help=f"embedded, a folder, a file, or a hub id (default: embedded){also}")
+    add(
+        "--model",
+        metavar="MODEL",
+        help=f"{MODELS} (default: embedded){also}",
+    )
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add(
         "--dtype",

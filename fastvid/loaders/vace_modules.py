@@ -79,7 +79,12 @@ def join(base: FoundPart, path: Path) -> FoundPart:
 
 def _check_fits(base: FoundPart, entries: Mapping[str, Entry], path: Path) -> None:
     config = base.config or {}
-    if config.get("vace_layers") or config.get("in_channels") != config.get("out_channels") or config.get("image_dim"):
+    if (
+        config.get("vace_layers")
+        or config.get("in_channels") != config.get("out_channels")
+        or config.get("image_dim")
+        or config.get("inject_sample_info")
+    ):
         raise CheckpointError(
             f"{path} is a VACE module, which belongs on a text-to-video transformer; {base.files[0]} is "
             f"{base.identity.name or 'another one'}"

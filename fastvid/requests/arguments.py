@@ -128,17 +128,19 @@ ARGUMENTS: Mapping[str, Argument] = {
     ),
     "image": Argument(
         checks.picture,
-        "a picture to use as the first frame (I2V, TI2V, VACE, Fun, embedded), or of the character (Animate)",
+        "a picture to use as the first frame (I2V, TI2V, VACE, Fun, SkyReels V2 DF, embedded), or of the character "
+        "(Animate)",
         "--image FILE",
     ),
     "last_image": Argument(
         checks.picture,
-        "a picture to use as the last frame (FLF2V, I2V-A14B, VACE, Fun-InP, embedded)",
+        "a picture to use as the last frame (FLF2V, I2V-A14B, VACE, Fun-InP, Fun-Control 2.2, embedded), or to lead up "
+        "to (SkyReels V2 DF)",
         "--last-image FILE",
     ),
     "keyframes": Argument(
         checks.keyframes,
-        "a picture to use as frame FRAME, counted from 0 (VACE, embedded); may be repeated",
+        "a picture to use as frame FRAME, counted from 0 (VACE, Fun-InP, embedded); may be repeated",
         "--keyframe FRAME=FILE",
     ),
     "video": Argument(
@@ -241,7 +243,8 @@ ARGUMENTS: Mapping[str, Argument] = {
     ),
     "causal_attention": Argument(
         checks.flag,
-        "causal attention: blocks do not see later ones (SkyReels V2 DF; default: if they have several frames)",
+        "whether attention is causal, so that blocks do not see later ones; the flag turns it off (SkyReels V2 DF; "
+        "default: on for blocks of several frames)",
         "--no-causal-attention",
     ),
     "base_num_frames": Argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,6 @@ def is_module(name: str) -> bool:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny VACE model, and beside it its base, as a folder of diffusers."""
-    import json
-
     root = tmp_path_factory.mktemp("vace")
     write_vace(root / "whole")
     shutil.copytree(root / "whole", root / "base")
@@ -147,6 +146,11 @@ def test_what_does_not_fit_is_refused(whole: Path, tmp_path: Path) -> None:
         fastvid.load(str(module), device="cpu")
     with pytest.raises(CheckpointError, match="belongs on a text-to-video transformer; .* is"):
         inspect(str(whole / "whole"), parts={"vace": module})
+    with_rate = shutil.copytree(whole / "base", tmp_path / "rate")
+    config = json.loads((with_rate / "transformer" / "config.json").read_text()) | {"inject_sample_info": True}
+    (with_rate / "transformer" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="belongs on a text-to-video transformer; .* is"):
+        inspect(str(with_rate), parts={"vace": module})
     with pytest.raises(CheckpointError, match="holds no VACE module"):
         inspect(str(whole / "base"), parts={"vace": whole / "whole" / "vae"})
     with pytest.raises(InvalidRequest, match="vace_2 is for models with two transformers; leave it out"):
@@ -161,8 +165,6 @@ def test_what_does_not_fit_is_refused(whole: Path, tmp_path: Path) -> None:
 
 def test_two_experts(whole: Path, tmp_path: Path) -> None:
     """Each its own module: the second is found by the first's name, given, or missing."""
-    import json
-
     root = tmp_path / "two"
     shutil.copytree(whole / "base", root)
     shutil.copytree(root / "transformer", root / "transformer_2")

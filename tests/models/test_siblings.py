@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fun_models import write_fun
 
+from fastvid.api import inspect
 from fastvid.errors import CheckpointError
 from fastvid.models.registry import build_empty
 from fastvid.models.wan import fun_presets, variants
@@ -129,6 +132,14 @@ def test_neither_small_nor_large_latents_make_experts() -> None:
     assert identify(bare).name == "wan-i2v-1.3B" and not identify(bare).is_expert
     assert not identify(shapes_of("wan2.2-fun-inp-5b")).is_expert
     assert identify(shapes_of("wan2.2-fun-inp-a14b")).is_expert
+
+
+def test_a_fun_inp_5b_of_another_size_is_one_too(tmp_path: Path) -> None:
+    """No name has to tell it: tokens have their own timesteps, and no picture is needed."""
+    write_fun(tmp_path / "model", "inp-5b")
+    recipe = inspect(str(tmp_path / "model"))["recipe"]
+    assert recipe["name"] == "wan-custom" and recipe["per_token_timesteps"] and recipe["pictures_optional"]
+    assert (recipe["guidance_scale"], recipe["fps"], recipe["num_frames"]) == (6.0, 24.0, 121)
 
 
 # ---------------------------------------------------------------- not supported

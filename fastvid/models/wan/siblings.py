@@ -29,6 +29,11 @@ class Channels(NamedTuple):
         return self.given == 2 * self.out + self.temporal
 
     @property
+    def is_inpaint(self) -> bool:
+        """Fun-InP 5B: with latents of 48 channels there is no I2V."""
+        return self.is_picture and self.out == 48
+
+    @property
     def is_control(self) -> bool:
         """Noise, control, the start picture's latents (2.1); or with the mask before these (2.2)."""
         masked = self.given == 3 * self.out + self.temporal and not self.image
@@ -41,7 +46,7 @@ def find(shapes: Shapes, channels: Channels) -> tuple[str, str] | None:
         return "skyreels-v2", "df"
     if channels.is_control:
         return ("wan2.1" if channels.image else "wan2.2"), "fun-control"
-    if channels.is_picture and channels.out == 48:
+    if channels.is_inpaint:
         return "wan2.2", "fun-inp"
     return None
 

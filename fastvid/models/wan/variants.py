@@ -175,9 +175,12 @@ def _scheduler_class(index: Mapping[str, Any]) -> str | None:
 
 def _custom(signature: Signature) -> Preset:
     preset = Preset("wan-custom")
+    channels = siblings.Channels(signature.in_channels, signature.out_channels, signature.image)
     if signature.control:
         preset = replace(preset, patterns=patterns.CONTROL)
-    elif siblings.Channels(signature.in_channels, signature.out_channels, signature.image).is_control:
+    elif channels.is_inpaint:
+        preset = replace(fun_presets.INP_5B, name=preset.name)
+    elif channels.is_control:
         known = fun_presets.START if signature.image else fun_presets.MASKED
         preset = replace(fun_presets.FUN, name=preset.name, patterns=known)
     elif signature.image or signature.in_channels > signature.out_channels:
