@@ -70,7 +70,7 @@ class Conditions:
     latents [1, C, T, h, w]. channels: extra input channels [1, M, T, h, w]. embeds: CLIP tokens [1, L, d]. levels: see
     `Seen`. given: what the transformer's `prepare_context` takes beside: the control branch's input [1, V, T, h, w] and
     weights, a reference's latent [1, C, h, w]. fps: the frame rate, for a model that is told it. driving: of a
-    character.
+    character. per_token: whether a model of CHANNELS is told a noise level for each token; else it is told one.
     """
 
     way: str
@@ -82,6 +82,7 @@ class Conditions:
     given: Mapping[str, Any] = field(default_factory=dict)
     fps: float | None = None
     driving: driven.Driving | None = None
+    per_token: bool = False
 
     def context(self, transformer: Any, text: Tensor, negative: bool = False) -> Any:
         """The transformer's context for a (negative) text [1, L, text_dim] and these conditions, once per segment."""
@@ -102,7 +103,7 @@ class Conditions:
             x = torch.where(region.mask, region.clean.to(x), x)
         if self.levels is not None:
             levels = (sigma.view(-1, 1, 1) * self.levels[row.start : row.stop]).flatten()
-        elif self.way in (TIMESTEPS, CHANNELS):
+        elif self.way == TIMESTEPS or self.per_token:
             levels = sigma if region is None else region.levels(sigma)
         else:
             levels = sigma if row.write_cache else level.expand(len(sigma))
@@ -149,7 +150,8 @@ def prepare(
         embeds = controls.clip_tokens(model, [request.image]) if model.transformer.config.image_dim else None
         return Conditions(way, no_columns, None, driving.channels, embeds, driving=driving)
     if way == CHANNELS and (known or model.preset.pictures_optional):
-        return _with_channels(segment, controls.channels(model, request, segment, known, clip))
+        seen = controls.channels(model, request, segment, known, clip)
+        return replace(_with_channels(segment, seen), per_token=model.preset.per_token_timesteps)
     if not known:
         return Conditions(way, no_columns)
     shape = segment.latent_shape(model.vae.config.z_dim)

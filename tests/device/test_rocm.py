@@ -34,8 +34,9 @@ def test_the_architecture_is_no_sm_94() -> None:
 
 
 def test_by_default_libraries_run() -> None:
-    bound = dispatch.bind(device="cuda").bound
+    bound = dict(dispatch.bind(device="cuda").bound)
     assert bound["attention"] == "sdpa"
+    assert bound.pop("linear_quantized") == "library", "PyTorch's products"
     assert not {"cuda", "triton", "library", "cudnn"} & set(bound.values())
 
 

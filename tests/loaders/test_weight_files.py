@@ -173,7 +173,7 @@ def test_a_tokenizer_of_another_model(folder: Path) -> None:
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_vace_module_alone(tmp_path: Path, prefix: str) -> None:
     save_file({f"{prefix}vace_blocks.0.before_proj.weight": torch.zeros(2, 2)}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match="VACE module alone.*Wan2.1-VACE"):
+    with pytest.raises(CheckpointError, match="VACE module alone.*give that transformer.*--part vace=PATH"):
         read_part("transformer", (tmp_path / "m.safetensors",))
 
 

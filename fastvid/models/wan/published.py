@@ -85,16 +85,4 @@ PLACES: Mapping[str, Published] = {
     "skyreels-v2-i2v-1.3b-540p": Published("Skywork/SkyReels-V2-I2V-1.3B-540P-Diffusers", SKYWORK),
     "skyreels-v2-i2v-14b-540p": Published("Skywork/SkyReels-V2-I2V-14B-540P-Diffusers", SKYWORK),
     "skyreels-v2-i2v-14b-720p": Published("Skywork/SkyReels-V2-I2V-14B-720P-Diffusers", SKYWORK),
-    # With encoders as pickles: a download says how to convert them.
-    "wan2.1-fun-inp-1.3b": Published("alibaba-pai/Wan2.1-Fun-1.3B-InP", APACHE),
-    "wan2.1-fun-inp-14b": Published("alibaba-pai/Wan2.1-Fun-14B-InP", APACHE),
-    "wan2.1-fun-control-1.3b": Published("alibaba-pai/Wan2.1-Fun-1.3B-Control", APACHE),
-    "wan2.1-fun-control-14b": Published("alibaba-pai/Wan2.1-Fun-14B-Control", APACHE),
-    "wan2.1-fun-v1.1-control-1.3b": Published("alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control", APACHE),
-    "wan2.1-fun-v1.1-control-14b": Published("alibaba-pai/Wan2.1-Fun-V1.1-14B-Control", APACHE),
-    "wan2.2-fun-inp-a14b": Published("alibaba-pai/Wan2.2-Fun-A14B-InP", APACHE),
-    "wan2.2-fun-inp-5b": Published("alibaba-pai/Wan2.2-Fun-5B-InP", APACHE),
-    "wan2.2-fun-control-a14b": Published("alibaba-pai/Wan2.2-Fun-A14B-Control", APACHE),
-    "wan2.2-fun-control-5b": Published("alibaba-pai/Wan2.2-Fun-5B-Control", APACHE),
-    "wan2.2-vace-fun-a14b": Published("alibaba-pai/Wan2.2-VACE-Fun-A14B", APACHE),
 }
