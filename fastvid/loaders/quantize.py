@@ -196,5 +196,8 @@ def _quantized(part: Part, choice: str, named: bool) -> Part:
             f"quantize={choice!r}: {part.name} is quantized already ({', '.join(formats)}), and stays as its file has "
             f"it; the nearest is quantize={fits!r}"
         )
-    eight = {name for name, spec in part.quantized.items() if eight_bit and spec.format in EIGHT_BIT and not spec.exact}
+    # Files may hold more layers in 8 bits than the rule names: those are multiplied exactly.
+    ruled = _shapes(part) if eight_bit else {}
+    fits = {name for name, spec in part.quantized.items() if spec.format in EIGHT_BIT and not spec.exact}
+    eight = fits & ruled.keys()
     return replace(part, quantized={k: replace(v, eight_bit=k in eight) for k, v in part.quantized.items()})

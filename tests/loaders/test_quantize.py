@@ -150,6 +150,11 @@ def test_a_quantized_file_keeps_its_weights() -> None:
 
     kept = quantize.apply(holding("transformer", {first: specs[first]}), "int8").part("transformer").quantized
     assert kept == {first: replace(specs[first], eight_bit=True)}
+    beyond = {"condition_embedder.time_proj.weight": specs[first], "proj_out.weight": specs[first]}
+    kept = quantize.apply(holding("transformer", beyond | {first: specs[first]}), "int8").part("transformer").quantized
+    assert kept == beyond | {first: replace(specs[first], eight_bit=True)}, (
+        "layers that the rule leaves alone stay exact"
+    )
     with pytest.raises(InvalidRequest, match=r"transformer is quantized already \(int8\).* quantize='int8'"):
         quantize.apply(holding("transformer", specs), "fp8")
     other = {first: Spec.of(E5M2, specs[first].shape)}
