@@ -198,6 +198,6 @@ def _quantized(part: Part, choice: str, named: bool) -> Part:
         )
     # Files may hold more layers in 8 bits than the rule names: those are multiplied exactly.
     ruled = _shapes(part) if eight_bit else {}
-    fits = {name for name, spec in part.quantized.items() if spec.format in EIGHT_BIT and not spec.exact}
-    eight = fits & ruled.keys()
+    able = {name for name, spec in part.quantized.items() if spec.format in EIGHT_BIT and not spec.exact}
+    eight = able & ruled.keys()
     return replace(part, quantized={k: replace(v, eight_bit=k in eight) for k, v in part.quantized.items()})
