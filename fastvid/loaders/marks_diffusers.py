@@ -33,6 +33,7 @@ PACKED = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 """Types that codes are stored in, and their bytes."""
 SCB, WEIGHT_FORMAT = ".SCB", ".weight_format"
 ROW_MAJOR = 0  # of weight_format
+LARGEST = 3e38  # number in fp32, about
 SCB_SCALE = 7.874015718698502e-3  # 1 / 127, as bitsandbytes multiplies by it
 QDATA, TORCHAO = "._weight_qdata", {"I8": ("Int8Tensor", INT8), "F8_E4M3": ("Float8Tensor", E4M3)}
 TORCHAO |= {"F8_E5M2": ("Float8Tensor", E5M2)}
@@ -106,7 +107,9 @@ def _state(weight: str, kind: str, text: bytes, mark: Entry) -> tuple[Shape, int
             f"{block!r:.40}; matrices in {' or '.join(FOUR_BITS)} with blocks of a power of 2 are read; {INSTEAD}"
         )
     double = "nested_offset" in state or "nested_blocksize" in state
-    if double and (state.get("nested_blocksize") != NESTED or type(offset) not in (int, float)):
+    # A whole number in JSON may have any number of digits; NaN is no number up to LARGEST either.
+    number = type(offset) in (int, float) and abs(offset) <= LARGEST
+    if double and (state.get("nested_blocksize") != NESTED or not number):
         raise CheckpointError(f"{mark.file}: {weight:.200}: scales for {NESTED} scales and an offset are expected")
     return (shape[0], shape[1]), block, float(offset) if double else None
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastvid.errors import CheckpointError
 from fastvid.loaders.checkpoint import open_checkpoint
+from fastvid.loaders.safetensors import read_headers
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 SCALE = 7.874015718698502e-3  # what bitsandbytes takes for 1 / 127
@@ -180,3 +181,20 @@ def test_pickled_torchao(published: Path, tmp_path: Path) -> None:
     (folder / "transformer/config.json").write_text(json.dumps(config))
     (folder / WEIGHTS).rename((folder / WEIGHTS).with_suffix(".bin"))
     refused(folder, "is quantized by torchao; save it again with torchao 0.16 or later")
+
+
+@pytest.mark.parametrize("offset", ["9" * 400, "-" + "9" * 400, "NaN", "true", '"1"'])
+def test_an_offset_that_is_no_number(offset: str, tmp_path: Path) -> None:
+    """Of scales that are quantized themselves. Whole numbers in JSON may have any number of digits."""
+    text = f'{{"shape": [64, 64], "blocksize": 64, "nested_blocksize": 256, "nested_offset": {offset}}}'
+    state = {
+        "a.weight": torch.zeros(2048, 1, dtype=torch.uint8),
+        "a.weight.absmax": torch.zeros(64, dtype=torch.uint8),
+        "a.weight.quant_map": torch.zeros(16),
+        "a.weight.nested_absmax": torch.zeros(1),
+        "a.weight.nested_quant_map": torch.zeros(256),
+        "a.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(text.encode()), dtype=torch.uint8),
+    }
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="an offset are expected|JSON"):
+        read_headers([tmp_path / "a.safetensors"])
