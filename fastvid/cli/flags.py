@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from fastvid import checks
+from fastvid.requests import levers
 from fastvid.requests.arguments import ARGUMENTS, CHECKPOINT, CLIPS, DRIVING, PROMPT_OF_CLIP, VERBS, Argument, type_of
 from fastvid.requests.forcing import FORCING
 
@@ -81,6 +82,7 @@ PARSED: Mapping[str, Mapping[str, Any]] = {
     "reference_images": {"action": "append"},
     "conditioning_scale": {"type": scale},
     "sigmas": {"type": numbers},
+    "guidance_interval": {"type": numbers},
 }
 """Options of `add_argument` for arguments that are not a plain number or string."""
 
@@ -132,6 +134,7 @@ SAMPLING: tuple[str, ...] = (
 )
 SAMPLING += ("schedule", "known_guidance_scale")
 SAMPLING += FORCING
+LEVERS: tuple[str, ...] = ("quality", "preset", *(name for name in levers.OFF if ARGUMENTS[name].flag))
 
 
 # ---------------------------------------------------------------- the verbs

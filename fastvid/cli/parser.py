@@ -12,7 +12,17 @@ from fastvid.checks import near_name
 from fastvid.cli import flags as cli_flags
 from fastvid.cli import tool_parsers
 from fastvid.cli.command_parser import EPILOG, Parser, UsageError, add_files
-from fastvid.cli.flags import FLAGS, RESUME_INPUTS, SAMPLING, flags_of, has_prompt, size_in_bytes, usage_of, words_of
+from fastvid.cli.flags import (
+    FLAGS,
+    LEVERS,
+    RESUME_INPUTS,
+    SAMPLING,
+    flags_of,
+    has_prompt,
+    size_in_bytes,
+    usage_of,
+    words_of,
+)
 from fastvid.requests.arguments import CHECKPOINT, PROMPT_OF_CLIP, VERBS
 
 OTHERS = {
@@ -184,8 +194,9 @@ def _add_request(parser: Parser, verb: str) -> None:
     preset = "defaults: the model's preset"
     size = "; embedded: 64x64, 17 frames at 16 fps" if {"width", "num_frames"} <= set(takes) else ""
     for title, names in (
-        (f"the video ({preset}{size})", [name for name in takes if name not in SAMPLING]),
+        (f"the video ({preset}{size})", [name for name in takes if name not in (*SAMPLING, *LEVERS)]),
         (f"sampling ({preset}; embedded: 20 steps)", [name for name in takes if name in SAMPLING]),
+        ("less work (default: none of it)", [name for name in takes if name in LEVERS]),
     ):
         group = parser.add_argument_group(title)
         for name in names:

@@ -31,6 +31,7 @@ from fastvid.distributed.mesh import RankView
 from fastvid.engine import controls, forcing, pixels, windows
 from fastvid.engine import driving as driven
 from fastvid.engine.controls import Seen
+from fastvid.engine.levers import SegmentLevers
 from fastvid.engine.pixels import KnownFrames
 from fastvid.engine.source_clip import SourceClip
 from fastvid.layers.causal_blocks import CausalBlocks
@@ -234,6 +235,7 @@ class SegmentDenoiser:
         self.conditions = replace(prepare(model, request, segment, known, self.clip), fps=fps)
         known_noise = windows.known_columns(segment), request.addnoise_condition or 0.0, torch.from_numpy(sigmas)
         self._known_noise = forcing.KnownNoise(*known_noise, self.noise.fresh)
+        self.levers = SegmentLevers(model, request, segment, ranks)
         self.caches: dict[int, KVCache] = {}
         self.first: Tensor | None = None
         self._contexts: dict[tuple[int, int], Any] = {}  # by (expert, prompt)
@@ -325,6 +327,7 @@ class SegmentDenoiser:
                 self._contexts[key] = self.conditions.context(transformer, text, prompt == NEGATIVE)
             channels = self.conditions.window_channels(row)
             options = {"known": channels, "rope_offset": offset, "cache": cache, "view": self._ranks}
+            options["levers"] = self.levers.of_call(row, expert, prompt)
             velocity = transformer(latents, times[None], self._contexts[key], **options)
         return velocity if anchor is None else velocity[:, :, 1:]
 

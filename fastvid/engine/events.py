@@ -78,7 +78,8 @@ class Plan:
 
     bytes_device: peak on the device, weights included. bytes_host: weights kept in host memory. bytes_free: memory
     available on the device. bytes_graphs: buffers of CUDA graphs. offload: the offload mode. choices: the planner's
-    decisions, in sentences. quantized: part -> how its weights are held, for those that stay quantized.
+    decisions, in sentences. quality: as asked for. levers: what is done less of, each in words. quantized: part -> how
+    its weights are held, for those that stay quantized.
 
     seconds, seconds_parts: estimated time, total and by stage; None and empty without an estimate. rates: by whose
     rates, "" without one.
@@ -131,6 +132,8 @@ class Plan:
     link: str = ""
     rates: str = ""
     quantized: Mapping[str, str] = field(default_factory=dict)
+    quality: str = "exact"
+    levers: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         size = f"{self.num_frames} frames of {self.width}x{self.height} at {self.fps:g} fps"
@@ -140,5 +143,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON types."""
         lists = {"latent_shape": list(self.latent_shape), "choices": list(self.choices)}
-        dicts = {name: dict(getattr(self, name)) for name in ("backends", "seconds_parts", "layouts", "quantized")}
+        dicts = {
+            name: dict(getattr(self, name)) for name in ("backends", "seconds_parts", "layouts", "quantized", "levers")
+        }
         return {**asdict(self), **lists, **dicts}

@@ -8,8 +8,9 @@ every call. experimental: through the model's own way, but outside of what it wa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from fastvid.sampling.schedulers import Scheduler
 
@@ -123,6 +124,7 @@ class Preset:
     # Of models that are driven by a pose: what they do, frames of a segment, and those that it sees of the one before.
     mode: str | None = None
     segment_frame_length: int | None = None
+    qualities: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # what `quality=` stands for, if measured
     prev_segment_conditioning_frames: int | None = None
 
 

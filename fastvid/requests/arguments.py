@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 from fastvid import checks
 from fastvid.checks import Check, number, one_of, text, whole
-from fastvid.requests import loras, options
+from fastvid.requests import levers, loras, options
 
 RANDOM = -1  # the seed that asks for a random one
 DIRECTIONS = ("after", "before", "both")
@@ -262,6 +262,45 @@ ARGUMENTS: Mapping[str, Argument] = {
         number(0.0, 1000.0),
         "noise on the known frames at the start, in thousandths (SkyReels V2 DF; default: 20)",
         "--addnoise-condition X",
+    ),
+    "quality": Argument(
+        one_of(levers.QUALITIES),
+        "how much work may be left out: {0} (none), {1} or {2}; other options override what it sets (default: "
+        "{0})".format(*levers.QUALITIES),
+        "--quality NAME",
+    ),
+    "cache": Argument(
+        levers.check_cache,
+        "reuse of what the blocks made in earlier steps: a speed-up such as 1.5, or a method such as first_block, "
+        "first_block:threshold=0.1, taylorseer, easycache, magcache, off",
+        "--cache SPEEDUP|NAME",
+    ),
+    "guidance_interval": Argument(
+        levers.check_interval,
+        "noise levels between which there is guidance, 0 to 1; no negative prompt is needed at others",
+        "--guidance-interval LOW,HIGH",
+    ),
+    "guidance_every": Argument(
+        whole(1, 100),
+        "how often the negative prompt's velocity is computed: in every N-th step; others reuse the difference",
+        "--guidance-every N",
+    ),
+    "guidance_batch": Argument(
+        checks.flag,
+        "both prompts of guidance in one call of the model, which is faster for small videos; rounding differs",
+        "--guidance-batch",
+    ),
+    "progressive": Argument(
+        number(0.0, 0.95),
+        "the share of the steps, from the first on, that are made at half the size (0: none)",
+        "--progressive SHARE",
+    ),
+    "attention": Argument(
+        levers.check_attention,
+        "what self-attention looks at: dense, sparse, or sparse with settings, such as sparse:pattern=radial,keep=0.3",
+    ),
+    "preset": Argument(
+        text, "steps, solver, shift and guidance of a few-step method in one word, such as lightning", "--preset NAME"
     ),
     "latents": Argument(
         checks.tensor, "initial noise [1, C, T, h, w]; T is one larger for each reference picture, and for Animate"

@@ -28,6 +28,7 @@ Loras: TypeAlias = "Sequence[Path | tuple[Path, float] | tuple[Path, float, str]
 Solver = Literal["unipc", "euler", "dpm++", "redraw"]
 Schedule = Literal["windows", "staggered"]
 Direction = Literal["after", "before", "both"]
+Quality = Literal["exact", "balanced", "fast"]
 Mode = Literal["animate", "replace"]
 
 
@@ -57,6 +58,14 @@ class SamplingOptions(TypedDict, total=False):
     negative_prompt_embeds: Array | None
     original_prompt: str | None
     loras: Loras | None
+    quality: Quality | None
+    cache: float | str | Mapping[str, Any] | None
+    guidance_interval: Sequence[float] | None
+    guidance_every: int | None
+    guidance_batch: bool | None
+    progressive: float | None
+    attention: str | Mapping[str, Any] | None
+    preset: str | None
     checkpoint: Path | None
     checkpoint_every: float | None
     keep_checkpoint: bool | None

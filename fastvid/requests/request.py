@@ -8,14 +8,14 @@ JSON and read it back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any
 
 from fastvid import checks
 from fastvid.checks import shown
 from fastvid.errors import InvalidRequest
-from fastvid.requests import forcing
+from fastvid.requests import forcing, levers
 from fastvid.requests import recipe as recipes
 from fastvid.requests.arguments import ARGUMENTS, CHECKPOINT, RUN, STRENGTH, VERBS, random_seed
 from fastvid.requests.request_checks import check_name, check_pictures, check_together, split_size
@@ -93,6 +93,14 @@ class Request:
     prompt_embeds: Any = _data()
     negative_prompt_embeds: Any = _data()
     loras: tuple[Any, ...] | None = None
+    quality: str | None = None
+    cache: str | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_every: int | None = None
+    guidance_batch: bool | None = None
+    progressive: float | None = None
+    attention: str | None = None
+    preset: str | None = None
     expand_prompt: bool | None = None
     prompt_endpoint: str | None = None
     prompt_model: str | None = None
@@ -151,6 +159,9 @@ class Request:
         negative_prompt, solver, spatial_multiple and temporal, and may have guidance_scale_2 (models with two experts),
         known_guidance_scale, sigmas (few-step models), scheduler (its folder's), edit_strength and forcing.
         """
+        set_by_quality = levers.fill(self, preset)
+        if also := {name: set_by_quality.pop(name) for name in levers.ALSO if name in set_by_quality}:
+            return replace(self, **also).resolve(preset)
         fps = float(self.fps if self.fps is not None else preset.fps)
         num_frames = self._count_frames(fps, preset.num_frames)
         full = self._full_size(preset, num_frames)
@@ -163,7 +174,7 @@ class Request:
         if self.prompt_embeds is not None:
             filled["prompt"] = self.prompt
         return Resolved(
-            **{**filled, **computed, **self._sampling(preset)},
+            **{**filled, **set_by_quality, **computed, **self._sampling(preset)},
             full_size=full if self.draft else None,
             model_width=round_up(width, preset.spatial_multiple),
             model_height=round_up(height, preset.spatial_multiple),
@@ -316,6 +327,14 @@ class Resolved:
     prompt_embeds: Any = field(compare=False, repr=False)
     negative_prompt_embeds: Any = field(compare=False, repr=False)
     loras: tuple[Any, ...] | None
+    quality: str | None
+    cache: str | None
+    guidance_interval: tuple[float, float] | None
+    guidance_every: int | None
+    guidance_batch: bool | None
+    progressive: float | None
+    attention: str | None
+    preset: str | None
     model_height: int
     model_width: int
     model_frames: int
@@ -361,6 +380,7 @@ class Resolved:
         model: the argument of `fastvid.load`. settings: what else determines the bytes (dtype, backend, ...).
         """
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_RECORDED}
+        values |= levers.recorded(self)
         if self.sigmas is not None:
             values |= {"num_inference_steps": None, "flow_shift": None, "sigmas": list(self.sigmas)}
         values |= dict.fromkeys(_DERIVED.get(self.verb, ("num_frames",)))

@@ -19,6 +19,7 @@ from fastvid.errors import InvalidRequest
 from fastvid.layers.attention import cross_attention
 from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.kv_cache import KVCache
+from fastvid.layers.levers import CallLevers
 from fastvid.layers.linear import Linear, linear
 from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
@@ -146,6 +147,7 @@ class WanAnimateTransformer(WanTransformer):
         rotary: tuple[Tensor, Tensor],
         cache: Any = None,
         parallel: SequenceParallel | None = None,
+        levers: CallLevers | None = None,
     ) -> Tensor:
         assert isinstance(context, AnimateContext)
         stream, every = self._with_pose(stream, context.pose), self.animate_config.inject_face_latents_blocks

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvid.errors import InvalidRequest
+from fastvid.layers.levers import CallLevers
 from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
 from fastvid.models.wan.config import WanFunConfig
@@ -95,6 +96,7 @@ class WanFunTransformer(WanTransformer):
         rotary: tuple[Tensor, Tensor],
         cache: Any = None,
         parallel: SequenceParallel | None = None,
+        levers: CallLevers | None = None,
     ) -> Tensor:
         """The video's tokens [B, N, d] after the blocks; the reference's are dropped. Its timestep is that of the last
         token."""
@@ -109,5 +111,5 @@ class WanFunTransformer(WanTransformer):
         stream = Stream(torch.cat((tokens, video), 1))
         del video
         parallel = None if parallel is None else replace(parallel, frames=parallel.frames + 1)
-        out = super()._run_blocks(stream, modulation._replace(groups=groups), context, rotary, cache, parallel)
+        out = super()._run_blocks(stream, modulation._replace(groups=groups), context, rotary, cache, parallel, levers)
         return out[:, count:].contiguous()

@@ -25,6 +25,7 @@ from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.embeddings import RotaryTables, group_timesteps, timestep_sinusoid
 from fastvid.layers.fused import FusedLinear
 from fastvid.layers.kv_cache import KVCache, LayerCache
+from fastvid.layers.levers import CallLevers
 from fastvid.layers.linear import FeedForward, Linear, TwoLinears, linear, linear_gelu_tanh, normal_parameter
 from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
@@ -309,6 +310,7 @@ class WanTransformer(nn.Module):
         rope_offset: int | Sequence[int] = 0,
         cache: KVCache | CausalBlocks | None = None,
         view: RankView | None = None,
+        levers: CallLevers | None = None,
     ) -> Tensor:
         """Predict the velocity of latents [B, C, T, H, W]; same shape (with out_channels) and dtype.
 
@@ -321,6 +323,7 @@ class WanTransformer(nn.Module):
         what it holds of them; `cache.begin` was told of them. Or the blocks of frames that do not see later ones.
         view: this rank's among those that share the tokens; all of them call with the same arguments, each gets the
         whole result, and a cache holds this rank's share.
+        levers: what this call does less of.
         """
         grid = self._grid(latents, known)
         context = self.prepare_context(text) if isinstance(text, Tensor) else text
@@ -329,9 +332,11 @@ class WanTransformer(nn.Module):
         inputs = Inputs(latents, known, values, index, self._rotary(grid, rope_offset, latents.device), context)
         if view is not None and view.layout.sequence > 1:
             parallel = self._sequence_parallel(view, grid)
-            own = self._velocity(self._shard(inputs, parallel), cache, parallel)
+            own = self._velocity(self._shard(inputs, parallel), cache, parallel, levers)
             return parallel.gather(own, self.config.patch_size, latents.shape[3])
-        return self.run(self._velocity, inputs) if cache is None else self._velocity(inputs, cache)
+        if cache is None and levers is None:
+            return self.run(self._velocity, inputs)
+        return self._velocity(inputs, cache, levers=levers)
 
     def _rotary(
         self, grid: tuple[int, int, int], offset: int | Sequence[int], device: torch.device
@@ -367,13 +372,14 @@ class WanTransformer(nn.Module):
         inputs: Inputs,
         cache: KVCache | CausalBlocks | None = None,
         parallel: SequenceParallel | None = None,
+        levers: CallLevers | None = None,
     ) -> Tensor:
         """The part of a call that is work for the device alone."""
         latents, known, values, index, rotary, context = inputs
         embedding, rows = self._embed_time(values, context)
         embed = self.patch_embedding.weight, self.patch_embedding.bias
         stream = Stream(self.ops.patch_embed(latents, *embed, known))
-        x = self._run_blocks(stream, Modulation(rows, index), context, rotary, cache, parallel)
+        x = self._run_blocks(stream, Modulation(rows, index), context, rotary, cache, parallel, levers)
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(1)).unbind(1)
         out, patch = (plain_weight(self.proj_out), self.proj_out.bias), self.config.patch_size
         grid = [n // p for n, p in zip(latents.shape[2:], patch, strict=True)]
@@ -391,6 +397,7 @@ class WanTransformer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cache: KVCache | CausalBlocks | None = None,
         parallel: SequenceParallel | None = None,
+        levers: CallLevers | None = None,
     ) -> Tensor:
         caches = cache.layers if isinstance(cache, KVCache) else (cache,) * len(self.blocks)
         for block, layer, kept in zip(self.walk(self.blocks), context.layers, caches, strict=True):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastvid.errors import InvalidRequest
 from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.kv_cache import KVCache
+from fastvid.layers.levers import CallLevers
 from fastvid.layers.linear import Linear, linear
 from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
@@ -109,6 +110,7 @@ class WanVACETransformer(WanTransformer):
         rotary: tuple[Tensor, Tensor],
         cache: Any = None,
         parallel: SequenceParallel | None = None,
+        levers: CallLevers | None = None,
     ) -> Tensor:
         """A control block runs when its hint is due, so that there is one hint at a time."""
         assert isinstance(context, VACEContext)
