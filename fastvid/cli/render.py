@@ -29,6 +29,10 @@ def lines(plan: Any, model: str) -> Iterator[str]:
     yield _line("work", f"{windows}, {plan.steps} steps, {plan.model_calls} model calls")
     share = plan.flops_attention / plan.flops_denoise if plan.flops_denoise else 0
     yield _line("operations", f"{_flops(plan.flops_denoise)} of denoising, {share:.0%} of them attention")
+    if plan.quality != "exact":
+        yield _line("quality", plan.quality)
+    for name, said in plan.levers.items():
+        yield _line(name.replace("_", " "), said)
     if plan.parallel:
         efficiency = "" if plan.efficiency is None else f"; predicted efficiency of a step {plan.efficiency:.0%}"
         yield _line("ranks", f"shared by {plan.parallel}{efficiency}")

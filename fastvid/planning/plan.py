@@ -24,7 +24,7 @@ from fastvid.engine.events import Plan
 from fastvid.engine.windows import spans, window_columns
 from fastvid.models.description import quantized_text
 from fastvid.models.loaded import CHANNELS, CONTROL, DRIVEN, Model, way_of
-from fastvid.planning import speed
+from fastvid.planning import levers, speed
 from fastvid.planning.layout import Choice, choose_layout, layouts_of, step_work
 from fastvid.planning.memory import STRIPES, ModelFacts, Needs, count_tokens, refuse
 from fastvid.planning.speed import Calls, Rates
@@ -69,7 +69,9 @@ def plan_request(
     needs = replace(needs, chunk=choose_chunk(model, needs, frames, capacity))
     check_fits(model, request, needs, frames, capacity)
 
-    calls = [speed.calls_of(model, request, segment, sigmas) for segment in timeline.segments]
+    lever = levers.Asked(model, request, timeline, sigmas)
+    left = levers.share(lever)
+    calls = [speed.calls_of(model, request, segment, sigmas, left) for segment in timeline.segments]
     plan = Plan(
         **_sizes(model, request, timeline, window),
         decode_chunk=needs.chunk,
@@ -82,6 +84,8 @@ def plan_request(
         dtype=str(model.dtype).removeprefix("torch."),
         backends=model.ops.bound,
         quantized={part.name: quantized_text(part) for part in model.checkpoint.parts if part.quantized},
+        quality=request.quality or "exact",
+        levers=levers.words(lever),
     )
     log.info("offload=%s, decoded in %d stripe(s): %s", plan.offload, plan.decode_stripes, "; ".join(plan.choices))
     if plan.parallel:

@@ -42,6 +42,7 @@ from fastvid.models.loaded import CHANNELS, CONTROL, DRIVEN, Model, way_of
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.vae import WanVAE
 from fastvid.ops.dispatch import Ops
+from fastvid.planning.levers import ALL, Share
 from fastvid.planning.memory import Needs, count_tokens
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment, Timeline, window_of
@@ -91,20 +92,22 @@ def interpolate(points: Points, flops: float) -> float:
 
 @dataclass(frozen=True)
 class Calls:
-    """`count` calls of the transformer, in each of which `tokens` attend to `keys` tokens and `rows` of text."""
+    """`count` calls of the transformer, in each of which `tokens` attend to `keys` tokens and `rows` of text. left: the
+    share of that work which levers leave."""
 
     count: int
     tokens: int
     keys: int
     rows: int
+    left: Share = ALL
 
 
-def calls_of(model: Model, request: Resolved, segment: Segment, sigmas: np.ndarray) -> Calls:
+def calls_of(model: Model, request: Resolved, segment: Segment, sigmas: np.ndarray, left: Share = ALL) -> Calls:
     """The number of model calls for a segment, and their sizes."""
     window = window_of(segment, window_columns(model, segment))
     tokens = count_tokens(window, model.transformer.config)
     count = count_calls(model, segment, sigmas, request)
-    return Calls(count, tokens, max(tokens, cached_tokens(model, segment)), model.tokenizer.text_length)
+    return Calls(count, tokens, max(tokens, cached_tokens(model, segment)), model.tokenizer.text_length, left)
 
 
 def cached_tokens(model: Model, segment: Segment) -> int:
@@ -123,15 +126,16 @@ def denoise_flops(call: Calls, config: WanTransformerConfig, control_layers: int
     4NKd in self-attention and 4NLd in cross-attention.
     """
     n, d, f = call.tokens, config.dim, config.ffn_dim
-    layer = 2 * n * (6 * d * d + 2 * d * f) + 4 * n * call.keys * d + 4 * n * call.rows * d
+    layer = 2 * n * (6 * d * d + 2 * d * f) + 4 * n * call.keys * d * call.left.attention + 4 * n * call.rows * d
     # The input of the control branch is projected once, its output in every layer.
     control = control_layers * layer + (control_layers + 1) * 2 * n * d * d if control_layers else 0
-    return float(config.num_layers * layer + control + face_layers * 4 * n * d * d)
+    return call.left.blocks * float(config.num_layers * layer + control + face_layers * 4 * n * d * d)
 
 
 def attention_flops(call: Calls, config: WanTransformerConfig, control_layers: int = 0) -> float:
     """The part of `denoise_flops` that is attention."""
-    return (config.num_layers + control_layers) * 4.0 * call.tokens * (call.keys + call.rows) * config.dim
+    keys = call.keys * call.left.attention + call.rows
+    return call.left.blocks * (config.num_layers + control_layers) * 4.0 * call.tokens * keys * config.dim
 
 
 @dataclass(frozen=True)
@@ -210,11 +214,11 @@ def denoise_seconds(
     """Seconds of all calls."""
     d, n, layers = config.dim, calls.tokens, config.num_layers + control_layers
     linear = rates.seconds("linear", 2.0 * n * d * d, 6) + rates.seconds("linear", 2.0 * n * d * config.ffn_dim, 2)
-    attention = rates.seconds("attention", 4.0 * n * calls.keys * d)
+    attention = calls.left.attention * rates.seconds("attention", 4.0 * n * calls.keys * d)
     attention += rates.seconds("attention", 4.0 * n * calls.rows * d)
     hints = rates.seconds("linear", 2.0 * n * d * d, control_layers + 1) if control_layers else 0.0
     faces = rates.seconds("linear", 2.0 * n * d * d, 2 * face_layers) if face_layers else 0.0
-    return calls.count * (layers * (linear + attention) + hints + faces)
+    return calls.count * calls.left.blocks * (layers * (linear + attention) + hints + faces)
 
 
 def vae_seconds(vae: WanVAE, window: Segment, frames: int, chunk: int, rates: Rates, decode: bool) -> float:
