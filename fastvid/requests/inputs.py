@@ -190,6 +190,7 @@ def _from_recipe(request: Request) -> dict[str, Any]:
         values["prompt"] = _recorded("prompt", recipe.get("prompt")) or ""
     if request.verb != "finalize":
         return values
+    _warn_of_lost_inputs(recipe)
     if request.seed is None:
         values["seed"] = _recorded("seed", recipe.get("seed"))
     if not _is_sized(request):
@@ -198,6 +199,13 @@ def _from_recipe(request: Request) -> dict[str, Any]:
             raise InvalidRequest("finalize: the video is no draft that says its full size; give width and height")
         values["width"], values["height"] = _recorded("width", full[0]), _recorded("height", full[1])
     return values
+
+
+def _warn_of_lost_inputs(recipe: Mapping[str, Any]) -> None:
+    """Warns of pictures and clips that a draft was made with, and that its final video is made without."""
+    if lost := [name for name in FILES if prints_of(recipe.get(name))]:
+        names = ", ".join(f"{name}=" for name in lost)
+        notices.warn(f"finalize: the draft was made with {names}; the final video follows the draft's frames alone")
 
 
 def _recorded(name: str, value: Any) -> Any:

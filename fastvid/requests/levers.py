@@ -58,7 +58,7 @@ OFF: Mapping[str, Any] = {
 ALSO: tuple[str, ...] = ("num_inference_steps", "solver")
 """Other arguments that `quality` may set."""
 
-QUALITY: Mapping[str, Mapping[str, Any]] = {"exact": {}, "balanced": {}, "fast": {}}
+QUALITY: Mapping[str, Mapping[str, Any]] = {"balanced": {}, "fast": {}}
 """What `quality` stands for in models that have no measurements of their own."""
 
 
@@ -151,7 +151,7 @@ def check_interval(name: str, value: Any) -> tuple[float, float]:
 def fill(request: Any, preset: Any) -> dict[str, Any]:
     """The levers of a request, and what else `quality` sets; None where a lever is off. preset: the model's."""
     tables = getattr(preset, "qualities", None) or QUALITY
-    chosen = tables[request.quality or "exact"]
+    chosen = {} if request.quality in (None, "exact") else tables[request.quality]
     values = {}
     for name in OFF:
         given = getattr(request, name)

@@ -120,3 +120,12 @@ def test_a_warning_can_be_printed_and_sent() -> None:
         notices.warn("key \ud800 of " + "x" * 10_000)
     text = str(said[0].message)
     assert text.encode() and "\\ud800" in text and len(text) < 5000
+
+
+def test_finalizing_a_draft_names_the_inputs_that_it_does_not_take(pipe: fastvid.Pipeline) -> None:
+    picture = np.full((96, 96, 3), 120, np.uint8)
+    draft = pipe.generate(
+        "a red circle", image=picture, draft=True, size="128x128", num_frames=5, num_inference_steps=1
+    )
+    with pytest.warns(fastvid.FastvidWarning, match="the draft was made with image=; the final video"):
+        pipe.finalize(draft, num_inference_steps=2)
