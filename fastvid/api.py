@@ -26,6 +26,7 @@ from fastvid.loaders.checkpoint import open_checkpoint
 from fastvid.loaders.lora import read_loras
 from fastvid.loaders.quantize import apply as apply_quantize
 from fastvid.models.loaded import LoadOptions, Model
+from fastvid.models.text_cache import LIMIT as TEXT_CACHE
 from fastvid.pipeline import load_arguments
 from fastvid.pipeline.load import load_model, outline, runs_with
 from fastvid.pipeline.pipeline import Pipeline
@@ -159,6 +160,7 @@ def load(
     link: str = "auto",
     variant: str | None = None,
     quantize: str | Mapping[str, str | None] | None = None,
+    text_cache: int = TEXT_CACHE,
     **files: Unpack[PartFiles],
 ) -> Pipeline:
     """Load a model.
@@ -181,19 +183,18 @@ def load(
         parts: sources of missing or replaced parts: names (transformer_2, vae, text_encoder, image_encoder,
             tokenizer, vace) to files, folders or hub files. "base" is a whole model folder that supplies everything
             else to a single file. "transformer", "vace" take two files for two experts. Each also by its name: vae=FILE
-        max_running: how many requests may run at once; others wait, first come first served.
-        cuda_graphs: True replays the transformer's calls as CUDA graphs, one per shape, whose memory they keep: faster
-            where calls are short. "auto": where a committed benchmark shows a gain, which is nowhere so far.
+        max_running: how many requests may run at once; others wait.
+        cuda_graphs: True replays the transformer's calls as CUDA graphs, one per shape, whose memory they keep. "auto":
+            where a committed benchmark shows a gain, which is nowhere so far.
         parallel: the ranks that generate each video together (docs/gpus.md): a number, "auto" (one per GPU), or
-            degrees such as "guidance=2,ulysses=4". This call starts a process for each rank; with 1, everything runs
-            in this process. Under torchrun, torchrun's processes are the ranks: this call returns on rank 0 alone;
-            the others serve rank 0 until it is done, and then end.
+            degrees such as "guidance=2,ulysses=4". This call starts a process for each; with 1, all runs in this one.
+            Under torchrun, its processes are the ranks: this call returns on rank 0 alone, the others serve that.
         vae_dtype: the VAE's dtype, named as for dtype; default: bfloat16 on a GPU, float32, as published, on a CPU.
-        link: the interconnect between ranks, which the layout depends on: "nvlink", "pcie", "infiniband", "loopback",
-            two of them for within and between hosts ("nvlink,infiniband"), or "auto", which asks the driver.
+        link: what joins the ranks: "nvlink", "pcie", "infiniband", "loopback", two for within and between hosts
+            ("nvlink,infiniband"), or "auto", which asks the driver.
         variant: the published model that these weights are, such as "wan2.1-i2v-14b-720p", where no name tells.
-        quantize: "fp8" or "int8" holds linear layers in 8 bits and multiplies the transformers' in 8 bits; for all
-            parts, or for each: {"transformer": "fp8", "text_encoder": "int8"}. See docs/quantized.md.
+        quantize: "fp8" or "int8", for all parts or for each: {"transformer": "fp8"}; see docs/quantized.md.
+        text_cache: bytes of host memory for the embeddings of the latest prompts (default: 64 MiB); 0: keep none.
 
     Raises:
         CheckpointError: the model is missing, damaged or unsupported, or a LoRA does not fit it.

@@ -23,6 +23,7 @@ from fastvid.models.common.tokenizer import TextTokenizer, encode_prompt
 from fastvid.models.common.umt5 import UMT5Encoder
 from fastvid.models.description import Checkpoint
 from fastvid.models.preset import Preset
+from fastvid.models.text_cache import LIMIT, TextCache, padded
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae_bands import Bands
@@ -51,6 +52,7 @@ class LoadOptions:
     layout: Layout | None = None
     variant: str | None = None
     quantize: str | None = None
+    text_cache: int = LIMIT
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,13 @@ class TextLength:
 @dataclass(frozen=True)
 class Modules:
     """A model's networks. encoders: the text encoder and, in models that look at pictures, the image encoder.
-    `experts.use` and `encoders.use` bring the one that is needed to the device."""
+    `experts.use` and `encoders.use` bring the one that is needed to the device. texts: what the text encoder made."""
 
     tokenizer: TextTokenizer | TextLength
     encoders: Resident | Swapped
     experts: Experts
     vae: WanVAE
+    texts: TextCache = field(default_factory=TextCache)
 
 
 @dataclass(frozen=True)
@@ -251,13 +254,19 @@ class Model:
     # ------------------------------------------------------------ encoders
 
     def embed(self, prompt: str) -> Tensor:
-        """Text embeddings [1, L, text_dim] of one prompt. Rank 0 reads it."""
+        """Text embeddings [1, L, text_dim] of one prompt. Rank 0 reads it, or has it in its cache."""
         made = None
         if self.mesh.rank == 0:
-            with self.modules.encoders.use(0) as encoder:
-                tokenizer = cast(TextTokenizer, self.tokenizer)  # nobody reads prompts with a model to plan with
-                made = encode_prompt(encoder, tokenizer, [prompt]).to(self.device, self.dtype)
+            tokenizer = cast(TextTokenizer, self.tokenizer)  # nobody reads prompts with a model to plan with
+            ids = tuple(tokenizer([prompt])[0][0].tolist())
+            rows = self.modules.texts.get(ids, lambda: self._encode(tokenizer, prompt, len(ids)))
+            made = padded(rows.to(self.device), tokenizer.text_length)
         return self.mesh.broadcast(made)
+
+    def _encode(self, tokenizer: TextTokenizer, prompt: str, count: int) -> Tensor:
+        """The embeddings of a prompt's tokens, without padding."""
+        with self.modules.encoders.use(0) as encoder:
+            return encode_prompt(encoder, tokenizer, [prompt])[:, :count].to(self.device, self.dtype)
 
     def look(self, pixels: Tensor) -> Tensor:
         """What the image encoder makes of pictures [B, 3, S, S] -> [B, M, d]. Rank 0 looks at them."""

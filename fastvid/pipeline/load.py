@@ -33,6 +33,7 @@ from fastvid.models.common.experts import Experts
 from fastvid.models.description import Checkpoint, Part
 from fastvid.models.loaded import LoadOptions, Model, Modules, Placement, TextLength
 from fastvid.models.registry import ENCODERS, build_outline, part_dtype
+from fastvid.models.text_cache import TextCache
 from fastvid.models.wan import variants
 from fastvid.ops import vae_gpu
 from fastvid.ops.dispatch import Ops, bind
@@ -62,6 +63,7 @@ def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, m
     loras = fit(loras, checkpoint)
     placement = choose_placement(checkpoint, options, mesh, values=values_beside(loras, checkpoint))
     modules = load_modules(checkpoint, ops, placement, loras, mesh.rank)
+    modules = replace(modules, texts=TextCache(options.text_cache))
     parts = str(source), checkpoint, checkpoint.require_preset(), modules, ops, options, placement
     return with_loras(Model(*parts, mesh=mesh, links=links, lora_cache=LoraCache()), loras)
 

@@ -98,15 +98,18 @@ CHECKS: Mapping[str, Check] = {
     "variant": variant,
     "quantize": quantize.check,
     "format": quantize.check_format,
+    "text_cache": whole(0, 1 << 40, " bytes"),
 }
 BY_NAME = tuple(name for name in PART_NAMES if name != BASE)
 """Parts that have an argument of their own."""
 OPTIONAL: tuple[str, ...] = ("device", "dtype", "vae_dtype", "loras", "parts", "parallel", "device_memory", "card")
 OPTIONAL += ("variant", "quantize", "format")
 """Arguments that may be None."""
+RUNNING = ("max_running", "text_cache")
+"""Arguments about how requests run, which no plan depends on."""
 TAKEN: Mapping[str, tuple[str, ...]] = {
     "load": tuple(name for name in CHECKS if name not in ("device_memory", "card", "format")),
-    "blueprint": tuple(name for name in CHECKS if name != "max_running"),
+    "blueprint": tuple(name for name in CHECKS if name not in RUNNING),
     "inspect": ("model", "loras", "parts", "variant", "quantize"),
 }
 """The arguments of each function, beside parts by their names."""

@@ -99,6 +99,7 @@ def describe(model: Model) -> dict[str, Any]:
         "cuda_graphs": model.placement.reasons["cuda_graphs"],
         "parallel": model.settings.get("parallel", "1"),
         "parts": model.sources,
+        "text_cache": model.modules.texts.to_dict(),
     }
 
 
