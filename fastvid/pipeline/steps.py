@@ -18,6 +18,7 @@ from fastvid.models.loaded import Model
 from fastvid.pipeline.request_warnings import warn_of_prompt
 from fastvid.pipeline.tensors import as_tensor, finite
 from fastvid.planning.memory import decoder_bytes
+from fastvid.requests import levers
 
 
 def embed(model: Model, prompt: str) -> Tensor:
@@ -91,6 +92,7 @@ def describe(model: Model) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
         "quantize": model.options.quantize,
+        "quality": levers.tables(model.preset),
         "backends": dict(model.ops.bound),
         "reasons": dict(model.ops.reasons),
         "choices": {op: [one.to_dict() for one in found] for op, found in model.ops.choices.items()},

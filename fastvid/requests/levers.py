@@ -150,14 +150,19 @@ def check_interval(name: str, value: Any) -> tuple[float, float]:
 
 def fill(request: Any, preset: Any) -> dict[str, Any]:
     """The levers of a request, and what else `quality` sets; None where a lever is off. preset: the model's."""
-    tables = getattr(preset, "qualities", None) or QUALITY
-    chosen = {} if request.quality in (None, "exact") else tables[request.quality]
+    chosen = {} if request.quality in (None, "exact") else tables(preset)[request.quality]
     values = {}
     for name in OFF:
         given = getattr(request, name)
         value = chosen.get(name) if given is None else given
         values[name] = None if value == OFF[name] else value
     return values | {name: chosen[name] for name in ALSO if name in chosen and getattr(request, name) is None}
+
+
+def tables(preset: Any) -> dict[str, dict[str, Any]]:
+    """What `quality` stands for in a model, beside exact. preset: the model's."""
+    chosen = getattr(preset, "qualities", None) or QUALITY
+    return {name: dict(values) for name, values in chosen.items()}
 
 
 def recorded(request: Any) -> dict[str, Any]:

@@ -96,3 +96,8 @@ def test_levers_that_are_off_change_no_byte() -> None:
     plain = pipe.generate("a red circle", **short)
     off = pipe.generate("a red circle", **short, **levers.OFF, quality="exact")
     assert np.array_equal(plain.frames, off.frames)
+
+
+def test_a_pipeline_says_what_quality_stands_for() -> None:
+    told = fastvid.load("embedded", device="cpu").describe()["quality"]
+    assert told == levers.tables(EMBEDDED) and set(told) == {"balanced", "fast"}
