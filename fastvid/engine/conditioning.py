@@ -17,7 +17,7 @@ F pixel frames, H/W height and width, V control channels, R reference pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ from fastvid.engine.pixels import KnownFrames
 from fastvid.engine.source_clip import SourceClip
 from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.kv_cache import KVCache
+from fastvid.models.common.contexts import joined
 from fastvid.models.loaded import CACHE, CHANNELS, CONTROL, DRIVEN, REIMPOSED, TIMESTEPS, Model, way_of
 from fastvid.ops.upload import upload
 from fastvid.requests.request import Resolved
@@ -212,7 +213,8 @@ class SegmentDenoiser:
 
     texts: returns the embeddings [1, L, text_dim] of a prompt by number. ranks: how the ranks share a model call.
     caches: a causal model's KV caches: number 0 for all prompts of the request, NEGATIVE and SOURCE for those two.
-    first: the latents of the segment's first column, for models that keep it in view.
+    first: the latents of the segment's first column, for models that keep it in view. others: those of videos that
+    differ in prompts and seed alone; this one then denoises the latents [B, C, t, h, w] of all, its own first.
     """
 
     def __init__(
@@ -239,6 +241,11 @@ class SegmentDenoiser:
         self.caches: dict[int, KVCache] = {}
         self.first: Tensor | None = None
         self._contexts: dict[tuple[int, int], Any] = {}  # by (expert, prompt)
+        self.others: Sequence[SegmentDenoiser] = ()
+
+    @property
+    def together(self) -> tuple[SegmentDenoiser, ...]:
+        return self, *self.others
 
     @property
     def takes_latents(self) -> bool:
@@ -246,8 +253,15 @@ class SegmentDenoiser:
         return self.conditions.way in (TIMESTEPS, REIMPOSED, CACHE)
 
     def initial(self, start: int, stop: int) -> Tensor:
-        """The latents [1, C, t, h, w] of columns that enter a window: noise (in an edit mixed with the clip), and clean
+        """The latents [B, C, t, h, w] of columns that enter a window: noise (in an edit mixed with the clip), and clean
         latents in known columns."""
+        return batched([one._initial(start, stop) for one in self.together])
+
+    def fresh(self, start: int, draws: Tensor) -> Tensor:
+        """New noise [B, C, t, h, w], see `StreamNoise.fresh`."""
+        return batched([one.noise.fresh(start, draws) for one in self.together])
+
+    def _initial(self, start: int, stop: int) -> Tensor:
         latents, conditions = self.noise.initial(start, stop), self.conditions
         if self.clip is not None:
             level = 0.0 if self.request.source_prompt is not None else float(self.sigmas[0])
@@ -300,7 +314,7 @@ class SegmentDenoiser:
         experts = range(len(self.model.experts))
         source = Switched([partial(self._velocity, row, region, e, SOURCE) for e in experts], self._expert_for)
         step = 1 + int((self.sigmas > float(row.sigma.max())).sum())
-        noise = self.noise.fresh(row.start, torch.full((len(row.sigma),), step))
+        noise = self.fresh(row.start, torch.full((len(row.sigma),), step))
         return flow_edit(target, source, self.clip.latents(row.start, row.stop), noise)
 
     def _region(self, row: TableRow) -> Region | None:
@@ -315,21 +329,38 @@ class SegmentDenoiser:
     ) -> Tensor:
         """One expert's velocity for a prompt. Its context is computed in the first call, which has the expert on the
         device anyway."""
-        model, key = self.model, (expert, prompt)
-        text = self._texts(prompt)
+        texts = [one._texts(prompt) for one in self.together]
+        inputs = [one._input(row, region, prompt, x) for one, x in zip(self.together, x.split(1), strict=True)]
+        latents, times = batched([one for one, _ in inputs]), torch.stack([one for _, one in inputs])
+        has_anchor = latents.shape[2] > x.shape[2]
+        offset, cache = self._offset(row, has_anchor), self._cache(row, prompt)
+        with self.model.use_expert(expert) as transformer:
+            context = self._context(transformer, expert, prompt, texts)
+            options = {"known": self._channels(row), "rope_offset": offset, "cache": cache, "view": self._ranks}
+            options["levers"] = self.levers.of_call(row, expert, prompt)
+            velocity = transformer(latents, times, context, **options)
+        return velocity[:, :, 1:] if has_anchor else velocity
+
+    def _input(self, row: TableRow, region: Region | None, prompt: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model gets of this one's latents [1, C, t, h, w], and their timesteps, [t] or one a token."""
         latents, levels = self.conditions.input(x, row, self.noise.initial, region)
         if (anchor := self._anchor(row, prompt)) is not None:
             latents, levels = anchored(latents, levels, anchor)
-        times, offset, cache = self._times(row, levels), self._offset(row, anchor is not None), self._cache(row, prompt)
-        latents, times = self._known_noise.add(row, latents, times)
-        with model.use_expert(expert) as transformer:
-            if key not in self._contexts:
-                self._contexts[key] = self.conditions.context(transformer, text, prompt == NEGATIVE)
-            channels = self.conditions.window_channels(row)
-            options = {"known": channels, "rope_offset": offset, "cache": cache, "view": self._ranks}
-            options["levers"] = self.levers.of_call(row, expert, prompt)
-            velocity = transformer(latents, times[None], self._contexts[key], **options)
-        return velocity if anchor is None else velocity[:, :, 1:]
+        return self._known_noise.add(row, latents, self._times(row, levels))
+
+    def _channels(self, row: TableRow) -> Tensor | None:
+        """A window's extra input channels [B, M, t, h, w]; None for models without them."""
+        channels = [one.conditions.window_channels(row) for one in self.together]
+        given = [one for one in channels if one is not None]
+        return batched(given) if given else None
+
+    def _context(self, transformer: Any, expert: int, prompt: int, texts: Sequence[Tensor]) -> Any:
+        """The context of a prompt's texts, [1, L, text_dim] each."""
+        if (key := (expert, prompt)) not in self._contexts:
+            negative, pairs = prompt == NEGATIVE, zip(self.together, texts, strict=True)
+            made = [one.conditions.context(transformer, text, negative) for one, text in pairs]
+            self._contexts[key] = joined(made)
+        return self._contexts[key]
 
     def _times(self, row: TableRow, levels: Tensor) -> Tensor:
         """The timesteps that the model gets for these noise levels."""
@@ -379,6 +410,11 @@ class SegmentDenoiser:
         tokens = height * width // (config.patch_size[1] * config.patch_size[2])
         shape = 1, 1, tokens, config.num_attention_heads, config.attention_head_dim
         return torch.empty(shape, dtype=self.model.dtype, device="meta")
+
+
+def batched(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors [1, ...] as one [B, ...]; a single one is itself."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 def anchored(x: Tensor, levels: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:

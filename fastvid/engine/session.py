@@ -292,7 +292,7 @@ class SegmentRun:
             self._denoising.initial,
             solver,
             self._denoiser,
-            fresh=self._denoising.noise.fresh,
+            fresh=self._denoising.fresh,
             position=position,
             keep=windows.most_refilled(model, segment, any_block=True),
             anchor=model.preset.anchor is not None,
