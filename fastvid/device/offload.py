@@ -160,7 +160,12 @@ class Prefetcher:
             self.lane.wait(arrived)
             self._arriving.remove(arrived)
             self._bind(views)
-            yield module
+            try:
+                yield module
+            except GeneratorExit:  # the caller needs no further module
+                if self._walk is walk:
+                    self.recall()
+                raise
             if self._walk is not walk:
                 raise RuntimeError("a walk over blocks went on after another one had started")
             self._unbind()

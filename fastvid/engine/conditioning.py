@@ -237,7 +237,7 @@ class SegmentDenoiser:
         self.conditions = replace(prepare(model, request, segment, known, self.clip), fps=fps)
         known_noise = windows.known_columns(segment), request.addnoise_condition or 0.0, torch.from_numpy(sigmas)
         self._known_noise = forcing.KnownNoise(*known_noise, self.noise.fresh)
-        self.levers = SegmentLevers(model, request, segment, ranks)
+        self.levers = SegmentLevers(model, request, segment, ranks, sigmas)
         self.caches: dict[int, KVCache] = {}
         self.first: Tensor | None = None
         self._contexts: dict[tuple[int, int], Any] = {}  # by (expert, prompt)

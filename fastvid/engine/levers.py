@@ -5,7 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from fastvid.distributed.mesh import RankView
+from fastvid.engine import windows
+from fastvid.engine.step_cache import StepCache
+from fastvid.engine.step_choice import method_of
 from fastvid.layers.levers import CallLevers
 from fastvid.models.loaded import Model
 from fastvid.requests.request import Resolved
@@ -14,14 +19,18 @@ from fastvid.sampling.noise_table import TableRow
 
 
 class SegmentLevers:
-    """The levers of one segment of a request."""
+    """The levers of one segment of a request. sigmas: noise levels [N] of a window. cache: its step cache, if any."""
 
-    def __init__(self, model: Model, request: Resolved, segment: Segment, ranks: RankView) -> None:
-        self._cache: Any = None
+    def __init__(
+        self, model: Model, request: Resolved, segment: Segment, ranks: RankView, sigmas: np.ndarray
+    ) -> None:
+        method = method_of(model, request, windows.levels_of(model, segment, sigmas, request))
+        self.cache = None if method is None else StepCache(method, ranks)
         self._sparsity: Any = None
 
     def of_call(self, row: TableRow, expert: int, prompt: int) -> CallLevers | None:
         """What the call of a table row, for an expert and a prompt's number, does less of; None: nothing."""
-        if self._cache is None and self._sparsity is None:
+        blocks = None if self.cache is None else self.cache.of_call(row, expert, prompt)
+        if blocks is None and self._sparsity is None:
             return None
-        return CallLevers(self._cache, self._sparsity)
+        return CallLevers(blocks, self._sparsity)

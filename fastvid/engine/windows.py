@@ -160,6 +160,14 @@ def count_rows(model: Model, segment: Segment, steps: int, request: Resolved) ->
     return denoised * steps + cached + refilled
 
 
+def levels_of(model: Model, segment: Segment, sigmas: np.ndarray, request: Resolved) -> np.ndarray:
+    """The highest noise level of each row of a window, rows that fill a cache left out: those of the table, of which
+    the first is repeated where blocks begin one after another."""
+    if not (request.ar_step and request.causal_block_size):
+        return sigmas
+    return np.pad(sigmas, (count_rows(model, segment, len(sigmas), request) - len(sigmas), 0), mode="edge")
+
+
 def window_columns(model: Model, segment: Segment) -> int:
     """The most columns that one model call sees."""
     anchored = model.preset.anchor is not None

@@ -18,6 +18,10 @@ class Stream:
     def __init__(self, x: Tensor, y: Tensor | None = None, gate: Tensor | None = None) -> None:
         self._parts: list[Any] = [x, y, gate]
 
+    def parts(self) -> list[Any]:
+        """x, y and gate; the stream still holds them."""
+        return list(self._parts)
+
     def take(self) -> list[Any]:
         """x, y and gate; the stream no longer holds them."""
         parts, self._parts = self._parts, []

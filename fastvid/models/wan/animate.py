@@ -19,7 +19,7 @@ from fastvid.errors import InvalidRequest
 from fastvid.layers.attention import cross_attention
 from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.kv_cache import KVCache
-from fastvid.layers.levers import CallLevers
+from fastvid.layers.levers import CallLevers, is_enough
 from fastvid.layers.linear import Linear, linear
 from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
@@ -139,16 +139,16 @@ class WanAnimateTransformer(WanTransformer):
         pose = parallel.shard(inputs.context.pose, self.config.patch_size)
         return super()._shard(inputs, parallel)._replace(context=inputs.context._replace(pose=pose))
 
-    def _run_blocks(
+    def _through_blocks(
         self,
         stream: Stream,
         modulation: Modulation,
         context: AnyContext,
         rotary: tuple[Tensor, Tensor],
-        cache: Any = None,
-        parallel: SequenceParallel | None = None,
-        levers: CallLevers | None = None,
-    ) -> Tensor:
+        cache: Any,
+        parallel: SequenceParallel | None,
+        levers: CallLevers | None,
+    ) -> Stream:
         assert isinstance(context, AnimateContext)
         stream, every = self._with_pose(stream, context.pose), self.animate_config.inject_face_latents_blocks
         walk: Iterator[Any] = self.walk(self._in_order())
@@ -156,8 +156,10 @@ class WanAnimateTransformer(WanTransformer):
             stream = next(walk)(stream, modulation, layer, rotary, None, parallel)
             if number % every == 0:
                 stream = next(walk)(stream, modulation, context.face[number // every])
+            if is_enough(levers, stream):
+                return stream
         next(walk, None)
-        return self._added(stream, modulation)
+        return stream
 
     def _with_pose(self, stream: Stream, pose: Tensor) -> Stream:
         """The video's tokens with those of the pose added, which has none for the character's frame."""

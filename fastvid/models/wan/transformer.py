@@ -25,7 +25,7 @@ from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.embeddings import RotaryTables, group_timesteps, timestep_sinusoid
 from fastvid.layers.fused import FusedLinear
 from fastvid.layers.kv_cache import KVCache, LayerCache
-from fastvid.layers.levers import CallLevers
+from fastvid.layers.levers import CallLevers, is_enough
 from fastvid.layers.linear import FeedForward, Linear, TwoLinears, linear, linear_gelu_tanh, normal_parameter
 from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
@@ -399,10 +399,32 @@ class WanTransformer(nn.Module):
         parallel: SequenceParallel | None = None,
         levers: CallLevers | None = None,
     ) -> Tensor:
+        """The tokens [B, N, d] after the blocks, or what a step cache says that they would be."""
+
+        def blocks(stream: Stream) -> Stream:
+            return self._through_blocks(stream, modulation, context, rotary, cache, parallel, levers)
+
+        if levers is None or levers.blocks is None:
+            return self._added(blocks(stream), modulation)
+        return levers.blocks.run(stream, blocks, lambda stream: self._added(Stream(*stream.parts()), modulation))
+
+    def _through_blocks(
+        self,
+        stream: Stream,
+        modulation: Modulation,
+        context: AnyContext,
+        rotary: tuple[Tensor, Tensor],
+        cache: KVCache | CausalBlocks | None,
+        parallel: SequenceParallel | None,
+        levers: CallLevers | None,
+    ) -> Stream:
+        """The stream behind the last block that runs."""
         caches = cache.layers if isinstance(cache, KVCache) else (cache,) * len(self.blocks)
         for block, layer, kept in zip(self.walk(self.blocks), context.layers, caches, strict=True):
             stream = block(stream, modulation, layer, rotary, kept, parallel)
-        return self._added(stream, modulation)
+            if is_enough(levers, stream):
+                break
+        return stream
 
     def _added(self, stream: Stream, modulation: Modulation) -> Tensor:
         """The residual stream [B, N, d] with nothing left to add."""

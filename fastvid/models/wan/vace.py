@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastvid.errors import InvalidRequest
 from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.kv_cache import KVCache
-from fastvid.layers.levers import CallLevers
+from fastvid.layers.levers import CallLevers, is_enough
 from fastvid.layers.linear import Linear, linear
 from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
@@ -102,16 +102,16 @@ class WanVACETransformer(WanTransformer):
         control = parallel.shard(inputs.context.control, self.config.patch_size)
         return super()._shard(inputs, parallel)._replace(context=inputs.context._replace(control=control))
 
-    def _run_blocks(
+    def _through_blocks(
         self,
         stream: Stream,
         modulation: Modulation,
         context: AnyContext,
         rotary: tuple[Tensor, Tensor],
-        cache: Any = None,
-        parallel: SequenceParallel | None = None,
-        levers: CallLevers | None = None,
-    ) -> Tensor:
+        cache: Any,
+        parallel: SequenceParallel | None,
+        levers: CallLevers | None,
+    ) -> Stream:
         """A control block runs when its hint is due, so that there is one hint at a time."""
         assert isinstance(context, VACEContext)
         start, *_ = stream.take()
@@ -127,8 +127,10 @@ class WanVACETransformer(WanTransformer):
                 start = None
                 hint = linear(self.ops, vace.proj_out, control)
                 stream = Stream(self._added(stream, modulation).add(hint, alpha=scale))
+            if is_enough(levers, stream):
+                return stream
         next(walk, None)
-        return self._added(stream, modulation)
+        return stream
 
     def _due(self) -> list[nn.Module]:
         """The blocks of both stacks in the order in which they run."""

@@ -1,0 +1,68 @@
+"""From `cache=` to the method of a step cache, with its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fastvid.engine import magcache
+from fastvid.engine.step_methods import EasyCache, FirstBlock, MagCache, Method, TaylorSeer, every, spread
+from fastvid.models.loaded import Model
+from fastvid.requests.levers import CACHES, Lever, parse
+from fastvid.requests.request import Resolved
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "first_block": {"threshold": 0.1, "warmup": 4, "longest": 3},
+    "taylorseer": {"order": 1, "every": 3, "warmup": 4},
+    "easycache": {"threshold": 0.05, "warmup": 4, "longest": 4},
+    "magcache": {"threshold": 0.06, "warmup": 4, "longest": 3},
+    "target": {"speedup": 1.5},
+}
+"""What a setting is that is not given."""
+
+
+def lever_of(request: Resolved) -> Lever | None:
+    """The step cache of a request, with all settings; None without one."""
+    if request.cache is None:
+        return None
+    lever = parse("cache", request.cache, CACHES)
+    return Lever(lever.name, {**DEFAULTS[lever.name], **lever.settings})
+
+
+def method_of(model: Model, request: Resolved, levels: np.ndarray) -> Method | None:
+    """The method of a request's step cache, for windows of these noise levels [N]; None without one."""
+    lever = lever_of(request)
+    return None if lever is None else MAKERS[lever.name](model, request, levels, dict(lever.settings))
+
+
+def _taylorseer(model: Model, request: Resolved, levels: np.ndarray, given: dict[str, Any]) -> Method:
+    computed = every(len(levels), given["warmup"], given["every"])
+    return TaylorSeer(order=given["order"], computed=computed)
+
+
+def _target(model: Model, request: Resolved, levels: np.ndarray, given: dict[str, Any]) -> Method:
+    count = computed_for(len(levels), given["speedup"])
+    return TaylorSeer(order=TARGET_ORDER, computed=spread(len(levels), count, [1.0] * len(levels)))
+
+
+def _magcache(model: Model, request: Resolved, levels: np.ndarray, given: dict[str, Any]) -> Method:
+    ratios = magcache.ratios_of(model, request, levels, given.pop("file", None))
+    return MagCache(ratios=ratios, **given)
+
+
+MAKERS: Mapping[str, Callable[[Model, Resolved, np.ndarray, dict[str, Any]], Method]] = {
+    "first_block": lambda model, request, levels, given: FirstBlock(**given),
+    "taylorseer": _taylorseer,
+    "easycache": lambda model, request, levels, given: EasyCache(**given),
+    "magcache": _magcache,
+    "target": _target,
+}
+
+TARGET_ORDER = 1
+
+
+def computed_for(steps: int, speedup: float) -> int:
+    """How many of so many steps run all blocks for a speed-up of their time."""
+    return max(1, int(steps / speedup + 1e-9))
