@@ -411,6 +411,14 @@ class SegmentDenoiser:
         shape = 1, 1, tokens, config.num_attention_heads, config.attention_head_dim
         return torch.empty(shape, dtype=self.model.dtype, device="meta")
 
+    def tokens_like(self, columns: int) -> Tensor:
+        """The most tokens that the blocks of one call see of a window [1, N, d]."""
+        config, (_, height, width) = self.model.transformer.config, self.noise.shape
+        _, ph, pw = config.patch_size
+        seen = columns + (self.model.preset.anchor is not None) + self.model.takes_reference
+        count = seen * (height // ph) * (width // pw)
+        return torch.empty(1, count, config.dim, dtype=self.model.dtype, device="meta")
+
 
 def batched(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors [1, ...] as one [B, ...]; a single one is itself."""

@@ -21,9 +21,7 @@ from fastvid.sampling.noise_table import TableRow
 class SegmentLevers:
     """The levers of one segment of a request. sigmas: noise levels [N] of a window. cache: its step cache, if any."""
 
-    def __init__(
-        self, model: Model, request: Resolved, segment: Segment, ranks: RankView, sigmas: np.ndarray
-    ) -> None:
+    def __init__(self, model: Model, request: Resolved, segment: Segment, ranks: RankView, sigmas: np.ndarray) -> None:
         method = method_of(model, request, windows.levels_of(model, segment, sigmas, request))
         self.cache = None if method is None else StepCache(method, ranks)
         self._sparsity: Any = None

@@ -1,5 +1,5 @@
-"""The calibration of MagCache (arXiv 2506.09045): how the size of what the blocks add changes from step to step, measured
-once for a model by `fastvid calibrate --cache` and kept in a JSON file.
+"""The calibration of MagCache (arXiv 2506.09045): how the size of what the blocks add changes from step to step. It is
+measured once for a model by `fastvid calibrate --cache`, and kept in a JSON file.
 
 A file belongs to a model, a solver and a shift. It holds ratios at the noise levels it was made at; those of other
 levels, as of another number of steps, are interpolated: the logarithm of the size is a line between two levels.

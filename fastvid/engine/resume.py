@@ -3,9 +3,10 @@
     request.json            the request, its model and fastvid's version; written once
     clean-<n>-<segment>-... clean latents, one file per row that finished some; each written once
     state-<rows>-...        the loop's Position in the current window
+    steps-<rows>-...        what a step cache has kept of earlier steps; of each rank
     cache-<rows>-...        a causal model's keys and values that changed since the last such file
     head.json               the index of the valid files; replaced last, so all files it names are complete
-    rank-<n>-<rows>.json    for a causal model on several ranks: the index of rank n's files cache-<rows>-r<n>-...,
+    rank-<n>-<rows>.json    of rank n, if ranks have cache-* or steps-* files: the index of its own (...-r<n>-...),
                             valid at head.json's rows; rank 0 writes everything else
     output.json             the unfinished file beside the video, see `fastvid.engine.resume_output`
     fastvid-files           the list of these files (of rank n: fastvid-files-r<n>); only what it names is ever removed
@@ -25,6 +26,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from fastvid.engine import resume_files as files
 from fastvid.engine import resume_identity as identity
 from fastvid.engine.resume_checks import PlannedRows, SegmentPlan
 from fastvid.engine.resume_contents import Head, Slots
+from fastvid.engine.step_cache import StepCache
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.kv_cache import CacheState, KVCache
 from fastvid.models.loaded import Model
@@ -135,7 +138,7 @@ def read(path: Any) -> Saved:
     folder = files.folder_of(path)
     about, head = contents.get_about(folder), contents.get_head(folder)
     clean = tuple(contents.clean_files(folder, head.clean))
-    for name in filter(None, [head.state, *(name for name, _ in head.caches)]):
+    for name in filter(None, [head.state, head.steps, *(name for name, _ in head.caches)]):
         if not os.path.lexists(folder / name):
             raise CheckpointError(f"{folder}: {name} is missing from this checkpoint; start the request anew")
     return Saved(folder, about, head, clean)
@@ -197,10 +200,10 @@ class Resume:
     ) -> None:
         self.folder, self._saved, self._device, self._mesh = saved.folder, saved, device, mesh or Mesh()
         self._every, self._keep, self._rank = every, keep, self._mesh.rank
-        self._head = saved.head
-        self.rows, self._clean, self._segments = saved.head.rows, saved.head.clean, 0
+        self._head, self.rows, self._clean, self._segments = saved.head, saved.head.rows, saved.head.clean, 0
         self._segment = 0  # the open segment's number
         self._caches: Caches = {}  # the open segment's
+        self._steps: StepCache | None = None  # the open segment's
         self._cache_files: list[tuple[str, Slots]] = []
         self._saved_clean = iter(saved.clean)
         self._planned_rows = self._planned_clean = 0  # of the segments opened so far
@@ -223,7 +226,7 @@ class Resume:
     @property
     def _live(self) -> set[str]:
         """The files that the head names."""
-        return {self._head.state, *self._saved.clean, *(name for name, _ in self._head.caches)} - {""}
+        return {self._head.state, self._head.steps, *self._saved.clean, *(name for name, _ in self._head.caches)} - {""}
 
     def _lock_folder(self) -> None:
         try:
@@ -266,33 +269,44 @@ class Resume:
         if self._caches and row.sigma > 0:  # inside a causal model's block the cache is inconsistent
             return
         due = time.monotonic() - self._saved_at >= self._every
-        if agree(self._mesh, due, first) if self._caches else due:  # all ranks save their caches, or none does
+        if agree(self._mesh, due, first) if self._parts else due:  # all ranks save their parts, or none does
             self._save_position(row.position)
             self._saved_at = time.monotonic()
 
+    @property
+    def _parts(self) -> bool:
+        """Whether each rank saves a part of its own."""
+        return bool(self._caches) or self._steps is not None
+
     def _save_position(self, position: Position) -> None:
-        if self._rank and not self._caches:
+        if self._rank and not self._parts:
             return
-        old, state = self._head, ""
+        old, state, steps = self._head, "", ""
         if self._rank == 0:
             state = files.put_tensors(self.folder, f"state-{self.rows:08d}", position_to_tensors(position))
+        if self._steps is not None:
+            steps = files.put_tensors(self.folder, self._own("steps"), self._steps.saved())
         places = self._save_caches()
-        self._head = Head(self.rows, self._segments, self._clean, state, self._cache_files, places)
+        self._head = Head(self.rows, self._segments, self._clean, state, steps, self._cache_files, places)
+        barrier = partial(agree, self._mesh, 0) if self._parts else int
         if self._rank:
-            files.put_json(self.folder, self._rank_index(self.rows), {"caches": self._cache_files, "places": places})
-        if self._caches:
-            agree(self._mesh, 0)  # barrier: all ranks' files are on disk
+            parts = {"steps": steps, "caches": self._cache_files, "places": places}
+            files.put_json(self.folder, self._rank_index(self.rows), parts)
+        barrier()  # all ranks' files are on disk
         if self._rank == 0:
             files.put_json(self.folder, "head.json", asdict(self._head))
-        if self._caches:
-            agree(self._mesh, 0)  # barrier: head.json names them
-        self._remove({self._rank_index(old.rows) if self._rank else old.state, *(name for name, _ in old.caches)})
+        barrier()  # head.json names them
+        index = self._rank_index(old.rows) if self._rank else old.state
+        self._remove({index, old.steps, *(name for name, _ in old.caches)})
+
+    def _own(self, kind: str) -> str:
+        """The stem of a file of this rank's, now."""
+        return f"{kind}-{self.rows:08d}" + (f"-r{self._rank}" if self._rank else "")
 
     def _save_caches(self) -> dict[str, CacheState]:
         """Writes the changed slots of this rank's caches; returns the caches' positions."""
         if changed := {str(text): sorted(cache.changed) for text, cache in self._caches.items() if cache.changed}:
-            stem = f"cache-{self.rows:08d}" + (f"-r{self._rank}" if self._rank else "")
-            name = files.put_tensors(self.folder, stem, dict(_cache_tensors(self._caches, changed)))
+            name = files.put_tensors(self.folder, self._own("cache"), dict(_cache_tensors(self._caches, changed)))
             self._cache_files = [*_without(self._cache_files, changed), (name, changed)]
         for cache in self._caches.values():
             cache.changed.clear()
@@ -300,16 +314,16 @@ class Resume:
 
     def _remove(self, names: set[str]) -> None:
         """Removes those of these files that the index no longer names."""
-        for name in names - {"", self._head.state, *(name for name, _ in self._cache_files)}:
+        for name in names - {"", self._head.state, self._head.steps, *(name for name, _ in self._cache_files)}:
             files.discard(self.folder, name)
 
     # ------------------------------------------------------------ resuming
 
     def open_segment(self, segment: int, caches: Caches, plan: SegmentPlan) -> SavedSegment:
         """Begins a segment and returns its saved progress. caches: the segment's caches; restored here, and saved from
-        now on. Raises CheckpointError if what was saved is not what the plan says."""
+        now on. So is plan.steps. Raises CheckpointError if what was saved is not what the plan says."""
         self._segments += 1
-        self._segment, self._caches, self._cache_files = segment, caches, []
+        self._segment, self._caches, self._cache_files, self._steps = segment, caches, [], plan.steps
         begun = self._saved.head.segments
         if self._segments > begun:
             return SavedSegment()
@@ -321,6 +335,7 @@ class Resume:
         planned.check_position(tensors, position_to_tensors)
         planned.check_places(self._saved.head)
         caches.update(self._restored_caches(plan.cache_like))
+        self._restore_steps(planned)
         return SavedSegment(self._saved_rows(segment, planned), position_from_tensors(tensors, self._device))
 
     def _planned(self, plan: SegmentPlan, stop: int | None) -> PlannedRows:
@@ -358,8 +373,16 @@ class Resume:
         self._cache_files = list(head.caches)
         return restored
 
+    def _restore_steps(self, planned: PlannedRows) -> None:
+        if (self._steps is not None) != (self._saved.head.steps != ""):
+            raise checks.wrong(self.folder, "it has a step cache, or lacks one")
+        if self._steps is not None:
+            saved = files.get_tensors(self.folder, self._saved.head.steps)
+            planned.check_steps(saved)
+            self._steps.restore(saved, self._device)
+
     def _read_rank_index(self) -> None:
-        if self._saved.head.places:
+        if self._saved.head.places or self._saved.head.steps:
             name = self._rank_index(self._saved.head.rows)
             try:
                 index = files.get_json(self.folder, name)
@@ -369,7 +392,7 @@ class Resume:
             self._saved = replace(self._saved, head=self._head)
 
     def _rank_index(self, rows: int) -> str:
-        """The name of the file in which a rank other than 0 lists its valid cache files."""
+        """The name of the file in which a rank other than 0 lists its own valid files."""
         return f"rank-{self._rank}-{rows:08d}.json"
 
 

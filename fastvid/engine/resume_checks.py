@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from math import prod
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastvid.engine import resume_files as files
 from fastvid.engine.resume_contents import Head, Slots
+from fastvid.engine.step_cache import StepCache
 from fastvid.errors import CheckpointError
 from fastvid.layers.kv_cache import CacheState, KVCache
 from fastvid.models.loaded import Model
@@ -38,7 +39,8 @@ class SegmentPlan:
     """What a segment's rows follow from, without values. shape: (C, h, w). keep, anchor: see `walk`.
 
     new_cache: makes a causal model's KV cache. cached: the numbers of those that a row uses. cache_like: a layer's keys
-    [1, n, N, H, D], without values; None on several ranks, which have a share of them each.
+    [1, n, N, H, D], without values; None on several ranks, which have a share of them each. steps: its step cache.
+    tokens: what one keeps of a call of so many columns at most [1, N, d], without values.
     """
 
     table: Iterable[TableRow]
@@ -49,6 +51,8 @@ class SegmentPlan:
     new_cache: Callable[[], KVCache] | None = None
     cached: Callable[[TableRow], Iterable[int]] = lambda row: ()
     cache_like: Tensor | None = None
+    steps: StepCache | None = None
+    tokens: Callable[[int], Tensor] | None = None
 
 
 class PlannedRows:
@@ -57,6 +61,7 @@ class PlannedRows:
     def __init__(self, folder: Path, plan: SegmentPlan, stop: int | None = None) -> None:
         self._folder, self._plan = folder, plan
         self.caches: dict[int, KVCache] = {}
+        self.table: list[TableRow] = []
         rows = walk(
             plan.table, self._columns, plan.solver, lambda row: self._denoise(row),
             fresh=lambda start, draws: self._columns(start, start + len(draws)), keep=plan.keep, anchor=plan.anchor,
@@ -68,6 +73,7 @@ class PlannedRows:
         return torch.empty(1, channels, stop - start, height, width, dtype=torch.float32, device="meta")
 
     def _denoise(self, row: TableRow) -> Callable[[Tensor, Tensor], Tensor]:
+        self.table.append(row)
         if self._plan.new_cache is not None:
             for number in self._plan.cached(row):
                 if number not in self.caches:
@@ -89,6 +95,19 @@ class PlannedRows:
         if self._plan.new_cache is not None and self.rows[-1].sigma > 0:
             raise wrong(self._folder, "its state is inside a block")
 
+    def check_steps(self, saved: Named) -> None:
+        """Raises CheckpointError unless this is what the step cache has kept after the last row."""
+        cache, rows = self._plan.steps, self.table
+        assert cache is not None and self._plan.tokens is not None
+        window = next((row for row in reversed(rows) if not row.write_cache), None)
+        if window is None:
+            place, count = (-1, -1), 0
+        else:
+            place = window.start, window.stop
+            count = len(list(takewhile(lambda row: (row.start, row.stop) == place, _stepped(reversed(rows)))))
+        if not cache.fits(saved, count, place, self._plan.tokens(place[1] - place[0])):
+            raise wrong(self._folder, "its step cache is not that of the request after these steps")
+
     def check_clean(self, saved: Named, row: Row) -> None:
         """Raises CheckpointError unless these are the latents that a row finishes."""
         assert row.clean is not None
@@ -105,6 +124,11 @@ class PlannedRows:
             there = {slot for _, slots in head.caches for slot in slots.get(text, ())}
             if there != set(range(self.caches[int(text)].filled)):
                 raise wrong(self._folder, "its caches lack frames")
+
+
+def _stepped(rows: Iterable[TableRow]) -> Iterable[TableRow]:
+    """The rows that denoise."""
+    return (row for row in rows if not row.write_cache)
 
 
 def check_cache(
@@ -169,6 +193,8 @@ def check_files(folder: Path, head: Head, clean: Iterable[str], model: Model, se
     if head.state:
         number = list(segments)[head.segments - 1]
         _check_latents(folder, head.state, shapes[number])
+        if head.steps:
+            _check_steps_file(folder, head.steps, model, shapes[number])
         for name, slots in head.caches:
             _check_cache_file(folder, name, max(map(len, slots.values()), default=0), model, shapes[number])
     elif head.caches:
@@ -184,6 +210,16 @@ def _check_latents(folder: Path, name: str, latents: tuple[int, int, int, int]) 
             raise wrong(folder, f"{name} holds a tensor of the shape {list(shape)}")
     if len(found) > MOST_TENSORS:
         raise wrong(folder, f"{name} holds {len(found)} tensors")
+    files.check_digest(folder, name)
+
+
+def _check_steps_file(folder: Path, name: str, model: Model, latents: tuple[int, int, int, int]) -> None:
+    """No tensor is larger than the tokens of the whole segment, of twice as many columns: some models see more."""
+    found, config = files.shapes(folder, name), model.transformer.config
+    most = 2 * (latents[1] + 2) * prod(latents[2:]) // prod(config.patch_size) * config.dim
+    for _, shape in found.values():
+        if prod(shape) > max(3, most):
+            raise wrong(folder, f"{name} holds a tensor of the shape {list(shape)}")
     files.check_digest(folder, name)
 
 

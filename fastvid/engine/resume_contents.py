@@ -28,13 +28,14 @@ Slots = dict[str, list[int]]
 @dataclass(frozen=True)
 class Head:
     """A checkpoint's progress, as head.json holds it. rows: rows done. segments: segments begun. clean: number of valid
-    clean-* files. state: the state-* file. caches: (cache-* file, {prompt number: its slots}). places: the position of
-    each cache."""
+    clean-* files. state: the state-* file. steps: the steps-* file, with a step cache. caches:
+    (cache-* file, {prompt number: its slots}). places: the position of each cache."""
 
     rows: int = 0
     segments: int = 0
     clean: int = 0
     state: str = ""
+    steps: str = ""
     caches: list[tuple[str, Slots]] = field(default_factory=list)
     places: dict[str, CacheState] = field(default_factory=dict)
 
@@ -151,6 +152,7 @@ def _check_head(head: Head) -> None:
         _check(_is_count(value, MOST), name, value)
     _check(isinstance(head.state, str) and _is_file(head.state, "state") | (head.state == ""), "state", head.state)
     _check((head.state != "") == (head.segments > 0), "state", head.state)
+    _check(isinstance(head.steps, str) and _is_file(head.steps, "steps") | (head.steps == ""), "steps", head.steps)
     _check(head.segments > 0 or head.rows == head.clean == 0, "rows", head.rows)
     _check(isinstance(head.places, dict) and len(head.places) <= 3, "places", head.places)
     for text, place in head.places.items():

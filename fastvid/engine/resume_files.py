@@ -41,10 +41,10 @@ LIST = "fastvid-files"
 TITLE = "The files that fastvid wrote into this folder, and may remove:\n"
 FIXED = ("request.json", "head.json", "output.json", "lock")  # rank 0's; the others have a number or a digest
 TENSORS = re.compile(
-    r"(?:clean-[0-9]{6,12}-[0-9]{1,6}|(?:state|cache)-[0-9]{8,12}(?:-r[0-9]{1,5})?)-[0-9a-f]{16}\.safetensors"
+    r"(?:clean-[0-9]{6,12}-[0-9]{1,6}|(?:state|cache|steps)-[0-9]{8,12}(?:-r[0-9]{1,5})?)-[0-9a-f]{16}\.safetensors"
 )
 OURS = re.compile(rf"(?:{TENSORS.pattern}|rank-[0-9]{{1,5}}-[0-9]{{8,12}}\.json)")
-RANK = re.compile(r"cache-[0-9]+-r([0-9]+)-.*|rank-([0-9]+)-.*")
+RANK = re.compile(r"(?:cache|steps)-[0-9]+-r([0-9]+)-.*|rank-([0-9]+)-.*")
 Shape = tuple[str, tuple[int, ...]]
 """A tensor's dtype, by safetensors' name, and its shape."""
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2, "F16": 2}

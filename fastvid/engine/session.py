@@ -314,6 +314,8 @@ class SegmentRun:
             None if model.preset.rollout is None else denoising.new_cache,
             denoising.caches_of,
             denoising.keys_like() if model.mesh.size == 1 else None,
+            denoising.levers.cache,
+            denoising.tokens_like,
         )
 
     def _denoiser(self, row: TableRow) -> Denoise:

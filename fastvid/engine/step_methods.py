@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 Agree = Callable[[Tensor], list[float]]
-"""Sums [k] over the tokens of this rank -> those over all tokens, on the host; the same on all ranks that share them."""
+"""Sums [k] over this rank's tokens -> those over all tokens, on the host; the same on all ranks that share them."""
 
 
 @dataclass
