@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import fastvid
-from fastvid import InvalidRequest
 from fastvid.engine.events import Frames
 
 PROMPT = "a red circle moving right on a white background"
