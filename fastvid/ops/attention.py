@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.ops import attention_gpu
-from fastvid.ops.attention_library import HALVES, LIBRARIES, Library, preferred
+from fastvid.ops.attention_library import HALVES, LIBRARIES, Library, preferred, worth
 from fastvid.ops.sparse import Blocks, token_mask
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -180,11 +180,12 @@ def library(
     return_lse: bool = False,
     blocks: Blocks | None = None,
 ) -> Result:
-    """The best library that takes the call: cuDNN where it is new enough, then aten's flash operator, then `sdpa`,
-    which takes everything: fp32 by aten's efficient operator, block lists by the reference."""
+    """The best library that takes the call: cuDNN where it is new enough, then aten's flash operator, on CPUs with
+    AVX512-BF16 `brgemm` for larger calls in bf16, then `sdpa`, which takes everything: fp32 by aten's efficient
+    operator, block lists by the reference."""
     if blocks is None:
         for name in _preferred(q.device):
-            if LIBRARIES[name].refuses(q, k) is None:
+            if LIBRARIES[name].refuses(q, k) is None and worth(name, q, k):
                 return DENSE[name](q, k, v, scale=scale, return_lse=return_lse)
     return sdpa(q, k, v, scale=scale, return_lse=return_lse, blocks=blocks)
 

@@ -6,6 +6,7 @@
     flash3       the package flash_attn_interface (FlashAttention-3)
     flash4       the package flash_attn.cute (FlashAttention-4)
     sage         the package sageattention: 8-bit products, an approximation
+    brgemm       bf16 on CPUs with AVX512-BF16, head by head (attention_cpu.py)
 
 PyTorch's context manager for its kernels changes flags of the whole process and gives no log-sum-exp, which the ranks
 of a ring need; so the operators are called by their names. They are undocumented: `why_not` compares their arguments
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastvid.ops import attention_cpu
 
 HALVES = (torch.float16, torch.bfloat16)
 # 9.15.1 (major * 10^4 + minor * 100 + patch): the first cuDNN whose attention is right for every number of tokens.
@@ -59,6 +62,8 @@ class Library:
     def refuses(self, q: Tensor, k: Tensor) -> str | None:
         """Why it cannot take this call; None if it can."""
         head_dim = q.shape[-1]
+        if self.name == "brgemm":
+            return attention_cpu.refuses(q, k)
         if q.dtype not in HALVES:
             return f"{self.name} takes fp16 and bf16, not {str(q.dtype).removeprefix('torch.')}"
         if head_dim > self.head_dim or head_dim % self.multiple:
@@ -74,6 +79,8 @@ class Library:
         """Why it cannot run on a device; None if it can."""
         if reason := _missing_package(self.name):
             return reason
+        if self.name == "brgemm":
+            return attention_cpu.why_not(device)
         if device.type != "cuda":
             return f"it needs a CUDA device, and the device is {device}"
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -85,11 +92,18 @@ class Library:
 
 def preferred(device: torch.device) -> tuple[str, ...]:
     """The libraries that the default tries on a device, best first; nothing where PyTorch chooses better itself: on
-    CPUs and on AMD's GPUs."""
+    other CPUs and on AMD's GPUs."""
+    if device.type == "cpu":
+        return ("brgemm",) if attention_cpu.preferred() else ()
     if device.type != "cuda" or torch.version.hip is not None:
         return ()
     names = ("cudnn", "aten_flash") if torch.cuda.get_device_capability(device) in CUDNN_DEVICES else ("aten_flash",)
     return tuple(name for name in names if LIBRARIES[name].why_not(device) is None)
+
+
+def worth(name: str, q: Tensor, k: Tensor) -> bool:
+    """Whether a preferred library that takes a call is faster than PyTorch's own attention."""
+    return name != "brgemm" or attention_cpu.worth(q, k)
 
 
 def cudnn_version() -> str:
@@ -210,5 +224,6 @@ LIBRARIES: Mapping[str, Library] = {
         Library("flash3", _flash3),
         Library("flash4", _flash4, multiple=8),
         Library("sage", _sage, head_dim=128),
+        Library("brgemm", attention_cpu.attention),
     )
 }

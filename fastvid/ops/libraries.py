@@ -1,4 +1,4 @@
-"""What `auto` takes without any result of a kernel: well-kept libraries on GPUs, today's PyTorch routes on CPUs."""
+"""What `auto` takes without any result of a kernel: well-kept libraries on GPUs, PyTorch's routes on CPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def default(op: str, device: torch.device) -> tuple[str, str]:
     On CPUs that is PyTorch as it comes. On GPUs:
 
         attention                 "library", which decides for each call (`attention.library`): cuDNN, aten's flash
-                                  operator, aten's efficient one; on AMD's GPUs "sdpa", PyTorch's own choice
+                                  operator, aten's efficient one; on AMD's GPUs "sdpa", PyTorch's own choice.
+                                  On CPUs with AVX512-BF16 "library" too, which is "sdpa" but for bf16
         convolutions of VAEs      "channels_last" where they have it: cuDNN, or MIOpen on AMD's GPUs
         chains of passes over     "compiled": torch.compile, where Triton is installed
         memory
@@ -39,6 +40,8 @@ def _attention(device: torch.device) -> tuple[str, str]:
     names = attention_library.preferred(device)
     if not names:
         return "sdpa", "PyTorch's own"
+    if "brgemm" in names:
+        return "library", "torch's block products for bf16, else PyTorch's own"
     if "cudnn" in names:
         return "library", f"cuDNN {attention_library.cudnn_version()}, else aten's flash or efficient kernel"
     return "library", "aten's flash kernel, else its efficient one"

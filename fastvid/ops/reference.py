@@ -159,8 +159,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """gelu_tanh(x [..., K] @ weight [n, K]^T + bias [n]) -> [..., n]. By oneDNN as `linear` is."""
-    if onednn.applies(x, weight):
+    """gelu_tanh(x [..., K] @ weight [n, K]^T + bias [n]) -> [..., n]. By oneDNN as `linear` is, and in bf16."""
+    if onednn.applies(x, weight) or onednn.fuses(x, weight):
         return onednn.linear(x, weight, bias, onednn.GELU_TANH)
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 

@@ -362,7 +362,7 @@ def test_wrong_tensors_are_refused(name: str, return_lse: bool, tiled: bool) -> 
 def test_asked_for_by_name_it_works_or_says_why_not() -> None:
     with pytest.raises(BackendUnavailable, match=r"CUDA device|not built"):
         bind(attention="cuda")
-    assert bind().bound["attention"] == "sdpa"  # never chosen by itself
+    assert bind().bound["attention"] in ("sdpa", "library")  # never chosen by itself
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda", "cuda_pair", "cuda_fp8", "cuda_int8"])

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from fastvid.errors import BackendUnavailable, InvalidRequest
-from fastvid.ops import attention, choices, dispatch, reference, rgb, shapes, sources, sparse, tuned
+from fastvid.ops import attention, choices, dispatch, libraries, reference, rgb, shapes, sources, sparse, tuned
 
 FRAMES = torch.rand(3, 5, 4, 4)
+OWN = libraries.default("attention", torch.device("cpu"))[0]
 CLASS = shapes.shape_class("to_rgb", (FRAMES,), {})
 
 
@@ -29,7 +30,7 @@ def row(**changes: Any) -> dict[str, Any]:
 def test_auto_binds_the_reference_where_nothing_is_verified() -> None:
     bound = dispatch.bind()
     assert {bound.bound[op] for op in bound.bound if op not in ("attention", "linear_quantized")} == {"reference"}
-    assert bound.bound["attention"] == "sdpa" and bound.to_rgb is rgb.reference
+    assert bound.bound["attention"] == OWN and bound.to_rgb is rgb.reference
     assert bound.bound["linear_quantized"] == "library"
     assert bound.reasons["to_rgb"] == "cpu"
 
@@ -158,7 +159,7 @@ def test_a_kernel_that_is_right_for_dense_attention_runs_no_other_form(monkeypat
     dense = shapes.shape_class("attention", (q, k, v), {})
     verified = row(op="attention", shape_class=dense, file="attention.py", source=source)
     bound = dispatch.bind(verified=[verified])
-    assert bound.bound["attention"] == "triton for 1 shape class, else sdpa"
+    assert bound.bound["attention"] == f"triton for 1 shape class, else {OWN}"
     assert bound.attention(q, k, v) is q
     for options in ({"return_lse": True}, {"blocks": sparse.full((1, 2, 2), (1, 1, 2))}):
         made, wanted = (run(q, k, v, **options) for run in (bound.attention, attention.sdpa))
@@ -193,8 +194,8 @@ def test_auto_never_takes_an_approximation(monkeypatch: pytest.MonkeyPatch, name
         return row(op="attention", backend=backend, shape_class=dense, file=file, source="same")
 
     assert name in attention.BACKENDS
-    assert dispatch.bind(verified=[made(name)]).bound["attention"] == "sdpa"
-    assert dispatch.bind(verified=[made("cuda")]).bound["attention"] != "sdpa"
+    assert dispatch.bind(verified=[made(name)]).bound["attention"] == OWN
+    assert dispatch.bind(verified=[made("cuda")]).bound["attention"] != OWN
 
 
 @pytest.fixture

@@ -60,6 +60,16 @@ def test_the_reference_takes_onednn_where_it_did() -> None:
 
 @needs_onednn
 @torch.no_grad()
+def test_bf16_is_rounded_once_after_gelu() -> None:
+    x, weight, bias = inputs(70, torch.bfloat16)
+    exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")  # type: ignore[union-attr]
+    rounded = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    ours, two = ((y - exact).norm().item() for y in (reference.linear_gelu_tanh(x, weight, bias), rounded))
+    assert ours < 0.9 * two if onednn.fuses(x, weight) else ours == two
+
+
+@needs_onednn
+@torch.no_grad()
 def test_packed_weights_follow_their_weight() -> None:
     kept = linear_library.Packed()
     layer = nn.Linear(48, 100)
