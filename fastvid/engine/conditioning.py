@@ -261,6 +261,11 @@ class SegmentDenoiser:
         """New noise [B, C, t, h, w], see `StreamNoise.fresh`."""
         return batched([one.noise.fresh(start, draws) for one in self.together])
 
+    def keep_first(self, first: Tensor | None) -> None:
+        """Keeps the first columns [B, C, 1, h, w] of all in view."""
+        for number, one in enumerate(self.together):
+            one.first = None if first is None else first[number : number + 1]
+
     def _initial(self, start: int, stop: int) -> Tensor:
         latents, conditions = self.noise.initial(start, stop), self.conditions
         if self.clip is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -151,8 +151,8 @@ class Session:
         context = max([preset.context, *(1 + max(s.left, s.right) // s.temporal for s in segments)])
         self.prompts = Prompts(self.model, self.job.request, self.changes)
         self.ends = SegmentEnds(2 * context * preset.temporal + 1)
-        self._output = Output()
-        self._step = 0 if self.resume is None else self.resume.rows
+        self.output = Output()
+        self.steps_done = 0 if self.resume is None else self.resume.rows
 
     @property
     def total_steps(self) -> int:
@@ -163,40 +163,45 @@ class Session:
         """Yields Step and Frames events, frames in order. Raises Cancelled."""
         timeline, began = self.job.timeline, time.perf_counter()
         self._log_start()
-        with closing(self._output):
+        with closing(self.output):
             for number in timeline.order():
                 part = timeline.parts[number]
-                yield from self._copy(number, part) if isinstance(part, Kept) else self._generate(number, part)
-                yield from self._output.end(number)
+                yield from self.copy(number, part) if isinstance(part, Kept) else self._generate(number, part)
+                yield from self.output.end(number)
         log.info("request finished: %d frames in %.2f s", timeline.num_frames, time.perf_counter() - began)
 
-    def _copy(self, number: int, part: Kept) -> Iterator[Frames]:
+    def copy(self, number: int, part: Kept) -> Iterator[Frames]:
         for start in range(part.start, part.stop, READ_FRAMES):
             self.ticket.check()
-            yield from self._output.put(number, part.clip.read(start, min(start + READ_FRAMES, part.stop)))
+            yield from self.output.put(number, part.clip.read(start, min(start + READ_FRAMES, part.stop)))
 
     def _generate(self, number: int, segment: Segment) -> Iterator[Event]:
         total = self.total_steps
         with self.ticket.step():
-            began = time.perf_counter()
-            for prompt in self.prompts.of(segment):
-                self.prompts.embeds(prompt)
-            run = SegmentRun(self, number, segment)
-            self.seconds["text"] += time.perf_counter() - began
+            run = self.begin(number, segment)
         with closing(run):
             for row in run.rows():
                 if row.position is not None:  # None: restored from a checkpoint
-                    self._step += 1
-                    log.debug("step %d: level %.4f, %.3f s", self._step, row.sigma, row.seconds)
-                    yield Step(self._step, total + self.refills, row.sigma, row.seconds)
-                yield from self._put(number, run.decode(row))
+                    self.steps_done += 1
+                    log.debug("step %d: level %.4f, %.3f s", self.steps_done, row.sigma, row.seconds)
+                    yield Step(self.steps_done, total + self.refills, row.sigma, row.seconds)
+                yield from self.put(number, run.decode(row))
             # The next segment may start from these frames.
-            yield from self._put(number, run.finish())
+            yield from self.put(number, run.finish())
+
+    def begin(self, number: int, segment: Segment) -> SegmentRun:
+        """A segment's run, with the embeddings of its prompts."""
+        began = time.perf_counter()
+        for prompt in self.prompts.of(segment):
+            self.prompts.embeds(prompt)
+        run = SegmentRun(self, number, segment)
+        self.seconds["text"] += time.perf_counter() - began
+        return run
 
     def finishing(self, row: Row) -> Callable[[], None]:
         """A function that waits for a step just made, checks its latents, and saves them."""
         assert row.position is not None
-        check, number = finite.Check(row.position.latents), self._step + 1
+        check, number = finite.Check(row.position.latents), self.steps_done + 1
 
         def finish() -> None:
             if not check.wait():
@@ -207,10 +212,10 @@ class Session:
 
         return finish
 
-    def _put(self, number: int, chunks: Iterator[np.ndarray]) -> Iterator[Frames]:
+    def put(self, number: int, chunks: Iterator[np.ndarray]) -> Iterator[Frames]:
         for frames in chunks:
             self.ends.add(number, frames)
-            yield from self._output.put(number, frames)
+            yield from self.output.put(number, frames)
 
     def _log_start(self) -> None:
         job, request = self.job, self.job.request
@@ -238,6 +243,10 @@ class SegmentRun:
         self._window: tuple[int, int] | None = None
         self._finish: Callable[[], None] | None = None  # of a step that a GPU may still be at
 
+    def join(self, others: Sequence[SegmentRun]) -> None:
+        """From now on `rows` are those of the others, too: their latents stand behind this one's, [B, C, t, h, w]."""
+        self._denoising.others = [run._denoising for run in others]
+
     def close(self) -> None:
         """Ends the decoder's thread."""
         self._decoder.close()
@@ -257,7 +266,7 @@ class SegmentRun:
             if row is None:
                 return
             if row.position is not None:
-                self._denoising.first = row.position.first
+                self._denoising.keep_first(row.position.first)
             yield replace(row, seconds=seconds)
 
     def _finish_steps(self, row: Row | None) -> None:

@@ -7,28 +7,25 @@ video.save("out.mp4")
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import logging
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastvid import checks
 from fastvid.device.precision import Computed, computes, eager
 from fastvid.engine import resume
-from fastvid.engine.events import Event, Finished, Frames, Plan, Started, Step
+from fastvid.engine.events import Event, Plan
 from fastvid.engine.queue import RUNNING, Scheduler, Ticket
 from fastvid.engine.resume import Resume
 from fastvid.engine.session import PromptChanges, Session
 from fastvid.media.video import Video
 from fastvid.models.loaded import Model
-from fastvid.pipeline import asynchronous, load_arguments, steps
+from fastvid.pipeline import asynchronous, batches, load_arguments, running, steps
 from fastvid.pipeline.loras import change_loras
 from fastvid.pipeline.prepare import (
     Prepared,
@@ -44,6 +41,7 @@ from fastvid.pipeline.request_warnings import warn_of_prompt, warn_of_prompts
 from fastvid.pipeline.stream import Stream
 from fastvid.pipeline.tensors import as_tensor
 from fastvid.requests.arguments import checked, documented
+from fastvid.requests.batch import is_batch
 from fastvid.requests.options import (
     AnyOptions,
     BridgeOptions,
@@ -70,7 +68,6 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     "describe": steps.describe,
     "inspect": steps.inspect,
 }
-log = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -172,18 +169,10 @@ class Pipeline:
         return self._video("finalize", video=draft, prompt=prompt, **options)
 
     @eager
-    def _video(self, verb: str, **options: Any) -> Video:
-        frames, sound = list[np.ndarray](), None
-        # Closed explicitly: an exception's traceback could keep the stream alive, and with it its turn.
-        with contextlib.closing(self._start(verb, options, keep_frames=True, keep_latents=True)) as stream:
-            for event in stream:
-                if isinstance(event, Frames):
-                    frames.append(event.frames)
-                elif isinstance(event, Started):
-                    sound = event.sound
-        assert isinstance(event, Finished), "everything else raises"
-        audio, read = None if sound is None else sound.read(), files_in(options)
-        return Video(np.concatenate(frames), event.fps, event.seed, event.latents, event.recipe, audio, read)
+    def _video(self, verb: str, **options: Any) -> Any:
+        if is_batch(options):
+            return batches.videos(self, verb, options)
+        return running.collect(self._start(verb, options, keep_frames=True, keep_latents=True), files_in(options))
 
     @documented
     def stream(
@@ -395,32 +384,21 @@ class Pipeline:
         ticket = self._ticket or self.new_ticket()
         changes = PromptChanges(functools.partial(warn_of_prompt, self._model))
         session = Session(prepared.model, prepared.job, ticket, keep_latents, saving, changes)
-        events = Computed(_events(prepared, session, saving), self._model.device)
+        events = Computed(running.events(prepared, session, saving), self._model.device)
         return Stream(events, ticket, changes if saving is None else None, prepared.job.request.verb)
 
+    @computes
+    def _fitting(self, request: Request, wanted: int) -> int:
+        """How many of these videos are made together."""
+        return batches.fitting(self._model, request, wanted)
 
-def _events(prepared: Prepared, session: Session, saving: Resume | None) -> Generator[Event, None, None]:
-    request, timeline = prepared.job.request, prepared.job.timeline
-    with saving or contextlib.nullcontext():
-        yield Started(
-            plan=prepared.plan,
-            seed=request.seed,
-            num_frames=timeline.num_frames,
-            height=prepared.plan.height,
-            width=prepared.plan.width,
-            fps=request.fps,
-            total_steps=session.total_steps,
-            recipe=prepared.recipe,
-            sound=prepared.sound,
-        )
-        with session.ticket.admitted():
-            for event in session.run():
-                if isinstance(event, Step):
-                    log.debug("step %d of %d, sigma %.4f, %.3f s", event.step, event.total, event.sigma, event.seconds)
-                yield event
-        spent = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in session.seconds.items())
-        log.info("made %d frames (%s)", timeline.num_frames, spent)
-        clean = torch.cat(session.latents, dim=2) if session.keep_latents else None
-        applied = [list(pair) for pair in session.changes.applied]
-        recipe = prepared.recipe | ({"changed_prompts": applied} if applied else {})
-        yield Finished(request.seed, timeline.num_frames, request.fps, clean, recipe, session.seconds)
+    @computes
+    def _run_together(self, requests: Sequence[Request], keep_frames: bool, keep_latents: bool) -> Any:
+        """The numbered events of requests that differ in prompts and seed alone."""
+        prepared = [prepare(self._model, request, keep_frames) for request in requests]
+        for request, one in zip(requests, prepared, strict=True):
+            warn_of_prompts(self._model, request, one.job.request)
+        ticket = self._ticket or self.new_ticket()
+        sessions = [Session(one.model, one.job, ticket, keep_latents) for one in prepared]
+        events: Any = Computed(running.events_together(prepared, sessions), self._model.device)
+        return Stream(events, ticket, None, f"{len(requests)} requests")

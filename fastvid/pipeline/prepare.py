@@ -26,7 +26,7 @@ from fastvid.pipeline.loras import for_request
 from fastvid.pipeline.request_warnings import warn_of_forcing, warn_of_size
 from fastvid.planning.plan import plan_request
 from fastvid.planning.speed import Rates, assumed, find_rates
-from fastvid.requests import inputs, prompts
+from fastvid.requests import batch, inputs, prompts
 from fastvid.requests.arguments import ARGUMENTS, VERBS, checked
 from fastvid.requests.options import GivenAgain
 from fastvid.requests.request import DATA, Request, Resolved, check_verb
@@ -59,6 +59,23 @@ def make_request(verb: str, options: dict[str, Any], variant: Callable[[], str])
     """The validated request, with its prompt expanded if requested. variant: returns the name of the model's preset."""
     request = Request.make(verb, **options)
     log.debug("request: %s", request)
+    return expanded(request, variant)
+
+
+def make_requests(verb: str, options: Mapping[str, Any], variant: Callable[[], str]) -> list[Request]:
+    """The request of each video of a batch, in order; all are checked before the first prompt is expanded. Raises
+    InvalidRequest, which says which video's is wrong."""
+    each, made = batch.each(options), []
+    for number, one in enumerate(each):
+        try:
+            made.append(Request.make(verb, **one))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"video {number + 1} of {len(each)}: {error}") from None
+    return [expanded(request, variant) for request in made]
+
+
+def expanded(request: Request, variant: Callable[[], str]) -> Request:
+    """The request with its prompt expanded if requested."""
     return prompts.expanded(request, variant()) if request.expand_prompt else request
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 from fastvid import checks
 from fastvid.checks import Check, number, one_of, text, whole
 from fastvid.requests import levers, loras, options
+from fastvid.requests.batch import one_video
 
 RANDOM = -1  # the seed that asks for a random one
 DIRECTIONS = ("after", "before", "both")
@@ -61,8 +62,8 @@ _bridge_seconds = {verb: words.replace("frames", "seconds") + " (default: 1)" fo
 _outpaint = "width and height, such as 832x480; larger than the clip: fill in the area around it (outpainting)"
 
 ARGUMENTS: Mapping[str, Argument] = {
-    "prompt": Argument(text, "what to show"),
-    "negative_prompt": Argument(text, "what not to show", "--negative-prompt TEXT"),
+    "prompt": Argument(one_video(text, "one string"), "what to show"),
+    "negative_prompt": Argument(one_video(text, "one string"), "what not to show", "--negative-prompt TEXT"),
     "expand_prompt": Argument(
         checks.flag, "expand the prompt into a long caption first; the recipe records both", "--expand-prompt"
     ),
@@ -110,7 +111,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     ),
     "draft": Argument(checks.flag, "a preview: half the size and fewer steps; see fastvid finalize", "--draft"),
     "seed": Argument(
-        lambda name, value: random_seed() if (seed := _seed(name, value)) == RANDOM else seed,
+        one_video(lambda name, value: random_seed() if (seed := _seed(name, value)) == RANDOM else seed, "one seed"),
         "seed of the noise, 0 to 2^63-1 (default, and -1: a random one, which is shown)",
         "--seed N",
     ),
@@ -314,6 +315,12 @@ ARGUMENTS: Mapping[str, Argument] = {
         "LoRAs of this request alone, beside those that the model was loaded with: files, folders or hub names, each "
         "alone, as (file, scale), or as (file, scale, expert) with expert high or low",
     ),
+    "batch_size": Argument(
+        whole(1, 256),
+        "how many videos of a batch of prompts and seeds are made together, which is faster for small ones; rounding "
+        "differs (default: 1)",
+        "--batch-size N",
+    ),
     "checkpoint": Argument(checks.path, "save progress in FOLDER, for `fastvid resume FOLDER`", "--checkpoint FOLDER"),
     "checkpoint_every": Argument(
         number(0.0, 86400.0, " seconds"),
@@ -330,7 +337,7 @@ DRIVING = ("pose_video", "face_video", "background_video", "mask_video")
 """The clips that drive a character."""
 EXPANSION = ("expand_prompt", "prompt_endpoint", "prompt_model", "prompt_key")
 CHECKPOINT = ("checkpoint", "checkpoint_every", "keep_checkpoint")
-RUN = (*EXPANSION, *CHECKPOINT)
+RUN = (*EXPANSION, *CHECKPOINT, "batch_size")
 """Arguments about how a request is run. They do not describe the video, so recipes leave them out."""
 
 CLIPS = {

@@ -66,6 +66,7 @@ class SamplingOptions(TypedDict, total=False):
     progressive: float | None
     attention: str | Mapping[str, Any] | None
     preset: str | None
+    batch_size: int | None
     checkpoint: Path | None
     checkpoint_every: float | None
     keep_checkpoint: bool | None

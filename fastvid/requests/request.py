@@ -105,6 +105,7 @@ class Request:
     prompt_endpoint: str | None = None
     prompt_model: str | None = None
     prompt_key: str | None = field(default=None, repr=False)
+    batch_size: int | None = None
     checkpoint: Any = None
     checkpoint_every: float | None = None
     keep_checkpoint: bool | None = None

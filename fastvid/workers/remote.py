@@ -113,6 +113,11 @@ class RemotePipeline(Pipeline):
         options = request.arguments()
         return self._open("start", request.checkpoint is not None, verb=request.verb, options=options, **keep)
 
+    def _fitting(self, request: Request, wanted: int) -> int:
+        raise InvalidRequest(
+            f"batch_size={wanted}: on several ranks the videos of a batch are made one after another; leave it out"
+        )
+
     def _resume(self, path: str, keep_latents: bool, settings: dict[str, Any], given: dict[str, Any]) -> Stream:
         return self._open("resume", True, path=path, options={"keep_latents": keep_latents, **settings, **given})
 
