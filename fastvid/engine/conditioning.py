@@ -267,10 +267,15 @@ class SegmentDenoiser:
             one.first = None if first is None else first[number : number + 1]
 
     def _initial(self, start: int, stop: int) -> Tensor:
-        latents, conditions = self.noise.initial(start, stop), self.conditions
+        latents = self.noise.initial(start, stop)
         if self.clip is not None:
             level = 0.0 if self.request.source_prompt is not None else float(self.sigmas[0])
             latents = (1 - level) * self.clip.latents(start, stop, forget=False) + level * latents
+        return self.with_known(start, stop, latents)
+
+    def with_known(self, start: int, stop: int, latents: Tensor) -> Tensor:
+        """Latents of columns start to stop - 1, clean in known columns."""
+        conditions = self.conditions
         if conditions.clean is None:
             return latents
         known = upload(conditions.columns[start:stop], latents.device).view(1, 1, -1, 1, 1)
@@ -300,6 +305,10 @@ class SegmentDenoiser:
         # A refill needs no guidance: the negative prompt's cache stays valid when the other prompt changes.
         experts, some_known = len(self.model.experts), self.clip is not None or bool((row.sigma == 0).any())
         return (1.0,) * experts if row.refill else self.request.guidance_scales(experts, some_known)
+
+    def share_contexts(self, other: SegmentDenoiser) -> None:
+        """Uses another's contexts, of the same texts and conditions."""
+        self._contexts = other._contexts
 
     def caches_of(self, row: TableRow) -> Iterator[int]:
         """The numbers of the caches that a row's model calls use (see `caches`)."""

@@ -9,7 +9,7 @@ Shapes: latents [1, C, T, h, w]; a cache's keys and values [B, slots, N of a fra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from math import prod
@@ -40,7 +40,8 @@ class SegmentPlan:
 
     new_cache: makes a causal model's KV cache. cached: the numbers of those that a row uses. cache_like: a layer's keys
     [1, n, N, H, D], without values; None on several ranks, which have a share of them each. steps: its step cache.
-    tokens: what one keeps of a call of so many columns at most [1, N, d], without values.
+    tokens: what one keeps of a call of so many columns at most [1, N, d], without values. small: (C, h, w) of the
+    first steps of a progressive request.
     """
 
     table: Iterable[TableRow]
@@ -53,6 +54,33 @@ class SegmentPlan:
     cache_like: Tensor | None = None
     steps: StepCache | None = None
     tokens: Callable[[int], Tensor] | None = None
+    small: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Two stages without values. full, small: (C, h, w)."""
+
+    full: tuple[int, int, int]
+    small: tuple[int, int, int]
+
+    def initial(self, start: int, stop: int) -> Tensor:
+        return _empty(self.full, stop - start)
+
+    def is_small(self, latents: Tensor) -> bool:
+        return latents.shape[3:] == self.small[1:]
+
+    def shrunk(self, row: TableRow, known: Tensor | None) -> Tensor:
+        return _empty(self.small, len(row.sigma))
+
+    def grown(self, row: TableRow, clean: Tensor, known: Tensor | None) -> Tensor:
+        return _empty(self.full, len(row.sigma))
+
+
+def _empty(shape: tuple[int, int, int], columns: int) -> Tensor:
+    """Latents [1, C, columns, h, w] without values."""
+    channels, height, width = shape
+    return torch.empty(1, channels, columns, height, width, dtype=torch.float32, device="meta")
 
 
 class PlannedRows:
@@ -62,15 +90,15 @@ class PlannedRows:
         self._folder, self._plan = folder, plan
         self.caches: dict[int, KVCache] = {}
         self.table: list[TableRow] = []
+        source = _Shapes(plan.shape, plan.small) if plan.small else self._columns
         rows = walk(
-            plan.table, self._columns, plan.solver, lambda row: self._denoise(row),
+            plan.table, source, plan.solver, lambda row: self._denoise(row),
             fresh=lambda start, draws: self._columns(start, start + len(draws)), keep=plan.keep, anchor=plan.anchor,
         )  # fmt: skip
         self.rows = list(islice(rows, stop))
 
     def _columns(self, start: int, stop: int) -> Tensor:
-        channels, height, width = self._plan.shape
-        return torch.empty(1, channels, stop - start, height, width, dtype=torch.float32, device="meta")
+        return _empty(self._plan.shape, stop - start)
 
     def _denoise(self, row: TableRow) -> Callable[[Tensor, Tensor], Tensor]:
         self.table.append(row)
@@ -192,7 +220,9 @@ def check_files(folder: Path, head: Head, clean: Iterable[str], model: Model, se
         _check_latents(folder, name, shape)
     if head.state:
         number = list(segments)[head.segments - 1]
-        _check_latents(folder, head.state, shapes[number])
+        half = segments[number].half
+        small = [side // segments[number].spatial for side in half or ()]
+        _check_latents(folder, head.state, shapes[number], small)
         if head.steps:
             _check_steps_file(folder, head.steps, model, shapes[number])
         for name, slots in head.caches:
@@ -201,11 +231,13 @@ def check_files(folder: Path, head: Head, clean: Iterable[str], model: Model, se
         raise wrong(folder, "it has caches without a state")
 
 
-def _check_latents(folder: Path, name: str, latents: tuple[int, int, int, int]) -> None:
+def _check_latents(folder: Path, name: str, latents: tuple[int, int, int, int], small: Sequence[int] = ()) -> None:
+    """small: (h, w) that they may have too."""
     found = files.shapes(folder, name)
     channels, columns, *sides = latents
     for _, shape in found.values():
-        fits = len(shape) < 2 or (len(shape) == 5 and (*shape[:2], *shape[3:]) == (1, channels, *sides))
+        fits = len(shape) < 2 or (len(shape) == 5 and shape[:2] == (1, channels))
+        fits = fits and (len(shape) < 2 or list(shape[3:]) in (sides, list(small)))
         if not fits or (shape and shape[0 if len(shape) == 1 else 2] > columns):
             raise wrong(folder, f"{name} holds a tensor of the shape {list(shape)}")
     if len(found) > MOST_TENSORS:

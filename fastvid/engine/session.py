@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastvid.distributed.mesh import Layout, RankView
-from fastvid.engine import decode, finite, pixels, windows
+from fastvid.engine import decode, finite, pixels, progressive, windows
 from fastvid.engine.conditioning import NEGATIVE, SOURCE, SegmentDenoiser
 from fastvid.engine.decode import Decoded, Decoder, KnownFrameBlend, Output
 from fastvid.engine.events import Event, Frames, Step
@@ -234,6 +234,12 @@ class SegmentRun:
         model, job, known = session.model, session.job, session.ends.known(segment)
         ranks = RankView(model.mesh, job.layout)
         self._denoising = SegmentDenoiser(model, job.request, job.sigmas, segment, known, session.prompts.embeds, ranks)
+        self._stages = None
+        if segment.half is not None:
+            small, texts = segment.small, session.prompts.embeds
+            scaled = progressive.scaled(known, small)
+            draft = SegmentDenoiser(model, job.request, job.sigmas, small, scaled, texts, ranks)
+            self._stages = progressive.TwoStages(self._denoising, draft)
         # A picture passed as a latent spans a group of frames, and decoding does not reproduce it exactly.
         pictures = pixels.stretched(known.pictures, segment) if self._denoising.takes_latents else {}
         # A driven segment starts from the pixels of the one before as its model makes them again, as published.
@@ -298,12 +304,12 @@ class SegmentRun:
             solver = replace(solver, operation=model.ops.solver_step)
         yield from walk(
             self._table(self._change_prompt),
-            self._denoising.initial,
+            self._denoising.initial if self._stages is None else self._stages,
             solver,
             self._denoiser,
             fresh=self._denoising.fresh,
             position=position,
-            keep=windows.most_refilled(model, segment, any_block=True),
+            keep=windows.most_kept(model, segment),
             anchor=model.preset.anchor is not None,
         )
 
@@ -318,13 +324,14 @@ class SegmentRun:
             self._table(lambda column: False),
             denoising.noise.shape,
             find_solver(self._session.job.request.solver),
-            windows.most_refilled(model, self._segment, any_block=True),
+            windows.most_kept(model, self._segment),
             model.preset.anchor is not None,
             None if model.preset.rollout is None else denoising.new_cache,
             denoising.caches_of,
             denoising.keys_like() if model.mesh.size == 1 else None,
             denoising.levers.cache,
             denoising.tokens_like,
+            None if self._stages is None else self._stages.small_shape,
         )
 
     def _denoiser(self, row: TableRow) -> Denoise:
@@ -332,7 +339,8 @@ class SegmentRun:
         previous, self._window = self._window, (row.start, row.stop)
         if self._window != previous and self._session.model.preset.rollout is None:
             self._change_prompt(_first_free(row))
-        return self._denoising.denoiser(row, self._prompt_of(row))
+        stages = self._denoising if self._stages is None else self._stages
+        return stages.denoiser(row, self._prompt_of(row))
 
     def _prompt_of(self, row: TableRow) -> int:
         """The prompt of a window's first free column, or of the column after a refill."""

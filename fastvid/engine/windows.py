@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -46,7 +47,8 @@ def table_of(
         if request.ar_step and request.causal_block_size:
             block, causal = request.causal_block_size, bool(request.causal_attention)
             return noise_table.forced(sigmas, known, block, request.ar_step, causal)
-        return noise_table.windows(sigmas, blocks, known)
+        table = noise_table.windows(sigmas, blocks, known)
+        return table if segment.half is None else noise_table.in_two(table, small_steps(request, len(sigmas)))
     cache, planned = new_cache(rollout, segment, 0), _refills(model, segment)
 
     def refill(column: int) -> int | None:
@@ -121,6 +123,19 @@ def most_refilled(model: Model, segment: Segment, any_block: bool = False) -> in
     if any_block and rollout is not None and rollout.recache:
         return new_cache(rollout, segment, 0).capacity
     return max((cut - first for cut, first in _refills(model, segment).items()), default=0)
+
+
+def most_kept(model: Model, segment: Segment) -> int:
+    """The most clean columns that a row comes back to: of any refill, or that windows in two stages have in common."""
+    if segment.half is None:
+        return most_refilled(model, segment, any_block=True)
+    found = spans(model, segment)
+    return max((before[1] - after[0] for before, after in pairwise(found)), default=0)
+
+
+def small_steps(request: Resolved, steps: int) -> int:
+    """How many of a window's steps are made at half the size; at least one, and never all."""
+    return 0 if not request.progressive else min(max(1, round(request.progressive * steps)), steps - 1)
 
 
 def _refills(model: Model, segment: Segment) -> dict[int, int]:

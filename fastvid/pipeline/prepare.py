@@ -23,6 +23,7 @@ from fastvid.media.targets import paths_in
 from fastvid.models.loaded import Model
 from fastvid.pipeline import control_checks, tensors, verbs
 from fastvid.pipeline.loras import for_request
+from fastvid.pipeline.progressive import in_two_stages
 from fastvid.pipeline.request_warnings import warn_of_forcing, warn_of_size
 from fastvid.planning.plan import plan_request
 from fastvid.planning.speed import Rates, assumed, find_rates
@@ -108,6 +109,7 @@ def prepare(
     verbs.check(model, resolved, timeline)
     resolved = _with_tensors(model, resolved, timeline)
     sigmas = sigmas_of(resolved)
+    timeline = in_two_stages(model, resolved, timeline, len(sigmas))
     recipe = resolved.to_recipe(model=model.name, version=__version__, **model.settings)
     warn_of_size(model, resolved)
     warn_of_forcing(model, resolved)

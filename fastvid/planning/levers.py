@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastvid.engine.windows import small_steps
 from fastvid.models.loaded import Model
 from fastvid.requests.levers import OFF
 from fastvid.requests.request import Resolved
@@ -39,7 +40,14 @@ class Share(NamedTuple):
 
 ALL = Share()
 
-WORDS: Mapping[str, Callable[[Asked, Any], str]] = {}
+
+def _progressive(asked: Asked, value: float) -> str:
+    half, steps = asked.timeline.segments[0].half, len(asked.sigmas)
+    assert half is not None
+    return f"{small_steps(asked.request, steps)} of {steps} steps at {half[1]}x{half[0]}"
+
+
+WORDS: Mapping[str, Callable[[Asked, Any], str]] = {"progressive": _progressive}
 """lever -> what is done less of, in words, from its value. A lever without a row is shown as it was asked for."""
 
 SHARES: Mapping[str, Callable[[Asked, Any], Share]] = {}

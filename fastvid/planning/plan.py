@@ -71,7 +71,7 @@ def plan_request(
 
     lever = levers.Asked(model, request, timeline, sigmas)
     left = levers.share(lever)
-    calls = [speed.calls_of(model, request, segment, sigmas, left) for segment in timeline.segments]
+    calls = [each for part in timeline.segments for each in speed.stages_of(model, request, part, sigmas, left)]
     plan = Plan(
         **_sizes(model, request, timeline, window),
         decode_chunk=needs.chunk,

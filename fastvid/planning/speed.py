@@ -14,7 +14,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from itertools import pairwise
@@ -34,7 +34,7 @@ from fastvid.distributed.cost_model import Work
 from fastvid.distributed.links import device_of
 from fastvid.distributed.mesh import Layout
 from fastvid.engine.decode import decode_chunk
-from fastvid.engine.windows import count_calls, window_columns
+from fastvid.engine.windows import count_calls, small_steps, window_columns
 from fastvid.files import cache_folder
 from fastvid.layers.attention import self_attention
 from fastvid.layers.linear import Linear
@@ -108,6 +108,17 @@ def calls_of(model: Model, request: Resolved, segment: Segment, sigmas: np.ndarr
     tokens = count_tokens(window, model.transformer.config)
     count = count_calls(model, segment, sigmas, request)
     return Calls(count, tokens, max(tokens, cached_tokens(model, segment)), model.tokenizer.text_length, left)
+
+
+def stages_of(
+    model: Model, request: Resolved, segment: Segment, sigmas: np.ndarray, left: Share = ALL
+) -> tuple[Calls, ...]:
+    """The model calls for a segment: of a progressive request those at half the size, and those at full size."""
+    if segment.half is None:
+        return (calls_of(model, request, segment, sigmas, left),)
+    first, full = small_steps(request, len(sigmas)), replace(segment, half=None)
+    small = calls_of(model, request, segment.small, sigmas[:first], left)
+    return small, calls_of(model, request, full, sigmas[first:], left)
 
 
 def cached_tokens(model: Model, segment: Segment) -> int:

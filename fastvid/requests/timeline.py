@@ -80,7 +80,7 @@ class Segment:
     pictures: known frames by output frame number. source: a clip to edit, from its frame source_start on. prompts:
     (output frame, number of the prompt from there on). origin: index of its first column in the noise stream. lead:
     extra columns generated in front and dropped (for reference pictures). tail: the same behind (for a last picture
-    that follows the video).
+    that follows the video). half: (height, width) of the stream in the first steps of a progressive request.
     """
 
     num_frames: int
@@ -103,6 +103,7 @@ class Segment:
     origin: int = 0
     lead: int = 0
     tail: int = 0
+    half: tuple[int, int] | None = None
 
     @property
     def columns(self) -> int:
@@ -144,6 +145,15 @@ class Segment:
         """The column at which a prompt starts that is meant to start at this output frame: the nearest one."""
         nearest = self.column_of(self.skip + frame + self.temporal // 2)
         return min(nearest, self.column_of(self.skip + self.num_frames - 1))
+
+    @property
+    def small(self) -> Segment:
+        """The segment at half the size."""
+        assert self.half is not None
+        height, width = self.half
+        sides = {"model_height": height, "model_width": width, "half": None}
+        sides |= {"height": round(self.height * height / self.model_height)}
+        return replace(self, **sides, width=round(self.width * width / self.model_width))
 
     def crop(self, frames: Tensor) -> Tensor:
         """Frames [n, H, W, 3] of the stream, cropped to the output size."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,26 @@ Source = Callable[[int, int], Tensor]
 
 Fresh = Callable[[int, Tensor], Tensor]
 """(start, draws [T]) -> new noise for the columns from `start` on, for solvers that draw some."""
+
+
+@runtime_checkable
+class Stages(Protocol):
+    """Latents at two sizes, of a table with small rows. known: the clean columns [1, C, n, h, w] of full size with
+    which the row's window begins; None: there are none."""
+
+    def initial(self, start: int, stop: int) -> Tensor:
+        """The columns that enter a window at full size."""
+        ...
+
+    def is_small(self, latents: Tensor) -> bool: ...
+
+    def shrunk(self, row: TableRow, known: Tensor | None) -> Tensor:
+        """The small latents that a window starts from."""
+        ...
+
+    def grown(self, row: TableRow, clean: Tensor, known: Tensor | None) -> Tensor:
+        """A window's latents at full size and the row's level, from small clean ones."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +81,7 @@ class Row:
 
 def walk(
     table: Iterable[TableRow],
-    source: Source | Tensor,
+    source: Source | Tensor | Stages,
     solver: Solver,
     denoise: Callable[[TableRow], Denoise],
     *,
@@ -74,27 +95,34 @@ def walk(
     Windows move to the right over clean columns. Columns must become clean from the left; each is yielded once.
 
     Args:
-        source: the columns that enter the window, or a tensor of all of them.
+        source: the columns that enter the window, or a tensor of all of them; for a table with small rows both sizes.
         denoise: the denoiser for a table row.
         position: to go on from; the table is the same, from its first row on.
-        keep: the most columns that a row of the table comes back to.
+        keep: the most columns that a row of the table comes back to, or that windows of two sizes have in common.
         anchor: whether positions keep the first column.
     """
-    take = source if callable(source) else lambda start, stop: source[:, :, start:stop]
+    take, stages = _taken_from(source)
     at = position
     for number, row in enumerate(table):
         if at is not None and number < at.row:
             continue
-        at = _move(at, row, take, solver)
+        at = _move(at, row, take, solver, stages)
         state = replace(at.state, fresh=fresh and (lambda draws, row=row: fresh(row.start, draws)))
         latents, state = _step(row, at.latents, solver, denoise(row), state)
-        done = row.start + int((row.sigma_next == 0).long().cumprod(0).sum())
+        done = row.start + (0 if row.small else int((row.sigma_next == 0).long().cumprod(0).sum()))
         clean = latents[:, :, at.done - row.start : done - row.start] if done > at.done else None
         kept, first = _keep(at.kept, clean, keep), at.first
         if anchor and first is None and clean is not None:
             first = clean[:, :, :1].clone()  # a view would keep the whole window
         start, at = at.done, Position(number + 1, row.start, latents, state, max(at.done, done), kept, first)
         yield Row(number, float(row.sigma.max()), clean, start, at)
+
+
+def _taken_from(source: Source | Tensor | Stages) -> tuple[Source, Stages | None]:
+    """The columns that enter a window, and both sizes if there are two."""
+    if isinstance(source, Stages):
+        return source.initial, source
+    return source if callable(source) else lambda start, stop: source[:, :, start:stop], None
 
 
 def _keep(kept: Tensor | None, clean: Tensor | None, keep: int) -> Tensor | None:
@@ -105,8 +133,10 @@ def _keep(kept: Tensor | None, clean: Tensor | None, keep: int) -> Tensor | None
     return both[:, :, -keep:]
 
 
-def _move(at: Position | None, row: TableRow, take: Source, solver: Solver) -> Position:
+def _move(at: Position | None, row: TableRow, take: Source, solver: Solver, stages: Stages | None) -> Position:
     """The position with the row's window: columns on its left dropped, new ones on its right taken in."""
+    if stages is not None and row.small != (at is not None and stages.is_small(at.latents)):
+        return _resized(at, row, solver, stages)
     if at is None:
         return Position(0, row.start, take(row.start, row.stop), solver.init(), row.start)
     if row.refill:
@@ -123,6 +153,22 @@ def _move(at: Position | None, row: TableRow, take: Source, solver: Solver) -> P
     rest = at.latents[:, :, drop:]
     latents = torch.cat((rest, take(stop, row.stop).to(rest)), dim=2) if add else rest
     return replace(at, start=row.start, latents=latents, state=at.state.moved(drop, add))
+
+
+def _resized(at: Position | None, row: TableRow, solver: Solver, stages: Stages) -> Position:
+    """The position with the row's window at the other size."""
+    count = 0 if at is None else at.done - row.start
+    assert at is None or count == 0 or (at.kept is not None and count <= at.kept.shape[2]), (count, row.start)
+    known = None if at is None or at.kept is None or count == 0 else at.kept[:, :, -count:]
+    if row.small:
+        latents = stages.shrunk(row, known)
+    else:
+        assert at is not None
+        latents = stages.grown(row, at.latents, known)
+    state = solver.init()
+    if at is None:
+        return Position(0, row.start, latents, state, row.start)
+    return replace(at, start=row.start, latents=latents, state=state)
 
 
 def _step(

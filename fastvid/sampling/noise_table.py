@@ -6,6 +6,7 @@
                  prompt the cache's columns once more
     staggered    levels rise from left to right: every few rows one column is finished and one begins
     forced       every column at once, in blocks that begin one after another
+    in_two       windows whose first rows are made at half the size
 
 Known columns are at level 0 from the first row on. All levels are float64; sigmas [N] come without the final zero.
 """
@@ -13,7 +14,7 @@ Known columns are at level 0 from the first row on. All levels are float64; sigm
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -27,6 +28,7 @@ class TableRow:
 
     start: the window's first column. write_cache: no level changes; the model is called to fill its KV cache. refill:
     the same for columns that were finished before, so that the cache holds them as the next column's prompt has them.
+    small: the latents are those of half the size (see `in_two`).
     """
 
     sigma: Tensor
@@ -34,6 +36,7 @@ class TableRow:
     start: int = 0
     write_cache: bool = False
     refill: bool = False
+    small: bool = False
 
     @property
     def stop(self) -> int:
@@ -77,6 +80,20 @@ def windows(sigmas: np.ndarray, spans: Sequence[tuple[int, int]], known: Tensor)
         else:  # nothing to make here, but the columns have to come out
             yield _clean(start, stop)
         made = stop
+
+
+def in_two(table: Iterator[TableRow], first: int) -> Iterator[TableRow]:
+    """A table of windows, the first rows of each small. The last small row goes to zero: to what the model makes of the
+    video at that level, from which the next row's latents are made at full size."""
+    window, number = None, 0
+    for row in table:
+        number = number + 1 if window == (row.start, row.stop) else 0
+        window = row.start, row.stop
+        if number >= first or row.write_cache:
+            yield row
+        else:
+            after = torch.zeros_like(row.sigma) if number == first - 1 else row.sigma_next
+            yield replace(row, sigma_next=after, small=True)
 
 
 def block_spans(columns: int, block: int, known: int = 0, cuts: Sequence[int] = ()) -> list[tuple[int, int]]:

@@ -31,6 +31,9 @@ def test_a_video_a_kill_and_a_restart(caplog) -> None:
         running = descriptors()
         video = pipe.generate(PROMPT, **SHORT)
         assert off(video.frames, wanted) <= 1 and video.recipe["settings"]["parallel"] == "2"
+        half = SHORT | {"width": 96, "height": 96, "progressive": 0.5}
+        alone = fastvid.load("embedded", device="cpu").generate(PROMPT, **half).frames
+        assert off(pipe.generate(PROMPT, **half).frames, alone) <= 1
         found = listening(workers_here())
         assert found and set(found) <= LOOPBACK
         stream = pipe.stream(PROMPT, **SHORT)
