@@ -28,11 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.distributed.mesh import RankView
-from fastvid.engine import controls, forcing, pixels, windows
+from fastvid.engine import controls, forcing, guidance, windows
 from fastvid.engine import driving as driven
 from fastvid.engine.controls import Seen
+from fastvid.engine.guidance import GuidanceSteps, KeptDifference, Negative
+from fastvid.engine.known_latents import known_latents
 from fastvid.engine.levers import SegmentLevers
 from fastvid.engine.pixels import KnownFrames
+from fastvid.engine.regions import Region, anchored, batched
 from fastvid.engine.source_clip import SourceClip
 from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.kv_cache import KVCache
@@ -40,7 +43,7 @@ from fastvid.models.common.contexts import joined
 from fastvid.models.loaded import CACHE, CHANNELS, CONTROL, DRIVEN, REIMPOSED, TIMESTEPS, Model, way_of
 from fastvid.ops.upload import upload
 from fastvid.requests.request import Resolved
-from fastvid.requests.timeline import Segment
+from fastvid.requests.timeline import Segment, window_of
 from fastvid.sampling.guidance import Denoise, Denoiser, Guided, Switched, Velocity, flow_edit, keep_known
 from fastvid.sampling.noise import StreamNoise
 from fastvid.sampling.noise_table import TableRow
@@ -48,17 +51,6 @@ from fastvid.sampling.sigmas import timesteps
 
 NEGATIVE, SOURCE = -1, -2
 """Prompt numbers of the negative prompt and of an edit's source_prompt; the request's own prompts count from 0."""
-
-LEAD_IN = 4
-"""Latent frames of stills put before a clip that is encoded as if in the middle of a stream. The clip's first latent
-then differs from the one encoded in mid-stream by 29 % of its norm with one still latent, by 12 % with four, and by no
-less with more (embedded model's VAE). The difference was not visible in videos (6 clips extended to the left, 6
-blends)."""
-
-
-def lead_in(segment: Segment) -> int:
-    """Pixel frames that encode to LEAD_IN latent frames."""
-    return 1 + (LEAD_IN - 1) * segment.temporal
 
 
 # ---------------------------------------------------------------- known frames
@@ -121,23 +113,6 @@ class Conditions:
         return None if self.channels is None else self.channels[:, :, row.start : row.stop]
 
 
-@dataclass(frozen=True)
-class Region:
-    """The known region of a window: mask bool [1, 1, t, h, w], True where known; clean latents [1, C, t, h, w].
-
-    on_host: the mask on the CPU, where noise levels are computed.
-    """
-
-    mask: Tensor
-    clean: Tensor
-    on_host: Tensor
-
-    def levels(self, sigma: Tensor, patch: int = 2) -> Tensor:
-        """The noise level of every token [N], 0 for known ones. sigma: the columns' levels [t]."""
-        free = ~self.on_host[0, 0, :, ::patch, ::patch]
-        return (sigma.view(-1, 1, 1) * free).flatten()
-
-
 def prepare(
     model: Model, request: Resolved, segment: Segment, known: KnownFrames, clip: SourceClip | None = None
 ) -> Conditions:
@@ -174,37 +149,6 @@ def _with_channels(segment: Segment, seen: Seen) -> Conditions:
     return Conditions(CHANNELS, columns, clean, seen.channels, seen.embeds, seen.levels, given)
 
 
-def known_latents(model: Model, segment: Segment, known: KnownFrames) -> Iterator[tuple[int, Tensor]]:
-    """(first column, latents) of every run of known columns."""
-    if known.left is not None:
-        yield segment.lead, pixels.encode_stream(model, pixels.pad(known.left, segment), segment)
-    if known.right is not None:
-        # A causal VAE encodes a stream's first latents differently, so stills precede the clip and are cut off again.
-        stills = np.repeat(known.right[:1], lead_in(segment), axis=0)
-        latents = pixels.encode_stream(model, pixels.pad(np.concatenate((stills, known.right)), segment), segment)
-        yield segment.columns - segment.right_columns, latents[:, :, LEAD_IN:]
-    by_column: dict[int, list[tuple[int, np.ndarray]]] = {}
-    for frame, picture in sorted(known.pictures.items()):
-        by_column.setdefault(segment.picture_column(frame), []).append((segment.skip + frame, picture))
-    for column, pictures in by_column.items():
-        yield column, _still(model, segment, column, pictures)
-
-
-def _still(model: Model, segment: Segment, column: int, pictures: list[tuple[int, np.ndarray]]) -> Tensor:
-    """The latent of a column with some known frames; its other frames repeat the nearest known one. The first column,
-    and that of a picture behind the video, are one frame each."""
-    if column == segment.lead or (segment.tail and column == segment.columns - 1):
-        return pixels.encode_stream(model, pixels.fit(pictures[0][1][None], segment), segment)
-    first = (column - segment.lead - 1) * segment.temporal + 1
-    frames = [_nearest(pictures, frame) for frame in range(first, first + segment.temporal)]
-    stills = torch.cat([pixels.fit(frame[None], segment) for frame in (frames[0], *frames)])
-    return pixels.encode_stream(model, stills, segment)[:, :, 1:]
-
-
-def _nearest(pictures: list[tuple[int, np.ndarray]], frame: int) -> np.ndarray:
-    return min(pictures, key=lambda one: abs(one[0] - frame))[1]
-
-
 # ---------------------------------------------------------------- the denoiser
 
 
@@ -238,9 +182,13 @@ class SegmentDenoiser:
         known_noise = windows.known_columns(segment), request.addnoise_condition or 0.0, torch.from_numpy(sigmas)
         self._known_noise = forcing.KnownNoise(*known_noise, self.noise.fresh)
         self.levers = SegmentLevers(model, request, segment, ranks, sigmas)
+        self._steps = GuidanceSteps(model, request, sigmas)
+        self.kept = KeptDifference(self._steps, self._scales, channels, segment) if self._steps.every > 1 else None
+        window = window_of(segment, windows.window_columns(model, segment))
+        self._paired = guidance.is_paired(model, request, window, ranks.layout)
         self.caches: dict[int, KVCache] = {}
         self.first: Tensor | None = None
-        self._contexts: dict[tuple[int, int], Any] = {}  # by (expert, prompt)
+        self._contexts: dict[tuple[int, ...], Any] = {}  # by (expert, prompts)
         self.others: Sequence[SegmentDenoiser] = ()
 
     @property
@@ -284,21 +232,30 @@ class SegmentDenoiser:
     def denoiser(self, row: TableRow, prompt: int) -> Denoise:
         """The denoiser of a table row for the prompt of this number."""
         region = self._region(row)
-        guided = [
-            Guided(
-                partial(self._velocity, row, region, expert, prompt),
-                partial(self._velocity, row, region, expert, NEGATIVE),
-                scale,
-                self._ranks.both,
-            )
-            for expert, scale in enumerate(self._scales(row))
-        ]
+        if self.kept is not None:
+            self.kept.begin(row)
+        guided = [self._guided(row, region, expert, prompt) for expert in range(len(self.model.experts))]
         velocity = Switched(guided, self._expert_for)
         if self.clip is not None and self.request.source_prompt is not None:
             denoise = self._flow_edit(row, region, velocity)
         else:
             denoise = Denoiser(velocity)
         return denoise if region is None else keep_known(denoise, region.clean, region.mask)
+
+    def _guided(self, row: TableRow, region: Region | None, expert: int, prompt: int) -> Guided:
+        """One expert's guided velocity."""
+        scales = self._scales(row)
+        negative, call = self._steps.of_row(row, scales), partial(self._velocity, row, region, expert)
+        return Guided(
+            partial(call, prompt),
+            partial(call, NEGATIVE),
+            1.0 if negative is Negative.NONE else scales[expert],
+            self._ranks.both,
+            pair=partial(self._pair, row, region, expert, prompt) if self._paired and not self.others else None,
+            columns=self._steps.columns(row),
+            last=None if self.kept is None else self.kept.difference,
+            reuse=self._steps.share(row, scales),
+        )
 
     def _scales(self, row: TableRow) -> tuple[float, ...]:
         """Each expert's guidance scale in a row."""
@@ -313,7 +270,7 @@ class SegmentDenoiser:
     def caches_of(self, row: TableRow) -> Iterator[int]:
         """The numbers of the caches that a row's model calls use (see `caches`)."""
         yield 0
-        if self._scales(row)[self._expert_for(row.sigma)] != 1:
+        if self._steps.of_row(row, self._scales(row)) is Negative.COMPUTED:
             yield NEGATIVE
         if self.clip is not None and self.request.source_prompt is not None:
             yield SOURCE
@@ -341,16 +298,30 @@ class SegmentDenoiser:
     def _velocity(
         self, row: TableRow, region: Region | None, expert: int, prompt: int, x: Tensor, sigma: Tensor
     ) -> Tensor:
-        """One expert's velocity for a prompt. Its context is computed in the first call, which has the expert on the
-        device anyway."""
-        texts = [one._texts(prompt) for one in self.together]
-        inputs = [one._input(row, region, prompt, x) for one, x in zip(self.together, x.split(1), strict=True)]
+        """One expert's velocity for a prompt."""
+        return self._call(row, region, expert, (prompt,), x)
+
+    def _pair(
+        self, row: TableRow, region: Region | None, expert: int, prompt: int, x: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The velocities for a prompt and the negative prompt, from one call."""
+        cond, uncond = self._call(row, region, expert, (prompt, NEGATIVE), x).chunk(2)
+        return cond, uncond
+
+    def _call(self, row: TableRow, region: Region | None, expert: int, prompts: tuple[int, ...], x: Tensor) -> Tensor:
+        """One expert's velocities for prompts, which see the same latents: [prompts * B, C, t, h, w]. The contexts are
+        computed in the first call, which has the expert on the device anyway."""
+        prompt, count = prompts[0], len(prompts)
+        texts = [[one._texts(prompt) for one in self.together] for prompt in prompts]
+        inputs = [one._input(row, region, prompt, x) for one, x in zip(self.together, x.split(1), strict=True)] * count
         latents, times = batched([one for one, _ in inputs]), torch.stack([one for _, one in inputs])
         has_anchor = latents.shape[2] > x.shape[2]
         offset, cache = self._offset(row, has_anchor), self._cache(row, prompt)
         with self.model.use_expert(expert) as transformer:
-            context = self._context(transformer, expert, prompt, texts)
-            options = {"known": self._channels(row), "rope_offset": offset, "cache": cache, "view": self._ranks}
+            context = self._contexts_of(transformer, expert, prompts, texts)
+            known = self._channels(row)
+            known = known if known is None else batched([known] * count)
+            options = {"known": known, "rope_offset": offset, "cache": cache, "view": self._ranks}
             options["levers"] = self.levers.of_call(row, expert, prompt)
             velocity = transformer(latents, times, context, **options)
         return velocity[:, :, 1:] if has_anchor else velocity
@@ -367,6 +338,15 @@ class SegmentDenoiser:
         channels = [one.conditions.window_channels(row) for one in self.together]
         given = [one for one in channels if one is not None]
         return batched(given) if given else None
+
+    def _contexts_of(
+        self, transformer: Any, expert: int, prompts: tuple[int, ...], texts: Sequence[Sequence[Tensor]]
+    ) -> Any:
+        """The contexts of prompts as one."""
+        if (key := (expert, *prompts)) not in self._contexts:
+            each = zip(prompts, texts, strict=True)
+            self._contexts[key] = joined([self._context(transformer, expert, *one) for one in each])
+        return self._contexts[key]
 
     def _context(self, transformer: Any, expert: int, prompt: int, texts: Sequence[Tensor]) -> Any:
         """The context of a prompt's texts, [1, L, text_dim] each."""
@@ -432,14 +412,3 @@ class SegmentDenoiser:
         seen = columns + (self.model.preset.anchor is not None) + self.model.takes_reference
         count = seen * (height // ph) * (width // pw)
         return torch.empty(1, count, config.dim, dtype=self.model.dtype, device="meta")
-
-
-def batched(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors [1, ...] as one [B, ...]; a single one is itself."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
-
-
-def anchored(x: Tensor, levels: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents and noise levels ([t] or [N]) with a clean column [1, C, 1, h, w] prepended."""
-    levels_per_column = 1 if len(levels) == x.shape[2] else len(levels) // x.shape[2]
-    return torch.cat((anchor.to(x), x), dim=2), torch.cat((levels.new_zeros(levels_per_column), levels))

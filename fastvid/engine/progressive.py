@@ -63,6 +63,7 @@ class TwoStages:
         if not any(one.conditions.given for one, _ in pairs):  # a text's keys and values are the same at any size
             small.share_contexts(full)
         small.levers = full.levers  # one step cache, which forgets tokens of another number
+        small.kept = full.kept
         self._first: tuple[Tensor, Tensor] | None = None  # the segment's first column, and the same small
 
     @property

@@ -25,7 +25,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,16 @@ from fastvid.engine import resume_checks as checks
 from fastvid.engine import resume_contents as contents
 from fastvid.engine import resume_files as files
 from fastvid.engine import resume_identity as identity
+from fastvid.engine.guidance import KeptDifference
 from fastvid.engine.resume_checks import PlannedRows, SegmentPlan
 from fastvid.engine.resume_contents import Head, Slots
+from fastvid.engine.resume_position import position_from_tensors, position_to_tensors
 from fastvid.engine.step_cache import StepCache
 from fastvid.errors import CheckpointError, InvalidRequest
 from fastvid.layers.kv_cache import CacheState, KVCache
 from fastvid.models.loaded import Model
 from fastvid.requests.timeline import Segment, Timeline
 from fastvid.sampling.loop import Position, Row
-from fastvid.sampling.solvers import SolverState
 
 EVERY = 1.0  # least seconds between saves
 Caches = dict[int, KVCache]
@@ -204,6 +205,7 @@ class Resume:
         self._segment = 0  # the open segment's number
         self._caches: Caches = {}  # the open segment's
         self._steps: StepCache | None = None  # the open segment's
+        self._kept: KeptDifference | None = None  # the open segment's
         self._cache_files: list[tuple[str, Slots]] = []
         self._saved_clean = iter(saved.clean)
         self._planned_rows = self._planned_clean = 0  # of the segments opened so far
@@ -283,7 +285,8 @@ class Resume:
             return
         old, state, steps = self._head, "", ""
         if self._rank == 0:
-            state = files.put_tensors(self.folder, f"state-{self.rows:08d}", position_to_tensors(position))
+            kept = {} if self._kept is None else self._kept.tensors()
+            state = files.put_tensors(self.folder, f"state-{self.rows:08d}", position_to_tensors(position) | kept)
         if self._steps is not None:
             steps = files.put_tensors(self.folder, self._own("steps"), self._steps.saved())
         places = self._save_caches()
@@ -321,9 +324,10 @@ class Resume:
 
     def open_segment(self, segment: int, caches: Caches, plan: SegmentPlan) -> SavedSegment:
         """Begins a segment and returns its saved progress. caches: the segment's caches; restored here, and saved from
-        now on. So is plan.steps. Raises CheckpointError if what was saved is not what the plan says."""
+        now on. So are plan.steps and plan.kept. Raises CheckpointError if what was saved is not what the plan says."""
         self._segments += 1
-        self._segment, self._caches, self._cache_files, self._steps = segment, caches, [], plan.steps
+        self._segment, self._caches, self._cache_files = segment, caches, []
+        self._steps, self._kept = plan.steps, plan.kept
         begun = self._saved.head.segments
         if self._segments > begun:
             return SavedSegment()
@@ -336,6 +340,8 @@ class Resume:
         planned.check_places(self._saved.head)
         caches.update(self._restored_caches(plan.cache_like))
         self._restore_steps(planned)
+        if self._kept is not None:
+            self._kept.restore(tensors, self._device)
         return SavedSegment(self._saved_rows(segment, planned), position_from_tensors(tensors, self._device))
 
     def _planned(self, plan: SegmentPlan, stop: int | None) -> PlannedRows:
@@ -414,37 +420,3 @@ def _without(caches: Any, changed: Mapping[str, list[int]]) -> Iterator[tuple[st
             needed.append((name, slots_of))
             rewritten |= newest
     return reversed(needed)
-
-
-# ---------------------------------------------------------------- a position as tensors
-
-
-def position_to_tensors(position: Position) -> dict[str, Tensor]:
-    """A position as named tensors, without the solver's noise source, which the loop supplies."""
-    return dict(_named_tensors("", position))
-
-
-def _named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, int):
-        yield name, torch.tensor(value)
-    elif isinstance(value, tuple):
-        for i, item in enumerate(value):
-            yield from _named_tensors(f"{name}.{i}", item)
-    elif isinstance(value, Position | SolverState):
-        for entry in fields(value):
-            yield from _named_tensors(f"{name}.{entry.name}".strip("."), getattr(value, entry.name))
-    else:
-        assert value is None or name == "state.fresh", name
-
-
-def position_from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> Position:
-    """The position that `position_to_tensors` took apart. Latents go to the device; noise levels and orders stay on the
-    CPU, where solvers expect them."""
-    moved = {name: tensor.to(device) if tensor.ndim == 5 else tensor for name, tensor in tensors.items()}
-    lists = {n: tuple(moved[k] for k in sorted(moved) if k.startswith(f"state.{n}.")) for n in ("sigmas", "x0s")}
-    state = SolverState(moved.get("state.order"), lists["sigmas"], lists["x0s"], moved.get("state.x"))
-    direct = {name: tensor for name, tensor in moved.items() if "." not in name}
-    values: dict[str, Any] = {n: int(tensor) if tensor.ndim == 0 else tensor for n, tensor in direct.items()}
-    return Position(state=state, **values)

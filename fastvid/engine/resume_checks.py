@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastvid.engine import resume_files as files
+from fastvid.engine.guidance import KeptDifference
 from fastvid.engine.resume_contents import Head, Slots
 from fastvid.engine.step_cache import StepCache
 from fastvid.errors import CheckpointError
@@ -41,7 +42,7 @@ class SegmentPlan:
     new_cache: makes a causal model's KV cache. cached: the numbers of those that a row uses. cache_like: a layer's keys
     [1, n, N, H, D], without values; None on several ranks, which have a share of them each. steps: its step cache.
     tokens: what one keeps of a call of so many columns at most [1, N, d], without values. small: (C, h, w) of the
-    first steps of a progressive request.
+    first steps of a progressive request. kept: the difference of guidance that rows reuse.
     """
 
     table: Iterable[TableRow]
@@ -55,6 +56,7 @@ class SegmentPlan:
     steps: StepCache | None = None
     tokens: Callable[[int], Tensor] | None = None
     small: tuple[int, int, int] | None = None
+    kept: KeptDifference | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ class PlannedRows:
         position apart."""
         position = self.rows[-1].position
         assert position is not None
-        _check_tensors(self._folder, "its state", tensors, parts(position))
+        kept = {} if self._plan.kept is None else self._plan.kept.planned(self.table[-1])
+        _check_tensors(self._folder, "its state", tensors, parts(position) | kept)
         if self._plan.new_cache is not None and self.rows[-1].sigma > 0:
             raise wrong(self._folder, "its state is inside a block")
 

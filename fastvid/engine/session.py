@@ -332,6 +332,7 @@ class SegmentRun:
             denoising.levers.cache,
             denoising.tokens_like,
             None if self._stages is None else self._stages.small_shape,
+            denoising.kept,
         )
 
     def _denoiser(self, row: TableRow) -> Denoise:

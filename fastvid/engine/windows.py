@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvid.engine.guidance import GuidanceSteps, Negative, has_own_levels
 from fastvid.errors import InvalidRequest
 from fastvid.layers.kv_cache import KVCache
 from fastvid.models.loaded import CHANNELS, CONTROL, DRIVEN, Model, way_of
 from fastvid.models.preset import Rollout
+from fastvid.requests.levers import small_steps
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment
 from fastvid.sampling import noise_table
 from fastvid.sampling.noise_table import TableRow
-from fastvid.sampling.sigmas import timesteps
 
 
 def table_of(
@@ -133,11 +134,6 @@ def most_kept(model: Model, segment: Segment) -> int:
     return max((before[1] - after[0] for before, after in pairwise(found)), default=0)
 
 
-def small_steps(request: Resolved, steps: int) -> int:
-    """How many of a window's steps are made at half the size; at least one, and never all."""
-    return 0 if not request.progressive else min(max(1, round(request.progressive * steps)), steps - 1)
-
-
 def _refills(model: Model, segment: Segment) -> dict[int, int]:
     """{column where a new prompt starts: first column of the refill before it}."""
     rollout = model.preset.rollout
@@ -192,14 +188,17 @@ def window_columns(model: Model, segment: Segment) -> int:
 
 def count_calls(model: Model, segment: Segment, sigmas: np.ndarray, request: Resolved) -> int:
     """The number of model calls for a segment."""
-    all_free, some_known = (_calls(model, sigmas, request, known) for known in (False, True))
+    guidance = GuidanceSteps(model, request, sigmas)
+    all_free, some_known = (_calls(model, guidance, request, known) for known in (False, True))
+    if has_own_levels(model, request) and request.guidance_interval is not None:
+        return _count_by_row(model, segment, sigmas, request, guidance)
     if request.schedule == "staggered" or request.ar_step:
         return count_rows(model, segment, len(sigmas), request) * max(all_free + some_known)
     if model.preset.rollout is None:
         windows = spans(model, segment)
         return sum(sum(some_known if _sees_known(model, segment, *span) else all_free) for span in windows)
     denoised, cached, refilled = _count_passes(model, segment)
-    return denoised * sum(all_free) + cached * all_free[-1] + refilled
+    return denoised * sum(all_free) + cached * max(all_free) + refilled
 
 
 def _count_passes(model: Model, segment: Segment) -> tuple[int, int, int]:
@@ -208,12 +207,22 @@ def _count_passes(model: Model, segment: Segment) -> tuple[int, int, int]:
     return sum(stop > known for _, stop in blocks), len(blocks), len(_refills(model, segment))
 
 
-def _calls(model: Model, sigmas: np.ndarray, request: Resolved, known: bool) -> list[int]:
+def _calls(model: Model, guidance: GuidanceSteps, request: Resolved, known: bool) -> list[int]:
     """Model calls in each step of a window. known: whether some of its columns are known."""
-    scales = request.guidance_scales(len(model.experts), known)
-    levels = timesteps(sigmas, request.solver)
-    scale_of_step = [scales[model.experts.choose(t, request.boundary_ratio)] for t in levels]
-    return [1 + (scale != 1) + (request.source_prompt is not None) for scale in scale_of_step]
+    steps = guidance.of_steps(request.guidance_scales(len(model.experts), known))
+    return [1 + (step is Negative.COMPUTED) + (request.source_prompt is not None) for step in steps]
+
+
+def _count_by_row(
+    model: Model, segment: Segment, sigmas: np.ndarray, request: Resolved, guidance: GuidanceSteps
+) -> int:
+    """Model calls for a segment whose columns have levels of their own."""
+    calls, experts = 0, len(model.experts)
+    for row in table_of(model, segment, sigmas, _known(segment), request, lambda column: False):
+        known = segment.source is not None or bool((row.sigma == 0).any())
+        computed = guidance.of_row(row, request.guidance_scales(experts, known)) is Negative.COMPUTED
+        calls += 1 + computed + (request.source_prompt is not None)
+    return calls
 
 
 def _sees_known(model: Model, segment: Segment, start: int, stop: int) -> bool:

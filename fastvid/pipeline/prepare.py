@@ -24,7 +24,7 @@ from fastvid.models.loaded import Model
 from fastvid.pipeline import control_checks, tensors, verbs
 from fastvid.pipeline.loras import for_request
 from fastvid.pipeline.progressive import in_two_stages
-from fastvid.pipeline.request_warnings import warn_of_forcing, warn_of_size
+from fastvid.pipeline.request_warnings import warn_of_forcing, warn_of_guidance, warn_of_size
 from fastvid.planning.plan import plan_request
 from fastvid.planning.speed import Rates, assumed, find_rates
 from fastvid.requests import batch, inputs, prompts
@@ -114,6 +114,7 @@ def prepare(
     warn_of_size(model, resolved)
     warn_of_forcing(model, resolved)
     plan, layout = plan_request(model, resolved, timeline, sigmas, keep_frames, free, rates, layout)
+    warn_of_guidance(model, request, resolved, timeline, sigmas, layout)
     log.info("plan: %s", _summary(plan))
     job = Job(resolved, timeline, sigmas, plan.decode_chunk, plan.decode_stripes, plan.decode_beside, layout)
     return Prepared(model, job, plan, recipe, soundtrack(resolved, timeline))

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from fastvid import notices
 from fastvid.checks import shown
+from fastvid.distributed.mesh import Layout
+from fastvid.engine.guidance import unused
+from fastvid.engine.windows import window_columns
 from fastvid.models.common.tokenizer import TextTokenizer
 from fastvid.models.loaded import Model
 from fastvid.models.wan.skyreels import FPS
+from fastvid.planning.plan import largest_segment
 from fastvid.requests.request import Request, Resolved
+from fastvid.requests.timeline import Timeline, window_of
 
 BEYOND = 1.2
 """A frame's area over the largest that the model was trained at: above this, things repeat or fall apart."""
@@ -61,6 +68,22 @@ def warn_of_forcing(model: Model, request: Resolved) -> None:
         notices.warn(
             f"fps={request.fps:g}: {model.preset.name} knows {FPS[0]} and {FPS[1]} frames a second; it takes this for "
             f"{FPS[1]}"
+        )
+
+
+def warn_of_guidance(
+    model: Model, request: Request, resolved: Resolved, timeline: Timeline, sigmas: np.ndarray, layout: Layout
+) -> None:
+    """Warns of levers of guidance that the caller has named, and that are not used as asked."""
+    segment = largest_segment(model, timeline)
+    window = window_of(segment, window_columns(model, segment))
+    for name, why in unused(model, resolved, sigmas, window, layout).items():
+        if getattr(request, name) is not None:
+            notices.warn(f"{name} is not used: {why}")
+    fewer = resolved.guidance_interval is not None or resolved.guidance_every is not None
+    if fewer and layout.guidance > 1:
+        notices.warn(
+            f"parallel={layout}: half of the ranks wait in the steps that need one velocity; guidance=1 is faster"
         )
 
 

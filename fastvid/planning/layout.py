@@ -92,6 +92,8 @@ def layouts_of(model: Model, request: Resolved, timeline: Timeline, asked: Layou
     tokens = min((h // ph * (w // pw) for h, w in shapes), default=mesh.size)
     heads, guided = config.num_attention_heads, request.guided(len(model.experts))
     found = layouts_for(asked, mesh.size, heads, tokens, guided, model.links.per_host)
+    if has_less_guidance(request):  # ranks that compute the negative prompt's half would wait in the other steps
+        found = [layout for layout in found if layout.guidance == 1 or asked] or found
     if not request.causal_attention:
         return found
     if whole := [layout for layout in found if layout.ring == 1]:
@@ -100,6 +102,12 @@ def layouts_of(model: Model, request: Resolved, timeline: Timeline, asked: Layou
         "causal_attention: a ring of ranks cannot attend in causal blocks; take ranks that divide the "
         f"{heads} heads (parallel='ulysses=...'), or turn them off (causal_attention=False, --no-causal-attention)"
     )
+
+
+def has_less_guidance(request: Resolved) -> bool:
+    """Whether some steps need one velocity alone, or both in one call."""
+    levers = request.guidance_interval, request.guidance_every, request.guidance_batch
+    return any(lever is not None for lever in levers)
 
 
 def choose_layout(

@@ -11,20 +11,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastvid.engine.windows import small_steps
+from fastvid.distributed.mesh import Layout
+from fastvid.engine.guidance import GuidanceSteps, Negative, has_own_levels, why_apart
 from fastvid.models.loaded import Model
-from fastvid.requests.levers import OFF
+from fastvid.requests.levers import OFF, small_steps
 from fastvid.requests.request import Resolved
-from fastvid.requests.timeline import Timeline
+from fastvid.requests.timeline import Segment, Timeline
 
 
 class Asked(NamedTuple):
-    """A request as it is planned. sigmas: its noise levels [N] without the final zero."""
+    """A request as it is planned. sigmas: its noise levels [N] without the final zero. window: what the model sees at
+    once, at most. layout: how ranks share it."""
 
     model: Model
     request: Resolved
     timeline: Timeline
     sigmas: np.ndarray
+    window: Segment
+    layout: Layout
 
 
 class Share(NamedTuple):
@@ -47,7 +51,39 @@ def _progressive(asked: Asked, value: float) -> str:
     return f"{small_steps(asked.request, steps)} of {steps} steps at {half[1]}x{half[0]}"
 
 
-WORDS: Mapping[str, Callable[[Asked, Any], str]] = {"progressive": _progressive}
+def _guidance_interval(asked: Asked, value: tuple[float, float]) -> str:
+    low, high = value
+    guided = sum(step is not Negative.NONE for step in _negatives(asked))
+    return f"at noise levels above {low:g} and up to {high:g}, which are {guided} of {len(asked.sigmas)} steps"
+
+
+def _guidance_every(asked: Asked, value: int) -> str:
+    if has_own_levels(asked.model, asked.request):
+        return "not used: frames are at noise levels of their own"
+    steps = _negatives(asked)
+    computed, guided = (sum(step in kinds for step in steps) for kinds in ([Negative.COMPUTED], list(Negative)[1:]))
+    return f"the negative prompt is computed in {computed} of {guided} steps with guidance"
+
+
+def _guidance_batch(asked: Asked, value: bool) -> str:
+    if not asked.request.guided(len(asked.model.experts)):
+        return "no guidance"
+    why = why_apart(asked.model, asked.request, asked.window, asked.layout)
+    return f"one prompt after the other: {why}" if why else "both prompts in one call"
+
+
+def _negatives(asked: Asked) -> list[Negative]:
+    """How the steps of a window without known frames get the negative prompt's velocity."""
+    scales = asked.request.guidance_scales(len(asked.model.experts))
+    return GuidanceSteps(asked.model, asked.request, asked.sigmas).of_steps(scales)
+
+
+WORDS: Mapping[str, Callable[[Asked, Any], str]] = {
+    "guidance_interval": _guidance_interval,
+    "guidance_every": _guidance_every,
+    "guidance_batch": _guidance_batch,
+    "progressive": _progressive,
+}
 """lever -> what is done less of, in words, from its value. A lever without a row is shown as it was asked for."""
 
 SHARES: Mapping[str, Callable[[Asked, Any], Share]] = {}

@@ -157,7 +157,7 @@ class Needs:
     segment: the frames that the model denoises at once. texts: prompts, 2 with guidance. pictures: images encoded by
     CLIP. encoded: frames that the VAE encodes at once. frames: frames kept in host memory. cached: tokens in the KV
     cache. stripes: of rows, for decoding. sharers: ranks that share the tokens; bands: ranks that share the VAE's rows.
-    chunk: latent frames decoded at once, 0 for the least.
+    chunk: latent frames decoded at once, 0 for the least. batch: prompts in one call of the transformer.
     """
 
     model: ModelFacts
@@ -171,6 +171,7 @@ class Needs:
     sharers: int = 1
     bands: int = 1
     chunk: int = 0
+    batch: int = 1
 
     def memory(self, mode: str) -> Memory:
         """Memory by phase in one of `offload.MODES`."""
@@ -180,8 +181,8 @@ class Needs:
         """Peak bytes without the weights."""
         model, segment, config, vae = self.model, self.segment, self.model.transformer, self.model.vae
         tokens = share_of(count_tokens(segment, config), segment.columns // config.patch_size[0], self.sharers)
-        activations = activation_bytes(tokens, config, model.itemsize, model.control_layers)
-        activations += model.workspaces[0].bytes(tokens)
+        activations = self.batch * activation_bytes(tokens, config, model.itemsize, model.control_layers)
+        activations += model.workspaces[0].bytes(self.batch * tokens)
         control = 2 * vae.z_dim + segment.spatial**2 if model.control_layers else 0  # channels of the branch's input
         control += face_memory.channels(model.animate)
         return Cost(

@@ -18,9 +18,9 @@ from fastvid.checks import MIN_SIDE
 from fastvid.device.devices import available_bytes
 from fastvid.distributed.layout import agree
 from fastvid.distributed.mesh import Layout
-from fastvid.engine import decode
-from fastvid.engine.conditioning import lead_in
+from fastvid.engine import decode, guidance
 from fastvid.engine.events import Plan
+from fastvid.engine.known_latents import lead_in
 from fastvid.engine.windows import spans, window_columns
 from fastvid.models.description import quantized_text
 from fastvid.models.loaded import CHANNELS, CONTROL, DRIVEN, Model, way_of
@@ -60,16 +60,16 @@ def plan_request(
     window, work = needs.segment, step_work(model, request, needs.segment)
 
     def taken(layout: Layout) -> int:
-        return bytes_taken(model, replace(needs, sharers=layout.sequence), frames)
+        return bytes_taken(model, shared_by(layout, model, request, needs), frames)
 
     layouts = layouts_of(model, request, timeline, asked)
     choice = choose_layout(model, work, layouts, asked is not None, taken, capacity)
-    needs = replace(needs, sharers=choice.layout.sequence)
+    needs = shared_by(choice.layout, model, request, needs)
     needs = replace(needs, stripes=choose_stripes(model, needs, frames, capacity))
     needs = replace(needs, chunk=choose_chunk(model, needs, frames, capacity))
     check_fits(model, request, needs, frames, capacity)
 
-    lever = levers.Asked(model, request, timeline, sigmas)
+    lever = levers.Asked(model, request, timeline, sigmas, window, choice.layout)
     left = levers.share(lever)
     calls = [each for part in timeline.segments for each in speed.stages_of(model, request, part, sigmas, left)]
     plan = Plan(
@@ -110,6 +110,14 @@ def needs_of(model: Model, request: Resolved, timeline: Timeline, keep: bool) ->
         cached=speed.cached_tokens(model, largest),
         bands=model.mesh.size,
     )
+
+
+def shared_by(layout: Layout, model: Model, request: Resolved, needs: Needs) -> Needs:
+    """The needs of a request in a layout."""
+    needs = replace(needs, sharers=layout.sequence)
+    if not guidance.is_paired(model, request, needs.segment, layout):
+        return needs
+    return replace(needs, batch=2, texts=needs.texts + 2)  # both prompts' keys and values once more, as a batch
 
 
 def largest_segment(model: Model, timeline: Timeline) -> Segment:

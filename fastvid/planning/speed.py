@@ -34,7 +34,7 @@ from fastvid.distributed.cost_model import Work
 from fastvid.distributed.links import device_of
 from fastvid.distributed.mesh import Layout
 from fastvid.engine.decode import decode_chunk
-from fastvid.engine.windows import count_calls, small_steps, window_columns
+from fastvid.engine.windows import count_calls, window_columns
 from fastvid.files import cache_folder
 from fastvid.layers.attention import self_attention
 from fastvid.layers.linear import Linear
@@ -44,6 +44,7 @@ from fastvid.models.wan.vae import WanVAE
 from fastvid.ops.dispatch import Ops
 from fastvid.planning.levers import ALL, Share
 from fastvid.planning.memory import Needs, count_tokens
+from fastvid.requests.levers import small_steps
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment, Timeline, window_of
 
@@ -117,6 +118,7 @@ def stages_of(
     if segment.half is None:
         return (calls_of(model, request, segment, sigmas, left),)
     first, full = small_steps(request, len(sigmas)), replace(segment, half=None)
+    request = replace(request, progressive=None)  # each stage by itself
     small = calls_of(model, request, segment.small, sigmas[:first], left)
     return small, calls_of(model, request, full, sigmas[first:], left)
 

@@ -169,3 +169,8 @@ def recorded(request: Any) -> dict[str, Any]:
     """The levers as a recipe records them: those that are off are named only beside `quality`, which else sets them."""
     values = {name: getattr(request, name) for name in OFF}
     return {name: OFF[name] if value is None and request.quality else value for name, value in values.items()}
+
+
+def small_steps(request: Any, steps: int) -> int:
+    """How many of a window's steps are made at half the size; at least one, and never all."""
+    return 0 if not request.progressive else min(max(1, round(request.progressive * steps)), steps - 1)

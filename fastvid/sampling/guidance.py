@@ -46,23 +46,50 @@ def in_sequence(cond: Make, uncond: Make | None, like: Tensor) -> tuple[Tensor, 
     return cond(), None if uncond is None else uncond()
 
 
+@dataclass
+class Difference:
+    """cond - uncond of the last call that computed both, [B, C, T, h, w]."""
+
+    value: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Guided:
     """Classifier-free guidance over two velocities; `uncond` is never called at scale 1.
 
     both: computes them, from a function for each (None: not needed) and a tensor of their shape and dtype. Ranks may
-    compute one each.
+    compute one each. pair: computes both in one call of the model, in place of it.
+    columns: bool [T], those that are guided; None: all. last: keeps the difference of the two for later calls. reuse:
+    this call takes so much of that difference, and does not call `uncond` (as the guidance cache of FasterCache, arXiv
+    2410.19355, without its weights on frequencies).
     """
 
     cond: Velocity
     uncond: Velocity
     scale: float
     both: Callable[[Make, Make | None, Tensor], tuple[Tensor, Tensor | None]] = in_sequence
+    columns: Tensor | None = None
+    last: Difference | None = None
+    reuse: float | None = None
+    pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def velocities(self, x: Tensor, sigma: Tensor) -> Velocities:
-        """Both, not combined yet."""
+        """Both, not combined yet; from a reused difference, the guided velocity alone."""
+        v, other = self._both(x, sigma)
+        if self.reuse is not None:
+            assert self.last is not None and self.last.value is not None
+            return Velocities(v.add(self.last.value, alpha=(self.scale - 1) * self.reuse), None, 1.0)
+        if other is not None and self.columns is not None:
+            other = torch.where(upload(self.columns, v.device).view(1, 1, -1, 1, 1), other, v)
+        if other is not None and self.last is not None:
+            self.last.value = v - other
+        return Velocities(v, other, self.scale)
+
+    def _both(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
         cond, uncond = (partial(velocity, x, sigma) for velocity in (self.cond, self.uncond))
-        return Velocities(*self.both(cond, None if self.scale == 1 else uncond, x), self.scale)
+        if self.scale == 1 or self.reuse is not None:
+            return self.both(cond, None, x)
+        return self.both(cond, uncond, x) if self.pair is None else self.pair(x, sigma)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         cond, uncond, scale = self.velocities(x, sigma)
