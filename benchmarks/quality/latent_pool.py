@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvid.benchmarks.quality.clips import BACKGROUNDS, COLOURS, SHAPES, Scene, draw, random_scene
-from fastvid.engine.conditioning import LEAD_IN
+from fastvid.engine.known_latents import LEAD_IN
 from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.presets import EMBEDDED
 from fastvid.models.wan.vae import WanVAE
