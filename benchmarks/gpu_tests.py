@@ -34,7 +34,7 @@ COVERS = {
     "tests/kernels/test_attention_cuda.py": ("attention.cu", "attention_pair.cu"),
     "tests/kernels/test_attention_kernels.py": ("attention.py",),
     "tests/kernels/test_gemm_kernels.py": ("devices.py", "gemm.py", "head.py", "linear_gelu.py", "patch_embed.py"),
-    "tests/kernels/test_linear_quantized.py": ("linear_eight.py", "linear_quantized.py"),
+    "tests/kernels/test_linear_quantized.py": ("codes.py", "linear_eight.py", "linear_quantized.py"),
     "tests/kernels/test_conv_cuda.py": ("conv.cu", "vae_norm.cu"),
     "tests/kernels/test_vae_kernels.py": ("vae_conv.py", "vae_norm.py"),
     "tests/kernels/test_norms_kernels.py": ("qk_norm_rope.py", "row_norms.py"),

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
+from fastvid.kernels.codes import codes_of, scale_of
 from fastvid.kernels.devices import AMD, Arch, architecture, entry, takers
 from fastvid.kernels.gemm import check_types, describe, tile_at
 from fastvid.kernels.linear_quantized import Config, blocks_of, check_rows, e4m3, options_of, store_tile
@@ -65,17 +66,8 @@ def quantize_rows_kernel(
     x = tl.load(x_ptr + row * stride_xm + ks, mask=ks < K, other=0.0).to(tl.float32)
     if DIGITS > 0:
         x = _rotated(x, DIGITS, BLOCK)
-    largest = 448.0 if FLOATS else 127.0
-    factor = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 0), 1e-12), largest)
-    x = tl.div_rn(x, tl.zeros_like(x) + factor)
-    if FLOATS:
-        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        far = tl.maximum(power, 0.015625) * 1572864.0  # numbers of this size are multiples of an eighth of the power
-        bits = (((x + far) - far) * 0.00390625).to(tl.float16).to(tl.int16, bitcast=True)
-        codes = (((bits >> 8) & 0x80) | ((bits >> 7) & 0x7F)).to(tl.uint8)
-    else:
-        codes = ((x + 12582912.0) - 12582912.0).to(tl.int8)  # numbers of this size are whole
-    tl.store(codes_ptr + row * K + ks, codes, mask=ks < K)
+    factor = scale_of(tl.max(tl.abs(x), 0), FLOATS)
+    tl.store(codes_ptr + row * K + ks, codes_of(x, factor, FLOATS), mask=ks < K)
     tl.store(factor_ptr + row, factor)
 
 
@@ -169,19 +161,40 @@ def linear_eight(
     """Write x [M, K] times an 8-bit weight, through GELU if `gelu`, into out [M, N]. Rows of x are rotated in groups of
     `rotation`, then quantized. data: the weight's codes and scale. config: chosen when None."""
     check_rows(x, bias, out)
-    (M, K), N = x.shape, out.shape[1]
+    if out.numel():
+        multiply_rows(quantize_rows(x, format, rotation), format, data, bias, out, gelu, config)
+
+
+def multiply_rows(
+    rows: tuple[Tensor, Tensor],
+    format: str,
+    data: Mapping[str, Tensor],
+    bias: Tensor | None,
+    out: Tensor,
+    gelu: bool,
+    config: Config | None = None,
+) -> None:
+    """The same of rows that are quantized already: codes [M, K] and scales, fp32 [M] or [M, 1]; contiguous."""
+    codes, factors = rows
+    (M, K), N = codes.shape, out.shape[1]
+    fits = data["codes"].shape == (N, K) and factors.numel() == M == len(out) and factors.dtype == torch.float32
+    if not fits or not (codes.is_contiguous() and factors.is_contiguous()) or codes.element_size() != 1:
+        raise ValueError(
+            f"codes [M, {data['codes'].shape[1]}] and fp32 scales [M], contiguous, are multiplied into [M, N], not "
+            f"{describe(codes)} and {describe(factors)} into {describe(out)}"
+        )
     if out.numel() == 0:
         return
-    codes, factors = quantize_rows(x, format, rotation)
-    kind, weight = kind_of(format, architecture(x.device)), data["codes"]
-    if x.device.type != "cuda" and kind == "fp8":
+    codes = codes if format == "int8" else codes.view(torch.uint8)
+    kind, weight = kind_of(format, architecture(out.device)), data["codes"]
+    if out.device.type != "cuda" and kind == "fp8":
         kind = "fp16"
-    config = config or entry(CONFIGS, architecture(x.device), kind)
+    config = config or entry(CONFIGS, architecture(out.device), kind)
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     options = {"GROUP_M": config.group_m, "num_warps": config.warps, "num_stages": config.stages}
     scales = int(data["scale"].numel() > 1)
     given = (codes, factors, weight, data["scale"], bias, out, M, N, K, out.stride(0))
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(out):
         grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
         linear_eight_kernel[grid](*given, SCALES=scales, KIND=kind, GELU=gelu, **blocks, **options)
 

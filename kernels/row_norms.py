@@ -4,6 +4,8 @@
     out = (s - mean(s)) / sqrt(var(s) + eps) * w + b      layer norm
     out = s / sqrt(mean(s^2) + eps) * w                   RMS norm (not CENTERED)
 
+or out as codes with a scale for each row (codes.py), for 8-bit products.
+
 w, b are weight and bias [d], or 1 + scale and shift: rows of tables [K, d] in fp32, one for each group of tokens, as
 gate is. x, y [B, N, d]; index [B, G] says which row of the tables a group of N // G neighboring tokens takes.
 
@@ -23,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvid.kernels.ahead import Variant
+from fastvid.kernels.codes import Codes, codes_of, scale_of
 from fastvid.kernels.devices import Arch, architecture, entry, options
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -82,12 +85,17 @@ def _stream(x_ptr, y_ptr, gate_ptr, sum_ptr, columns, width, MASKED: tl.constexp
 
 
 @triton.jit
-def _write(out_ptr, s, inverse, weight_ptr, bias_ptr, columns, width, ONE: tl.constexpr, MASKED: tl.constexpr):
+def _result(s, inverse, weight_ptr, bias_ptr, columns, width, ONE: tl.constexpr, MASKED: tl.constexpr):
     """One piece of the result from values s. ONE: the weight is 1 + what the table says."""
     weight = _load(weight_ptr, columns, width, MASKED, False)
     out = s * inverse * (1.0 + weight if ONE else weight)
     if bias_ptr is not None:
         out += _load(bias_ptr, columns, width, MASKED, False)
+    return out
+
+
+@triton.jit
+def _write(out_ptr, out, columns, width, MASKED: tl.constexpr):
     tl.store(out_ptr + columns, out.to(out_ptr.dtype.element_ty), mask=columns < width if MASKED else None)
 
 
@@ -107,6 +115,7 @@ def row_norm_kernel(
     index_ptr,
     sum_ptr,
     out_ptr,
+    scale_ptr,
     tokens,
     group_size,
     width,
@@ -125,6 +134,7 @@ def row_norm_kernel(
     index_group,
     eps,
     CENTERED: tl.constexpr,
+    FLOATS: tl.constexpr,
     ONE: tl.constexpr,
     MASKED: tl.constexpr,
     MAIN: tl.constexpr,
@@ -158,20 +168,34 @@ def row_norm_kernel(
                 t = tl.where(tail < width, t - mean, 0.0) if MASKED else t - mean
         square = tl.div_rn(tl.sum(_folded(s * s, t * t, TAIL), 0), width + 0.0)
         inverse = tl.div_rn(1.0, tl.sqrt_rn(square + eps))
-        _write(out_ptr, s, inverse, weight_ptr, bias_ptr, main, width, ONE, MASKED_MAIN)
+        s = _result(s, inverse, weight_ptr, bias_ptr, main, width, ONE, MASKED_MAIN)
         if TAIL:
-            _write(out_ptr, t, inverse, weight_ptr, bias_ptr, tail, width, ONE, MASKED)
+            t = _result(t, inverse, weight_ptr, bias_ptr, tail, width, ONE, MASKED)
+        if scale_ptr is not None:
+            kind = x_ptr.dtype.element_ty  # of the result, were it no codes
+            s, t = s.to(kind).to(tl.float32), t.to(kind).to(tl.float32)
+            most = tl.max(tl.abs(s), 0)
+            if TAIL:
+                most = tl.maximum(most, tl.max(tl.abs(t), 0))
+            scale = scale_of(most, FLOATS)
+            tl.store(scale_ptr + tl.program_id(0), scale)
+            s, t = codes_of(s, scale, FLOATS), codes_of(t, scale, FLOATS)
+        _write(out_ptr, s, main, width, MASKED_MAIN)
+        if TAIL:
+            _write(out_ptr, t, tail, width, MASKED)
 
 
 PLAIN = ("y_ptr", "gate_ptr", "sum_ptr")
 ABSENT = {  # what an operation has no use for
-    "gated, modulated": (),
-    "modulated": PLAIN,
-    "gated": ("weight_ptr", "bias_ptr", "out_ptr"),
-    "gated, layer": (),
-    "added, modulated": ("gate_ptr",),
-    "layer": (*PLAIN, "index_ptr"),
-    "rms": (*PLAIN, "index_ptr", "bias_ptr"),
+    "gated, modulated": ("scale_ptr",),
+    "modulated": (*PLAIN, "scale_ptr"),
+    "gated": ("weight_ptr", "bias_ptr", "out_ptr", "scale_ptr"),
+    "gated, layer": ("scale_ptr",),
+    "added, modulated": ("gate_ptr", "scale_ptr"),
+    "layer": (*PLAIN, "index_ptr", "scale_ptr"),
+    "rms": (*PLAIN, "index_ptr", "bias_ptr", "scale_ptr"),
+    "gated, modulated, to int8": (),
+    "gated, modulated, to e4m3": (),
 }
 
 
@@ -187,7 +211,10 @@ def variants() -> list[Variant]:
 def _variant(norm: str, width: int, dtype: str) -> Variant:
     modulated, absent = "modulated" in norm, ABSENT[norm]
     main, tail = main_and_tail(width, MIN_TAIL)
-    pointers = dict.fromkeys(("x_ptr", "y_ptr", "sum_ptr", "out_ptr"), f"*{dtype}") | {"gate_ptr": "*fp32"}
+    pointers = dict.fromkeys(("x_ptr", "y_ptr", "sum_ptr", "out_ptr"), f"*{dtype}")
+    pointers |= {"gate_ptr": "*fp32", "scale_ptr": "*fp32"}
+    if "to" in norm:
+        pointers["out_ptr"] = "*i8" if "int8" in norm else "*u8"
     pointers |= dict.fromkeys(("weight_ptr", "bias_ptr"), "*fp32" if modulated else f"*{dtype}")
     pointers = {name: kind for name, kind in pointers.items() if name not in absent}
     strides = [f"{name}_{step}" for name in ("x", "y", "sum", "out") for step in ("batch", "row")]
@@ -195,7 +222,8 @@ def _variant(norm: str, width: int, dtype: str) -> Variant:
     types = (
         pointers | dict.fromkeys((*strides, "width", "tokens", "group_size", "index_batch"), "i32") | {"eps": "fp32"}
     )
-    constants = {"CENTERED": "bias_ptr" not in absent, "ONE": modulated, "MASKED": width != main + tail}
+    constants = {"CENTERED": "bias_ptr" not in absent, "FLOATS": "e4m3" in norm, "ONE": modulated}
+    constants |= {"MASKED": width != main + tail}
     return Variant(
         f"{norm} {width} {dtype}",
         row_norm_kernel,
@@ -208,7 +236,7 @@ def _variant(norm: str, width: int, dtype: str) -> Variant:
 
 def row_norm(
     x: Tensor,
-    out: Tensor | None,
+    out: Tensor | Codes | None,
     *,
     eps: float = 0.0,
     weight: Tensor | None = None,
@@ -223,11 +251,13 @@ def row_norm(
 
     weight and bias [d]; without a bias it is the RMS norm. modulated: they are scale and shift [K, d] in fp32, and the
     weight is 1 + scale. gate [K, d] in fp32, or None for x + y. index [B, G]: the tables' row of each group of tokens.
-    out None: only the sum. Raises ValueError for shapes, types, strides and devices that do not go together.
+    out None: only the sum; Codes: the norm, rounded to x's type, as codes. Raises ValueError for shapes, types, strides
+    and devices that do not go together.
     """
     assert (y is None) == (total is None) and (out is None) == (weight is None), "what is to be written?"
     assert (index is None) == (gate is None and not modulated) and (bias is not None or not modulated)
-    _check(x, out, y, total)
+    out, scales = (out.codes, out.scales) if isinstance(out, Codes) else (out, None)
+    _check(x, out, y, total, scales)
     _check_tables(x, index, gate, weight, bias, modulated)
     B, N, d = x.shape
     if x.numel() == 0:
@@ -238,10 +268,11 @@ def row_norm(
     groups = (0, 0) if index is None else index.stride()
     with torch.cuda.device_of(x):  # the device guard; nothing for the interpreter's CPU tensors
         row_norm_kernel[(B * N,)](
-            *(x, y, gate, weight, bias, index, total, out),
+            *(x, y, gate, weight, bias, index, total, out, scales),
             *(N, N if index is None else N // index.shape[1], d),
             *(*rows, *tables, *groups, eps),
             CENTERED=bias is not None,
+            FLOATS=out is not None and out.dtype == torch.uint8,
             ONE=modulated,
             MASKED=d != main + tail,
             MAIN=main,
@@ -265,13 +296,18 @@ def check_tensor(
         )
 
 
-def _check(x: Tensor, out: Tensor | None, y: Tensor | None, total: Tensor | None) -> None:
+def _check(x: Tensor, out: Tensor | None, y: Tensor | None, total: Tensor | None, scales: Tensor | None = None) -> None:
     check_tensor("x", x, (None, None, None), DTYPES, x)
     if x.shape[2] > MAX_WIDTH:
         raise ValueError(f"rows of x are {x.shape[2]} wide; at most {MAX_WIDTH} is allowed")
-    for name, tensor in {"out": out, "total": total}.items():
+    if scales is not None:
+        check_tensor("scales", scales, (*x.shape[:2], 1), (torch.float32,), x)
+        if not scales.is_contiguous():
+            raise ValueError(f"scales have strides {scales.stride()}; they must be contiguous")
+    kinds = (x.dtype,) if scales is None else (torch.int8, torch.uint8)
+    for name, tensor, types in (("out", out, kinds), ("total", total, (x.dtype,))):
         if tensor is not None:
-            check_tensor(name, tensor, x.shape, (x.dtype,), x)
+            check_tensor(name, tensor, x.shape, types, x)
     if y is not None:
         check_tensor("y", y, x.shape, DTYPES, x)
 

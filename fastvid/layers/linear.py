@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.layers.branches import Branch, with_branch
-from fastvid.layers.quantized import JoinedLinear, QuantizedLinear
+from fastvid.layers.quantized import JoinedLinear, QuantizedLinear, takes_rows
 from fastvid.ops import reference
+from fastvid.ops.quantized import Activations
 
 
 def normal_parameter(*shape: int, std: float) -> nn.Parameter:
@@ -53,21 +54,21 @@ class Linear(nn.Linear):
         return linear(reference, self, x)
 
 
-def linear(ops: Any, layer: nn.Module, x: Tensor) -> Tensor:
-    """ops.linear of a layer, and what its branch adds."""
+def linear(ops: Any, layer: nn.Module, x: Activations) -> Tensor:
+    """ops.linear of a layer, and what its branch adds. x: quantized, if `takes_rows` says that the layer takes that."""
     if isinstance(layer, QuantizedLinear | JoinedLinear):
         return cast(Tensor, layer(x))
     affine = cast(Affine, layer)  # torch's lists of modules do not tell which kind they hold
     return with_branch(layer, x, ops.linear(x, affine.weight, affine.bias))
 
 
-def linear_gelu_tanh(ops: Any, layer: nn.Module, x: Tensor) -> Tensor:
+def linear_gelu_tanh(ops: Any, layer: nn.Module, x: Activations) -> Tensor:
     """ops.linear_gelu_tanh of a layer; in two steps if it has a branch."""
     affine = cast(Affine, layer)
     if affine.branch is not None:
         return F.gelu(linear(ops, layer, x), approximate="tanh")
     if isinstance(layer, QuantizedLinear):
-        return layer.gelu_tanh(x)
+        return cast(Tensor, layer.gelu_tanh(x))
     return ops.linear_gelu_tanh(x, affine.weight, affine.bias)
 
 
@@ -80,10 +81,20 @@ class FeedForward(nn.Module):
         first = nn.ModuleDict({"proj": Linear(inputs, inner)})
         self.net = nn.ModuleList([first, nn.Identity(), Linear(inner, outputs)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        first = cast(Linear, cast(nn.ModuleDict, self.net[0])["proj"])
-        inner = F.gelu(linear(self.ops, first, x)) if self.exact else linear_gelu_tanh(self.ops, first, x)
-        return linear(self.ops, self.net[2], inner)
+    @property
+    def first(self) -> nn.Module:
+        return cast(nn.ModuleDict, self.net[0])["proj"]
+
+    def forward(self, x: Activations) -> Tensor:
+        return linear(self.ops, self.net[2], self._inner(x))
+
+    def _inner(self, x: Activations) -> Activations:
+        first = self.first
+        if self.exact:
+            return F.gelu(linear(self.ops, first, x))
+        if isinstance(first, QuantizedLinear) and first.branch is None:
+            return first.gelu_tanh(x, takes_rows(self.net[2], x))
+        return linear_gelu_tanh(self.ops, first, x)
 
 
 class TwoLinears(nn.Module):

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from fastvid.layers.branches import Branch, with_branch
 from fastvid.layers.fused import FusedLayer
 from fastvid.ops.formats import Data
-from fastvid.ops.quantized import FORMATS, QuantizedTensor, Spec
+from fastvid.ops.formats_rows import INT8
+from fastvid.ops.quantized import FORMATS, Activations, QuantizedRows, QuantizedTensor, Spec
+from fastvid.ops.quantized_library import prepare
 
 
 class Quantized(nn.Module):
@@ -64,12 +66,19 @@ class QuantizedLinear(Quantized):
         self.ops = ops
         self.bias = nn.Parameter(torch.empty(spec.shape[0], dtype=dtype, device="meta")) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return with_branch(self, x, self.ops.linear_quantized(x, self.weight, self.bias))
+    def fill(self, data: Data, device: torch.device) -> None:
+        super().fill(data, device)
+        prepare(self.ops, self.weight)
 
-    def gelu_tanh(self, x: Tensor) -> Tensor:
-        """The layer without a branch, then GELU in its tanh form."""
-        return self.ops.linear_quantized(x, self.weight, self.bias, gelu=True)
+    def forward(self, x: Activations, rows: QuantizedRows | None = None) -> Tensor:
+        """rows: x as 8-bit products take it, if it was quantized for several layers. A branch reads x itself."""
+        made = self.ops.linear_quantized(x if rows is None else rows, self.weight, self.bias)
+        return with_branch(self, x, made)
+
+    def gelu_tanh(self, x: Activations, rows: str | None = None) -> Activations:
+        """The layer without a branch, then GELU in its tanh form. rows: the format in which the next layer takes it."""
+        made: Activations = self.ops.linear_quantized(x, self.weight, self.bias, gelu=True, rows=rows)
+        return made
 
 
 class QuantizedEmbedding(Quantized):
@@ -94,14 +103,43 @@ class JoinedLinear(nn.Module):
     def layers(self) -> tuple[Any, ...]:
         return tuple(getattr(self._holder[0], name) for name in self.names)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., sum of N]."""
-        sizes = [layer.weight.shape[0] for layer in self.layers]
-        out, start = x.new_empty((*x.shape[:-1], sum(sizes))), 0
-        for layer, size in zip(self.layers, sizes, strict=True):
-            out[..., start : start + size] = layer(x)
+    def forward(self, x: Activations) -> Tensor:
+        """[..., K] -> [..., sum of N]. For 8-bit products x is quantized once."""
+        layers = self.layers
+        sizes, given = [layer.weight.shape[0] for layer in layers], dict[str, Any]()
+        if isinstance(x, Tensor) and (coding := coding_of(layers, x)) is not None:
+            format, rotation = coding
+            given = {"rows": QuantizedRows(format, *layers[0].ops.quantize_rows(x, *coding), x.dtype, rotation)}
+        out, start = torch.empty((*x.shape[:-1], sum(sizes)), dtype=x.dtype, device=x.device), 0
+        for layer, size in zip(layers, sizes, strict=True):
+            out[..., start : start + size] = layer(x, **given)
             start += size
         return out
+
+
+def coding_of(layers: Sequence[nn.Module], x: Activations) -> tuple[str, int] | None:
+    """(format, rotation) in which x can be quantized once for all these layers: if all of them multiply it in 8 bits,
+    and in the same ones. Not for gradients, and not to e4m3 on CPUs, where that takes longer than it saves."""
+    found = {
+        (layer.spec.format, layer.spec.rotation)
+        if isinstance(layer, QuantizedLinear) and layer.spec.eight_bit
+        else None
+        for layer in layers
+    }
+    coding = found.pop()
+    if found or coding is None or (torch.is_grad_enabled() and x.requires_grad):
+        return None
+    return None if x.device.type == "cpu" and coding[0] != INT8 else coding
+
+
+def takes_rows(layer: nn.Module, x: Activations) -> str | None:
+    """The format in which the operation before a layer may quantize its input, in x's place. None where LoRAs read it
+    too, which take it as it is, and where it is rotated before."""
+    layers = layer.layers if isinstance(layer, JoinedLinear) else (layer,)
+    if any(getattr(one, "branch", None) is not None for one in layers):
+        return None
+    coding = coding_of(layers, x)
+    return coding[0] if coding is not None and not coding[1] else None
 
 
 # ---------------------------------------------------------------- putting them in place

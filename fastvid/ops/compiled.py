@@ -31,12 +31,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float) -> Tensor:
     """reference.modulated_layer_norm."""
-    return _modulated(reference.modulated_layer_norm, _modulated_layer_norm, (x,), (shift, scale), index, eps)
+    return by_rows(reference.modulated_layer_norm, _modulated_layer_norm, (x,), (shift, scale), index, eps)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, index: Tensor) -> Tensor:
     """reference.gated_residual."""
-    return _modulated(reference.gated_residual, _gated_residual, (x, y), (gate,), index)
+    return by_rows(reference.gated_residual, _gated_residual, (x, y), (gate,), index)
 
 
 def gated_residual_norm(
@@ -44,7 +44,7 @@ def gated_residual_norm(
 ) -> Pair:
     """reference.gated_residual_norm."""
     rows = gate, shift, scale
-    return _modulated(reference.gated_residual_norm, _gated_residual_norm, (x, y), rows, index, eps)
+    return by_rows(reference.gated_residual_norm, _gated_residual_norm, (x, y), rows, index, eps)
 
 
 def gated_residual_layer_norm(
@@ -55,12 +55,12 @@ def gated_residual_layer_norm(
     def eager(x: Tensor, y: Tensor, gate: Tensor, index: Tensor, eps: float) -> Pair:
         return reference.gated_residual_layer_norm(x, y, gate, index, weight, bias, eps)
 
-    return _modulated(eager, _gated_residual_layer_norm, (x, y), (gate,), index, eps, more=(weight, bias))
+    return by_rows(eager, _gated_residual_layer_norm, (x, y), (gate,), index, eps, more=(weight, bias))
 
 
 def residual_norm(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float) -> Pair:
     """reference.residual_norm."""
-    return _modulated(reference.residual_norm, _residual_norm, (x, y), (shift, scale), index, eps)
+    return by_rows(reference.residual_norm, _residual_norm, (x, y), (shift, scale), index, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -81,16 +81,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out.view(x.shape)
 
 
-def _modulated(
+def by_rows(
     eager: Callable[..., Any],
     body: Callable[..., Any],
     tokens: Sequence[Tensor],
     rows: Sequence[Tensor],
     index: Tensor,
-    *eps: float,
+    *eps: float | str,
     more: Sequence[Tensor] = (),
 ) -> Any:
-    """Runs body(*tokens, *rows, *more, *eps), for one row or, with an index as its last tensor, for several."""
+    """Runs body(*tokens, *rows, *more, *eps), for one row or, with an index as its last tensor, for several. eps: or
+    whatever else is fixed."""
     x = tokens[0]
     if x.dtype not in DTYPES or x.ndim != 3 or index.shape[0] != x.shape[0] or x.shape[1] % index.shape[1]:
         return eager(*tokens, *rows, index, *eps)
@@ -106,7 +107,7 @@ def _modulated(
     made = run(body, spec, given, eps, lambda: eager(*tokens, *rows, index, *eps))
     if isinstance(made, Tensor):
         return made.view(x.shape)
-    return made[0].view(x.shape), made[1].view(x.shape)
+    return tuple(one.view(*x.shape[:2], one.shape[-1]) for one in made)
 
 
 def _row(table: Tensor, index: Tensor | None, x: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from fastvid.ops import attention as attentions
 from fastvid.ops import (
     choices,
     compiled,
+    eight_bits,
     libraries,
     linear_library,
     quantized_library,
@@ -64,13 +65,14 @@ class Ops:
     """The chosen function of every operation, as an attribute: `ops.rms_norm(...)`.
 
     functions: operation -> function; bound: operation -> back end; reasons: operation -> why it was chosen; choices:
-    operation -> what runs for which shape class, where results decide.
+    operation -> what runs for which shape class, where results decide. device: where it was chosen for.
     """
 
     functions: Mapping[str, Function]
     bound: Mapping[str, str]
     reasons: Mapping[str, str]
     choices: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
+    device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
         vars(self).update(self.functions)
@@ -92,10 +94,12 @@ class _Bound:
 
 def implementations() -> dict[str, dict[str, Function]]:
     """Operation -> back end -> function. The operations are those of `reference.py`."""
-    families = (transformer.BACKENDS, quantized_library.BACKENDS, solver_step.BACKENDS, vae_gpu.BACKENDS)
+    families = (transformer, quantized_library, eight_bits, solver_step, vae_gpu)
     table = {"attention": attentions.BACKENDS, "to_rgb": rgb.BACKENDS}
     every: dict[str, dict[str, Function]] = {
-        name: dict(functions) for of in (table, *families) for name, functions in of.items()
+        name: dict(functions)
+        for of in (table, *(family.BACKENDS for family in families))
+        for name, functions in of.items()
     }
     for name, function in compiled.BACKENDS.items():
         every[name]["compiled"] = function
@@ -135,6 +139,7 @@ def bind(
         bound={op: one.name for op, one in chosen.items()},
         reasons={op: one.reason for op, one in chosen.items()},
         choices={op: one.choices for op, one in chosen.items() if one.choices},
+        device=torch_device,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastvid.ops import attention_library, compiled, compiling, quantized_library, vae_gpu
+from fastvid.ops import attention_library, compiled, compiling, eight_bits, quantized_library, vae_gpu
 
 
 def default(op: str, device: torch.device) -> tuple[str, str]:
@@ -20,12 +20,15 @@ def default(op: str, device: torch.device) -> tuple[str, str]:
         memory
         the rest                  "reference", which is a library's product: patch_embed, linear
 
-    Products with quantized weights are "library" everywhere (quantized_library.py).
+    Products with quantized weights, and activations for them, are "library" everywhere (quantized_library.py,
+    eight_bits.py).
     """
     if op == "attention":
         return _attention(device)
     if op == "linear_quantized":
         return "library", quantized_library.described(device)
+    if op in eight_bits.BACKENDS:
+        return "library", "in the cache" if device.type == "cpu" else "compiled with the norm before"
     if device.type != "cuda":
         return "reference", device.type
     if "channels_last" in vae_gpu.BACKENDS.get(op, ()):

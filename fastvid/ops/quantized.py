@@ -71,6 +71,63 @@ class QuantizedTensor:
         return self.rows(0, self.shape[0], dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class QuantizedRows:
+    """Activations as 8-bit products take them, quantized once for all that read them.
+
+    codes [..., K]: int8, or e4m3 as such. scale: fp32 [..., 1]. dtype: of the activations, and of products with them.
+    rotation: as of the weights, size of the groups that were rotated before.
+    """
+
+    format: str
+    codes: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+    rotation: int = 0
+
+    @classmethod
+    def of(cls, x: Activations, weight: QuantizedTensor) -> QuantizedRows:
+        """Activations for 8-bit products with a weight. Raises ValueError for those that are quantized otherwise."""
+        if not isinstance(x, QuantizedRows):
+            return cls(weight.format, *quantize_rows(x, weight.format, weight.rotation), x.dtype, weight.rotation)
+        x.check(weight)
+        return x
+
+    def check(self, weight: QuantizedTensor) -> None:
+        """Raises ValueError unless they are what 8-bit products with this weight take."""
+        if not weight.eight_bit or (self.format, self.rotation) != (weight.format, weight.rotation):
+            raise ValueError(
+                f"rows in {self.format} in groups of {self.rotation} for a weight in {weight.format} in groups of "
+                f"{weight.rotation}{'' if weight.eight_bit else ', which is multiplied exactly'}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def is_meta(self) -> bool:
+        return self.codes.is_meta
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    def numel(self) -> int:
+        return self.codes.numel()
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Codes [M, K] and scale [M, 1]."""
+        return self.codes.reshape(-1, self.shape[-1]), self.scale.reshape(-1, 1)
+
+
+Activations = Tensor | QuantizedRows
+
+
 @dataclass(frozen=True)
 class Spec:
     """A QuantizedTensor without its memory, to build and to plan with. data: role -> dtype and shape. exact: the
@@ -135,40 +192,50 @@ def _hadamard_of(group: int, x: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the product
 
 
-def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+def linear(
+    x: Activations,
+    weight: QuantizedTensor,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    rows: str | None = None,
+) -> Activations:
     """x [..., K] @ weight.T + bias -> [..., N] in x's dtype; with gelu its tanh GELU.
 
-    weight.eight_bit: rows of x (rotated if the weight is) are quantized as `formats_rows.quantize` does, codes are
-    multiplied, and the sums take both scales.
+    weight.eight_bit: rows of x (rotated if the weight is) are quantized as `formats_rows.quantize` does, unless they
+    are already, codes are multiplied, and the sums take both scales. rows: a format in which the result's rows are
+    quantized.
     """
+    y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+    if not x.is_meta:
+        _write(x, weight.plain, bias, gelu, y)
+    return y if rows is None else QuantizedRows(rows, *quantize_rows(y, rows), y.dtype)
+
+
+def _write(x: Activations, weight: QuantizedTensor, bias: Tensor | None, gelu: bool, y: Tensor) -> None:
     N, K = weight.shape
-    y = x.new_empty((*x.shape[:-1], N))
-    if x.is_meta:
-        return y
     strip = max(1, STRIP // K)
-    weight = weight.plain
-    factors = quantized_rows(x, weight) if weight.eight_bit else None
+    if weight.eight_bit or isinstance(x, QuantizedRows):
+        x = QuantizedRows.of(x, weight)
     for start in range(0, N, strip):
         stop = min(start + strip, N)
-        if factors is None:
-            part = F.linear(x, weight.rows(start, stop, x.dtype))
+        if isinstance(x, QuantizedRows):
+            part = _eight_bit(x, weight, start, stop)
         else:
-            part = _eight_bit(*factors, weight, start, stop)
+            part = F.linear(x, weight.rows(start, stop, x.dtype))
         if bias is not None:
             part = part + bias[start:stop]
         y[..., start:stop] = F.gelu(part, approximate="tanh") if gelu else part
-    return y
 
 
-def quantized_rows(x: Tensor, weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    """(codes, scale [..., 1]) of activations for an 8-bit product."""
+def quantize_rows(x: Tensor, format: str, rotation: int = 0) -> tuple[Tensor, Tensor]:
+    """(codes [..., K], scale [..., 1]) of activations for an 8-bit product; see `QuantizedRows`."""
     x = x.float()
-    return formats_rows.quantize(rotate(x, weight.rotation) if weight.rotation else x, weight.format)
+    return formats_rows.quantize(rotate(x, rotation) if rotation else x, format)
 
 
-def _eight_bit(codes: Tensor, scale: Tensor, weight: QuantizedTensor, start: int, stop: int) -> Tensor:
+def _eight_bit(x: QuantizedRows, weight: QuantizedTensor, start: int, stop: int) -> Tensor:
     """Sums in double precision, which holds those of whole numbers exactly."""
     own = weight.data["scale"].double()
     own = own if len(own) == 1 else own[start:stop]
     values = formats_rows.values(weight.format, weight.data["codes"][start:stop])
-    return (codes.double() @ values.double().T * scale.double() * own).float()
+    return (x.codes.double() @ values.double().T * x.scale.double() * own).float()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvid.errors import BackendUnavailable
 from fastvid.ops import formats_blocks
-from fastvid.ops.quantized import QuantizedTensor, rotate
+from fastvid.ops.quantized import Activations, QuantizedRows, QuantizedTensor, rotate
 
 # As csrc/dequantize_call.h numbers them.
 NUMBERS: Mapping[str, int] = {
@@ -77,9 +77,15 @@ def _run(function: Dequantize, weight: QuantizedTensor, start: int, out: Tensor,
     )
 
 
-def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+def linear(
+    x: Activations,
+    weight: QuantizedTensor,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    rows: str | None = None,
+) -> Tensor:
     """`linear_quantized` with exact products. A rotated weight is rotated in fp32, as the reference does."""
-    if weight.eight_bit:
+    if weight.eight_bit or rows is not None or isinstance(x, QuantizedRows):
         raise BackendUnavailable("linear_quantized=cuda computes no products in 8 bits; ask for library")
     N, K = weight.shape
     y, strip = x.new_empty((*x.shape[:-1], N)), max(1, STRIP // K)

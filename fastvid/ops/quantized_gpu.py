@@ -12,8 +12,8 @@ each is tried once on a device, next to double precision, before it counts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastvid.ops import compiling, formats_rows
 from fastvid.ops.formats_rows import E4M3, INT8
-from fastvid.ops.quantized import QuantizedTensor, quantized_rows, rotate
+from fastvid.ops.quantized import Activations, QuantizedRows, QuantizedTensor, rotate
 
 STRIP = 2**24  # weights that are dequantized at once
 SUMS = 2**27  # sums that are held at once beside the result
@@ -31,23 +31,30 @@ PER_ROW, PER_TENSOR = "a scale for each row", "one scale"
 ALLOWED = {INT8: 0.0, E4M3: 1.1 * 2.0**-8}  # relative error of a row of sums: exact, and a rounding to bf16
 
 
-def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, gelu: bool) -> Tensor:
+def linear(
+    x: Activations, weight: QuantizedTensor, bias: Tensor | None, gelu: bool, rows: str | None = None
+) -> Activations:
     """quantized.linear, without gradients."""
     N, K = weight.shape
-    y = x.new_empty((*x.shape[:-1], N))
-    if y.numel() == 0:
-        return y
-    rows, out, weight = x.reshape(-1, K), y.view(-1, N), weight.plain
+    if isinstance(x, QuantizedRows):
+        x.check(weight)
+    weight = weight.plain
     form = why_not(weight, x.device) if weight.eight_bit else "dequantized"
-    if form is None:
-        _eight_bit(rows, weight, bias, gelu, out)
-    elif weight.eight_bit:
-        _values(rows, weight, bias, gelu, out)
-    else:
-        for start, stop, part in _strips(weight, x.dtype):
-            made = F.linear(rows, part, None if bias is None else bias[start:stop])
-            out[:, start:stop] = F.gelu(made, approximate="tanh") if gelu else made
-    return y
+    if rows is not None and form is None and x.numel():
+        return _to_rows(x, weight, Finish(bias, gelu, x.dtype, rows))
+    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    if y.numel():
+        out = y.view(-1, N)
+        if form is None:
+            _eight_bit(x, weight, Finish(bias, gelu, x.dtype), out)
+        elif weight.eight_bit:
+            _values(x, weight, Finish(bias, gelu, x.dtype), out)
+        else:
+            assert isinstance(x, Tensor)
+            for start, stop, part in _strips(weight, x.dtype):
+                made = F.linear(x.reshape(-1, K), part, None if bias is None else bias[start:stop])
+                out[:, start:stop] = F.gelu(made, approximate="tanh") if gelu else made
+    return y if rows is None else QuantizedRows(rows, *quantize_rows(y, rows), y.dtype)
 
 
 def _strips(weight: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
@@ -58,18 +65,17 @@ def _strips(weight: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[int, 
         yield start, min(start + size, N), weight.rows(start, min(start + size, N), dtype)
 
 
-def _values(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, gelu: bool, out: Tensor) -> None:
+def _values(x: Activations, weight: QuantizedTensor, finish: Finish, out: Tensor) -> None:
     """bf16 holds the values of codes."""
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     one = torch.ones(1, dtype=torch.float32, device=x.device)
     values = QuantizedTensor(weight.format, weight.shape, {**weight.data, "scale": one}, dtype)
     size = max(1, SUMS // max(weight.shape))
-    for begin in range(0, len(x), size):
-        codes, factor = quantized_rows(x[begin : begin + size], weight)
+    for begin, end, codes, factor in _blocks(x, weight, size):
         for start, stop, part in _strips(values, dtype):
-            added = None if bias is None else bias[start:stop]
+            added = None if finish.bias is None else finish.bias[start:stop]
             sums, own = F.linear(codes.to(dtype), part), _columns(weight)[start:stop]
-            out[begin : begin + size, start:stop] = _finished(sums, (factor, own), added, gelu, x.dtype)
+            out[begin:end, start:stop] = replace(finish, bias=added)(sums, (factor, own))
 
 
 def _columns(weight: QuantizedTensor) -> Tensor:
@@ -153,51 +159,90 @@ def _proved(product: Product, device: torch.device) -> str | None:
     return None if off <= ALLOWED[product.format] else f"its product is off by {off:.0e} here"
 
 
-def _eight_bit(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, gelu: bool, out: Tensor) -> None:
+def _eight_bit(x: Activations, weight: QuantizedTensor, finish: Finish, out: Tensor) -> None:
+    for start, stop, sums, factors in _sums(x, weight):
+        out[start:stop] = finish(sums, factors)
+
+
+def _to_rows(x: Activations, weight: QuantizedTensor, finish: Finish) -> QuantizedRows:
+    """The result's rows as codes, in the pass that makes them of the sums."""
+    assert finish.rows is not None
+    made = [finish.to_rows(sums, factors) for _, _, sums, factors in _sums(x, weight)]
+    codes, scale = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*made, strict=True))
+    shape = x.shape[:-1]
+    return QuantizedRows(finish.rows, codes.view(*shape, -1), scale.view(*shape, 1), x.dtype)
+
+
+def _sums(x: Activations, weight: QuantizedTensor) -> Iterator[tuple[int, int, Tensor, tuple[Tensor, Tensor] | None]]:
+    """(start, stop, sums of these rows, the scales that are not in them)."""
     product, own = product_of(weight.format, x.device), _columns(weight).contiguous()
     assert isinstance(product, Product)
-    size = max(FEWEST, SUMS // max(weight.shape))
-    for start in range(0, len(x), size):
-        codes, scale = _quantized(x[start : start + size], weight)
+    for start, stop, codes, scale in _blocks(x, weight, max(FEWEST, SUMS // max(weight.shape))):
         sums, scaled = product(codes, weight.data["codes"], scale, own)
-        factors = None if scaled else (scale, own)
-        out[start : start + size] = _finished(sums, factors, bias, gelu, x.dtype)
+        yield start, stop, sums, None if scaled else (scale, own)
+
+
+def _blocks(x: Activations, weight: QuantizedTensor, size: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(start, stop, codes [M, K], scale [M, 1]) of so many rows at a time."""
+    given = x.flat() if isinstance(x, QuantizedRows) else None
+    rows = x.reshape(-1, weight.shape[1]) if isinstance(x, Tensor) else x.flat()[0]
+    for start in range(0, len(rows), size):
+        stop = min(start + size, len(rows))
+        part = rows[start:stop]
+        made = (part, given[1][start:stop]) if given else quantize_rows(part, weight.format, weight.rotation)
+        yield start, stop, *made
 
 
 # ---------------------------------------------------------------- around them
 
 
-def _quantized(x: Tensor, weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    if weight.rotation:
-        x = rotate(x.float(), weight.rotation)
-    body = _to_int8 if weight.format == INT8 else _to_e4m3
-    if x.device.type != "cuda" or compiling.why_not(x.device):
-        return body(x)
-    codes, scale = compiling.run(body, ("R.",), (x,), (), lambda: body(x))
-    return codes, scale
+def quantize_rows(x: Tensor, format: str, rotation: int = 0) -> tuple[Tensor, Tensor]:
+    """quantized.quantize_rows."""
+    if rotation:
+        x = rotate(x.float(), rotation)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    codes, scale = _run(_to_codes, ("R.",), (rows,), (format,))
+    return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
-def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    return formats_rows.quantize(x, INT8)
+def _to_codes(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    return formats_rows.quantize(x, format)
 
 
-def _to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
-    return formats_rows.quantize(x, E4M3)
+def _run(body: Callable[..., Any], spec: Sequence[str], tensors: Sequence[Tensor], static: tuple[Any, ...]) -> Any:
+    """body(*tensors, *static), compiled where that can be."""
+
+    def eager() -> Any:
+        return body(*tensors, *static)
+
+    if tensors[0].device.type != "cuda" or compiling.why_not(tensors[0].device):
+        return eager()
+    return compiling.run(body, spec, tensors, static, eager)
 
 
-def _finished(
-    sums: Tensor, scales: tuple[Tensor, Tensor] | None, bias: Tensor | None, gelu: bool, dtype: torch.dtype
-) -> Tensor:
-    """Scales of rows [M, 1] and columns [N], bias [N] and GELU in fp32, rounded once."""
-    form = (scales is not None, bias is not None, gelu, dtype)
-    spec = ["R.", *(("R.", ".") if scales else ()), *(["."] if bias is not None else ())]
-    given = (sums, *(scales or ()), *(() if bias is None else (bias,)))
-    tensors = [one.contiguous() for one in given]
-    if sums.device.type != "cuda" or compiling.why_not(sums.device):
-        return _scaled(*tensors, *form)
-    made = compiling.run(_scaled, spec, tensors, form, lambda: _scaled(*tensors, *form))
-    assert isinstance(made, Tensor)
-    return made
+@dataclass(frozen=True)
+class Finish:
+    """What is done with sums in fp32: scales of rows [M, 1] and columns [N], bias [N], GELU; rounded once to dtype, and
+    then to codes of the format `rows`."""
+
+    bias: Tensor | None
+    gelu: bool
+    dtype: torch.dtype
+    rows: str | None = None
+
+    def __call__(self, sums: Tensor, scales: tuple[Tensor, Tensor] | None) -> Tensor:
+        made: Tensor = self._made(_scaled, sums, scales)
+        return made
+
+    def to_rows(self, sums: Tensor, scales: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        codes, scale = self._made(_scaled_codes, sums, scales, self.rows)
+        return codes, scale
+
+    def _made(self, body: Callable[..., Any], sums: Tensor, scales: tuple[Tensor, Tensor] | None, *more: Any) -> Any:
+        form = (scales is not None, self.bias is not None, self.gelu, self.dtype, *more)
+        spec = ["R.", *(("R.", ".") if scales else ()), *(["."] if self.bias is not None else ())]
+        given = (sums, *(scales or ()), *(() if self.bias is None else (self.bias,)))
+        return _run(body, spec, [one.contiguous() for one in given], form)
 
 
 def _scaled(sums: Tensor, *rest: Any) -> Tensor:
@@ -210,3 +255,8 @@ def _scaled(sums: Tensor, *rest: Any) -> Tensor:
     if biased:
         y = y + tensors[-1].float()
     return (F.gelu(y, approximate="tanh") if gelu else y).to(dtype)
+
+
+def _scaled_codes(sums: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *given, format = rest
+    return formats_rows.quantize(_scaled(sums, *given), format)

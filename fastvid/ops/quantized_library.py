@@ -14,28 +14,57 @@ import torch
 from torch import Tensor
 
 from fastvid.errors import BackendUnavailable
-from fastvid.ops import quantized_cpu, quantized_cuda, quantized_gpu, reference
-from fastvid.ops.quantized import QuantizedTensor
+from fastvid.ops import eight_bits, quantized_cpu, quantized_cuda, quantized_gpu, reference
+from fastvid.ops.quantized import Activations, QuantizedRows, QuantizedTensor
 
 
-def library(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+def library(
+    x: Activations,
+    weight: QuantizedTensor,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    rows: str | None = None,
+) -> Activations:
     """reference.linear_quantized."""
     run = LINEARS.get(x.device.type, reference.linear_quantized)
     if torch.is_grad_enabled() and x.requires_grad:
         run = reference.linear_quantized
-    return run(x, weight, bias, gelu)
+    return run(x, weight, bias, gelu, rows)
 
 
-def triton(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+def prepare(ops: Any, weight: QuantizedTensor) -> None:
+    """Gives a weight's layer the form that its product takes (`quantized_cpu.pack`), before the first call. ops: what
+    computes it; it has to be `library`, on the device where the weight is."""
+    there = getattr(ops, "device", None) == weight.device == torch.device("cpu")
+    if there and getattr(ops, "linear_quantized", None) is library:
+        quantized_cpu.prepare(weight)
+
+
+def triton(
+    x: Activations,
+    weight: QuantizedTensor,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    rows: str | None = None,
+) -> Activations:
     """The Triton kernels. Raises BackendUnavailable for formats that have none."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return reference.linear_quantized(x, weight, bias, gelu, rows)
+    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+    _triton(x, weight, bias, gelu, out)
+    return out if rows is None else QuantizedRows(rows, *eight_bits.quantize_rows_triton(out, rows), out.dtype)
+
+
+def _triton(x: Activations, weight: QuantizedTensor, bias: Tensor | None, gelu: bool, out: Tensor) -> None:
     from fastvid.kernels import linear_eight, linear_quantized
 
-    if torch.is_grad_enabled() and x.requires_grad:
-        return reference.linear_quantized(x, weight, bias, gelu)
-    N, K = weight.shape
-    out, data = x.new_empty((*x.shape[:-1], N)), weight.plain.data
-    rows = x.reshape(-1, K).contiguous()
+    (N, K), data = weight.shape, weight.plain.data
     given = bias, out.view(-1, N), gelu
+    if isinstance(x, QuantizedRows):
+        x.check(weight)
+        linear_eight.multiply_rows(x.flat(), weight.format, data, *given)
+        return
+    rows = x.reshape(-1, K).contiguous()
     if weight.eight_bit:
         linear_eight.linear_eight(rows, weight.format, data, weight.rotation, *given)
     elif weight.rotation or weight.format not in linear_quantized.FORMATS:
@@ -46,10 +75,9 @@ def triton(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu:
         )
     else:
         linear_quantized.linear(rows, weight.format, data, *given)
-    return out
 
 
-LINEARS: Mapping[str, Callable[..., Tensor]] = {"cpu": quantized_cpu.linear, "cuda": quantized_gpu.linear}
+LINEARS: Mapping[str, Callable[..., Activations]] = {"cpu": quantized_cpu.linear, "cuda": quantized_gpu.linear}
 """Kind of device -> what runs there."""
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastvid.ops import attention as attentions
 from fastvid.ops import onednn, quantized, rgb, vae
 from fastvid.ops import solver_step as stepping
-from fastvid.ops.quantized import QuantizedTensor
+from fastvid.ops.quantized import Activations, QuantizedTensor
 
 
 def patch_embed(latents: Tensor, weight: Tensor, bias: Tensor | None, known: Tensor | None = None) -> Tensor:
@@ -165,10 +165,57 @@ def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
-def linear_quantized(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+def linear_quantized(
+    x: Activations,
+    weight: QuantizedTensor,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    rows: str | None = None,
+) -> Activations:
     """x [..., K] @ weight^T + bias [N] -> [..., N] in x's dtype, with gelu its tanh GELU. weight: [N, K] as its file
-    stores it; see `quantized.linear` for products in 8 bits."""
-    return quantized.linear(x, weight, bias, gelu)
+    stores it. For products in 8 bits x may be quantized already, and the result be quantized for the next one, in the
+    format `rows`: see `quantized.linear`."""
+    return quantized.linear(x, weight, bias, gelu, rows)
+
+
+def quantize_rows(x: Tensor, format: str, rotation: int = 0) -> tuple[Tensor, Tensor]:
+    """(codes [..., K], scale fp32 [..., 1]) of x [..., K]: what 8-bit products take. codes: int8, or e4m3 as such.
+    rotation: size of the groups along K that are rotated before; 0: none."""
+    return quantized.quantize_rows(x, format, rotation)
+
+
+def quantized_norm(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    index: Tensor | None,
+    eps: float,
+    format: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, codes, scales) of a norm of s: x, x + y, or x + y * gate, rounded to x's dtype. codes and scales: as
+    quantize_rows gives them of LN(s) * (1 + scale) + shift with scale and shift [K, d], of LN(s) * scale + shift with
+    [d]; rounded to x's dtype before. gate [K, d], index [B, G]: see gated_residual."""
+    x, normed = norm_of_sum(x, y, gate, shift, scale, index, eps)
+    return x, *quantize_rows(normed, format)
+
+
+def norm_of_sum(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, index: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(s, its norm) of `quantized_norm`."""
+    if y is not None:
+        x = (x + y).to(x.dtype) if gate is None else gated_residual(x, y, gate, _given(index))
+    if scale.ndim == 1:
+        return x, layer_norm(x, scale, shift, eps)
+    return x, modulated_layer_norm(x, shift, scale, _given(index), eps)
+
+
+def _given(index: Tensor | None) -> Tensor:
+    if index is None:
+        raise ValueError("gate, shift and scale [K, d] need an index [B, G]")
+    return index
 
 
 def _groups(x: Tensor, index: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvid.ops.quantized import QuantizedTensor
+from fastvid.ops.quantized import Activations, QuantizedTensor
 from fastvid.ops.sparse import Blocks
 
 
@@ -55,11 +55,38 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
     return f"{K} to {n} rows {octave(x.numel() // max(K, 1))}"
 
 
-def _linear_quantized(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu: bool = False) -> str:
+def _linear_quantized(
+    x: Activations,
+    weight: QuantizedTensor,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    rows: str | None = None,
+) -> str:
     n, K = weight.shape
     how = (f" rotated {weight.rotation}" if weight.rotation else "") + (" 8-bit" if weight.eight_bit else "")
-    rows = octave(x.numel() // max(K, 1))
-    return f"{weight.format}{how} {K} to {n} rows {rows}" + (" gelu" if gelu else "")
+    many = octave(x.numel() // max(K, 1))
+    return f"{weight.format}{how} {K} to {n} rows {many}" + (" gelu" if gelu else "") + (f" to {rows}" if rows else "")
+
+
+def _quantize_rows(x: Tensor, format: str, rotation: int = 0) -> str:
+    return f"{_rows(x)} to {format}" + (f" rotated {rotation}" if rotation else "")
+
+
+def _quantized_norm(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    index: Tensor | None,
+    eps: float,
+    format: str,
+) -> str:
+    how = "layer" if scale.ndim == 1 else "modulated"
+    before = "" if y is None else " added" if gate is None else " gated"
+    tables = [one for one in (gate, scale) if one is not None and one.ndim == 2]
+    times = " timesteps" if any(len(one) > 1 for one in tables) else ""
+    return f"{_rows(x)}{before} {how} to {format}{times}"
 
 
 def _rows(x: Tensor, *_: Any) -> str:
@@ -170,6 +197,8 @@ CLASSES: Mapping[str, Callable[..., str]] = {
     "linear": _linear,
     "linear_gelu_tanh": _linear,
     "linear_quantized": _linear_quantized,
+    "quantize_rows": _quantize_rows,
+    "quantized_norm": _quantized_norm,
     "solver_step": _step,
     "vae_rms_norm": _vae_norm,
     "vae_conv3d": _vae_conv,

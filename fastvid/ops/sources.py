@@ -40,6 +40,8 @@ FILES: Mapping[str, Mapping[str, str]] = {
     "linear": {"triton": "linear_gelu.py"},
     "linear_gelu_tanh": {"triton": "linear_gelu.py"},
     "linear_quantized": {"triton": "linear_quantized.py+linear_eight.py", "cuda": "dequantize.cu"},
+    "quantize_rows": {"triton": "linear_eight.py"},
+    "quantized_norm": {"triton": ROWS},
     "rms_norm_rope": {"triton": HEADS},
     "qkv_norm_rope": {"triton": HEADS},
     "modulated_layer_norm": {"triton": ROWS},

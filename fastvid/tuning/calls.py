@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from fastvid.ops import dispatch, reference
-from fastvid.ops.quantized import QuantizedTensor
+from fastvid.ops.quantized import QuantizedRows, QuantizedTensor
 from fastvid.tuning import weights
 from fastvid.tuning.weights import WeightLike
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "attention": ("attention",),
-    "linears": ("linear", "linear_gelu_tanh", "linear_quantized"),
+    "linears": ("linear", "linear_gelu_tanh", "linear_quantized", "quantize_rows", "quantized_norm"),
     "norms": (
         *("modulated_layer_norm", "gated_residual", "gated_residual_norm", "gated_residual_layer_norm"),
         *("residual_norm", "layer_norm", "rms_norm", "rms_norm_rope", "qkv_norm_rope"),
@@ -109,6 +109,8 @@ def like(value: Any) -> Any:
     """A recorded argument without values: tensors become TensorLike, functions Function."""
     if isinstance(value, QuantizedTensor):
         return weights.like(value)
+    if isinstance(value, QuantizedRows):  # a product is tuned with what makes them
+        value = torch.empty(value.shape, dtype=value.dtype, device="meta")
     if isinstance(value, Tensor):
         return TensorLike(tuple(value.shape), value.stride(), value.dtype, value.device.type == "cpu")
     if isinstance(value, list | tuple):

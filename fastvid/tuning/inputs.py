@@ -89,7 +89,8 @@ def _draw(name: str, like: TensorLike, call: Call, generator: torch.Generator) -
 
 def _rows_of(call: Call) -> int:
     """How many rows an index chooses from."""
-    return next(call.given[name].shape[0] for name in ("shift", "gate") if name in call.given)
+    tables = (call.given.get(name) for name in ("shift", "gate"))
+    return next(one.shape[0] for one in tables if one is not None and len(one.shape) == 2)
 
 
 def _strided(values: Tensor, like: TensorLike, vae: bool) -> Tensor:

@@ -94,9 +94,9 @@ def tokens(op: str, given: Given, rows: Tensor) -> Piece:
         chosen = given["order"].long()[rows]
         del made["order"]
     for name in ("x", "y", "qkv"):
-        if name in made:
+        if made.get(name) is not None:
             made[name] = made[name].index_select(dim, chosen)
-    if "index" in made:
+    if made.get("index") is not None:
         made["index"] = per_token(made["index"], given[main].shape[1]).index_select(1, chosen)
     for name in ("cos", "sin"):
         if name in made:

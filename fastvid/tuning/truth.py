@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.ops import reference, vae
-from fastvid.ops.formats_rows import values
-from fastvid.ops.quantized import QuantizedTensor, quantized_rows
+from fastvid.ops.formats_rows import FLOATS, LARGEST, SMALLEST, values
+from fastvid.ops.quantized import QuantizedRows, QuantizedTensor, quantize_rows, rotate_whole
 from fastvid.tuning.calls import split
 from fastvid.tuning.inputs import Given, to_float64
 
@@ -35,11 +35,13 @@ def truth(op: str, given: Given) -> Outputs:
 
 
 def outputs(out: Any) -> Outputs:
-    """Raises TypeError unless it is a tensor, or several in a tuple or list."""
+    """Codes of 8-bit floats as fp32. Raises TypeError unless it is a tensor, or several in a tuple or list."""
+    if isinstance(out, QuantizedRows):
+        out = out.codes, out.scale
     outs = tuple(out) if isinstance(out, tuple | list) else (out,)
     if not all(isinstance(one, Tensor) for one in outs):
         raise TypeError(f"its result is {type(out).__name__}, not a tensor or several")
-    return outs
+    return tuple(one.float() if one.dtype in FLOATS.values() else one for one in outs)
 
 
 def _dtype_of(given: Given) -> torch.dtype:
@@ -130,18 +132,52 @@ def _conv_rgb(dtype: torch.dtype, to_rgb: Any = None, **given: Any) -> Outputs:
     return _bytes(out), kept
 
 
+def _quantize_rows(dtype: torch.dtype, x: Tensor, format: str, rotation: int = 0) -> Outputs:
+    """Codes before they are rounded."""
+    x = rotate_whole(x, rotation) if rotation else x
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / LARGEST[format]
+    return x / scale, scale
+
+
+def _quantized_norm(
+    dtype: torch.dtype,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    format: str,
+    index: Tensor | None = None,
+    **added: Tensor,
+) -> Outputs:
+    y, gate = added.get("y"), added.get("gate")
+    if y is not None:
+        x = x + y if gate is None or index is None else _gated(dtype, x, y, gate, index)
+    rounded = x.to(dtype).double()
+    if scale.ndim == 1 or index is None:
+        normed = _layer_norm(dtype, rounded, scale, shift, eps)
+    else:
+        normed = _modulated(dtype, rounded, shift, scale, index, eps)
+    return x, *_quantize_rows(dtype, normed, format)
+
+
 def _linear_quantized(
-    dtype: torch.dtype, x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, gelu: bool = False
-) -> Tensor:
+    dtype: torch.dtype,
+    x: Tensor,
+    weight: QuantizedTensor,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    rows: str | None = None,
+) -> Any:
     """The weight is rounded to the dtype, or with 8-bit products activations to codes, with scales in fp32."""
     if weight.eight_bit:
-        codes, scale = quantized_rows(x.to(dtype), weight)
+        codes, scale = quantize_rows(x.to(dtype), weight.format, weight.rotation)
         own = values(weight.format, weight.data["codes"]).double() * weight.data["scale"].double().view(-1, 1)
         y = (codes.double() * scale.double()) @ own.T
     else:
         y = x @ weight.dequantize(dtype).double().T
     y = y if bias is None else y + bias
-    return F.gelu(y, approximate="tanh") if gelu else y
+    y = F.gelu(y, approximate="tanh") if gelu else y
+    return y if rows is None else _quantize_rows(dtype, y, rows)
 
 
 DEFINITIONS: Mapping[str, Callable[..., Any]] = {
@@ -155,6 +191,8 @@ DEFINITIONS: Mapping[str, Callable[..., Any]] = {
     "qkv_norm_rope": _qkv_norm_rope,
     "head": _head,
     "linear_quantized": _linear_quantized,
+    "quantize_rows": _quantize_rows,
+    "quantized_norm": _quantized_norm,
     "to_rgb": _to_rgb,
     "vae_norm_silu_conv3d_rgb": _conv_rgb,
 }

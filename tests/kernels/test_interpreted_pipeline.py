@@ -35,8 +35,8 @@ def test_the_embedded_model() -> None:
 
 
 # Norms of pictures' tokens, which this model sees none of; queries and keys apart, which its models have as one;
-# frames to bytes, which its last convolution does; quantized weights, which it has none of.
-UNUSED = {"layer_norm", "rms_norm_rope", "to_rgb", "linear_quantized"}
+# frames to bytes, which its last convolution does; quantized weights and what goes to them, which it has none of.
+UNUSED = {"layer_norm", "rms_norm_rope", "to_rgb", "linear_quantized", "quantize_rows", "quantized_norm"}
 
 
 @pytest.mark.slow

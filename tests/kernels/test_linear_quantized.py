@@ -9,11 +9,13 @@ import pytest
 import torch
 from interpreted import run_interpreted
 from kernel_cases import NAN, apart, check, random
+from norm_cases import results, row_arguments
 from torch import Tensor
 
 from fastvid.errors import BackendUnavailable
-from fastvid.ops import quantized_library, reference
-from fastvid.ops.quantized import QuantizedTensor, Spec, quantized_rows
+from fastvid.ops import eight_bits, quantized_library, reference, transformer
+from fastvid.ops import quantized as quantized_ops
+from fastvid.ops.quantized import QuantizedRows, QuantizedTensor, Spec
 from fastvid.tuning.truth import truth
 from fastvid.tuning.weights import draw
 
@@ -72,13 +74,58 @@ def test_eight_bits(format: str, rotation: int, dtype: torch.dtype) -> None:
     x, of = random(19, 512, dtype=dtype), weight(format, 21, 512, eight_bit=True, rotation=rotation)
     x[3] = 0
     codes, factors = quantize_rows(x, format, rotation)
-    wanted, scales = quantized_rows(x, of)
+    wanted, scales = quantized_ops.quantize_rows(x, format, rotation)
     torch.testing.assert_close(factors, scales[:, 0])
     assert (codes.view(torch.uint8) != wanted.view(torch.uint8)).float().mean() <= (0.001 if rotation else 0)
     bias, out = random(21, dtype=dtype, seed=2), torch.full((19, 21), NAN, dtype=dtype)
     linear_eight(x, format, of.data, rotation, bias, out, True, Config(16, 16, 32, 4, 2))
     eager = reference.linear_quantized(x, of, bias, True)
     torch.testing.assert_close(out, eager, rtol=2e-3, atol=2e-4 if rotation else 2e-5)
+
+
+def check_norms(d: int, dtype: torch.dtype, format: str, device: str = "cpu") -> None:
+    """The codes are those of what the norm's kernel writes alone, but for the sign of zero."""
+    args = {name: [one.to(device) if isinstance(one, Tensor) else one for one in of] for name, of in
+            row_arguments(2, 6, 3, 2, d, dtype).items()}  # fmt: skip
+    x, y, gate, shift, scale, index, eps = args["gated_residual_norm"]
+    weight, bias = args["gated_residual_layer_norm"][4:6]
+    cases = {
+        "modulated_layer_norm": ((x, shift, scale, index), (x, None, None, shift, scale, index)),
+        "residual_norm": ((x, y, shift, scale, index), (x, y, None, shift, scale, index)),
+        "gated_residual_norm": ((x, y, gate, shift, scale, index), (x, y, gate, shift, scale, index)),
+        "gated_residual_layer_norm": ((x, y, gate, index, weight, bias), (x, y, gate, bias, weight, index)),
+        "layer_norm": ((x, weight, bias), (x, None, None, bias, weight, None)),
+    }
+    for name, (alone, fused) in cases.items():
+        *total, normed = results(transformer.TRITON[name](*alone, eps))
+        codes, factors = reference.quantize_rows(normed, format)
+        made = eight_bits.quantized_norm_triton(*fused, eps, format)
+        assert torch.equal(made[0], total[0] if total else x), name
+        assert made[1].dtype == codes.dtype and torch.equal(made[1].float(), codes.float()), name
+        assert torch.equal(made[2], factors), name
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("format", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize(("d", "dtype"), [(1, torch.float32), (100, torch.float16), (768, torch.float32)])
+def test_norms_to_codes(d: int, dtype: torch.dtype, format: str) -> None:
+    check_norms(d, dtype, format)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("format", ["int8", "fp8_e4m3"])
+def test_rows_that_are_quantized_already(format: str) -> None:
+    x, of, bias = random(2, 5, 256), weight(format, 24, 256, eight_bit=True), random(24, seed=2)
+    codes, scale = eight_bits.quantize_rows_triton(x, format)
+    assert scale.shape == (2, 5, 1) and torch.equal(scale, reference.quantize_rows(x, format)[1])
+    rows = QuantizedRows(format, codes, scale, x.dtype)
+    made = quantized_library.triton(x, of, bias, True)
+    assert torch.equal(quantized_library.triton(rows, of, bias, True), made)
+    again = quantized_library.triton(rows, of, bias, True, format)
+    whole = eight_bits.quantize_rows_triton(made, format)
+    assert torch.equal(again.codes.view(torch.uint8), whole[0].view(torch.uint8)) and torch.equal(again.scale, whole[1])
+    with pytest.raises(ValueError, match="are multiplied into"):
+        quantized_library.triton(QuantizedRows(format, codes, scale[:1], x.dtype), of)
 
 
 @pytest.mark.interpret
@@ -154,3 +201,11 @@ def test_eight_bits_on_a_gpu(
     made, eager = (run(x, of, bias, True) for run in (getattr(quantized_library, backend), reference.linear_quantized))
     error = (made.double() - eager.double()).norm() / eager.double().norm()
     assert error < {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 6e-3}[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [100, 1536, 5120])
+def test_norms_to_codes_on_a_gpu(d: int, dtype: torch.dtype, format: str) -> None:
+    check_norms(d, dtype, format, "cuda")

@@ -99,7 +99,7 @@ def test_a_model_is_quantized_while_it_is_loaded(choice: str, format: str, least
         layers = {f"{name}.weight": one for name, one in module.named_modules() if isinstance(one, Quantized)}
         assert layers.keys() == chosen
         for name, layer in layers.items():
-            weight, wanted = layer.weight, quantize_weight(state[name], format)
+            weight, wanted = layer.weight.plain, quantize_weight(state[name], format)
             assert weight.format == format and weight.eight_bit == (module is model.transformer)
             assert weight.data.keys() == wanted.keys()
             assert all(torch.equal(weight.data[role], wanted[role]) for role in wanted)
@@ -133,7 +133,7 @@ def test_loras_stay_beside(tmp_path: Path) -> None:
     for loras in ([file], []):
         layer = pipe._model.transformer.get_submodule(name)
         assert isinstance(layer, QuantizedLinear)
-        assert torch.equal(layer.weight.data["codes"], quantize_weight(plain, INT8)["codes"])
+        assert torch.equal(layer.weight.plain.data["codes"], quantize_weight(plain, INT8)["codes"])
         assert [set(one.layers) for one in pipe._model.branches] == ([{name}] if loras else [])
         pipe.set_loras([])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,12 +94,11 @@ def test_eight_bits(
 
 @pytest.mark.parametrize("format", ["int8", "fp8_e4m3"])
 def test_the_codes_of_activations_are_those_of_the_reference(format: str, small: None) -> None:
-    of = weight(format, eight_bit=True)
     x = torch.randn(10, 512) * torch.logspace(-3, 3, 10)[:, None]
     x[3] = 0
     codes, scale = formats_rows.quantize(x, format)
     made, factors = torch.empty(10, 512), torch.empty(10, 1)
-    quantized_cpu.quantize(x, of, made, factors)
+    quantized_cpu.quantize(x, format, 0, made, factors)
     assert torch.equal(made, codes.float()) and torch.equal(factors, scale)
 
 
@@ -125,8 +125,16 @@ def test_rotation(group: int) -> None:
 # ---------------------------------------------------------------- packed codes
 
 
-def layer_of(format: str = "int8", N: int = 70, K: int = 512, backend: str = "auto") -> QuantizedLinear:
-    layer = QuantizedLinear(Spec.of(format, (N, K), eight_bit=True), True, dispatch.bind(backend), torch.float32)
+def layer_of(
+    format: str = "int8",
+    N: int = 70,
+    K: int = 512,
+    backend: str = "auto",
+    eight_bit: bool = True,
+    keeps: bool = True,
+) -> QuantizedLinear:
+    layer = QuantizedLinear(Spec.of(format, (N, K), eight_bit=eight_bit), True, dispatch.bind(backend), torch.float32)
+    layer.keeps = keeps
     layer.fill(weight(format, N, K).data, torch.device("cpu"))
     layer.bias = torch.nn.Parameter(torch.randn(N), requires_grad=False)
     return layer
@@ -135,10 +143,11 @@ def layer_of(format: str = "int8", N: int = 70, K: int = 512, backend: str = "au
 @needs_bytes
 def test_packed_codes_take_the_place_of_plain_ones() -> None:
     layer, x = layer_of(), torch.randn(130, 512)
-    before, plain, shapes = layer.weight, layer.weight_codes.detach().clone(), logical_shapes(layer)
-    wanted = reference.linear_quantized(x, before, layer.bias)
+    assert layer.weight_codes.is_mkldnn, "packed as it is filled"
+    before, shapes, plain = weight("int8"), logical_shapes(layer), weight("int8").data["codes"]
+    wanted = reference.linear_quantized(x, replace(before, eight_bit=True), layer.bias)
     first, second = layer(x), layer(x)
-    assert layer.weight_codes.is_mkldnn and torch.equal(first, second)
+    assert torch.equal(first, second)
     assert layer.weight_codes.nbytes == plain.nbytes and logical_shapes(layer) == shapes
     assert torch.equal(layer.weight.plain.data["codes"], plain)
     assert torch.equal(layer.weight.dequantize(), before.dequantize())
@@ -153,10 +162,18 @@ def test_nothing_is_packed_for_other_back_ends_and_formats() -> None:
     for layer in (layer_of(backend="reference"), layer_of("fp8_e4m3")):
         layer(x)
         assert not layer.weight_codes.is_mkldnn
-    layer = layer_of()
-    layer.spec = Spec.of("int8", (70, 512))
+    layer = layer_of(eight_bit=False)
     layer(x)
     assert not layer.weight_codes.is_mkldnn
+
+
+@needs_bytes
+def test_what_was_not_packed_as_it_was_filled_is_packed_by_the_first_call() -> None:
+    layer, x = layer_of(keeps=False), torch.randn(130, 512)
+    assert not layer.weight_codes.is_mkldnn, "it has a copy in host memory"
+    wanted = layer(x)
+    layer.keeps = True
+    assert torch.equal(layer(x), wanted) and layer.weight_codes.is_mkldnn
 
 
 @needs_bytes

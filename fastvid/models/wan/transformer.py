@@ -27,10 +27,12 @@ from fastvid.layers.fused import FusedLinear
 from fastvid.layers.kv_cache import KVCache, LayerCache
 from fastvid.layers.levers import CallLevers, is_enough
 from fastvid.layers.linear import FeedForward, Linear, TwoLinears, linear, linear_gelu_tanh, normal_parameter
+from fastvid.layers.norms import Norm, normed
 from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.ops import reference
+from fastvid.ops.quantized import Activations
 from fastvid.ops.upload import upload
 
 IMAGE_NORM_EPS = 1e-5  # of the norms around the image embedder, whatever the config's eps
@@ -120,7 +122,7 @@ class CrossAttention(nn.Module):
         keys = self._keys(self.add_k_proj, self.norm_added_k, pictures)
         return *pair, keys, self._to_heads(linear(self.ops, self.add_v_proj, pictures))
 
-    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+    def forward(self, x: Activations, *context: Tensor) -> Tensor:
         """x [B, N, d], keys and values from project_context -> [B, N, d]. Text and pictures have a softmax each."""
         q = self._keys(self.to_q, self.norm_q, x)
         out = cross_attention(self.ops, q, *context[:2])
@@ -128,7 +130,7 @@ class CrossAttention(nn.Module):
             out = out + cross_attention(self.ops, q, *context[2:])
         return linear(self.ops, self.to_out[0], out)
 
-    def _keys(self, layer: nn.Module, norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    def _keys(self, layer: nn.Module, norm: nn.RMSNorm, x: Activations) -> Tensor:
         return self._to_heads(self.ops.rms_norm(linear(self.ops, layer, x), norm.weight, self.eps))
 
     def _to_heads(self, x: Tensor) -> Tensor:
@@ -159,19 +161,17 @@ class Block(nn.Module):
         rows, index = self.scale_shift_table + modulation.rows, modulation.groups
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
         x, y, gate = stream.take()
-        if y is None:
-            y = self.ops.modulated_layer_norm(x, shift1, scale1, index, self.eps)
-        else:
-            x, y = self.ops.gated_residual_norm(x, y, gate, shift1, scale1, index, self.eps)
-        normed = Stream(y)
+        x, y = normed(self.ops, self.attn1.to_qkv, x, y, gate, Norm(shift1, scale1, index, self.eps))
+        tokens = Stream(y)
         del y
-        y = self.attn1(normed, rotary, cache, parallel)
+        y = self.attn1(tokens, rotary, cache, parallel)
         if self.norm2 is None:
             x = y = self.ops.gated_residual(x, y, gate1, index)
         else:
-            norm = self.norm2.weight, self.norm2.bias, self.eps
-            x, y = self.ops.gated_residual_layer_norm(x, y, gate1, index, *norm)
-        x, y = self.ops.residual_norm(x, self.attn2(y, *context), shift2, scale2, index, self.eps)
+            norm = Norm(self.norm2.bias, self.norm2.weight, index, self.eps)
+            x, y = normed(self.ops, self.attn2.to_q, x, y, gate1, norm)
+        y = self.attn2(y, *context)
+        x, y = normed(self.ops, self.ffn.first, x, y, None, Norm(shift2, scale2, index, self.eps))
         return Stream(x, self.ffn(y), gate2)
 
 
