@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             verb = flags.verb
             run = {"": _version, "resume": _resume, "plan": _plan, "inspect": _inspect, "convert": _convert}
             run |= {"download": _download, "doctor": _doctor, "bench": _bench, "tune": _tune, "models": _models}
+            run |= {"calibrate": _calibrate}
             with _logged(flags), _warnings_shown():
                 run.get(command, _run_verb)(flags)
             sys.stdout.flush()
@@ -251,6 +252,12 @@ def _tune(flags: argparse.Namespace) -> None:
     from fastvid.cli import tune
 
     tune.run(flags)
+
+
+def _calibrate(flags: argparse.Namespace) -> None:
+    from fastvid.cli import calibrate
+
+    calibrate.run(flags)
 
 
 def _doctor(flags: argparse.Namespace) -> None:

@@ -32,6 +32,7 @@ OTHERS = {
     "models": "list the models that are known by name",
     "download": "bring a model from the hub into the local cache, and verify its files",
     "convert": "convert pickles and original Wan files to safetensors in diffusers' layout, and back",
+    "calibrate": "measure a model once, for levers that need it (magcache)",
     "tune": "find the fastest right back end of every operation on this machine",
     "doctor": "show this machine's hardware and software, and the back end of every operation",
     "bench": "run benchmarks of operations and models on this machine",
@@ -44,6 +45,9 @@ PLAN = """examples:
   fastvid plan --model wan2.1-t2v-14b --size 832x480 --card "RTX 4090"     (no files, no GPU needed)
   fastvid plan --model wan2.1-t2v-14b --format q4_k_m --device-memory 16GB
   fastvid plan storyboard --shots shots.json --model FOLDER --json"""
+
+SHAPED = ("size", "width", "height", "aspect", "num_frames", "seconds", "fps", "negative_prompt")
+"""Arguments of the videos that a model is measured on."""
 
 MODELS = "embedded, a name (`fastvid models`), a folder, a file, or a hub id"
 
@@ -59,6 +63,7 @@ def build() -> dict[str, Parser]:
         "models": tool_parsers.models(),
         "download": tool_parsers.download(),
         "convert": tool_parsers.convert(),
+        "calibrate": _calibrate(),
         "tune": tool_parsers.tune(),
         "doctor": tool_parsers.doctor(),
         "bench": tool_parsers.bench(),
@@ -158,6 +163,39 @@ def _plan(verb: str) -> Parser:
     _add_request(parser, verb)
     _add_model(parser, "; or a published model by name, such as wan2.1-t2v-14b")
     parser.add_output_flags()
+    return parser
+
+
+def _calibrate() -> Parser:
+    parser = Parser(
+        prog="fastvid calibrate",
+        usage='fastvid calibrate --cache ["PROMPT"] [flags]',
+        description="Measure a model once, on a few videos of which none is kept, for what leaves out work by it.\n"
+        "Without a prompt three of fastvid's own are taken. A result is for one model, solver and shift.",
+        epilog="examples:\n  fastvid calibrate --cache\n"
+        "  fastvid calibrate --cache --model wan2.1-t2v-1.3b --steps 50\n"
+        f'  fastvid generate "a red circle moving right" --cache magcache -o out.mp4\n\n{EPILOG}',
+    )
+    _add_words(parser, "generate")
+    group = parser.add_argument_group("what to measure")
+    group.add_argument(
+        "--cache",
+        dest="measured",
+        action="store_const",
+        const="cache",
+        help="how the size of what the blocks add changes from step to step, for --cache magcache of a request",
+    )
+    group.add_argument("-o", "--output", metavar="FILE", help="where the result goes (default: the user's cache)")
+    takes, left_out = flags_of("generate"), (*LEVERS, *CHECKPOINT, "seed")
+    for title, names in (
+        ("the videos (defaults: the model's preset)", [n for n in takes if n not in SAMPLING and n in SHAPED]),
+        ("sampling", [n for n in takes if n in SAMPLING and n not in left_out]),
+    ):
+        group = parser.add_argument_group(title)
+        for name in names:
+            FLAGS[name].add_to(group, name, "generate")
+    _add_model(parser)
+    parser.add_output_flags(" about the result")
     return parser
 
 

@@ -11,6 +11,7 @@ from fastvid.distributed.mesh import RankView
 from fastvid.engine import windows
 from fastvid.engine.step_cache import StepCache
 from fastvid.engine.step_choice import method_of
+from fastvid.engine.step_methods import Method
 from fastvid.layers.levers import CallLevers
 from fastvid.models.loaded import Model
 from fastvid.requests.request import Resolved
@@ -23,8 +24,12 @@ class SegmentLevers:
 
     def __init__(self, model: Model, request: Resolved, segment: Segment, ranks: RankView, sigmas: np.ndarray) -> None:
         method = method_of(model, request, windows.levels_of(model, segment, sigmas, request))
-        self.cache = None if method is None else StepCache(method, ranks)
+        self.cache, self._ranks = None if method is None else StepCache(method, ranks), ranks
         self._sparsity: Any = None
+
+    def measure(self, method: Method) -> None:
+        """Has a method in place of the request's that looks at what the blocks make."""
+        self.cache = StepCache(method, self._ranks)
 
     def of_call(self, row: TableRow, expert: int, prompt: int) -> CallLevers | None:
         """What the call of a table row, for an expert and a prompt's number, does less of; None: nothing."""

@@ -54,30 +54,34 @@ def write(path: Path, key: Mapping[str, Any], levels: np.ndarray, ratios: Mappin
     part.replace(path)
 
 
-def digest_of(path: Path) -> str:
+def digest_of(path: Path | str) -> str:
     """The first digits of a file's sha256. Raises InvalidRequest if it cannot be read."""
-    return hashlib.sha256(_read(path)).hexdigest()[:16]
+    return f"sha256-{hashlib.sha256(_read(Path(path))).hexdigest()[:16]}"
 
 
-def ratios_of(
-    model: Model, request: Resolved, levels: np.ndarray, file: str | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The ratios at these levels [N], for the prompt and the negative prompt. Raises InvalidRequest without a file that
-    belongs to the request."""
-    path = default_path(model, request) if file is None else Path(file)
-    if file is None and not path.exists():
+def check(model: Model, request: Resolved, path: Path | str) -> dict[str, Any]:
+    """What a file holds. Raises InvalidRequest unless it belongs to the request."""
+    if not Path(path).exists():
         raise InvalidRequest(
             f"cache=magcache: {model.preset.name} has not been calibrated for solver={request.solver} and "
-            f"flow_shift={request.flow_shift:g}; run: {command(request)}"
+            f"flow_shift={request.flow_shift:g}: there is no {path}; run: {command(request)}"
         )
-    content = _parsed(path)
-    here = key_of(model, request)
+    content, here = _parsed(Path(path)), key_of(model, request)
     if different := [name for name, value in here.items() if content[name] != value]:
         name = different[0]
         raise InvalidRequest(
             f"cache: {path} was calibrated with {name}={shown(content[name])}, and this request has "
             f"{name}={shown(here[name])}; run: {command(request)}"
         )
+    return content
+
+
+def ratios_of(
+    model: Model, request: Resolved, levels: np.ndarray, file: str | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The ratios at these levels [N], for the prompt and the negative prompt. file: None for the model's. Raises
+    InvalidRequest as `check` does."""
+    content = check(model, request, default_path(model, request) if file is None else file)
     at = np.array(content["levels"])
     prompt, negative = (_at(levels, at, np.array(content["ratios"][name])) for name in TEXTS)
     return prompt, negative

@@ -186,6 +186,7 @@ class Session:
                     log.debug("step %d: level %.4f, %.3f s", self.steps_done, row.sigma, row.seconds)
                     yield Step(self.steps_done, total + self.refills, row.sigma, row.seconds)
                 yield from self.put(number, run.decode(row))
+            run.log_levers()
             # The next segment may start from these frames.
             yield from self.put(number, run.finish())
 
@@ -256,6 +257,12 @@ class SegmentRun:
     def close(self) -> None:
         """Ends the decoder's thread."""
         self._decoder.close()
+
+    def log_levers(self) -> None:
+        """Logs what the segment's levers have left out."""
+        if (cache := self._denoising.levers.cache) is not None:
+            computed, reused = cache.count.computed, cache.count.reused
+            log.info("cache: %d of %d calls ran all blocks, %d reused them", computed, computed + reused, reused)
 
     # ------------------------------------------------------------ rows
 

@@ -16,7 +16,7 @@ from fastvid.requests.request import Resolved
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "first_block": {"threshold": 0.1, "warmup": 4, "longest": 3},
     "taylorseer": {"order": 1, "every": 3, "warmup": 4},
-    "easycache": {"threshold": 0.05, "warmup": 4, "longest": 4},
+    "easycache": {"threshold": 0.1, "warmup": 4, "longest": 4},
     "magcache": {"threshold": 0.06, "warmup": 4, "longest": 3},
     "target": {"speedup": 1.5},
 }
@@ -31,6 +31,11 @@ def lever_of(request: Resolved) -> Lever | None:
     return Lever(lever.name, {**DEFAULTS[lever.name], **lever.settings})
 
 
+def named(request: Resolved) -> str:
+    """The step cache of a request with all settings, as text."""
+    return str(lever_of(request) or "")
+
+
 def method_of(model: Model, request: Resolved, levels: np.ndarray) -> Method | None:
     """The method of a request's step cache, for windows of these noise levels [N]; None without one."""
     lever = lever_of(request)
@@ -39,28 +44,38 @@ def method_of(model: Model, request: Resolved, levels: np.ndarray) -> Method | N
 
 def _taylorseer(model: Model, request: Resolved, levels: np.ndarray, given: dict[str, Any]) -> Method:
     computed = every(len(levels), given["warmup"], given["every"])
-    return TaylorSeer(order=given["order"], computed=computed)
+    return TaylorSeer(len(levels), order=given["order"], computed=computed)
 
 
 def _target(model: Model, request: Resolved, levels: np.ndarray, given: dict[str, Any]) -> Method:
-    count = computed_for(len(levels), given["speedup"])
-    return TaylorSeer(order=TARGET_ORDER, computed=spread(len(levels), count, [1.0] * len(levels)))
+    count, warmup = computed_for(len(levels), given["speedup"]), max(2, round(WARMUP * len(levels)))
+    return TaylorSeer(len(levels), order=1, computed=spread(len(levels), count, warmup))
 
 
 def _magcache(model: Model, request: Resolved, levels: np.ndarray, given: dict[str, Any]) -> Method:
+    given.pop("digest", None)
     ratios = magcache.ratios_of(model, request, levels, given.pop("file", None))
-    return MagCache(ratios=ratios, **given)
+    return MagCache(len(levels), ratios=ratios, **given)
 
 
 MAKERS: Mapping[str, Callable[[Model, Resolved, np.ndarray, dict[str, Any]], Method]] = {
-    "first_block": lambda model, request, levels, given: FirstBlock(**given),
+    "first_block": lambda model, request, levels, given: FirstBlock(len(levels), **given),
     "taylorseer": _taylorseer,
-    "easycache": lambda model, request, levels, given: EasyCache(**given),
+    "easycache": lambda model, request, levels, given: EasyCache(len(levels), **given),
     "magcache": _magcache,
     "target": _target,
 }
 
-TARGET_ORDER = 1
+WARMUP = 0.2
+"""The share of a target's steps, from the first on, that all run their blocks: what they settle, later ones follow."""
+
+
+def fastest(steps: int) -> float:
+    """The largest speed-up that is taken for so many steps."""
+    return steps / min(steps, max(LEAST, steps // MOST_SPEEDUP))
+
+
+LEAST, MOST_SPEEDUP = 3, 4
 
 
 def computed_for(steps: int, speedup: float) -> int:

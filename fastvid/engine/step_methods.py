@@ -11,7 +11,7 @@ Every method keeps something of the last step that ran all blocks, and adds it t
     magcache      what the blocks add shrinks or grows from step to step by ratios that were measured before; they run
                   once the products' distances from 1 have added up to the threshold (arXiv 2506.09045)
 
-A threshold of 0 leaves out nothing. Steps count from 0 in each window of a segment.
+A threshold of 0 leaves out nothing. Steps count from 0 in each window of a segment; in the last one all blocks run.
 
 Shapes: B batch, N tokens, d width.
 """
@@ -19,8 +19,9 @@ Shapes: B batch, N tokens, d width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -53,9 +54,11 @@ class Branch:
 
 @dataclass(frozen=True)
 class Method:
-    """Settings of a method. warmup: the steps at the start in which all blocks run. longest: the most steps in a row
-    without. NAMES: of the tensors of x's shape that a branch keeps. PEEKS: it decides behind the first block."""
+    """Settings of a method. steps: of a window. warmup: the steps at the start in which all blocks run. longest: the
+    most steps in a row without. NAMES: of the tensors of x's shape that a branch keeps. PEEKS: it decides behind the
+    first block."""
 
+    steps: int
     warmup: int = 0
     longest: int = 0
     NAMES: ClassVar[tuple[str, ...]] = ("residual",)
@@ -63,7 +66,7 @@ class Method:
 
     def allows(self, branch: Branch, step: int) -> bool:
         """Whether a step may leave out blocks at all."""
-        return branch.last >= 0 and step >= self.warmup and step - branch.last <= self.longest
+        return branch.last >= 0 and self.warmup <= step < self.steps - 1 and step - branch.last <= self.longest
 
     def predict(self, branch: Branch, step: int, x: Tensor, agree: Agree) -> Tensor | None:
         """What the blocks would make of x [B, N, d]; None if they have to run. Behind the first block, if it peeks: x
@@ -75,10 +78,10 @@ class Method:
         peeks), out [B, N, d] after them."""
         branch.ran(step, residual=out - x)
 
-    def most(self, steps: int) -> int:
-        """The most of so many steps that can leave out blocks."""
-        free = max(0, steps - max(1, self.warmup))
-        return free - free // (self.longest + 1)
+    def least(self) -> int:
+        """The least steps in which all blocks run."""
+        free = max(0, self.steps - 1 - max(1, self.warmup))
+        return min(self.steps, max(1, self.warmup) + 1) + free // (self.longest + 1)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,22 +109,22 @@ class FirstBlock(Method):
 
 @dataclass(frozen=True)
 class TaylorSeer(Method):
-    """computed: whether all blocks run, for each step; in those behind the last one they do."""
+    """computed: whether all blocks run, for each step."""
 
     order: int = 1
     computed: tuple[bool, ...] = ()
 
     def allows(self, branch: Branch, step: int) -> bool:
-        due = any(self.computed[branch.last + 1 : step + 1]) or step >= len(self.computed)
+        due = any(self.computed[branch.last + 1 : step + 1]) or step >= self.steps - 1
         return branch.last >= 0 and not due
 
     def predict(self, branch: Branch, step: int, x: Tensor, agree: Agree) -> Tensor | None:
         if not self.allows(branch, step):
             return None
-        out, ahead = x, step - branch.last
-        for order, name in enumerate(self.names):
-            if name in branch.tensors:
-                out = torch.add(out, branch.tensors[name], alpha=ahead**order / math.factorial(order))
+        differences = [branch.tensors[name] for name in self.names if name in branch.tensors]
+        out, ahead = x + differences[0], step - branch.last
+        for order, difference in enumerate(differences[1:], 1):
+            out.add_(difference, alpha=ahead**order / math.factorial(order))
         return out
 
     def keep(self, branch: Branch, step: int, x: Tensor, out: Tensor) -> None:
@@ -131,8 +134,8 @@ class TaylorSeer(Method):
                 factors.append((factors[-1] - branch.tensors[name]) / passed)
         branch.ran(step, **dict(zip(self.names, factors, strict=False)))
 
-    def most(self, steps: int) -> int:
-        return self.computed[:steps].count(False)
+    def least(self) -> int:
+        return sum(self.computed)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -184,16 +187,14 @@ class MagCache(Method):
         for ratio in self.ratios[negative][last + 1 : step + 1]:
             product *= ratio
             error += abs(1 - product)
-        return error if step < len(self.ratios[negative]) else math.inf
+        return error
 
-    def most(self, steps: int) -> int:
-        """How many steps do: it depends on nothing but the ratios."""
+    def least(self) -> int:
+        """In how many they do: it depends on nothing but the ratios."""
         branch, count = Branch(), 0
-        for step in range(steps):
-            if self.allows(branch, step) and self.error(branch.last, step) < self.threshold:
-                count += 1
-            else:
-                branch.last = step
+        for step in range(self.steps):
+            if not self.allows(branch, step) or self.error(branch.last, step) >= self.threshold:
+                branch.last, count = step, count + 1
         return count
 
 
@@ -203,21 +204,19 @@ def _size(x: Tensor) -> Tensor:
 
 
 def every(steps: int, warmup: int, distance: int) -> tuple[bool, ...]:
-    """Which steps are computed: the first `warmup`, and every `distance`-th from the last of those on."""
+    """Which steps are computed: the first `warmup`, every `distance`-th from the last of those on, and the last."""
     first = max(1, warmup) - 1
-    return tuple(step < warmup or (step - first) % distance == 0 for step in range(steps))
+    return tuple(step < warmup or (step - first) % distance == 0 or step == steps - 1 for step in range(steps))
 
 
-def spread(steps: int, count: int, weights: Sequence[float]) -> tuple[bool, ...]:
-    """Which of the steps are computed if `count` of them are: the first, and the others where the weights of the steps
-    since the last one have added up to an equal part of their sum. weights: what leaving out a step costs."""
-    left = sum(weights[1:steps])
-    computed, gone = [True], 0.0
-    for step in range(1, steps):
-        rest, open_steps = count - sum(computed), steps - step
-        gone += weights[step]
-        due = rest >= open_steps or (rest > 0 and gone * (rest + 0.5) >= left)
-        computed.append(due)
-        if due:
-            left, gone = left - gone, 0.0
-    return tuple(computed)
+def spread(steps: int, count: int, warmup: int) -> tuple[bool, ...]:
+    """Which steps are computed if `count` of them are: the first `warmup`, the last, and the others at distances that
+    are as equal as possible, the longer ones first: differences over equal distances forecast best, and the last steps
+    change the most."""
+    if count >= steps:
+        return (True,) * steps
+    warmup, count = max(1, min(warmup, count - 1)), max(2, count)
+    distance, longer = divmod(steps - warmup, count - warmup)
+    gaps = [distance + 1] * longer + [distance] * (count - warmup - longer)
+    chosen = {*range(warmup), *(warmup - 1 + gone for gone in accumulate(gaps))}
+    return tuple(step in chosen for step in range(steps))

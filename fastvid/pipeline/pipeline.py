@@ -26,6 +26,7 @@ from fastvid.engine.session import PromptChanges, Session
 from fastvid.media.video import Video
 from fastvid.models.loaded import Model
 from fastvid.pipeline import asynchronous, batches, load_arguments, running, steps
+from fastvid.pipeline.calibrate import calibrate
 from fastvid.pipeline.loras import change_loras
 from fastvid.pipeline.prepare import (
     Prepared,
@@ -67,6 +68,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     "decode": steps.decode,
     "describe": steps.describe,
     "inspect": steps.inspect,
+    "calibrate": calibrate,
 }
 
 
@@ -295,6 +297,15 @@ class Pipeline:
         """The contents of the checkpoint: parts, parameters, dtypes, preset."""
         contents: dict[str, Any] = self._call("inspect")
         return contents
+
+    def calibrate(self, measured: str = "cache", **options: Any) -> dict[str, Any]:
+        """Measure the model once for `cache="magcache"`, on a few videos of which none is kept, and write a file.
+
+        measured: "cache". options: prompts (a list; default: some of fastvid's own), output (the file; default: where
+        requests look), and options of `generate`. Returns the file's place and what it holds.
+        """
+        result: dict[str, Any] = self._call("calibrate", checks.text("measured", measured), **options)
+        return result
 
     def __enter__(self) -> Pipeline:
         return self

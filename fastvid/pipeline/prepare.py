@@ -22,6 +22,7 @@ from fastvid.media.sound import Track
 from fastvid.media.targets import paths_in
 from fastvid.models.loaded import Model
 from fastvid.pipeline import control_checks, tensors, verbs
+from fastvid.pipeline.cache_checks import check_cache
 from fastvid.pipeline.loras import for_request
 from fastvid.pipeline.progressive import in_two_stages
 from fastvid.pipeline.request_warnings import warn_of_forcing, warn_of_guidance, warn_of_size
@@ -110,6 +111,7 @@ def prepare(
     resolved = _with_tensors(model, resolved, timeline)
     sigmas = sigmas_of(resolved)
     timeline = in_two_stages(model, resolved, timeline, len(sigmas))
+    resolved = check_cache(model, resolved, timeline, sigmas)
     recipe = resolved.to_recipe(model=model.name, version=__version__, **model.settings)
     warn_of_size(model, resolved)
     warn_of_forcing(model, resolved)

@@ -14,6 +14,7 @@ import numpy as np
 from fastvid.distributed.mesh import Layout
 from fastvid.engine.guidance import GuidanceSteps, Negative, has_own_levels, why_apart
 from fastvid.models.loaded import Model
+from fastvid.planning import step_cache
 from fastvid.requests.levers import OFF, small_steps
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment, Timeline
@@ -83,10 +84,13 @@ WORDS: Mapping[str, Callable[[Asked, Any], str]] = {
     "guidance_every": _guidance_every,
     "guidance_batch": _guidance_batch,
     "progressive": _progressive,
+    "cache": lambda asked, value: step_cache.words(asked.model, asked.request, asked.timeline, asked.sigmas),
 }
 """lever -> what is done less of, in words, from its value. A lever without a row is shown as it was asked for."""
 
-SHARES: Mapping[str, Callable[[Asked, Any], Share]] = {}
+SHARES: Mapping[str, Callable[[Asked, Any], Share]] = {
+    "cache": lambda asked, value: Share(step_cache.share(asked.model, asked.request, asked.timeline, asked.sigmas)),
+}
 """lever -> the share of work that it leaves, from its value."""
 
 

@@ -53,8 +53,9 @@ class Cost:
 
     activations: of one call of the transformer. decoder, encoder: of the VAE; encoder includes its input frames, and is
     0 without any. latents: with the solver's history. frames: the result, in host memory. context: keys and values of
-    the text for every layer, guidance branch and expert. text: of the text encoder. graphs: held by CUDA graphs in all
-    phases: a call's activations and copies of its inputs. face: of the encoders of a face.
+    the text for every layer, guidance branch and expert, and what a step cache keeps. text: of the text encoder.
+    graphs: held by CUDA graphs in all phases: a call's activations and copies of its inputs. face: of the encoders of a
+    face.
     """
 
     activations: int
@@ -157,7 +158,8 @@ class Needs:
     segment: the frames that the model denoises at once. texts: prompts, 2 with guidance. pictures: images encoded by
     CLIP. encoded: frames that the VAE encodes at once. frames: frames kept in host memory. cached: tokens in the KV
     cache. stripes: of rows, for decoding. sharers: ranks that share the tokens; bands: ranks that share the VAE's rows.
-    chunk: latent frames decoded at once, 0 for the least. batch: prompts in one call of the transformer.
+    chunk: latent frames decoded at once, 0 for the least. batch: prompts in one call of the transformer. reused:
+    tensors of the tokens' size that a step cache keeps.
     """
 
     model: ModelFacts
@@ -172,6 +174,7 @@ class Needs:
     bands: int = 1
     chunk: int = 0
     batch: int = 1
+    reused: int = 0
 
     def memory(self, mode: str) -> Memory:
         """Memory by phase in one of `offload.MODES`."""
@@ -193,7 +196,8 @@ class Needs:
             encoder=self._encoder_bytes(),
             context=self._context_bytes(self.texts, len(model.sizes.experts))
             + context_bytes(-(-self.cached // self.sharers), self.texts, 1, config, model.itemsize)
-            + face_memory.token_bytes(model.animate, segment.columns, self.texts, model.itemsize),
+            + face_memory.token_bytes(model.animate, segment.columns, self.texts, model.itemsize)
+            + self.reused * tokens * config.dim * model.itemsize,
             text=text_bytes(model.text_rows, model.text, model.itemsize) + model.workspaces[1].bytes(model.text_rows),
             graphs=activations + self._graph_inputs(control) * len(model.sizes.experts) if model.graphs else 0,
             face=face_memory.encoder_bytes(model.animate, segment.model_frames, model.itemsize),

@@ -24,7 +24,7 @@ from fastvid.engine.known_latents import lead_in
 from fastvid.engine.windows import spans, window_columns
 from fastvid.models.description import quantized_text
 from fastvid.models.loaded import CHANNELS, CONTROL, DRIVEN, Model, way_of
-from fastvid.planning import levers, speed
+from fastvid.planning import levers, speed, step_cache
 from fastvid.planning.layout import Choice, choose_layout, layouts_of, step_work
 from fastvid.planning.memory import STRIPES, ModelFacts, Needs, count_tokens, refuse
 from fastvid.planning.speed import Calls, Rates
@@ -57,6 +57,7 @@ def plan_request(
     free = available_bytes(model.device) if free is None else free
     free, capacity = (agree(model.mesh, count) for count in (free, free + model.bytes_held))
     frames, needs, asked = timeline.num_frames, needs_of(model, request, timeline, keep), layout or model.layout
+    needs = replace(needs, reused=step_cache.tensors(model, request, sigmas, needs.texts))
     window, work = needs.segment, step_work(model, request, needs.segment)
 
     def taken(layout: Layout) -> int:

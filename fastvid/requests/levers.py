@@ -19,6 +19,13 @@ QUALITIES = ("exact", "balanced", "fast")
 Kinds = Mapping[str, Mapping[str, Check]]
 """The names that a lever knows: each with the checks of its settings."""
 
+
+def _file(name: str, value: Any) -> str:
+    """A file's name that can be written in a lever's text."""
+    place = checks.path(name, str(value) if isinstance(value, int | float) else value)
+    return refuse(name, place, "a name without commas") if "," in place else place
+
+
 _threshold, _steps = number(0.0, 100.0), whole(0, checks.MAX_STEPS)
 _reuse = {"threshold": _threshold, "warmup": _steps, "longest": _steps}
 CACHES: Kinds = {
@@ -27,9 +34,11 @@ CACHES: Kinds = {
     "first_block": _reuse,
     "taylorseer": {"order": whole(0, 2), "every": whole(1, 100), "warmup": _steps},
     "easycache": _reuse,
-    "magcache": {**_reuse, "file": checks.path},
+    "magcache": {**_reuse, "file": _file, "digest": text},
 }
-"""Step caches (`fastvid.engine.step_cache`)."""
+"""Step caches (`fastvid.engine.step_methods`). threshold: of the change that is let through; warmup: steps at the start
+that run all blocks; longest: steps in a row that do not; every: how often they run; order: of the polynomial. file, and
+digest: of the calibration (`fastvid calibrate --cache`)."""
 
 _share = number(0.0, 1.0)
 ATTENTIONS: Kinds = {
