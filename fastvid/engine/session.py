@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -159,7 +159,7 @@ class Session:
         steps, request = len(self.job.sigmas), self.job.request
         return sum(windows.count_rows(self.model, s, steps, request) for s in self.job.timeline.segments)
 
-    def run(self) -> Iterator[Event]:
+    def run(self) -> Generator[Event, None, None]:
         """Yields Step and Frames events, frames in order. Raises Cancelled."""
         timeline, began = self.job.timeline, time.perf_counter()
         self._log_start()

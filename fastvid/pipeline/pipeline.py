@@ -25,7 +25,7 @@ from fastvid.engine.resume import Resume
 from fastvid.engine.session import PromptChanges, Session
 from fastvid.media.video import Video
 from fastvid.models.loaded import Model
-from fastvid.pipeline import asynchronous, batches, load_arguments, running, steps
+from fastvid.pipeline import asynchronous, batches, load_arguments, running, steps, warmup
 from fastvid.pipeline.calibrate import calibrate
 from fastvid.pipeline.loras import change_loras
 from fastvid.pipeline.prepare import (
@@ -268,6 +268,22 @@ class Pipeline:
         )
         return plan
 
+    def warmup(self, sizes: Any = None, **options: Unpack[AnyOptions]) -> dict[str, float]:
+        """Run what the first request of each size would pay for (compiling, tuning, CUDA graphs, primitives, memory),
+        without making a video. Returns the seconds of each size.
+
+        Args:
+            sizes: one size or several: "832x480", (width, height), (width, height, frames), or a mapping of a verb's
+                arguments, {"verb": "image", "size": "1024x1024"}; default: the model's default size.
+            options: arguments that the requests will have, such as a solver or a LoRA, for all sizes. Pictures that
+                the model needs may be left out; clips of verbs that work on one are needed.
+
+        Raises InvalidRequest and OutOfMemory as the requests would, before anything is run. See docs/serving.md.
+        """
+        return self._warm(sizes, {**options})
+
+    awarmup = asynchronous.twin(warmup)
+
     def embed(self, prompt: str) -> Tensor:
         """A prompt's text embeddings [1, L, text_dim], as `prompt_embeds=` takes them."""
         embeddings: Tensor = self._call("embed", checks.text("prompt", prompt))
@@ -397,6 +413,10 @@ class Pipeline:
         session = Session(prepared.model, prepared.job, ticket, keep_latents, saving, changes)
         events = Computed(running.events(prepared, session, saving), self._model.device)
         return Stream(events, ticket, changes if saving is None else None, prepared.job.request.verb)
+
+    @computes
+    def _warm(self, sizes: Any, options: dict[str, Any]) -> dict[str, float]:
+        return warmup.run(self._model, self._ticket or self.new_ticket(), sizes, options)
 
     @computes
     def _fitting(self, request: Request, wanted: int) -> int:

@@ -113,6 +113,10 @@ class RemotePipeline(Pipeline):
         options = request.arguments()
         return self._open("start", request.checkpoint is not None, verb=request.verb, options=options, **keep)
 
+    def _warm(self, sizes: Any, options: dict[str, Any]) -> dict[str, float]:
+        seconds: dict[str, float] = self._call("warmup", sizes, **options)
+        return seconds
+
     def _fitting(self, request: Request, wanted: int) -> int:
         raise InvalidRequest(
             f"batch_size={wanted}: on several ranks the videos of a batch are made one after another; leave it out"

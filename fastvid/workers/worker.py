@@ -25,7 +25,7 @@ from fastvid.workers.messages import HEARTBEAT, pack, pack_error, unpack
 
 HEARTBEAT_INTERVAL = 0.5  # seconds
 MAX_STREAMS = 1000  # the program limits how many requests run at once
-CALLS = ("plan", "embed", "encode", "decode", "describe", "inspect", "set_loras", "calibrate")
+CALLS = ("plan", "embed", "encode", "decode", "describe", "inspect", "set_loras", "calibrate", "warmup")
 
 
 def main() -> None:
