@@ -161,6 +161,7 @@ def load(
     variant: str | None = None,
     quantize: str | Mapping[str, str | None] | None = None,
     text_cache: int = TEXT_CACHE,
+    mmap: str | bool = "auto",
     **files: Unpack[PartFiles],
 ) -> Pipeline:
     """Load a model.
@@ -171,7 +172,7 @@ def load(
             (org/name, or org/name/path/to/file.safetensors), downloaded once to huggingface_hub's cache.
         device: "cuda", "cuda:1", "cpu"; default: a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16" (or "fp32", "bf16", "fp16"), for the transformer and the text encoder;
-            default: bfloat16 on a GPU, float32 on a CPU.
+            default: bfloat16 on a GPU, float32 on a CPU. "auto": bfloat16 also on a CPU with AVX512-BF16 or AMX.
         backend, attention: the back ends of the operations and of attention (see `fastvid doctor`).
         loras: LoRAs of the transformer for all requests: files, folders or hub names, each alone, as (file, scale), or
             as (file, scale, "high") or (file, scale, "low") for one of two experts. Without that its names and its
@@ -195,6 +196,8 @@ def load(
         variant: the published model that these weights are, such as "wan2.1-i2v-14b-720p", where no name tells.
         quantize: "fp8" or "int8", for all parts or for each: {"transformer": "fp8"}; see docs/quantized.md.
         text_cache: bytes of host memory for the embeddings of the latest prompts (default: 64 MiB); 0: keep none.
+        mmap: whether weights on a CPU are used where they lie in their files. "auto": in files of 64 MiB and more on
+            local disks. See docs/memory.md#mapped-files.
 
     Raises:
         CheckpointError: the model is missing, damaged or unsupported, or a LoRA does not fit it.

@@ -178,6 +178,7 @@ def load_arguments(flags: argparse.Namespace, recipe: dict[str, Any]) -> dict[st
     arguments["loras"] = settings.get("loras") if flags.lora is None else flags.lora
     # These depend on the machine and do not change the video, so recipes do not have them.
     arguments["offload"], arguments["cuda_graphs"] = flags.offload, flags.cuda_graphs
+    arguments["mmap"] = flags.mmap
     arguments["parallel"], arguments["link"] = flags.parallel, flags.link
     # The recipe's parts belong to its model, not to another one.
     own = settings if flags.model in (None, "", recipe.get("model")) else {}

@@ -252,7 +252,8 @@ def _add_model(parser: Parser, also: str = "") -> None:
     add(
         "--dtype",
         metavar="NAME",
-        help="fp32, bf16, fp16, or as torch names them (default: bf16 on a GPU, fp32 on a CPU)",
+        help="fp32, bf16, fp16, or as torch names them; auto: bf16 also on a CPU that multiplies it itself (default: "
+        "bf16 on a GPU, fp32 on a CPU)",
     )
     add("--vae-dtype", metavar="NAME", help="the VAE's dtype (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--backend", metavar="NAME", help="back end of the operations: auto, reference, triton, cuda (default: auto)")
@@ -285,6 +286,11 @@ def _add_model(parser: Parser, also: str = "") -> None:
         "--cuda-graphs",
         action=argparse.BooleanOptionalAction,
         help="replay the transformer's calls as CUDA graphs, captured once per shape (default: auto)",
+    )
+    add(
+        "--mmap",
+        action=argparse.BooleanOptionalAction,
+        help="use weights on a CPU where they lie in their mapped files (default: files from 64 MiB on local disks)",
     )
     add_files(parser)
 

@@ -14,14 +14,14 @@ from fastvid.checks import guarded, one_of, refuse
 OLDEST_DRIVERS = {12: 525, 13: 580}  # major version of CUDA -> first release of the driver; as in csrc/archs.h
 
 
-def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
+def available_bytes(device: torch.device, mapped: int = 0) -> int:
+    """Bytes that can still be allocated on a device. mapped: of weights in files, which Linux counts as free."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by torch
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
-            return min(int(line.split()[1]) * 1024, _cgroup_free())
+            return min(max(0, int(line.split()[1]) * 1024 - mapped), _cgroup_free())
     return 1 << 62  # no way to know on this system: refuse nothing
 
 
@@ -39,6 +39,8 @@ def _read(path: str) -> str:
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = tuple(DTYPES.values())
+AUTO = "auto"
 SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 """Other names of dtypes that are in common use."""
 DEVICES = "'cpu', 'cuda' or 'cuda:<number>'"
@@ -66,10 +68,24 @@ def _parse_device(name: str, device: Any) -> torch.device:
     return parsed
 
 
-def resolve_dtype(dtype: Any, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: Any, device: torch.device) -> tuple[torch.dtype, str]:
+    """(the dtype of transformer and text encoder, why). "auto" on a CPU: bf16 if it multiplies that itself."""
     if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return check_dtype("dtype", dtype)
+        return (torch.bfloat16 if device.type == "cuda" else torch.float32), f"the default on a {device.type} device"
+    if dtype != AUTO:
+        return check_dtype("dtype", dtype), "asked for"
+    has = _bf16_products(device)
+    if has is None:
+        return torch.float32, "auto: no products of bfloat16 are built in, so it would be slower"
+    return torch.bfloat16, f"auto: products of bfloat16 are built in ({has}); a value keeps 8 of float32's 24 bits"
+
+
+def _bf16_products(device: torch.device) -> str | None:
+    """The unit that multiplies bfloat16 on a device; None if there is none, or if nobody knows."""
+    if device.type == "cuda":
+        return architecture(device) if not on_rocm() and torch.cuda.get_device_capability(device) >= (8, 0) else None
+    words = set(re.findall(r"\b(amx_bf16|avx512_bf16)\b", _read("/proc/cpuinfo")))
+    return " and ".join(sorted(words)) or None
 
 
 def resolve_vae_dtype(dtype: Any, device: torch.device) -> torch.dtype:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvid.device.mapped import check_unchanged
 from fastvid.distributed.mesh import Layout, RankView
 from fastvid.engine import decode, finite, pixels, progressive, windows
 from fastvid.engine.conditioning import NEGATIVE, SOURCE, SegmentDenoiser
@@ -160,7 +161,9 @@ class Session:
         return sum(windows.count_rows(self.model, s, steps, request) for s in self.job.timeline.segments)
 
     def run(self) -> Generator[Event, None, None]:
-        """Yields Step and Frames events, frames in order. Raises Cancelled."""
+        """Yields Step and Frames events, frames in order. Raises Cancelled, and CheckpointError if a file that weights
+        are used in was written into."""
+        check_unchanged(self.model.placement.mapped)
         timeline, began = self.job.timeline, time.perf_counter()
         self._log_start()
         with closing(self.output):

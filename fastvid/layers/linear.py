@@ -50,6 +50,10 @@ class Linear(nn.Linear):
 
     branch: Branch | None = None
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # see `normal_parameter`
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(reference, self, x)
 

@@ -104,10 +104,12 @@ def load_part(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     loras: Sequence[Lora] = (),
+    mapped: Container[Path] = (),
 ) -> nn.Module:
     """Build a part of a checkpoint and stream its weights in. name: see `Checkpoint.part`.
 
-    ops: see `fastvid.ops.dispatch.bind`. loras: merged into the weights. Raises CheckpointError if the part has
+    ops: see `fastvid.ops.dispatch.bind`. loras: merged into the weights. mapped: the files whose weights are used where
+    they lie. Raises CheckpointError if the part has
     problems or a LoRA does not fit it.
     """
     part = checkpoint.part(name)
@@ -115,7 +117,7 @@ def load_part(
         raise CheckpointError("; ".join(part.problems))
     module = build_empty(name, part.config, ops)
     hold_quantized(module, part.quantized, dtype, ops)
-    fill(module, part, device, dtype, loras)
+    fill(module, part, device, dtype, loras, mapped=mapped)
     return module
 
 
@@ -126,17 +128,19 @@ def fill(
     dtype: torch.dtype,
     loras: Sequence[Lora] = (),
     only: Container[str] | None = None,
+    mapped: Container[Path] = (),
 ) -> None:
     """Stream a part's weights into its module, with LoRAs merged in but for their changes of quantized weights (see
-    `fastvid.pipeline.loras`). only: the weights to reload; None: all."""
+    `fastvid.pipeline.loras`). only: the weights to reload; None: all. mapped: see `load_part`."""
     lora_fit.check_part(loras, module, part)
     loras = lora_fit.of_quantized(loras, [module], wanted=False)
 
     def merge(key: str, tensor: Tensor) -> Tensor:
         return lora.merge(key, tensor, loras, target_dtype(module, key, dtype))
 
+    merging = merge if loras else None
     safetensors.load_into(
-        module, part.files, device, dtype, origins=part.origins, merge=merge if loras else None, only=only
+        module, part.files, device, dtype, origins=part.origins, merge=merging, only=only, mapped=mapped
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fastvid.device.mapped import MappedFile, map_file
 from fastvid.errors import CheckpointError
 from fastvid.files import open_regular, reason
 from fastvid.layers.quantized import layer_of, logical_shapes
@@ -184,6 +185,7 @@ def load_into(
     origins: Mapping[str, Origin] | None = None,
     merge: Callable[[str, Tensor], Tensor] | None = None,
     only: Container[str] | None = None,
+    mapped: Container[Path] = (),
 ) -> None:
     """Fill a module, built on the meta device, from safetensors files, one tensor at a time.
 
@@ -192,7 +194,8 @@ def load_into(
     three attributes are optional. The module ends in eval mode, without gradients.
 
     origins: how to build each weight if the files use another layout. merge: called with every weight's name and stored
-    tensor; returns the tensor to use. only: the weights to load into a module that already has the others.
+    tensor; returns the tensor to use. only: the weights to load into a module that already has the others. mapped: the
+    files whose weights stay where they lie if they are wanted on the CPU as they are (see `fastvid.device.mapped`).
 
     Host memory beyond the module: one tensor as stored and as converted. With device "meta" everything is read, checked
     and dropped, to measure loading time.
@@ -203,7 +206,7 @@ def load_into(
     entries = read_matching_headers(module, files, origins)
     aliases, device = getattr(module, "ALIASES", {}), torch.device(device)
     with ExitStack() as stack:
-        reader = _Reader(entries, _open(stack, files))
+        reader = _Reader(entries, _open(stack, files), mapped)
         for stored in _in_file_order(entries, origins):
             name = aliases.get(stored, stored)
             if _unused(module, stored) or (only is not None and name not in only):
@@ -214,9 +217,9 @@ def load_into(
                 layer.fill(reader.data(names[0]), device)
                 continue
             target = target_dtype(module, name, dtype)
-            # Tensors that are copied to another device or dtype are read into memory shared with the next ones.
+            # Those that are copied to another device or dtype are read into memory shared with the next ones.
             copied = device.type != "cpu" or layer is not None or FLOATS.get(first.dtype) != target
-            read = partial(reader.tensor, target=target, reuse=copied and len(names) == 1)
+            read = partial(reader.tensor, target=target, copied=copied, reuse=copied and len(names) == 1)
             tensor = read(stored) if origins is None else origins[stored].make(read)
             tensor = tensor if merge is None else merge(name, tensor)
             if layer is not None:
@@ -276,29 +279,35 @@ class ReusedMemory:
 class _Reader:
     """Reads tensors from open files."""
 
-    def __init__(self, entries: Mapping[str, Entry], opened: Mapping[Path, Any]) -> None:
+    def __init__(self, entries: Mapping[str, Entry], opened: Mapping[Path, Any], mapped: Container[Path]) -> None:
         self.entries, self.opened, self.scratch = entries, opened, ReusedMemory()
+        self.maps = {path: _map(path, file) for path, file in opened.items() if path in mapped}
 
     def data(self, stored: str) -> Data:
         """A quantized weight's data."""
         return quantized.read_data(stored, self.entries[stored], lambda one: _read(self.opened[one.file], one))
 
-    def tensor(self, stored: str, target: torch.dtype, reuse: bool) -> Tensor:
-        """A weight that will be `target`, as stored, or dequantized. reuse: in memory shared with the next one."""
+    def tensor(self, stored: str, target: torch.dtype, copied: bool, reuse: bool) -> Tensor:
+        """A weight that will be `target`, as stored, or dequantized. copied: the caller copies it. reuse: in memory
+        shared with the next one."""
         entry = self.entries[stored]
         if entry.source is not None:
             made = quantized.as_tensor(entry, self.data(stored), torch.float32).dequantize().reshape(entry.shape)
             check_finite(made, Weight(entry.file, stored, torch.float32, target))
             return made
         weight = Weight(entry.file, stored, FLOATS[entry.dtype], target)
+        if (
+            not copied
+            and (mapped := self.maps.get(entry.file))
+            and (found := mapped.tensor(weight.stored, entry.shape, entry.offset)) is not None
+        ):
+            _check_mapped(found, mapped, entry.offset, weight)
+            return found
         return _read(self.opened[entry.file], entry, self.scratch if reuse else None, weight)
 
 
 def _open(stack: ExitStack, files: Iterable[Path]) -> dict[Path, Any]:
-    """Open files for sequential reading until the stack closes.
-
-    Not memory-mapped: mapped files are read in smaller pieces, and their pages count as this process's memory.
-    """
+    """Open files for sequential reading until the stack closes."""
     opened = {}
     for file in files:
         try:
@@ -332,14 +341,33 @@ def _read(file: Any, entry: Entry, scratch: ReusedMemory | None = None, weight: 
     return memory.view(dtype).view(entry.shape)
 
 
+def _map(path: Path, file: Any) -> MappedFile:
+    try:
+        return map_file(file, path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be mapped: {reason(error)}; load with mmap=False") from None
+
+
+def _check_mapped(tensor: Tensor, mapped: MappedFile, offset: int, weight: Weight) -> None:
+    """All of a weight has to be finite. Looks at pieces that stay in the cache, while the next ones are fetched."""
+    values, step = tensor.view(-1), CHUNK // tensor.element_size()
+    for start in range(0, len(values), step):
+        mapped.fetch(offset + start * tensor.element_size(), CHUNK)
+        check_finite(values[start : start + step], weight)
+
+
 def _unused(module: nn.Module, name: str) -> bool:
     """Whether the module does not need a tensor."""
     return not frozenset(getattr(module, "UNUSED", ())).isdisjoint(name.split("."))
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    module.get_submodule(parent).load_state_dict({leaf: tensor}, strict=False, assign=True)
+    path, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(path)
+    if leaf in parent._parameters:
+        setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False))
+    else:  # a buffer, or rows of a fused layer
+        parent.load_state_dict({leaf: tensor}, strict=False, assign=True)
 
 
 def _where(files: tuple[Path, ...]) -> str:

@@ -53,6 +53,7 @@ class LoadOptions:
     variant: str | None = None
     quantize: str | None = None
     text_cache: int = LIMIT
+    mmap: str | bool = "auto"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Placement:
     """Where a model's weights are and what it computes in, as decided when it was loaded.
 
     dtype: of transformers and text encoder. offload: one of `fastvid.device.offload.MODES`. graphs: the transformers'
-    calls are replayed as CUDA graphs. reasons: why, for "offload" and "cuda_graphs".
+    calls are replayed as CUDA graphs. reasons: why, for "offload", "cuda_graphs" and "dtype". mapped: the files whose
+    weights are used where they lie.
     """
 
     device: torch.device
@@ -69,6 +71,7 @@ class Placement:
     offload: str
     graphs: bool
     reasons: Mapping[str, str]
+    mapped: frozenset[Path] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import nn
 
 from fastvid.checks import nearest_name, one_of
 from fastvid.device import cuda_graphs
-from fastvid.device.devices import available_bytes, find_device, resolve_dtype, resolve_vae_dtype
+from fastvid.device.devices import AUTO, KINDS, available_bytes, choose_dtype, find_device, resolve_vae_dtype
+from fastvid.device.mapped import files_to_map
 from fastvid.device.offload import MODES, Resident, Swapped
 from fastvid.distributed.cards import Card
 from fastvid.distributed.layout import agree, parse_parallel
@@ -41,7 +42,6 @@ from fastvid.pipeline.loras import values_beside, with_loras
 from fastvid.planning import memory
 from fastvid.requests.request import default_request
 
-AUTO = "auto"
 OFFLOAD = one_of((AUTO, *MODES))
 DEFAULTS = LoadOptions()
 CPU = torch.device("cpu")
@@ -62,6 +62,8 @@ def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, m
     checkpoint = quantize.apply(checkpoint, options.quantize)
     loras = fit(loras, checkpoint)
     placement = choose_placement(checkpoint, options, mesh, values=values_beside(loras, checkpoint))
+    files = [path for part in checkpoint.parts for path in part.files]
+    placement = replace(placement, mapped=files_to_map(files, options.mmap, device))
     modules = load_modules(checkpoint, ops, placement, loras, mesh.rank)
     modules = replace(modules, texts=TextCache(options.text_cache))
     parts = str(source), checkpoint, checkpoint.require_preset(), modules, ops, options, placement
@@ -104,7 +106,7 @@ def outline(
 def check_options(options: LoadOptions) -> torch.device:
     """Checks the options before anything is read, and returns the device. Raises InvalidRequest for invalid ones."""
     device = find_device(options.device)
-    resolve_dtype(options.dtype, device)
+    choose_dtype(options.dtype, device)
     resolve_vae_dtype(options.vae_dtype, device)
     cuda_graphs.check("cuda_graphs", options.cuda_graphs)
     OFFLOAD("offload", options.offload)
@@ -122,7 +124,9 @@ def choose_placement(
     Raises BackendUnavailable or InvalidRequest if CUDA graphs are requested but impossible.
     """
     device = find_device(options.device)
-    dtype, vae_dtype = resolve_dtype(options.dtype, device), resolve_vae_dtype(options.vae_dtype, device)
+    dtype, dtype_why = choose_dtype(options.dtype, device)
+    dtype = KINDS[agree(mesh, KINDS.index(dtype))] if options.dtype == AUTO else dtype
+    vae_dtype = resolve_vae_dtype(options.vae_dtype, device)
     offload, why = options.offload, "asked for"
     if offload == AUTO:
         free = available_bytes(device) if free is None else free
@@ -131,7 +135,8 @@ def choose_placement(
     offload = MODES[agree(mesh, MODES.index(offload), max)]
     stays, caches = experts_stay(checkpoint, offload), checkpoint.require_preset().rollout is not None
     graphs, graphs_why = cuda_graphs.choose(options.cuda_graphs, device, stays, caches, mesh.size)
-    return Placement(device, dtype, vae_dtype, offload, graphs, {"offload": why, "cuda_graphs": graphs_why})
+    reasons = {"offload": why, "cuda_graphs": graphs_why, "dtype": dtype_why}
+    return Placement(device, dtype, vae_dtype, offload, graphs, reasons)
 
 
 def choose_offload(
@@ -232,7 +237,7 @@ def read_part(
     """One part of a model with its weights, on a device."""
     start, part = time.perf_counter(), checkpoint.part(name)
     dtype = part_dtype(name, placement.dtype, placement.vae_dtype)
-    module = load_part(checkpoint, name, ops, device, dtype, loras)
+    module = load_part(checkpoint, name, ops, device, dtype, loras, placement.mapped)
     source = part.files[0] if len(part.files) == 1 else part.files[0].parent
     took = time.perf_counter() - start
     log.info("%s: %s from %s in %.1f s, on %s as %s", name, _size(part.bytes), source, took, device, dtype)

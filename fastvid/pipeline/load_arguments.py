@@ -70,6 +70,10 @@ def variant(name: str, value: Any) -> str:
     return plain if plain in PUBLISHED else refuse(name, value, _VARIANT, checks.nearest_name(plain, PUBLISHED))
 
 
+def _dtype_or_auto(name: str, value: Any) -> str:
+    return AUTO if isinstance(value, str) and value == AUTO else _dtype(name, value)
+
+
 def _dtype(name: str, value: Any) -> str:
     return str(check_dtype(name, value)).removeprefix("torch.")
 
@@ -82,7 +86,7 @@ def _backend(name: str, value: Any) -> str:
 CHECKS: Mapping[str, Check] = {
     "model": model,
     "device": check_device,
-    "dtype": _dtype,
+    "dtype": _dtype_or_auto,
     "vae_dtype": _dtype,
     "backend": _backend,
     "attention": _backend,
@@ -91,6 +95,7 @@ CHECKS: Mapping[str, Check] = {
     "parts": parts,
     "max_running": whole(1, 1000),
     "cuda_graphs": cuda_graphs.check,
+    "mmap": cuda_graphs.check,
     "parallel": check_parallel,
     "link": check_link,
     "device_memory": whole(0, 1 << 50, " bytes"),
@@ -105,7 +110,7 @@ BY_NAME = tuple(name for name in PART_NAMES if name != BASE)
 OPTIONAL: tuple[str, ...] = ("device", "dtype", "vae_dtype", "loras", "parts", "parallel", "device_memory", "card")
 OPTIONAL += ("variant", "quantize", "format")
 """Arguments that may be None."""
-RUNNING = ("max_running", "text_cache")
+RUNNING = ("max_running", "text_cache", "mmap")
 """Arguments about how requests run, which no plan depends on."""
 TAKEN: Mapping[str, tuple[str, ...]] = {
     "load": tuple(name for name in CHECKS if name not in ("device_memory", "card", "format")),

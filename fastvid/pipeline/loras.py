@@ -90,4 +90,4 @@ def _per_expert(model: Model, loras: Sequence[Lora]) -> list[tuple[nn.Module, Pa
 def _refill(model: Model, loras: Sequence[Lora], stale: frozenset[str]) -> None:
     for module, part, own in _per_expert(model, loras):
         if plain := frozenset(name for name in stale if not is_quantized(module, name)):
-            fill(module, part, next(module.parameters()).device, model.dtype, own, only=plain)
+            fill(module, part, next(module.parameters()).device, model.dtype, own, plain, model.placement.mapped)

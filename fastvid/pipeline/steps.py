@@ -90,6 +90,7 @@ def describe(model: Model) -> dict[str, Any]:
         "variant": model.preset.name,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype_why": model.placement.reasons["dtype"],
         "vae_dtype": str(model.vae_dtype).removeprefix("torch."),
         "quantize": model.options.quantize,
         "quality": levers.tables(model.preset),
@@ -102,6 +103,7 @@ def describe(model: Model) -> dict[str, Any]:
         "parallel": model.settings.get("parallel", "1"),
         "parts": model.sources,
         "text_cache": model.modules.texts.to_dict(),
+        "mapped": sorted(map(str, model.placement.mapped)),
     }
 
 

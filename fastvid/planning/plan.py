@@ -16,6 +16,7 @@ import numpy as np
 
 from fastvid.checks import MIN_SIDE
 from fastvid.device.devices import available_bytes
+from fastvid.device.mapped import bytes_mapped
 from fastvid.distributed.layout import agree
 from fastvid.distributed.mesh import Layout
 from fastvid.engine import decode, guidance
@@ -54,7 +55,7 @@ def plan_request(
     all. rates: this machine's speed, to estimate the time. layout: None to choose one. Raises OutOfMemory if the
     request does not fit, InvalidRequest if the requested layout is impossible.
     """
-    free = available_bytes(model.device) if free is None else free
+    free = available_bytes(model.device, bytes_mapped(model.placement.mapped)) if free is None else free
     free, capacity = (agree(model.mesh, count) for count in (free, free + model.bytes_held))
     frames, needs, asked = timeline.num_frames, needs_of(model, request, timeline, keep), layout or model.layout
     needs = replace(needs, reused=step_cache.tensors(model, request, sigmas, needs.texts))

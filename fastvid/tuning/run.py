@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fastvid import checks
-from fastvid.device.devices import find_device, resolve_dtype
+from fastvid.device.devices import choose_dtype, find_device
 from fastvid.errors import Error, InvalidRequest
 from fastvid.models.loaded import LoadOptions
 from fastvid.ops import dispatch, tuned
@@ -111,7 +111,7 @@ def tune(
     """
     where = find_device(device)
     dispatch.bind("reference", "reference", where)  # raises if it is not there
-    resolve_dtype(dtype, where)
+    choose_dtype(dtype, where)
     plan = Plan(
         where,
         LoadOptions(device=where, dtype=dtype),

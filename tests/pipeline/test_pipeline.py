@@ -155,7 +155,7 @@ def test_bad_requests_are_refused_at_once(pipe, options, text):
 def test_what_does_not_fit_is_refused_with_the_nearest_that_does(pipe, monkeypatch):
     from fastvid.planning import plan
 
-    monkeypatch.setattr(plan, "available_bytes", lambda device: 400_000_000)
+    monkeypatch.setattr(plan, "available_bytes", lambda *_: 400_000_000)
     with pytest.raises(fastvid.OutOfMemory, match="num_frames=") as error:
         pipe.plan("a", num_frames=2**17, height=256, width=256)
     fits = int(str(error.value).rsplit("num_frames=", 1)[1])
