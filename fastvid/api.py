@@ -174,10 +174,9 @@ def load(
         dtype: "float32", "bfloat16" or "float16" (or "fp32", "bf16", "fp16"), for the transformer and the text encoder;
             default: bfloat16 on a GPU, float32 on a CPU. "auto": bfloat16 also on a CPU with AVX512-BF16 or AMX.
         backend, attention: the back ends of the operations and of attention (see `fastvid doctor`).
-        loras: LoRAs of the transformer for all requests: files, folders or hub names, each alone, as (file, scale), or
-            as (file, scale, "high") or (file, scale, "low") for one of two experts. Without that its names and its
-            header say the expert; none: both; doubtful: refused. They are merged into weights of 16 and 32 bits, and
-            stay beside quantized ones. See `Pipeline.set_loras`; a request may have more of its own.
+        loras: LoRAs for all requests: files, folders or hub names, each alone, as (file, scale), or as (file, scale,
+            "high") or (file, scale, "low") for one of two experts. Without that its names and its header say the
+            expert; none: both; doubtful: refused. Merged, or beside quantized weights. See `Pipeline.set_loras`.
         offload: which weights stay in host memory while unused. "none"; "text": the encoders and the inactive expert;
             "blocks": also the blocks of transformer and text encoder, but for two at a time; "auto": the least with
             which the preset's default video fits; on a CPU "none", where the other modes only cost memory.
@@ -185,11 +184,9 @@ def load(
             tokenizer, vace) to files, folders or hub files. "base" is a whole model folder that supplies everything
             else to a single file. "transformer", "vace" take two files for two experts. Each also by its name: vae=FILE
         max_running: how many requests may run at once; others wait.
-        cuda_graphs: True replays the transformer's calls as CUDA graphs, one per shape, whose memory they keep. "auto":
-            where a committed benchmark shows a gain, which is nowhere so far.
+        cuda_graphs: True replays the transformer's calls as CUDA graphs, one per shape; "auto": nowhere so far.
         parallel: the ranks that generate each video together (docs/gpus.md): a number, "auto" (one per GPU), or
-            degrees such as "guidance=2,ulysses=4". This call starts a process for each; with 1, all runs in this one.
-            Under torchrun, its processes are the ranks: this call returns on rank 0 alone, the others serve that.
+            degrees such as "guidance=2,ulysses=4", each in a process. Under torchrun, this returns on rank 0 alone.
         vae_dtype: the VAE's dtype, named as for dtype; default: bfloat16 on a GPU, float32, as published, on a CPU.
         link: what joins the ranks: "nvlink", "pcie", "infiniband", "loopback", two for within and between hosts
             ("nvlink,infiniband"), or "auto", which asks the driver.

@@ -71,7 +71,7 @@ def variant(name: str, value: Any) -> str:
 
 
 def _dtype_or_auto(name: str, value: Any) -> str:
-    return AUTO if isinstance(value, str) and value == AUTO else _dtype(name, value)
+    return AUTO if isinstance(value, str) and str.__str__(value) == AUTO else _dtype(name, value)
 
 
 def _dtype(name: str, value: Any) -> str:
