@@ -13,7 +13,7 @@ from typing import Any
 from fastvid import checks
 from fastvid.checks import Check, guarded, items, one_of, path, refuse, whole
 from fastvid.device import cuda_graphs
-from fastvid.device.devices import check_device, check_dtype
+from fastvid.device.devices import DTYPES, check_device, check_dtype
 from fastvid.device.offload import MODES
 from fastvid.distributed.cards import check_card
 from fastvid.distributed.layout import AUTO, check_parallel
@@ -70,6 +70,7 @@ def variant(name: str, value: Any) -> str:
     return plain if plain in PUBLISHED else refuse(name, value, _VARIANT, checks.nearest_name(plain, PUBLISHED))
 
 
+@guarded(", ".join((*DTYPES, AUTO)))
 def _dtype_or_auto(name: str, value: Any) -> str:
     return AUTO if isinstance(value, str) and str.__str__(value) == AUTO else _dtype(name, value)
 
