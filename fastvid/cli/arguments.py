@@ -46,7 +46,7 @@ def make(flags: argparse.Namespace, recipe: dict[str, Any] | None) -> Request:
     parsed = {name: getattr(flags, name, None) for name in (*words_of(flags.verb), *FLAGS)}
     values: dict[str, Any] = {name: value for name, value in parsed.items() if value is not None}
     if values.get("prompt") == "-":
-        values["prompt"] = _read_prompt()
+        values["prompt"] = read_prompt()
     if "keyframes" in values:
         values["keyframes"] = _by_frame(values["keyframes"])
     if "shots_file" in values:
@@ -73,7 +73,7 @@ def _check_words(flags: argparse.Namespace, values: dict[str, Any]) -> None:
         values["prompt"] = ""
 
 
-def _read_prompt() -> str:
+def read_prompt() -> str:
     """Reads a prompt from standard input, without the line end; no more than the longest allowed one."""
     data = sys.stdin.buffer.read(4 * MAX_PROMPT + 8)
     try:

@@ -21,12 +21,12 @@ from typing import Any
 
 from fastvid import env
 from fastvid.checks import one_of
-from fastvid.cli import arguments, parser, render
+from fastvid.cli import arguments, batches, parser, render
 from fastvid.cli.command_parser import parts_of
 from fastvid.cli.flags import RESUME_INPUTS, with_flags
 from fastvid.cli.output import Output, output_of
-from fastvid.cli.progress import Progress, Stopwatch, duration
-from fastvid.engine.events import Finished, Frames, Started
+from fastvid.cli.progress import Progress, Stopwatch
+from fastvid.cli.writing import VideoFile, say_done
 from fastvid.errors import Cancelled, Error, FastvidWarning, InvalidRequest
 from fastvid.version import __version__
 
@@ -93,6 +93,8 @@ def _version(flags: argparse.Namespace) -> None:
 
 
 def _run_verb(flags: argparse.Namespace) -> None:
+    if batches.is_batch(flags):
+        return batches.run(flags)
     recipe = arguments.read_recipe(flags)
     request = arguments.make(flags, recipe)
     options = request.arguments()
@@ -140,64 +142,21 @@ def _run(
 
     with api.load(model, **arguments.load_arguments(flags, recipe)) as pipe:
         watch.mark("load")
-        with contextlib.closing(start(pipe)) as stream:
-            result = _write(stream, output, progress, watch)
-    progress.close()
-    count = f"{result['num_frames']} frames, {result['fps']:g} fps" if result["num_frames"] > 1 else "1 frame"
-    size = f"{count}, {result['width']}x{result['height']}, seed {result['seed']}"
-    progress.say(f"{result['output']}: {size}, in {duration(watch.total)}")
-    return result
-
-
-def _write(stream: Any, output: Output, progress: Progress, watch: Stopwatch) -> dict[str, Any]:
-    """Writes frames to the file as they arrive, so memory does not grow with the video. If anything fails, no partial
-    file is left."""
-    from fastvid.media.writer import BackgroundWriter
-
-    result = None
-    with contextlib.ExitStack() as stack:
-        for event in stream:
-            watch.mark("model")
-            progress.event(event)
-            if isinstance(event, Started):
-                started = event
-                # Again, now that frame count and rate are known.
-                output.check_video(event.num_frames, event.width, event.height, event.fps)
-                sink = stack.enter_context(output.open(event))
-                writer = stack.enter_context(BackgroundWriter(sink))
-            elif isinstance(event, Frames):
-                writer.write(event.frames)
-            elif isinstance(event, Finished):
-                writer.finish()
-                watch.mark("wait")
-                path = sink.close(event.recipe)
-                watch.mark("close")
-                written = writer.seconds + watch.seconds["close"]
-                # Keep iterating: pulling the next event removes the checkpoint, now that the file is complete.
-                result = _summary(path, started, event, watch, written)
-            watch.mark("wait")
-    if result is None:
+        with contextlib.closing(start(pipe)) as stream, VideoFile(output, watch) as file:
+            for event in stream:  # to its end, after Finished: only then a checkpoint goes
+                progress.event(event)
+                file.add(event)
+    if file.result is None:
         raise Error("the stream ended before the video was finished")
-    return result
-
-
-def _summary(place: object, started: Started, finished: Finished, watch: Stopwatch, written: float) -> dict[str, Any]:
-    seconds = {"load": watch.seconds["load"], **finished.seconds, "write": written, "total": watch.total}
-    return {
-        "output": str(place),
-        "seed": finished.seed,
-        "width": started.width,
-        "height": started.height,
-        "num_frames": finished.num_frames,
-        "fps": finished.fps,
-        "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
-        "recipe": finished.recipe,
-    }
+    progress.close()
+    say_done(progress, file.result, watch.total)
+    return file.result
 
 
 def _plan(flags: argparse.Namespace) -> None:
     recipe = arguments.read_recipe(flags)
-    request = arguments.make(flags, recipe)
+    requests = batches.requests_of(flags, recipe) if batches.is_batch(flags) else [arguments.make(flags, recipe)]
+    request = requests[0]  # of a batch, all take the same
     arguments.check_files(request.arguments())
     arguments.check_same(request, recipe or {})
     from fastvid import api
@@ -207,7 +166,8 @@ def _plan(flags: argparse.Namespace) -> None:
     blueprint = api.blueprint(model, **load_options, device_memory=memory, card=flags.card, format=flags.format)
     estimate = "again" if flags.measure else memory is None or flags.card is not None
     plan = blueprint.plan(**request.arguments(), verb=request.verb, estimate=estimate, keep_frames=False)
-    print(json.dumps(plan.to_dict()) if flags.json else "\n".join(render.lines(plan, model)))
+    videos = {"videos": len(requests)} if len(requests) > 1 else {}
+    print(json.dumps(plan.to_dict() | videos) if flags.json else "\n".join(render.lines(plan, model, len(requests))))
 
 
 def _inspect(flags: argparse.Namespace) -> None:

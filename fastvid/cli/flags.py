@@ -134,6 +134,7 @@ SAMPLING: tuple[str, ...] = (
 )
 SAMPLING += ("schedule", "known_guidance_scale")
 SAMPLING += FORCING
+BATCH = ("batch_size",)
 LEVERS: tuple[str, ...] = ("quality", "preset", *(name for name in levers.OFF if ARGUMENTS[name].flag))
 
 

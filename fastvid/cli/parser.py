@@ -13,6 +13,7 @@ from fastvid.cli import flags as cli_flags
 from fastvid.cli import tool_parsers
 from fastvid.cli.command_parser import EPILOG, Parser, UsageError, add_files
 from fastvid.cli.flags import (
+    BATCH,
     FLAGS,
     LEVERS,
     RESUME_INPUTS,
@@ -101,6 +102,7 @@ def _verb(verb: str) -> Parser:
     _add_output(parser, f"{formats}, FOLDER/ for PNGs, or - for standard output (MP4)")
     _add_recipe(parser)
     _add_request(parser, verb)
+    _add_batch(parser, verb)
     _add_model(parser)
     group = parser.add_argument_group("checkpoints")
     for name in CHECKPOINT:
@@ -161,6 +163,7 @@ def _plan(verb: str) -> Parser:
     )
     group.add_argument("--measure", action="store_true", help="measure this machine's speed again (about 2 s)")
     _add_request(parser, verb)
+    _add_batch(parser, verb)
     _add_model(parser, "; or a published model by name, such as wan2.1-t2v-14b")
     parser.add_output_flags()
     return parser
@@ -199,6 +202,20 @@ def _calibrate() -> Parser:
     return parser
 
 
+def _add_batch(parser: Parser, verb: str) -> None:
+    names = "-o out.mp4 makes out-0001.mp4, ...; or give FOLDER/, or a name with {number} or {seed}"
+    group = parser.add_argument_group(f"several videos ({names})")
+    parser.set_defaults(prompts=None)
+    if has_prompt(verb):
+        line = '{"prompt": ..., "negative_prompt": ..., "seed": ...}'
+        text = f"a video of every line of a text file, or of a .jsonl file with {line} a line"
+        group.add_argument("--prompts", metavar="FILE", help=text)
+    each = "; with --prompts, of each" if has_prompt(verb) else ""
+    group.add_argument("--seeds", metavar="LIST", help=f"a video with every seed, such as 1-8,12{each}")
+    for name in BATCH:
+        FLAGS[name].add_to(group, name, verb)
+
+
 def _add_output(parser: Parser, about: str, required: bool = True) -> None:
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("-o", "--output", metavar="PATH", help=about)
@@ -232,7 +249,7 @@ def _add_request(parser: Parser, verb: str) -> None:
     preset = "defaults: the model's preset"
     size = "; embedded: 64x64, 17 frames at 16 fps" if {"width", "num_frames"} <= set(takes) else ""
     for title, names in (
-        (f"the video ({preset}{size})", [name for name in takes if name not in (*SAMPLING, *LEVERS)]),
+        (f"the video ({preset}{size})", [name for name in takes if name not in (*SAMPLING, *LEVERS, *BATCH)]),
         (f"sampling ({preset}; embedded: 20 steps)", [name for name in takes if name in SAMPLING]),
         ("less work (default: none of it)", [name for name in takes if name in LEVERS]),
     ):

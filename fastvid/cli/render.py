@@ -19,11 +19,14 @@ PARTS = {
 }
 
 
-def lines(plan: Any, model: str) -> Iterator[str]:
-    """The lines of a plan: the video, the work, the time, the memory."""
+def lines(plan: Any, model: str, videos: int = 1) -> Iterator[str]:
+    """The lines of a plan: the video, the work, the time, the memory. videos: of a batch."""
     generated = f"{plan.model_frames} of {plan.model_width}x{plan.model_height}"
     output = f"{plan.num_frames} frames of {plan.width}x{plan.height} at {plan.fps:g} fps"
     yield _line("video", f"{output}; the model makes {generated}")
+    if videos > 1:
+        time = "" if plan.seconds is None else f", about {duration(videos * plan.seconds)} one after another"
+        yield _line("batch", f"{videos} such videos{time}; what follows is of one")
     yield _line("model", f"{model}, {plan.dtype} on {plan.device}")
     windows = f"{plan.windows} window{'s' * (plan.windows != 1)} of up to {plan.tokens:,} tokens"
     yield _line("work", f"{windows}, {plan.steps} steps, {plan.model_calls} model calls")

@@ -72,7 +72,7 @@ def make_requests(verb: str, options: Mapping[str, Any], variant: Callable[[], s
         try:
             made.append(Request.make(verb, **one))
         except InvalidRequest as error:
-            raise InvalidRequest(f"video {number + 1} of {len(each)}: {error}") from None
+            raise InvalidRequest(f"batch, video {number + 1} of {len(each)}: {error}") from None
     return [expanded(request, variant) for request in made]
 
 
