@@ -19,6 +19,7 @@ from fastvid.models.wan.animate import WanAnimateTransformer
 from fastvid.models.wan.animate_config import CLASS_NAME as DRIVEN
 from fastvid.models.wan.animate_config import MARK, WanAnimateConfig
 from fastvid.models.wan.config import WanFunConfig, WanTransformerConfig, WanVACEConfig, WanVAEConfig
+from fastvid.models.wan.few_steps import FEW_STEPS, method_of
 from fastvid.models.wan.fun import WanFunTransformer
 from fastvid.models.wan.skyreels import SkyReelsTransformer
 from fastvid.models.wan.transformer import WanTransformer
@@ -27,6 +28,8 @@ from fastvid.models.wan.vae import WanVAE
 from fastvid.models.wan.vae22 import WanVAE22
 from fastvid.ops import reference
 from fastvid.ops.quantized import Spec
+
+__all__ = ["FEW_STEPS", "method_of"]
 
 TransformerConfig = WanTransformerConfig | WanVACEConfig | WanFunConfig | WanAnimateConfig
 Config = TransformerConfig | WanVAEConfig | UMT5Config | CLIPVisionConfig

@@ -23,6 +23,7 @@ from fastvid.media.targets import paths_in
 from fastvid.models.loaded import Model
 from fastvid.pipeline import control_checks, tensors, verbs
 from fastvid.pipeline.cache_checks import check_cache
+from fastvid.pipeline.few_steps import with_few_steps
 from fastvid.pipeline.loras import for_request
 from fastvid.pipeline.progressive import in_two_stages
 from fastvid.pipeline.request_warnings import warn_of_forcing, warn_of_guidance, warn_of_size
@@ -98,6 +99,7 @@ def prepare(
     that drive a character may be missing. Raises InvalidRequest, MediaError, OutOfMemory.
     """
     model = for_request(model, request.loras or ())
+    request = with_few_steps(model, request)
     resolved = inputs.read(request).resolve(model.preset)
     verbs.check_driving(model, request, resolved, complete)
     inputs.warn_of_shapes(resolved)

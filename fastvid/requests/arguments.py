@@ -301,7 +301,9 @@ ARGUMENTS: Mapping[str, Argument] = {
         "what self-attention looks at: dense, sparse, or sparse with settings, such as sparse:pattern=radial,keep=0.3",
     ),
     "preset": Argument(
-        text, "steps, solver, shift and guidance of a few-step method in one word, such as lightning", "--preset NAME"
+        text,
+        "steps, solver, shift and guidance of a few-step method in one word, such as lightning; auto: the LoRA's own",
+        "--preset NAME",
     ),
     "latents": Argument(
         checks.tensor, "initial noise [1, C, T, h, w]; T is one larger for each reference picture, and for Animate"
