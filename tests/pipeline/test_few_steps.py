@@ -91,6 +91,8 @@ def test_a_preset_is_the_values_that_it_stands_for(pipe: fastvid.Pipeline, light
         made = pipe.generate(PROMPT, preset="lightning", **asked)
         same = pipe.generate(PROMPT, **spelled, **asked)
         found = pipe.generate(PROMPT, preset="auto", **asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FastvidWarning)  # of the negative prompt that it records
         again = pipe.generate(**Request.from_recipe(made.recipe).arguments())
     assert all(np.array_equal(made.frames, other.frames) for other in (same, found, again))
     assert {name: made.recipe[name] for name in spelled} == spelled and made.recipe["preset"] == "lightning"
