@@ -45,6 +45,11 @@ def check_cache(model: Model, request: Resolved, timeline: Timeline, sigmas: np.
             f"cache={named(request)}: in {len(levels)} steps each changes much, and one that reuses the last shows; "
             f"the nearest that hides it is num_inference_steps={FEW_STEPS}, or leave cache out"
         )
+    if request.solver == "redraw":
+        notices.warn(
+            "cache: solver=redraw draws new noise in each step, and what is reused was made of other noise, so the video "
+            "becomes another one; take another solver, or leave cache out"
+        )
     log.info("cache: %s", named(request))
     return request
 
