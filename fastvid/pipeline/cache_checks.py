@@ -47,8 +47,8 @@ def check_cache(model: Model, request: Resolved, timeline: Timeline, sigmas: np.
         )
     if request.solver == "redraw":
         notices.warn(
-            "cache: solver=redraw draws new noise in each step, and what is reused was made of other noise, so the video "
-            "becomes another one; take another solver, or leave cache out"
+            "cache: solver=redraw draws new noise in each step, and what is reused was made of other noise, so the "
+            "video becomes another one; take another solver, or leave cache out"
         )
     log.info("cache: %s", named(request))
     return request
