@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from fastvid.checks import near_name
 from fastvid.cli.flags import FLAGS, part, verbs_with
 from fastvid.errors import InvalidRequest
-from fastvid.requests.arguments import ALIASES
+from fastvid.requests.aliases import ALIASES
 
 EPILOG = """exit status:
   0 done, 1 failed, 2 bad usage or request, 130 interrupted (no partial output is left)

@@ -210,6 +210,22 @@ COMMANDS: Mapping[str, Verb] = {
         ),
         ("DRAFT",),
     ),
+    "interpolate": Verb(
+        "make frames between the frames of a clip, for a higher frame rate",
+        (
+            "fastvid interpolate clip.mp4 -o smooth.mp4 --factor 2        (with the prompt in the clip's recipe)",
+            f"fastvid interpolate clip.mp4 {RED} -o smooth.mp4 --fps 32",
+        ),
+        ("CLIP",),
+    ),
+    "upscale": Verb(
+        "make a clip larger, in tiles where it is larger than what the model was trained on",
+        (
+            "fastvid upscale clip.mp4 -o large.mp4 --scale 2",
+            f"fastvid upscale clip.mp4 {RED} -o large.mp4 --size 192x128 --strength 0.3",
+        ),
+        ("CLIP",),
+    ),
 }
 assert set(COMMANDS) == set(VERBS)
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.distributed.mesh import RankView
-from fastvid.engine import controls, forcing, guidance, windows
+from fastvid.engine import between, controls, forcing, guidance, tiles, windows
 from fastvid.engine import driving as driven
 from fastvid.engine.controls import Seen
 from fastvid.engine.guidance import GuidanceSteps, KeptDifference, Negative
@@ -42,6 +42,7 @@ from fastvid.layers.kv_cache import KVCache
 from fastvid.models.common.contexts import joined
 from fastvid.models.loaded import CACHE, CHANNELS, CONTROL, DRIVEN, REIMPOSED, TIMESTEPS, Model, way_of
 from fastvid.ops.upload import upload
+from fastvid.requests.after import Between
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment, window_of
 from fastvid.sampling.guidance import Denoise, Denoiser, Guided, Switched, Velocity, flow_edit, keep_known
@@ -240,6 +241,8 @@ class SegmentDenoiser:
             denoise = self._flow_edit(row, region, velocity)
         else:
             denoise = Denoiser(velocity)
+        if self.clip is not None and isinstance(self.segment.source, Between) and not row.write_cache:
+            return between.keep_frames(denoise, self.clip, row.start)
         return denoise if region is None else keep_known(denoise, region.clean, region.mask)
 
     def _guided(self, row: TableRow, region: Region | None, expert: int, prompt: int) -> Guided:
@@ -323,6 +326,7 @@ class SegmentDenoiser:
             known = known if known is None else batched([known] * count)
             options = {"known": known, "rope_offset": offset, "cache": cache, "view": self._ranks}
             options["levers"] = self.levers.of_call(row, expert, prompt)
+            transformer = transformer if self.segment.tile is None else tiles.Tiled(transformer, self.segment)
             velocity = transformer(latents, times, context, **options)
         return velocity[:, :, 1:] if has_anchor else velocity
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastvid.device.mapped import check_unchanged
 from fastvid.distributed.mesh import Layout, RankView
-from fastvid.engine import decode, finite, pixels, progressive, windows
+from fastvid.engine import decode, finite, pixels, progressive, upscaled, windows
+from fastvid.engine.between import KnownBetween
 from fastvid.engine.conditioning import NEGATIVE, SOURCE, SegmentDenoiser
 from fastvid.engine.decode import Decoded, Decoder, KnownFrameBlend, Output
 from fastvid.engine.events import Event, Frames, Step
@@ -27,6 +28,7 @@ from fastvid.engine.queue import Ticket
 from fastvid.engine.resume import Resume
 from fastvid.engine.resume_checks import SegmentPlan
 from fastvid.models.loaded import DRIVEN, Model, way_of
+from fastvid.requests.after import Between, Enlarged
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Kept, Segment, Timeline
 from fastvid.sampling.guidance import Denoise
@@ -248,7 +250,11 @@ class SegmentRun:
         pictures = pixels.stretched(known.pictures, segment) if self._denoising.takes_latents else {}
         # A driven segment starts from the pixels of the one before as its model makes them again, as published.
         left = None if known.left is None or way_of(model) == DRIVEN else known.left[-1]
-        self._blend = KnownFrameBlend(segment, decode.frames_to_blend(segment, left, known.after, pictures))
+        self._blend: KnownFrameBlend | KnownBetween
+        if self._denoising.clip is not None and isinstance(segment.source, Between):
+            self._blend = KnownBetween(self._denoising.clip)
+        else:
+            self._blend = KnownFrameBlend(segment, decode.frames_to_blend(segment, left, known.after, pictures))
         self._decoder = Decoder(model, segment, session.ticket, job.beside, job.decode_stripes)
         self._window: tuple[int, int] | None = None
         self._finish: Callable[[], None] | None = None  # of a step that a GPU may still be at
@@ -400,12 +406,16 @@ class SegmentRun:
 
     def _frames(self, decoded: Iterator[Decoded]) -> Iterator[np.ndarray]:
         """The output frames of decoded chunks: seams blended, and an edited clip's unmasked pixels restored."""
-        clip = self._denoising.clip
+        clip, segment = self._denoising.clip, self._segment
         for chunk, begin, seconds in decoded:
             self._session.seconds["decode"] += seconds
             for frames, start in self._blend.put(chunk, begin):
                 if clip is not None and clip.mask is not None:
-                    frames = clip.keep(frames, start - self._segment.skip)
+                    frames = clip.keep(frames, start - segment.skip)
+                if isinstance(self._segment.source, Enlarged):
+                    frames = upscaled.held(
+                        frames, self._segment.source, start - self._segment.skip + self._segment.source_start
+                    )
                 yield frames
 
 

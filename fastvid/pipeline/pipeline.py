@@ -53,9 +53,11 @@ from fastvid.requests.options import (
     GenerateOptions,
     GivenAgain,
     ImageOptions,
+    InterpolateOptions,
     Path,
     Shots,
     StoryboardOptions,
+    UpscaleOptions,
 )
 from fastvid.requests.request import Request
 
@@ -170,6 +172,18 @@ class Pipeline:
         number of steps. `strength` limits how much it changes."""
         return self._video("finalize", video=draft, prompt=prompt, **options)
 
+    @documented
+    def interpolate(self, video: Clip, prompt: str | None = None, **options: Unpack[InterpolateOptions]) -> Video:
+        """Make frames between a clip's frames: factor times as many a second. The clip's own come out unchanged, and
+        its sound stays."""
+        return self._video("interpolate", video=video, prompt=prompt, **options)
+
+    @documented
+    def upscale(self, video: Clip, prompt: str | None = None, **options: Unpack[UpscaleOptions]) -> Video:
+        """Make a clip, or a picture, larger: `scale` times, or to a size. Frames that are larger than what the model
+        was trained on are made in tiles that overlap."""
+        return self._video("upscale", video=video, prompt=prompt, **options)
+
     @eager
     def _video(self, verb: str, **options: Any) -> Any:
         if is_batch(options):
@@ -195,7 +209,8 @@ class Pipeline:
         request can still be resumed.
 
         Args:
-            verb: "generate", "image", "extend", "loop", "blend", "edit", "storyboard" or "finalize", with its options.
+            verb: "generate", "image", "extend", "loop", "blend", "edit", "storyboard", "finalize", "interpolate" or
+                "upscale", with its options.
             keep_latents: whether Finished holds the latents. If False, memory does not grow with the video.
         """
         keep_latents = checks.flag("keep_latents", keep_latents)
@@ -234,6 +249,8 @@ class Pipeline:
     aedit = asynchronous.twin(edit)
     astoryboard = asynchronous.twin(storyboard)
     afinalize = asynchronous.twin(finalize)
+    ainterpolate = asynchronous.twin(interpolate)
+    aupscale = asynchronous.twin(upscale)
 
     def new_ticket(self) -> Ticket:
         """A ticket for one request, with which it can be cancelled (see `fastvid.engine.queue`)."""

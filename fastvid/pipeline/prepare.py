@@ -27,6 +27,7 @@ from fastvid.pipeline.few_steps import with_few_steps
 from fastvid.pipeline.loras import for_request
 from fastvid.pipeline.progressive import in_two_stages
 from fastvid.pipeline.request_warnings import warn_of_forcing, warn_of_guidance, warn_of_size
+from fastvid.pipeline.tiling import with_tiles, without_levers
 from fastvid.planning.plan import plan_request
 from fastvid.planning.speed import Rates, assumed, find_rates
 from fastvid.requests import batch, inputs, prompts
@@ -112,10 +113,12 @@ def prepare(
     verbs.check(model, resolved, timeline)
     resolved = _with_tensors(model, resolved, timeline)
     sigmas = sigmas_of(resolved)
-    timeline = in_two_stages(model, resolved, timeline, len(sigmas))
+    timeline = with_tiles(model, resolved, in_two_stages(model, resolved, timeline, len(sigmas)))
+    resolved = without_levers(resolved, timeline)
     resolved = check_cache(model, resolved, timeline, sigmas)
     recipe = resolved.to_recipe(model=model.name, version=__version__, **model.settings)
-    warn_of_size(model, resolved)
+    if all(segment.tile is None for segment in timeline.segments):
+        warn_of_size(model, resolved)
     warn_of_forcing(model, resolved)
     plan, layout = plan_request(model, resolved, timeline, sigmas, keep_frames, free, rates, layout)
     warn_of_guidance(model, request, resolved, timeline, sigmas, layout)

@@ -99,6 +99,8 @@ _LAYOUTS: Mapping[str, Callable[[Resolved, Stretch, Rules], Timeline]] = {
     "blend": _blend,
     "edit": _edit,
     "finalize": _edit,
+    "interpolate": _edit,
+    "upscale": _edit,
 }
 
 

@@ -87,7 +87,7 @@ def layouts_of(model: Model, request: Resolved, timeline: Timeline, asked: Layou
     """The possible layouts of a request; only `asked` if it is not None. Raises InvalidRequest."""
     config, mesh = model.transformer.config, model.mesh
     _, ph, pw = config.patch_size
-    sizes = [size for one in timeline.segments for size in ((one,) if one.half is None else (one, one.small))]
+    sizes = [size for one in timeline.segments for size in ((one.seen,) if one.half is None else (one, one.small))]
     shapes = [segment.latent_shape(1)[2:] for segment in sizes]
     tokens = min((h // ph * (w // pw) for h, w in shapes), default=mesh.size)
     heads, guided = config.num_attention_heads, request.guided(len(model.experts))

@@ -183,7 +183,7 @@ class Needs:
     def cost(self) -> Cost:
         """Peak bytes without the weights."""
         model, segment, config, vae = self.model, self.segment, self.model.transformer, self.model.vae
-        tokens = share_of(count_tokens(segment, config), segment.columns // config.patch_size[0], self.sharers)
+        tokens = share_of(count_tokens(segment.seen, config), segment.columns // config.patch_size[0], self.sharers)
         activations = self.batch * activation_bytes(tokens, config, model.itemsize, model.control_layers)
         activations += model.workspaces[0].bytes(self.batch * tokens)
         control = 2 * vae.z_dim + segment.spatial**2 if model.control_layers else 0  # channels of the branch's input

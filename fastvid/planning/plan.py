@@ -29,6 +29,7 @@ from fastvid.planning import levers, speed, step_cache
 from fastvid.planning.layout import Choice, choose_layout, layouts_of, step_work
 from fastvid.planning.memory import STRIPES, ModelFacts, Needs, count_tokens, refuse
 from fastvid.planning.speed import Calls, Rates
+from fastvid.requests.after import Between
 from fastvid.requests.request import Resolved
 from fastvid.requests.sizes import nearest_size, round_up
 from fastvid.requests.timeline import Segment, Timeline, window_of
@@ -59,7 +60,7 @@ def plan_request(
     free, capacity = (agree(model.mesh, count) for count in (free, free + model.bytes_held))
     frames, needs, asked = timeline.num_frames, needs_of(model, request, timeline, keep), layout or model.layout
     needs = replace(needs, reused=step_cache.tensors(model, request, sigmas, needs.texts))
-    window, work = needs.segment, step_work(model, request, needs.segment)
+    window, work = needs.segment, step_work(model, request, needs.segment.seen)
 
     def taken(layout: Layout) -> int:
         return bytes_taken(model, shared_by(layout, model, request, needs), frames)
@@ -80,7 +81,7 @@ def plan_request(
         **_arithmetic(model, calls, len(sigmas)),
         **_memory(model, needs, frames, capacity),
         **_ranks(model, choice),
-        **(speed.estimate(model, timeline, needs, calls, work, choice.layout, rates) if rates else {}),
+        **(speed.estimate(model, timeline, needs, calls, work, choice.layout, rates, len(sigmas)) if rates else {}),
         bytes_free=free,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -138,7 +139,9 @@ def _encoded(timeline: Timeline, window: Segment) -> int:
     """The most frames that the VAE encodes at once."""
     segments = timeline.segments
     known = max(max(one.left, one.right and one.right + lead_in(one)) for one in segments)
-    return max(known, window.temporal if any(one.source is not None for one in segments) else 0)
+    sources = [one.source for one in segments if one.source is not None]
+    at_once = [window.model_frames if isinstance(source, Between) else window.temporal for source in sources]
+    return max([known, *at_once])
 
 
 def with_frames(needs: Needs, frames: int) -> Needs:
@@ -250,7 +253,7 @@ def _sizes(model: Model, request: Resolved, timeline: Timeline, window: Segment)
         "latent_shape": largest_segment(model, timeline).latent_shape(config.out_channels),
         "segments": len(segments),
         "windows": sum(len(spans(model, segment)) for segment in segments),
-        "tokens": count_tokens(window, config),
+        "tokens": count_tokens(window.seen, config),
     }
 
 

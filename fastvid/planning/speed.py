@@ -33,7 +33,9 @@ from fastvid.distributed.cards import Card
 from fastvid.distributed.cost_model import Work
 from fastvid.distributed.links import device_of
 from fastvid.distributed.mesh import Layout
+from fastvid.engine.between import encoded_again
 from fastvid.engine.decode import decode_chunk
+from fastvid.engine.tiles import tiles_of
 from fastvid.engine.windows import count_calls, window_columns
 from fastvid.files import cache_folder
 from fastvid.layers.attention import self_attention
@@ -105,9 +107,9 @@ class Calls:
 
 def calls_of(model: Model, request: Resolved, segment: Segment, sigmas: np.ndarray, left: Share = ALL) -> Calls:
     """The number of model calls for a segment, and their sizes."""
-    window = window_of(segment, window_columns(model, segment))
+    window = window_of(segment.seen, window_columns(model, segment))
     tokens = count_tokens(window, model.transformer.config)
-    count = count_calls(model, segment, sigmas, request)
+    count = count_calls(model, segment, sigmas, request) * len(tiles_of(segment))
     return Calls(count, tokens, max(tokens, cached_tokens(model, segment)), model.tokenizer.text_length, left)
 
 
@@ -204,8 +206,10 @@ def estimate(
     work: Work,
     layout: Layout,
     rates: Rates,
+    steps: int = 0,
 ) -> dict[str, Any]:
-    """A plan's seconds, seconds_parts and efficiency. On several ranks the estimate covers only denoising."""
+    """A plan's seconds, seconds_parts and efficiency. On several ranks the estimate covers only denoising. steps: of a
+    window."""
     config, control = model.transformer.config, model.control_layers
     parts = {"denoise": sum(denoise_seconds(each, config, control, rates, model.face_layers) for each in calls)}
     share = None
@@ -213,8 +217,9 @@ def estimate(
         share = efficiency(model, work, layout, max(calls, key=lambda each: each.tokens), rates)
         parts["denoise"] /= layout.size * share
     else:
-        encoded = sum(frames_encoded(model, segment) for segment in timeline.segments)
-        decoded = sum(segment.model_frames for segment in timeline.segments)
+        again = sum(encoded_again(segment, steps) for segment in timeline.segments)
+        encoded = sum(frames_encoded(model, segment) for segment in timeline.segments) + again
+        decoded = sum(segment.model_frames for segment in timeline.segments) + again
         window = needs.segment
         parts["encode"] = vae_seconds(model.vae, window, encoded, decode_chunk(window), rates, decode=False)
         parts["decode"] = vae_seconds(model.vae, window, decoded, needs.chunk, rates, decode=True)

@@ -16,13 +16,13 @@ from typing import Any, TypeVar, cast
 
 from fastvid import checks
 from fastvid.checks import Check, number, one_of, text, whole
-from fastvid.requests import levers, loras, options
+from fastvid.requests import levers, loras, methods, options
 from fastvid.requests.batch import one_video
 
 RANDOM = -1  # the seed that asks for a random one
 DIRECTIONS = ("after", "before", "both")
 MODES = ("animate", "replace")
-STRENGTH = {"edit": 0.6, "finalize": 0.6}
+STRENGTH = {"edit": 0.6, "finalize": 0.6, "interpolate": 0.4, "upscale": 0.2}
 """Default strengths: the share of the denoising steps that are run, unless the request or the model's preset sets
 it."""
 
@@ -107,7 +107,29 @@ ARGUMENTS: Mapping[str, Argument] = {
         _bridge_seconds,
     ),
     "fps": Argument(
-        number(checks.MIN_FPS, checks.MAX_FPS, " frames a second"), "frames per second, 0.1 to 240", "--fps N"
+        number(checks.MIN_FPS, checks.MAX_FPS, " frames a second"),
+        "frames per second, 0.1 to 240",
+        "--fps N",
+        {"interpolate": "frames per second of the result, instead of --factor: 2, 3, ... times the clip's"},
+    ),
+    "factor": Argument(
+        whole(2, methods.MOST_FACTOR),
+        f"how many times as many frames a second, 2 to {methods.MOST_FACTOR} (default: {methods.FACTOR})",
+        "--factor N",
+    ),
+    "scale": Argument(
+        number(1.0, 8.0), f"how many times as large, 1 to 8 (default: {methods.SCALE:g}); or --size", "--scale X"
+    ),
+    "tile": Argument(
+        lambda name, value: "{}x{}".format(*checks.size(name, value)),
+        "the largest part of a frame that is made at once; larger frames are made in tiles that overlap (default: a "
+        "size that the model was trained on)",
+        "--tile WxH",
+    ),
+    "method": Argument(
+        one_of(dict.fromkeys(name for names in methods.METHODS.values() for name in names)),
+        "how it is made: diffusion, by the model itself (the default)",
+        "--method NAME",
     ),
     "draft": Argument(checks.flag, "a preview: half the size and fewer steps; see fastvid finalize", "--draft"),
     "seed": Argument(
@@ -122,6 +144,8 @@ ARGUMENTS: Mapping[str, Argument] = {
         {
             "edit": f"how much the clip changes, 0 to 1 (default: {STRENGTH['edit']}; embedded: 0.4; outpainting: 1)",
             "finalize": f"how much the draft changes, 0 to 1 (default: {STRENGTH['finalize']})",
+            "interpolate": f"how freely new frames are made, 0 to 1 (default: {STRENGTH['interpolate']})",
+            "upscale": f"how much detail is made anew, 0 to 1 (default: {STRENGTH['upscale']})",
         },
     ),
     "source_prompt": Argument(
@@ -348,10 +372,12 @@ CLIPS = {
     "blend": ("video", "video_2"),
     "edit": ("video",),
     "finalize": ("video",),
+    "interpolate": ("video",),
+    "upscale": ("video",),
 }
 """The clips that each verb requires."""
 
-PROMPT_OF_CLIP = ("extend", "loop", "blend", "finalize")
+PROMPT_OF_CLIP = ("extend", "loop", "blend", "finalize", "interpolate", "upscale")
 """Verbs whose prompt defaults to the one in the clip's recipe."""
 
 OPTIONS: Mapping[str, Any] = {
@@ -363,6 +389,8 @@ OPTIONS: Mapping[str, Any] = {
     "edit": options.EditOptions,
     "storyboard": options.StoryboardOptions,
     "finalize": options.FinalizeOptions,
+    "interpolate": options.InterpolateOptions,
+    "upscale": options.UpscaleOptions,
 }
 
 
@@ -374,35 +402,6 @@ def _arguments_of(verb: str) -> Iterator[str]:
 
 VERBS: Mapping[str, tuple[str, ...]] = {verb: tuple(_arguments_of(verb)) for verb in OPTIONS}
 """The arguments that each verb takes."""
-
-ALIASES = {
-    "bg_images": "background_video",
-    "cfg": "guidance_scale",
-    "clip_len": "segment_frame_length",
-    "control_video": "video",
-    "duration": "seconds",
-    "face_images": "face_video",
-    "frame_window_size": "segment_frame_length",
-    "end_image": "last_image",
-    "frame_rate": "fps",
-    "frames": "num_frames",
-    "generator": "seed",
-    "length": "num_frames",
-    "pose_images": "pose_video",
-    "refert_num": "prev_segment_conditioning_frames",
-    "replace_flag": "mode",
-    "ref_image": "reference_images",
-    "ref_images": "reference_images",
-    "num_frame_per_block": "causal_block_size",
-    "reference_image": "reference_images",
-    "start_image": "image",
-    "resolution": "size",
-    "sampler": "solver",
-    "scheduler": "solver",
-    "shift": "flow_shift",
-    "steps": "num_inference_steps",
-}
-"""Names that other programs use for an argument, where the nearest spelling would suggest the wrong one."""
 
 
 # ---------------------------------------------------------------- signatures and docstrings

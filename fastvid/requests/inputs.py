@@ -16,6 +16,7 @@ from fastvid.errors import InvalidRequest, MediaError, OutOfMemory
 from fastvid.media.arrays import as_array, in_order, is_signed, layout_of, to_uint8
 from fastvid.media.clip import Clip, center_crop, open_clip, open_picture
 from fastvid.media.metadata import read_recipe
+from fastvid.requests import after
 from fastvid.requests.arguments import ARGUMENTS, CLIPS, DRIVING, PROMPT_OF_CLIP
 from fastvid.requests.recipe import prints_of, recordable
 from fastvid.requests.request import SIZE, Request, Resolved
@@ -168,6 +169,11 @@ def _with_clips(request: Request) -> Request:
         )
         values["video_2"] = second.resampled(first.fps) if first.fps else second
     values["audio"] = _keeps_sound(request, clips)
+    if request.verb == "interpolate":
+        return replace(request, **values | after.between(request, first), height=first.height, width=first.width)
+    if request.verb == "upscale":
+        request = _on_canvas(replace(after.enlarged(request, first), **values, num_frames=first.num_frames), first)
+        return replace(request, video=after.on_larger(first, request.video))
     if request.verb in ("edit", "finalize"):
         return _on_canvas(replace(request, **values, num_frames=first.num_frames), first)
     return replace(request, **values, height=first.height, width=first.width)

@@ -30,6 +30,7 @@ Schedule = Literal["windows", "staggered"]
 Direction = Literal["after", "before", "both"]
 Quality = Literal["exact", "balanced", "fast"]
 Mode = Literal["animate", "replace"]
+Method = Literal["diffusion"]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -159,6 +160,23 @@ class EditOptions(FinalizeOptions, total=False):
     source_prompt: str | None
 
 
+class InterpolateOptions(SamplingOptions, PromptOptions, SoundOptions, total=False):
+    """Of `interpolate`."""
+
+    factor: int | None
+    fps: float | None
+    strength: float | None
+    method: Method | None
+
+
+class UpscaleOptions(FinalizeOptions, total=False):
+    """Of `upscale`."""
+
+    scale: float | None
+    tile: str | None
+    method: Method | None
+
+
 class StoryboardOptions(SamplingOptions, SizeOptions, total=False):
     """Of `storyboard`."""
 
@@ -172,6 +190,10 @@ class AnyOptions(GenerateOptions, ExtendOptions, EditOptions, total=False):
 
     video_2: Clip | None
     shots: Shots | None
+    factor: int | None
+    scale: float | None
+    tile: str | None
+    method: Method | None
 
 
 class GivenAgain(TypedDict, total=False):

@@ -85,6 +85,10 @@ class Request:
     prev_segment_conditioning_frames: int | None = None
     direction: str | None = None
     strength: float | None = None
+    factor: int | None = None
+    scale: float | None = None
+    tile: str | None = None
+    method: str | None = None
     source_prompt: str | None = None
     shots: tuple[tuple[str, float], ...] | None = None
     draft: bool | None = None
@@ -163,7 +167,7 @@ class Request:
         set_by_quality = levers.fill(self, preset)
         if also := {name: set_by_quality.pop(name) for name in levers.ALSO if name in set_by_quality}:
             return replace(self, **also).resolve(preset)
-        fps = float(self.fps if self.fps is not None else preset.fps)
+        fps = float(self.fps if self.fps is not None else preset.fps * (self.factor or 1))
         num_frames = self._count_frames(fps, preset.num_frames)
         full = self._full_size(preset, num_frames)
         width, height = self._draft_size(full, preset.spatial_multiple) if self.draft else full
@@ -299,6 +303,9 @@ class Resolved:
     verb: str
     direction: str | None
     strength: float | None
+    factor: int | None
+    tile: str | None
+    method: str | None
     source_prompt: str | None
     shots: tuple[tuple[str, float], ...] | None
     full_size: tuple[int, int] | None
@@ -396,6 +403,7 @@ _NOT_RECORDED = ("model_height", "model_width", "model_frames", "verb")
 _DERIVED: Mapping[str, tuple[str, ...]] = {"generate": ()} | dict.fromkeys(
     ("extend", "loop", "blend"), ("width", "height", "fps")
 )
+_DERIVED = {**_DERIVED, "interpolate": ("num_frames", "width", "height", "fps")}
 """Arguments that are not recorded, by verb, because they follow from the clip, the shots or the verb."""
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from fastvid import checks
 from fastvid.checks import near_name, shown
 from fastvid.errors import InvalidRequest
-from fastvid.requests.arguments import ALIASES, ARGUMENTS, CHECKPOINT, CLIPS, DRIVING, PROMPT_OF_CLIP, VERBS
+from fastvid.requests.aliases import ALIASES
+from fastvid.requests.arguments import ARGUMENTS, CHECKPOINT, CLIPS, DRIVING, PROMPT_OF_CLIP, VERBS
 from fastvid.requests.sizes import check_frames, check_size
 
 EXCLUSIVE = (
@@ -17,6 +18,11 @@ EXCLUSIVE = (
     ("budget", "width"),
     ("budget", "height"),
     ("sigmas", "flow_shift"),
+    ("factor", "fps"),
+    ("scale", "width"),
+    ("scale", "height"),
+    ("scale", "aspect"),
+    ("scale", "budget"),
     ("prompt", "prompt_embeds"),
     ("negative_prompt", "negative_prompt_embeds"),
 )

@@ -81,6 +81,7 @@ class Segment:
     (output frame, number of the prompt from there on). origin: index of its first column in the noise stream. lead:
     extra columns generated in front and dropped (for reference pictures). tail: the same behind (for a last picture
     that follows the video). half: (height, width) of the stream in the first steps of a progressive request.
+    tile: (height, width) of the parts of a frame that the model sees at once; None: all of it.
     """
 
     num_frames: int
@@ -104,6 +105,7 @@ class Segment:
     lead: int = 0
     tail: int = 0
     half: tuple[int, int] | None = None
+    tile: tuple[int, int] | None = None
 
     @property
     def columns(self) -> int:
@@ -145,6 +147,13 @@ class Segment:
         """The column at which a prompt starts that is meant to start at this output frame: the nearest one."""
         nearest = self.column_of(self.skip + frame + self.temporal // 2)
         return min(nearest, self.column_of(self.skip + self.num_frames - 1))
+
+    @property
+    def seen(self) -> Segment:
+        """What of the segment one call of the model sees: a tile, or all."""
+        if self.tile is None:
+            return self
+        return replace(self, model_height=self.tile[0], model_width=self.tile[1], tile=None)
 
     @property
     def small(self) -> Segment:

@@ -38,7 +38,10 @@ MESSAGE = 300  # characters
 CLIP = np.zeros((9, 64, 64, 3), np.uint8)
 BASE: dict[str, dict[str, Any]] = {
     **{verb: {"prompt": "a"} for verb in ("generate", "image")},
-    **{verb: {"video": CLIP, "prompt": "a"} for verb in ("extend", "loop", "edit", "finalize")},
+    **{
+        verb: {"video": CLIP, "prompt": "a"}
+        for verb in ("extend", "loop", "edit", "finalize", "interpolate", "upscale")
+    },
     "blend": {"video": CLIP, "video_2": CLIP, "prompt": "a"},
     "storyboard": {"shots": [("a", 1)]},
 }

@@ -38,6 +38,8 @@ def clips(pipe: FakePipe) -> None:
         ("storyboard --shot a:b:0.5 --shot c:1 -o o.npy", "storyboard", {"shots": (("a:b", 0.5), ("c", 1.0))}),
         ("storyboard --shots shots.json -o o.npy", "storyboard", {"shots": (("one", 0.25), ("two", 0.5))}),
         ("finalize a.npy -o o.npy --size 96x64", "finalize", {"width": 96, "height": 64}),
+        ("interpolate a.npy -o o.npy --factor 3", "interpolate", {"factor": 3, "prompt": None}),
+        ("upscale a.npy p -o o.npy --scale 1.5 --tile 64x64", "upscale", {"scale": 1.5, "tile": "64x64"}),
         ("image p -o o.png", "image", {"prompt": "p"}),
         ("generate p -o o.npy --draft", "generate", {"draft": True}),
         ("generate p -o o.npy --keyframe 2=mask.png --keyframe 0=mask.png", "generate", {}),

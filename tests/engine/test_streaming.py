@@ -379,5 +379,17 @@ def test_async_errors_and_other_verbs(pipe):
     video = asyncio.run(main())
     plain = pipe.extend(clip, "a red circle", seconds=0.5, num_inference_steps=1, seed=1)
     assert np.array_equal(video.frames, plain.frames) and np.array_equal(video.frames[:9], clip)
-    verbs = ("generate", "image", "extend", "loop", "blend", "edit", "storyboard", "finalize", "stream")
+    verbs = (
+        "generate",
+        "image",
+        "extend",
+        "loop",
+        "blend",
+        "edit",
+        "storyboard",
+        "finalize",
+        "interpolate",
+        "upscale",
+        "stream",
+    )
     assert all(hasattr(pipe, f"a{verb}") for verb in verbs)

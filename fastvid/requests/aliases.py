@@ -1,0 +1,30 @@
+"""Names of arguments in other programs."""
+
+ALIASES = {
+    "bg_images": "background_video",
+    "cfg": "guidance_scale",
+    "clip_len": "segment_frame_length",
+    "control_video": "video",
+    "duration": "seconds",
+    "face_images": "face_video",
+    "frame_window_size": "segment_frame_length",
+    "end_image": "last_image",
+    "frame_rate": "fps",
+    "frames": "num_frames",
+    "generator": "seed",
+    "length": "num_frames",
+    "pose_images": "pose_video",
+    "refert_num": "prev_segment_conditioning_frames",
+    "replace_flag": "mode",
+    "ref_image": "reference_images",
+    "ref_images": "reference_images",
+    "num_frame_per_block": "causal_block_size",
+    "reference_image": "reference_images",
+    "start_image": "image",
+    "resolution": "size",
+    "sampler": "solver",
+    "scheduler": "solver",
+    "shift": "flow_shift",
+    "steps": "num_inference_steps",
+}
+"""Names that other programs use for an argument, where the nearest spelling would suggest the wrong one."""
