@@ -174,14 +174,12 @@ class Pipeline:
 
     @documented
     def interpolate(self, video: Clip, prompt: str | None = None, **options: Unpack[InterpolateOptions]) -> Video:
-        """Make frames between a clip's frames: factor times as many a second. The clip's own come out unchanged, and
-        its sound stays."""
+        """Make frames between a clip's frames: factor times as many a second. Its own frames and its sound stay."""
         return self._video("interpolate", video=video, prompt=prompt, **options)
 
     @documented
     def upscale(self, video: Clip, prompt: str | None = None, **options: Unpack[UpscaleOptions]) -> Video:
-        """Make a clip, or a picture, larger: `scale` times, or to a size. Frames that are larger than what the model
-        was trained on are made in tiles that overlap."""
+        """Make a clip, or a picture, larger: in tiles that overlap where it exceeds what the model was trained on."""
         return self._video("upscale", video=video, prompt=prompt, **options)
 
     @eager
