@@ -29,6 +29,17 @@ class Card:
     def memory_bytes(self) -> int:
         return self.memory * 2**30
 
+    @property
+    def int8(self) -> float:
+        """TOP/s of dense products of int8. GeForce cards are slowed in 16 bits (see above), but not in these."""
+        return self.bf16 * (4 if re.match(r"RTX [345]0", self.name) else 2)
+
+    @property
+    def fp8(self) -> float:
+        """TFLOP/s of dense products of 8-bit floats that are summed in fp32; of bf16 where they are multiplied as such:
+        before sm_89, and on AMD's GPUs."""
+        return self.bf16 * (1 if re.match(r"RTX 30|RTX A|A100|MI300", self.name) else 2)
+
 
 CARDS = (
     Card("RTX 3060", 12, 25.5, 12.7, 360),

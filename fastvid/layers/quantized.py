@@ -18,7 +18,8 @@ from fastvid.layers.fused import FusedLayer
 from fastvid.ops.formats import Data
 from fastvid.ops.formats_rows import INT8
 from fastvid.ops.quantized import FORMATS, Activations, QuantizedRows, QuantizedTensor, Spec
-from fastvid.ops.quantized_library import prepare
+from fastvid.ops.quantized_cpu import pack
+from fastvid.ops.quantized_library import packs
 
 
 class Quantized(nn.Module):
@@ -44,10 +45,16 @@ class Quantized(nn.Module):
     def _keep(self, role: str, tensor: Tensor) -> None:
         setattr(self, f"weight_{role}", nn.Parameter(tensor, requires_grad=False))
 
+    def copies(self, device: torch.device) -> bool:
+        """Whether `fill` copies the codes, so that their memory is free again."""
+        return device.type != "cpu"
+
     def fill(self, data: Data, device: torch.device) -> None:
         """Takes the weight's tensors as its own, moved to a device."""
         for role, (kind, shape) in self.spec.data.items():
-            tensor = data[role].reshape(shape).to(device=device, dtype=kind).contiguous()
+            tensor = data[role]
+            if not tensor.is_mkldnn:
+                tensor = tensor.reshape(shape).to(device=device, dtype=kind).contiguous()
             setattr(self, f"weight_{role}", nn.Parameter(tensor, requires_grad=False))
 
 
@@ -66,9 +73,16 @@ class QuantizedLinear(Quantized):
         self.ops = ops
         self.bias = nn.Parameter(torch.empty(spec.shape[0], dtype=dtype, device="meta")) if bias else None
 
+    def copies(self, device: torch.device) -> bool:
+        return super().copies(device) or self._packs(device)
+
     def fill(self, data: Data, device: torch.device) -> None:
+        if self._packs(device):
+            data = {**data, "codes": pack(data["codes"].reshape(self.spec.shape))}
         super().fill(data, device)
-        prepare(self.ops, self.weight)
+
+    def _packs(self, device: torch.device) -> bool:
+        return self.keeps and packs(self.ops, self.spec, device)
 
     def forward(self, x: Activations, rows: QuantizedRows | None = None) -> Tensor:
         """rows: x as 8-bit products take it, if it was quantized for several layers. A branch reads x itself."""

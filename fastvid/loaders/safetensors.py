@@ -214,7 +214,7 @@ def load_into(
             names = (stored,) if origins is None else origins[stored].names
             layer, first = layer_of(module, name), entries[names[0]]
             if layer is not None and first.source is not None:
-                layer.fill(reader.data(names[0]), device)
+                layer.fill(reader.data(names[0], reuse=layer.copies(device)), device)
                 continue
             target = target_dtype(module, name, dtype)
             # Those that are copied to another device or dtype are read into memory shared with the next ones.
@@ -283,16 +283,23 @@ class _Reader:
         self.entries, self.opened, self.scratch = entries, opened, ReusedMemory()
         self.maps = {path: _map(path, file) for path, file in opened.items() if path in mapped}
 
-    def data(self, stored: str) -> Data:
-        """A quantized weight's data."""
-        return quantized.read_data(stored, self.entries[stored], lambda one: _read(self.opened[one.file], one))
+    def data(self, stored: str, reuse: bool) -> Data:
+        """A quantized weight's data. reuse: the codes in memory shared with the next ones."""
+        source = self.entries[stored].source
+        codes = source.tensors.get("codes") if reuse and source is not None else None
+
+        def read(one: Entry) -> Tensor:
+            return _read(self.opened[one.file], one, self.scratch if one is codes else None)
+
+        return quantized.read_data(stored, self.entries[stored], read)
 
     def tensor(self, stored: str, target: torch.dtype, copied: bool, reuse: bool) -> Tensor:
         """A weight that will be `target`, as stored, or dequantized. copied: the caller copies it. reuse: in memory
         shared with the next one."""
         entry = self.entries[stored]
         if entry.source is not None:
-            made = quantized.as_tensor(entry, self.data(stored), torch.float32).dequantize().reshape(entry.shape)
+            data = self.data(stored, reuse=True)
+            made = quantized.as_tensor(entry, data, torch.float32).dequantize().reshape(entry.shape)
             check_finite(made, Weight(entry.file, stored, torch.float32, target))
             return made
         weight = Weight(entry.file, stored, FLOATS[entry.dtype], target)

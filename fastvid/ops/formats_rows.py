@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastvid.ops.formats import Data, Format, Layout, Shape, all_finite, largest_code
+from fastvid.ops.formats import PIECE, Data, Format, Layout, Shape, all_finite, largest_code
 
 E4M3, E5M2, INT8 = "fp8_e4m3", "fp8_e5m2", "int8"
 FLOATS = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
@@ -73,6 +73,12 @@ def quantize(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
 
 
 def quantize_weight(weight: Tensor, format: str) -> dict[str, Tensor]:
-    """The data of a matrix [N, K] with a scale for each row."""
-    codes, scale = quantize(weight, format)
-    return {"codes": codes if format == INT8 else codes.view(torch.uint8), "scale": scale[:, 0]}
+    """The data of a matrix [N, K] with a scale for each row. Some rows at a time, which stay in the cache."""
+    codes = torch.empty(weight.shape, dtype=torch.int8 if format == INT8 else FLOATS[format], device=weight.device)
+    scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    step = max(1, PIECE // max(1, weight.shape[1]))
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        codes[rows], found = quantize(weight[rows], format)
+        scale[rows] = found[:, 0]
+    return {"codes": codes if format == INT8 else codes.view(torch.uint8), "scale": scale}

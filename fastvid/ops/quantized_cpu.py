@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastvid.ops import formats_rows, onednn
 from fastvid.ops.formats_rows import INT8, SMALLEST
-from fastvid.ops.quantized import Activations, QuantizedRows, QuantizedTensor, rotate
+from fastvid.ops.quantized import Activations, QuantizedRows, QuantizedTensor, Spec, rotate
 
 PRODUCT = 2**20  # weights that are multiplied at once
 FILL = 2**19  # weights that are dequantized at once
@@ -107,10 +107,9 @@ def pack(codes: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(codes.detach(), None)
 
 
-def prepare(weight: QuantizedTensor) -> None:
-    """Packs a weight whose products are of bytes, if its layer keeps it."""
-    if weight.keep is not None and weight.eight_bit and weight.format == INT8 and why_not_bytes() is None:
-        _packed(weight)
+def packs(spec: Spec) -> bool:
+    """Whether products with a weight are of bytes."""
+    return spec.eight_bit and spec.format == INT8 and why_not_bytes() is None
 
 
 def _packed(weight: QuantizedTensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvid.errors import BackendUnavailable
 from fastvid.ops import eight_bits, quantized_cpu, quantized_cuda, quantized_gpu, reference
-from fastvid.ops.quantized import Activations, QuantizedRows, QuantizedTensor
+from fastvid.ops.quantized import Activations, QuantizedRows, QuantizedTensor, Spec
 
 
 def library(
@@ -32,12 +32,11 @@ def library(
     return run(x, weight, bias, gelu, rows)
 
 
-def prepare(ops: Any, weight: QuantizedTensor) -> None:
-    """Gives a weight's layer the form that its product takes (`quantized_cpu.pack`), before the first call. ops: what
-    computes it; it has to be `library`, on the device where the weight is."""
-    there = getattr(ops, "device", None) == weight.device == torch.device("cpu")
-    if there and getattr(ops, "linear_quantized", None) is library:
-        quantized_cpu.prepare(weight)
+def packs(ops: Any, spec: Spec, device: torch.device) -> bool:
+    """Whether a weight gets the form that its product takes (`quantized_cpu.pack`) when its layer is filled: if
+    `library` computes it, on the device where the weight is."""
+    there = getattr(ops, "device", None) == device == torch.device("cpu")
+    return there and getattr(ops, "linear_quantized", None) is library and quantized_cpu.packs(spec)
 
 
 def triton(

@@ -29,6 +29,7 @@ from fastvid.pipeline.progressive import in_two_stages
 from fastvid.pipeline.request_warnings import warn_of_forcing, warn_of_guidance, warn_of_size
 from fastvid.pipeline.tiling import with_tiles, without_levers
 from fastvid.planning.plan import plan_request
+from fastvid.planning.quantized import format_of_products
 from fastvid.planning.speed import Rates, assumed, find_rates
 from fastvid.requests import batch, inputs, prompts
 from fastvid.requests.arguments import ARGUMENTS, VERBS, checked
@@ -150,9 +151,10 @@ def plan_of(
     request = planned(verb, prompt, options)
     rates = None
     if estimate and card:
-        rates = assumed(card, model.dtype, model.vae_dtype)
+        rates = assumed(card, model.dtype, model.vae_dtype, format_of_products(model))
     elif estimate:
-        rates = find_rates(model.ops, model.device, model.dtype, again=estimate == AGAIN)
+        eight = format_of_products(model)
+        rates = find_rates(model.ops, model.device, model.dtype, again=estimate == AGAIN, eight=eight)
     return prepare(model, request, keep_frames, free=free, rates=rates, complete=False).plan
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -40,6 +41,14 @@ def workspaces(quantized: Mapping[str, Mapping[str, Spec]], itemsize: int) -> tu
     experts = [spec for part in EXPERTS for spec in quantized.get(part, {}).values()]
     text = quantized.get("text_encoder", {}).values()
     return Workspace.of(experts, itemsize), Workspace.of(text, itemsize)
+
+
+def format_of_products(model: Model) -> str | None:
+    """The format in which most linear layers of the transformers' blocks multiply in 8 bits; None where they do not."""
+    held = model.checkpoint.quantized
+    specs = [spec for part in EXPERTS for spec in held.get(part, {}).values()]
+    found = Counter(spec.format if spec.eight_bit else None for spec in specs)
+    return found.most_common(1)[0][0] if found else None
 
 
 def with_packed(model: Model) -> Sizes:

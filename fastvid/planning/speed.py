@@ -40,10 +40,13 @@ from fastvid.engine.windows import count_calls, window_columns
 from fastvid.files import cache_folder
 from fastvid.layers.attention import self_attention
 from fastvid.layers.linear import Linear
+from fastvid.layers.quantized import QuantizedLinear
 from fastvid.models.loaded import CHANNELS, CONTROL, DRIVEN, Model, way_of
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.vae import WanVAE
 from fastvid.ops.dispatch import Ops
+from fastvid.ops.formats_rows import INT8, quantize_weight
+from fastvid.ops.quantized import Spec
 from fastvid.planning.levers import ALL, Share
 from fastvid.planning.memory import Needs, count_tokens
 from fastvid.requests.levers import small_steps
@@ -67,12 +70,19 @@ CONVOLUTION = ((32, 4, 16, 16), (96, 2, 16, 16), (96, 4, 64, 64), (192, 4, 96, 9
 
 @dataclass(frozen=True)
 class Rates:
-    """Points of each kind of work: (floating point operations of a call, its seconds), ascending. source: whose."""
+    """Points of each kind of work: (floating point operations of a call, its seconds), ascending. source: whose.
+    eight: of linear layers whose products are computed in 8 bits; empty where a model's are not."""
 
     linear: Points
     attention: Points
     convolution: Points
     source: str = HERE
+    eight: Points = ()
+
+    @property
+    def layers(self) -> str:
+        """The kind of work that linear layers of blocks are."""
+        return "eight" if self.eight else "linear"
 
     def seconds(self, kind: str, flops: float, calls: float = 1) -> float:
         """Seconds of `calls` calls with `flops` operations each. kind: the name of a field."""
@@ -231,7 +241,9 @@ def denoise_seconds(
 ) -> float:
     """Seconds of all calls."""
     d, n, layers = config.dim, calls.tokens, config.num_layers + control_layers
-    linear = rates.seconds("linear", 2.0 * n * d * d, 6) + rates.seconds("linear", 2.0 * n * d * config.ffn_dim, 2)
+    linear = rates.seconds(rates.layers, 2.0 * n * d * d, 6) + rates.seconds(
+        rates.layers, 2.0 * n * d * config.ffn_dim, 2
+    )
     attention = calls.left.attention * rates.seconds("attention", 4.0 * n * calls.keys * d)
     attention += rates.seconds("attention", 4.0 * n * calls.rows * d)
     hints = rates.seconds("linear", 2.0 * n * d * d, control_layers + 1) if control_layers else 0.0
@@ -253,7 +265,7 @@ def efficiency(model: Model, work: Work, layout: Layout, call: Calls, rates: Rat
     links, dim = model.links, model.transformer.config.dim
     linear, attention = 2.0 * call.tokens * dim**2, 4.0 * call.tokens * call.keys * dim
     device = cost_model.Device(
-        "this", linear / rates.seconds("linear", linear), attention / rates.seconds("attention", attention)
+        "this", linear / rates.seconds(rates.layers, linear), attention / rates.seconds("attention", attention)
     )
     per_host = links.per_host or layout.size
     return cost_model.predict(work, layout, device, links.near, links.far, per_host).efficiency
@@ -264,30 +276,38 @@ def efficiency(model: Model, work: Work, layout: Layout, call: Calls, rates: Rat
 CONVOLVED = 0.18  # of what is published: 0.275 PFLOP in 1.56 s, of a Wan 2.1 decoder on an H200 (TurboWan)
 
 
-def assumed(card: Card, dtype: torch.dtype, vae_dtype: torch.dtype) -> Rates:
-    """What a card is assumed to reach, for models in these types; not measured. In fp32 without its matrix units."""
+def assumed(card: Card, dtype: torch.dtype, vae_dtype: torch.dtype, eight: str | None = None) -> Rates:
+    """What a card is assumed to reach, for models in these types; not measured. In fp32 without its matrix units.
+    eight: the format in which linear layers multiply in 8 bits: they gain what the data sheet says that products do."""
     device = device_of(card)
     share = 1.0 if dtype.itemsize == 2 else card.fp32 / card.bf16
     convolution = CONVOLVED * 1e12 * (card.bf16 if vae_dtype.itemsize == 2 else card.fp32)
     rates = (device.linear * share, device.attention * share, convolution)
     linears, attentions, convolutions = (((rate * device.launch, device.launch),) for rate in rates)
+    eights: Points = ()
     said = f"rates assumed from the data sheet of {card.name}, not measured"
-    return Rates(linears, attentions, convolutions, source=said)
+    if eight is not None:
+        rate = device.linear * (card.int8 if eight == INT8 else card.fp8) / card.bf16
+        eights = ((rate * device.launch, device.launch),)
+    return Rates(linears, attentions, convolutions, source=said, eight=eights)
 
 
 # ---------------------------------------------------------------- rates in the cache folder
 
 
-def find_rates(ops: Ops, device: torch.device, dtype: torch.dtype, again: bool = False) -> Rates:
-    """This machine's rates, from the user's cache folder. Measures them (about 2 s) if they are missing or `again`."""
-    key = _key(ops, device, dtype)
+def find_rates(
+    ops: Ops, device: torch.device, dtype: torch.dtype, again: bool = False, eight: str | None = None
+) -> Rates:
+    """This machine's rates, from the user's cache folder. Measures them (about 2 s) if they are missing or `again`.
+    eight: the format in which linear layers multiply in 8 bits, if they do."""
+    key = _key(ops, device, dtype) | ({} if eight is None else {"eight": eight})
     path = cache_folder() / f"rates-{sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
     if not again and (stored := _read(path, key)) is not None:
         return stored
-    rates = measure(ops, device, dtype)
+    rates = measure(ops, device, dtype, eight)
     with contextlib.suppress(OSError):  # without a writable folder they are measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        measured = {kind: getattr(rates, kind) for kind in KINDS}
+        measured = {kind: getattr(rates, kind) for kind in kinds_of(key)}
         part = path.with_name(f"{secrets.token_hex(4)}.partial")
         part.write_text(json.dumps({"key": key, "rates": measured}, indent=1), encoding="utf-8")
         part.replace(path)
@@ -311,18 +331,24 @@ def _read(path: Path, key: dict[str, Any]) -> Rates | None:
     """The rates in a file; None if they are invalid or belong to another machine."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        points = [tuple((float(w), float(s)) for w, s in content["rates"][kind]) for kind in KINDS]
+        points = [tuple((float(w), float(s)) for w, s in content["rates"][kind]) for kind in kinds_of(key)]
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
     valid = all(one and one == tuple(sorted(one)) and all(0 < n < math.inf for p in one for n in p) for one in points)
-    linears, attentions, convolutions = points
-    return Rates(linears, attentions, convolutions) if valid and content.get("key") == key else None
+    if not valid or content.get("key") != key:
+        return None
+    return Rates(**dict(zip(kinds_of(key), points, strict=True)))
+
+
+def kinds_of(key: dict[str, Any]) -> tuple[str, ...]:
+    """The kinds of work in the rates of a key."""
+    return (*KINDS, "eight") if "eight" in key else KINDS
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def measure(ops: Ops, device: torch.device, dtype: torch.dtype) -> Rates:
+def measure(ops: Ops, device: torch.device, dtype: torch.dtype, eight: str | None = None) -> Rates:
     """Measure this machine's rates, from small to large sizes, within the time budget."""
     own = [device] if device.type == "cuda" else []
     with computing(), torch.random.fork_rng(own):  # the caller's random numbers stay what they would have been
@@ -330,6 +356,7 @@ def measure(ops: Ops, device: torch.device, dtype: torch.dtype) -> Rates:
             _points(_linear(device, dtype), device),
             _points(_attention(ops, device, dtype), device),
             _points(_convolution(ops, device), device),
+            eight=_points(_eight(ops, device, dtype, eight), device) if eight else (),
         )
 
 
@@ -381,6 +408,16 @@ def _wait(device: torch.device) -> None:
 def _linear(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     for rows, width in LINEAR:
         layer = Linear(width, width, device=device, dtype=dtype)
+        x = torch.randn(1, rows, width, device=device, dtype=dtype)
+        yield 2.0 * rows * width**2, partial(layer, x)
+
+
+def _eight(ops: Ops, device: torch.device, dtype: torch.dtype, format: str) -> Iterator[Case]:
+    """Products in 8 bits, with the quantization of what they multiply."""
+    for rows, width in LINEAR:
+        spec = Spec.of(format, (width, width), eight_bit=True)
+        layer = QuantizedLinear(spec, False, ops, dtype)
+        layer.fill(quantize_weight(torch.randn(width, width, device=device, dtype=dtype), format), device)
         x = torch.randn(1, rows, width, device=device, dtype=dtype)
         yield 2.0 * rows * width**2, partial(layer, x)
 

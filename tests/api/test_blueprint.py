@@ -19,6 +19,7 @@ from fastvid.models.wan import variants
 from fastvid.models.wan.config import WanVAEConfig
 from fastvid.models.wan.transformer import WanTransformer
 from fastvid.ops.dispatch import bind
+from fastvid.pipeline import prepare
 from fastvid.planning import speed
 
 GIB = 2**30
@@ -108,12 +109,34 @@ def test_rates_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(measured) == 6
     speed.find_rates(given[0], given[1], torch.bfloat16)
     assert len(measured) == 7, "another dtype, other rates"
+    eight = replace(RATES, eight=((1e6, 1e-5),))
+    monkeypatch.setattr(speed, "measure", lambda *_: measured.append(1) or eight)
+    assert [speed.find_rates(*given, eight="int8") for _ in range(2)] == [eight, eight] and len(measured) == 8
+    assert speed.find_rates(*given) == RATES, "which models without 8-bit products go by"
+
+
+def test_linear_layers_in_8_bits_have_rates_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the time of all linear layers is what a plan gains."""
+    asked, found = [], []
+    rates = replace(RATES, eight=tuple((work, seconds / 4) for work, seconds in POINTS))
+    monkeypatch.setattr(
+        prepare, "find_rates", lambda *_, eight, **__: asked.append(eight) or (rates if eight else RATES)
+    )
+    for quantize in (None, "int8", "fp8"):
+        plan = fastvid.blueprint("embedded", device="cpu", quantize=quantize).plan("a", estimate=True)
+        found.append(plan.seconds_parts["denoise"])
+    assert asked == [None, "int8", "fp8_e4m3"] and found[1] == found[2] < found[0]
+    calls = speed.Calls(1, 192, 192, 32)
+    config = fastvid.blueprint("embedded", device="cpu")._model.transformer.config
+    nothing = ((1.0, 1e-18),)
+    linear, eight = (speed.denoise_seconds(calls, config, 0, replace(one, attention=nothing)) for one in (RATES, rates))
+    assert eight == pytest.approx(linear / 4, rel=1e-3)
 
 
 @pytest.mark.slow
 def test_measuring() -> None:
-    made = speed.measure(bind(), torch.device("cpu"), torch.float32)
-    for points in (made.linear, made.attention, made.convolution):
+    made = speed.measure(bind(), torch.device("cpu"), torch.float32, "int8")
+    for points in (made.linear, made.attention, made.convolution, made.eight):
         assert points and points == tuple(sorted(points)) and all(seconds > 0 for _, seconds in points)
 
 
@@ -131,7 +154,7 @@ def test_operations_of_the_vae_are_those_of_its_convolutions() -> None:
 
 
 def test_an_estimate_is_of_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastvid.pipeline.prepare.find_rates", lambda *_, again: RATES)
+    monkeypatch.setattr("fastvid.pipeline.prepare.find_rates", lambda *_, **__: RATES)
     pipe = fastvid.blueprint("embedded", device="cpu")
     short, long = (pipe.plan("a", estimate=True, num_inference_steps=steps) for steps in (5, 10))
     assert long.seconds_parts["denoise"] == pytest.approx(2 * short.seconds_parts["denoise"])
@@ -161,7 +184,7 @@ def test_a_call_is_its_layers() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("fastvid.pipeline.prepare.find_rates", lambda *_, again: RATES)
+    monkeypatch.setattr("fastvid.pipeline.prepare.find_rates", lambda *_, **__: RATES)
     np.save(tmp_path / "a.npy", CLIP)
     assert commands.main(["plan", "extend", str(tmp_path / "a.npy"), "--device", "cpu", "--json", "-o", "x.mp4"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -88,6 +88,33 @@ def test_fp32_is_slower_by_what_has_no_matrix_units() -> None:
     assert single.seconds("convolution", 1e15) > half.seconds("convolution", 1e15)
 
 
+@pytest.mark.parametrize(
+    ("name", "int8", "fp8"),
+    [
+        ("RTX 3090", 284.0, 71.2),
+        ("RTX 4090", 660.6, 330.3),
+        ("RTX 5090", 838.0, 419.0),
+        ("RTX A6000", 309.7, 154.8),
+        ("L40S", 733.0, 733.0),
+        ("A100", 624.0, 312.0),
+        ("H100", 1978.9, 1978.9),
+        ("B200", 4500.0, 4500.0),
+        ("MI300X", 2614.9, 1307.4),
+    ],
+)
+def test_products_in_8_bits_are_as_fast_as_published(name: str, int8: float, fp8: float) -> None:
+    """8-bit floats where fastvid multiplies them as such."""
+    card = check_card("card", name)
+    assert card.int8 == pytest.approx(int8, rel=0.02) and card.fp8 == pytest.approx(fp8, rel=0.02)
+    plain = speed.assumed(card, HALF, HALF)
+    for format, tops in (("int8", int8), ("fp8_e4m3", fp8)):
+        rates = speed.assumed(card, HALF, HALF, format)
+        assert (rates.layers, plain.layers) == ("eight", "linear")
+        gain = plain.seconds("linear", 1e15) / rates.seconds("eight", 1e15)
+        assert gain == pytest.approx(tops / card.bf16, rel=0.02)
+        assert rates.seconds("attention", 1e15) == plain.seconds("attention", 1e15)
+
+
 def test_a_plan_for_a_card_says_that_its_time_is_assumed() -> None:
     sizes = {"size": "832x480", "num_frames": 81}
     plans = {
