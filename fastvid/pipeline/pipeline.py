@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 from torch import Tensor
@@ -183,9 +183,9 @@ class Pipeline:
         return self._video("upscale", video=video, prompt=prompt, **options)
 
     @eager
-    def _video(self, verb: str, **options: Any) -> Any:
+    def _video(self, verb: str, **options: Any) -> Video:
         if is_batch(options):
-            return batches.videos(self, verb, options)
+            return cast(Video, batches.videos(self, verb, options))  # a list, which the verbs' types do not tell
         return running.collect(self._start(verb, options, keep_frames=True, keep_latents=True), files_in(options))
 
     @documented

@@ -40,7 +40,7 @@ def run(
     """See `Pipeline.warmup`. All sizes are checked and planned before the first is run."""
     with notices.collected():  # the requests that follow give their warnings themselves
         each = [_prepare(model, number, size, options) for number, size in enumerate(_sizes(sizes))]
-        seconds = {}
+        seconds: dict[str, float] = {}
         with ticket.admitted():
             for prepared in each:
                 began, name = time.perf_counter(), _name(prepared)
