@@ -24,6 +24,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 import fastvid
 from fastvid.benchmarks.host import RESULTS
 from fastvid.benchmarks.quality.clips import Scene, random_scene
-from fastvid.benchmarks.quality.lever_cases import CASES, DRIFT, EXACT
+from fastvid.benchmarks.quality.lever_cases import CALIBRATION, CASES, DRIFT, EXACT
 from fastvid.benchmarks.quality.measure import measure, same_motion
 from fastvid.benchmarks.quality.score import TRAITS, right
 
@@ -53,17 +54,20 @@ def scenes(count: int) -> list[Scene]:
     return [random_scene(generator) for _ in range(count)]
 
 
-def run(pipe: fastvid.Pipeline, numbers: Sequence[int], cases: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
-    """Rows of every prompt and case: the exact one first in each prompt, the others in turns."""
-    drawn = scenes(max(numbers) + 1)
-    names = [name for name in cases if name != EXACT]
-    for number in numbers:
-        exact, row = _one(pipe, EXACT, cases[EXACT], drawn[number], number)
+def run(pipe: fastvid.Pipeline, numbers: Mapping[int, Sequence[str]], calibration: str) -> Iterator[Row]:
+    """Rows of prompts, each with the names of its cases: the exact one first, the others in turns."""
+    drawn = scenes(max(numbers, default=0) + 1)
+    for number, names in numbers.items():
+        exact, row = _one(pipe, EXACT, CASES[EXACT], drawn[number], number)
         yield row
         shift = number % max(1, len(names))
         for name in (*names[shift:], *names[:shift]):
-            frames, row = _one(pipe, name, cases[name], drawn[number], number)
+            frames, row = _one(pipe, name, _with_file(CASES[name], calibration), drawn[number], number)
             yield row | {"psnr": psnr(frames, exact), "ssim": ssim(frames, exact)}
+
+
+def _with_file(options: Mapping[str, Any], file: str) -> dict[str, Any]:
+    return {k: v.replace(CALIBRATION, file) if isinstance(v, str) else v for k, v in options.items()}
 
 
 def _one(pipe: Any, case: str, options: Mapping[str, Any], scene: Scene, number: int) -> tuple[np.ndarray, Row]:
@@ -193,21 +197,18 @@ def main() -> None:
 def _make(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     part, parts = map(int, args.part.split("/"))
-    cases = {name: one for name, one in CASES.items() if not args.cases or name in (EXACT, *args.cases.split(";"))}
-    file = args.out.with_suffix(f".{part}.jsonl")
+    wanted = [name for name in CASES if name != EXACT and (not args.cases or name in args.cases.split(";"))]
     known = _rows(args.out)
-    pipe = fastvid.load(args.model, device="cpu")
-    numbers = [n for n in range(part, args.prompts, parts) if not _made(known, cases, n)]
-    long = {name: one for name, one in cases.items() if name in (EXACT, *DRIFT)}
+    pipe, calibration = fastvid.load(args.model, device="cpu"), str(args.out.with_suffix(".magcache.json"))
+    pipe.calibrate("cache", output=calibration)
+    missing = {n: _missing(known, wanted, n) for n in range(part, args.prompts, parts)}
     drifted = {row["case"] for row in known if "drift" in row}
-    with file.open("a") as out:
-        for row in run(pipe, numbers, cases) if numbers else ():
+    long = {name: CASES[name] for name in (EXACT, *DRIFT) if name not in drifted and part == 0 and args.drift}
+    with args.out.with_suffix(f".{part}.jsonl").open("a") as out:
+        rows = run(pipe, {n: names for n, names in missing.items() if names}, calibration)
+        for row in chain(rows, drift(pipe, args.drift, long)):
             out.write(json.dumps(row) + "\n")
             out.flush()
-        if part == 0 and (missing := {name: one for name, one in long.items() if name not in drifted}):
-            for row in drift(pipe, args.drift, missing):
-                out.write(json.dumps(row) + "\n")
-                out.flush()
 
 
 def _rows(out: Path) -> list[Row]:
@@ -215,8 +216,9 @@ def _rows(out: Path) -> list[Row]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def _made(known: Sequence[Row], cases: Mapping[str, Any], number: int) -> bool:
-    return set(cases) <= {row["case"] for row in known if row["prompt"] == number and "drift" not in row}
+def _missing(known: Sequence[Row], wanted: Sequence[str], number: int) -> list[str]:
+    made = {row["case"] for row in known if row["prompt"] == number and "drift" not in row}
+    return [name for name in wanted if name not in made]
 
 
 def _write(out: Path) -> None:
