@@ -23,14 +23,14 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
-from fastvid import checks, env, notices
+from fastvid import checks, notices
 from fastvid.distributed.layout import parse_parallel
 from fastvid.engine import resume_files
 from fastvid.engine.events import Finished, Frames, Started, Step
@@ -41,6 +41,7 @@ from fastvid.requests.arguments import documented, random_seed
 from fastvid.requests.loras import absolute
 from fastvid.requests.options import AnyOptions
 from fastvid.requests.request import DATA, Request
+from fastvid.serve.loopback import local_only
 from fastvid.workers.channel import Message
 from fastvid.workers.messages import pack, pack_error, unpack, unpack_error
 
@@ -49,7 +50,6 @@ WAITING_PER_GROUP = 2
 GROUPS, WAITING, RETRIES = checks.whole(1, 4096), checks.whole(1, 1 << 20), checks.whole(0, 100)
 DEVICES = checks.number(0.0, 1024.0)  # processors or GPUs of a group
 SECONDS = checks.number(0.0, 1e9, " seconds (left out: no limit)")
-
 
 Packed = tuple[dict[str, Any], bytes]
 """What goes through Ray: the header and the payload of a message."""
@@ -125,6 +125,14 @@ class Group:
         if os.path.isdir(folder):
             resume_files.remove(Path(folder))
         return self._pipe.stream(verb=verb, **options, checkpoint=folder)
+
+    def warmup(self, header: dict[str, Any], payload: bytes) -> Packed:
+        """Warm the pipeline up. Returns the "seconds", or the "error"."""
+        try:
+            values = unpack(Message(header, payload))
+            return _plain({"seconds": self._pipe.warmup(values["sizes"], **values["options"])})
+        except Exception as error:
+            return _plain({"error": pack_error(error)})
 
     def steps(self, job: str) -> tuple[int, int]:
         """See Job.steps."""
@@ -247,6 +255,7 @@ class Pool:
         self._start: Callable[[], Any] = lambda: actor.remote(model, *message)
         self._queue: collections.deque[Job] = collections.deque()
         self._change, self._closed = threading.Condition(), False
+        self._warm: Packed | None = None  # what `warmup` was asked for
         self._actors: list[Any] = [self._start() for _ in range(self.groups)]
         self._wait_for_models()
         self._threads = [
@@ -299,6 +308,20 @@ class Pool:
             self._queue.append(job)
             self._change.notify_all()
         return job
+
+    def warmup(self, sizes: Any = None, **options: Unpack[AnyOptions]) -> dict[str, float]:
+        """`Pipeline.warmup` on all groups, and on those that replace them later. Returns the seconds of each size, in
+        the slowest group."""
+        ray, message = _ray(), _plain({"sizes": sizes, "options": {**options}})
+        try:
+            packed = ray.get([actor.warmup.remote(*message) for actor in self._actors])
+        except ray.exceptions.RayError as error:
+            raise WorkerFailed(-1, -1, f"a group's process ended while it warmed up: {error}") from None
+        answers = [unpack(Message(*one)) for one in packed]
+        if errors := [answer["error"] for answer in answers if "error" in answer]:
+            raise unpack_error(errors[0])
+        self._warm = message
+        return {name: max(one["seconds"][name] for one in answers) for name in answers[0]["seconds"]}
 
     def close(self) -> None:
         """End all groups. Jobs that are not done raise Cancelled."""
@@ -370,6 +393,8 @@ class Pool:
         with self._change:
             if not self._closed:
                 self._actors[number] = self._start()
+                if self._warm is not None:
+                    self._actors[number].warmup.remote(*self._warm)  # ahead of its first job
 
     def _retry_or_error(self, job: Job, answer: dict[str, Any]) -> Exception | None:
         """Put a job whose group died back to the head of the queue, if it may be started again; else its error."""
@@ -409,34 +434,9 @@ def _connected_ray() -> Any:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return ray
-    with _local_only(ray):
+    with local_only(ray):
         ray.init("local", _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
     return ray
-
-
-@contextlib.contextmanager
-def _local_only(ray: Any) -> Iterator[None]:
-    """A cluster that is started meanwhile listens on the loopback address alone, reports no usage statistics, and its
-    idle threads sleep, unless the program's environment says otherwise.
-
-    On Linux, Ray replaces 127.0.0.1 by the address of a network, and then listens on all of them; where it makes no
-    clusters (on Windows and macOS) it does not. It asks this variable, once when it is imported.
-    """
-    variable, name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "ENABLE_RAY_CLUSTER"
-    own = {"RAY_USAGE_STATS_ENABLED": "0", variable: "0", **env.thread_variables()}
-    added = {key: value for key, value in own.items() if key not in os.environ}
-    constants = getattr(getattr(ray, "_private", None), "ray_constants", None)
-    before = getattr(constants, name, None)
-    os.environ.update(added)
-    if variable in added and before is not None:
-        setattr(constants, name, False)
-    try:
-        yield
-    finally:
-        if before is not None:
-            setattr(constants, name, before)
-        for key in added:
-            os.environ.pop(key, None)
 
 
 def _ray() -> Any:

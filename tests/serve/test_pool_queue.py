@@ -39,7 +39,7 @@ class PlayedRay:
         return lambda kind: SimpleNamespace(remote=lambda *given: self._actor(kind(*given)))
 
     def _actor(self, held):
-        names = ("ready", "run", "steps", "cancel")
+        names = ("ready", "run", "warmup", "steps", "cancel")
         return SimpleNamespace(held=held, **{name: self._method(held, name) for name in names})
 
     def _method(self, held, name: str):
@@ -94,6 +94,25 @@ def test_jobs_run_in_order(pool) -> None:
     videos = [job.result(60) for job in jobs]
     assert [video.seed for video in videos] == [1, 2] and all(job.done() and job.attempts == 1 for job in jobs)
     assert not np.array_equal(videos[0].frames, videos[1].frames) and not any(pool._folder.iterdir())
+
+
+def test_all_groups_warm_up_and_those_that_replace_them(pool, ray, monkeypatch) -> None:
+    asked, warm = [], fastvid.Pipeline.warmup
+    monkeypatch.setattr(
+        fastvid.Pipeline, "warmup", lambda pipe, *a, **o: (asked.append((a, o)), warm(pipe, *a, **o))[1]
+    )
+    seconds = pool.warmup((64, 64, 5), num_inference_steps=1)
+    assert list(seconds) == ["64x64, 5 frames"] and len(asked) == pool.groups
+    with pytest.raises(fastvid.InvalidRequest, match=r"^sizes\[0\] of the warm-up: size="):
+        pool.warmup("64*64")
+    pool._replace(0)
+    ray.threads.shutdown(wait=True)
+    assert asked[-1] == (((64, 64, 5),), {"num_inference_steps": 1}) and len(asked) == 3
+
+
+def test_lists_are_no_job(pool) -> None:
+    with pytest.raises(fastvid.InvalidRequest, match="allowed is one string; lists are for the verbs"):
+        pool.submit(prompt=[PROMPT, PROMPT])
 
 
 def test_the_queue_has_an_end(pool, gate) -> None:
