@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -130,6 +131,19 @@ def _show(flags: argparse.Namespace, output: Output, recipe: dict[str, Any], sta
         print(json.dumps(result))
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Collects no garbage meanwhile: torch's import makes half a million objects, of which hardly any go."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _run(
     flags: argparse.Namespace, output: Output, recipe: dict[str, Any], progress: Progress, start: Callable[[Any], Any]
 ) -> dict[str, Any]:
@@ -138,7 +152,8 @@ def _run(
     watch = Stopwatch()
     model = arguments.model_of(flags, recipe)
     progress.say(f"loading {model}")
-    from fastvid import api
+    with _uncollected():
+        from fastvid import api
 
     with api.load(model, **arguments.load_arguments(flags, recipe)) as pipe:
         watch.mark("load")

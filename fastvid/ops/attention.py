@@ -182,8 +182,8 @@ def library(
 ) -> Result:
     """The best library that takes the call: cuDNN where it is new enough, then aten's flash operator, on CPUs with
     AVX512-BF16 `brgemm` for larger calls in bf16, then `sdpa`, which takes everything: fp32 by aten's efficient
-    operator, block lists by the reference."""
-    if blocks is None:
+    operator, block lists by the reference. torch.compile always gets `sdpa`, which it knows."""
+    if blocks is None and not torch.compiler.is_compiling():
         for name in _preferred(q.device):
             if LIBRARIES[name].refuses(q, k) is None and worth(name, q, k):
                 return DENSE[name](q, k, v, scale=scale, return_lse=return_lse)

@@ -19,8 +19,9 @@ GELU_TANH = ("gelu", "tanh")
 
 
 def available() -> bool:
-    """Whether all routines exist and oneDNN is not disabled (torch.backends.mkldnn.flags)."""
-    return bool(torch.backends.mkldnn.enabled) and _built_in()
+    """Whether all routines exist and oneDNN is not disabled (torch.backends.mkldnn.flags). Not while torch.compile
+    traces: it finds its own way to oneDNN from plain operations, and cannot lower these."""
+    return not torch.compiler.is_compiling() and bool(torch.backends.mkldnn.enabled) and _built_in()
 
 
 @functools.cache
@@ -35,8 +36,8 @@ def applies(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= MIN_ROWS * x.shape[-1]
         and not needs_gradients(x, weight)
-        and torch.backends.mkl.is_available()
         and available()
+        and torch.backends.mkl.is_available()
     )
 
 

@@ -124,6 +124,9 @@ def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
     x [B, N, H * D], weight [H * D], cos and sin [N, D // 2] in fp32 -> [B, N, H, D].
     """
     y = F.rms_norm(x, x.shape[-1:], weight, eps).float().view(*x.shape[:2], -1, cos.shape[-1], 2)
+    if torch.compiler.is_compiling():  # inductor has no complex numbers, and makes one pass of this
+        even, odd, cos, sin = y[..., 0], y[..., 1], cos[:, None], sin[:, None]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
     # A complex product is one pass over memory. Four real products with stride 2 take six times as long.
     pairs, turn = torch.view_as_complex(y), torch.complex(cos, sin)[:, None]
     pairs = pairs * turn if y.requires_grad else pairs.mul_(turn)

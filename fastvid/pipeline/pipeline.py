@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Unpack, cast
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvid import checks
 from fastvid.device.precision import Computed, computes, eager
@@ -345,6 +345,16 @@ class Pipeline:
         self.close()
 
     # ------------------------------------------------------------ with the model
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The transformer, of two the one for high noise. To look at, or for torch.compile (docs/performance.md)."""
+        return self._model.experts.modules[0]
+
+    @property
+    def transformer_2(self) -> nn.Module | None:
+        """The transformer for low noise, if there are two."""
+        return next(iter(self._model.experts.modules[1:]), None)
 
     @property
     def _variant(self) -> str:

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastvid.device.devices import cpu_name
 from fastvid.device.precision import computing
@@ -174,6 +173,8 @@ class Convolutions:
 @torch.no_grad()
 def count_vae(vae: WanVAE, decode: bool = True) -> Convolutions:
     """Count the work of decoding or encoding. vae: with or without weights."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton, 0.1 s
+
     config = vae.config
     with torch.device("meta"):
         empty = type(vae)(config)

@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastvid.device.devices import find_device
 from fastvid.distributed import layout
@@ -98,6 +99,14 @@ class RemotePipeline(Pipeline):
     def close(self) -> None:
         """End the workers. A pipeline that is closed makes nothing any more."""
         self._team.close()
+
+    @property
+    def transformer(self) -> nn.Module:
+        raise InvalidRequest("transformer: the weights are in other processes; load with parallel=1 to have them here")
+
+    @property
+    def transformer_2(self) -> nn.Module:
+        return self.transformer
 
     @property
     def _variant(self) -> str:

@@ -10,7 +10,6 @@ Maths: Wan2.1 `wan/modules/model.py` (Apache-2.0).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import call
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -220,6 +219,11 @@ class ConditionEmbedder(nn.Module):
         layers = self.text_embedder
         text = text.to(layers.linear_1.weight.dtype)
         return layers.linear_2(linear_gelu_tanh(self.ops, layers.linear_1, text))
+
+
+def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """operator.call, which torch.compile cannot trace."""
+    return function(*args)
 
 
 def cross_attentions(blocks: nn.ModuleList) -> list[nn.Module]:
