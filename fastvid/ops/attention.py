@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.ops import attention_gpu
+from fastvid.ops import attention_gpu
+from fastvid.ops.attention_gathered import gathered
 from fastvid.ops.attention_library import HALVES, LIBRARIES, Library, preferred, worth
 from fastvid.ops.sparse import Blocks, token_mask
 
@@ -80,11 +82,11 @@ def sdpa(
     return_lse: bool = False,
     blocks: Blocks | None = None,
 ) -> Result:
-    """scaled_dot_product_attention, and its variants that return the log-sum-exp. Uses the reference for block-sparse
-    attention, which PyTorch lacks."""
+    """scaled_dot_product_attention, and its variants that return the log-sum-exp. Block-sparse attention, which PyTorch
+    lacks, is made of calls with gathered keys."""
+    check(q, k, v, blocks)
     if blocks is not None:
-        return reference(q, k, v, scale=scale, return_lse=return_lse, blocks=blocks)
-    check(q, k, v)
+        return gathered(q, k, v, scale, return_lse, blocks, sdpa)
     return _sdpa_lse(q, k, v, scale) if return_lse else _sdpa(q, k, v, scale)
 
 
@@ -182,12 +184,23 @@ def library(
 ) -> Result:
     """The best library that takes the call: cuDNN where it is new enough, then aten's flash operator, on CPUs with
     AVX512-BF16 `brgemm` for larger calls in bf16, then `sdpa`, which takes everything: fp32 by aten's efficient
-    operator, block lists by the reference. torch.compile always gets `sdpa`, which it knows."""
-    if blocks is None and not torch.compiler.is_compiling():
+    operator. Block lists by gathering keys. torch.compile always gets `sdpa`, which it knows."""
+    if blocks is not None:
+        check(q, k, v, blocks)
+        return gathered(q, k, v, scale, return_lse, blocks, _any_size)
+    if not torch.compiler.is_compiling():
         for name in _preferred(q.device):
             if LIBRARIES[name].refuses(q, k) is None and worth(name, q, k):
                 return DENSE[name](q, k, v, scale=scale, return_lse=return_lse)
-    return sdpa(q, k, v, scale=scale, return_lse=return_lse, blocks=blocks)
+    return sdpa(q, k, v, scale=scale, return_lse=return_lse)
+
+
+def _any_size(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, return_lse: bool) -> Result:
+    """The first library that takes the call, worth it alone or not: one of many small ones."""
+    for name in _preferred(q.device):
+        if LIBRARIES[name].refuses(q, k) is None:
+            return DENSE[name](q, k, v, scale=scale, return_lse=return_lse)
+    return sdpa(q, k, v, scale=scale, return_lse=return_lse)
 
 
 _preferred = functools.cache(preferred)
