@@ -173,7 +173,7 @@ def load(
         device: "cuda", "cuda:1", "cpu"; default: a GPU if there is one.
         dtype: "float32", "bfloat16" or "float16" (or "fp32", "bf16", "fp16"), for the transformer and the text encoder;
             default: bfloat16 on a GPU, float32 on a CPU. "auto": bfloat16 also on a CPU with AVX512-BF16 or AMX.
-        backend, attention: the back ends of the operations and of attention (see `fastvid doctor`).
+        backend, attention: back ends (`fastvid doctor`); or "sparse", "sparse:keep=0.3": what requests attend to.
         loras: LoRAs for all requests: files, folders or hub names, each alone, as (file, scale), or as (file, scale,
             "high") or (file, scale, "low") for one of two experts. Without that its names and its header say the
             expert; none: both; doubtful: refused. Merged, or beside quantized weights. See `Pipeline.set_loras`.

@@ -8,7 +8,7 @@ reads (`thread_variables`), unless the caller has.
     FASTVID_DEVICE     "cpu", "cuda", "cuda:1"
     FASTVID_DTYPE      "float32", "bfloat16", "float16"
     FASTVID_BACKEND    as in fastvid.ops.dispatch.bind: "auto", "reference", "triton", "cuda", or "to_rgb=cuda"
-    FASTVID_ATTENTION  the same for attention, also "sdpa", "cudnn", "flash", "cuda_int8" and others
+    FASTVID_ATTENTION  the same for attention, also "sdpa", "cudnn", "flash", "cuda_int8" and others, or "sparse"
     FASTVID_PROMPT_ENDPOINT  endpoint for prompt expansion (fastvid.requests.prompts): "http://localhost:8000/v1"
     FASTVID_PROMPT_MODEL     the language model's name at the endpoint
     FASTVID_PROMPT_KEY       the endpoint's key; never in an error, a report or a recipe

@@ -152,11 +152,12 @@ def _encoders() -> dict[str, Any]:
 def _ops(device: str | None) -> dict[str, Any]:
     import torch
 
+    from fastvid.models.loaded import LoadOptions
     from fastvid.ops.dispatch import bind
 
     settings = env.read()
     where = device or settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    ops = bind(settings.backend, settings.attention, where)
+    ops = bind(settings.backend, LoadOptions(attention=settings.attention).attention_backend, where)
     return {"device": where, **{op: _op(ops, op) for op in ops.bound}}
 
 

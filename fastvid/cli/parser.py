@@ -278,7 +278,8 @@ def _add_model(parser: Parser, also: str = "") -> None:
         "--attention",
         metavar="NAME",
         help="back end of attention: auto, reference, sdpa, library, cudnn, aten_flash, flash, flash3, flash4, sage, "
-        "triton, cuda, cuda_pair, cuda_fp8, cuda_int8 (default: auto)",
+        "triton, cuda, cuda_pair, cuda_fp8, cuda_int8 (default: auto); or what self-attention looks at: "
+        "sparse, sparse:keep=0.3,dense_steps=0.25",
     )
     add(
         "--offload",

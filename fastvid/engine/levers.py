@@ -3,12 +3,11 @@ segment."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fastvid.distributed.mesh import RankView
 from fastvid.engine import windows
+from fastvid.engine.sparsity import SegmentSparsity, Settings
 from fastvid.engine.step_cache import StepCache
 from fastvid.engine.step_choice import method_of
 from fastvid.engine.step_methods import Method
@@ -25,7 +24,7 @@ class SegmentLevers:
     def __init__(self, model: Model, request: Resolved, segment: Segment, ranks: RankView, sigmas: np.ndarray) -> None:
         method = method_of(model, request, windows.levels_of(model, segment, sigmas, request))
         self.cache, self._ranks = None if method is None else StepCache(method, ranks), ranks
-        self._sparsity: Any = None
+        self._sparsity = None if request.attention is None else SegmentSparsity(Settings.of(request.attention), sigmas)
 
     def measure(self, method: Method) -> None:
         """Has a method in place of the request's that looks at what the blocks make."""
@@ -34,6 +33,5 @@ class SegmentLevers:
     def of_call(self, row: TableRow, expert: int, prompt: int) -> CallLevers | None:
         """What the call of a table row, for an expert and a prompt's number, does less of; None: nothing."""
         blocks = None if self.cache is None else self.cache.of_call(row, expert, prompt)
-        if blocks is None and self._sparsity is None:
-            return None
-        return CallLevers(blocks, self._sparsity)
+        sparsity = None if self._sparsity is None or self._sparsity.is_dense(row.sigma) else self._sparsity
+        return None if blocks is None and sparsity is None else CallLevers(blocks, sparsity)

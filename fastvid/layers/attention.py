@@ -21,6 +21,7 @@ from fastvid.distributed.mesh import shares, starts
 from fastvid.layers.causal_blocks import CausalBlocks
 from fastvid.layers.kv_cache import LayerCache
 from fastvid.layers.sequence_parallel import HeadExchange, SequenceParallel
+from fastvid.layers.tiles import Choose
 from fastvid.ops.attention import merge
 from fastvid.ops.sparse import Blocks, heads_of, tiles_of
 
@@ -32,21 +33,25 @@ def self_attention(
     v: Tensor,
     cache: LayerCache | CausalBlocks | None = None,
     parallel: SequenceParallel | None = None,
-    blocks: Blocks | None = None,
+    blocks: Blocks | Choose | None = None,
 ) -> Tensor:
     """Attention of every token to every token: q, k, v [B, n, H, D] -> [B, n, H * D].
 
     cache: earlier frames' keys and values, which are attended to as well; k and v are added to it. Each rank's cache
     holds its own share. Or the blocks of frames that do not see later ones.
-    blocks: which tiles of all N tokens attend to which. With `parallel`, every ring group's tokens must end where a
-    tile ends.
+    blocks: which tiles of all N tokens attend to which, or what chooses them from queries and keys. With `parallel`,
+    every ring group's tokens must end where a tile ends; what chooses them has to see all of them, so there is no ring.
     """
     if parallel is not None and parallel.view.layout.sequence > 1:
         return _Parallel(ops, parallel, cache, blocks, q.shape[2]).attend((q, k, v)).flatten(2)
     if isinstance(cache, CausalBlocks):
         return cache.attend(ops, q, k, v).flatten(2)
     k, v = (k, v) if cache is None else cache.update(k, v)
-    return ops.attention(q, k, v, blocks=blocks).flatten(2)
+    return ops.attention(q, k, v, blocks=_chosen(blocks, q, k)).flatten(2)
+
+
+def _chosen(blocks: Blocks | Choose | None, q: Tensor, k: Tensor) -> Blocks | None:
+    return blocks if blocks is None or isinstance(blocks, Blocks) else blocks(q, k)
 
 
 def cross_attention(ops: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ class _Parallel:
     ops: Any
     parallel: SequenceParallel
     cache: LayerCache | CausalBlocks | None
-    blocks: Blocks | None
+    blocks: Blocks | Choose | None
     heads: int
 
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -94,6 +99,9 @@ class _Parallel:
         """Attention of this Ulysses group's tokens to those of all groups of the ring, and to what their caches hold,
         for heads first to last of this rank's."""
         parallel, frames = self.parallel, self.parallel.frames
+        if self.blocks is not None and not isinstance(self.blocks, Blocks):
+            assert parallel.view.layout.ring == 1, "see `planning.layout`"
+            return self.ops.attention(q, k, v, blocks=self.blocks(q, k))
         kept = self._ring_blocks(first, last)
         if isinstance(self.cache, CausalBlocks):
             assert parallel.view.layout.ring == 1, "see `planning.layout`"
@@ -146,7 +154,7 @@ class _Parallel:
         Raises ValueError unless every ring group's tokens end where a tile ends.
         """
         view, blocks = self.parallel.view, self.blocks
-        if blocks is None:
+        if not isinstance(blocks, Blocks):
             return [None] * view.layout.ring
         edges = starts(self._ring_counts(self.parallel.frames))
         offset = view.ulysses * (self.heads // view.layout.ulysses)

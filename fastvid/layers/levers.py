@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fastvid.layers.residual import Stream
+from fastvid.layers.tiles import Tiling
 
 
 class CachedBlocks(Protocol):
@@ -22,13 +24,20 @@ class CachedBlocks(Protocol):
         """Called after each block with what it has made: whether the blocks behind it are left out."""
 
 
+class Sparsity(Protocol):
+    """Which tiles of keys the queries of one request attend to."""
+
+    def tiling(self, frame: tuple[int, int], device: torch.device) -> Tiling:
+        """For frames of (h, w) tokens."""
+
+
 @dataclass(frozen=True)
 class CallLevers:
     """blocks: a step cache for this call, which runs the blocks or reuses what they made in an earlier step. sparsity:
     which tiles of keys each layer's queries attend to. None: not in this call."""
 
     blocks: CachedBlocks | None = None
-    sparsity: Any = None
+    sparsity: Sparsity | None = None
 
 
 def is_enough(levers: CallLevers | None, stream: Stream) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastvid.distributed.layout import GROUPS
 from fastvid.distributed.mesh import RankView, shares, starts
+from fastvid.layers.tiles import Choose, Tiling
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,20 @@ class SequenceParallel:
 
     sizes: tokens of a frame on each of the ranks that share them, in the order of the tokens. frames: frames along
     time, so this rank has frames * sizes[view.sequence] tokens. groups: groups of heads whose exchanges and attention
-    overlap.
+    overlap. tiling: the order of a frame's tokens, and the tiles that attention looks at; None: as they lie, at all.
     """
 
     view: RankView
     sizes: tuple[int, ...]
     frames: int = 1
     groups: int = GROUPS
+    tiling: Tiling | None = None
 
     @classmethod
-    def of_grid(cls, view: RankView, grid: tuple[int, int, int]) -> SequenceParallel:
-        """Shares a grid (t, h, w) of tokens as evenly as possible."""
-        t, h, w = grid
-        return cls(view, shares(h * w, view.layout.sequence), t)
+    def of_grid(cls, view: RankView, grid: tuple[int, int, int], tiling: Tiling | None = None) -> SequenceParallel:
+        """Shares a grid (t, h, w) of tokens as evenly as possible, or as its tiles allow."""
+        (t, h, w), ranks = grid, view.layout.sequence
+        return cls(view, tiling.shares(ranks) if tiling else shares(h * w, ranks), t, tiling=tiling)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -55,18 +57,27 @@ class SequenceParallel:
         ulysses = self.view.layout.ulysses
         return self.sizes[ring * ulysses : (ring + 1) * ulysses]
 
+    def blocks(self, layer: int) -> Choose | None:
+        """What chooses the tiles that a layer's queries attend to; None: all."""
+        return None if self.tiling is None else self.tiling.blocks(layer, self.frames, self.sizes)
+
     # ------------------------------------------------------------ entry and exit
 
     def shard(self, x: Tensor, patch: Sequence[int]) -> Tensor:
         """This rank's part of latents: [B, C, T, H, W] -> [B, C, T, ph, n * pw], n tokens a frame."""
         _, ph, pw = patch
         x = x.unflatten(4, (-1, pw)).unflatten(3, (-1, ph))  # [B, C, T, h, ph, w, pw]
-        return x.transpose(3, 4).flatten(4, 5)[:, :, :, :, self.span].flatten(4)
+        return self._own(x.transpose(3, 4).flatten(4, 5), 4).flatten(4)
 
     def shard_rows(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of a tensor with N, one entry a token, along a dimension."""
-        size = self.sizes[self.view.sequence]
-        return x.unflatten(dim, (self.frames, -1)).narrow(dim + 1, self.span.start, size).flatten(dim, dim + 1)
+        return self._own(x.unflatten(dim, (self.frames, -1)), dim + 1).flatten(dim, dim + 1)
+
+    def _own(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's stretch of a frame's tokens, which lie along a dimension."""
+        if self.tiling is not None:
+            return x.index_select(dim, self.tiling.order[self.span])
+        return x.narrow(dim, self.span.start, self.sizes[self.view.sequence])
 
     def shard_groups(self, index: Tensor, tokens: int) -> Tensor:
         """This rank's part of [B, G], one entry a group of tokens; all of it where groups are whole frames."""
@@ -77,6 +88,8 @@ class SequenceParallel:
         pw = patch[2]
         sizes = [size * pw for size in self.sizes]
         x = self.view.mesh.gather(x, sizes, 4, self.view.sharers)
+        if self.tiling is not None:
+            x = x.unflatten(4, (-1, pw)).index_select(4, self.tiling.back).flatten(4)
         return x.unflatten(4, (height // patch[1], -1)).transpose(3, 4).flatten(3, 4)
 
 

@@ -32,6 +32,7 @@ from fastvid.ops.dispatch import Ops
 # How a model is told of known frames: mask and latents as more channels, a control branch, timestep 0, its KV cache, or
 # not at all (they are put back before every call).
 CHANNELS, CONTROL, TIMESTEPS, CACHE, REIMPOSED = "channels", "control", "timesteps", "cache", "reimposed"
+SPARSE = "sparse"  # `load(attention=...)` that is no back end, but what requests look at
 DRIVEN = "driven"  # by a pose and a face; what is known reaches it as channels
 
 
@@ -54,6 +55,15 @@ class LoadOptions:
     quantize: str | None = None
     text_cache: int = LIMIT
     mmap: str | bool = "auto"
+
+    @property
+    def sparsity(self) -> str | None:
+        """What requests look at that do not say it: sparse attention, or None."""
+        return self.attention if self.attention.partition(":")[0] == SPARSE else None
+
+    @property
+    def attention_backend(self) -> str:
+        return "auto" if self.sparsity else self.attention
 
 
 @dataclass(frozen=True)
@@ -246,7 +256,7 @@ class Model:
     def settings(self) -> dict[str, Any]:
         """What decides the bytes of a video beside the request, as a recipe records it."""
         made: dict[str, Any] = {"dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type}
-        made |= {"backend": self.options.backend, "attention": self.options.attention}
+        made |= {"backend": self.options.backend, "attention": self.options.attention_backend}
         made |= {} if self.vae_dtype is torch.float32 else {"vae_dtype": str(self.vae_dtype).removeprefix("torch.")}
         made |= {"parts": self.sources} if self.sources else {}
         made |= {"variant": self.options.variant} if self.options.variant else {}

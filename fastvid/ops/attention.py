@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.ops import attention_gpu
-from fastvid.ops import attention_gpu
 from fastvid.ops.attention_gathered import gathered
 from fastvid.ops.attention_library import HALVES, LIBRARIES, Library, preferred, worth
 from fastvid.ops.sparse import Blocks, token_mask

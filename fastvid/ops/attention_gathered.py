@@ -9,14 +9,14 @@ Shapes: q [B, N, H, D], k and v [B, M, H, D]; log-sum-exp [B, H, N].
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvid.ops.sparse import Blocks
 
-Dense = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor | None]]
-"""(q, k, v, scale) -> (out, log-sum-exp if it is wanted): dense attention."""
+Result = Tensor | tuple[Tensor, Tensor]
 Group = tuple[Tensor, Tensor]
 """Queries [R, m] and keys [R, M], int64: the tokens of R tiles of a list that have as many of both."""
 
@@ -27,10 +27,10 @@ MOST_KEPT = 2**24
 
 
 def gathered(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, with_lse: bool, blocks: Blocks, dense: Dense
-) -> tuple[Tensor, Tensor | None]:
-    """(out, log-sum-exp if with_lse) of attention to the tiles that `blocks` lists; without any, out is 0 and the
-    log-sum-exp -inf."""
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, with_lse: bool, blocks: Blocks, dense: Callable[..., Any]
+) -> Result:
+    """out, or (out, log-sum-exp), of attention to the tiles that `blocks` lists; without any, out is 0 and the
+    log-sum-exp -inf. dense(q, k, v, scale=, return_lse=): attention of a few tiles, one a sample."""
     B, N, H, D = q.shape
     M, lists = k.shape[1], blocks.lists
     # Heads one after another, so that the keys of one are near each other in memory.
@@ -46,12 +46,13 @@ def gathered(
                 places, found = (some + head * N).flatten(), (seen + head * M).flatten()
                 parts = queries.index_select(0, places), keys.index_select(0, found), values.index_select(0, found)
                 shaped = [x.view(len(some), -1, 1, D) for x in parts]
-                made, total = dense(shaped[0], shaped[1], shaped[2], scale)
+                made = dense(shaped[0], shaped[1], shaped[2], scale=scale, return_lse=with_lse)
+                if lse is not None:
+                    made, sums = made
+                    lse.index_copy_(0, places, sums.flatten())
                 out.index_copy_(0, places, made.reshape(-1, D))
-                if lse is not None and total is not None:
-                    lse.index_copy_(0, places, total.flatten())
     out = out.view(B, H, N, D).transpose(1, 2)
-    return out, None if lse is None else lse.view(B, H, N)
+    return out if lse is None else (out, lse.view(B, H, N))
 
 
 def _groups(blocks: Blocks, number: int) -> list[Group]:

@@ -2,12 +2,11 @@
 
 A tile is a box of tokens, truncated at the far ends of the grid. `tile_order` sorts tokens tile by tile. Every pattern
 is a pure function that returns `Blocks`: sorted lists of tiles, shared by all heads, or for each head of each sample
-(`top_k`). `attention(..., blocks=...)` runs them. No model uses them yet.
+(`top_k`). `attention(..., blocks=...)` runs them.
 
     full     all tiles
     window   a box of tiles around each (sliding tile attention)
     radial   fewer tiles with growing temporal distance (radial attention)
-    causal   chunks of frames: the first ones, the most recent ones and its own (the KV cache of a causal model)
     top_k    the tiles with the best scores of pooled queries and keys
 """
 
@@ -22,6 +21,8 @@ import torch
 from torch import Tensor
 
 Triple = tuple[int, int, int]
+SLAB = 2**24
+"""Scores of tiles that `top_k` makes at a time."""
 T = TypeVar("T")
 
 
@@ -166,35 +167,14 @@ def radial(grid: Triple, tile: Triple, decay: float = 2.0) -> Blocks:
     return _of_grid(grid, tile, map(rows, range(T)))
 
 
-def causal(grid: Triple, tile: Triple, chunk: int, window: int, sink: int = 1) -> Blocks:
-    """Chunks of `chunk` frames: each attends to the first `sink` chunks and to the last `window` up to and including
-    itself, never to later ones.
-
-    This is the content of a causal model's KV cache with an attention sink (Self-Forcing, arXiv 2506.08009; LongLive,
-    arXiv 2509.22622; sinks: arXiv 2309.17453). chunk must be a multiple of the tile's frames.
-    """
-    T, height, width = tile_counts(grid, tile)
-    if chunk < 1 or chunk % tile[0]:
-        below = max(chunk // tile[0], 1) * tile[0]
-        raise ValueError(f"chunk is {chunk} frames; it must be a multiple of the tile's {tile[0]} (nearest: {below})")
-    if window < 1 or sink < 0:
-        raise ValueError(f"window is {window} and sink {sink} chunks; at least 1 and 0 are needed")
-    chunks = torch.arange(T) * tile[0] // chunk
-
-    def rows(t: int) -> Tensor:
-        kept = (chunks <= chunks[t]) & ((chunks < sink) | (chunks > chunks[t] - window))
-        return kept.repeat_interleave(height * width).expand(height * width, -1)
-
-    return _of_grid(grid, tile, map(rows, range(T)))
-
-
 def top_k(q: Tensor, k: Tensor, tiles: Tensor, largest: int, count: int) -> Blocks:
     """For each query tile, the `count` key tiles with the best scores, always including its own. One list per head of
     each sample.
 
     q and k [B, N, H, D] in tile order; tiles: int32 [tiles + 1] from `tile_offsets`, on q's device, with at most
     `largest` tokens each. The score is the product of a tile's mean query and a tile's mean key (as in MoBA, arXiv
-    2502.13189, and the coarse stage of VSA, arXiv 2505.13389). Does not synchronize with the device.
+    2502.13189, and the coarse stage of VSA, arXiv 2505.13389). Scores are made for some query tiles at a time. Does
+    not synchronize with the device.
     """
     B, N, H, _ = q.shape
     n = tiles.numel() - 1
@@ -205,11 +185,10 @@ def top_k(q: Tensor, k: Tensor, tiles: Tensor, largest: int, count: int) -> Bloc
     if not 1 <= count <= n:
         raise ValueError(f"count is {count}; there are {n} tiles, and each attends to 1 to {n}")
     queries, keys = (_pooled(x, tiles, largest).transpose(1, 2) for x in (q, k))
-    scores = queries @ keys.transpose(-1, -2)
-    scores.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
-    best = scores.topk(count, dim=-1).indices.sort(dim=-1).values
+    slab = max(SLAB // (B * H * n), 1)
+    best = [_best(queries, keys, start, min(start + slab, n), count) for start in range(0, n, slab)]
     rows = torch.arange(B * H * n + 1, device=q.device) * count
-    return Blocks(tiles, tiles, rows, best.flatten().int(), (largest, largest))
+    return Blocks(tiles, tiles, rows, torch.cat(best, 2).flatten(), (largest, largest))
 
 
 # Properties
@@ -325,6 +304,13 @@ def _radial_count(distance: int, places: int, decay: float) -> int:
     if places * share >= 1:
         return math.ceil(places * share)
     return int(distance % math.ceil(1 / (places * share)) == 0)
+
+
+def _best(queries: Tensor, keys: Tensor, start: int, stop: int, count: int) -> Tensor:
+    """The key tiles of query tiles start to stop - 1: int32 [B, H, stop - start, count], sorted."""
+    scores = queries[:, :, start:stop] @ keys.transpose(-1, -2)
+    scores.diagonal(start, dim1=-2, dim2=-1).fill_(math.inf)
+    return scores.topk(count, dim=-1).indices.sort(dim=-1).values.int()
 
 
 def _pooled(x: Tensor, tiles: Tensor, largest: int) -> Tensor:

@@ -55,7 +55,7 @@ def load_model(source: str | Path = EMBEDDED, options: LoadOptions = DEFAULTS, m
     mesh: the ranks that run it together; all load it with the same options except the device.
     """
     device, loras, mesh = check_options(options), read_loras(options.loras, download=True), mesh or Mesh()
-    ops = bind(options.backend, options.attention, device)
+    ops = bind(options.backend, options.attention_backend, device)
     links = find_links(options.link, mesh, device)
     place = copies.find(source, options.quantize) or source
     checkpoint = open_checkpoint(place, options.parts, download=True, variant=options.variant).check()
@@ -89,7 +89,7 @@ def outline(
     planned_device = "cuda" if free is not None and options.device is None else options.device
     options, mesh = replace(options, device=planned_device, layout=ranks.layout), Mesh(size=ranks.ranks or 1)
     device, loras = check_options(options), read_loras(options.loras)
-    ops = bind(options.backend, options.attention, device) if free is None else Ops({}, {}, {})
+    ops = bind(options.backend, options.attention_backend, device) if free is None else Ops({}, {}, {})
     links = find_links(options.link, mesh, device, planned=True)
     links = replace(links, device=device_of(card)) if card else links
     checkpoint = quantize.apply(describe(source, options, format), options.quantize)

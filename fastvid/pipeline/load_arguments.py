@@ -21,9 +21,11 @@ from fastvid.distributed.links import check_link
 from fastvid.errors import InvalidRequest
 from fastvid.loaders import quantize
 from fastvid.loaders.names import BASE, EMBEDDED, PART_NAMES, VACE
+from fastvid.models.loaded import SPARSE
 from fastvid.models.registry import EXPERTS
 from fastvid.models.wan.variants import PUBLISHED
 from fastvid.requests import loras
+from fastvid.requests.levers import check_attention
 
 MAX_BACKENDS = 1000  # characters
 _PARTS = 'names and paths, such as {"vae": "wan_2.1_vae.safetensors"}'
@@ -84,13 +86,20 @@ def _backend(name: str, value: Any) -> str:
     return plain if len(plain) <= MAX_BACKENDS else refuse(name, plain, f"at most {MAX_BACKENDS} characters")
 
 
+def _attention(name: str, value: Any) -> str:
+    """A back end, or sparse attention for the requests."""
+    if isinstance(value, Mapping) or (isinstance(value, str) and value.partition(":")[0].strip() == SPARSE):
+        return check_attention(name, value)
+    return _backend(name, value)
+
+
 CHECKS: Mapping[str, Check] = {
     "model": model,
     "device": check_device,
     "dtype": _dtype_or_auto,
     "vae_dtype": _dtype,
     "backend": _backend,
-    "attention": _backend,
+    "attention": _attention,
     "loras": loras.check,
     "offload": one_of((AUTO, *MODES)),
     "parts": parts,

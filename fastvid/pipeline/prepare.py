@@ -21,7 +21,7 @@ from fastvid.errors import InvalidRequest
 from fastvid.media.sound import Track
 from fastvid.media.targets import paths_in
 from fastvid.models.loaded import Model
-from fastvid.pipeline import control_checks, tensors, verbs
+from fastvid.pipeline import control_checks, sparsity, tensors, verbs
 from fastvid.pipeline.cache_checks import check_cache
 from fastvid.pipeline.few_steps import with_few_steps
 from fastvid.pipeline.loras import for_request
@@ -101,7 +101,7 @@ def prepare(
     that drive a character may be missing. Raises InvalidRequest, MediaError, OutOfMemory.
     """
     model = for_request(model, request.loras or ())
-    request = with_few_steps(model, request)
+    request = with_few_steps(model, sparsity.with_default(model, request))
     resolved = inputs.read(request).resolve(model.preset)
     verbs.check_driving(model, request, resolved, complete)
     inputs.warn_of_shapes(resolved)
@@ -112,6 +112,7 @@ def prepare(
     control_checks.check_control(model, resolved)
     timeline = verbs.lay_out(resolved, verbs.rules_of(model, resolved))
     verbs.check(model, resolved, timeline)
+    sparsity.check(model, resolved)
     resolved = _with_tensors(model, resolved, timeline)
     sigmas = sigmas_of(resolved)
     timeline = with_tiles(model, resolved, in_two_stages(model, resolved, timeline, len(sigmas)))
@@ -120,6 +121,11 @@ def prepare(
     recipe = resolved.to_recipe(model=model.name, version=__version__, **model.settings)
     if all(segment.tile is None for segment in timeline.segments):
         warn_of_size(model, resolved)
+    timeline = in_two_stages(model, resolved, timeline, len(sigmas))
+    recipe = resolved.to_recipe(model=model.name, version=__version__, **model.settings) | sparsity.said(
+        model, resolved
+    )
+    warn_of_size(model, resolved)
     warn_of_forcing(model, resolved)
     plan, layout = plan_request(model, resolved, timeline, sigmas, keep_frames, free, rates, layout)
     warn_of_guidance(model, request, resolved, timeline, sigmas, layout)

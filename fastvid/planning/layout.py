@@ -14,9 +14,11 @@ from fastvid.distributed import cost_model
 from fastvid.distributed.cost_model import Prediction, Work
 from fastvid.distributed.layout import agree, first, layouts_for
 from fastvid.distributed.mesh import Layout
+from fastvid.engine.sparsity import tile_of
 from fastvid.errors import InvalidRequest
 from fastvid.models.loaded import Model
 from fastvid.models.wan.config import WanTransformerConfig
+from fastvid.ops.sparse import tile_counts
 from fastvid.requests.request import Resolved
 from fastvid.requests.timeline import Segment, Timeline
 
@@ -94,6 +96,8 @@ def layouts_of(model: Model, request: Resolved, timeline: Timeline, asked: Layou
     found = layouts_for(asked, mesh.size, heads, tokens, guided, model.links.per_host)
     if has_less_guidance(request):  # ranks that compute the negative prompt's half would wait in the other steps
         found = [layout for layout in found if layout.guidance == 1 or asked] or found
+    if request.attention is not None:
+        return _whole_tiles(found, request, shapes, (ph, pw))
     if not request.causal_attention:
         return found
     if whole := [layout for layout in found if layout.ring == 1]:
@@ -108,6 +112,21 @@ def has_less_guidance(request: Resolved) -> bool:
     """Whether some steps need one velocity alone, or both in one call."""
     levers = request.guidance_interval, request.guidance_every, request.guidance_batch
     return any(lever is not None for lever in levers)
+
+
+def _whole_tiles(
+    found: list[Layout], request: Resolved, shapes: list[tuple[int, int]], patch: tuple[int, int]
+) -> list[Layout]:
+    """The layouts in which every rank sees all keys of its heads and holds whole tiles of each frame."""
+    frames = [(h // patch[0], w // patch[1]) for h, w in shapes]
+    tiles = min((prod(tile_counts((1, *frame), (1, *tile_of(frame)))) for frame in frames), default=1)
+    if kept := [layout for layout in found if layout.ring == 1 and layout.sequence <= tiles]:
+        return kept
+    raise InvalidRequest(
+        f"attention={request.attention!s:.60}: tiles are chosen from all keys of a head, and a frame has {tiles} tiles"
+        "; take ranks that divide the heads (parallel='ulysses=...'), no ring, and no more than there are tiles; or "
+        "attention='dense'"
+    )
 
 
 def choose_layout(

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastvid.distributed.mesh import Layout
 from fastvid.engine.guidance import GuidanceSteps, Negative, has_own_levels, why_apart
+from fastvid.engine.sparsity import Settings
 from fastvid.models.loaded import Model
 from fastvid.planning import step_cache
 from fastvid.requests.levers import OFF, small_steps
@@ -79,16 +80,31 @@ def _negatives(asked: Asked) -> list[Negative]:
     return GuidanceSteps(asked.model, asked.request, asked.sigmas).of_steps(scales)
 
 
+def _sparse(asked: Asked, value: str) -> str:
+    one, steps = Settings.of(value), len(asked.sigmas)
+    layers = f" and {one.dense_layers} layers" if one.dense_layers else ""
+    first = f"the first {one.dense_rows(steps)} of {steps} steps{layers} are dense"
+    return f"self-attention to {one.keep:.0%} of the tiles; {first}"
+
+
+def _sparse_share(asked: Asked, value: str) -> Share:
+    one, steps, layers = Settings.of(value), len(asked.sigmas), asked.model.transformer.config.num_layers
+    sparse = (1 - one.dense_rows(steps) / steps) * (1 - min(1.0, one.dense_layers / layers))
+    return Share(attention=1 - sparse * (1 - one.keep))
+
+
 WORDS: Mapping[str, Callable[[Asked, Any], str]] = {
     "guidance_interval": _guidance_interval,
     "guidance_every": _guidance_every,
     "guidance_batch": _guidance_batch,
     "progressive": _progressive,
+    "attention": _sparse,
     "cache": lambda asked, value: step_cache.words(asked.model, asked.request, asked.timeline, asked.sigmas),
 }
 """lever -> what is done less of, in words, from its value. A lever without a row is shown as it was asked for."""
 
 SHARES: Mapping[str, Callable[[Asked, Any], Share]] = {
+    "attention": _sparse_share,
     "cache": lambda asked, value: Share(step_cache.share(asked.model, asked.request, asked.timeline, asked.sigmas)),
 }
 """lever -> the share of work that it leaves, from its value."""

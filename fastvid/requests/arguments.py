@@ -322,7 +322,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     ),
     "attention": Argument(
         levers.check_attention,
-        "what self-attention looks at: dense, sparse, or sparse with settings, such as sparse:pattern=radial,keep=0.3",
+        "what self-attention looks at: dense, sparse, or sparse with settings: sparse:keep=0.3,dense_steps=0.25",
     ),
     "preset": Argument(
         text,

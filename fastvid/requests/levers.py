@@ -44,15 +44,13 @@ _share = number(0.0, 1.0)
 ATTENTIONS: Kinds = {
     "dense": {},
     "sparse": {
-        "pattern": one_of(("top_k", "window", "radial", "profile")),
-        "keep": _share,
+        "keep": number(0.01, 1.0),
         "dense_steps": _share,
         "dense_layers": whole(0, 1000),
-        "file": checks.path,
     },
 }
-"""What self-attention looks at (`fastvid.engine.sparsity`). keep: the share of tile pairs; dense_steps: the share of
-the steps, from the first on, that are dense; dense_layers: layers that are dense in all steps."""
+"""What self-attention looks at (`fastvid.engine.sparsity`). keep: the share of pairs of tiles; dense_steps: the share
+of the steps, from the first on, that are dense; dense_layers: how many first layers are dense in all steps."""
 
 OFF: Mapping[str, Any] = {
     "cache": "off",

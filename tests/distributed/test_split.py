@@ -80,7 +80,6 @@ def sparse(mesh: Mesh, seed: str) -> None:
             [
                 sparsity.window(grid, tile, (2, 2, 2)),
                 sparsity.radial(grid, tile),
-                sparsity.causal(grid, tile, tile[0], 2),
                 sparsity.top_k(q, k, tiles, largest, count),
             ]
         )

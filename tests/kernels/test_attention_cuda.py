@@ -115,7 +115,6 @@ def test_patterns_of_a_video() -> None:
         sparse.full(grid, tile),
         sparse.window(grid, tile, (1, 2, 1)),
         sparse.radial(grid, tile),
-        sparse.causal(grid, (1, 4, 4), 1, 1, 1),
         sparse.top_k(q, k, tiles, math.prod(tile), 3),
     ):
         check(q, k, v, run(q, k, v, blocks), blocks=blocks)

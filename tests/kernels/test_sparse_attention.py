@@ -155,7 +155,6 @@ def test_triton_with_the_patterns_of_a_video(tma: bool) -> None:
     for blocks in (
         sparse.window(grid, tile, (1, 2, 1)),
         sparse.radial(grid, tile),
-        sparse.causal(grid, tile, 1, 1, 1),
         sparse.top_k(q, k, tiles, 12, 2),
     ):
         check(q, k, v, run_kernel(q, k, v, blocks, tma=tma), None, blocks)
@@ -246,7 +245,6 @@ def test_on_a_gpu(dtype: torch.dtype, head_dim: int, tile: Triple) -> None:
         for blocks in (
             sparse.full(grid, tile).to("cuda"),
             sparse.window(grid, tile, (1, 3, 1)).to("cuda"),
-            sparse.causal(grid, tile, tile[0], 1, 0).to("cuda"),
             sparse.top_k(q, k, tiles, math.prod(tile), 2),
         ):
             check(q, k, v, triton(q, k, v, return_lse=True, blocks=blocks), None, blocks)

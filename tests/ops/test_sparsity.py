@@ -124,29 +124,7 @@ def test_radial_density_falls_with_distance() -> None:
     assert shares[0] == 1 and shares == sorted(shares, reverse=True) and shares[-1] < 0.2
 
 
-@given(
-    grid=GRIDS, tile=TILES, tiles=st.integers(1, 3), window=st.integers(1, 3), sink=st.integers(0, 2), data=st.data()
-)
-def test_causal_sees_the_sink_and_the_window_and_nothing_later(
-    grid: Triple, tile: Triple, tiles: int, window: int, sink: int, data: st.DataObject
-) -> None:
-    chunk = tiles * tile[0]
-    blocks = sparse.causal(grid, tile, chunk, window, sink)
-    check(blocks, grid, tile)
-    order = boxes(grid, tile)
-    mask = sparse.token_mask(blocks)[0]
-    tokens = [token for box in order for token in box]
-    own = data.draw(st.integers(0, len(tokens) - 1))
-    for other, kept in enumerate(mask[own].tolist()):
-        now, then = tokens[own][0] // chunk, tokens[other][0] // chunk
-        assert kept == (then <= now and (then < sink or then > now - window))
-
-
-def test_causal_refuses_chunks_that_cut_tiles() -> None:
-    with pytest.raises(ValueError, match=r"chunk is 5 frames.*multiple of the tile's 2 \(nearest: 4\)"):
-        sparse.causal((8, 2, 2), (2, 1, 1), 5, 1)
-    with pytest.raises(ValueError, match="window is 0"):
-        sparse.causal((8, 2, 2), (2, 1, 1), 4, 0)
+def test_patterns_refuse_other_sizes() -> None:
     with pytest.raises(ValueError, match="size is"):
         sparse.window((8, 2, 2), (2, 1, 1), (1, 0, 1))
     with pytest.raises(ValueError, match="decay is 0.5"):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvid.distributed.mesh import RankView
+from fastvid.distributed.mesh import Layout, Mesh, RankView
 from fastvid.errors import InvalidRequest
 from fastvid.layers.attention import cross_attention, self_attention
 from fastvid.layers.branches import plain_weight
@@ -29,9 +29,11 @@ from fastvid.layers.linear import FeedForward, Linear, TwoLinears, linear, linea
 from fastvid.layers.norms import Norm, normed
 from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
+from fastvid.layers.tiles import Tiling
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.ops import reference
 from fastvid.ops.quantized import Activations
+from fastvid.ops.sparse import Triple
 from fastvid.ops.upload import upload
 
 IMAGE_NORM_EPS = 1e-5  # of the norms around the image embedder, whatever the config's eps
@@ -72,9 +74,9 @@ class Inputs(NamedTuple):
 class SelfAttention(nn.Module):
     """The attention of a video's tokens to each other. Queries, keys and values are one product."""
 
-    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
+    def __init__(self, config: WanTransformerConfig, ops: Any, number: int) -> None:
         super().__init__()
-        self.ops, self.eps = ops, config.eps
+        self.ops, self.eps, self.number = ops, config.eps, number  # of its layer
         self.to_qkv = FusedLinear(config.dim, config.dim, 3)
         self.to_q, self.to_k, self.to_v = self.to_qkv.layers()  # as checkpoints have them
         self.to_out = nn.ModuleList([Linear(config.dim, config.dim)])
@@ -93,7 +95,8 @@ class SelfAttention(nn.Module):
         qkv, norms = linear(self.ops, self.to_qkv, tokens.take()[0]), (self.norm_q.weight, self.norm_k.weight)
         q, k, v = self.ops.qkv_norm_rope(qkv, *norms, *rotary, self.eps)
         del qkv
-        return linear(self.ops, self.to_out[0], self_attention(self.ops, q, k, v, cache, parallel))
+        blocks = None if parallel is None else parallel.blocks(self.number)
+        return linear(self.ops, self.to_out[0], self_attention(self.ops, q, k, v, cache, parallel, blocks))
 
 
 class CrossAttention(nn.Module):
@@ -139,10 +142,10 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention to the context, feed-forward; the first and last modulated by the timestep."""
 
-    def __init__(self, config: WanTransformerConfig, ops: Any) -> None:
+    def __init__(self, config: WanTransformerConfig, ops: Any, number: int = 0) -> None:
         super().__init__()
         self.ops, self.eps = ops, config.eps
-        self.attn1 = SelfAttention(config, ops)
+        self.attn1 = SelfAttention(config, ops, number)
         self.attn2 = CrossAttention(config, ops)
         self.norm2 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else None
         self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim, ops)
@@ -254,7 +257,7 @@ class WanTransformer(nn.Module):
         self.run: Callable[..., Tensor] = call  # replaced by `fastvid.device.cuda_graphs`, which replays `_velocity`
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, config.patch_size, config.patch_size)
         self.condition_embedder = ConditionEmbedder(config, ops)
-        self.blocks = nn.ModuleList([Block(config, ops) for _ in range(config.num_layers)])
+        self.blocks = nn.ModuleList([Block(config, ops, number) for number in range(config.num_layers)])
         self.rotary = RotaryTables(config.attention_head_dim)
         pt, ph, pw = config.patch_size
         self.proj_out = Linear(config.dim, config.out_channels * pt * ph * pw)
@@ -334,31 +337,30 @@ class WanTransformer(nn.Module):
         self._check_context(context, latents, cache)
         values, index = (upload(one, latents.device) for one in group_timesteps(timestep, latents.shape[0], grid))
         inputs = Inputs(latents, known, values, index, self._rotary(grid, rope_offset, latents.device), context)
-        if view is not None and view.layout.sequence > 1:
-            parallel = self._sequence_parallel(view, grid)
+        tiling = None if levers is None or levers.sparsity is None else levers.sparsity.tiling(grid[1:], latents.device)
+        if tiling is not None or (view is not None and view.layout.sequence > 1):
+            parallel = self._sequence_parallel(view or RankView(Mesh(), Layout()), grid, tiling)
             own = self._velocity(self._shard(inputs, parallel), cache, parallel, levers)
             return parallel.gather(own, self.config.patch_size, latents.shape[3])
         if cache is None and levers is None:
             return self.run(self._velocity, inputs)
         return self._velocity(inputs, cache, levers=levers)
 
-    def _rotary(
-        self, grid: tuple[int, int, int], offset: int | Sequence[int], device: torch.device
-    ) -> tuple[Tensor, Tensor]:
+    def _rotary(self, grid: Triple, offset: int | Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the angles of every token that the blocks see."""
         return self.rotary(grid, offset, device)
 
     def _check_context(self, context: AnyContext, latents: Tensor, cache: KVCache | CausalBlocks | None) -> None:
         """Raises InvalidRequest for a context that does not fit the latents."""
 
-    def _sequence_parallel(self, view: RankView, grid: tuple[int, int, int]) -> SequenceParallel:
+    def _sequence_parallel(self, view: RankView, grid: Triple, tiling: Tiling | None) -> SequenceParallel:
         layout, heads, tokens = view.layout, self.config.num_attention_heads, grid[1] * grid[2]
         if heads % layout.ulysses or layout.sequence > tokens:
             raise InvalidRequest(
                 f"parallel: {layout} does not fit {heads} heads and {tokens} tokens a frame: ulysses has to divide the "
                 f"heads, and ring x ulysses be at most the tokens of a frame"
             )
-        return SequenceParallel.of_grid(view, grid)
+        return SequenceParallel.of_grid(view, grid, tiling)
 
     def _shard(self, inputs: Inputs, parallel: SequenceParallel) -> Inputs:
         """This rank's part."""
@@ -435,7 +437,7 @@ class WanTransformer(nn.Module):
         x, y, gate = stream.take()
         return x if y is None else self.ops.gated_residual(x, y, gate, modulation.groups)
 
-    def _grid(self, latents: Tensor, known: Tensor | None = None) -> tuple[int, int, int]:
+    def _grid(self, latents: Tensor, known: Tensor | None = None) -> Triple:
         """Tokens along t, h, w."""
         patch, given = self.config.patch_size, [latents] if known is None else [latents, known]
         fits = all(one.ndim == 5 for one in given) and len({(one.shape[0], *one.shape[2:]) for one in given}) == 1

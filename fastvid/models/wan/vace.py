@@ -22,7 +22,14 @@ from fastvid.layers.linear import Linear, linear
 from fastvid.layers.residual import Stream
 from fastvid.layers.sequence_parallel import SequenceParallel
 from fastvid.models.wan.config import WanTransformerConfig, WanVACEConfig
-from fastvid.models.wan.transformer import AnyContext, Block, Inputs, Modulation, WanTransformer, cross_attentions
+from fastvid.models.wan.transformer import (
+    AnyContext,
+    Block,
+    Inputs,
+    Modulation,
+    WanTransformer,
+    cross_attentions,
+)
 from fastvid.ops import reference
 
 
@@ -39,8 +46,8 @@ class VACEContext(NamedTuple):
 class VACEBlock(Block):
     """A block of the control stack: it goes on from the control before it, and gives a hint."""
 
-    def __init__(self, config: WanTransformerConfig, ops: Any, first: bool) -> None:
-        super().__init__(config, ops)
+    def __init__(self, config: WanTransformerConfig, ops: Any, number: int, first: bool) -> None:
+        super().__init__(config, ops, number)
         self.proj_in = Linear(config.dim, config.dim) if first else None
         self.proj_out = Linear(config.dim, config.dim)
 
@@ -59,7 +66,8 @@ class WanVACETransformer(WanTransformer):
         self.vace_config = config
         main = config.transformer
         self.vace_patch_embedding = nn.Conv3d(config.vace_in_channels, main.dim, main.patch_size, main.patch_size)
-        self.vace_blocks = nn.ModuleList([VACEBlock(main, ops, first=i == 0) for i in range(len(config.vace_layers))])
+        layers = enumerate(config.vace_layers)
+        self.vace_blocks = nn.ModuleList([VACEBlock(main, ops, number, first=i == 0) for i, number in layers])
 
     def prepare_context(
         self,
