@@ -53,7 +53,7 @@ def _library() -> ctypes.CDLL:
 
 
 @functools.cache
-def _product() -> Callable[..., None]:
+def product() -> Callable[..., None]:
     function = getattr(_library(), _PRODUCT)
     sizes, pointers = [ctypes.c_int64] * 6, [ctypes.c_void_p] * 3
     function.argtypes, function.restype = [*sizes, ctypes.c_bool, *pointers, ctypes.c_bool], None
@@ -90,7 +90,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     have gaps. K is even."""
     (M, K), (pairs, N, _) = a.shape, b.shape
     assert a.stride(1) == 1 == out.stride(1) and b.is_contiguous() and 2 * pairs == K and out.shape == (M, N)
-    _product()(M, N, K, a.stride(0), N, out.stride(0), add, a.data_ptr(), b.data_ptr(), out.data_ptr(), True)
+    product()(M, N, K, a.stride(0), N, out.stride(0), add, a.data_ptr(), b.data_ptr(), out.data_ptr(), True)
 
 
 def spread(run: Callable[[int], None], count: int) -> None:

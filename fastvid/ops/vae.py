@@ -1,10 +1,11 @@
 """Operations of the VAEs in PyTorch.
 
 Each has two implementations with the same result. The first is plain PyTorch, for any device and dtype, with autograd.
-The second is for fp32 on the CPU without gradients: it keeps tensors channels-last, works in stripes of rows that fit
-into the cache, and calls oneDNN directly, because F.conv3d uses its own loop, 5 to 10 times slower, for tensors of less
-than 20,480 rows. `channels_last` decides between the two, unless `how` names one: "aten", "onednn", or "winograd" for
-normed convolutions. The latter two raise ValueError where they do not apply.
+The second is for fp32 on the CPU without gradients, and for bf16 on processors with AVX512-BF16: it keeps tensors
+channels-last, works in stripes of rows that fit into the cache, and calls oneDNN directly, as F.conv3d uses its own
+loop, 5 to 10 times slower, for tensors of less than 20,480 rows. `channels_last` decides between the two, unless `how`
+names one: "aten", "onednn", or "winograd" for normed convolutions. The latter two raise ValueError where they do not
+apply.
 
 A convolution may be split into parts of a frame's rows. `edges` is then the number of rows (0 or 1) at the top and at
 the bottom of x that are only context: they are read but get no result. With 0 the frame ends there and is zero-padded.
@@ -21,26 +22,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvid.ops import onednn, rgb, winograd
+from fastvid.ops import brgemm, onednn, rgb, winograd, winograd_bf16
 
 STRIPE = 2**21  # input elements per stripe of a direct convolution: 8 MB
+WINOGRAD: Mapping[torch.dtype, Any] = {torch.float32: winograd, torch.bfloat16: winograd_bf16}
 
 
 def channels_last(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether the CPU implementation applies: fp32 on a CPU with oneDNN, and no gradients."""
+    """Whether the CPU implementation applies: fp32 or (with AVX512-BF16) bf16 on a CPU with oneDNN, no gradients."""
     tensors = (x, *parameters)
     return (
-        all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+        x.dtype in WINOGRAD
+        and all(tensor.device.type == "cpu" and tensor.dtype == x.dtype for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and onednn.available()
+        and (onednn.available() if x.dtype == torch.float32 else _bf16())
     )
+
+
+def _bf16() -> bool:
+    return brgemm.why_not() is None and not torch.compiler.is_compiling()
 
 
 def takes_onednn(how: str | None, x: Tensor, *parameters: Tensor) -> bool:
     """Whether the CPU implementation runs. Raises ValueError if it is asked for by name and does not apply."""
     applies = how != "aten" and channels_last(x, *parameters)
     if how not in (None, "aten") and not applies:
-        raise ValueError(f"{how} takes float32 on a CPU with oneDNN, without gradients, not {x.dtype} on {x.device}")
+        takes = "float32 on a CPU with oneDNN, or bfloat16 with AVX512-BF16, without gradients"
+        raise ValueError(f"{how} takes {takes}, not {x.dtype} on {x.device}")
     return applies
 
 
@@ -135,14 +143,16 @@ def norm_silu_conv3d(
         out = _empty(x, B, weight.shape[0], T, H - sum(edges), W)
     else:
         out = _channels_last(residual)
-    tiled = how is None and winograd.worthwhile(x[0, 0].numel() if pixels is None else pixels, weight)
-    run = winograd.norm_silu_conv3d if tiled or how == "winograd" else _direct
+    way = WINOGRAD[x.dtype]
+    tiled = how is None and way.worthwhile(x[0, 0].numel() if pixels is None else pixels, weight)
+    run = way.norm_silu_conv3d if tiled or how == "winograd" else _direct
     return out, run(x, past, gamma, weight, bias, out, residual is not None, edges)
 
 
 def row_grain(x: Tensor, gamma: Tensor, weight: Tensor, pixels: int) -> int:
     """The row multiple at which a chunk must be split so that norm_silu_conv3d gives bit-identical results."""
-    return winograd.TILE if channels_last(x, weight, gamma) and winograd.worthwhile(pixels, weight) else 1
+    way = WINOGRAD.get(x.dtype)
+    return way.TILE if way and channels_last(x, weight, gamma) and way.worthwhile(pixels, weight) else 1
 
 
 def _direct(
@@ -274,6 +284,7 @@ def phase_weights(weight: Tensor) -> Tensor:
     An even output row reads the original rows (-1, 0) with weights (w0, w1 + w2), an odd one (0, 1) with (w0 + w1, w2):
     4 products instead of 9.
     """
-    merge = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-    merged = torch.einsum("ipk,jql,nckl->ijncpq", merge, merge, weight)
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))  # bf16 is rounded once
+    merge = exact.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+    merged = torch.einsum("ipk,jql,nckl->ijncpq", merge, merge, exact).to(weight.dtype)
     return merged.flatten(0, 2).contiguous(memory_format=torch.channels_last)

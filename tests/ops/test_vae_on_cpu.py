@@ -11,7 +11,7 @@ from exact_vae import exact_conv, exact_double, exact_norm, exact_upsample
 from kernel_cases import error, laid_out, random
 from torch import Tensor
 
-from fastvid.ops import vae, vae_gpu, winograd
+from fastvid.ops import brgemm, vae, vae_gpu, winograd, winograd_bf16
 
 NORMED = "vae_norm_silu_conv3d"
 
@@ -65,6 +65,45 @@ def test_the_reference_takes_winograd_for_large_chunks(monkeypatch: pytest.Monke
     assert not torch.equal(made, run(NORMED, "onednn", given)) and error(made, exact) < 2e-6
 
 
+needs_products = pytest.mark.skipif(brgemm.why_not() is not None, reason=str(brgemm.why_not()))
+
+
+def halved(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(one.bfloat16() if isinstance(one, Tensor) else one for one in given)
+
+
+@needs_products
+@pytest.mark.parametrize("op", cases(4, 4))
+def test_bf16_is_as_exact_as_pytorch(op: str) -> None:
+    """By float64 of the same rounded arguments: at most twice PyTorch's error."""
+    given = halved(cases(64, 9)[op][0])
+    exact = run(op, "aten", tuple(one.double() if isinstance(one, Tensor) else one for one in given))
+    plain = error(run(op, "aten", given), exact)
+    for name in vae.ON_CPU[getattr(vae, op.removeprefix("vae_"))][1:]:
+        assert error(run(op, name, given), exact) <= 2 * plain, name
+
+
+@needs_products
+@pytest.mark.parametrize("frames", [1, 2, 4])
+@torch.no_grad()
+def test_parts_and_threads_give_the_bits_of_the_whole_in_bf16(monkeypatch: pytest.MonkeyPatch, frames: int) -> None:
+    x, gamma, bias = random(2, 64, frames, 12, 7), random(64, 1, 1, 1, seed=2), random(66, seed=3)
+    weight, past = random(66, 64, 3, 3, 3, seed=4) / 40, random(2, 64, 2, 12, 7, seed=5)
+    x, past, gamma, weight, bias = halved((x, past, gamma, weight, bias))
+    whole, kept = vae.norm_silu_conv3d(x, past, gamma, weight, bias, how="winograd")
+    monkeypatch.setattr(winograd_bf16, "worthwhile", lambda pixels, weight: True)
+    assert vae.row_grain(x, gamma, weight, 10) == winograd_bf16.TILE
+    parts = []
+    for rows, edges in ((slice(0, 7), (0, 1)), (slice(5, 12), (1, 0))):
+        part, own = vae.norm_silu_conv3d(x[:, :, :, rows], past[:, :, :, rows], gamma, weight, bias, None, edges, 99)
+        assert torch.equal(own, kept[:, :, :, rows])
+        parts.append(part)
+    assert torch.equal(torch.cat(parts, 3), whole)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    again, own = vae.norm_silu_conv3d(x, past, gamma, weight, bias, how="winograd")
+    assert torch.equal(again, whole) and torch.equal(own, kept)
+
+
 def test_bytes_of_each() -> None:
     x, gamma = random(1, 8, 2, 5, 4), random(8, 1, 1, 1, seed=2)
     given = (x, None, gamma, random(3, 8, 3, 3, 3, seed=3) / 6, random(3))
@@ -77,9 +116,9 @@ def test_what_does_not_apply_is_refused(name: str) -> None:
     x, gamma, weight, bias = random(1, 4, 1, 3, 3), torch.ones(4, 1, 1, 1), random(4, 4, 3, 3, 3), random(4)
     function = vae_gpu.BACKENDS[NORMED][name]
     with pytest.raises(
-        ValueError, match=f"{name} takes float32 on a CPU with oneDNN, without gradients, not .*bfloat16"
+        ValueError, match=f"{name} takes float32 on a CPU with oneDNN, or bfloat16 .*, without gradients, not .*float16"
     ):
-        function(*(one.bfloat16() if one is not None else None for one in (x, None, gamma, weight, bias)))
+        function(*(one.half() if one is not None else None for one in (x, None, gamma, weight, bias)))
     with pytest.raises(ValueError, match=name), torch.backends.mkldnn.flags(enabled=False):
         function(x, None, gamma, weight, bias)
     with pytest.raises(ValueError, match=name), torch.enable_grad():
