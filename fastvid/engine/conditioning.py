@@ -324,7 +324,7 @@ class SegmentDenoiser:
             context = self._contexts_of(transformer, expert, prompts, texts)
             known = self._channels(row)
             known = known if known is None else batched([known] * count)
-            options = {"known": known, "rope_offset": offset, "cache": cache, "view": self._ranks}
+            options: dict[str, Any] = {"known": known, "rope_offset": offset, "cache": cache, "view": self._ranks}
             options["levers"] = self.levers.of_call(row, expert, prompt)
             transformer = transformer if self.segment.tile is None else tiles.Tiled(transformer, self.segment)
             velocity = transformer(latents, times, context, **options)

@@ -76,7 +76,8 @@ class GuidanceSteps:
 
     def of_steps(self, scales: Sequence[float]) -> list[Negative]:
         """Of each step of a window. scales: of each expert."""
-        made, since, before = [], 0, (-1, False)
+        made: list[Negative] = []
+        since, before = 0, (-1, False)
         for inside, expert in zip(self.interval.holds(self._sigmas).tolist(), self._experts, strict=True):
             stage = expert, len(made) < self._small
             since, before = (since if stage == before else 0), stage
