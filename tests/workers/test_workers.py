@@ -84,6 +84,18 @@ def test_the_other_methods(pipe, alone) -> None:
     assert np.array_equal(video.frames, pipe.generate(PROMPT, **SHORT).frames)
 
 
+def test_batches_warm_ups_and_prompts_that_come_again(pipe) -> None:
+    assert list(pipe.warmup((64, 64, 9))) == ["64x64, 9 frames"]
+    with pytest.raises(fastvid.InvalidRequest, match=r"^sizes\[0\] of the warm-up: size="):
+        pipe.warmup("64*64")
+    hits = pipe.describe()["text_cache"]["hits"]
+    one, other = pipe.generate(PROMPT, **SHORT | {"seed": [5, 6]})
+    assert np.array_equal(one.frames, pipe.generate(PROMPT, **SHORT).frames) and other.seed == 6
+    assert pipe.describe()["text_cache"]["hits"] > hits
+    with pytest.raises(fastvid.InvalidRequest, match="batch_size=2: on several ranks"):
+        pipe.generate(PROMPT, batch_size=2, **SHORT | {"seed": [5, 6]})
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
