@@ -326,8 +326,8 @@ class SegmentDenoiser:
             known = known if known is None else batched([known] * count)
             options: dict[str, Any] = {"known": known, "rope_offset": offset, "cache": cache, "view": self._ranks}
             options["levers"] = self.levers.of_call(row, expert, prompt)
-            transformer = transformer if self.segment.tile is None else tiles.Tiled(transformer, self.segment)
-            velocity = transformer(latents, times, context, **options)
+            call = transformer if self.segment.tile is None else tiles.Tiled(transformer, self.segment)
+            velocity: Tensor = call(latents, times, context, **options)
         return velocity[:, :, 1:] if has_anchor else velocity
 
     def _input(self, row: TableRow, region: Region | None, prompt: int, x: Tensor) -> tuple[Tensor, Tensor]:

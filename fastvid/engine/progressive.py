@@ -27,9 +27,8 @@ from fastvid.sampling.noise_table import TableRow
 
 def scaled(known: KnownFrames, small: Segment) -> KnownFrames:
     """The known frames for the small stage. Pictures are fitted to a segment anyway."""
-    ends = {name: getattr(known, name) for name in ("left", "right")}
-    sized = {name: None if one is None else resize(one, small.height, small.width) for name, one in ends.items()}
-    return replace(known, **sized)
+    left, right = (None if one is None else resize(one, small.height, small.width) for one in (known.left, known.right))
+    return replace(known, left=left, right=right)
 
 
 def resample(latents: Tensor, height: int, width: int) -> Tensor:

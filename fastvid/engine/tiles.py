@@ -40,6 +40,14 @@ def tiles_of(segment: Segment) -> list[tuple[Span, Span]]:
     return [(rows, columns) for rows in spans(height, tall) for columns in spans(width, wide)]
 
 
+def words(segment: Segment) -> tuple[str, ...]:
+    """What a plan says of the tiles of a segment."""
+    if segment.tile is None:
+        return ()
+    height, width = segment.tile
+    return (f"each frame is made in {len(tiles_of(segment))} tiles of {width}x{height}, which overlap",)
+
+
 @dataclass(frozen=True)
 class Tiled:
     """A transformer on the tiles of a segment."""

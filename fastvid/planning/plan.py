@@ -22,6 +22,7 @@ from fastvid.distributed.mesh import Layout
 from fastvid.engine import decode, guidance
 from fastvid.engine.events import Plan
 from fastvid.engine.known_latents import lead_in
+from fastvid.engine.tiles import words as tiling
 from fastvid.engine.windows import spans, window_columns
 from fastvid.models.description import quantized_text
 from fastvid.models.loaded import CHANNELS, CONTROL, DRIVEN, Model, way_of
@@ -273,7 +274,11 @@ def _memory(model: Model, needs: Needs, frames: int, capacity: int) -> dict[str,
     # Decoding in parallel with denoising has the highest peak. Several ranks decode together, so it does not apply.
     both = _bytes_beside(model, needs)
     beside = decode.faster_beside(model.device) and both <= capacity and model.mesh.size == 1
-    choices = memory.choices + (("decoding runs beside denoising, on a stream of its own",) if beside else ())
+    choices = (
+        memory.choices
+        + tiling(needs.segment)
+        + (("decoding runs beside denoising, on a stream of its own",) if beside else ())
+    )
     return {
         "decode_stripes": needs.stripes,
         "bytes_weights": needs.model.sizes.total,

@@ -23,7 +23,7 @@ class Between:
 
     @property
     def num_frames(self) -> int:
-        return (self.original.num_frames - 1) * self.factor + 1
+        return (int(self.original.num_frames) - 1) * self.factor + 1
 
     @property
     def height(self) -> int:
@@ -49,7 +49,8 @@ class Between:
         before = numbers // self.factor - first
         after = np.minimum(before + 1, len(known) - 1)
         share = (numbers % self.factor / self.factor).astype(np.float32)[:, None, None, None]
-        return ((1 - share) * known[before] + share * known[after]).round().astype(np.uint8)
+        faded: np.ndarray = ((1 - share) * known[before] + share * known[after]).round().astype(np.uint8)
+        return faded
 
     def known(self, start: int, stop: int) -> dict[int, np.ndarray]:
         """The clip's own frames [H, W, 3] among start to stop - 1, by number."""
@@ -61,7 +62,7 @@ class Between:
 
     def sound(self, start: int, stop: int, fps: float) -> Span | None:
         """See `Clip.sound`."""
-        whole = self.original.sound(0, self.original.num_frames, self.original.fps or fps / self.factor)
+        whole: Span | None = self.original.sound(0, self.original.num_frames, self.original.fps or fps / self.factor)
         if whole is None:
             return None
         return replace(whole, begin=whole.begin + start / fps, seconds=(stop - start) / fps)

@@ -160,9 +160,14 @@ class Segment:
         """The segment at half the size."""
         assert self.half is not None
         height, width = self.half
-        sides = {"model_height": height, "model_width": width, "half": None}
-        sides |= {"height": round(self.height * height / self.model_height)}
-        return replace(self, **sides, width=round(self.width * width / self.model_width))
+        return replace(
+            self,
+            height=round(self.height * height / self.model_height),
+            width=round(self.width * width / self.model_width),
+            model_height=height,
+            model_width=width,
+            half=None,
+        )
 
     def crop(self, frames: Tensor) -> Tensor:
         """Frames [n, H, W, 3] of the stream, cropped to the output size."""
