@@ -10,7 +10,7 @@ import numpy as np
 from fastvid.engine import magcache
 from fastvid.engine.step_methods import EasyCache, FirstBlock, MagCache, Method, TaylorSeer, every, spread
 from fastvid.models.loaded import Model
-from fastvid.requests.levers import CACHES, Lever, parse
+from fastvid.requests.levers import CACHES, Lever, check_cache, parse
 from fastvid.requests.request import Resolved
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -27,7 +27,7 @@ def lever_of(request: Resolved) -> Lever | None:
     """The step cache of a request, with all settings; None without one."""
     if request.cache is None:
         return None
-    lever = parse("cache", request.cache, CACHES)
+    lever = parse("cache", check_cache("cache", request.cache), CACHES)  # a number, in a preset's `qualities`
     return Lever(lever.name, {**DEFAULTS[lever.name], **lever.settings})
 
 
@@ -49,7 +49,7 @@ def _taylorseer(model: Model, request: Resolved, levels: np.ndarray, given: dict
 
 def _target(model: Model, request: Resolved, levels: np.ndarray, given: dict[str, Any]) -> Method:
     count, warmup = computed_for(len(levels), given["speedup"]), max(2, round(WARMUP * len(levels)))
-    return TaylorSeer(len(levels), order=1, computed=spread(len(levels), count, warmup))
+    return TaylorSeer(len(levels), order=1, computed=spread(len(levels), count, warmup), near=True)
 
 
 def _magcache(model: Model, request: Resolved, levels: np.ndarray, given: dict[str, Any]) -> Method:
@@ -66,7 +66,7 @@ MAKERS: Mapping[str, Callable[[Model, Resolved, np.ndarray, dict[str, Any]], Met
     "target": _target,
 }
 
-WARMUP = 0.2
+WARMUP = 0.25
 """The share of a target's steps, from the first on, that all run their blocks: what they settle, later ones follow."""
 
 

@@ -109,10 +109,13 @@ class FirstBlock(Method):
 
 @dataclass(frozen=True)
 class TaylorSeer(Method):
-    """computed: whether all blocks run, for each step."""
+    """computed: whether all blocks run, for each step. near: a forecast goes no farther than the last two of those are
+    apart, which beyond the paper keeps the steps behind the warmup from running away: differences over one step say
+    little of four steps on."""
 
     order: int = 1
     computed: tuple[bool, ...] = ()
+    near: bool = False
 
     def allows(self, branch: Branch, step: int) -> bool:
         due = any(self.computed[branch.last + 1 : step + 1]) or step >= self.steps - 1
@@ -123,6 +126,8 @@ class TaylorSeer(Method):
             return None
         differences = [branch.tensors[name] for name in self.names if name in branch.tensors]
         out, ahead = x + differences[0], step - branch.last
+        if self.near:
+            ahead = min(ahead, 1 + self.computed[: branch.last][::-1].index(True) if branch.last else 1)
         for order, difference in enumerate(differences[1:], 1):
             out.add_(difference, alpha=ahead**order / math.factorial(order))
         return out

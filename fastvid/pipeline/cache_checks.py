@@ -21,9 +21,21 @@ FEW_STEPS = 8  # below this, each step changes too much for the next one to reus
 log = logging.getLogger(__name__)
 
 
-def check_cache(model: Model, request: Resolved, timeline: Timeline, sigmas: np.ndarray) -> Resolved:
-    """The request with its step cache as it will be recorded. Raises InvalidRequest for what no step cache can do, and
-    warns of what saves nothing or shows."""
+def check_cache(
+    model: Model, request: Resolved, timeline: Timeline, sigmas: np.ndarray, asked: bool = True
+) -> Resolved:
+    """The request with its step cache as it will be recorded. asked: by name; else `quality` stands for it, and one
+    that cannot be is left out with a warning. Raises InvalidRequest for what no step cache can do."""
+    if asked or request.cache is None:
+        return _checked(model, request, timeline, sigmas)
+    try:
+        return _checked(model, request, timeline, sigmas)
+    except InvalidRequest as error:
+        notices.warn(f"quality={request.quality}: its step cache is left out, as it cannot be here ({error})")
+        return replace(request, cache=None)
+
+
+def _checked(model: Model, request: Resolved, timeline: Timeline, sigmas: np.ndarray) -> Resolved:
     lever = lever_of(request)
     if lever is None:
         return request

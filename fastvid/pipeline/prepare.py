@@ -117,15 +117,11 @@ def prepare(
     sigmas = sigmas_of(resolved)
     timeline = with_tiles(model, resolved, in_two_stages(model, resolved, timeline, len(sigmas)))
     resolved = without_levers(resolved, timeline)
-    resolved = check_cache(model, resolved, timeline, sigmas)
+    resolved = check_cache(model, resolved, timeline, sigmas, asked=request.cache is not None)
     recipe = resolved.to_recipe(model=model.name, version=__version__, **model.settings)
+    recipe |= sparsity.said(model, resolved)
     if all(segment.tile is None for segment in timeline.segments):
         warn_of_size(model, resolved)
-    timeline = in_two_stages(model, resolved, timeline, len(sigmas))
-    recipe = resolved.to_recipe(model=model.name, version=__version__, **model.settings) | sparsity.said(
-        model, resolved
-    )
-    warn_of_size(model, resolved)
     warn_of_forcing(model, resolved)
     plan, layout = plan_request(model, resolved, timeline, sigmas, keep_frames, free, rates, layout)
     warn_of_guidance(model, request, resolved, timeline, sigmas, layout)

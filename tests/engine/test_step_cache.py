@@ -23,6 +23,7 @@ from ranks import run_ranks
 
 import fastvid
 from fastvid import FastvidWarning, InvalidRequest
+from fastvid.cli import commands
 from fastvid.distributed.layout import parse_parallel
 from fastvid.distributed.mesh import Mesh
 from fastvid.engine import resume_files
@@ -336,6 +337,16 @@ def test_what_shows_is_warned_of(pipe: Pipeline, options: dict[str, Any], match:
         pipe.plan(PROMPT, **options)
 
 
+def test_quality_leaves_out_what_cannot_be(pipe: Pipeline) -> None:
+    preset = replace(pipe._model.preset, qualities={"exact": {}, "balanced": {"cache": 1.5}, "fast": {"cache": 2.0}})
+    other = Pipeline(replace(pipe._model, preset=preset))
+    with pytest.warns(FastvidWarning, match="quality=fast: its step cache is left out"):
+        plan = other.plan(PROMPT, quality="fast", num_inference_steps=4)
+    assert "cache" not in plan.levers and "cache" in other.plan(PROMPT, quality="fast").levers
+    with pytest.raises(InvalidRequest, match="cache=2: in 4 steps"):
+        other.plan(PROMPT, quality="fast", cache=2.0, num_inference_steps=4)
+
+
 # ---------------------------------------------------------------- MagCache's calibration
 
 
@@ -360,6 +371,15 @@ def test_magcache_is_calibrated_once(
         pipe.plan(PROMPT, cache="magcache")
     with pytest.raises(InvalidRequest, match="cache leaves out work"):
         pipe.calibrate(cache=1.5)
+
+
+def test_the_command_calibrates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "made.json"
+    words = ["--cache", "--num-frames", "5", "--steps", "6", "-o", str(file), "--quiet", "--json"]
+    assert commands.main(["calibrate", PROMPT, *words]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["file"] == str(file) and facts["prompts"] == 1 and json.loads(file.read_text())["flow_shift"] == 3.0
+    assert commands.main(["calibrate"]) == 2 and "say what to measure: --cache" in capsys.readouterr().err
 
 
 def test_events_end_as_without(pipe: Pipeline) -> None:

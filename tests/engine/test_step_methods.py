@@ -17,7 +17,7 @@ from wan_cases import SCALES, diffusers_model, error, inputs, ours, run_theirs
 from fastvid.device.offload import HostLane, Prefetcher, streamed_blocks
 from fastvid.distributed.mesh import Layout, Mesh, RankView
 from fastvid.engine.step_cache import StepCache
-from fastvid.engine.step_methods import EasyCache, FirstBlock, MagCache, Method, TaylorSeer, every, spread
+from fastvid.engine.step_methods import Branch, EasyCache, FirstBlock, MagCache, Method, TaylorSeer, every, spread
 from fastvid.layers.levers import CallLevers
 from fastvid.layers.residual import Stream
 from fastvid.models.wan.transformer import WanTransformer
@@ -115,6 +115,18 @@ def test_taylorseer_forecasts_as_diffusers(order: int) -> None:
     made, cache = cached(model, TaylorSeer(STEPS, order=order, computed=computed))
     assert max(map(error, made, wanted)) < 1e-5
     assert cache.count.computed == sum(computed) == 6
+
+
+@torch.no_grad()
+def test_a_near_forecast_goes_as_far_as_its_differences() -> None:
+    """Of steps 0, 1 and 4: step 2 goes on by one step, and so does step 3; steps behind 4 by up to three."""
+    computed = tuple(step in (0, 1, 4, 11) for step in range(STEPS))
+    method, branch, x = TaylorSeer(STEPS, computed=computed, near=True), Branch(), torch.zeros(1, 2, 3)
+    for step, value in ((0, 1.0), (1, 3.0)):
+        method.keep(branch, step, x, x + value)
+    assert [float(method.predict(branch, step, x, list)[0, 0, 0]) for step in (2, 3)] == [5.0, 5.0]
+    method.keep(branch, 4, x, x + 9.0)
+    assert [float(method.predict(branch, step, x, list)[0, 0, 0]) for step in (5, 6, 7, 8)] == [11.0, 13.0, 15.0, 15.0]
 
 
 # ---------------------------------------------------------------- against formulas
