@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvid import env
-from fastvid.device.devices import architecture, cpu_name, driver, driver_too_old, on_rocm
+from fastvid.device.devices import AUTO, architecture, choose_dtype, cpu_name, driver, driver_too_old, on_rocm
 from fastvid.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "ftfy", "huggingface_hub", "av", "tqdm")
@@ -158,7 +158,9 @@ def _ops(device: str | None) -> dict[str, Any]:
     settings = env.read()
     where = device or settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     ops = bind(settings.backend, LoadOptions(attention=settings.attention).attention_backend, where)
-    return {"device": where, **{op: _op(ops, op) for op in ops.bound}}
+    dtype, why = choose_dtype(AUTO, torch.device(where))
+    said = {"device": where, "dtype_auto": f"{str(dtype).removeprefix('torch.')} ({why.removeprefix('auto: ')})"}
+    return {**said, **{op: _op(ops, op) for op in ops.bound}}
 
 
 def _op(ops: Any, op: str) -> dict[str, Any]:

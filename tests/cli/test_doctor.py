@@ -29,6 +29,7 @@ def test_report_is_whole_and_can_be_written_as_json(clean: pytest.MonkeyPatch) -
 def test_report_names_the_back_end_of_every_operation(clean: pytest.MonkeyPatch) -> None:
     ops = doctor.doctor("cpu")["ops"]
     assert ops.pop("device") == "cpu"
+    assert ops.pop("dtype_auto").startswith(("bfloat16 (products", "float32 (no products"))
     assert set(ops) == set(implementations())
     assert ops["to_rgb"] == {"backend": "reference", "reason": "cpu"}
 
