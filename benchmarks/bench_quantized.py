@@ -1,9 +1,11 @@
 """Products with quantized weights on a CPU beside bf16, and a step and loading of a 1.3B beside stable-diffusion.cpp.
 
     python benchmarks/bench_quantized.py linears [--threads 1] [--rounds 5]
+    python benchmarks/bench_quantized.py block [--threads 1] [--rounds 5]
     python benchmarks/bench_quantized.py step --models FOLDER [--sd-cli FILE] [--threads 1] [--rounds 3] [--flags ...]
 
-linears: the layers of a 1.3B block at 416x240, 17 frames (1,950 tokens), in turn. step: FOLDER is what
+linears: the layers of a 1.3B block at 416x240, 17 frames (1,950 tokens), in turn. block: a whole block of random
+weights, with the share of each operation, and its error against products in double precision. step: FOLDER is what
 quantized_models.py writes; every program runs in a process of its own, in turn. Seconds are those of the processor
 (user and system), which other work on the machine changes less than those of the clock; both are kept.
 """
@@ -26,7 +28,12 @@ import torch
 from harness import _path, machine
 from torch import Tensor
 
-from fastvid.ops import dispatch
+from fastvid.layers.quantized import install
+from fastvid.layers.residual import Stream
+from fastvid.models.wan.config import WanTransformerConfig
+from fastvid.models.wan.transformer import Block, Modulation
+from fastvid.ops import dispatch, reference
+from fastvid.ops.formats_rows import quantize_weight
 from fastvid.ops.quantized import QuantizedTensor, Spec
 from fastvid.tuning import weights
 
@@ -45,7 +52,7 @@ SIZE = {"height": 240, "width": 416, "num_frames": 17}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("linears", "step", "child"))
+    parser.add_argument("what", choices=("linears", "block", "step", "child"))
     parser.add_argument("kind", nargs="?")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -54,7 +61,7 @@ def main() -> None:
     parser.add_argument("--flags", nargs="*", default=[], help="more flags of sd-cli, without their dashes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    {"linears": linears, "step": step, "child": child}[args.what](args)
+    {"linears": linears, "block": block, "step": step, "child": child}[args.what](args)
 
 
 # ---------------------------------------------------------------- linear layers
@@ -90,6 +97,94 @@ def _runs(ops: Any, K: int, N: int, gelu: bool) -> Iterator[tuple[str, Callable[
         data = weights.draw(spec, generator)
         of = QuantizedTensor(format, (N, K), data, torch.bfloat16, spec.rotation, spec.eight_bit, keep=data.__setitem__)
         yield name, lambda of=of: ops.linear_quantized(x, of, bias, gelu)
+
+
+# ---------------------------------------------------------------- a block
+
+
+class Timed:
+    """Operations, and the seconds of the processor that each takes."""
+
+    def __init__(self) -> None:
+        self._ops, self.taken = dispatch.bind(), dict[str, float]()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._ops, name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            made = function(*args, **kwargs)
+            self.taken[name] = self.taken.get(name, 0.0) + time.process_time() - start
+            return made
+
+        return run
+
+
+@torch.no_grad()
+def block(args: argparse.Namespace) -> None:
+    kinds = ("bf16", "int8", "fp8_e4m3")
+    exact = _run_block(_block("float64"), torch.float64)
+    blocks, errors = {kind: _block(kind) for kind in kinds}, {}
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    shares: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    for number in range(args.rounds + 1):
+        for kind, module in blocks.items():
+            module.ops.taken.clear()
+            start = time.process_time()
+            made = _run_block(module, torch.bfloat16)
+            if number:
+                times[kind].append(time.process_time() - start)
+                shares[kind].append(dict(module.ops.taken))
+            errors[kind] = [float((a.double() - b).norm() / b.norm()) for a, b in zip(made, exact, strict=True)]
+    facts = {
+        kind: {
+            "milliseconds": round(1e3 * statistics.median(times[kind]), 1),
+            "speed, bf16 = 1": round(statistics.median(times["bf16"]) / statistics.median(times[kind]), 3),
+            "operations": {
+                name: round(1e3 * statistics.median(one[name] for one in shares[kind]), 1) for name in shares[kind][0]
+            },
+            "relative error of the stream, of the feed-forward": errors[kind],
+        }
+        for kind in kinds
+    }
+    print(json.dumps(facts, indent=1))
+    _save("quantized-block", args, tokens=TOKENS, kinds=facts)
+
+
+def _block(kind: str) -> Any:
+    """A block of the 1.3B's shape, with the same weights for every kind."""
+    config = WanTransformerConfig(num_attention_heads=12, attention_head_dim=128, ffn_dim=FF, num_layers=1)
+    exact = kind == "float64"
+    dtype, ops = (torch.float64 if exact else torch.bfloat16), (reference if exact else Timed())
+    generator, made = torch.Generator().manual_seed(0), Block(config, ops)
+    for name, one in made.named_parameters():
+        drawn = torch.randn(one.shape, generator=generator)
+        around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        one.data = (drawn * (one.shape[-1] ** -0.5 if one.ndim == 2 else 0.02) + around).bfloat16()
+    state = {name: one.detach().clone() for name, one in made.state_dict().items()}
+    made.to(dtype)
+    made.scale_shift_table.data = made.scale_shift_table.data.float()
+    if kind in ("int8", "fp8_e4m3"):
+        chosen = {name: one for name, one in state.items() if one.ndim == 2 and name.endswith("weight")}
+        specs = {name: Spec.of(kind, (one.shape[0], one.shape[1]), eight_bit=True) for name, one in chosen.items()}
+        install(made, specs, ops, lambda _: torch.bfloat16)
+        for name, one in chosen.items():
+            layer: Any = made.get_submodule(name.removesuffix(".weight"))
+            layer.fill(quantize_weight(one, kind), torch.device("cpu"))
+            layer.bias = torch.nn.Parameter(state[f"{name.removesuffix('weight')}bias"], requires_grad=False)
+    return made
+
+
+def _run_block(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The residual stream, and what the feed-forward will add."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(1, TOKENS, D, generator=generator).bfloat16().to(dtype) for _ in range(2))
+    rows, gate = (0.1 * torch.randn(*size, generator=generator) for size in ((1, 6, D), (1, D)))
+    context = tuple(torch.randn(1, 512, 12, 128, generator=generator).bfloat16().to(dtype) for _ in range(2))
+    angles = 6 * torch.rand(TOKENS, 64, generator=generator)
+    modulation = Modulation(rows, torch.zeros(1, 1, dtype=torch.int64))
+    stream, made, _ = module(Stream(x, y, gate), modulation, context, (angles.cos(), angles.sin())).take()
+    return stream, made
 
 
 # ---------------------------------------------------------------- a step beside stable-diffusion.cpp

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvid import notices
 from fastvid.ops import attention_gpu
 from fastvid.ops.attention_gathered import gathered
 from fastvid.ops.attention_library import HALVES, LIBRARIES, Library, preferred, worth
@@ -32,6 +33,7 @@ from fastvid.ops.sparse import Blocks, token_mask
 
 Result = Tensor | tuple[Tensor, Tensor]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EIGHT_BIT_KEYS = 2**17  # of 8-bit attention, to which benchmarks/eight_bits.py has measured its error
 SLAB = 2**26  # scores that the reference computes at a time
 
 
@@ -216,12 +218,14 @@ class Kernel:
     operator(q, k, v, lists, largest, scale, with_lse) -> (out, lse); lse is empty unless with_lse.
     steps: splits block lists for the operator (attention_gpu.py).
     needs: the architecture that it requires ("90a"), None for any. dtypes: supported dtypes.
+    measured: the name and the most keys for which an approximation's error is known.
     """
 
     operator: Callable[..., tuple[Tensor, Tensor]]
     steps: Callable[[Tensor, Blocks], list[Tensor]]
     needs: str | None = None
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    measured: tuple[str, int] | None = None
 
     def __call__(
         self,
@@ -234,13 +238,25 @@ class Kernel:
         blocks: Blocks | None = None,
     ) -> Result:
         check(q, k, v, blocks)
+        if self.measured is not None:
+            warn_beyond(*self.measured, k.shape[1])
         lists, largest = ([], []) if blocks is None else (blocks.tensors + self.steps(q, blocks), blocks.largest)
         out, lse = self.operator(q, k, v, lists, largest, scale, return_lse)
         return (out, lse) if return_lse else out
 
 
+def warn_beyond(name: str, most: int, keys: int) -> None:
+    """Says that an approximation is used for more keys than its error was measured for."""
+    if keys > most:
+        notices.warn(
+            f"attention={name} attends to {keys:,} keys, and its error was measured up to {most:,}; compare with "
+            "attention='auto', or make a shorter or smaller video"
+        )
+
+
 def _eight(kind: str) -> Kernel:
-    return Kernel(partial(attention_gpu.attention_eight, kind), attention_gpu.padded_steps, "90a", HALVES)
+    operator = partial(attention_gpu.attention_eight, kind)
+    return Kernel(operator, attention_gpu.padded_steps, "90a", HALVES, (f"cuda_{kind}", EIGHT_BIT_KEYS))
 
 
 BACKENDS: Mapping[str, Callable[..., Any]] = {

@@ -3,7 +3,11 @@ those of separate operations; a block quantizes once for queries, keys and value
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +16,14 @@ from norm_cases import EPS, row_arguments
 from test_quantized_library import EIGHT, given, small, weight
 from torch import Tensor, nn
 
+from fastvid.errors import FastvidWarning
 from fastvid.layers.branches import Branch, Change, LowRank
 from fastvid.layers.linear import FeedForward, linear
 from fastvid.layers.quantized import JoinedLinear, QuantizedLinear, coding_of, install, takes_rows
 from fastvid.layers.residual import Stream
 from fastvid.models.wan.config import WanTransformerConfig
 from fastvid.models.wan.transformer import Block, Modulation
-from fastvid.ops import dispatch, eight_bits, formats_rows, quantized_cpu, quantized_gpu, reference
+from fastvid.ops import attention, dispatch, eight_bits, formats_rows, quantized_cpu, quantized_gpu, reference
 from fastvid.ops.quantized import QuantizedRows, Spec
 from fastvid.tuning import calls
 from fastvid.tuning import check as tuning_check
@@ -234,3 +239,27 @@ def test_recorded_calls_take_rows_for_tensors() -> None:
     rows = QuantizedRows.of(torch.randn(2, 5, 512).bfloat16(), of)
     like = calls.like(rows)
     assert isinstance(like, calls.TensorLike) and like.shape == (2, 5, 512) and like.dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- 8-bit attention
+
+
+def test_8_bit_attention_says_when_it_goes_beyond_what_was_measured() -> None:
+    """For each kind, from one key more on; the limit is the longest row of the benchmark's result."""
+    folder = Path(__file__).parents[2] / "benchmarks" / "results"
+    rows = json.loads((folder / "eight-bits-lengths-cpu-amd-epyc.json").read_text())["relative_error"]
+    longest = {int(name.split()[1]) for row in rows.values() for name in row}
+    assert max(longest) == attention.EIGHT_BIT_KEYS
+
+    def nothing(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return q, q
+
+    q = torch.zeros(1, 1, 1, 1)
+    for name in ("cuda_int8", "cuda_fp8"):
+        kernel = replace(attention.BACKENDS[name], operator=nothing)
+        k = torch.zeros(1, 1, 1, 1).expand(1, attention.EIGHT_BIT_KEYS + 1, 1, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            kernel(q, k[:, 1:], k[:, 1:])
+        with pytest.warns(FastvidWarning, match=f"attention={name} attends to 131,073 keys, .* up to 131,072"):
+            kernel(q, k, k)
