@@ -20,7 +20,7 @@ from torch import Tensor
 from fastvid.layers.tiles import Tiling
 from fastvid.requests import levers
 
-DEFAULTS: Mapping[str, Any] = {"keep": 0.3, "dense_steps": 0.25, "dense_layers": 0}
+DEFAULTS: Mapping[str, Any] = {"keep": 0.5, "dense_steps": 0.25, "dense_layers": 0}
 TOKENS = 128
 """Of a tile, about, where a frame has many: kernels multiply 64 or 128 at a time."""
 LEAST = 16
