@@ -45,7 +45,8 @@ def norm_silu_conv3d(
     if past is not None and x.shape[2] == 1:
         kept[:, :, :1] = past[:, :, 1:]
     kernels = _pack(weight if past is not None else weight[:, :, -1:])
-    frames, before, results, states = (_pixels(one) for one in (x, past, out, kept))
+    frames, results, states = (_pixels(one) for one in (x, out, kept))
+    before = None if past is None else _pixels(past)
     H = out.shape[3]
     bands = min(torch.get_num_threads(), -(-H // TILE))
     rows = -(-H // TILE // bands) * TILE
@@ -62,9 +63,9 @@ def norm_silu_conv3d(
     return kept
 
 
-def _pixels(x: Tensor | None) -> Tensor | None:
+def _pixels(x: Tensor) -> Tensor:
     """[B, C, T, H, W] as [B, T, H, W, C]."""
-    return None if x is None else x.permute(0, 2, 3, 4, 1)
+    return x.permute(0, 2, 3, 4, 1)
 
 
 def _pack(weight: Tensor) -> Tensor:
