@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastvid.device.mapped import MappedFile, map_file
 from fastvid.errors import CheckpointError
 from fastvid.files import open_regular, reason
+from fastvid.layers.fused import FusedLayer
 from fastvid.layers.quantized import layer_of, logical_shapes
 from fastvid.loaders import gguf, marks, marks_json, quantized
 from fastvid.loaders.entries import BITS, FLOATS, STORED, Entry, nbytes
@@ -217,8 +218,9 @@ def load_into(
                 layer.fill(reader.data(names[0], reuse=layer.copies(device)), device)
                 continue
             target = target_dtype(module, name, dtype)
-            # Those that are copied to another device or dtype are read into memory shared with the next ones.
+            # Those that are copied, also into a fused layer, are read into memory shared with the next ones.
             copied = device.type != "cpu" or layer is not None or FLOATS.get(first.dtype) != target
+            copied = copied or _is_row(module, name)
             read = partial(reader.tensor, target=target, copied=copied, reuse=copied and len(names) == 1)
             tensor = read(stored) if origins is None else origins[stored].make(read)
             tensor = tensor if merge is None else merge(name, tensor)
@@ -366,6 +368,10 @@ def _check_mapped(tensor: Tensor, mapped: MappedFile, offset: int, weight: Weigh
 def _unused(module: nn.Module, name: str) -> bool:
     """Whether the module does not need a tensor."""
     return not frozenset(getattr(module, "UNUSED", ())).isdisjoint(name.split("."))
+
+
+def _is_row(module: nn.Module, name: str) -> bool:
+    return isinstance(module.get_submodule(name.rpartition(".")[0]), FusedLayer)
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
