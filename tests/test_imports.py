@@ -54,8 +54,9 @@ LIMITS = {"file": 450, "function": 60, "median": 12, "parameters": 8, "init": 46
 # checks of files, arguments and resume folders that others made; tuning on the user's machine; paths through libraries;
 # steps that do not wait for the host; checks of kernels that keep weights, share results or change settings.
 # Quantized weights and their files, siblings of Wan, LoRAs beside weights, names and downloads.
+# Levers: step caches, guidance, sparse attention, progressive sizes; batches, warm-ups, mapped weights, two verbs.
 # A feature that raises a number says so in its commit.
-LIMITS |= {"core": 19_000, "package": 50_000}
+LIMITS |= {"core": 20_900, "package": 51_500}
 
 
 @cache

@@ -40,6 +40,8 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "10 steps, interval 0.7-1, batch": _steps(10, **_LATE, **_BATCH),
     "9 steps, interval 0.7-1, batch": _steps(9, **_LATE, **_BATCH),
     "8 steps, euler, batch": _steps(8, "euler", **_BATCH),
+    "7 steps, euler, batch": _steps(7, "euler", **_BATCH),
+    "6 steps, euler, batch": _steps(6, "euler", **_BATCH),
     "8 steps, euler, interval 0.7-1, batch": _steps(8, "euler", **_LATE, **_BATCH),
     "8 steps, dpm++, interval 0.7-1, batch": _steps(8, "dpm++", **_LATE, **_BATCH),
     "7 steps, euler, interval 0.7-1, batch": _steps(7, "euler", **_LATE, **_BATCH),

@@ -63,7 +63,7 @@ def linear(ops: Any, layer: nn.Module, x: Activations) -> Tensor:
     if isinstance(layer, QuantizedLinear | JoinedLinear):
         return cast(Tensor, layer(x))
     affine = cast(Affine, layer)  # torch's lists of modules do not tell which kind they hold
-    return with_branch(layer, x, ops.linear(x, affine.weight, affine.bias))
+    return with_branch(layer, cast(Tensor, x), ops.linear(x, affine.weight, affine.bias))
 
 
 def linear_gelu_tanh(ops: Any, layer: nn.Module, x: Activations) -> Tensor:

@@ -14,12 +14,12 @@ from fastvid.ops.quantized import Activations, QuantizedRows
 
 
 class Norm(NamedTuple):
-    """A layer norm: LN(s) * (1 + scale) + shift with scale and shift [K, d], LN(s) * scale + shift with [d]. index
+    """A layer norm: LN(s) * (1 + scale) + shift with scale and shift [K, d], LN(s) * scale + shift with [d]. rows
     [B, G]: the row of each group of tokens."""
 
     shift: Tensor
     scale: Tensor
-    index: Tensor
+    rows: Tensor
     eps: float
 
 

@@ -87,7 +87,7 @@ class QuantizedLinear(Quantized):
     def forward(self, x: Activations, rows: QuantizedRows | None = None) -> Tensor:
         """rows: x as 8-bit products take it, if it was quantized for several layers. A branch reads x itself."""
         made = self.ops.linear_quantized(x if rows is None else rows, self.weight, self.bias)
-        return with_branch(self, x, made)
+        return with_branch(self, cast(Tensor, x), made)  # codes come to layers without one
 
     def gelu_tanh(self, x: Activations, rows: str | None = None) -> Activations:
         """The layer without a branch, then GELU in its tanh form. rows: the format in which the next layer takes it."""
@@ -123,7 +123,8 @@ class JoinedLinear(nn.Module):
         sizes, given = [layer.weight.shape[0] for layer in layers], dict[str, Any]()
         if isinstance(x, Tensor) and (coding := coding_of(layers, x)) is not None:
             format, rotation = coding
-            given = {"rows": QuantizedRows(format, *layers[0].ops.quantize_rows(x, *coding), x.dtype, rotation)}
+            codes, scale = layers[0].ops.quantize_rows(x, *coding)
+            given = {"rows": QuantizedRows(format, codes, scale, x.dtype, rotation)}
         out, start = torch.empty((*x.shape[:-1], sum(sizes)), dtype=x.dtype, device=x.device), 0
         for layer, size in zip(layers, sizes, strict=True):
             out[..., start : start + size] = layer(x, **given)

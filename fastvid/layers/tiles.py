@@ -63,8 +63,9 @@ class Tiling:
         assert tiles >= ranks, "see `planning.layout`"
         cuts = [0]
         for rank in range(1, ranks):
-            possible = range(cuts[-1] + 1, tiles - (ranks - rank) + 1)
-            cuts.append(min(possible, key=lambda at, rank=rank: abs(self.ends[at] - rank * total / ranks)))
+            possible, wanted = range(cuts[-1] + 1, tiles - (ranks - rank) + 1), rank * total / ranks
+            distances = [abs(self.ends[at] - wanted) for at in possible]
+            cuts.append(possible[distances.index(min(distances))])
         cuts.append(tiles)
         return tuple(self.ends[b] - self.ends[a] for a, b in pairwise(cuts))
 

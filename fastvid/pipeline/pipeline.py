@@ -278,10 +278,8 @@ class Pipeline:
             estimate: also estimate its time, from this machine's rates. They are measured once (about 2 s).
         """
         request = planned(verb, prompt, {**options})
-        plan: Plan = self._call(
-            "plan", verb=request.verb, estimate=estimate_of("estimate", estimate), **request.arguments()
-        )
-        return plan
+        again = estimate_of("estimate", estimate)
+        return cast(Plan, self._call("plan", verb=request.verb, estimate=again, **request.arguments()))
 
     def warmup(self, sizes: Any = None, **options: Unpack[AnyOptions]) -> dict[str, float]:
         """Run what the first request of each size would pay for (compiling, tuning, CUDA graphs, primitives, memory),
@@ -321,13 +319,11 @@ class Pipeline:
 
     def describe(self) -> dict[str, Any]:
         """How the model was loaded, and the back end of every operation."""
-        description: dict[str, Any] = self._call("describe")
-        return description
+        return cast(dict[str, Any], self._call("describe"))
 
     def inspect(self) -> dict[str, Any]:
         """The contents of the checkpoint: parts, parameters, dtypes, preset."""
-        contents: dict[str, Any] = self._call("inspect")
-        return contents
+        return cast(dict[str, Any], self._call("inspect"))
 
     def calibrate(self, measured: str = "cache", **options: Any) -> dict[str, Any]:
         """Measure the model once for `cache="magcache"`, on a few videos of which none is kept, and write a file.
@@ -335,8 +331,7 @@ class Pipeline:
         measured: "cache". options: prompts (a list; default: some of fastvid's own), output (the file; default: where
         requests look), and options of `generate`. Returns the file's place and what it holds.
         """
-        result: dict[str, Any] = self._call("calibrate", checks.text("measured", measured), **options)
-        return result
+        return cast(dict[str, Any], self._call("calibrate", checks.text("measured", measured), **options))
 
     def __enter__(self) -> Pipeline:
         return self
@@ -348,7 +343,7 @@ class Pipeline:
 
     @property
     def transformer(self) -> nn.Module:
-        """The transformer, of two the one for high noise. To look at, or for torch.compile (docs/performance.md)."""
+        """The transformer, of two the one for high noise: for torch.compile, see docs/performance.md."""
         return self._model.experts.modules[0]
 
     @property
@@ -445,16 +440,11 @@ class Pipeline:
 
     @computes
     def _fitting(self, request: Request, wanted: int) -> int:
-        """How many of these videos are made together."""
         return batches.fitting(self._model, request, wanted)
 
     @computes
     def _run_together(self, requests: Sequence[Request], keep_frames: bool, keep_latents: bool) -> Any:
         """The numbered events of requests that differ in prompts and seed alone."""
-        prepared = [prepare(self._model, request, keep_frames) for request in requests]
-        for request, one in zip(requests, prepared, strict=True):
-            warn_of_prompts(self._model, request, one.job.request)
         ticket = self._ticket or self.new_ticket()
-        sessions = [Session(one.model, one.job, ticket, keep_latents) for one in prepared]
-        events: Any = Computed(running.events_together(prepared, sessions), self._model.device)
+        events = running.together(self._model, requests, ticket, keep_frames, keep_latents)
         return Stream(events, ticket, None, f"{len(requests)} requests")

@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastvid.device.precision import Computed
 from fastvid.engine.events import Event, Finished, Frames, Started, Step
+from fastvid.engine.queue import Ticket
 from fastvid.engine.resume import Resume
 from fastvid.engine.session import Session
 from fastvid.engine.together import run_together
 from fastvid.media.sound import Track
 from fastvid.media.video import Video
-from fastvid.pipeline.prepare import Prepared
+from fastvid.models.loaded import Model
+from fastvid.pipeline.prepare import Prepared, prepare
+from fastvid.pipeline.request_warnings import warn_of_prompts
+from fastvid.requests.request import Request
 
 log = logging.getLogger(__name__)
 
@@ -103,3 +108,12 @@ def collect(stream: Any, inputs: tuple[str, ...]) -> Video:
         for event in stream:
             made.add(event)
     return made.video()
+
+
+def together(model: Model, requests: Sequence[Request], ticket: Ticket, keep_frames: bool, keep_latents: bool) -> Any:
+    """The numbered events of requests that differ in prompts and seed alone."""
+    prepared = [prepare(model, request, keep_frames) for request in requests]
+    for request, one in zip(requests, prepared, strict=True):
+        warn_of_prompts(model, request, one.job.request)
+    sessions = [Session(one.model, one.job, ticket, keep_latents) for one in prepared]
+    return Computed(events_together(prepared, sessions), model.device)

@@ -338,7 +338,8 @@ def _read(path: Path, key: dict[str, Any]) -> Rates | None:
     valid = all(one and one == tuple(sorted(one)) and all(0 < n < math.inf for p in one for n in p) for one in points)
     if not valid or content.get("key") != key:
         return None
-    return Rates(**dict(zip(kinds_of(key), points, strict=True)))
+    measured: dict[str, Any] = dict(zip(kinds_of(key), points, strict=True))
+    return Rates(**measured)
 
 
 def kinds_of(key: dict[str, Any]) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
 from fastvid.engine import windows
@@ -20,7 +22,8 @@ def words(model: Model, request: Resolved, timeline: Timeline, sigmas: np.ndarra
     computed = method.least()
     graphs = "; calls are not replayed as CUDA graphs" if model.placement.graphs else ""
     if isinstance(method, TaylorSeer | MagCache):
-        chosen = f" (taylorseer of order {method.order})" if named(request).startswith("target") else ""
+        target = isinstance(method, TaylorSeer) and named(request).startswith("target")
+        chosen = f" (taylorseer of order {cast(TaylorSeer, method).order})" if target else ""
         return f"{named(request)}{chosen}: {computed} of {steps} steps run the blocks, {steps / computed:.2f} x{graphs}"
     return f"{named(request)}: {computed} to {steps} of {steps} steps run all blocks, as the video needs{graphs}"
 

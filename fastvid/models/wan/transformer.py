@@ -164,8 +164,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(1)
         x, y, gate = stream.take()
         x, y = normed(self.ops, self.attn1.to_qkv, x, y, gate, Norm(shift1, scale1, index, self.eps))
-        tokens = Stream(y)
-        del y
+        tokens, y = Stream(cast(Tensor, y)), None  # or codes, as to_qkv takes them
         y = self.attn1(tokens, rotary, cache, parallel)
         if self.norm2 is None:
             x = y = self.ops.gated_residual(x, y, gate1, index)
