@@ -65,14 +65,15 @@ class Ops:
     """The chosen function of every operation, as an attribute: `ops.rms_norm(...)`.
 
     functions: operation -> function; bound: operation -> back end; reasons: operation -> why it was chosen; choices:
-    operation -> what runs for which shape class, where results decide. device: where it was chosen for.
+    operation -> what runs for which shape class, where results decide. device: where it was chosen for; None: of weights
+    that move.
     """
 
     functions: Mapping[str, Function]
     bound: Mapping[str, str]
     reasons: Mapping[str, str]
     choices: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
-    device: torch.device = torch.device("cpu")
+    device: torch.device | None = torch.device("cpu")
 
     def __post_init__(self) -> None:
         vars(self).update(self.functions)

@@ -206,6 +206,7 @@ def load_experts(checkpoint: Checkpoint, ops: Ops, placement: Placement, loras: 
     stay = experts_stay(checkpoint, placement.offload)
     mine = [for_expert(loras, number, len(names)) for number in range(len(names))]
     at = device if stay else CPU
+    ops = ops if stay else replace(ops, device=None)  # weights that move keep the form in which they can
     modules = [read_part(checkpoint, name, ops, at, placement, own) for name, own in zip(names, mine, strict=True)]
     if placement.graphs:
         run = cuda_graphs.Graphs(cuda_graphs.CudaCapture(device))
@@ -227,6 +228,7 @@ def load_encoders(checkpoint: Checkpoint, ops: Ops, placement: Placement, rank: 
         return Resident(list(empty))
     stay = placement.offload == "none"
     at = placement.device if stay else CPU
+    ops = ops if stay else replace(ops, device=None)
     modules = [read_part(checkpoint, name, ops, at, placement) for name in names]
     return Resident(modules) if stay else Swapped(modules, placement.device, stream=placement.offload == "blocks")
 

@@ -86,6 +86,7 @@ def _backend(name: str, value: Any) -> str:
     return plain if len(plain) <= MAX_BACKENDS else refuse(name, plain, f"at most {MAX_BACKENDS} characters")
 
 
+@guarded("the name of a back end, or sparse")
 def _attention(name: str, value: Any) -> str:
     """A back end, or sparse attention for the requests."""
     if isinstance(value, Mapping) or (isinstance(value, str) and value.partition(":")[0].strip() == SPARSE):

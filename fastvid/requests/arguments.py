@@ -133,7 +133,9 @@ ARGUMENTS: Mapping[str, Argument] = {
     ),
     "draft": Argument(checks.flag, "a preview: half the size and fewer steps; see fastvid finalize", "--draft"),
     "seed": Argument(
-        one_video(lambda name, value: random_seed() if (seed := _seed(name, value)) == RANDOM else seed, "one seed"),
+        one_video(
+            lambda name, value: random_seed() if (seed := _seed(name, value)) == RANDOM else seed, "one whole number"
+        ),
         "seed of the noise, 0 to 2^63-1 (default, and -1: a random one, which is shown)",
         "--seed N",
     ),

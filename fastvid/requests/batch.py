@@ -41,6 +41,7 @@ def each(options: Mapping[str, Any]) -> list[dict[str, Any]]:
 def one_video(check: Check, allowed: str) -> Check:
     """A check of what verbs take as a list, for a batch; here it is of one video."""
 
+    @checks.guarded(allowed)
     def of_one(name: str, value: Any) -> Any:
         if checks.is_list(value):
             refuse(

@@ -123,7 +123,7 @@ def test_a_step_of_all_is_one_call(pipe: fastvid.Pipeline, monkeypatch: pytest.M
 def test_as_many_as_fit_are_made_together(pipe: fastvid.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = pipe.plan(RED, **SHORT)
     room = plan.bytes_device + 2 * batches.bytes_of_one_more(plan) + 1000
-    monkeypatch.setattr("fastvid.planning.plan.available_bytes", lambda device: room - pipe._model.bytes_held)
+    monkeypatch.setattr("fastvid.planning.plan.available_bytes", lambda device, mapped=0: room - pipe._model.bytes_held)
     request = batches.requests_of(pipe, "generate", {"prompt": [RED] * 4, "batch_size": 4, **SHORT})[0]
     with pytest.warns(fastvid.errors.FastvidWarning, match="only 3 of these videos fit"):
         assert pipe._fitting(request, 4) == 3
