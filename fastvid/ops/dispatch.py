@@ -65,8 +65,8 @@ class Ops:
     """The chosen function of every operation, as an attribute: `ops.rms_norm(...)`.
 
     functions: operation -> function; bound: operation -> back end; reasons: operation -> why it was chosen; choices:
-    operation -> what runs for which shape class, where results decide. device: where it was chosen for; None: of weights
-    that move.
+    operation -> what runs for which shape class, where results decide. device: where it was chosen for;
+    None: of weights that move.
     """
 
     functions: Mapping[str, Function]
