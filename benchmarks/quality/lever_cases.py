@@ -51,6 +51,10 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "7 steps, dpm++, shift 5, batch": _steps(7, "dpm++", flow_shift=5.0, **_BATCH),
     "7 steps, euler, shift 5, batch": _steps(7, "euler", flow_shift=5.0, **_BATCH),
     "6 steps, euler, shift 5, batch": _steps(6, "euler", flow_shift=5.0, **_BATCH),
+    "7 steps, euler, shift 5, interval 0.4-1, batch": _steps(
+        7, "euler", flow_shift=5.0, guidance_interval=(0.4, 1.0), **_BATCH
+    ),
+    "8 steps, dpm++, interval 0.4-1, batch": _steps(8, "dpm++", guidance_interval=(0.4, 1.0), **_BATCH),
 }
 DRIFT = ("10 steps, batch", "10 steps, interval 0.7-1, batch", "8 steps, euler, interval 0.7-1, batch", "cache 1.5")
 """Cases of which long videos are made too."""

@@ -75,7 +75,7 @@ def test_given_frames_and_prompts_that_are_not_finite_stop_it(pipe, monkeypatch)
             with pytest.raises(fastvid.Error, match="the latents of the given frames are not finite"):
                 call()
     broken_from(1, pipe._model.text_encoder, monkeypatch, float("nan"))
-    for call in (lambda: pipe.generate(PROMPT, **SHORT), lambda: pipe.embed(PROMPT)):
+    for call in (lambda: pipe.generate("a blue star", **SHORT), lambda: pipe.embed("a green star")):
         with pytest.raises(fastvid.Error, match="the prompt's embeddings are not finite"):
             call()
 

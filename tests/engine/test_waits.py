@@ -40,13 +40,13 @@ FUSED = "euler, fused", "unipc, fused", "dpm++, fused"
 
 @pytest.fixture(scope="module")
 def plain() -> Model:
-    return fastvid.load("embedded", device="cpu")._model
+    return fastvid.load("embedded", device="cpu", attention="sdpa")._model
 
 
 @pytest.fixture(scope="module")
 def stubbed() -> Model:
     """The embedded model with its weights on the stub, and the VAE's operations that are the default there."""
-    model = fastvid.load("embedded", device="cpu")._model
+    model = fastvid.load("embedded", device="cpu", attention="sdpa")._model
     encoder = model.modules.encoders.modules[0]
     for module in (model.transformer, model.vae, encoder):
         move(module)
