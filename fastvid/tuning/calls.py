@@ -120,6 +120,7 @@ def like(value: Any) -> Any:
 
 def cost(op: str, given: Mapping[str, Any], out: Any) -> tuple[float, float]:
     """(floating point operations, bytes read and written) of a call."""
+    out = (out.codes, out.scale) if isinstance(out, QuantizedRows) else out
     made = [one for one in (out if isinstance(out, list | tuple) else [out]) if isinstance(one, Tensor)]
     tensors = [one for value in given.values() for one in (value if isinstance(value, tuple) else (value,))]
     moved = sum(one.bytes for one in tensors if isinstance(one, TensorLike | WeightLike))

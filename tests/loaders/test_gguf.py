@@ -33,7 +33,7 @@ def read(path: Path, name: str) -> Tensor:
     """A tensor as a module's plain parameter gets it."""
     entry = gguf.read_header(path)[0][name]
     with path.open("rb") as file:
-        reader = safetensors._Reader({name: entry}, {path: file})
+        reader = safetensors._Reader({name: entry}, {path: file}, ())
         return reader.tensor(name, torch.float32, False)
 
 

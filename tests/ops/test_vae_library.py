@@ -283,7 +283,7 @@ def test_bytes_that_a_residual_convolution_moves() -> None:
         with torch.inference_mode(), Moved(x.numel() // 4, x.nbytes) as seen:
             run(x, past, gamma, weight, bias, residual)
         found[name] = seen.units
-    assert found["library"] == 12.5 and found["vae.py"] > 20, found
+    assert found["library"] == 12.5 and found["vae.py"] > 15, found
 
 
 class Copies(TorchDispatchMode):
