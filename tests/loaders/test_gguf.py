@@ -34,7 +34,7 @@ def read(path: Path, name: str) -> Tensor:
     entry = gguf.read_header(path)[0][name]
     with path.open("rb") as file:
         reader = safetensors._Reader({name: entry}, {path: file}, ())
-        return reader.tensor(name, torch.float32, False)
+        return reader.tensor(name, torch.float32, False, False)
 
 
 @pytest.mark.parametrize("alignment", [None, 64])
