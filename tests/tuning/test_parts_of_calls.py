@@ -27,7 +27,8 @@ def found() -> dict[str, Call]:
     return {call.op: call for call in sorted(calls, key=lambda call: work(call, CPU), reverse=True)}
 
 
-OPERATIONS = sorted(set(dispatch.implementations()) - {"layer_norm", "rms_norm_rope", "quantize_rows"})  # of other models
+OTHER_MODELS = {"layer_norm", "rms_norm_rope", "quantize_rows"}
+OPERATIONS = sorted(set(dispatch.implementations()) - OTHER_MODELS)
 
 
 def test_the_embedded_model_calls_all_operations(found: dict[str, Call]) -> None:
@@ -60,7 +61,8 @@ def test_the_reference_is_near_double_precision(op: str, found: dict[str, Call])
     whole = check.run(op, getattr(reference, op), check.fresh(op, given))
     for out, exact in zip(whole, truth(op, given), strict=True):
         assert out.shape == exact.shape and out.is_floating_point() == (out.dtype not in (torch.uint8, torch.int8))
-        assert check.error(out, exact)[0] < (5e-3 if not out.is_floating_point() else 2e-6)
+        # Pixels and codes may differ by one where float64 rounds to the other side.
+        assert check.error(out, exact)[0] < {torch.uint8: 5e-3, torch.int8: 2e-2}.get(out.dtype, 2e-6)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
