@@ -58,6 +58,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "8 steps, dpm++, every 2, batch": _steps(8, "dpm++", guidance_every=2, **_BATCH),
     "8 steps, dpm++, every 3, batch": _steps(8, "dpm++", guidance_every=3, **_BATCH),
     "9 steps, dpm++, every 3, batch": _steps(9, "dpm++", guidance_every=3, **_BATCH),
+    "7 steps, dpm++, batch": _steps(7, "dpm++", **_BATCH),
 }
 DRIFT = ("10 steps, batch", "10 steps, interval 0.7-1, batch", "8 steps, euler, interval 0.7-1, batch", "cache 1.5")
 """Cases of which long videos are made too."""

@@ -65,8 +65,12 @@ OFF: Mapping[str, Any] = {
 ALSO: tuple[str, ...] = ("num_inference_steps", "solver")
 """Other arguments that `quality` may set."""
 
-QUALITY: Mapping[str, Mapping[str, Any]] = {"balanced": {}, "fast": {}}
-"""What `quality` stands for in models that have no measurements of their own."""
+QUALITY: Mapping[str, Mapping[str, Any]] = {
+    "balanced": {"cache": "target:speedup=1.5"},
+    "fast": {"cache": "target:speedup=2", "guidance_every": 2},
+}
+"""What `quality` stands for in models without measurements of their own: levers that stayed near exact in the embedded
+model (benchmarks/results/levers.json)."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,13 @@ def fill(request: Any, preset: Any) -> dict[str, Any]:
         given = getattr(request, name)
         value = chosen.get(name) if given is None else given
         values[name] = None if value == OFF[name] else value
-    return values | {name: chosen[name] for name in ALSO if name in chosen and getattr(request, name) is None}
+    return values | {name: chosen[name] for name in ALSO if name in chosen and _is_free(request, name)}
+
+
+def _is_free(request: Any, name: str) -> bool:
+    """Whether `quality` decides this argument: nothing that was asked for sets it."""
+    others = ("sigmas", "draft", "preset") if name == "num_inference_steps" else ("source_prompt", "preset")
+    return all(getattr(request, one) in (None, False) for one in (name, *others))
 
 
 def tables(preset: Any) -> dict[str, dict[str, Any]]:

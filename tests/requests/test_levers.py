@@ -101,3 +101,15 @@ def test_levers_that_are_off_change_no_byte() -> None:
 def test_a_pipeline_says_what_quality_stands_for() -> None:
     told = fastvid.load("embedded", device="cpu").describe()["quality"]
     assert told == levers.tables(EMBEDDED) and set(told) == {"balanced", "fast"}
+
+
+def test_quality_sets_no_steps_or_solver_beside_what_decides_them() -> None:
+    preset = replace(EMBEDDED, qualities={"fast": {"num_inference_steps": 8, "solver": "dpm++"}})
+
+    def made(verb: str = "generate", **arguments: Any) -> Any:
+        return Request.make(verb, prompt="a red circle", quality="fast", **arguments).resolve(preset)
+
+    assert (made().num_inference_steps, made().solver) == (8, "dpm++")
+    assert made(sigmas=(1.0, 0.5)).sigmas == (1.0, 0.5)
+    assert made(draft=True).num_inference_steps == round(EMBEDDED.num_inference_steps * 0.4)
+    assert made("edit", video=np.zeros((1, 64, 64, 3), np.uint8), source_prompt="a dot").solver == "euler"
